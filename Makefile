@@ -1,0 +1,42 @@
+# `make train` and `make test` are all a fresh machine with Python 3.11 or 3.12, make and git needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := zclip models data training experiments tests train.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint format clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  settings go in ARGS: make train ARGS="clip=fixed lr=1e-3"; make PYTHON=python3.12 train picks the Python'
+
+setup: $(VENV)/.installed ## make .venv with the pinned dependencies (the other commands do it too)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: try make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	@touch $@
+
+train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw it (two minutes)
+	$(BIN)/python train.py $(ARGS)
+
+test: setup ## run the tests (minutes)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## run the tests that take long
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup ## check style and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+format: setup ## rewrite the code in the project's style
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean: ## remove the environment, caches and build products; run folders stay
+	rm -rf $(VENV) cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""The loader of a training run: one number says where it is.
+
+It deals out the run's global batches in order, this rank's rows of each, and counts the sequences that all
+ranks together have consumed. That count is its whole state, so it is the same on every rank, and a run may
+continue with another number of ranks or another micro-batch.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data.sequences import Sequences, order
+
+
+class SequenceLoader:
+    """Iterate over the micro-batches of a run from wherever it stands.
+
+    Args:
+        sequences: what to read from.
+        fingerprint: of the tokens; a state of other tokens is refused.
+        seed: of the order.
+        steps: optimizer steps in the whole run.
+        global_batch_size: sequences per optimizer step, over all ranks.
+        micro_batch_size: sequences per forward pass on one rank; `world_size * micro_batch_size` divides
+            `global_batch_size`.
+        rank: of this process among `world_size`.
+        world_size: number of data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        fingerprint: str,
+        seed: int,
+        steps: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sequences = sequences
+        self.fingerprint = fingerprint
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.per_forward = micro_batch_size * world_size
+        self.total = steps * global_batch_size
+        self.consumed = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, those already consumed included (Lightning counts from there)."""
+        return self.total // self.per_forward
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (micro_batch_size, sequence_length + 1) token ids until the run's last."""
+        while self.consumed < self.total:
+            first = self.consumed + self.rank * self.micro_batch_size
+            positions = np.arange(first, first + self.micro_batch_size)
+            batch = self.sequences.batch(order(positions, len(self.sequences), self.seed))
+            self.consumed += self.per_forward
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: sequences consumed by all ranks, and of which tokens."""
+        return {"sequences_consumed": self.consumed, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            ValueError: it is a position in other tokens.
+        """
+        if state_dict["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
+            )
+        self.consumed = state_dict["sequences_consumed"]

@@ -1,0 +1,55 @@
+"""The final numbers of one run, and the table that shows them."""
+
+import math
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
+from experiments.runs import Run
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Return what metrics.jsonl says about a whole run.
+
+    `train_loss` is the mean over the last tenth of the steps, `clipped_share` the share of steps whose gradients were
+    scaled down, `tokens_per_second` the median over steps. A share or mean of nothing finite is `None`.
+    """
+    metrics = run.metrics
+    steps = len(metrics["step"])
+    tail = metrics["loss"][-max(1, steps // 10) :]
+    return {
+        "steps": steps,
+        "tokens": int(metrics["tokens"][-1]),
+        "train_loss": float(tail.mean()) if np.isfinite(tail).all() else None,
+        "spikes": len(loss_spikes(metrics["loss"])),
+        "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
+        "clipped_share": float(np.mean(metrics["clipped"] > 0)),
+        "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
+    }
+
+
+def table(result: dict[str, Any], title: str) -> Table:
+    """Return the table a person sees at the end of a run."""
+    test, unigram = result["test_loss"], result["unigram_entropy"]
+    finite = test is not None
+    shown = Table(title=title, show_header=False, title_justify="left", min_width=60)
+    for name, value, remark in (
+        (
+            "test loss",
+            f"{test:.3f} nats/token" if finite else "not finite",
+            f"{result['test_tokens']:,} held-out tokens",
+        ),
+        ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", ""),
+        ("unigram entropy", f"{unigram:.3f} nats/token", "the best that a model without context can do"),
+        ("loss spikes", str(result["spikes"]), result["spike_definition"]),
+        ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}"),
+        (
+            "speed",
+            f"{result['tokens_per_second']:,.0f} tokens/s",
+            f"{result['parameters'] / 1e6:.2f}M parameters",
+        ),
+    ):
+        shown.add_row(name, value, f"[dim]{remark}")
+    return shown

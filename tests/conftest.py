@@ -1,0 +1,61 @@
+"""Shared by all tests: the checkout, a small real corpus, and `train.py` as a real process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.corpus import embedded_corpus
+
+CHECKOUT = Path(__file__).parent.parent
+
+#: A run of a second or two; `corpus` gives it its text.
+TINY = (
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+    "data.sequence_length=64",
+    "trainer.max_steps=40",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=8",
+    "clip.warmup_steps=5",
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every twentieth of the embedded documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for file in sorted(embedded_corpus().glob("*.txt"))[::20]:
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the whole session, so that tokens are prepared once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def train_command(*overrides: str) -> list[str]:
+    return [sys.executable, str(CHECKOUT / "train.py"), *overrides]
+
+
+def train(
+    *overrides: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py to its end in the folder `cwd`."""
+    return subprocess.run(
+        train_command(*overrides),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

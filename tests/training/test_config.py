@@ -1,0 +1,141 @@
+"""Every option composes and makes its parts; every mistake is one sentence, before anything is written."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from tests.conftest import CHECKOUT, train
+from training.config import check, check_writable, clipping_strategy, run_name
+from zclip import ZClip
+
+CONFIGS = CHECKOUT / "configs"
+OPTIONS = sorted(
+    (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
+    for file in CONFIGS.rglob("*.yaml")
+    if file.parent != CONFIGS
+)
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def test_the_promised_options_are_there():
+    promised = {
+        "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
+        "model": {"micro", "1b"}, "data": {"embedded"}, "trainer": {"cpu", "gpu"}, "optim": {"adamw"},
+        "logger": {"local", "wandb"}, "scale": {"micro"}, "experiment": {"main"},
+    }  # fmt: skip
+    for group, names in promised.items():
+        assert names <= {name for g, name in OPTIONS if g == group}
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_composes(group, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if group == "trainer" and name == "gpu":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cfg = composed(f"{group}={name}")
+    check(cfg)
+    check_writable(cfg)
+    assert not any(tmp_path.iterdir())
+    if group in ("clip", "model"):
+        assert name in run_name(cfg)
+
+
+def test_the_default_clipper_is_the_papers():
+    zclip = clipping_strategy(composed())
+    assert isinstance(zclip, ZClip)
+    assert zclip.config() == {
+        "alpha": 0.97, "z_thresh": 2.5, "max_grad_norm": 1.0, "eps": 1e-6, "warmup_steps": 25, "mode": "zscore",
+        "clip_option": "adaptive_scaling", "clip_factor": 1.0, "skip_update_on_spike": False,
+    }  # fmt: skip
+
+
+def test_the_name_comes_from_what_changes_the_numbers():
+    name = run_name(composed())
+    assert name == run_name(composed("trainer.log_every=1", "paths.runs=elsewhere", "logger=wandb"))
+    names = {
+        run_name(composed(*o))
+        for o in (
+            [],
+            ["lr=1e-3"],
+            ["seed=1"],
+            ["clip.alpha=0.9"],
+            ["clip=fixed"],
+            ["data.sequence_length=64"],
+        )
+    }
+    assert len(names) == 6
+    assert run_name(composed("lr=0.003")) == name
+    assert run_name(composed("name=mine")) == "mine"
+
+
+BAD = {
+    "clip=zclop": "clip=zclop is not known: it must be one of autoclip, fixed, none, zclip, zclip_max, zclip_mean",
+    "model=2b": "model=2b is not known: it must be one of 1b, micro",
+    "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
+    "lr=fast": "lr=fast is not allowed: it must be a number above 0",
+    "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
+    "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
+    "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
+    "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa",
+    "data.path=/nope": "data.path=/nope is not a folder: it must be a folder of .txt files",
+    "data.sequence_length=100000000": "data.sequence_length=100000000 is longer than the text",
+    "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's: it must be at most model.vocab_size=4096",
+    "model.num_attention_heads=5": "model.num_attention_heads=5 is not allowed",
+    "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: it must divide trainer.global_batch",
+    "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
+    "name=../x": "name=../x is not allowed",
+    "lr": "missing EQUAL",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
+    done = train(override, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert BAD[override] in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_sweep_with_one_bad_job_starts_none(tmp_path):
+    done = train("-m", "clip=none,fixed", "lr=1e-3,-1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lr=-1 is not allowed" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_hydra_full_error_shows_the_traceback(tmp_path):
+    done = train("lr=-1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr and "ConfigError: lr=-1 is not allowed" in done.stderr
+
+
+def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):
+    """Found only after tokenizing, and still nothing is written."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text(f"{name} short text " * 50)
+    settings = ("data.sequence_length=600", "model.max_position_embeddings=600", "model.vocab_size=512")
+    done = train("data.path=texts", *settings, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "data.sequence_length=600 is longer than the text: the " in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["texts"]
+
+
+def test_a_name_that_is_taken(tmp_path: Path, corpus, cache):
+    from tests.conftest import TINY
+
+    settings = ("name=mine", f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.max_steps=2")
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done = train(*settings, "lr=1e-4", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "name=mine is taken" in done.stderr and "lr=0.0001 (there: 0.003)" in done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

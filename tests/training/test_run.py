@@ -1,0 +1,199 @@
+"""Real runs: they learn, leave a whole folder, and survive being killed at any moment."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.runs import read_run
+from tests.conftest import CHECKOUT, TINY, train, train_command
+
+
+@pytest.fixture(scope="module")
+def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
+    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY)
+
+
+def only_run(folder: Path) -> Path:
+    (path,) = (folder / "runs" / "main").iterdir()
+    return path
+
+
+def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
+    settings = (*settings, "trainer.max_steps=150", "lr=1e-2")
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = only_run(tmp_path)
+    result = json.loads((path / "result.json").read_text())
+    assert result["test_loss"] < result["unigram_entropy"] - 0.1
+    assert result["steps"] == 150
+    for shown in (
+        "test loss",
+        "test perplexity",
+        "unigram entropy",
+        "loss spikes",
+        "steps clipped",
+        str(path.name),
+    ):
+        assert shown in done.stdout
+
+    assert {p.name for p in path.iterdir() if not p.name.startswith(".")} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "result.json", "plots"
+    }  # fmt: skip
+    run = read_run(path)
+    assert run.metrics["step"].tolist() == list(range(1, 151))
+    assert run.metrics["loss"][0] == pytest.approx(6.24, abs=0.05)
+    assert (run.metrics["clipped_norm"] <= run.metrics["grad_norm"]).all()
+    assert (path / "plots" / "run.png").stat().st_size > 20_000
+    (start,) = json.loads((path / "environment.json").read_text())["starts"]
+    assert start["versions"]["torch"].startswith("2.") and start["command"][0] == "train.py"
+
+    state = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = train(*settings, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "finished already" in again.stdout and "test loss" in again.stdout
+    assert state == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints hold the same, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def final(folder: Path) -> tuple[dict, list[dict], float]:
+    path = only_run(folder)
+    newest = max((path / "checkpoints").glob("step-*.ckpt"))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["tokens_per_second"]
+    return (
+        torch.load(newest, weights_only=False),
+        rows,
+        json.loads((path / "result.json").read_text())["test_loss"],
+    )
+
+
+def kill_after(steps: int, command: list[str], cwd: Path) -> None:
+    """Start training, and kill -9 it a moment after it has written this many steps in all."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        files = list(cwd.glob("runs/main/*/metrics.jsonl"))
+        if files and len(files[0].read_text().splitlines()) >= steps:
+            time.sleep(random.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+@pytest.mark.parametrize("clip", ["zclip", "autoclip"])
+def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
+    """Killed twice, with gradients accumulated over two micro-batches."""
+    settings = tuple(s for s in settings if clip == "zclip" or not s.startswith("clip."))
+    settings = (
+        *settings, f"clip={clip}", "trainer.micro_batch_size=4", "trainer.checkpoint_every=7", "trainer.log_every=2"
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert train(*settings, cwd=whole).returncode == 0
+    for steps in (random.randint(8, 14), random.randint(20, 36)):
+        kill_after(steps, train_command(*settings), killed)
+    done = train(*settings, cwd=killed)
+    assert done.returncode == 0, done.stderr
+    assert "continuing" in done.stdout
+
+    checkpoint, rows, test_loss = final(whole)
+    other_checkpoint, other_rows, other_test_loss = final(killed)
+    assert [row["step"] for row in other_rows] == list(range(1, 41))
+    assert other_rows == rows
+    assert other_test_loss == test_loss
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
+        assert same(checkpoint[part], other_checkpoint[part]), part
+    assert checkpoint["loops"]["fit_loop"]["state_dict"] == other_checkpoint["loops"]["fit_loop"]["state_dict"]
+    clipper = next(state for key, state in checkpoint["callbacks"].items() if "Clipping" in key)
+    assert int(clipper["state"]["count"]) == 40
+
+
+def test_accumulation_changes_nothing_but_rounding(settings, tmp_path):
+    losses = []
+    for micro in (8, 2):
+        assert train(*settings, f"trainer.micro_batch_size={micro}", f"name=m{micro}", cwd=tmp_path).returncode == 0
+        losses.append(read_run(tmp_path / "runs" / "main" / f"m{micro}").metrics["loss"])
+    assert abs(losses[0] - losses[1]).max() < 1e-3
+
+
+def test_one_process_at_a_time(settings, tmp_path):
+    settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1")
+    process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("runs/main/*/metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = train(*settings, cwd=tmp_path)
+        assert second.returncode == 2
+        assert "another process is training" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_says_how_to_go_on(settings, tmp_path):
+    settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=5")
+    process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/main/*/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in out
+
+
+def test_a_sweep_trains_each_combination_once(settings, tmp_path):
+    settings = (*(s for s in settings if not s.startswith("clip.")), "trainer.max_steps=3")
+    sweep = ("-m", "clip=none,zclip", "lr=1e-3,3e-3", *settings)
+    done = train(*sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = sorted((tmp_path / "runs" / "main").iterdir())
+    assert len(runs) == 4 and all((run / "result.json").exists() for run in runs)
+    again = train(*sweep, cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("finished already") == 4
+
+
+def test_a_diverging_run_ends_with_a_result(settings, tmp_path):
+    settings = tuple(s for s in settings if not s.startswith("clip."))
+    done = train(*settings, "clip=none", "lr=1e30", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["test_loss"] is None and result["train_loss"] is None and result["spikes"] >= 1
+    assert "not finite" in done.stdout
+
+
+def test_wandb_is_loaded_only_when_chosen(settings, tmp_path):
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(CHECKOUT)}
+    code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1)\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "except SystemExit as e: print('status', e.code)\nprint('wandb loaded', 'wandb' in sys.modules)"
+    for logger, loaded in (("local", False), ("wandb", True)):
+        command = train_command(*settings, "trainer.max_steps=4", f"logger={logger}", f"name={logger}")
+        done = subprocess.run(
+            [command[0], "-c", code, *command[1:]],
+            cwd=tmp_path, capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert "status 0" in done.stdout, done.stderr
+        assert f"wandb loaded {loaded}" in done.stdout
+    assert list((tmp_path / "runs" / "main" / "wandb").glob("wandb/offline-run-*/run-*.wandb"))

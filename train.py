@@ -1,0 +1,64 @@
+"""Train one language model: `python train.py clip=zclip lr=3e-3`, or `-m` with comma-separated values for a sweep.
+
+Composes the configuration, checks it, and leaves a run folder. The same command again continues an unfinished
+run and shows the result of a finished one.
+"""
+
+import json
+import math
+import sys
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from training.cli import command_line, reporting
+from training.config import check, check_writable, run_path
+from training.folder import RunFolder, write_whole
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Run the job that the configuration describes."""
+    with reporting():
+        check(cfg)
+        console = Console()
+        folder = RunFolder(run_path(cfg))
+        folder.check_same_run(cfg)
+        if (result := folder.read_result()) is not None:
+            finished = f"finished already: {folder.path} (remove the folder to train it again)"
+            console.print(finished, soft_wrap=True, highlight=False)
+        else:
+            check_writable(cfg)
+            result = run(cfg, folder, console)
+        show(result, folder, console)
+
+
+def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
+    """Train, evaluate, summarise and draw; `result.json` comes last."""
+    from experiments.plots import plot_run
+    from experiments.runs import read_run
+    from experiments.summary import summarise
+    from training.run import prepare_tokens, train
+
+    tokens = prepare_tokens(cfg, console)
+    with folder.owned(cfg):
+        evaluation = train(cfg, folder, tokens, console)
+        unfinished = read_run(folder.path)
+        result = summarise(unfinished) | evaluation
+        result = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+        plot_run(unfinished._replace(result=result))
+        write_whole(folder.result, json.dumps(result, indent=1))
+    return result
+
+
+def show(result: dict, folder: RunFolder, console: Console) -> None:
+    """Print the final table and where everything is."""
+    from experiments.summary import table
+
+    console.print(table(result, title="result"))
+    console.print(f"picture  {folder.path}/plots/run.png\nfolder   {folder.path}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

@@ -1,0 +1,1 @@
+"""The training run: configuration checks, run folder, Lightning module, callbacks."""

@@ -1,0 +1,68 @@
+"""Checkpoints: complete or absent.
+
+A checkpoint is written under another name, synced, and renamed; only then are older ones removed. It holds
+all that Lightning keeps (weights, optimizer, schedule, loops), the clipper's statistics and the data position.
+Metrics up to its step are on disk before it is.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from training.folder import RunFolder
+from training.metrics import Metrics
+
+
+class Checkpoints(pl.Callback):
+    """Save every `every` optimizer steps and after the last one.
+
+    Args:
+        folder: run folder.
+        metrics: flushed before each save.
+        every: steps between checkpoints.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: RunFolder, metrics: Metrics, every: int, keep: int) -> None:
+        self.folder = folder
+        self.metrics = metrics
+        self.every = every
+        self.keep = keep
+        self._saved = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take note of the step resumed from, which is saved already."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Save if it is time."""
+        step = trainer.global_step
+        if step != self._saved and (step % self.every == 0 or step == trainer.max_steps):
+            self._saved = step
+            self.metrics.flush(trainer, pl_module)
+            self.save(trainer, step)
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
+        """Save a checkpoint of this step, and remove the oldest beyond `keep`."""
+        final = self.folder.checkpoints / f"step-{step:08d}.ckpt"
+        aside = final.with_name(f".saving-{final.name}")
+        trainer.save_checkpoint(aside)
+        if trainer.is_global_zero:
+            _sync(aside)
+            aside.replace(final)
+            _sync(final.parent)
+            for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

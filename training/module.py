@@ -1,0 +1,88 @@
+"""The model as Lightning trains it: loss, optimizer and learning-rate schedule (the paper's Table 1)."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from models import Llama, LlamaConfig
+
+
+class PretrainingModule(pl.LightningModule):
+    """Next-token prediction with a LLaMA.
+
+    Args:
+        model: shape of the model; its weights are drawn from torch's global generator.
+        lr: peak learning rate.
+        steps: optimizer steps of the whole run, for the schedule.
+        betas, eps, weight_decay, fused: of AdamW; the decay applies to every parameter.
+        warmup_fraction: share of the steps over which the learning rate rises linearly from 0.
+        final_lr_fraction: where the cosine ends, as a share of `lr`.
+    """
+
+    def __init__(
+        self,
+        model: LlamaConfig,
+        lr: float,
+        steps: int,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        fused: bool,
+        warmup_fraction: float,
+        final_lr_fraction: float,
+    ) -> None:
+        super().__init__()
+        self.model = Llama(model)
+        self.lr = lr
+        self.steps = steps
+        self.adamw: dict[str, Any] = {
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "fused": fused,
+        }
+        self.warmup_steps = round(warmup_fraction * steps)
+        self.final_lr_fraction = final_lr_fraction
+        self._test_sum = torch.zeros((), dtype=torch.float64)
+        self._test_tokens = 0
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Return the mean loss in nats per token of tokens: (batch, sequence_length + 1)."""
+        return self.model(tokens[:, :-1], tokens[:, 1:])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch: (batch, sequence_length + 1) token ids."""
+        return self.loss(batch)
+
+    def lr_factor(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (from 0) as a share of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule, advanced every step."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, **self.adamw)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_test_epoch_start(self) -> None:
+        """Forget an earlier evaluation."""
+        self._test_sum = torch.zeros((), dtype=torch.float64)
+        self._test_tokens = 0
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Add one batch of held-out sequences, which may be smaller than the others, to the sum."""
+        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        self._test_sum += self.loss(batch).to("cpu", torch.float64) * tokens
+        self._test_tokens += tokens
+
+    @property
+    def test_loss(self) -> float:
+        """Mean loss over all held-out tokens of the last evaluation, in nats per token."""
+        return float(self._test_sum) / self._test_tokens

@@ -1,0 +1,78 @@
+"""What a person sees while a run trains: a bar on a terminal, a line now and then in a log file."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from training.metrics import Row
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressDisplay:
+    """Show rows of metrics as they arrive.
+
+    Args:
+        steps: of the whole run.
+        done: steps already done when this process started.
+        console: where to draw.
+    """
+
+    def __init__(self, steps: int, done: int, console: Console) -> None:
+        self.steps = steps
+        self.done = done
+        self.console = console
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=console,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=done, numbers="starting")
+            self._bar.start()
+
+    def __call__(self, row: Row) -> None:
+        """Show one row."""
+        step = row["step"]
+        assert isinstance(step, int)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=_numbers(row))
+            return
+        now = time.monotonic()
+        if now - self._printed >= SECONDS_BETWEEN_LINES or step == self.steps:
+            self._printed = now
+            left = (now - self._started) / (step - self.done) * (self.steps - step)
+            self.console.print(f"step {step}/{self.steps}  {_numbers(row)}  {left:.0f} s left", soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it should be."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _numbers(row: Row) -> str:
+    def show(name: str, spec: str) -> str:
+        value = row.get(name)
+        return "   -" if value is None else format(value, spec)
+
+    clipped = "clipped" if row.get("clipped") else "       "
+    z = f"  z {show('z', '+5.1f')}" if "z" in row else ""
+    return (
+        f"loss {show('loss', '6.3f')}  norm {show('grad_norm', '7.3f')}{z}  {clipped}"
+        f"  {show('tokens_per_second', ',.0f')} tokens/s"
+    )

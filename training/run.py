@@ -1,0 +1,183 @@
+"""One training run, from a checked configuration to held-out loss."""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from data import SequenceLoader, Sequences, Tokens, prepare, unigram_entropy
+from training.checkpoints import Checkpoints
+from training.config import clipping_strategy, model_config, run_name, section, settings_of
+from training.folder import RunFolder
+from training.metrics import Metrics, Row
+from training.module import PretrainingModule
+from training.progress import ProgressDisplay
+from zclip.integrations.lightning import ClippingCallback
+
+
+class HeldOut:
+    """The held-out sequences in batches, in order, once: (batch, sequence_length + 1) token ids."""
+
+    def __init__(self, sequences: Sequences, batch_size: int) -> None:
+        self.sequences = sequences
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sequences) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, len(self.sequences), self.batch_size):
+            yield self.sequences.batch(np.arange(first, min(first + self.batch_size, len(self.sequences))))
+
+
+def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
+    """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
+    with section("data"):
+        return prepare(
+            path=cfg.data.path,
+            vocab_size=cfg.data.vocab_size,
+            test_fraction=cfg.data.test_fraction,
+            sequence_length=cfg.data.sequence_length,
+            cache=Path(cfg.paths.cache),
+            say=console.print,
+        )
+
+
+def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
+    """Train, continuing from the folder's last checkpoint, and evaluate.
+
+    Args:
+        cfg: checked configuration.
+        folder: run folder, owned by this process.
+        tokens: prepared tokens.
+        console: where to show progress.
+
+    Returns:
+        `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, `training_seconds` of this
+        process and the tokens' `fingerprint`.
+    """
+    quieten_lightning()
+    pl.seed_everything(cfg.seed, verbose=False)
+    trainer_cfg = cfg.trainer
+    module = PretrainingModule(
+        model_config(cfg),
+        lr=cfg.lr,
+        steps=trainer_cfg.max_steps,
+        **settings_of(cfg.optim),
+    )
+    parameters = sum(p.numel() for p in module.parameters())
+    loader = SequenceLoader(
+        Sequences(tokens.train, cfg.data.sequence_length),
+        fingerprint=tokens.fingerprint,
+        seed=cfg.seed,
+        steps=trainer_cfg.max_steps,
+        global_batch_size=trainer_cfg.global_batch_size,
+        micro_batch_size=trainer_cfg.micro_batch_size,
+    )
+    checkpoint = folder.last_checkpoint()
+    done = int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
+    if checkpoint:
+        console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}", soft_wrap=True)
+    else:
+        console.print(
+            f"training {folder.path}: {parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
+            f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens",
+            soft_wrap=True,
+        )
+
+    strategy = clipping_strategy(cfg)
+    logger = wandb_logger(cfg, folder) if cfg.logger.name == "wandb" else None
+    metrics = Metrics(
+        folder,
+        strategy,
+        tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
+        log_every=trainer_cfg.log_every,
+        listeners=[],
+    )
+    trainer = pl.Trainer(
+        accelerator=trainer_cfg.accelerator,
+        devices=trainer_cfg.devices,
+        precision=trainer_cfg.precision,
+        max_steps=trainer_cfg.max_steps,
+        accumulate_grad_batches=trainer_cfg.global_batch_size // trainer_cfg.micro_batch_size,
+        callbacks=[
+            ClippingCallback(strategy),
+            metrics,
+            Checkpoints(folder, metrics, trainer_cfg.checkpoint_every, trainer_cfg.keep_checkpoints),
+        ],
+        logger=logger or False,
+        default_root_dir=folder.path,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if logger is not None:
+        metrics.listeners.append(lambda row: _to_logger(logger, row))
+    display = ProgressDisplay(trainer_cfg.max_steps, done, console)
+    metrics.listeners.append(display)
+    started = time.perf_counter()
+    try:
+        # Checkpoints are our own files, and hold more than tensors.
+        trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        console.print(f"interrupted at step {trainer.global_step}: the same command continues from the last checkpoint")
+        raise SystemExit(130) from stop
+    finally:
+        display.close()
+    training_seconds = time.perf_counter() - started
+
+    held_out = Sequences(tokens.test, cfg.data.sequence_length)
+    console.print(f"evaluating on {len(held_out) * held_out.length:,} held-out tokens")
+    trainer.test(module, dataloaders=HeldOut(held_out, 4 * trainer_cfg.micro_batch_size), verbose=False)
+    evaluated = np.asarray(tokens.test[1 : len(held_out) * held_out.length + 1])
+    return {
+        "test_loss": module.test_loss,
+        "unigram_entropy": unigram_entropy(evaluated),
+        "test_tokens": len(evaluated),
+        "parameters": parameters,
+        "training_seconds": round(training_seconds, 1),
+        "data_fingerprint": tokens.fingerprint,
+    }
+
+
+def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Any:
+    """Return a logger whose wandb run has the run folder's name, so that a continued run continues there."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    name = run_name(cfg)
+    logger = WandbLogger(
+        project=cfg.logger.project,
+        entity=cfg.logger.entity,
+        tags=list(cfg.logger.tags),
+        group=cfg.experiment,
+        name=name,
+        id=f"{cfg.experiment}-{name}"[-128:],
+        resume="allow",
+        save_dir=folder.path,
+    )
+    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return logger
+
+
+def _to_logger(logger: Any, row: Row) -> None:
+    numbers = {key: value for key, value in row.items() if value is not None}
+    logger.log_metrics(numbers, step=row["step"])
+
+
+def quieten_lightning() -> None:
+    """Silence notices that are not about this run; warnings that could matter stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -1,0 +1,41 @@
+"""ZClip: adaptive gradient clipping for pre-training language models (arXiv 2504.02507).
+
+    from zclip import ZClip
+
+    zclip = ZClip()
+    loss.backward()
+    zclip.step(model)      # after backward, before the optimizer
+    optimizer.step()
+
+`ZClip` is the paper's clipper; `FixedNorm`, `AutoClip` and `NoClipping` are what it is compared with.
+All are `ClippingStrategy` subclasses, and so is any strategy of your own. Only torch is imported here;
+`ZClipLightningCallback` and `ClippingCallback` load Lightning when they are first asked for.
+"""
+
+from typing import Any
+
+from zclip.base import ClippingStrategy, Decision, State
+from zclip.strategies.autoclip import AutoClip
+from zclip.strategies.fixed import FixedNorm
+from zclip.strategies.none import NoClipping
+from zclip.strategies.zclip import ZClip
+
+__all__ = [
+    "AutoClip",
+    "ClippingStrategy",
+    "Decision",
+    "FixedNorm",
+    "NoClipping",
+    "State",
+    "ZClip",
+]
+
+_LIGHTNING = ("ClippingCallback", "ZClipLightningCallback")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LIGHTNING:
+        from zclip.integrations import lightning
+
+        return getattr(lightning, name)
+    raise AttributeError(f"module 'zclip' has no attribute {name!r}")
