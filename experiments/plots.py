@@ -8,7 +8,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
 
 from experiments.definitions import loss_spikes
 from experiments.runs import Run
@@ -62,8 +61,8 @@ def _norm(ax: Axes, run: Run) -> None:
     positive = np.concatenate([run.metrics["grad_norm"], run.metrics["clipped_norm"]])
     if (positive > 0).any():
         ax.set_yscale("log")
-        for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "246" else "")
     ax.set_ylabel("gradient norm")
     ax.legend(loc="upper right")
 

@@ -14,7 +14,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """Return what metrics.jsonl says about a whole run.
 
     `train_loss` is the mean over the last tenth of the steps, `clipped_share` the share of steps whose gradients were
-    scaled down, `tokens_per_second` the median over steps. A share or mean of nothing finite is `None`.
+    scaled down, `clipped_by_z` the number of ZClip's spikes (`None` for other strategies), `tokens_per_second` the median over steps. A share or mean of nothing finite is `None`.
     """
     metrics = run.metrics
     steps = len(metrics["step"])
@@ -26,6 +26,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "spikes": len(loss_spikes(metrics["loss"])),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
         "clipped_share": float(np.mean(metrics["clipped"] > 0)),
+        "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
         "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
     }
 
@@ -34,6 +35,7 @@ def table(result: dict[str, Any], title: str) -> Table:
     """Return the table a person sees at the end of a run."""
     test, unigram = result["test_loss"], result["unigram_entropy"]
     finite = test is not None
+    by_z = "" if result["clipped_by_z"] is None else f", {result['clipped_by_z']} of them by z-score"
     shown = Table(title=title, show_header=False, title_justify="left", min_width=60)
     for name, value, remark in (
         (
@@ -44,7 +46,7 @@ def table(result: dict[str, Any], title: str) -> Table:
         ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", ""),
         ("unigram entropy", f"{unigram:.3f} nats/token", "the best that a model without context can do"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
-        ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}"),
+        ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}"),
         (
             "speed",
             f"{result['tokens_per_second']:,.0f} tokens/s",

@@ -8,7 +8,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -34,13 +33,11 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=6 if console.width < 100 else None),
                 TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("left"),
                 console=console,
             )
             self._task = self._bar.add_task("", total=steps, completed=done, numbers="starting")
@@ -68,11 +65,11 @@ class ProgressDisplay:
 def _numbers(row: Row) -> str:
     def show(name: str, spec: str) -> str:
         value = row.get(name)
-        return "   -" if value is None else format(value, spec)
+        return "-" if value is None else format(value, spec)
 
-    clipped = "clipped" if row.get("clipped") else "       "
-    z = f"  z {show('z', '+5.1f')}" if "z" in row else ""
+    z = f" z {show('z', '+.1f'):>4}" if "z" in row else ""
+    clipped = "clipped" if row.get("clipped") else ""
     return (
-        f"loss {show('loss', '6.3f')}  norm {show('grad_norm', '7.3f')}{z}  {clipped}"
-        f"  {show('tokens_per_second', ',.0f')} tokens/s"
+        f"loss {show('loss', '.3f')} norm {show('grad_norm', '.3g'):>5}{z} {clipped:7}"
+        f" {show('tokens_per_second', ',.0f')} tok/s"
     )
