@@ -13,8 +13,9 @@ from experiments.runs import Run
 def summarise(run: Run) -> dict[str, Any]:
     """Return what metrics.jsonl says about a whole run.
 
-    `train_loss` is the mean over the last tenth of the steps, `clipped_share` the share of steps whose gradients were
-    scaled down, `clipped_by_z` the number of ZClip's spikes (`None` for other strategies), `tokens_per_second` the median over steps. A share or mean of nothing finite is `None`.
+    `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
+    steps whose gradients were scaled down; `clipped_by_z` the number of ZClip's spikes, `None` for other
+    strategies; `tokens_per_second` the median over steps.
     """
     metrics = run.metrics
     steps = len(metrics["step"])

@@ -71,7 +71,7 @@ class ClippingStrategy(ABC):
         """
 
     def initial_state(self, like: Tensor) -> State:
-        """Return the statistics before the first step, on the device and in the dtype of `like` (0-dim)."""
+        """Return the statistics before the first step, on the device and in the dtype of `like`, a 0-dim zero."""
         return {}
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class ClippingStrategy(ABC):
 
     def _state_for(self, norm: Tensor) -> State:
         if not self.state:
-            self.state = self.initial_state(norm)
+            self.state = self.initial_state(torch.zeros_like(norm))
         elif any(value.device != norm.device for value in self.state.values()):
             self.state = {key: value.to(norm.device) for key, value in self.state.items()}
         return self.state
