@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training experiments tests train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format clean
+.PHONY: help setup train test lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +23,7 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 	$(BIN)/python train.py $(ARGS)
 
 test: setup ## run the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-
-test-slow: setup ## run the tests that take long
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)

@@ -13,8 +13,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from training.cli import command_line, reporting
-from training.config import check, check_writable, run_path
+from training.config import check, run_path
 from training.folder import RunFolder, write_whole
+
+results: list[tuple[str, dict]] = []
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -22,16 +24,16 @@ def main(cfg: DictConfig) -> None:
     """Run the job that the configuration describes."""
     with reporting():
         check(cfg)
-        console = Console()
+        console = Console(soft_wrap=True, highlight=False)
         folder = RunFolder(run_path(cfg))
         folder.check_same_run(cfg)
         if (result := folder.read_result()) is not None:
             finished = f"finished already: {folder.path} (remove the folder to train it again)"
-            console.print(finished, soft_wrap=True, highlight=False)
+            console.print(finished)
         else:
-            check_writable(cfg)
             result = run(cfg, folder, console)
         show(result, folder, console)
+        results.append((folder.path.name, result))
 
 
 def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
@@ -42,7 +44,7 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(cfg, console)
-    with folder.owned(cfg):
+    with folder.owned(cfg, tokens.fingerprint):
         evaluation = train(cfg, folder, tokens, console)
         unfinished = read_run(folder.path)
         result = summarise(unfinished) | evaluation
@@ -56,9 +58,14 @@ def show(result: dict, folder: RunFolder, console: Console) -> None:
     """Print the final table and where everything is."""
     from experiments.summary import table
 
-    console.print(table(result, title="result"))
-    console.print(f"picture  {folder.path}/plots/run.png\nfolder   {folder.path}", soft_wrap=True, highlight=False)
+    console.print(table(result, title="result"), soft_wrap=False)
+    console.print(f"picture  {folder.path}/plots/run.png\nfolder   {folder.path}")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    status = command_line(main)
+    if len(results) > 1:
+        from experiments.summary import comparison
+
+        Console().print(comparison(results))
+    sys.exit(status)

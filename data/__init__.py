@@ -6,14 +6,15 @@ tokens' fingerprint, the seed and the number of sequences consumed, and on nothi
 
 from data.corpus import Document, read_documents, split_documents
 from data.loader import SequenceLoader
-from data.prepare import Tokens, prepare
 from data.sequences import Sequences, unigram_entropy
+from data.tokens import Tokens, check_text, prepare
 
 __all__ = [
     "Document",
     "SequenceLoader",
     "Sequences",
     "Tokens",
+    "check_text",
     "prepare",
     "read_documents",
     "split_documents",

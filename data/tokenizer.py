@@ -15,16 +15,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: the documents to learn merges from.
-        vocab_size: number of ids, `END_OF_TEXT` (id 0) included. A small corpus may yield fewer.
-
-    Raises:
-        ValueError: `vocab_size` cannot hold all bytes.
+        vocab_size: number of ids, `END_OF_TEXT` (id 0) included; at least `SMALLEST_VOCABULARY`. A small corpus
+            may yield fewer.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"vocab_size={vocab_size} is not allowed: it must be at least {SMALLEST_VOCABULARY}, "
-            f"all bytes and {END_OF_TEXT}"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.definitions import loss_spikes
 from experiments.runs import Run
@@ -17,6 +18,16 @@ BEFORE, AFTER, MARK = "#c2410c", "#1d4ed8", "#b91c1c"
 
 def plot_run(run: Run) -> Path:
     """Draw `plots/run.png` in the run folder and return its path."""
+    target = run.path / "plots" / "run.png"
+    target.parent.mkdir(exist_ok=True)
+    figure = draw_run(run)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+    return target
+
+
+def draw_run(run: Run) -> Figure:
+    """Return the picture: loss, norms on a log axis, z-score (or clip coefficient), over the steps."""
     figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True, layout="constrained")
     _loss(axes[0], run)
     _norm(axes[1], run)
@@ -27,11 +38,7 @@ def plot_run(run: Run) -> Path:
         ax.margins(x=0.01)
     figure.align_ylabels(axes)
     figure.suptitle(run.path.name, fontsize=11)
-    target = run.path / "plots" / "run.png"
-    target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-    return target
+    return figure
 
 
 def _loss(ax: Axes, run: Run) -> None:
@@ -58,6 +65,9 @@ def _norm(ax: Axes, run: Run) -> None:
     step = run.metrics["step"]
     ax.plot(step, run.metrics["grad_norm"], color=BEFORE, lw=0.9, label="before clipping")
     ax.plot(step, run.metrics["clipped_norm"], color=AFTER, lw=0.9, label="after clipping")
+    bound = run.config["clip"].get("max_grad_norm")
+    if bound is not None:
+        ax.axhline(bound, color="0.4", ls=":", lw=1, label=f"max_grad_norm {bound:g}")
     positive = np.concatenate([run.metrics["grad_norm"], run.metrics["clipped_norm"]])
     if (positive > 0).any():
         ax.set_yscale("log")
@@ -70,7 +80,7 @@ def _norm(ax: Axes, run: Run) -> None:
 def _decision(ax: Axes, run: Run) -> None:
     step, metrics = run.metrics["step"], run.metrics
     if "z" not in metrics:
-        ax.plot(step, metrics["coefficient"], color=AFTER, lw=0.9)
+        ax.plot(step, metrics["clipped_norm"] / metrics["grad_norm"], color=AFTER, lw=0.9)
         ax.set_ylabel("clip coefficient")
         ax.set_ylim(0, 1.05)
         return

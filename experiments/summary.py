@@ -14,8 +14,9 @@ def summarise(run: Run) -> dict[str, Any]:
     """Return what metrics.jsonl says about a whole run.
 
     `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
-    steps whose gradients were scaled down; `clipped_by_z` the number of ZClip's spikes, `None` for other
-    strategies; `tokens_per_second` the median over steps.
+    steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
+    `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second` the median over
+    steps.
     """
     metrics = run.metrics
     steps = len(metrics["step"])
@@ -26,17 +27,32 @@ def summarise(run: Run) -> dict[str, Any]:
         "train_loss": float(tail.mean()) if np.isfinite(tail).all() else None,
         "spikes": len(loss_spikes(metrics["loss"])),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
-        "clipped_share": float(np.mean(metrics["clipped"] > 0)),
+        "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),
+        "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
         "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
     }
+
+
+def comparison(results: list[tuple[str, dict[str, Any]]]) -> Table:
+    """Return the table at the end of a sweep: one row per run, in the order given, best test loss in bold."""
+    shown = Table(title="sweep", title_justify="left")
+    for column in ("run", "test loss", "train loss", "spikes", "clipped"):
+        shown.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    best = min((result["test_loss"] for _, result in results if result["test_loss"] is not None), default=None)
+    for name, result in results:
+        losses = ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
+        cells = [name, *losses, str(result["spikes"]), f"{result['clipped_share']:.1%}"]
+        shown.add_row(*cells, style="bold" if result["test_loss"] == best is not None else None)
+    return shown
 
 
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the table a person sees at the end of a run."""
     test, unigram = result["test_loss"], result["unigram_entropy"]
     finite = test is not None
-    by_z = "" if result["clipped_by_z"] is None else f", {result['clipped_by_z']} of them by z-score"
+    by_z = "" if result.get("clipped_by_z") is None else f", {result['clipped_by_z']} of them by z-score"
+    skipped = f"; {result['skipped']} skipped, norm not finite" if result.get("skipped") else ""
     shown = Table(title=title, show_header=False, title_justify="left", min_width=60)
     for name, value, remark in (
         (
@@ -47,7 +63,7 @@ def table(result: dict[str, Any], title: str) -> Table:
         ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", ""),
         ("unigram entropy", f"{unigram:.3f} nats/token", "the best that a model without context can do"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
-        ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}"),
+        ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),
         (
             "speed",
             f"{result['tokens_per_second']:,.0f} tokens/s",

@@ -42,7 +42,7 @@ class LlamaConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             kinds, allowed = _ALLOWED[field.type]
-            if type(value) not in kinds or (field.type is not bool and not value > 0):
+            if type(value) not in kinds or (field.type is not bool and not 0 < value < float("inf")):
                 raise ValueError(f"{field.name}={value} is not allowed: it must be {allowed}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads):
@@ -54,6 +54,15 @@ class LlamaConfig:
             raise ValueError(
                 f"num_key_value_heads={kv_heads} is not allowed: it must divide num_attention_heads={heads}"
             )
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        kv_width = self.num_key_value_heads * self.head_dim
+        attention = 2 * self.hidden_size * (self.hidden_size + kv_width)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
     @property
     def head_dim(self) -> int:

@@ -10,6 +10,9 @@ import pytest
 
 from data.corpus import embedded_corpus
 
+# Tests run side by side: threads of each would only get in the way of the others'.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 CHECKOUT = Path(__file__).parent.parent
 
 #: A run of a second or two; `corpus` gives it its text.

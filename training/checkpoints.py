@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from training.folder import RunFolder
 from training.metrics import Metrics
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file; Lightning's own first builds all of it once more in memory."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to the local `path`, which is not synced and may be left half-written."""
+        torch.save(checkpoint, path)
 
 
 class Checkpoints(pl.Callback):

@@ -7,6 +7,7 @@ says what a user needs; faults of the program keep their traceback. With HYDRA_F
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,22 +23,42 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import ConfigError, check, check_writable, run_path
+from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 _mistakes: list[Exception] = []
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended training or evaluation after `step` optimizer steps; the last checkpoint is of step `saved`."""
+
+    def __init__(self, signum: int, step: int, saved: int | None) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.step = step
+        self.saved = saved
 
 
 def command_line(main: Callable[[], Any]) -> int:
     """Run a Hydra main function, whose body stands in `reporting`, and return the process's exit status.
 
     Returns:
-        0, or 2 if a mistake of the user's was reported on stderr.
+        0; 2 if a mistake of the user's was reported on stderr; 128 + the signal's number if interrupted.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with reporting():
-        main()
+    try:
+        with reporting():
+            main()
+    except KeyboardInterrupt as stop:
+        if not isinstance(stop, Interrupted):
+            print("interrupted: the same command goes on", file=sys.stderr)
+            return 128 + signal.SIGINT
+        on = "starts again: there is no checkpoint yet" if stop.saved is None else f"continues after step {stop.saved}"
+        print(f"interrupted after step {stop.step}: the same command {on}", file=sys.stderr)
+        return 128 + stop.signum
     return 2 if _mistakes else 0
 
 
@@ -46,11 +67,21 @@ def reporting() -> Iterator[None]:
     """Report a mistake in the configuration as one sentence; the other jobs of a sweep go on."""
     try:
         yield
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not isinstance(error, ConfigError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
+            raise
         _mistakes.append(error)
         if _wants_traceback:
             traceback.print_exc()
         print(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", file=sys.stderr)
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Whether Hydra itself failed, on an override or a folder of its own, and not what it was running."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).parent.parent
+    started = any(Path(frame.filename) == ours / "train.py" and frame.name == "main" for frame in frames)
+    return not started and any("hydra" in Path(frame.filename).parts for frame in frames)
 
 
 def sentence(error: Exception) -> str:
@@ -58,8 +89,17 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         known = ", ".join(error.options or ())
-        return f"{group}={option} is not known: it must be one of {known}" if group else f"there is no {option}"
+        if known and group:
+            return f"{group}={option} is not known: it must be one of {known}"
+        return f"there is no configuration file {error.missing_cfg_file}.yaml in configs/"
     message = str(error)
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        return f"{match.group(1)} is several values: add -m to run a sweep, or quote the value"
+    if match := re.search(r"override must be a string or a list. Got (\w+)", message):
+        groups = {file.parent.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("*.yaml")}
+        wrong = [a for a in sys.argv[1:] if a.split("=")[0] in groups and not re.match(r"[a-z]", a.partition("=")[2])]
+        wrong += [a for a in sys.argv[1:] if re.search(r"=(.*,)?(null|none|~|true|false)(,|$)", a, re.I)]
+        return f"{wrong[0] if wrong else match.group(1)} is not allowed: a group takes the name of one of its options"
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match.group(1)
         given = next((a for a in sys.argv[1:] if a.lstrip("+").split("=")[0] == key), key)
@@ -76,12 +116,21 @@ class CheckSweep(Callback):
             loader = GlobalHydra.instance().config_loader()
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+            if not jobs:
+                raise ConfigError(f"{' '.join(config.hydra.overrides.task)} makes no job: a value must match something")
+            seen: dict[Path, list[str]] = {}
             for job in jobs:
                 composed = loader.load_sweep_config(config, list(job))
                 with open_dict(composed):
                     del composed["hydra"]
                 check(composed)
-                if not RunFolder(run_path(composed)).read_result():
-                    check_writable(composed)
+                folder = RunFolder(run_path(composed))
+                folder.check_same_run(composed)
+                if folder.path in seen:
+                    raise ConfigError(
+                        f"name={composed.name} would be shared by the jobs ({' '.join(seen[folder.path])}) and "
+                        f"({' '.join(job)}): leave the name out, and each has its own"
+                    )
+                seen[folder.path] = list(job)
         if _mistakes:
             sys.exit(2)  # Hydra goes on after an exception in a callback

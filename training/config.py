@@ -6,19 +6,21 @@ rooms raise `ValueError("field=value ...")` for their own settings; `section` pu
 """
 
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
+from data import check_text
 from models import LlamaConfig
 from zclip import ClippingStrategy
 from zclip.base import is_number
@@ -28,12 +30,8 @@ class ConfigError(ValueError):
     """The configuration asks for something that is not allowed; the message is one sentence for the user."""
 
 
-def _between(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: is_number(value) and low <= value <= high
-
-
 def _positive(value: Any) -> bool:
-    return is_number(value) and 0 < value < float("inf")
+    return is_number(value) and value > 0
 
 
 def _count(value: Any) -> bool:
@@ -47,40 +45,38 @@ def _folder_name(value: Any) -> bool:
 _POSITIVE = (_positive, "a number above 0")
 _COUNT = (_count, "an integer from 1")
 _FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
-_FRACTION = (_between(0, 1), "a number from 0 to 1")
+_FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
 
-#: Key -> (test of the value, what is allowed).
+#: Key -> (test of the value, what is allowed). Keys of `model` and `clip` are the arguments of what they make.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _POSITIVE,
     "seed": (lambda v: type(v) is int and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1"),
-    "name": (
-        lambda v: v is None or _folder_name(v),
-        "a folder name of letters, digits and . _ = , + -, or null",
-    ),
-    "experiment": (
-        _folder_name,
-        "a folder name of letters, digits and . _ = , + -",
-    ),
-    "data.path": (
-        lambda v: v is None or isinstance(v, str),
-        "a folder of .txt files, or null for the embedded corpus",
-    ),
+    "name": (lambda v: v is None or _folder_name(v), f"{_NAME[1]}, or null"),
+    "experiment": _NAME,
+    "model.name": _NAME,
+    "clip.name": _NAME,
     "paths.runs": _FOLDER,
     "paths.cache": _FOLDER,
+    "data.path": (
+        lambda v: v is None or (isinstance(v, str) and v != ""),
+        "a folder of .txt files, or null for the embedded corpus",
+    ),
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
     "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
+    "optim.name": (lambda v: v == "adamw", "adamw"),
     "optim.betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
         "two numbers from 0 to below 1",
     ),
     "optim.eps": _POSITIVE,
-    "optim.weight_decay": (_between(0, float("inf")), "a number from 0"),
+    "optim.weight_decay": (lambda v: is_number(v) and v >= 0, "a number from 0"),
     "optim.fused": (lambda v: isinstance(v, bool), "true or false"),
     "optim.warmup_fraction": _FRACTION,
     "optim.final_lr_fraction": _FRACTION,
     "trainer.accelerator": (lambda v: v in ("cpu", "gpu"), "cpu or gpu"),
-    "trainer.devices": (lambda v: v == 1 and _count(v), "1"),
+    "trainer.devices": (lambda v: type(v) is int and v == 1, "1"),
     "trainer.precision": (lambda v: v in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
     "trainer.max_steps": _COUNT,
     "trainer.global_batch_size": _COUNT,
@@ -88,6 +84,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.log_every": _COUNT,
     "trainer.checkpoint_every": _COUNT,
     "trainer.keep_checkpoints": _COUNT,
+    "logger.name": (lambda v: v in ("local", "wandb"), "local or wandb"),
+}
+WANDB_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "logger.project": (
+        lambda v: isinstance(v, str) and re.fullmatch(r"[^/\\#?%:]{1,128}", v) is not None,
+        "a name of at most 128 characters without / \\ # ? % :",
+    ),
+    "logger.entity": (lambda v: v is None or isinstance(v, str), "a wandb user or team, or null"),
+    "logger.tags": (lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v), "a list of words"),
 }
 
 #: Settings that change what is written or shown, but not what is computed.
@@ -96,17 +101,21 @@ NOT_IDENTITY_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise `ConfigError` unless the configuration can be run. Writes nothing.
+    """Raise `ConfigError` if anything in the configuration stands against running it. Writes nothing.
 
-    What depends on the text itself (is it long enough?) is found when the tokens are prepared.
+    Only whether the text has enough tokens, not just enough bytes, is left for when it is tokenized.
     """
-    for key, (allowed, description) in RULES.items():
+    rules = RULES | (WANDB_RULES if OmegaConf.select(cfg, "logger.name") == "wandb" else {})
+    for key, (allowed, description) in rules.items():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         if not allowed(value):
-            raise ConfigError(f"{key}={value} is not allowed: it must be {description}")
-    model_config(cfg)
+            raise ConfigError(f"{key}={'null' if value is None else value} is not allowed: it must be {description}")
+    for key in _leaves(cfg):
+        if key not in rules and key.split(".")[0] not in ("model", "clip"):
+            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     clipping_strategy(cfg)
+    _check_model(cfg)
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu")
     if cfg.trainer.global_batch_size % cfg.trainer.micro_batch_size:
@@ -119,15 +128,15 @@ def check(cfg: DictConfig) -> None:
             f"data.vocab_size={cfg.data.vocab_size} is larger than the model's: it must be at most "
             f"model.vocab_size={cfg.model.vocab_size}"
         )
-    if cfg.data.path is not None and not Path(cfg.data.path).is_dir():
+    with section("data"):
+        check_text(**text_settings(cfg))
+    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
         raise ConfigError(
-            f"data.path={cfg.data.path} is not a folder: it must be a folder of .txt files, "
-            "or null for the embedded corpus"
+            f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
+            f"model.max_position_embeddings={cfg.model.max_position_embeddings}"
         )
-
-
-def check_writable(cfg: DictConfig) -> None:
-    """Raise `ConfigError` unless files can be made in the run folder and the cache. Leaves nothing behind."""
+    if cfg.logger.name == "wandb":
+        _check_wandb()
     for key, folder in (("paths.runs", run_path(cfg)), ("paths.cache", Path(cfg.paths.cache))):
         try:
             _try_writing(folder)
@@ -136,6 +145,50 @@ def check_writable(cfg: DictConfig) -> None:
                 f"{key}={OmegaConf.select(cfg, key)} cannot be written ({error.strerror} at {folder}): "
                 "it must be a folder in which files can be made"
             ) from error
+
+
+def text_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments that `data.check_text` and `data.prepare` share."""
+    return {
+        "path": cfg.data.path,
+        "vocab_size": cfg.data.vocab_size,
+        "test_fraction": cfg.data.test_fraction,
+        "sequence_length": cfg.data.sequence_length,
+    }
+
+
+def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, cfg):
+        key = f"{prefix}{name}"
+        inner = OmegaConf.select(cfg, name, throw_on_missing=False)
+        if isinstance(inner, DictConfig):
+            yield from _leaves(inner, f"{key}.")
+        else:
+            yield key
+
+
+def _check_model(cfg: DictConfig) -> None:
+    """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the memory of the machine or GPU."""
+    config = model_config(cfg)
+    gpu = cfg.trainer.accelerator == "gpu" and torch.cuda.is_available()
+    here = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 16 * config.parameters
+    if needed > here:
+        raise ConfigError(
+            f"model.name={cfg.model.name} has {config.parameters:,} parameters, which take {needed / 2**30:,.0f} GiB "
+            f"to train: it must fit the {here / 2**30:,.0f} GiB of the {'GPU' if gpu else 'machine'}"
+        )
+
+
+def _check_wandb() -> None:
+    """Raise `ConfigError` if wandb would stop to ask who you are."""
+    if os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
+            raise ConfigError(
+                "logger=wandb needs to know who you are: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+            )
 
 
 @contextmanager
@@ -160,29 +213,39 @@ def settings_of(group: DictConfig) -> dict[str, Any]:
 
 def model_config(cfg: DictConfig) -> LlamaConfig:
     """Return the model's shape, or raise `ConfigError`."""
+    settings = settings_of(cfg.model)
+    _check_names("model", settings, LlamaConfig)
     with section("model"):
-        try:
-            return LlamaConfig(**settings_of(cfg.model))
-        except TypeError as error:
-            raise ConfigError(f"model: {error}") from error
+        return LlamaConfig(**settings)
 
 
 def clipping_strategy(cfg: DictConfig) -> ClippingStrategy:
     """Make the clipping strategy of `cfg.clip`, any class that its `_target_` names, or raise `ConfigError`."""
     settings = settings_of(cfg.clip)
+    target = settings.pop("_target_", None)
+    module, _, name = str(target).rpartition(".")
+    try:
+        made_by = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(f"clip._target_={target} cannot be imported ({error}): it must be module.Class") from error
+    if not isinstance(made_by, type) or not issubclass(made_by, ClippingStrategy):
+        raise ConfigError(f"clip._target_={target} is not allowed: it must be a subclass of zclip.ClippingStrategy")
+    _check_names("clip", settings, made_by)
     with section("clip"):
-        try:
-            strategy = hydra.utils.instantiate(settings)
-        except InstantiationException as error:
-            cause = error.__cause__
-            if isinstance(cause, ValueError):
-                raise cause from None
-            raise ConfigError(f"clip: {cause or str(error).splitlines()[0]}") from error
-    if not isinstance(strategy, ClippingStrategy):
+        return made_by(**settings)
+
+
+def _check_names(group: str, settings: dict[str, Any], made: type) -> None:
+    parameters = list(inspect.signature(made.__init__).parameters.values())[1:]  # type: ignore[misc]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters]
+    for name in settings.keys() - set(known):
         raise ConfigError(
-            f"clip._target_={settings.get('_target_')} is not allowed: it must be a subclass of zclip.ClippingStrategy"
+            f"{group}.{name}={settings[name]} means nothing to {made.__name__}: it has {', '.join(known)}"
         )
-    return strategy
+    for name in [p.name for p in parameters if p.default is p.empty and p.name not in settings]:
+        raise ConfigError(f"{group}.{name} is missing: {made.__name__} needs it")
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -207,17 +270,8 @@ def run_path(cfg: DictConfig) -> Path:
 
 
 def _try_writing(folder: Path) -> None:
-    """Raise `OSError` unless a file can be made in `folder`; leave nothing behind."""
-    made: list[Path] = []
-    try:
-        for level in reversed([folder, *folder.parents]):
-            if not level.exists():
-                level.mkdir()
-                made.append(level)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    finally:
-        for level in reversed(made):
-            with suppress(OSError):  # another run has put something there meanwhile
-                level.rmdir()
+    """Raise `OSError` unless files can be made in `folder`, or in the nearest folder above it that exists."""
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass

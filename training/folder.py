@@ -17,14 +17,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from training.config import ConfigError, identity
 
@@ -47,14 +50,29 @@ class RunFolder:
         self.result = path / "result.json"
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the final numbers, or `None` while the run is not done."""
-        return json.loads(self.result.read_text()) if self.result.exists() else None
+        """Return the final numbers, or `None` while the run is not done.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        if not self.result.exists():
+            return None
+        try:
+            return json.loads(self.result.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.result} is damaged ({error}): remove it to evaluate the run again") from error
 
     def check_same_run(self, cfg: DictConfig) -> None:
         """Raise `ConfigError` if the folder holds a run with other settings. Writes nothing."""
         if not self.config.exists():
             return
-        theirs, ours = (_flat(identity(c)) for c in (OmegaConf.load(self.config), cfg))  # type: ignore[arg-type]
+        try:
+            theirs = _flat(identity(OmegaConf.load(self.config)))  # type: ignore[arg-type]
+        except (yaml.YAMLError, KeyError, AttributeError, OmegaConfBaseException) as error:
+            raise ConfigError(
+                f"{self.config} is damaged ({error}): remove the folder, or choose another name"
+            ) from error
+        ours = _flat(identity(cfg))
         changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if changed:
             pairs = ", ".join(f"{key}={ours.get(key)} (there: {theirs.get(key)})" for key in changed[:4])
@@ -64,31 +82,67 @@ class RunFolder:
             )
 
     @contextmanager
-    def owned(self, cfg: DictConfig) -> Iterator[None]:
+    def owned(self, cfg: DictConfig, data_fingerprint: str) -> Iterator[None]:
         """Make the folder, record how this process was started, and hold the folder until the block ends.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds it, or it was started on other tokens.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                raise ConfigError(f"another process is training {self.path}: wait for it, or stop it") from error
+            starts = json.loads(self.environment.read_text())["starts"] if self.environment.exists() else []
+            if starts and starts[-1]["data_fingerprint"] != data_fingerprint:
                 raise ConfigError(
-                    f"another process is training {self.path} right now: wait for it, or stop it"
-                ) from error
+                    f"the text of data.path={cfg.data.path or 'null'} has changed: {self.path} was started on tokens "
+                    f"{starts[-1]['data_fingerprint']}, these are {data_fingerprint}; restore it, or choose a name"
+                )
             if not self.config.exists():
                 write_whole(self.config, OmegaConf.to_yaml(cfg, resolve=True))
-            starts = json.loads(self.environment.read_text())["starts"] if self.environment.exists() else []
-            write_whole(self.environment, json.dumps({"starts": [*starts, environment()]}, indent=1))
+            start = environment() | {"data_fingerprint": data_fingerprint}
+            write_whole(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
             yield
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, and remove what a killed save left."""
+    def last_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """Return the newest undamaged checkpoint, and remove what a killed save left.
+
+        Args:
+            say: told about damaged ones, which are passed over.
+
+        Raises:
+            ConfigError: metrics.jsonl lacks steps before the checkpoint.
+        """
         for leftover in self.checkpoints.glob(".saving-*"):
             leftover.unlink()
-        return max(self.checkpoints.glob("step-*.ckpt"), default=None)
+        for checkpoint in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
+            if not _undamaged(checkpoint):
+                say(f"{checkpoint} is damaged: going back to the one before")
+                continue
+            lines = len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
+            if lines < step_of(checkpoint):
+                raise ConfigError(
+                    f"{self.metrics} has {lines} lines, but the checkpoint is of step {step_of(checkpoint)}: "
+                    "restore the file, or remove the folder to train again"
+                )
+            return checkpoint
+        return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was taken."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
+def _undamaged(checkpoint: Path) -> bool:
+    """Whether every record of a checkpoint has its checksum."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def environment() -> dict[str, Any]:

@@ -29,7 +29,8 @@ class ProgressDisplay:
         self.steps = steps
         self.done = done
         self.console = console
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -51,10 +52,14 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=step, numbers=_numbers(row))
             return
         now = time.monotonic()
+        if self._first is None:  # the first steps are slower than those to come
+            self._first = (now, step)
         if now - self._printed >= SECONDS_BETWEEN_LINES or step == self.steps:
             self._printed = now
-            left = (now - self._started) / (step - self.done) * (self.steps - step)
-            self.console.print(f"step {step}/{self.steps}  {_numbers(row)}  {left:.0f} s left", soft_wrap=True)
+            since, at = self._first
+            seconds = round((now - since) / (step - at) * (self.steps - step)) if step > at else None
+            left = "-:--" if seconds is None else f"{seconds // 60}:{seconds % 60:02}"
+            self.console.print(f"step {step}/{self.steps}  {_numbers(row)}  {left} left")
 
     def close(self) -> None:
         """Leave the terminal as it should be."""
@@ -70,6 +75,6 @@ def _numbers(row: Row) -> str:
     z = f" z {show('z', '+.1f'):>4}" if "z" in row else ""
     clipped = "clipped" if row.get("clipped") else ""
     return (
-        f"loss {show('loss', '.3f')} norm {show('grad_norm', '.3g'):>5}{z} {clipped:7}"
+        f"loss {show('loss', '.3f')} norm {show('grad_norm', '.3f'):>5}{z} {clipped:7}"
         f" {show('tokens_per_second', ',.0f')} tok/s"
     )

@@ -2,7 +2,7 @@
 
 import logging
 import math
-import time
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +10,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
 from data import SequenceLoader, Sequences, Tokens, prepare, unigram_entropy
-from training.checkpoints import Checkpoints
-from training.config import clipping_strategy, model_config, run_name, section, settings_of
-from training.folder import RunFolder
+from training.checkpoints import Checkpoints, DirectCheckpointIO
+from training.cli import Interrupted
+from training.config import clipping_strategy, model_config, run_name, section, settings_of, text_settings
+from training.folder import RunFolder, step_of
 from training.metrics import Metrics, Row
 from training.module import PretrainingModule
 from training.progress import ProgressDisplay
@@ -42,14 +44,7 @@ class HeldOut:
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
     """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
     with section("data"):
-        return prepare(
-            path=cfg.data.path,
-            vocab_size=cfg.data.vocab_size,
-            test_fraction=cfg.data.test_fraction,
-            sequence_length=cfg.data.sequence_length,
-            cache=Path(cfg.paths.cache),
-            say=console.print,
-        )
+        return prepare(**text_settings(cfg), cache=Path(cfg.paths.cache), say=console.print)
 
 
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
@@ -62,8 +57,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         console: where to show progress.
 
     Returns:
-        `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, `training_seconds` of this
-        process and the tokens' `fingerprint`.
+        `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, and the tokens' fingerprint.
     """
     quieten_lightning()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -83,18 +77,18 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         global_batch_size=trainer_cfg.global_batch_size,
         micro_batch_size=trainer_cfg.micro_batch_size,
     )
-    checkpoint = folder.last_checkpoint()
-    done = int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
+    checkpoint = folder.last_checkpoint(say=console.print)
+    done = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
-        console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}", soft_wrap=True)
+        console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
     else:
         console.print(
             f"training {folder.path}: {parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
             f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens",
-            soft_wrap=True,
         )
 
     strategy = clipping_strategy(cfg)
+    strategy.max_consecutive_nonfinite = None  # a run that diverges is a result too, and ends like any other
     logger = wandb_logger(cfg, folder) if cfg.logger.name == "wandb" else None
     metrics = Metrics(
         folder,
@@ -117,6 +111,8 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         logger=logger or False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
+        plugins=[DirectCheckpointIO()],
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -125,27 +121,29 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         metrics.listeners.append(lambda row: _to_logger(logger, row))
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
-    started = time.perf_counter()
+    held_out = Sequences(tokens.test, cfg.data.sequence_length)
     try:
         # Checkpoints are our own files, and hold more than tensors.
         trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        console.print(f"interrupted at step {trainer.global_step}: the same command continues from the last checkpoint")
-        raise SystemExit(130) from stop
+        display.close()
+        console.print(f"evaluating on {len(held_out) * held_out.length:,} held-out tokens")
+        trainer.test(module, dataloaders=HeldOut(held_out, 4 * trainer_cfg.micro_batch_size), verbose=False)
+        if logger is not None:
+            logger.log_metrics({"test_loss": module.test_loss}, step=trainer_cfg.max_steps)
+    except SystemExit as stop:  # what Lightning makes of SIGTERM and of Ctrl-C
+        signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+        saved = folder.last_checkpoint(say=console.print)
+        raise Interrupted(signum, trainer.global_step, step_of(saved) if saved else None) from stop
     finally:
         display.close()
-    training_seconds = time.perf_counter() - started
-
-    held_out = Sequences(tokens.test, cfg.data.sequence_length)
-    console.print(f"evaluating on {len(held_out) * held_out.length:,} held-out tokens")
-    trainer.test(module, dataloaders=HeldOut(held_out, 4 * trainer_cfg.micro_batch_size), verbose=False)
+        if logger is not None:
+            logger.experiment.finish()  # or the next job of a sweep would log into this run
     evaluated = np.asarray(tokens.test[1 : len(held_out) * held_out.length + 1])
     return {
         "test_loss": module.test_loss,
         "unigram_entropy": unigram_entropy(evaluated),
         "test_tokens": len(evaluated),
         "parameters": parameters,
-        "training_seconds": round(training_seconds, 1),
         "data_fingerprint": tokens.fingerprint,
     }
 

@@ -14,18 +14,28 @@ All are `ClippingStrategy` subclasses, and so is any strategy of your own. Only 
 
 from typing import Any
 
-from zclip.base import ClippingStrategy, Decision, State
+from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State
+from zclip.strategies.adagc import AdaGC
+from zclip.strategies.agc import AGC
 from zclip.strategies.autoclip import AutoClip
 from zclip.strategies.fixed import FixedNorm
 from zclip.strategies.none import NoClipping
+from zclip.strategies.skip import SkipStep
+from zclip.strategies.stabilizer import GradientStabilizer
 from zclip.strategies.zclip import ZClip
 
 __all__ = [
+    "AGC",
+    "AdaGC",
     "AutoClip",
+    "Clipping",
     "ClippingStrategy",
     "Decision",
     "FixedNorm",
+    "GradientStabilizer",
+    "Measured",
     "NoClipping",
+    "SkipStep",
     "State",
     "ZClip",
 ]

@@ -1,35 +1,37 @@
 """What every clipping strategy shares, so that a strategy is nothing but its rule.
 
-A strategy decides from a norm and its own statistics, both tensors, how large the norm may be
-(`ClippingStrategy.decide`). The base class does the rest: it measures the norm (`zclip.norm`), turns the
-decision into one coefficient, keeps non-finite norms out of the statistics, scales the gradients
-(`zclip.scale`), saves and restores state, and holds the last step's telemetry. `decide` is a pure function of
-tensors: statistics come in as a dict and go out as a new one, so the base can drop an update by
-`torch.where` instead of by asking the host.
+`ClippingStrategy.step` measures the gradients' norms (`zclip.norm`), asks the rule for a decision, keeps what is not
+finite out of the statistics, and applies the decision (`zclip.apply`). A rule is a pure function of tensors:
+statistics come in as a dict and go out as a new one, so an update can be dropped by `torch.where` instead of by
+asking the host, and the rule can be compiled. A rule over the global norm implements `decide`; one that sees each
+tensor's norm, the loss or the gradients themselves implements `clip`.
 """
 
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
 
-from zclip.norm import global_norm
-from zclip.scale import scale_
+from zclip.apply import Fold, scale_, takes_scale
+from zclip.nonfinite import POLICIES, Watch, fault
+from zclip.norm import Parameters, Shard, global_norm, local_gradient, parameters_of, tensor_norms
 
 State = dict[str, Tensor]
-Parameters = nn.Module | Tensor | Iterable["Parameters"]
 
 
 class Decision(NamedTuple):
-    """What a strategy answers to one norm.
+    """What a rule over the global norm answers to one norm.
 
     Attributes:
-        target: 0-dim tensor, the norm the gradients may keep; `inf` where the strategy does not clip.
-        state: the statistics after this step, with the keys of the state that came in.
+        target: 0-dim tensor, the norm the gradients may keep; `inf` where the rule does not clip.
+        state: the statistics after this step, with the keys and shapes of the state that came in.
         telemetry: 0-dim tensors worth recording, by name.
     """
 
@@ -38,18 +40,70 @@ class Decision(NamedTuple):
     telemetry: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class ClippingStrategy(ABC):
-    """Base of all strategies: a subclass implements `decide`, and `initial_state` if it keeps statistics.
+class Measured(NamedTuple):
+    """What a rule can see of one step.
 
-    The arguments of a subclass's `__init__` must be kept as attributes of the same names: `state_dict`
-    records them.
+    Attributes:
+        norm: 0-dim, the global norm before clipping, finite.
+        norms: (n,) norm of each whole gradient, finite; 0 where there is none.
+        loss: 0-dim, the step's loss, if the caller gave it.
+        shards: the n parameters; empty where only a norm is known.
+        gradients: this rank's part of each gradient, `None` where there is none.
+    """
+
+    norm: Tensor
+    norms: Tensor
+    loss: Tensor | None = None
+    shards: Sequence[Shard] = ()
+    gradients: Sequence[Tensor | None] = ()
+
+
+class Clipping(NamedTuple):
+    """What any rule answers to one step.
+
+    Attributes:
+        coefficients: 0-dim for all gradients, (n,) one for each, or n tensors that broadcast to the gradients.
+        clipped_norm: 0-dim, the global norm afterwards.
+        clipped: 0-dim bool, whether anything was scaled.
+        state: the statistics after this step, with the keys and shapes of the state that came in.
+        telemetry: 0-dim tensors worth recording, by name.
+        skip: 0-dim bool, whether the optimizer must not step; `None`: it steps.
+    """
+
+    coefficients: Tensor | Sequence[Tensor]
+    clipped_norm: Tensor
+    clipped: Tensor
+    state: State
+    telemetry: Mapping[str, Tensor] = MappingProxyType({})
+    skip: Tensor | None = None
+
+
+class ClippingStrategy:
+    """Base of all strategies: a subclass implements `decide` (or `clip`), and `initial_state` if it keeps statistics.
+
+    The arguments of a subclass's `__init__` must be kept as attributes of the same names: `state_dict` records them.
+
+    A norm that is NaN or infinite never enters the statistics. What happens then is set by two attributes:
+
+    - `on_nonfinite`: "skip" (default), "zero" or "raise". "skip": the optimizer that was given to `step` does nothing,
+      no weight decay and no momentum either (a fused one is told so; on a CPU any other finds no gradients). Where
+      none was given, or one that is not fused on an accelerator, the gradients become zero instead, as with
+      "zero"; weight decay, momentum and Adam's moments then still move the weights. "raise":
+      `FloatingPointError` naming the first parameters at fault; this waits for the device.
+    - `max_consecutive_nonfinite`: so many in a row raise `FloatingPointError` with advice. Default 20; `None`: never.
+      On an accelerator the count is looked at when a copy of it has arrived, a step or two late.
 
     Args:
-        max_grad_norm: upper bound on the norm after clipping, whatever the strategy decides. `None`: no bound.
+        max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. `None`: no bound.
     """
 
     #: Version of the saved state's layout.
     version = 1
+    #: Whether the statistics are one for each tensor: `initial_state` is then given (n,) zeros.
+    per_tensor = False
+
+    on_nonfinite: str = "skip"
+    max_consecutive_nonfinite: int | None = 20
 
     def __init__(self, max_grad_norm: float | None = None) -> None:
         if max_grad_norm is not None:
@@ -57,11 +111,14 @@ class ClippingStrategy(ABC):
             require(is_number(max_grad_norm) and max_grad_norm > 0, "max_grad_norm", max_grad_norm, allowed)
         self.max_grad_norm = max_grad_norm
         self.state: State = {}
-        #: 0-dim tensors of the last step, on the gradients' device: reading one waits for the device.
-        #: Always `grad_norm`, `clipped_norm`, `coefficient` and `clipped` (1 or 0); the rest is the strategy's own.
-        self.telemetry: Mapping[str, Tensor] = MappingProxyType({})
+        self.counters: State = {}
+        #: 0-dim tensors of the last step on the gradients' device; `read_telemetry` brings them over together.
+        #: Always `grad_norm`, `clipped_norm`, `clipped`, `clipped_by_max` (by max_grad_norm, beyond the rule),
+        #: `consecutive_clips`, `nonfinite` (how many so far) and `consecutive_nonfinite`; the rest is the strategy's.
+        self.telemetry: dict[str, Tensor] = {}
+        self._folds: weakref.WeakKeyDictionary[Optimizer, Fold] = weakref.WeakKeyDictionary()
+        self._watch = Watch()
 
-    @abstractmethod
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the norm the gradients may keep and the statistics after this step.
 
@@ -69,93 +126,202 @@ class ClippingStrategy(ABC):
             norm: 0-dim float tensor, the gradient norm before clipping, finite.
             state: the statistics before this step; not to be changed in place.
         """
+        raise NotImplementedError(f"{type(self).__name__} must implement decide(norm, state)")
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step, on the device and in the dtype of `like`, a 0-dim zero."""
         return {}
 
+    def clip(self, measured: Measured, state: State) -> Clipping:
+        """Return how the gradients are scaled. By default all alike, to the norm that `decide` allows."""
+        norm = measured.norm
+        decision = self.decide(norm, state)
+        target = decision.target if self.max_grad_norm is None else decision.target.clamp(max=self.max_grad_norm)
+        clipped = norm > target
+        coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
+        telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
+        return Clipping(coefficient, norm * coefficient, clipped, decision.state, telemetry)
+
     @torch.no_grad()
-    def step(self, *models: Parameters) -> Tensor:
-        """Clip the gradients in place. Call it after backward and before the optimizer.
+    def step(
+        self,
+        *models: Parameters,
+        optimizer: Optimizer | Iterable[Optimizer] = (),
+        loss: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Clip the gradients. Call it after backward, accumulation and unscaling, before the optimizer.
 
         Args:
-            models: modules, parameters, or iterables of either; one norm is taken over all of them.
+            models: modules, parameters, or iterables of either; one norm is taken over all of them, and the
+                statistics are updated once. Under any sharding, call it on all ranks.
+            optimizer: the optimizer, or several, that will step next. Into a fused one (`AdamW(fused=True)`)
+                clipping is folded: its gradients stay as they are until it steps. It is left out of this, and
+                gets gradients scaled in place, if it holds parameters that are not among the models'.
+            loss: 0-dim, for strategies that look at it; must be the same on every rank.
+            process_group: ranks that hold other parameters of the same model (pipeline stages): the norm is
+                taken over all of them, and all decide alike.
 
         Returns:
-            The norm before clipping, a 0-dim tensor on the gradients' device.
+            The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
             ValueError: no parameter has a gradient.
+            FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
-        gradients = [p.grad for p in parameters_of(models) if p.grad is not None]
-        if not gradients:
-            raise ValueError(
-                "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad()"
-            )
-        norm = global_norm(gradients)
-        scale_(gradients, self.observe(norm))
-        return norm
+        shards = parameters_of(models)
+        gradients = [local_gradient(shard.parameter) for shard in shards]
+        idle = all(gradient is None for gradient in gradients)
+        if idle and process_group is None and not any(shard.groups for shard in shards):
+            raise ValueError(NO_GRADIENTS)
+        norms = tensor_norms(shards, gradients)
+        norm = global_norm(norms, process_group)
+        if idle and norm.device.type == "cpu" and norm == 0:
+            raise ValueError(NO_GRADIENTS)
+        clipping = self._observe(Measured(norm, norms, loss, shards, gradients))
+        self._apply(clipping, shards, gradients, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        return norm.to(torch.float32)
 
     @torch.no_grad()
-    def observe(self, norm: Tensor) -> Tensor:
-        """Take one norm into the statistics and return the coefficient that clips it.
+    def observe(self, norm: Tensor, loss: Tensor | None = None) -> Tensor:
+        """Take one norm into the statistics without gradients, and return by what such gradients would be scaled.
 
-        A norm that is NaN or infinite leaves the statistics as they were and gets the coefficient 0.
+        Strategies that look at each tensor see a single one.
 
         Args:
-            norm: 0-dim tensor.
+            norm: 0-dim tensor; NaN or infinity leaves the statistics as they were.
+            loss: 0-dim tensor, for strategies that look at it.
 
         Returns:
-            0-dim tensor in [0, 1] by which gradients of this norm are to be multiplied.
+            0-dim tensor; 0 where the step would be skipped.
         """
         norm = norm.detach().to(torch.float32 if norm.device.type == "mps" else torch.float64)
-        state = self._state_for(norm)
+        clipping = self._observe(Measured(norm, norm.reshape(1), loss))
+        assert isinstance(clipping.coefficients, Tensor) and clipping.skip is not None
+        return torch.where(clipping.skip, 0.0, clipping.coefficients.reshape(()))
+
+    def _observe(self, measured: Measured) -> Clipping:
+        """Decide one step, update statistics, counters and telemetry; the result's `skip` is never `None`."""
+        norm = measured.norm
+        require(self.on_nonfinite in POLICIES, "on_nonfinite", self.on_nonfinite, "one of " + ", ".join(POLICIES))
         finite = torch.isfinite(norm)
-        decision = self.decide(torch.where(finite, norm, 1.0), state)
-        target = decision.target
-        if self.max_grad_norm is not None:
-            target = target.clamp(max=self.max_grad_norm)
-        clipped = norm > target
-        coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
-        coefficient = torch.where(finite, coefficient, 0.0)
-        for key, new in decision.state.items():
-            state[key].copy_(torch.where(finite, new, state[key]))
+        if self.on_nonfinite == "raise" and not finite:
+            raise FloatingPointError(fault(norm, measured.norms, measured.shards))
+        self._prepare_state(measured)
+        safe = measured._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, measured.norms, 1.0))
+        clipping = self.clip(safe, self.state)
+        for key, new in clipping.state.items():
+            self.state[key].copy_(torch.where(finite, new, self.state[key]))
+        skip = ~finite if clipping.skip is None else ~finite | clipping.skip
+        counted = self.counters
+        clips = torch.where(clipping.clipped | skip, counted["consecutive_clips"] + 1, 0)
+        counts = {
+            "consecutive_clips": torch.where(finite, clips, counted["consecutive_clips"]),
+            "nonfinite": counted["nonfinite"] + ~finite,
+            "consecutive_nonfinite": torch.where(finite, 0, counted["consecutive_nonfinite"] + 1),
+        }
+        for key, count in counts.items():
+            counted[key].copy_(count)
         self.telemetry = {
             "grad_norm": norm,
-            "clipped_norm": torch.where(finite, norm * coefficient, 0.0),
-            "coefficient": coefficient,
-            "clipped": (coefficient < 1).to(norm.dtype),
-            **decision.telemetry,
+            "clipped_norm": torch.where(skip, 0.0, clipping.clipped_norm),
+            "clipped": clipping.clipped | skip,
+            "clipped_by_max": torch.zeros_like(finite),
+            **counts,
+            **{key: torch.where(finite, value.to(norm.dtype), torch.nan) for key, value in clipping.telemetry.items()},
         }
-        return coefficient
+        self._watch.look(counts["consecutive_nonfinite"], self.max_consecutive_nonfinite)
+        return clipping._replace(skip=skip)
 
-    def _state_for(self, norm: Tensor) -> State:
-        if not self.state:
-            self.state = self.initial_state(torch.zeros_like(norm))
-        elif any(value.device != norm.device for value in self.state.values()):
-            self.state = {key: value.to(norm.device) for key, value in self.state.items()}
-        return self.state
+    def _prepare_state(self, measured: Measured) -> None:
+        like = torch.zeros_like(measured.norms if self.per_tensor else measured.norm)
+        if not self.counters:
+            zero = torch.zeros_like(measured.norm, dtype=torch.int64)
+            self.counters = {key: zero.clone() for key in ("consecutive_clips", "nonfinite", "consecutive_nonfinite")}
+            self.state = self.initial_state(like)
+        elif self.counters["nonfinite"].device != like.device:
+            self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
+            self.state = {key: value.to(like.device) for key, value in self.state.items()}
+        if self.per_tensor:
+            held = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
+            if held:
+                raise ValueError(
+                    f"{type(self).__name__} has statistics of {held.pop()[0]} tensors, but step() was given "
+                    f"{like.numel()}: use one strategy for one set of parameters, always whole"
+                )
+
+    def _apply(
+        self,
+        clipping: Clipping,
+        shards: Sequence[Shard],
+        gradients: Sequence[Tensor | None],
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        """Fold the decision into the optimizers that take it, and scale the other gradients in place."""
+        assert clipping.skip is not None
+        ours = {id(shard.parameter) for shard in shards}
+        folded: set[int] = set()
+        coefficients = clipping.coefficients
+        common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
+        skipped: set[int] = set()
+        for optimizer in optimizers if self.on_nonfinite != "zero" else ():
+            theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if not theirs <= ours:
+                continue
+            if takes_scale(optimizer):
+                fold = self._folds.get(optimizer)
+                if fold is None:
+                    fold = self._folds[optimizer] = Fold(optimizer)
+                fold.set(optimizer, common, clipping.skip)
+                folded |= theirs if common is not None else set()
+            elif clipping.skip.device.type == "cpu" and clipping.skip:
+                skipped |= theirs  # an optimizer does nothing where there is no gradient
+        rest = []
+        for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True)):
+            if id(shard.parameter) in skipped:
+                shard.parameter.grad = None
+            elif gradient is not None and id(shard.parameter) not in folded:
+                rest.append((i, gradient))
+        if rest:
+            coefficient = [coefficients[i] for i, _ in rest] if common is None else common
+            scale_([gradient for _, gradient in rest], coefficient, clipping.skip)
+
+    def read_telemetry(self) -> dict[str, float]:
+        """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
+        if not self.telemetry:
+            return {}
+        values = torch.stack([value.to(torch.float64) for value in self.telemetry.values()]).tolist()
+        return dict(zip(self.telemetry, values, strict=True))
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
-        names = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in names if name != "self"}
+        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
+        named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        return {name: getattr(self, name) for name in named}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next decisions depend on: name, version, arguments and statistics."""
+        """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
+
+        Holds tensors, numbers, strings and dicts only, so `torch.save`, `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` take it.
+        """
         return {
             "strategy": type(self).__name__,
             "version": self.version,
             "config": self.config(),
             "state": {key: value.clone() for key, value in self.state.items()},
+            "counters": {key: value.clone() for key, value in self.counters.items()},
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of another strategy, version, or set of arguments.
+            ValueError: the state is of another strategy, version or set of arguments, or not of a strategy at all.
         """
+        missing = [key for key in ("strategy", "version", "config", "state", "counters") if key not in state_dict]
+        if missing:
+            raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
         saved = (state_dict["strategy"], state_dict["version"])
         if saved != (type(self).__name__, self.version):
             raise ValueError(
@@ -168,30 +334,22 @@ class ClippingStrategy(ABC):
             pairs = ", ".join(f"{key}={theirs.get(key)!r}, not {ours.get(key)!r}" for key in sorted(changed))
             raise ValueError(f"the saved {saved[0]} was made with {pairs}: make this one with the same arguments")
         self.state = {key: value.clone() for key, value in state_dict["state"].items()}
+        self.counters = {key: value.clone() for key, value in state_dict["counters"].items()}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
 
 
-def parameters_of(models: Parameters) -> list[Tensor]:
-    """Return the distinct parameters of modules, tensors and (nested) iterables of them, in order."""
-    found: dict[int, Tensor] = {}
-
-    def visit(item: Parameters) -> None:
-        if isinstance(item, Tensor):
-            found.setdefault(id(item), item)
-        else:
-            for inner in item.parameters() if isinstance(item, nn.Module) else item:
-                visit(inner)
-
-    visit(models)
-    return list(found.values())
+NO_GRADIENTS = (
+    "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
+    "on the module that was trained, with parameters that require gradients"
+)
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is an int or a float; True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether `value` is a finite int or float; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -1,45 +1,140 @@
-"""The global norm of gradients, wherever they live: plain tensors, or the shards of DTensors.
+"""Norms of gradients, wherever they live: plain tensors, DTensors on any meshes, FSDP1 shards, pipeline stages.
 
-Squares are summed in float32 within a tensor and in float64 across tensors. A sharded tensor contributes
-its local shard, and the sums are added up over the mesh dimensions that shard it: gradients that are
-replicated over a dimension are counted once.
+One foreach pass sums squares in float32 (float64 for float64 gradients) within each tensor, so that a norm above
+1.8e19 counts as infinite; across tensors and ranks sums are float64. A shard's sum is added up over the process
+groups that divide its parameter, and over no others, so what is replicated counts once. Which groups those are is
+read off the parameters, not off their gradients: all ranks then enter the same collectives in the same order, one
+without gradients included.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+
+Parameters = nn.Module | Tensor | Iterable["Parameters"]
+Groups = tuple[dist.ProcessGroup, ...]
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together, as one vector, over all ranks.
+class Shard(NamedTuple):
+    """A parameter and the process groups over which its gradient is divided (none: it is whole here)."""
+
+    parameter: Tensor
+    groups: Groups
+
+
+def parameters_of(models: Parameters) -> list[Shard]:
+    """Return the distinct trainable parameters of modules, tensors and (nested) iterables of them, in order."""
+    found: dict[int, Shard] = {}
+
+    def visit(item: Parameters, fsdp1: Groups) -> None:
+        if isinstance(item, Tensor):
+            if item.requires_grad:
+                found.setdefault(id(item), Shard(item, fsdp1 or _mesh_groups(item)))
+        elif isinstance(item, nn.Module):
+            if isinstance(item, FullyShardedDataParallel):
+                fsdp1 = _fsdp1_groups(item)
+            for parameter in item.parameters(recurse=False):
+                visit(parameter, fsdp1)
+            for child in item.children():
+                visit(child, fsdp1)
+        else:
+            for inner in item:
+                visit(inner, fsdp1)
+
+    visit(models, ())
+    return list(found.values())
+
+
+def _mesh_groups(parameter: Tensor) -> Groups:
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    divided = (dim for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate))
+    return tuple(mesh.get_group(dim) for dim in divided)
+
+
+def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
+    handle = module._handle
+    group = module.process_group
+    return (group,) if handle is not None and group is not None and handle.uses_sharded_strategy else ()
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """Return this rank's part of a parameter's gradient, laid out as the parameter is; `None` if there is none."""
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor):
+        return gradient
+    assert isinstance(parameter, DTensor)
+    if gradient.placements != parameter.placements:
+        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+    return gradient.to_local()
+
+
+def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the 2-norm of each whole gradient, over all ranks that hold a part of it.
 
     Args:
-        gradients: non-empty; any shapes, any floating dtypes, plain or DTensor.
+        shards: n parameters, the same on every rank of their groups.
+        gradients: this rank's part of each gradient, `None` where it has none; any floating dtypes.
 
     Returns:
-        0-dim float32 tensor, the same on every rank of the gradients' meshes.
+        (n,) float64 tensor (float32 on MPS) on the first gradient's or parameter's device; 0 where there is none.
     """
-    plain: list[Tensor] = []
-    sharded: dict[tuple, list[Tensor]] = {}
-    for gradient in gradients:
-        if not isinstance(gradient, DTensor):
-            plain.append(gradient)
-            continue
-        if any(isinstance(placement, Partial) for placement in gradient.placements):
-            reduced = [Replicate() if isinstance(p, Partial) else p for p in gradient.placements]
-            gradient = gradient.redistribute(placements=reduced)
-        over = tuple(dim for dim, p in enumerate(gradient.placements) if not isinstance(p, Replicate))
-        sharded.setdefault((gradient.device_mesh, over), []).append(gradient.to_local())
-    squares = [_sum_of_squares(plain)] if plain else []
-    for (mesh, over), local in sharded.items():
-        total = _sum_of_squares(local)
-        for dim in over:
-            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
-        squares.append(total)
-    return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt().to(torch.float32)
+    tensors = [gradient for gradient in gradients if gradient is not None]
+    device = tensors[0].device if tensors else shards[0].parameter.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    measured = iter(torch._foreach_norm(tensors, 2, dtype=sums) if tensors else ())
+    missing = torch.zeros((), device=device)
+    norms = [missing if gradient is None else next(measured).to(device) for gradient in gradients]
+    squares = torch.stack(norms).to(wide).square()
+    return sum_over_ranks(shards, squares).sqrt()
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    wide = torch.float32 if norms[0].device.type == "mps" else torch.float64
-    return torch.stack([n.to(norms[0].device) for n in norms]).to(wide).square().sum()
+def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
+    """Add up one number per parameter over the ranks that divide it.
+
+    Args:
+        shards: n parameters, the same on every rank of their groups.
+        values: (n,) this rank's share of each; may be overwritten.
+
+    Returns:
+        (n,) sums, the same on all ranks of each parameter's groups.
+    """
+    by_groups: dict[Groups, list[int]] = {}
+    for i, shard in enumerate(shards):
+        if shard.groups:
+            by_groups.setdefault(shard.groups, []).append(i)
+    for groups, members in by_groups.items():
+        whole = len(members) == len(shards)
+        rows = list(values.unbind())
+        part = values if whole else torch.stack([rows[i] for i in members])
+        for group in groups:
+            dist.all_reduce(part, group=group)
+        if not whole:
+            for i, row in zip(members, part.unbind(), strict=True):
+                rows[i] = row
+            values = torch.stack(rows)
+    return values
+
+
+def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the 2-norm of all gradients as one vector.
+
+    Args:
+        norms: (n,) from `tensor_norms`.
+        process_group: ranks that hold other parameters of the same model, such as pipeline stages.
+
+    Returns:
+        0-dim tensor of the dtype of `norms`.
+    """
+    if process_group is None:
+        return torch.linalg.vector_norm(norms)
+    total = norms.square().sum()
+    dist.all_reduce(total, group=process_group)
+    return total.sqrt()

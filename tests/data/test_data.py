@@ -17,9 +17,9 @@ from data import (
     split_documents,
     unigram_entropy,
 )
-from data.prepare import encode
 from data.sequences import order
 from data.tokenizer import END_OF_TEXT, train_tokenizer
+from data.tokens import encode
 from tests.conftest import CHECKOUT
 
 
@@ -89,6 +89,25 @@ def test_tokens_are_prepared_once_and_say_what_they_are(corpus, tmp_path):
     assert ends == len(documents) == first.facts["train"]["documents"] + first.facts["test"]["documents"]
     other = prepare(**{**settings, "vocab_size": 301}, say=said.append)
     assert other.fingerprint != first.fingerprint
+
+
+def test_the_tokens_depend_on_the_texts_not_on_their_names(corpus, tmp_path):
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for i, file in enumerate(sorted(corpus.glob("*.txt"), reverse=True)):
+        (renamed / f"{i:03}.txt").write_text(file.read_text())
+    one = prepare(str(corpus), 300, 0.2, 16, tmp_path / "one")
+    two = prepare(str(renamed), 300, 0.2, 16, tmp_path / "two")
+    assert one.fingerprint == two.fingerprint
+    assert np.array_equal(one.train, two.train) and np.array_equal(one.test, two.test)
+
+
+def test_damaged_tokens_are_named(corpus, tmp_path):
+    tokens = prepare(str(corpus), 300, 0.2, 16, tmp_path)
+    file = tokens.folder / "train.npy"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="remove that folder"):
+        prepare(str(corpus), 300, 0.2, 16, tmp_path)
 
 
 def test_what_a_killed_preparation_left_is_not_taken_for_tokens(corpus, tmp_path):

@@ -1,14 +1,16 @@
 """Definitions on series worked out by hand, and the picture of a run."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.definitions import Spike, loss_spikes
-from experiments.plots import plot_run
+from experiments.plots import draw_run, plot_run
 from experiments.runs import read_run
-from experiments.summary import summarise
+from experiments.summary import comparison, summarise, table
 
 # Alternating 1.0 and 1.2: median 1.1, median absolute deviation 0.1, so 5 sigma is 1.1 + 0.7413.
 CALM = [1.0, 1.2] * 25
@@ -46,7 +48,7 @@ def write_run(folder, rows, result=None):
 def row(step, loss, z, clipped=0.0):
     return {
         "step": step, "tokens": 10 * step, "loss": loss, "grad_norm": 2.0, "clipped_norm": 1.0,
-        "coefficient": 0.5, "clipped": clipped, "z": z, "tokens_per_second": 100.0,
+        "clipped": clipped, "z": z, "tokens_per_second": 100.0,
     }  # fmt: skip
 
 
@@ -57,6 +59,45 @@ def test_summary(tmp_path):
     assert summary["train_loss"] == pytest.approx(np.mean(range(90, 100)))
     assert summary["clipped_share"] == 0.25
     assert summary["tokens_per_second"] == 100
+    assert summary["clipped_by_z"] is None
+    spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
+    assert summarise(spiky)["clipped_by_z"] == 7
+
+
+def test_the_tables_show_the_numbers():
+    result = {
+        "test_loss": 5.2756, "train_loss": 5.5, "unigram_entropy": 6.5232, "test_tokens": 128000, "spikes": 3,
+        "steps": 300, "spike_definition": "a definition", "clipped_share": 0.04, "clipped_by_z": 2,
+        "tokens_per_second": 7272.0, "parameters": 3_344_064,
+    }  # fmt: skip
+    for shown in (table(result, "t"), comparison([("run-a", result), ("run-b", result | {"test_loss": None})])):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(shown)
+        text = console.export_text()
+        for number in ("5.276", "3", "4.0%"):
+            assert number in text
+    assert "run-b" in text and "not finite" in text
+
+
+def test_the_picture_shows_the_columns(tmp_path):
+    rows = [row(i + 1, 5.0 - 0.01 * i, None if i < 20 else 4.0 * (i == 50), float(i == 50)) for i in range(80)]
+    rows = [r | {"grad_norm": 2.0 + i, "clipped_norm": 1.0 + i} for i, r in enumerate(rows)]
+    loss, norm, z = draw_run(write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})).axes
+    assert norm.get_yscale() == "log"
+    assert loss.lines[0].get_ydata().tolist() == [r["loss"] for r in rows]
+    assert [line.get_ydata().tolist() for line in norm.lines[:2]] == [
+        [r["grad_norm"] for r in rows], [r["clipped_norm"] for r in rows]
+    ]  # fmt: skip
+    labels = [text.get_text() for ax in (loss, norm, z) for text in ax.get_legend().get_texts()]
+    for label in (
+        "test loss 4.20",
+        "before clipping",
+        "after clipping",
+        "threshold 2.5",
+        "clipped by z-score: 1 steps",
+    ):
+        assert label in labels
+    assert any(set(line.get_ydata()) == {2.5} for line in z.lines)
 
 
 @pytest.mark.parametrize("kind", ["plain", "diverged", "without z", "one step", "zero norms"])
@@ -78,3 +119,5 @@ def test_every_run_has_a_picture(tmp_path, kind):
     if kind == "diverged":
         assert summarise(run)["train_loss"] is None
         assert summarise(run)["spikes"] == 1
+        assert summarise(run)["skipped"] == 40
+        assert summarise(run)["clipped_share"] == 0

@@ -56,7 +56,7 @@ def reference(trace, alpha, z_thresh, option, warmup_steps, eps, max_grad_norm, 
     "settings",
     [
         {"clip_option": "adaptive_scaling"},
-        {"clip_option": "adaptive_scaling", "clip_factor": 0.7, "alpha": 0.9, "z_thresh": 2.0},
+        {"clip_option": "adaptive_scaling", "clip_factor": 0.7, "alpha": 0.9, "recovery_window": None},
         {"clip_option": "mean"},
         {"clip_option": "max"},
         {"mode": "percentile"},

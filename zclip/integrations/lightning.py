@@ -23,11 +23,26 @@ class ClippingCallback(pl.Callback):
     def __init__(self, strategy: ClippingStrategy) -> None:
         self.strategy = strategy
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a Trainer that clips as well.
+
+        Raises:
+            ValueError: `gradient_clip_val` is set.
+        """
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"gradient_clip_val={trainer.gradient_clip_val} is not allowed: leave it unset, "
+                f"{type(self.strategy).__name__} clips the gradients"
+            )
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Clip the module's gradients in place."""
-        self.strategy.step(pl_module)
+        """Clip the module's gradients, as part of the optimizer's step if that is fused."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
+        self.strategy.step(pl_module, optimizer=optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's state."""

@@ -1,11 +1,12 @@
 """AutoClip: the threshold is a percentile of the norms seen so far."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State, is_number, require
 
 
 class AutoClip(ClippingStrategy):
@@ -43,15 +44,15 @@ class AutoClip(ClippingStrategy):
         history = like.new_full((self.window or 1024,), torch.inf)
         return {"history": history, "count": torch.zeros((), dtype=torch.int64, device=like.device)}
 
-    def observe(self, norm: Tensor) -> Tensor:
-        """Make room for one more norm, then take it in."""
+    def clip(self, measured: Measured, state: State) -> Clipping:
+        """Make room in a full history, then decide as usual."""
         self._steps += 1
-        history = self.state.get("history")
-        if self.window is None and history is not None and self._steps > history.numel():
-            self.state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
-        return super().observe(norm)
+        history = state["history"]
+        if self.window is None and self._steps > history.numel():
+            state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
+        return super().clip(measured, state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the history."""
         super().load_state_dict(state_dict)
         self._steps = int(self.state["count"]) if self.state else 0

@@ -8,6 +8,15 @@ from zclip.base import ClippingStrategy, Decision, State, is_number, require
 MODES = ("zscore", "percentile")
 CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
 
+#: Standard deviation below which norms count as constant, relative to the mean.
+LEAST_RELATIVE_STD = 1e-4
+#: Share of spikes in a block that means the level has risen.
+LOCKED_IN_SHARE = 0.75
+#: A block's mean over the next one's that means the level has fallen, if also
+FALL = 2.0
+#: the standard deviation is so many times the block's.
+STALE_STD_RATIO = 4.0
+
 
 class ZClip(ClippingStrategy):
     """Z-score clipping with exponential moving statistics (arXiv 2504.02507, section 3).
@@ -29,6 +38,23 @@ class ZClip(ClippingStrategy):
 
     Statistics are float64 scalars on the gradients' device; no step reads them back.
 
+    Two rules go beyond the paper, for cases in which its statistics stop describing the norms.
+
+    *No lock-in.* The statistics take clipped norms, so after a lasting rise of the norm they may never catch up, and
+    every step would be clipped for ever; after a lasting fall they take hundreds of steps to forget the old level.
+    After each block of `recovery_window` norms, the mean and variance start anew from the block's raw norms if
+
+    - three quarters of them were spikes (a rise), or
+    - their mean is below half of the block's before, and the standard deviation above four times theirs (a fall).
+
+    Neither happens by chance. If a share p of the steps are spikes, three quarters of 40 are with probability below
+    1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below 1e-6 for p = 0.36 (z_thresh 1.5); and the variance of 40
+    normal norms is a sixteenth of the true one with probability below 1e-15. Where neither holds, the trace is
+    the published one.
+
+    *Near-constant norms.* In z and in the target the standard deviation is taken as at least 1e-4 of the mean, and
+    nothing is a spike while the mean is 0.
+
     Args:
         alpha: smoothing factor, 0 <= alpha < 1. Default 0.97.
         z_thresh: z-score above which a step is a spike, > 0. Default 2.5.
@@ -40,11 +66,12 @@ class ZClip(ClippingStrategy):
         clip_option: "adaptive_scaling" (default), "mean" or "max"; ignored by mode="percentile".
         clip_factor: multiplies the target of "adaptive_scaling"; below 1 clips spikes harder. Default 1.0.
         skip_update_on_spike: leave the statistics alone on a spike. Default False.
+        recovery_window: norms in a block of the first rule, >= 8. Default 40; `None` switches the rule off.
 
     Raises:
         ValueError: an argument is out of its range; the message names it, its value and what is allowed.
 
-    Telemetry: `z`, `mean`, `std` (before the step) and `spike` (1 or 0); the first is NaN during warm-up.
+    Telemetry: `z` (NaN during warm-up), `mean` and `std` before the step, `spike` and `recovered` (bool).
     """
 
     def __init__(
@@ -58,6 +85,7 @@ class ZClip(ClippingStrategy):
         clip_option: str = "adaptive_scaling",
         clip_factor: float = 1.0,
         skip_update_on_spike: bool = False,
+        recovery_window: int | None = 40,
     ) -> None:
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "a number from 0 to below 1")
         require(is_number(z_thresh) and z_thresh > 0, "z_thresh", z_thresh, "a number above 0")
@@ -68,6 +96,9 @@ class ZClip(ClippingStrategy):
         require(is_number(clip_factor) and clip_factor > 0, "clip_factor", clip_factor, "a number above 0")
         skip = skip_update_on_spike
         require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
+        window = recovery_window
+        valid = window is None or (type(window) is int and window >= 8)
+        require(valid, "recovery_window", window, "an integer from 8, or null to switch recovery off")
         super().__init__(max_grad_norm)
         self.alpha = alpha
         self.z_thresh = z_thresh
@@ -77,11 +108,13 @@ class ZClip(ClippingStrategy):
         self.clip_option = clip_option
         self.clip_factor = clip_factor
         self.skip_update_on_spike = skip_update_on_spike
+        self.recovery_window = recovery_window
 
     def initial_state(self, like: Tensor) -> State:
-        """Return a zero count, mean and variance."""
-        zero = torch.zeros_like(like)
-        return {"count": torch.zeros_like(like, dtype=torch.int64), "mean": zero, "var": zero.clone()}
+        """Return zero counts, means and variances: of all norms, of the current block, the last block's mean."""
+        counts = {key: torch.zeros_like(like, dtype=torch.int64) for key in ("count", "block_count", "block_spikes")}
+        moments = {key: torch.zeros_like(like) for key in ("mean", "var", "block_mean", "block_var", "last_block")}
+        return counts | moments
 
     def xi(self, z: Tensor) -> Tensor:
         """Return how many standard deviations above the mean a spike of z-score `z` may keep (section 3.3)."""
@@ -95,33 +128,67 @@ class ZClip(ClippingStrategy):
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the target of a spike, infinity otherwise, and the updated statistics."""
         count, mean, var = state["count"], state["mean"], state["var"]
-        std = var.sqrt()
+        std = var.sqrt().maximum(LEAST_RELATIVE_STD * mean)
         warm = count >= self.warmup_steps
         z = (norm - mean) / (std + self.eps)
-        spike = warm & (z > self.z_thresh)
+        spike = warm & (z > self.z_thresh) & (mean > 0)
 
         target = mean + self.xi(z) * std
         if self.mode == "zscore" and self.clip_option == "adaptive_scaling":
             target = target * self.clip_factor
         kept = torch.where(spike, target, norm)
-        # After warm-up the weight is 1 - alpha; within it 1/n, and the variance keeps the population's value.
-        n = (count + 1).to(norm.dtype)
         ema_mean = self.alpha * mean + (1 - self.alpha) * kept
         ema_var = self.alpha * var + (1 - self.alpha) * (kept - ema_mean).square()
-        first_mean = mean + (norm - mean) / n
-        first_var = var + ((norm - mean) * (norm - first_mean) - var) / n
-        new_mean = torch.where(warm, ema_mean, first_mean)
-        new_var = torch.where(warm, ema_var, first_var)
         if self.skip_update_on_spike:
-            new_mean, new_var = torch.where(spike, mean, new_mean), torch.where(spike, var, new_var)
-
+            ema_mean, ema_var = torch.where(spike, mean, ema_mean), torch.where(spike, var, ema_var)
+        first_mean, first_var = _include(norm, mean, var, count)
+        new = {
+            "count": count + 1,
+            "mean": torch.where(warm, ema_mean, first_mean),
+            "var": torch.where(warm, ema_var, first_var),
+        }
+        block = {key: value for key, value in state.items() if key not in new}
+        recovered = torch.zeros_like(spike)
+        if self.recovery_window is not None:
+            recovered = self._recover(self.recovery_window, norm, warm, spike, new, block)
         return Decision(
             target=torch.where(spike, target, torch.inf),
-            state={"count": count + 1, "mean": new_mean, "var": new_var},
+            state=new | block,
             telemetry={
                 "z": torch.where(warm, z, torch.nan),
                 "mean": mean.clone(),
                 "std": std,
-                "spike": spike.to(norm.dtype),
+                "spike": spike,
+                "recovered": recovered,
             },
         )
+
+    @staticmethod
+    def _recover(window: int, norm: Tensor, warm: Tensor, spike: Tensor, new: State, block: State) -> Tensor:
+        """Take the norm into the block; at its end put the block's statistics into `new` if those are lost."""
+        block_mean, block_var = _include(norm, block["block_mean"], block["block_var"], block["block_count"])
+        count = block["block_count"] + warm
+        spikes = block["block_spikes"] + spike
+        ends = count >= window
+        stuck = spikes >= LOCKED_IN_SHARE * window
+        fell = block["last_block"] > FALL * block_mean
+        stale = fell & (new["var"] > STALE_STD_RATIO**2 * block_var)
+        recovered = ends & (stuck | stale)
+        new["mean"] = torch.where(recovered, block_mean, new["mean"])
+        new["var"] = torch.where(recovered, block_var, new["var"])
+        again = ends | ~warm
+        block.update(
+            block_count=torch.where(again, 0, count),
+            block_spikes=torch.where(again, 0, spikes),
+            block_mean=torch.where(again, 0.0, block_mean),
+            block_var=torch.where(again, 0.0, block_var),
+            last_block=torch.where(ends, block_mean, block["last_block"]),
+        )
+        return recovered
+
+
+def _include(norm: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and population variance of `count` norms and one more (Welford's update)."""
+    n = (count + 1).to(norm.dtype)
+    new_mean = mean + (norm - mean) / n
+    return new_mean, var + ((norm - mean) * (norm - new_mean) - var) / n

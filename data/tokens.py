@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpus import Document, read_documents, split_documents
-from data.tokenizer import END_OF_TEXT, train_tokenizer
+from data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
 
 LAYOUT = 1  # of the cache folder; part of the fingerprint
 
@@ -61,16 +61,11 @@ def prepare(
     Raises:
         ValueError: the corpus cannot be read, or is too short for one sequence. Nothing has been written then.
     """
-    documents = read_documents(path)
-    train, test = split_documents(documents, test_fraction)
-    for split, held in (("training", train), ("test", test)):
-        most = sum(len(document.text.encode()) + 1 for document in held)
-        if sequence_length >= most:
-            raise ValueError(_too_long(sequence_length, f"the {split} text has {most - len(held):,} bytes"))
+    train, test = check_text(path, vocab_size, test_fraction, sequence_length)
     recipe = {
         "layout": LAYOUT,
-        "documents": sorted(document.digest for document in documents),
-        "test_documents": len(test),
+        "train": [document.digest for document in train],
+        "test": [document.digest for document in test],
         "vocab_size": vocab_size,
         "tokenizers": version("tokenizers"),
     }
@@ -78,12 +73,40 @@ def prepare(
     folder = cache / f"tokens-{fingerprint}"
     if not folder.is_dir():
         _build(folder, fingerprint, train, test, vocab_size, sequence_length, say)
-    facts = json.loads((folder / "tokens.json").read_text())
-    arrays = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "test")}
+    try:
+        facts = json.loads((folder / "tokens.json").read_text())
+        arrays = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "test")}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
     for split, tokens in arrays.items():
         if sequence_length >= len(tokens):
             raise ValueError(_too_long(sequence_length, f"the {split} text has {len(tokens):,} tokens"))
     return Tokens(arrays["train"], arrays["test"], fingerprint, folder, facts)
+
+
+def check_text(
+    path: str | None, vocab_size: int, test_fraction: float, sequence_length: int
+) -> tuple[list[Document], list[Document]]:
+    """Read a corpus and find what can be wrong with it before it is tokenized. Writes nothing.
+
+    Takes the arguments of `prepare`.
+
+    Returns:
+        Training and test documents, each ordered by digest, so that tokens do not depend on file names.
+
+    Raises:
+        ValueError: the corpus cannot be read, a sequence is longer than its bytes, or the vocabulary cannot hold
+            all bytes.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        allowed = f"it must be at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
+        raise ValueError(f"vocab_size={vocab_size} is not allowed: {allowed}")
+    train, test = split_documents(read_documents(path), test_fraction)
+    for split, held in (("training", train), ("test", test)):
+        size = sum(len(document.text.encode()) for document in held)
+        if sequence_length >= size + len(held):
+            raise ValueError(_too_long(sequence_length, f"the {split} text has {size:,} bytes"))
+    return tuple(sorted(held, key=lambda document: document.digest) for held in (train, test))  # type: ignore[return-value]
 
 
 def _build(

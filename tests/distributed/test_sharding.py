@@ -1,0 +1,250 @@
+"""Real gloo processes: under every sharding, norms, decisions and parameters are those of one process.
+
+Each world trains the same small model on the same global batches, one of which is a spike, and clips with ZClip;
+`reference` does it in one process. SGD keeps rounding visible in the parameters.
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from zclip import AGC, AdaGC, ZClip
+
+STEPS = 12
+Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Net(nn.Module):
+    """Two linear layers under names that a tensor-parallel plan can give; sizes that do not divide evenly."""
+
+    def __init__(self, width: int = 18) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(6, width)
+        self.down = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)) * (30 if step == 9 else 1)
+
+
+def train(
+    model: nn.Module, rank: int = 0, world: int = 1, make: Callable = lambda: ZClip(warmup_steps=5), **step
+) -> Curve:
+    """Train on this rank's part of each batch; return norms, clipped norms and the whole parameters."""
+    strategy = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    norms, kept = [], []
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        model(batch(t).chunk(world)[rank]).square().mean().backward()
+        norms.append(strategy.step(model, optimizer=optimizer, **step).double())
+        kept.append(strategy.telemetry["clipped_norm"])
+        optimizer.step()
+    return torch.stack(norms), torch.stack(kept), whole(model)
+
+
+def whole(model: nn.Module) -> torch.Tensor:
+    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def ddp(rank: int, world: int) -> Curve:
+    return train(DistributedDataParallel(Net()), rank, world)
+
+
+def fsdp2(rank: int, world: int, **settings) -> Curve:
+    model = Net()
+    mesh = init_device_mesh("cpu", (world,))
+    for part in (model.up, model.down, model):
+        fully_shard(part, mesh=mesh)
+    return train(model, rank, world, **settings)
+
+
+def fsdp2_adagc(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make=lambda: AdaGC(warmup_steps=4))
+
+
+def fsdp2_agc(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make=AGC)
+
+
+def hsdp(rank: int, world: int) -> Curve:
+    model = Net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    return train(model, rank, world)
+
+
+def tensor_parallel(rank: int, world: int, **settings) -> Curve:
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return train(parallelize_module(Net(), init_device_mesh("cpu", (world,)), plan), **settings)
+
+
+def tensor_parallel_agc(rank: int, world: int) -> Curve:
+    return tensor_parallel(rank, world, make=AGC)
+
+
+def tensor_parallel_and_fsdp2(rank: int, world: int) -> Curve:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
+    model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    return train(model, rank // (world // 2), 2)
+
+
+def two_meshes(rank: int, world: int) -> Curve:
+    """One layer over all ranks, the other over pairs: two meshes in one model."""
+    model = Net()
+    fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
+    pairs = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.down, mesh=pairs)
+    return train(model, rank, world)
+
+
+def plain_and_dtensor(rank: int, world: int) -> Curve:
+    """One layer sharded, the other plain with gradients averaged by hand."""
+    model = Net()
+    fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
+
+    def average(gradient: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(gradient)
+        return gradient / world
+
+    for p in model.down.parameters():
+        p.register_hook(lambda gradient: average(gradient.clone()))
+    return train(model, rank, world)
+
+
+def fsdp1(rank: int, world: int, strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD, orig: bool = True) -> Curve:
+    group = None
+    if strategy is ShardingStrategy.HYBRID_SHARD:
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        group = {"device_mesh": mesh}
+    model = FullyShardedDataParallel(
+        Net(), sharding_strategy=strategy, use_orig_params=orig, device_id=torch.device("cpu"), **(group or {})
+    )
+    norms, kept, _ = train(model, rank, world)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return norms, kept, whole(model).clone()
+
+
+def fsdp1_flat(rank: int, world: int) -> Curve:
+    return fsdp1(rank, world, orig=False)
+
+
+def fsdp1_hybrid(rank: int, world: int) -> Curve:
+    return fsdp1(rank, world, ShardingStrategy.HYBRID_SHARD)
+
+
+def fsdp1_no_shard(rank: int, world: int) -> Curve:
+    return fsdp1(rank, world, ShardingStrategy.NO_SHARD)
+
+
+def pipeline(rank: int, world: int) -> Curve:
+    """Each rank owns one layer and runs the whole model; only its own layer's gradients are its."""
+    model = Net()
+    mine = (model.up, model.down)[rank]
+    zclip = ZClip(warmup_steps=5)
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.01)
+    norms, kept = [], []
+    for t in range(STEPS):
+        model.zero_grad()
+        model(batch(t)).square().mean().backward()
+        norms.append(zclip.step(mine, optimizer=optimizer, process_group=dist.group.WORLD).double())
+        kept.append(zclip.telemetry["clipped_norm"])
+        optimizer.step()
+        for owner, layer in enumerate((model.up, model.down)):
+            for p in layer.parameters():
+                dist.broadcast(p.data, owner)
+    return torch.stack(norms), torch.stack(kept), whole(model)
+
+
+def rank_without_gradients(rank: int, world: int) -> Curve:
+    """Only rank 0 has gradients: as the last stages of a pipeline that has nothing to do."""
+    model, zclip, norms, kept = Net(), ZClip(warmup_steps=5), [], []
+    for t in range(STEPS):
+        model.zero_grad()
+        if rank == 0:
+            model(batch(t)).square().mean().backward()
+        norms.append(zclip.step(model, process_group=dist.group.WORLD).double())
+        kept.append(zclip.telemetry["clipped_norm"])
+        if rank == 0:
+            for p in model.parameters():
+                p.data.sub_(0.01 * p.grad)
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    return torch.stack(norms), torch.stack(kept), whole(model)
+
+
+def nobody_has_gradients(rank: int, world: int) -> Curve:
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        ZClip().step(Net(), process_group=dist.group.WORLD)
+    return (torch.zeros(1),) * 3
+
+
+def bad_rank(rank: int, world: int) -> Curve:
+    """A NaN on one rank skips the step on all of them."""
+    model, zclip = Net(), ZClip(warmup_steps=5)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for t in range(6):
+        optimizer.zero_grad()
+        model(batch(t).chunk(world)[rank]).square().mean().backward()
+        before = whole(model).clone()
+        if t == 4 and rank == world - 1:
+            model.up.weight.grad.to_local()[0] = float("nan")
+        zclip.step(model, optimizer=optimizer)
+        optimizer.step()
+        assert torch.equal(before, whole(model)) == (t == 4)
+    assert zclip.read_telemetry()["nonfinite"] == 1
+    return (torch.zeros(1),) * 3
+
+
+def worker(rank: int, world: int, name: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(globals()[name](rank, world), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(case: Callable, world: int, folder) -> list[Curve]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    mp.spawn(worker, args=(world, case.__name__, str(folder)), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+CASES = [
+    (ddp, 2, {}), (fsdp2, 2, {}), (hsdp, 4, {}), (tensor_parallel, 2, {}), (tensor_parallel_and_fsdp2, 4, {}),
+    (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
+    (fsdp1, 2, {}), (fsdp1_flat, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}),
+    (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (fsdp2_agc, 2, {"make": AGC}),
+    (tensor_parallel_agc, 2, {"make": AGC}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "world", "settings"), CASES, ids=[case.__name__ for case, *_ in CASES])
+def test_sharded_training_is_unsharded_training(case, world, settings, tmp_path):
+    norms, kept, parameters = train(Net(), **settings)
+    assert (kept < 0.9 * norms).any(), "something is clipped"
+    for curve in run(case, world, tmp_path):
+        torch.testing.assert_close(curve[0], norms, rtol=1e-6, atol=0)
+        torch.testing.assert_close(curve[1], kept, rtol=2e-6, atol=0)
+        torch.testing.assert_close(curve[2], parameters, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", [nobody_has_gradients, bad_rank], ids=lambda case: case.__name__)
+def test_all_ranks_act_alike(case, tmp_path):
+    run(case, 2, tmp_path)

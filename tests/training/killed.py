@@ -1,0 +1,99 @@
+"""Run train.py, killed (SIGKILL) at a named moment: `python killed.py MOMENT OVERRIDE ...`."""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning.pytorch as pl
+
+from training import checkpoints, folder, metrics
+from training.module import PretrainingModule
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def while_saving(step: int) -> None:
+    """Half of the checkpoint is on the disk."""
+    save = pl.Trainer.save_checkpoint
+
+    def half(self, path, *args, **kwargs):
+        save(self, path, *args, **kwargs)
+        if self.global_step == step:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            die()
+
+    pl.Trainer.save_checkpoint = half
+
+
+def after_saving(step: int) -> None:
+    """The checkpoint has its name, older ones are still there."""
+    sync = checkpoints._sync
+
+    def last(path):
+        sync(path)
+        if path.is_dir() and (path / f"step-{step:08d}.ckpt").exists():
+            die()
+
+    checkpoints._sync = last
+
+
+def in_a_line(step: int) -> None:
+    """The last line of metrics.jsonl is cut."""
+    flush = metrics.Metrics.flush
+
+    def cut(self, trainer, module):
+        flush(self, trainer, module)
+        if trainer.global_step == step:
+            os.truncate(self.folder.metrics, self.folder.metrics.stat().st_size - 40)
+            die()
+
+    metrics.Metrics.flush = cut
+
+
+def in_evaluation(batch: int) -> None:
+    """Some test batches are done."""
+    test_step = PretrainingModule.test_step
+
+    def until(self, tokens, index):
+        if index == batch:
+            die()
+        test_step(self, tokens, index)
+
+    PretrainingModule.test_step = until
+
+
+def writing(name: str) -> None:
+    """A file written whole is half there, under its other name."""
+    for module in (folder, metrics):
+        write = module.write_whole
+
+        def half(path, text, write=write):
+            if path.name == name and text:
+                path.with_name(f".saving-{path.name}").write_text(text[: len(text) // 2])
+                die()
+            write(path, text)
+
+        module.write_whole = half
+
+
+MOMENTS = {
+    "mid-save": lambda: while_saving(16),
+    "after-save": lambda: after_saving(24),
+    "line-before-checkpoint": lambda: in_a_line(6),
+    "line": lambda: in_a_line(20),
+    "rewriting-metrics": lambda: writing("metrics.jsonl"),
+    "config": lambda: writing("config.yaml"),
+    "environment": lambda: writing("environment.json"),
+    "evaluation": lambda: in_evaluation(2),
+}
+
+if __name__ == "__main__":
+    MOMENTS[sys.argv.pop(1)]()
+    sys.argv[0] = str(Path(__file__).parents[2] / "train.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,169 @@
+"""Decisions folded into a fused optimizer do what scaled gradients do, and skipped steps do nothing at all."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from zclip import AdaGC, FixedNorm, SkipStep, ZClip
+
+FUSED = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True),
+}
+PLAIN = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+}
+FLOWS = ["plain", "closure", "scaler", "scaler and accumulation"]
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+def batch(step: int, bad: frozenset[int] = frozenset()) -> torch.Tensor:
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    return x * float("nan") if step in bad else x * (50 if step in (12, 19) else 1)
+
+
+def train(make, strategy, flow="plain", fold=True, steps=25, bad=frozenset()) -> nn.Module:
+    model = build()
+    optimizer = make(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5, enabled="scaler" in flow)
+    parts = 2 if "accumulation" in flow else 1
+    given = {"optimizer": optimizer} if fold else {}
+    for step in range(steps):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            for part in batch(step, bad).chunk(parts):
+                loss = model(part).square().mean() / parts
+                scaler.scale(loss).backward()
+            if "scaler" in flow:
+                scaler.unscale_(optimizer)
+            strategy.step(model, loss=loss, **given)
+            return loss
+
+        if flow == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            scaler.step(optimizer)
+            scaler.update()
+    return model
+
+
+def assert_same(one: nn.Module, other: nn.Module, rtol: float = 2e-5) -> None:
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("strategy", [lambda: ZClip(warmup_steps=5), lambda: FixedNorm(0.05), AdaGC])
+def test_folded_clipping_is_clipping(name, flow, strategy):
+    folded = train(FUSED[name], strategy(), flow)
+    scaled = train(FUSED[name], strategy(), flow, fold=False)
+    assert_same(folded, scaled)
+    unclipped = train(FUSED[name], FixedNorm(1e9), flow)
+    assert any(
+        not torch.allclose(p, q, rtol=1e-3) for p, q in zip(folded.parameters(), unclipped.parameters(), strict=True)
+    )
+
+
+def test_gradients_of_a_folded_step_are_not_touched_before_it():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    model(batch(0)).square().mean().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    FixedNorm(1e-3).step(model, optimizer=optimizer)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    assert optimizer.grad_scale is None and optimizer.found_inf is None, "nothing is left for a step without clipping"
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("make", [*FUSED.values(), *PLAIN.values()], ids=[*FUSED, *(f"plain {n}" for n in PLAIN)])
+@pytest.mark.parametrize("why", ["nan", "inf", "skip-step"])
+def test_a_skipped_step_does_nothing(make, why):
+    model = build()
+    optimizer = make(model.parameters())
+    strategy = SkipStep(sigma=6, window=8) if why == "skip-step" else ZClip(warmup_steps=3)
+    for step in range(10):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        if step == 9:
+            if why == "skip-step":
+                for p in model.parameters():
+                    p.grad.mul_(1e4)
+            else:
+                model[0].weight.grad[0, 0] = float(why)
+            before = snapshot(model, optimizer)
+        strategy.step(model, optimizer=optimizer)
+        optimizer.step()
+    assert same(before, snapshot(model, optimizer))
+    optimizer.zero_grad()
+    model(batch(11)).square().mean().backward()
+    strategy.step(model, optimizer=optimizer)
+    optimizer.step()
+    assert not same(before[0], model.state_dict()), "the step after goes on"
+
+
+@pytest.mark.parametrize("flow", FLOWS[:2])
+def test_training_with_bad_batches_is_training_without_them(flow):
+    bad = frozenset({2, 7, 8, 20})
+    with_bad = train(FUSED["adamw"], ZClip(warmup_steps=5), flow, bad=bad)
+    model, strategy = build(), ZClip(warmup_steps=5)
+    optimizer = FUSED["adamw"](model.parameters())
+    for step in range(25):
+        if step not in bad:
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+            strategy.step(model, optimizer=optimizer)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(with_bad.parameters(), model.parameters(), strict=True))
+
+
+def test_an_optimizer_with_other_parameters_gets_scaled_gradients():
+    one, other = build(), build()
+    both = torch.optim.AdamW([*one.parameters(), *other.parameters()], fused=True)
+    for model in (one, other):
+        model(batch(0)).square().mean().backward()
+    theirs = [p.grad.clone() for p in other.parameters()]
+    FixedNorm(1e-3).step(one, optimizer=both)
+    assert torch.cat([p.grad.flatten() for p in one.parameters()]).norm() == pytest.approx(1e-3, rel=1e-3)
+    assert all(torch.equal(p.grad, g) for p, g in zip(other.parameters(), theirs, strict=True))
+
+
+def test_two_optimizers_share_one_norm_and_one_update_of_the_statistics():
+    models, optimizers = (build(), build()), []
+    for model, make in zip(models, (FUSED["adamw"], PLAIN["sgd"]), strict=True):
+        optimizers.append(make(model.parameters()))
+    zclip = ZClip()
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+        norm = zclip.step(*models, optimizer=optimizers)
+        wanted = torch.cat([p.grad.flatten() for model in models for p in model.parameters()]).norm()
+        assert float(norm) == pytest.approx(float(wanted), rel=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert int(zclip.state["count"]) == 4

@@ -1,0 +1,104 @@
+"""Norms that are not finite, or nearly not: policies, limits, and a fuzz of every strategy."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+
+STRATEGIES = [
+    NoClipping,
+    FixedNorm,
+    AutoClip,
+    lambda: AutoClip(window=8),
+    ZClip,
+    AdaGC,
+    GradientStabilizer,
+    SkipStep,
+    AGC,
+]
+STRATEGIES += [lambda option=option: ZClip(clip_option=option, warmup_steps=4) for option in ("mean", "max")]
+
+
+def with_gradients(value: float | None, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    if value is not None:
+        model.weight.grad[1, 2] = value
+    return model
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_fuzz(make):
+    """Bad norms at any step leave the statistics finite, and everything as in a run without them."""
+    draw = random.Random(0)
+    for _ in range(3):
+        disturbed, calm = make(), make()
+        bad = 0
+        for t in range(60):
+            if draw.random() < 0.3:
+                bad += 1
+                model = with_gradients(draw.choice([math.nan, math.inf, -math.inf, 1e38, -3e38]), t)
+                disturbed.step(model)
+                assert not any(p.grad.any() for p in model.parameters())
+                assert disturbed.read_telemetry()["nonfinite"] == bad
+            one, other = with_gradients(None, t), with_gradients(None, t)
+            disturbed.step(one)
+            calm.step(other)
+            for p, q in zip(one.parameters(), other.parameters(), strict=True):
+                assert torch.equal(p.grad, q.grad) and torch.isfinite(p.grad).all()
+        assert all(torch.equal(disturbed.state[key], calm.state[key]) for key in calm.state)
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-30, 1e-8, 1e15])
+def test_tiny_huge_and_zero_gradients_stay_finite(make, scale):
+    strategy = make()
+    for t in range(50):
+        model = with_gradients(None, t)
+        for p in model.parameters():
+            p.grad.mul_(scale if t % 3 else 1.0)
+        strategy.step(model)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        assert all(torch.isfinite(v.double()).all() for k, v in strategy.state.items() if k not in ("gamma", "history"))
+
+
+def test_zero_policy_lets_the_optimizer_step_on_zeros():
+    zclip = ZClip()
+    zclip.on_nonfinite = "zero"
+    model = with_gradients(math.nan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
+    before = model.weight.detach().clone()
+    zclip.step(model, optimizer=optimizer)
+    assert not model.weight.grad.any()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before * 0.95)
+
+
+def test_raise_policy_names_the_parameters():
+    zclip = ZClip()
+    zclip.on_nonfinite = "raise"
+    zclip.step(with_gradients(None))
+    with pytest.raises(FloatingPointError, match=r"norm is nan; parameters .*: number 0 of shape \(3, 4\)$"):
+        zclip.step(with_gradients(math.nan))
+    zclip.on_nonfinite = "ignore"
+    with pytest.raises(ValueError, match="on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise"):
+        zclip.step(with_gradients(None))
+
+
+def test_a_limit_of_bad_norms_in_a_row():
+    zclip = ZClip()
+    zclip.max_consecutive_nonfinite = 3
+    for value in (math.nan, math.nan, None, math.nan, math.inf):
+        zclip.step(with_gradients(value))
+    assert zclip.read_telemetry()["consecutive_nonfinite"] == 2
+    restored = ZClip()
+    restored.max_consecutive_nonfinite = 3
+    restored.load_state_dict(zclip.state_dict())
+    with pytest.raises(FloatingPointError, match=r"3 times in a row.*Go back to a checkpoint"):
+        restored.step(with_gradients(math.nan))

@@ -1,0 +1,92 @@
+"""No lock-in, and none of the paper's behaviour lost where there is nothing to recover from."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from zclip import ZClip
+
+VARIANTS = {
+    "reciprocal": {},
+    "mean": {"clip_option": "mean"},
+    "max": {"clip_option": "max"},
+    "percentile": {"mode": "percentile"},
+}
+
+
+def spikes(trace: np.ndarray, **settings) -> np.ndarray:
+    zclip = ZClip(**settings)
+    found = []
+    for norm in torch.from_numpy(trace):
+        zclip.observe(norm)
+        found.append(bool(zclip.telemetry["spike"]))
+    return np.array(found)
+
+
+def level_change(seed: int, factor: float, change: int, steps: int) -> np.ndarray:
+    noise = 1 + 0.05 * np.random.default_rng(seed).standard_normal(steps)
+    return noise * np.where(np.arange(steps) < change, 1.0, factor)
+
+
+@cache
+def undisturbed_rate(variant: str) -> float:
+    """Clip rate of the same noise without the change."""
+    rates = []
+    for seed in range(10):
+        change = 250 + 13 * seed
+        rates.append(spikes(level_change(seed, 1.0, 0, change + 400), **VARIANTS[variant])[change + 200 :].mean())
+    return float(np.mean(rates))
+
+
+@pytest.mark.parametrize("factor", [1.2, 1.5, 3, 10, 0.1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_back_to_the_normal_clip_rate_within_200_steps(variant, factor):
+    before, after = [], []
+    for seed in range(10):
+        change = 250 + 13 * seed  # at any place in a block
+        trace = level_change(seed, factor, change, change + 400)
+        found = spikes(trace, **VARIANTS[variant])
+        before.append(found[100:change].mean())
+        after.append(found[change + 200 :].mean())
+    assert np.mean(after) == pytest.approx(undisturbed_rate(variant), abs=0.005)
+    assert 0.003 < np.mean(after) < 0.04 and 0.003 < np.mean(before) < 0.04
+
+
+def test_without_recovery_the_published_rule_stays_locked_in():
+    found = spikes(level_change(0, 3.0, 250, 600), recovery_window=None)
+    assert found[260:].all()
+
+
+@pytest.mark.parametrize("z_thresh", [1.5, 2.5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_a_lasting_change_the_trace_is_the_published_one(variant, z_thresh):
+    draw = np.random.default_rng(1)
+    trace = np.exp(0.1 * draw.standard_normal(4000) - 0.0005 * np.arange(4000))
+    trace[draw.random(4000) < 0.02] *= 8
+    trace[1000:1015] *= 5  # fifteen spikes in a row are no lasting change
+    settings = {**VARIANTS[variant], "z_thresh": z_thresh}
+    ours, published = ZClip(**settings), ZClip(**settings, recovery_window=None)
+    for norm in torch.from_numpy(trace):
+        assert torch.equal(ours.observe(norm), published.observe(norm))
+        assert torch.equal(ours.state["mean"], published.state["mean"])
+        assert torch.equal(ours.state["var"], published.state["var"])
+
+
+@pytest.mark.parametrize("level", [1e-6, 1.0, 1e6])
+def test_a_warm_up_without_variance_does_not_make_a_wobble_a_spike(level):
+    zclip = ZClip()
+    for t in range(200):
+        wobble = 0.0 if t < 25 else 1e-5 * (-1) ** t
+        coefficient = zclip.observe(torch.tensor(level * (1 + wobble), dtype=torch.float64))
+        assert float(coefficient) == 1
+    if level > zclip.eps:
+        assert float(zclip.observe(torch.tensor(2 * level, dtype=torch.float64))) < 1
+
+
+def test_a_warm_up_of_zeros_clips_nothing_at_once():
+    zclip = ZClip()
+    for _ in range(30):
+        assert float(zclip.observe(torch.tensor(0.0))) == 1
+    assert float(zclip.observe(torch.tensor(3.0))) == 1
