@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := zclip models data training experiments tests train.py
+CODE := zclip models data training experiments tests train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint format clean

@@ -9,6 +9,7 @@ import math
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from training.cli import command_line, reporting
 from training.config import check, run_path
 from training.folder import RunFolder, write_whole
 
-results: list[tuple[str, dict]] = []
+finished: list[tuple[dict[str, str], dict]] = []
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -28,12 +29,12 @@ def main(cfg: DictConfig) -> None:
         folder = RunFolder(run_path(cfg))
         folder.check_same_run(cfg)
         if (result := folder.read_result()) is not None:
-            finished = f"finished already: {folder.path} (remove the folder to train it again)"
-            console.print(finished)
+            console.print(f"finished already: {folder.path} (remove the folder to train it again)")
         else:
             result = run(cfg, folder, console)
         show(result, folder, console)
-        results.append((folder.path.name, result))
+        overrides = (override.lstrip("+~").split("=", 1) for override in HydraConfig.get().overrides.task)
+        finished.append((dict(overrides), result))
 
 
 def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
@@ -64,8 +65,8 @@ def show(result: dict, folder: RunFolder, console: Console) -> None:
 
 if __name__ == "__main__":
     status = command_line(main)
-    if len(results) > 1:
+    if len(finished) > 1:
         from experiments.summary import comparison
 
-        Console().print(comparison(results))
+        Console().print(comparison(finished))
     sys.exit(status)

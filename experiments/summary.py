@@ -34,15 +34,24 @@ def summarise(run: Run) -> dict[str, Any]:
     }
 
 
-def comparison(results: list[tuple[str, dict[str, Any]]]) -> Table:
-    """Return the table at the end of a sweep: one row per run, in the order given, best test loss in bold."""
+def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
+    """Return the table at the end of a sweep: one row per run, in the order given, best test loss in bold.
+
+    Args:
+        jobs: of each run its overrides, key to value, of which those that differ are shown, and its result.
+    """
+    keys = dict.fromkeys(key for overrides, _ in jobs for key in overrides)
+    varied = [key for key in keys if len({overrides.get(key) for overrides, _ in jobs}) > 1]
     shown = Table(title="sweep", title_justify="left")
-    for column in ("run", "test loss", "train loss", "spikes", "clipped"):
-        shown.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    best = min((result["test_loss"] for _, result in results if result["test_loss"] is not None), default=None)
-    for name, result in results:
+    for column in varied:
+        shown.add_column(column)
+    for column in ("test loss", "train loss", "spikes", "clipped"):
+        shown.add_column(column, justify="right")
+    best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
+    for overrides, result in jobs:
         losses = ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
-        cells = [name, *losses, str(result["spikes"]), f"{result['clipped_share']:.1%}"]
+        cells = [overrides.get(key, "") for key in varied] + losses
+        cells += [str(result["spikes"]), f"{result['clipped_share']:.1%}"]
         shown.add_row(*cells, style="bold" if result["test_loss"] == best is not None else None)
     return shown
 

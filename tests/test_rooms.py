@@ -63,7 +63,9 @@ def test_importing_zclip_loads_no_framework():
 
 def test_the_lightning_callbacks_are_found_at_the_top():
     from zclip import ClippingCallback, ZClip, ZClipLightningCallback
+    from zclip_lightning_callback import ZClipLightningCallback as Same
 
+    assert Same is ZClipLightningCallback
     callback = ZClipLightningCallback(alpha=0.9, z_thresh=3.0)
     assert isinstance(callback, ClippingCallback)
     assert isinstance(callback.zclip, ZClip)

@@ -45,7 +45,11 @@ _LIGHTNING = ("ClippingCallback", "ZClipLightningCallback")
 
 def __getattr__(name: str) -> Any:
     if name in _LIGHTNING:
-        from zclip.integrations import lightning
-
+        try:
+            from zclip.integrations import lightning
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"zclip.{name} needs Lightning: pip install lightning", name=error.name
+            ) from error
         return getattr(lightning, name)
     raise AttributeError(f"module 'zclip' has no attribute {name!r}")

@@ -70,13 +70,18 @@ def test_the_tables_show_the_numbers():
         "steps": 300, "spike_definition": "a definition", "clipped_share": 0.04, "clipped_by_z": 2,
         "tokens_per_second": 7272.0, "parameters": 3_344_064,
     }  # fmt: skip
-    for shown in (table(result, "t"), comparison([("run-a", result), ("run-b", result | {"test_loss": None})])):
+    for shown in (
+        table(result, "t"),
+        comparison(
+            [({"clip": "one", "x": "same"}, result), ({"clip": "two", "x": "same"}, result | {"test_loss": None})]
+        ),
+    ):
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(shown)
         text = console.export_text()
         for number in ("5.276", "3", "4.0%"):
             assert number in text
-    assert "run-b" in text and "not finite" in text
+    assert "two" in text and "not finite" in text and "same" not in text
 
 
 def test_the_picture_shows_the_columns(tmp_path):

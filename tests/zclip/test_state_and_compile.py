@@ -1,0 +1,48 @@
+"""States survive torch.save and torch's distributed checkpoints; rules compile without a graph break."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from zclip import AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+
+STRATEGIES = [NoClipping, FixedNorm, AutoClip, lambda: AutoClip(window=8), ZClip, AdaGC, GradientStabilizer, SkipStep]
+
+
+def run(strategy: ClippingStrategy, start: int, stop: int) -> list[float]:
+    trace = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+    trace[::17] *= 9
+    return [float(strategy.observe(norm)) for norm in trace[start:stop]]
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("stop", [3, 60])
+def test_distributed_checkpoint(make, stop, tmp_path):
+    one, other = make(), make()
+    run(one, 0, stop)
+    dcp.save({"clipper": one.state_dict()}, checkpoint_id=tmp_path)
+    run(other, 100, 101)  # gives the state its shapes, as loading in place needs them
+    state = {"clipper": other.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    other.load_state_dict(state["clipper"])
+    assert run(one, stop, 100) == run(other, stop, 100)
+
+
+@pytest.mark.parametrize("make", STRATEGIES[:5])
+def test_the_threshold_update_compiles_whole(make):
+    strategy, compiled = make(), make()
+    # The default backend needs a C++ compiler; the graph is the same without.
+    backend = "inductor" if os.environ.get("CXX") else "aot_eager"
+    compiled.decide = torch.compile(compiled.decide, fullgraph=True, backend=backend)
+    assert run(strategy, 0, 60) == pytest.approx(run(compiled, 0, 60), rel=1e-12)
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_statistics_keep_their_addresses(make):
+    strategy = make()
+    run(strategy, 0, 2)
+    before = {key: value.data_ptr() for key, value in strategy.state.items()}
+    run(strategy, 2, 100)
+    assert before == {key: value.data_ptr() for key, value in strategy.state.items()}
