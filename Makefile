@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := zclip models data training experiments tests train.py zclip_lightning_callback.py
+CODE := zclip models data training experiments scripts tests train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test bench-clip lint format clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  settings go in ARGS: make train ARGS="clip=fixed lr=1e-3"; make PYTHON=python3.12 train picks the Python'
 
 setup: $(VENV)/.installed ## make .venv with the pinned dependencies (the other commands do it too)
@@ -24,6 +24,9 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+bench-clip: setup ## what clipping costs, as ratios (a minute)
+	$(BIN)/python scripts/bench_clip.py $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)

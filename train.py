@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
         else:
             result = run(cfg, folder, console)
         show(result, folder, console)
-        overrides = (override.lstrip("+~").split("=", 1) for override in HydraConfig.get().overrides.task)
+        overrides = (override.lstrip("+~").partition("=")[::2] for override in HydraConfig.get().overrides.task)
         finished.append((dict(overrides), result))
 
 

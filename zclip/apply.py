@@ -57,7 +57,7 @@ class Fold:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._ours: tuple[Tensor | None, Tensor] | None = None
+        self._ours: tuple[Tensor | None, Tensor | None] | None = None
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -69,24 +69,22 @@ class Fold:
             coefficient: 0-dim; `None`: the gradients have been scaled already.
             skip: 0-dim bool, whether the step must not happen.
         """
-        scale = None
-        if coefficient is not None:
+        look = skip.device.type == "cpu"  # there a step that needs nothing can be left alone
+        scale = found = None
+        if coefficient is not None and not (look and coefficient == 1):
             scale = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)
-        self._ours = (scale, skip.to(torch.float32))
-        optimizer.grad_scale, optimizer.found_inf = self._ours  # type: ignore[attr-defined]
+        if not look or skip:
+            found = skip.to(torch.float32)
+        self._ours = (scale, found)
+        optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._ours is None:
             return
-        scale, skip = self._ours
-        theirs = getattr(optimizer, "grad_scale", None)
-        if theirs is not scale:
-            optimizer.grad_scale = (
-                theirs if scale is None else scale if theirs is None else scale * theirs.to(scale.device)
-            )
-        found = getattr(optimizer, "found_inf", None)
-        if found is not skip:
-            optimizer.found_inf = skip if found is None else torch.maximum(skip, found.to(skip))
+        for name, ours, join in zip(("grad_scale", "found_inf"), self._ours, (torch.mul, torch.maximum), strict=True):
+            theirs = getattr(optimizer, name, None)
+            if theirs is not ours and ours is not None:
+                setattr(optimizer, name, ours if theirs is None else join(ours, theirs.to(ours)))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._ours is not None:

@@ -133,7 +133,7 @@ def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
         assert same(checkpoint[part], other_checkpoint[part]), part
     assert checkpoint["loops"]["fit_loop"]["state_dict"] == other_checkpoint["loops"]["fit_loop"]["state_dict"]
     clipper = next(state for key, state in checkpoint["callbacks"].items() if "Clipping" in key)
-    assert int(clipper["state"]["count"]) == 40
+    assert int(clipper["strategies"][0]["state"]["count"]) == 40
 
 
 def test_killed_at_each_delicate_moment(settings, tmp_path):

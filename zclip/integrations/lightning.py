@@ -16,15 +16,23 @@ from zclip.strategies.zclip import ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
+    With several optimizers each has statistics of its own, over its own parameters: the strategy given is that of the
+    first, copies of it are made for the others.
+
     Args:
-        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers.
+        strategy: any `ClippingStrategy` that has not taken a step yet; its `telemetry` holds the last step's numbers.
     """
 
     def __init__(self, strategy: ClippingStrategy) -> None:
-        self.strategy = strategy
+        self.strategies = [strategy]
+
+    @property
+    def strategy(self) -> ClippingStrategy:
+        """The strategy of the first optimizer."""
+        return self.strategies[0]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a Trainer that clips as well.
+        """Refuse a Trainer that clips as well, and make a strategy for each optimizer.
 
         Raises:
             ValueError: `gradient_clip_val` is set.
@@ -34,23 +42,39 @@ class ClippingCallback(pl.Callback):
                 f"gradient_clip_val={trainer.gradient_clip_val} is not allowed: leave it unset, "
                 f"{type(self.strategy).__name__} clips the gradients"
             )
+        self._provide(len(trainer.optimizers))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Clip the module's gradients, as part of the optimizer's step if that is fused."""
+        """Clip the gradients, as part of the optimizer's step if that is fused."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
-        self.strategy.step(pl_module, optimizer=optimizer)
+        if len(trainer.optimizers) == 1:
+            self.strategy.step(pl_module, optimizer=optimizer)
+            return
+        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.strategies[index].step(parameters, optimizer=optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the strategy's state."""
-        return self.strategy.state_dict()
+        """Return the states of all strategies."""
+        return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the strategy's state."""
-        self.strategy.load_state_dict(state_dict)
+        """Restore the states of all strategies."""
+        states = state_dict["strategies"]
+        self._provide(len(states))
+        for strategy, state in zip(self.strategies, states, strict=True):
+            strategy.load_state_dict(state)
+
+    def _provide(self, count: int) -> None:
+        while len(self.strategies) < count:
+            another = type(self.strategy)(**self.strategy.config())
+            another.on_nonfinite = self.strategy.on_nonfinite
+            another.max_consecutive_nonfinite = self.strategy.max_consecutive_nonfinite
+            self.strategies.append(another)
 
 
 class ZClipLightningCallback(ClippingCallback):

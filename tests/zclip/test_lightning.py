@@ -1,0 +1,126 @@
+"""The Lightning callbacks train like a plain loop: one optimizer or two, fused or not, in bf16, resumed."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from zclip import ZClip, ZClipLightningCallback
+
+STEPS = 24
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step)) * (40 if step in (12, 19) else 1)
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+class Automatic(pl.LightningModule):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.net = build()
+        self.fused = fused
+
+    def training_step(self, x, index):
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, fused=self.fused)
+
+
+class TwoOptimizers(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net, self.other = build(), build()
+
+    def training_step(self, x, index):
+        for net, optimizer, factor in zip((self.net, self.other), self.optimizers(), (1.0, 3.0), strict=True):
+            loss = factor * net(x).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.AdamW(self.net.parameters(), lr=0.01, fused=True),
+            torch.optim.SGD(self.other.parameters(), lr=0.1),
+        ]
+
+
+def fit(module: pl.LightningModule, folder, **settings):
+    callback = ZClipLightningCallback(warmup_steps=5, z_thresh=2.0)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[callback], logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch(t) for t in range(STEPS)], batch_size=None))
+    return trainer, callback
+
+
+def plain(model: nn.Module, optimizer, factor: float = 1.0) -> ZClip:
+    zclip = ZClip(warmup_steps=5, z_thresh=2.0)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        (factor * model(batch(t)).square().mean()).backward()
+        zclip.step(model)
+        optimizer.step()
+    return zclip
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_automatic_optimization(fused, tmp_path):
+    module = Automatic(fused)
+    _, callback = fit(module, tmp_path)
+    model = build()
+    zclip = plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    assert_same(module.net, model)
+    torch.testing.assert_close(callback.zclip.state["mean"], zclip.state["mean"])
+
+
+def test_two_optimizers_have_statistics_of_their_own(tmp_path):
+    module = TwoOptimizers()
+    _, callback = fit(module, tmp_path)
+    models = build(), build()
+    one = plain(models[0], torch.optim.AdamW(models[0].parameters(), lr=0.01))
+    two = plain(models[1], torch.optim.SGD(models[1].parameters(), lr=0.1), factor=3.0)
+    assert_same(module.net, models[0])
+    assert_same(module.other, models[1])
+    for strategy, wanted in zip(callback.strategies, (one, two), strict=True):
+        assert int(strategy.state["count"]) == STEPS
+        torch.testing.assert_close(strategy.state["mean"], wanted.state["mean"])
+    assert not torch.allclose(callback.strategies[0].state["mean"], callback.strategies[1].state["mean"])
+
+
+def test_statistics_travel_in_the_checkpoint(tmp_path):
+    trainer, callback = fit(TwoOptimizers(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    other = ZClipLightningCallback(warmup_steps=5, z_thresh=2.0)
+    state = torch.load(tmp_path / "all.ckpt", weights_only=False)["callbacks"]
+    other.load_state_dict(state[callback.state_key])
+    for one, two in zip(callback.strategies, other.strategies, strict=True):
+        assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
+
+
+def test_bf16_mixed_with_a_fused_optimizer_trains(tmp_path):
+    module = Automatic(fused=True)
+    before = torch.cat([p.detach().flatten() for p in module.parameters()])
+    _, callback = fit(module, tmp_path, precision="bf16-mixed")
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    assert int(callback.zclip.state["count"]) == STEPS
+
+
+def test_a_trainer_that_clips_as_well_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
+        fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)
