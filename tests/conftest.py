@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.corpus import embedded_corpus
 
@@ -62,3 +63,14 @@ def train(
         text=True,
         timeout=timeout,
     )
+
+
+def same(a, b) -> bool:
+    """Whether two nested states hold the same, tensors to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

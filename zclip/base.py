@@ -101,6 +101,8 @@ class ClippingStrategy:
     version = 1
     #: Whether the statistics are one for each tensor: `initial_state` is then given (n,) zeros.
     per_tensor = False
+    #: Whether the rule looks at the loss, if it is given.
+    uses_loss = False
 
     on_nonfinite: str = "skip"
     max_consecutive_nonfinite: int | None = 20

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from data import Sequences, prepare, unigram_entropy
 from experiments.runs import read_run
 from models import Llama
-from tests.conftest import CHECKOUT, TINY, train, train_command
+from tests.conftest import CHECKOUT, TINY, same, train, train_command
 from training.config import model_config
 
 
@@ -67,17 +67,6 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
     assert again.returncode == 0
     assert "finished already" in again.stdout and "test loss" in again.stdout
     assert state == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-
-
-def same(a, b) -> bool:
-    """Whether two checkpoints hold the same, to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def final(folder: Path) -> tuple[dict, list[dict], float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import same
 from zclip import AdaGC, FixedNorm, SkipStep, ZClip
 
 FUSED = {
@@ -88,16 +89,6 @@ def test_gradients_of_a_folded_step_are_not_touched_before_it():
 
 def snapshot(model, optimizer):
     return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 @pytest.mark.parametrize("make", [*FUSED.values(), *PLAIN.values()], ids=[*FUSED, *(f"plain {n}" for n in PLAIN)])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zclip import ZClip, ZClipLightningCallback
+from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 
 STEPS = 24
 
@@ -53,8 +53,8 @@ class TwoOptimizers(pl.LightningModule):
         ]
 
 
-def fit(module: pl.LightningModule, folder, **settings):
-    callback = ZClipLightningCallback(warmup_steps=5, z_thresh=2.0)
+def fit(module: pl.LightningModule, folder, callback=None, **settings):
+    callback = callback or ZClipLightningCallback(warmup_steps=5, z_thresh=2.0)
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, callbacks=[callback], logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
@@ -119,6 +119,21 @@ def test_bf16_mixed_with_a_fused_optimizer_trains(tmp_path):
     after = torch.cat([p.detach().flatten() for p in module.parameters()])
     assert torch.isfinite(after).all() and not torch.equal(before, after)
     assert int(callback.zclip.state["count"]) == STEPS
+
+
+def test_skip_step_sees_the_loss_of_the_whole_batch(tmp_path):
+    callback = ClippingCallback(SkipStep(window=8))
+    losses = []
+
+    class Recorded(Automatic):
+        def training_step(self, x, index):
+            loss = super().training_step(x, index)
+            losses.append(loss.item())
+            return loss
+
+    fit(Recorded(fused=True), tmp_path, callback=callback, accumulate_grad_batches=2)
+    means = torch.tensor(losses).view(-1, 2).mean(dim=1)
+    torch.testing.assert_close(callback.strategy.state["losses"].float(), means[-8:].roll(len(means) % 8))
 
 
 def test_a_trainer_that_clips_as_well_is_refused(tmp_path):

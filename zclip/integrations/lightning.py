@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from zclip.base import ClippingStrategy
 from zclip.strategies.zclip import ZClip
@@ -16,6 +17,7 @@ from zclip.strategies.zclip import ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
+    Strategies that look at the loss get the mean over the global batch, except in fp16, where Lightning has scaled it.
     With several optimizers each has statistics of its own, over its own parameters: the strategy given is that of the
     first, copies of it are made for the others.
 
@@ -25,6 +27,7 @@ class ClippingCallback(pl.Callback):
 
     def __init__(self, strategy: ClippingStrategy) -> None:
         self.strategies = [strategy]
+        self._loss: Tensor | None = None
 
     @property
     def strategy(self) -> ClippingStrategy:
@@ -44,6 +47,11 @@ class ClippingCallback(pl.Callback):
             )
         self._provide(len(trainer.optimizers))
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add up the losses of the micro-batches, which Lightning has divided by their number."""
+        if self.strategy.uses_loss and getattr(trainer.precision_plugin, "scaler", None) is None:
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -51,12 +59,15 @@ class ClippingCallback(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            loss = trainer.strategy.reduce(loss, reduce_op="mean")
         if len(trainer.optimizers) == 1:
-            self.strategy.step(pl_module, optimizer=optimizer)
+            self.strategy.step(pl_module, optimizer=optimizer, loss=loss)
             return
         index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.strategies[index].step(parameters, optimizer=optimizer)
+        self.strategies[index].step(parameters, optimizer=optimizer, loss=loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all strategies."""

@@ -26,6 +26,8 @@ class SkipStep(ClippingStrategy):
         ValueError: an argument is out of its range.
     """
 
+    uses_loss = True
+
     def __init__(self, sigma: float = 6.0, window: int = 128) -> None:
         require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number above 0")
         require(type(window) is int and window >= 2, "window", window, "an integer from 2")
