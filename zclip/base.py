@@ -174,7 +174,7 @@ class ClippingStrategy:
         shards = parameters_of(models)
         gradients = [local_gradient(shard.parameter) for shard in shards]
         idle = all(gradient is None for gradient in gradients)
-        if idle and process_group is None and not any(shard.groups for shard in shards):
+        if not shards or (idle and process_group is None and not any(shard.groups for shard in shards)):
             raise ValueError(NO_GRADIENTS)
         norms = tensor_norms(shards, gradients)
         norm = global_norm(norms, process_group)
@@ -267,7 +267,7 @@ class ClippingStrategy:
         common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
         skipped: set[int] = set()
         for optimizer in optimizers if self.on_nonfinite != "zero" else ():
-            theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            theirs = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
             if not theirs <= ours:
                 continue
             if takes_scale(optimizer):
@@ -292,7 +292,8 @@ class ClippingStrategy:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
         if not self.telemetry:
             return {}
-        values = torch.stack([value.to(torch.float64) for value in self.telemetry.values()]).tolist()
+        dtype = self.telemetry["grad_norm"].dtype
+        values = torch.stack([value.to(dtype) for value in self.telemetry.values()]).tolist()
         return dict(zip(self.telemetry, values, strict=True))
 
     def config(self) -> dict[str, Any]:

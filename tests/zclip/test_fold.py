@@ -143,6 +143,21 @@ def test_an_optimizer_with_other_parameters_gets_scaled_gradients():
     assert all(torch.equal(p.grad, g) for p, g in zip(other.parameters(), theirs, strict=True))
 
 
+def test_frozen_parameters_in_the_optimizer_change_nothing():
+    model = build()
+    model[0].weight.requires_grad_(False)
+    for make in (FUSED["adamw"], PLAIN["adamw"]):
+        optimizer = make(model.parameters())
+        strategy = ZClip()
+        optimizer.zero_grad()
+        model(batch(0)).square().mean().backward()
+        model[2].bias.grad[0] = float("nan")
+        before = copy.deepcopy(model.state_dict())
+        strategy.step(model, optimizer=optimizer)
+        optimizer.step()
+        assert same(before, model.state_dict())
+
+
 def test_two_optimizers_share_one_norm_and_one_update_of_the_statistics():
     models, optimizers = (build(), build()), []
     for model, make in zip(models, (FUSED["adamw"], PLAIN["sgd"]), strict=True):
