@@ -126,6 +126,8 @@ class CheckSweep(Callback):
                 check(composed)
                 folder = RunFolder(run_path(composed))
                 folder.check_same_run(composed)
+                if folder.path in seen and composed.name is None:
+                    raise ConfigError(f"two jobs of the sweep are the same run, {folder.path}: give each value once")
                 if folder.path in seen:
                     raise ConfigError(
                         f"name={composed.name} would be shared by the jobs ({' '.join(seen[folder.path])}) and "

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import check_text
 from models import LlamaConfig
 from zclip import ClippingStrategy
-from zclip.base import is_number
+from zclip.base import is_count, is_number
 
 
 class ConfigError(ValueError):
@@ -35,7 +35,7 @@ def _positive(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return is_count(value)
 
 
 def _folder_name(value: Any) -> bool:

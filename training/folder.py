@@ -57,10 +57,12 @@ class RunFolder:
         """
         if not self.result.exists():
             return None
-        try:
-            return json.loads(self.result.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{self.result} is damaged ({error}): remove it to evaluate the run again") from error
+        result = _read_json(self.result)
+        if "test_loss" not in result:
+            raise ConfigError(
+                f"{self.result} is damaged (no test_loss): remove it, and the same command makes it again"
+            )
+        return result
 
     def check_same_run(self, cfg: DictConfig) -> None:
         """Raise `ConfigError` if the folder holds a run with other settings. Writes nothing."""
@@ -94,7 +96,7 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(f"another process is training {self.path}: wait for it, or stop it") from error
-            starts = json.loads(self.environment.read_text())["starts"] if self.environment.exists() else []
+            starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
             if starts and starts[-1]["data_fingerprint"] != data_fingerprint:
                 raise ConfigError(
                     f"the text of data.path={cfg.data.path or 'null'} has changed: {self.path} was started on tokens "
@@ -129,6 +131,17 @@ class RunFolder:
                 )
             return checkpoint
         return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, or raise `ConfigError` if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged (not an object): remove it, and the same command makes it again")
+    return found
 
 
 def step_of(checkpoint: Path) -> int:

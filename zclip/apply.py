@@ -7,8 +7,9 @@ touched when nothing is clipped; on an accelerator looking would make the host w
 multiplication always runs.
 """
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,49 +45,78 @@ def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zer
 
 
 def takes_scale(optimizer: Optimizer) -> bool:
-    """Whether an optimizer multiplies gradients by a coefficient in its own pass, and can be told not to step."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether an optimizer multiplies gradients by a coefficient in its own pass, and can be told not to step.
+
+    Fused SGD that is told not to take its first step leaves its momentum uninitialised: it counts from the second on.
+    """
+    groups = optimizer.param_groups
+    if not (all(group.get("fused") for group in groups) and getattr(optimizer, "_step_supports_amp_scaling", False)):
+        return False
+    moved = [p for group in groups if group.get("momentum") for p in group["params"] if p.grad is not None]
+    return all(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in moved)
 
 
 class Fold:
-    """Puts decisions into the steps of one optimizer for which `takes_scale` holds.
+    """Puts decisions into the steps of one optimizer for which `takes_scale` holds; `Fold.of` gives it.
 
     The attributes are set at once, because an optimizer that is given a closure runs it, and `ClippingStrategy.step` in
-    it, after its hooks. A GradScaler overwrites them just before the step: then the hook puts both together.
+    it, after its hooks. A GradScaler multiplies its scale into `grad_scale` but overwrites `found_inf` just before the
+    step: then the hook puts both together.
     """
 
+    _of: ClassVar["weakref.WeakKeyDictionary[Optimizer, Fold]"] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> "Fold":
+        """Return the one fold of an optimizer."""
+        fold = cls._of.get(optimizer)
+        if fold is None:
+            fold = cls._of[optimizer] = cls(optimizer)
+        return fold
+
     def __init__(self, optimizer: Optimizer) -> None:
-        self._ours: tuple[Tensor | None, Tensor | None] | None = None
+        self._optimizer = weakref.ref(optimizer)
+        self._ours: dict[str, Tensor] = {}
+        self._scaler = False
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
-    def set(self, optimizer: Optimizer, coefficient: Tensor | None, skip: Tensor) -> None:
+    def set(self, coefficient: Tensor | None, skip: Tensor) -> None:
         """Have the optimizer's next step multiply the gradients.
 
         Args:
-            optimizer: the one this was made for.
             coefficient: 0-dim; `None`: the gradients have been scaled already.
             skip: 0-dim bool, whether the step must not happen.
+
+        Raises:
+            ValueError: another decision waits for that step.
         """
+        if self._ours:
+            raise ValueError("two strategies clip for one optimizer's step: give the optimizer to one of them only")
         look = skip.device.type == "cpu"  # there a step that needs nothing can be left alone
-        scale = found = None
         if coefficient is not None and not (look and coefficient == 1):
-            scale = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)
+            self._ours["grad_scale"] = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)
         if not look or skip:
-            found = skip.to(torch.float32)
-        self._ours = (scale, found)
-        optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
+            self._ours["found_inf"] = skip.to(torch.float32)
+        for name, value in self._ours.items():
+            setattr(self._optimizer(), name, value)
+
+    def clear(self) -> None:
+        """Forget a decision whose step did not come."""
+        optimizer = self._optimizer()
+        for name, value in self._ours.items():
+            if getattr(optimizer, name, None) is value:
+                delattr(optimizer, name)
+        self._ours = {}
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._ours is None:
-            return
-        for name, ours, join in zip(("grad_scale", "found_inf"), self._ours, (torch.mul, torch.maximum), strict=True):
-            theirs = getattr(optimizer, name, None)
-            if theirs is not ours and ours is not None:
-                setattr(optimizer, name, ours if theirs is None else join(ours, theirs.to(ours)))
+        ours, found = self._ours.get("found_inf"), getattr(optimizer, "found_inf", None)
+        self._scaler = found is not None and found is not ours
+        if found is not None and found is not ours and ours is not None:
+            optimizer.found_inf = torch.maximum(ours, found.to(ours))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._ours is not None:
-            optimizer.grad_scale = optimizer.found_inf = None
-            self._ours = None
+        if self._scaler:
+            self._ours = {}  # a GradScaler deletes both attributes itself
+        else:
+            self.clear()

@@ -9,7 +9,6 @@ tensor's norm, the loss or the gradients themselves implements `clip`.
 
 import inspect
 import math
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -118,7 +117,7 @@ class ClippingStrategy:
         #: Always `grad_norm`, `clipped_norm`, `clipped`, `clipped_by_max` (by max_grad_norm, beyond the rule),
         #: `consecutive_clips`, `nonfinite` (how many so far) and `consecutive_nonfinite`; the rest is the strategy's.
         self.telemetry: dict[str, Tensor] = {}
-        self._folds: weakref.WeakKeyDictionary[Optimizer, Fold] = weakref.WeakKeyDictionary()
+        self._pending: list[Fold] = []
         self._watch = Watch()
 
     def decide(self, norm: Tensor, state: State) -> Decision:
@@ -148,7 +147,7 @@ class ClippingStrategy:
     def step(
         self,
         *models: Parameters,
-        optimizer: Optimizer | Iterable[Optimizer] = (),
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
         loss: Tensor | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor:
@@ -168,9 +167,12 @@ class ClippingStrategy:
             The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
-            ValueError: no parameter has a gradient.
+            ValueError: no parameter has a gradient, or two strategies were given one optimizer.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
+        for fold in self._pending:
+            fold.clear()
+        self._pending = []
         shards = parameters_of(models)
         gradients = [local_gradient(shard.parameter) for shard in shards]
         idle = all(gradient is None for gradient in gradients)
@@ -181,7 +183,8 @@ class ClippingStrategy:
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
         clipping = self._observe(Measured(norm, norms, loss, shards, gradients))
-        self._apply(clipping, shards, gradients, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self._apply(clipping, shards, gradients, optimizers)
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -271,10 +274,9 @@ class ClippingStrategy:
             if not theirs <= ours:
                 continue
             if takes_scale(optimizer):
-                fold = self._folds.get(optimizer)
-                if fold is None:
-                    fold = self._folds[optimizer] = Fold(optimizer)
-                fold.set(optimizer, common, clipping.skip)
+                fold = Fold.of(optimizer)
+                fold.set(common, clipping.skip)
+                self._pending.append(fold)
                 folded |= theirs if common is not None else set()
             elif clipping.skip.device.type == "cpu" and clipping.skip:
                 skipped |= theirs  # an optimizer does nothing where there is no gradient
@@ -339,6 +341,10 @@ class ClippingStrategy:
         self.state = {key: value.clone() for key, value in state_dict["state"].items()}
         self.counters = {key: value.clone() for key, value in state_dict["counters"].items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what belongs to this process: the optimizers' hooks and the device's events."""
+        return {**self.__dict__, "_pending": [], "_watch": Watch()}
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
@@ -353,6 +359,11 @@ NO_GRADIENTS = (
 def is_number(value: object) -> bool:
     """Whether `value` is a finite int or float; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether `value` is an int from `least` to 2**31 - 1."""
+    return type(value) is int and least <= value < 2**31
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -42,6 +42,10 @@ def parameters_of(models: Parameters) -> list[Shard]:
                 visit(parameter, fsdp1)
             for child in item.children():
                 visit(child, fsdp1)
+        elif isinstance(item, str):
+            raise TypeError(
+                f"{item!r} is no parameter: give modules, parameters, or iterables of either, without names"
+            )
         else:
             for inner in item:
                 visit(inner, fsdp1)

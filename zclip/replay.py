@@ -77,6 +77,8 @@ def read_columns(path: Path, column: str, loss: str) -> tuple[list[float], list[
             rows = list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path} cannot be read: each line must be an object, such as {{"{column}": 1.5}}')
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
 
     def find(wanted: str) -> str | None:
@@ -86,7 +88,7 @@ def read_columns(path: Path, column: str, loss: str) -> tuple[list[float], list[
     def numbers(name: str) -> list[float]:
         try:
             return [math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows]
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"column={name} of {path} holds something that is no number: {error}") from error
 
     found, found_loss = find(column), find(loss)
@@ -152,7 +154,8 @@ def _strategy_class(name: str) -> type[ClippingStrategy]:
         raise ValueError(
             f"clip={name} is not known: it must be one of {', '.join(STRATEGIES)}, or module.Class"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, ClippingStrategy)) or found.per_tensor:
+    ours = isinstance(found, type) and issubclass(found, ClippingStrategy) and not found.per_tensor
+    if not ours or (found.decide is ClippingStrategy.decide and found.clip is ClippingStrategy.clip):
         raise ValueError(f"clip={name} cannot be replayed: it must be a ClippingStrategy over the global norm")
     return found
 
@@ -197,6 +200,10 @@ def main(arguments: Sequence[str]) -> int:
         except ModuleNotFoundError:
             print("no picture: matplotlib is not installed")
         else:
-            draw(results, Path(options["out"]))
+            try:
+                draw(results, Path(options["out"]))
+            except (OSError, ValueError) as error:
+                print(f"zclip replay: error: out={options['out']} cannot be written: {error}", file=sys.stderr)
+                return 2
             print(f"picture: {options['out']}")
     return 0

@@ -96,6 +96,7 @@ BAD = {
     "lr=1e-3,3e-3": "lr=1e-3,3e-3 is several values: add -m",
     "lr=inf": "lr=inf is not allowed",
     "clip=null": "clip=null is not allowed: a group takes the name of one of its options",
+    "clip.warmup_steps=9999999999999999999999": "clip.warmup_steps=9999999999999999999999 is not allowed",
     "clip.z_thresh=inf": "clip.z_thresh=inf is not allowed",
     "+clip.foo=1": "clip.foo=1 means nothing to ZClip: it has alpha, z_thresh",
     "clip._target_=os.path.join": "clip._target_=os.path.join",
@@ -131,6 +132,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
         (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
         (("data.path=/nope", "seed=0,1"), "data.path=/nope"),
         (("lr=glob(*)",), "makes no job"),
+        (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
     ],
 )
 def test_a_sweep_with_one_bad_job_starts_none(overrides, said, tmp_path):

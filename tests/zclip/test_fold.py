@@ -1,6 +1,7 @@
 """Decisions folded into a fused optimizer do what scaled gradients do, and skipped steps do nothing at all."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_gradients_of_a_folded_step_are_not_touched_before_it():
     FixedNorm(1e-3).step(model, optimizer=optimizer)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
     optimizer.step()
-    assert optimizer.grad_scale is None and optimizer.found_inf is None, "nothing is left for a step without clipping"
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf"), "nothing is left over"
 
 
 def snapshot(model, optimizer):
@@ -173,3 +174,77 @@ def test_two_optimizers_share_one_norm_and_one_update_of_the_statistics():
         for optimizer in optimizers:
             optimizer.step()
     assert int(zclip.state["count"]) == 4
+
+
+def stepped(optimizer, model) -> torch.Tensor:
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
+def backward(model, optimizer, step: int = 0) -> None:
+    optimizer.zero_grad()
+    model(batch(step)).square().mean().backward()
+
+
+def test_a_decision_whose_step_never_came_is_forgotten():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    clip = FixedNorm(0.01)
+    backward(model, optimizer, 12)
+    clip.step(model, optimizer=optimizer)
+    backward(model, optimizer)
+    clip.step(model)
+    assert float(stepped(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_two_strategies_for_one_step_are_refused():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    backward(model, optimizer)
+    FixedNorm(0.01).step(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="two strategies clip for one optimizer"):
+        FixedNorm(0.01).step(model, optimizer=optimizer)
+    assert float(stepped(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_skipped_first_step_leaves_no_garbage_in_the_momentum():
+    for _ in range(3):
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+        zclip = ZClip()
+        backward(model, optimizer)
+        model[0].weight.grad[0, 0] = float("nan")
+        zclip.step(model, optimizer=optimizer)
+        assert not stepped(optimizer, model).any()
+        backward(model, optimizer)
+        norm = zclip.step(model, optimizer=optimizer)
+        assert float(stepped(optimizer, model).norm()) == pytest.approx(0.1 * float(norm), rel=1e-4)
+
+
+def test_copies_and_pickles_clip_for_themselves():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    clip = FixedNorm(0.01)
+    backward(model, optimizer)
+    clip.step(model, optimizer=optimizer)
+    optimizer.step()
+    for other in (copy.deepcopy(clip), pickle.loads(pickle.dumps(clip))):
+        backward(model, optimizer)
+        other.step(model, optimizer=optimizer)
+        optimizer.step()
+        assert not hasattr(optimizer, "grad_scale")
+
+
+def test_a_scaler_goes_on_after_a_step_without_it():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    clip, scaler = FixedNorm(0.01), torch.amp.GradScaler("cpu")
+    backward(model, optimizer)
+    clip.step(model, optimizer=optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler.scale(model(batch(1)).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -136,6 +136,15 @@ def test_skip_step_sees_the_loss_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(callback.strategy.state["losses"].float(), means[-8:].roll(len(means) % 8))
 
 
+def test_a_training_step_that_returns_none_is_left_out(tmp_path):
+    class Sometimes(Automatic):
+        def training_step(self, x, index):
+            return None if index % 3 == 1 else super().training_step(x, index)
+
+    _, callback = fit(Sometimes(fused=True), tmp_path)
+    assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
+
+
 def test_a_trainer_that_clips_as_well_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
         fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)

@@ -83,6 +83,7 @@ def test_a_wandb_export(trace, tmp_path, capsys):
         (["z_tresh=2"], "unexpected keyword argument 'z_tresh'"),
         (["clip=zclop"], "clip=zclop is not known: it must be one of zclip, fixed"),
         (["clip=zclip.AdaGC"], "clip=zclip.AdaGC cannot be replayed"),
+        (["clip=zclip.ClippingStrategy"], "cannot be replayed"),
         (["column=norm"], "column=norm is not in"),
         (["column=step", "z_thresh"], "z_thresh is not KEY=VALUE"),
     ],
@@ -98,8 +99,10 @@ def test_mistakes_are_one_sentence(arguments, said, jsonl, capsys, tmp_path, mon
 def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"grad_norm": 1}\n{"grad')
+    (tmp_path / "number.jsonl").write_text("5\n")
+    (tmp_path / "list.jsonl").write_text('{"grad_norm": [1]}\n')
     (tmp_path / "words.csv").write_text("grad_norm\nlarge\n")
-    for name in ("missing.csv", "empty.jsonl", "broken.jsonl", "words.csv"):
+    for name in ("missing.csv", "empty.jsonl", "broken.jsonl", "words.csv", "number.jsonl", "list.jsonl"):
         assert main(["replay", str(tmp_path / name)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert main([]) == 2 and main(["--help"]) == 0

@@ -69,6 +69,12 @@ def test_modules_parameters_and_shared_parameters_count_once():
     assert float(NoClipping().step([a, a], list(b.parameters()))) == pytest.approx(whole, rel=1e-6)
 
 
+def test_names_are_no_parameters():
+    with pytest.raises(TypeError, match=r"'0\.weight' is no parameter"):
+        NoClipping().step(dict(model_with_gradients(0).named_parameters()))
+    assert float(NoClipping().step(model_with_gradients(0), optimizer=None)) > 0
+
+
 def test_half_precision_norms_are_summed_in_single():
     model = nn.Linear(1000, 1000, bias=False).half()
     model.weight.grad = torch.full_like(model.weight, 10.0)
@@ -142,7 +148,8 @@ def test_a_state_of_something_else_is_refused():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"alpha": 1.0}, {"alpha": -0.1}, {"z_thresh": 0}, {"eps": 0}, {"warmup_steps": 0}, {"mode": "median"},
+        {"alpha": 1.0}, {"alpha": -0.1}, {"z_thresh": 0}, {"eps": 0}, {"warmup_steps": 0},
+        {"warmup_steps": 10**30}, {"mode": "median"},
         {"clip_option": "min"}, {"clip_factor": 0}, {"max_grad_norm": -1},
     ],
 )  # fmt: skip

@@ -90,6 +90,13 @@ def test_skip_step_skips_a_loss_that_is_not_finite_and_forgets_it():
     assert torch.isfinite(clip.state["losses"]).all()
 
 
+def test_skip_step_does_not_take_a_missing_loss_for_a_loss():
+    clip = SkipStep(window=8)
+    for _ in range(12):
+        assert float(clip.observe(torch.tensor(1.0))) == 1.0
+    assert float(clip.observe(torch.tensor(1.0), torch.tensor(5.0))) == 1.0
+
+
 def test_agc():
     clip = AGC(ratio=0.1, eps=1e-3)
     for parameters, before in steps(20):

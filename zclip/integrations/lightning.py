@@ -17,9 +17,9 @@ from zclip.strategies.zclip import ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
-    Strategies that look at the loss get the mean over the global batch, except in fp16, where Lightning has scaled it.
-    With several optimizers each has statistics of its own, over its own parameters: the strategy given is that of the
-    first, copies of it are made for the others.
+    Under automatic optimization strategies that look at the loss get its mean over the global batch, except in fp16,
+    where Lightning has scaled it. With several optimizers each has statistics of its own, over its own parameters:
+    the strategy given is that of the first, copies of it are made for the others.
 
     Args:
         strategy: any `ClippingStrategy` that has not taken a step yet; its `telemetry` holds the last step's numbers.
@@ -59,6 +59,9 @@ class ClippingCallback(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters):
+            return  # training_step returned None: there is nothing to clip
         loss, self._loss = self._loss, None
         if loss is not None:
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
@@ -66,7 +69,6 @@ class ClippingCallback(pl.Callback):
             self.strategy.step(pl_module, optimizer=optimizer, loss=loss)
             return
         index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.strategies[index].step(parameters, optimizer=optimizer, loss=loss)
 
     def state_dict(self) -> dict[str, Any]:

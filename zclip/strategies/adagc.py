@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, State, is_count, is_number, require
 
 
 class AdaGC(ClippingStrategy):
@@ -36,7 +36,7 @@ class AdaGC(ClippingStrategy):
     ) -> None:
         require(is_number(lambda_rel) and lambda_rel > 0, "lambda_rel", lambda_rel, "a number above 0")
         require(is_number(beta) and 0 <= beta < 1, "beta", beta, "a number from 0 to below 1")
-        require(type(warmup_steps) is int and warmup_steps >= 1, "warmup_steps", warmup_steps, "an integer from 1")
+        require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
         require(is_number(lambda_abs) and lambda_abs > 0, "lambda_abs", lambda_abs, "a number above 0")
         super().__init__()
         self.lambda_rel = lambda_rel

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State, is_count, is_number, require
 
 
 class AutoClip(ClippingStrategy):
@@ -33,7 +33,7 @@ class AutoClip(ClippingStrategy):
             "a number from 0 to 100",
         )
         allowed = "an integer from 1, or null for the full history"
-        require(window is None or (type(window) is int and window >= 1), "window", window, allowed)
+        require(window is None or is_count(window), "window", window, allowed)
         super().__init__()
         self.percentile = percentile
         self.window = window

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, State, is_count, is_number, require
 
 
 class SkipStep(ClippingStrategy):
@@ -30,43 +30,38 @@ class SkipStep(ClippingStrategy):
 
     def __init__(self, sigma: float = 6.0, window: int = 128) -> None:
         require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number above 0")
-        require(type(window) is int and window >= 2, "window", window, "an integer from 2")
+        require(is_count(window, 2), "window", window, "an integer from 2")
         super().__init__()
         self.sigma = sigma
         self.window = window
 
     def initial_state(self, like: Tensor) -> State:
         """Return empty windows."""
-        return {
-            "count": torch.zeros((), dtype=torch.int64, device=like.device),
-            "losses": like.new_zeros(self.window),
-            "norms": like.new_zeros(self.window),
-        }
+        zero = torch.zeros((), dtype=torch.int64, device=like.device)
+        windows = {"losses": like.new_zeros(self.window), "norms": like.new_zeros(self.window)}
+        return {"loss_count": zero, "norm_count": zero.clone(), **windows}
 
     def clip(self, measured: Measured, state: State) -> Clipping:
         """Return coefficients of 1, and whether to skip."""
-        norm, count = measured.norm, state["count"]
-        loss = torch.zeros_like(norm) if measured.loss is None else measured.loss.detach().to(norm.device, norm.dtype)
-        places = torch.arange(self.window, device=norm.device)
+        norm = measured.norm
+        bad, norms, norm_count = self._outlier(norm, state["norms"], state["norm_count"])
+        new = {"norms": norms, "norm_count": norm_count}
+        if measured.loss is not None:
+            loss = measured.loss.detach().to(norm.device, norm.dtype)
+            outlier, losses, loss_count = self._outlier(loss, state["losses"], state["loss_count"])
+            bad = bad | outlier
+            new |= {"losses": losses, "loss_count": loss_count}
+        return Clipping(torch.ones_like(norm), norm, bad, new, {"skipped": bad}, skip=bad)
+
+    def _outlier(self, value: Tensor, window: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whether a value is an outlier, and window and count with it; one not finite is, and stays out."""
+        finite = torch.isfinite(value)
+        places = torch.arange(self.window, device=value.device)
         held = places < count
+        n = held.sum()
+        mean = torch.where(held, window, 0.0).sum() / n
+        std = (torch.where(held, window - mean, 0.0).square().sum() / (n - 1)).sqrt()
         enough = count >= max(2, self.window // 2) - 1
-        bad = ~torch.isfinite(loss)
-        for value, history in ((loss, state["losses"]), (norm, state["norms"])):
-            n = held.sum()
-            mean = torch.where(held, history, 0.0).sum() / n
-            var = torch.where(held, history - mean, 0.0).square().sum() / (n - 1)
-            bad = bad | (enough & (value - mean > self.sigma * var.sqrt()))
-        here = places == count % self.window
-        seen = torch.where(torch.isfinite(loss), loss, state["losses"].take(count % self.window))
-        return Clipping(
-            torch.ones_like(norm),
-            clipped_norm=norm,
-            clipped=bad,
-            state={
-                "count": count + 1,
-                "losses": torch.where(here, seen, state["losses"]),
-                "norms": torch.where(here, norm, state["norms"]),
-            },
-            telemetry={"skipped": bad},
-            skip=bad,
-        )
+        bad = ~finite | (enough & (value - mean > self.sigma * std))
+        entered = torch.where(finite & (places == count % self.window), value, window)
+        return bad, entered, count + finite

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, State, is_number, require
+from zclip.base import ClippingStrategy, Decision, State, is_count, is_number, require
 
 MODES = ("zscore", "percentile")
 CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
@@ -90,14 +90,14 @@ class ZClip(ClippingStrategy):
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "a number from 0 to below 1")
         require(is_number(z_thresh) and z_thresh > 0, "z_thresh", z_thresh, "a number above 0")
         require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        require(type(warmup_steps) is int and warmup_steps >= 1, "warmup_steps", warmup_steps, "an integer from 1")
+        require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
         require(mode in MODES, "mode", mode, "one of " + ", ".join(MODES))
         require(clip_option in CLIP_OPTIONS, "clip_option", clip_option, "one of " + ", ".join(CLIP_OPTIONS))
         require(is_number(clip_factor) and clip_factor > 0, "clip_factor", clip_factor, "a number above 0")
         skip = skip_update_on_spike
         require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
         window = recovery_window
-        valid = window is None or (type(window) is int and window >= 8)
+        valid = window is None or is_count(window, 8)
         require(valid, "recovery_window", window, "an integer from 8, or null to switch recovery off")
         super().__init__(max_grad_norm)
         self.alpha = alpha
