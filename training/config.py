@@ -34,16 +34,12 @@ def _positive(value: Any) -> bool:
     return is_number(value) and value > 0
 
 
-def _count(value: Any) -> bool:
-    return is_count(value)
-
-
 def _folder_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.=,+-]+", value) is not None and value.strip(".") != ""
 
 
 _POSITIVE = (_positive, "a number above 0")
-_COUNT = (_count, "an integer from 1")
+_COUNT = (is_count, "an integer from 1")
 _FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
 _FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")

@@ -62,13 +62,13 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     quieten_lightning()
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
+    model = model_config(cfg)
     module = PretrainingModule(
-        model_config(cfg),
+        model,
         lr=cfg.lr,
         steps=trainer_cfg.max_steps,
         **settings_of(cfg.optim),
     )
-    parameters = sum(p.numel() for p in module.parameters())
     loader = SequenceLoader(
         Sequences(tokens.train, cfg.data.sequence_length),
         fingerprint=tokens.fingerprint,
@@ -83,7 +83,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
     else:
         console.print(
-            f"training {folder.path}: {parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
+            f"training {folder.path}: {model.parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
             f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens",
         )
 
@@ -143,7 +143,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         "test_loss": module.test_loss,
         "unigram_entropy": unigram_entropy(evaluated),
         "test_tokens": len(evaluated),
-        "parameters": parameters,
+        "parameters": model.parameters,
         "data_fingerprint": tokens.fingerprint,
     }
 

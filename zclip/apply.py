@@ -112,8 +112,8 @@ class Fold:
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         ours, found = self._ours.get("found_inf"), getattr(optimizer, "found_inf", None)
         self._scaler = found is not None and found is not ours
-        if found is not None and found is not ours and ours is not None:
-            optimizer.found_inf = torch.maximum(ours, found.to(ours))
+        if self._scaler and ours is not None:
+            optimizer.found_inf = torch.maximum(ours, found.to(ours))  # type: ignore[union-attr]
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._scaler:

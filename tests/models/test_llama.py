@@ -33,7 +33,7 @@ def test_1b_is_table_4():
     config = from_yaml("1b")
     with torch.device("meta"):
         model = Llama(config)
-    assert sum(p.numel() for p in model.parameters()) == 1_071_712_256
+    assert sum(p.numel() for p in model.parameters()) == config.parameters == 1_071_712_256
     assert dataclasses.asdict(config) == {
         "vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 5440, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
@@ -105,6 +105,7 @@ def test_tied_embeddings_are_one_parameter():
     tied = Llama(dataclasses.replace(TINY, tie_word_embeddings=True))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     untied = sum(p.numel() for p in Llama(TINY).parameters())
+    assert untied == TINY.parameters and untied - tied.config.parameters == 97 * 32
     assert untied - sum(p.numel() for p in tied.parameters()) == 97 * 32
 
 
