@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -77,23 +77,33 @@ class Clipping(NamedTuple):
     skip: Tensor | None = None
 
 
+class Policy(TypedDict, total=False):
+    """What any strategy takes as keyword arguments on top of its own; see `ClippingStrategy`."""
+
+    on_nonfinite: str
+    max_consecutive_nonfinite: int | None
+
+
 class ClippingStrategy:
     """Base of all strategies: a subclass implements `decide` (or `clip`), and `initial_state` if it keeps statistics.
 
     The arguments of a subclass's `__init__` must be kept as attributes of the same names: `state_dict` records them.
+    What it takes as `**policy` and hands on is not recorded: a saved state goes on under another policy.
 
-    A norm that is NaN or infinite never enters the statistics. What happens then is set by two attributes:
-
-    - `on_nonfinite`: "skip" (default), "zero" or "raise". "skip": the optimizer that was given to `step` does nothing,
-      no weight decay and no momentum either (a fused one is told so; on a CPU any other finds no gradients). Where
-      none was given, or one that is not fused on an accelerator, the gradients become zero instead, as with
-      "zero"; weight decay, momentum and Adam's moments then still move the weights. "raise":
-      `FloatingPointError` naming the first parameters at fault; this waits for the device.
-    - `max_consecutive_nonfinite`: so many in a row raise `FloatingPointError` with advice. Default 20; `None`: never.
-      On an accelerator the count is looked at when a copy of it has arrived, a step or two late.
+    A norm that is NaN or infinite never enters the statistics. What else happens then is the policy.
 
     Args:
-        max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. `None`: no bound.
+        max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. `None` (default): no bound.
+        on_nonfinite: "skip" (default), "zero" or "raise". "skip": the optimizer that was given to `step` does nothing,
+            no weight decay and no momentum either (a fused one is told so; on a CPU any other finds no gradients).
+            Where none was given, or one that is not fused on an accelerator, the gradients become zero instead, as
+            with "zero"; weight decay, momentum and Adam's moments then still move the weights. "raise":
+            `FloatingPointError` naming the first parameters at fault; this waits for the device.
+        max_consecutive_nonfinite: so many in a row raise `FloatingPointError` with advice. Default 20; `None`: never.
+            On an accelerator the count is looked at when a copy of it has arrived, a step or two late.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     #: Version of the saved state's layout.
@@ -106,11 +116,17 @@ class ClippingStrategy:
     on_nonfinite: str = "skip"
     max_consecutive_nonfinite: int | None = 20
 
-    def __init__(self, max_grad_norm: float | None = None) -> None:
+    def __init__(self, max_grad_norm: float | None = None, **policy: Unpack[Policy]) -> None:
+        unknown = policy.keys() - Policy.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         if max_grad_norm is not None:
             allowed = "a number above 0, or null for no bound"
             require(is_number(max_grad_norm) and max_grad_norm > 0, "max_grad_norm", max_grad_norm, allowed)
         self.max_grad_norm = max_grad_norm
+        for name, value in policy.items():
+            setattr(self, name, value)
+        self._check_policy()
         self.state: State = {}
         self.counters: State = {}
         #: 0-dim tensors of the last step on the gradients' device; `read_telemetry` brings them over together.
@@ -208,7 +224,7 @@ class ClippingStrategy:
     def _observe(self, measured: Measured) -> Clipping:
         """Decide one step, update statistics, counters and telemetry; the result's `skip` is never `None`."""
         norm = measured.norm
-        require(self.on_nonfinite in POLICIES, "on_nonfinite", self.on_nonfinite, "one of " + ", ".join(POLICIES))
+        self._check_policy()
         finite = torch.isfinite(norm)
         if self.on_nonfinite == "raise" and not finite:
             raise FloatingPointError(fault(norm, measured.norms, measured.shards))
@@ -237,6 +253,12 @@ class ClippingStrategy:
         }
         self._watch.look(counts["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return clipping._replace(skip=skip)
+
+    def _check_policy(self) -> None:
+        limit = self.max_consecutive_nonfinite
+        require(self.on_nonfinite in POLICIES, "on_nonfinite", self.on_nonfinite, "one of " + ", ".join(POLICIES))
+        allowed = "an integer from 1, or null for no limit"
+        require(limit is None or is_count(limit), "max_consecutive_nonfinite", limit, allowed)
 
     def _prepare_state(self, measured: Measured) -> None:
         like = torch.zeros_like(measured.norms if self.per_tensor else measured.norm)

@@ -69,8 +69,7 @@ def test_tiny_huge_and_zero_gradients_stay_finite(make, scale):
 
 
 def test_zero_policy_lets_the_optimizer_step_on_zeros():
-    zclip = ZClip()
-    zclip.on_nonfinite = "zero"
+    zclip = ZClip(on_nonfinite="zero")
     model = with_gradients(math.nan)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     before = model.weight.detach().clone()
@@ -81,8 +80,7 @@ def test_zero_policy_lets_the_optimizer_step_on_zeros():
 
 
 def test_raise_policy_names_the_parameters():
-    zclip = ZClip()
-    zclip.on_nonfinite = "raise"
+    zclip = ZClip(on_nonfinite="raise")
     zclip.step(with_gradients(None))
     with pytest.raises(FloatingPointError, match=r"norm is nan; parameters .*: number 0 of shape \(3, 4\)$"):
         zclip.step(with_gradients(math.nan))
@@ -91,14 +89,25 @@ def test_raise_policy_names_the_parameters():
         zclip.step(with_gradients(None))
 
 
+@pytest.mark.parametrize("make", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC])
+def test_every_strategy_takes_a_policy_and_refuses_a_wrong_one(make):
+    strategy = make(on_nonfinite="zero", max_consecutive_nonfinite=None)
+    assert (strategy.on_nonfinite, strategy.max_consecutive_nonfinite) == ("zero", None)
+    make().load_state_dict(strategy.state_dict())
+    with pytest.raises(ValueError, match="on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise"):
+        make(on_nonfinite="ignore")
+    with pytest.raises(ValueError, match="max_consecutive_nonfinite=0 is not allowed: it must be an integer from 1"):
+        make(max_consecutive_nonfinite=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alhpa'"):
+        make(alhpa=0.9)
+
+
 def test_a_limit_of_bad_norms_in_a_row():
-    zclip = ZClip()
-    zclip.max_consecutive_nonfinite = 3
+    zclip = ZClip(max_consecutive_nonfinite=3)
     for value in (math.nan, math.nan, None, math.nan, math.inf):
         zclip.step(with_gradients(value))
     assert zclip.read_telemetry()["consecutive_nonfinite"] == 2
-    restored = ZClip()
-    restored.max_consecutive_nonfinite = 3
+    restored = ZClip(max_consecutive_nonfinite=3)
     restored.load_state_dict(zclip.state_dict())
     with pytest.raises(FloatingPointError, match=r"3 times in a row.*Go back to a checkpoint"):
         restored.step(with_gradients(math.nan))

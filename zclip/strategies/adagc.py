@@ -1,9 +1,11 @@
 """AdaGC: each tensor is clipped to a multiple of its own moving average norm."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_count, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_count, is_number, require
 
 
 class AdaGC(ClippingStrategy):
@@ -24,6 +26,7 @@ class AdaGC(ClippingStrategy):
         beta: smoothing factor of the average, 0 <= beta < 1. Default 0.98.
         warmup_steps: steps of global clipping. Default 100.
         lambda_abs: bound on the global norm during them. Default 1.0.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -32,13 +35,18 @@ class AdaGC(ClippingStrategy):
     per_tensor = True
 
     def __init__(
-        self, lambda_rel: float = 1.05, beta: float = 0.98, warmup_steps: int = 100, lambda_abs: float = 1.0
+        self,
+        lambda_rel: float = 1.05,
+        beta: float = 0.98,
+        warmup_steps: int = 100,
+        lambda_abs: float = 1.0,
+        **policy: Unpack[Policy],
     ) -> None:
         require(is_number(lambda_rel) and lambda_rel > 0, "lambda_rel", lambda_rel, "a number above 0")
         require(is_number(beta) and 0 <= beta < 1, "beta", beta, "a number from 0 to below 1")
         require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
         require(is_number(lambda_abs) and lambda_abs > 0, "lambda_abs", lambda_abs, "a number above 0")
-        super().__init__()
+        super().__init__(**policy)
         self.lambda_rel = lambda_rel
         self.beta = beta
         self.warmup_steps = warmup_steps

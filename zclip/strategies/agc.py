@@ -1,12 +1,14 @@
 """NFNet AGC: each unit's gradient is clipped relative to the unit's weights."""
 
+from typing import Unpack
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard as Sharded
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_number, require
 from zclip.norm import Shard, sum_over_ranks
 
 
@@ -23,16 +25,17 @@ class AGC(ClippingStrategy):
     Args:
         ratio: lambda, ratio of gradient norm to weight norm that a unit may reach. Default 0.01.
         eps: least weight norm, so that zero weights can move. Default 1e-3.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
         ValueError: an argument is out of its range; or, in `step`, parameters are flattened by FSDP1, which leaves no
             rows to look at.
     """
 
-    def __init__(self, ratio: float = 0.01, eps: float = 1e-3) -> None:
+    def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:
         require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
         require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        super().__init__()
+        super().__init__(**policy)
         self.ratio = ratio
         self.eps = eps
 

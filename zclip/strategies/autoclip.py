@@ -1,12 +1,12 @@
 """AutoClip: the threshold is a percentile of the norms seen so far."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State, is_count, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Decision, Measured, Policy, State, is_count, is_number, require
 
 
 class AutoClip(ClippingStrategy):
@@ -20,12 +20,13 @@ class AutoClip(ClippingStrategy):
         percentile: p in [0, 100]. Default 10.
         window: how many of the latest norms count. `None` (default): all of them; the buffer then doubles
             whenever it is full, 8 bytes a step.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, percentile: float = 10.0, window: int | None = None) -> None:
+    def __init__(self, percentile: float = 10.0, window: int | None = None, **policy: Unpack[Policy]) -> None:
         require(
             is_number(percentile) and 0 <= percentile <= 100,
             "percentile",
@@ -34,7 +35,7 @@ class AutoClip(ClippingStrategy):
         )
         allowed = "an integer from 1, or null for the full history"
         require(window is None or is_count(window), "window", window, allowed)
-        super().__init__()
+        super().__init__(**policy)
         self.percentile = percentile
         self.window = window
         self._steps = 0  # bounds the device's count from above without asking it

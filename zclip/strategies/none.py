@@ -1,16 +1,25 @@
 """No clipping: the baseline, with its norms measured like everyone's."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, State
+from zclip.base import ClippingStrategy, Decision, Policy, State
 
 
 class NoClipping(ClippingStrategy):
-    """Leave the gradients as they are and record their norm."""
+    """Leave the gradients as they are and record their norm.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, **policy: Unpack[Policy]) -> None:
+        super().__init__(**policy)
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return a target of infinity."""

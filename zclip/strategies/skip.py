@@ -1,9 +1,11 @@
 """Skip-step: a step whose loss or norm is an outlier does not happen."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_count, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_count, is_number, require
 
 
 class SkipStep(ClippingStrategy):
@@ -21,6 +23,7 @@ class SkipStep(ClippingStrategy):
     Args:
         sigma: standard deviations above the mean that make an outlier. Default 6.
         window: values that count. Default 128.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -28,10 +31,10 @@ class SkipStep(ClippingStrategy):
 
     uses_loss = True
 
-    def __init__(self, sigma: float = 6.0, window: int = 128) -> None:
+    def __init__(self, sigma: float = 6.0, window: int = 128, **policy: Unpack[Policy]) -> None:
         require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number above 0")
         require(is_count(window, 2), "window", window, "an integer from 2")
-        super().__init__()
+        super().__init__(**policy)
         self.sigma = sigma
         self.window = window
 

@@ -1,9 +1,11 @@
 """GradientStabilizer: the direction of each gradient is kept, its length replaced by a smoothed one."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, State, is_number, require
+from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_number, require
 
 
 class GradientStabilizer(ClippingStrategy):
@@ -23,6 +25,7 @@ class GradientStabilizer(ClippingStrategy):
         gamma1: decay of the first moment, 0 <= gamma1 < 1. Default 0.7.
         gamma2: decay of the second moment, 0 <= gamma2 < 1. Default 0.9.
         eps: added to the root of the second moment. Default 1e-8.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -30,11 +33,11 @@ class GradientStabilizer(ClippingStrategy):
 
     per_tensor = True
 
-    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8) -> None:
+    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8, **policy: Unpack[Policy]) -> None:
         require(is_number(gamma1) and 0 <= gamma1 < 1, "gamma1", gamma1, "a number from 0 to below 1")
         require(is_number(gamma2) and 0 <= gamma2 < 1, "gamma2", gamma2, "a number from 0 to below 1")
         require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        super().__init__()
+        super().__init__(**policy)
         self.gamma1 = gamma1
         self.gamma2 = gamma2
         self.eps = eps

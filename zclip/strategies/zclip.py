@@ -1,9 +1,11 @@
 """ZClip: clip a norm that is an outlier among the norms of the steps before it."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, State, is_count, is_number, require
+from zclip.base import ClippingStrategy, Decision, Policy, State, is_count, is_number, require
 
 MODES = ("zscore", "percentile")
 CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
@@ -67,6 +69,9 @@ class ZClip(ClippingStrategy):
         clip_factor: multiplies the target of "adaptive_scaling"; below 1 clips spikes harder. Default 1.0.
         skip_update_on_spike: leave the statistics alone on a spike. Default False.
         recovery_window: norms in a block of the first rule, >= 8. Default 40; `None` switches the rule off.
+        on_nonfinite: what a norm that is NaN or infinite does besides staying out of the statistics: "skip" (default)
+            the optimizer's step, set the gradients to "zero", or "raise"; see `ClippingStrategy`.
+        max_consecutive_nonfinite: so many of those in a row raise `FloatingPointError`. Default 20; `None`: never.
 
     Raises:
         ValueError: an argument is out of its range; the message names it, its value and what is allowed.
@@ -86,6 +91,7 @@ class ZClip(ClippingStrategy):
         clip_factor: float = 1.0,
         skip_update_on_spike: bool = False,
         recovery_window: int | None = 40,
+        **policy: Unpack[Policy],
     ) -> None:
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "a number from 0 to below 1")
         require(is_number(z_thresh) and z_thresh > 0, "z_thresh", z_thresh, "a number above 0")
@@ -99,7 +105,7 @@ class ZClip(ClippingStrategy):
         window = recovery_window
         valid = window is None or is_count(window, 8)
         require(valid, "recovery_window", window, "an integer from 8, or null to switch recovery off")
-        super().__init__(max_grad_norm)
+        super().__init__(max_grad_norm, **policy)
         self.alpha = alpha
         self.z_thresh = z_thresh
         self.eps = eps
