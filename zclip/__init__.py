@@ -9,9 +9,11 @@
 
 `ZClip` is the paper's clipper; `FixedNorm`, `AutoClip` and `NoClipping` are what it is compared with.
 All are `ClippingStrategy` subclasses, and so is any strategy of your own. Only torch is imported here;
-`ZClipLightningCallback` and `ClippingCallback` load Lightning when they are first asked for.
+`ZClipLightningCallback` and `ClippingCallback` load Lightning, `TrainerClippingCallback` Hugging Face's transformers,
+when they are first asked for.
 """
 
+from importlib import import_module
 from typing import Any
 
 from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State
@@ -40,16 +42,19 @@ __all__ = [
     "ZClip",
 ]
 
-_LIGHTNING = ("ClippingCallback", "ZClipLightningCallback")
+#: What needs more than torch: the module it is in, and what that needs.
+_INTEGRATIONS = {
+    "ClippingCallback": ("lightning", "lightning"),
+    "ZClipLightningCallback": ("lightning", "lightning"),
+    "TrainerClippingCallback": ("transformers", "'transformers[torch]'"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LIGHTNING:
-        try:
-            from zclip.integrations import lightning
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"zclip.{name} needs Lightning: pip install lightning", name=error.name
-            ) from error
-        return getattr(lightning, name)
-    raise AttributeError(f"module 'zclip' has no attribute {name!r}")
+    if name not in _INTEGRATIONS:
+        raise AttributeError(f"module 'zclip' has no attribute {name!r}")
+    module, needs = _INTEGRATIONS[name]
+    try:
+        return getattr(import_module(f"zclip.integrations.{module}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"zclip.{name} needs {module}: pip install {needs}", name=error.name) from error

@@ -56,6 +56,13 @@ def takes_scale(optimizer: Optimizer) -> bool:
     return all(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in moved)
 
 
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return what steps inside of the wrappers of Accelerate and Lightning, which hold it as `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 class Fold:
     """Puts decisions into the steps of one optimizer for which `takes_scale` holds; `Fold.of` gives it.
 

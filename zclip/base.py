@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import Fold, scale_, takes_scale
+from zclip.apply import Fold, innermost, scale_, takes_scale
 from zclip.nonfinite import POLICIES, Watch, fault
 from zclip.norm import Parameters, Shard, global_norm, local_gradient, parameters_of, tensor_norms
 
@@ -172,9 +172,10 @@ class ClippingStrategy:
         Args:
             models: modules, parameters, or iterables of either; one norm is taken over all of them, and the
                 statistics are updated once. Under any sharding, call it on all ranks.
-            optimizer: the optimizer, or several, that will step next. Into a fused one (`AdamW(fused=True)`)
-                clipping is folded: its gradients stay as they are until it steps. It is left out of this, and
-                gets gradients scaled in place, if it holds parameters that are not among the models'.
+            optimizer: the optimizer, or several, that will step next, wrapped by Accelerate or Lightning or not.
+                Into a fused one (`AdamW(fused=True)`) clipping is folded: its gradients stay as they are until it
+                steps. It is left out of this, and gets gradients scaled in place, if it holds parameters that are
+                not among the models'.
             loss: 0-dim, for strategies that look at it; must be the same on every rank.
             process_group: ranks that hold other parameters of the same model (pipeline stages): the norm is
                 taken over all of them, and all decide alike.
@@ -199,8 +200,8 @@ class ClippingStrategy:
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
         clipping = self._observe(Measured(norm, norms, loss, shards, gradients))
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self._apply(clipping, shards, gradients, optimizers)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
+        self._apply(clipping, shards, gradients, [innermost(each) for each in optimizers])
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -374,7 +375,8 @@ class ClippingStrategy:
 
 NO_GRADIENTS = (
     "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
-    "on the module that was trained, with parameters that require gradients"
+    "on the module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
+    "itself, and cannot be clipped from outside)"
 )
 
 

@@ -3,21 +3,10 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
-
-STEPS = 24
-
-
-def batch(step: int) -> torch.Tensor:
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step)) * (40 if step in (12, 19) else 1)
-
-
-def build() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+from tests.zclip.loops import STEPS, assert_same, batch, build, plain
+from zclip import ClippingCallback, SkipStep, ZClipLightningCallback
 
 
 class Automatic(pl.LightningModule):
@@ -61,21 +50,6 @@ def fit(module: pl.LightningModule, folder, callback=None, **settings):
     )  # fmt: skip
     trainer.fit(module, DataLoader([batch(t) for t in range(STEPS)], batch_size=None))
     return trainer, callback
-
-
-def plain(model: nn.Module, optimizer, factor: float = 1.0) -> ZClip:
-    zclip = ZClip(warmup_steps=5, z_thresh=2.0)
-    for t in range(STEPS):
-        optimizer.zero_grad()
-        (factor * model(batch(t)).square().mean()).backward()
-        zclip.step(model)
-        optimizer.step()
-    return zclip
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,0 +1,141 @@
+"""Hugging Face's Trainer trains like a plain loop, resumes exactly, and is refused what cannot work."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from tests.zclip.loops import STEPS, assert_same, batch, build, plain
+from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
+
+
+class Wrapped(nn.Module):
+    """The model of the plain loop, with the loss in its output as the Trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.net(x).square().mean()}
+
+
+ROWS = [{"x": row} for step in range(STEPS) for row in batch(step)]
+
+
+class InOrder(Trainer):
+    """Takes the rows in their order, so that a step's batch is the plain loop's."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer(folder, callback: TrainerClippingCallback, optimizer: str = "adamw_torch", **settings) -> Trainer:
+    values = dict(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=0.01, weight_decay=0.01,
+        lr_scheduler_type="constant", optim=optimizer, max_grad_norm=0.0, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    args = TrainingArguments(**{**values, **settings})
+    return InOrder(Wrapped(), args, train_dataset=ROWS, callbacks=[callback])
+
+
+def zclip() -> ZClip:
+    return ZClip(warmup_steps=5, z_thresh=2.0)
+
+
+def reference() -> tuple[nn.Module, ZClip]:
+    model = build()
+    groups = [  # as the Trainer decays: weights, not biases
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return model, plain(model, torch.optim.AdamW(groups, lr=0.01))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training(optimizer, accumulation, tmp_path):
+    callback = TrainerClippingCallback(zclip())
+    sizes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    run = trainer(tmp_path, callback, optimizer, **sizes)
+    run.train()
+    model, clipper = reference()
+    assert_same(run.model.net, model)
+    torch.testing.assert_close(callback.strategy.state["mean"], clipper.state["mean"])
+    assert callback.strategy.state["count"] == STEPS
+
+
+@pytest.mark.parametrize("make", [zclip, lambda: AdaGC(warmup_steps=3), AutoClip], ids=["zclip", "adagc", "autoclip"])
+@pytest.mark.parametrize("restored_by_the_trainer", [False, True])
+def test_a_resumed_run_ends_bitwise_equal(make, restored_by_the_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    whole = TrainerClippingCallback(make())
+    first = trainer(tmp_path / "whole", whole, **settings)
+    first.train()
+    settings["restore_callback_states_from_checkpoint"] = restored_by_the_trainer
+    second = trainer(tmp_path / "resumed", TrainerClippingCallback(make()), **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    (resumed,) = (c for c in second.callback_handler.callbacks if isinstance(c, TrainerClippingCallback))
+    assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    assert all(torch.equal(whole.strategy.state[key], resumed.strategy.state[key]) for key in whole.strategy.state)
+
+
+def test_a_checkpoint_without_statistics_starts_them_and_the_next_one_has_them(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    bare = trainer(tmp_path / "bare", TrainerClippingCallback(zclip()), **settings)
+    bare.remove_callback(TrainerClippingCallback)
+    bare.train()
+    callback = TrainerClippingCallback(zclip())
+    trainer(tmp_path / "clipped", callback, **settings).train(str(tmp_path / "bare" / "checkpoint-10"))
+    assert callback.strategy.state["count"] == STEPS - 10
+    again = TrainerClippingCallback(zclip())
+    trainer(tmp_path / "again", again, **settings).train(str(tmp_path / "clipped" / "checkpoint-20"))
+    assert all(torch.equal(callback.strategy.state[key], again.strategy.state[key]) for key in again.strategy.state)
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
+    trainer(tmp_path, TrainerClippingCallback(zclip()), save_strategy="steps", save_steps=10).train()
+    with pytest.raises(ValueError, match=r"state of ZClip .* cannot be loaded into FixedNorm"):
+        trainer(tmp_path, TrainerClippingCallback(FixedNorm())).train(str(tmp_path / "checkpoint-10"))
+
+
+def test_a_trainer_that_clips_as_well_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 is not allowed: give TrainingArguments max_grad_norm=0"):
+        trainer(tmp_path, TrainerClippingCallback(zclip()), max_grad_norm=1.0).train()
+
+
+def test_two_callbacks_are_refused(tmp_path):
+    run = trainer(tmp_path, TrainerClippingCallback(zclip()))
+    run.add_callback(TrainerClippingCallback(zclip()))
+    with pytest.raises(ValueError, match="two TrainerClippingCallbacks clip for one Trainer"):
+        run.train()
+
+
+def two_processes(rank: int, port: int, folder: str) -> None:
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+    callback = TrainerClippingCallback(zclip())
+    run = trainer(folder, callback, "adamw_torch_fused", per_device_train_batch_size=4, ddp_backend="gloo")
+    assert run.args.world_size == 2
+    run.train()
+    torch.save((run.model.state_dict(), callback.strategy.state), f"{folder}/{rank}.pt")
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(two_processes, args=(port, str(tmp_path)), nprocs=2)
+    (weights, state), (other, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(weights[key], other[key]) for key in weights)
+    assert all(torch.equal(state[key], other_state[key]) for key in state)
+    model, clipper = reference()
+    wrapped = Wrapped()
+    wrapped.load_state_dict(weights)
+    assert_same(wrapped.net, model)
+    torch.testing.assert_close(state["mean"], clipper.state["mean"])
