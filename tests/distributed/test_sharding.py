@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from zclip import AGC, AdaGC, ZClip
+from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
 
 STEPS = 12
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -97,11 +97,11 @@ def tensor_parallel_agc(rank: int, world: int) -> Curve:
     return tensor_parallel(rank, world, make=AGC)
 
 
-def tensor_parallel_and_fsdp2(rank: int, world: int) -> Curve:
+def tensor_parallel_and_fsdp2(rank: int, world: int, **settings) -> Curve:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
     model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
-    return train(model, rank // (world // 2), 2)
+    return train(model, rank // (world // 2), 2, **settings)
 
 
 def two_meshes(rank: int, world: int) -> Curve:
@@ -194,6 +194,23 @@ def nobody_has_gradients(rank: int, world: int) -> Curve:
     return (torch.zeros(1),) * 3
 
 
+EVERY = [
+    NoClipping, lambda: FixedNorm(0.1), lambda: AutoClip(percentile=30), lambda: AutoClip(percentile=30, window=4),
+    lambda: ZClip(warmup_steps=5, clip_option="mean"), lambda: ZClip(warmup_steps=5, mode="percentile"),
+    lambda: AdaGC(warmup_steps=4), GradientStabilizer, lambda: SkipStep(sigma=2.0, window=6), AGC,
+]  # fmt: skip
+
+
+def every_strategy(rank: int, world: int) -> Curve:
+    """Over two meshes, four ranks: every strategy against its own training in one process."""
+    for make in EVERY:
+        wanted = train(Net(), make=make)
+        got = tensor_parallel_and_fsdp2(rank, world, make=make)
+        for one, other, rtol in zip(got, wanted, (1e-6, 2e-6, 1e-5), strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=1e-7, msg=f"{make()} differs")
+    return (torch.zeros(1),) * 3
+
+
 def bad_rank(rank: int, world: int) -> Curve:
     """A NaN on one rank skips the step on all of them."""
     model, zclip = Net(), ZClip(warmup_steps=5)
@@ -245,6 +262,10 @@ def test_sharded_training_is_unsharded_training(case, world, settings, tmp_path)
         torch.testing.assert_close(curve[2], parameters, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", [nobody_has_gradients, bad_rank], ids=lambda case: case.__name__)
-def test_all_ranks_act_alike(case, tmp_path):
-    run(case, 2, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "world"),
+    [(nobody_has_gradients, 2), (bad_rank, 2), (every_strategy, 4)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_all_ranks_act_alike(case, world, tmp_path):
+    run(case, world, tmp_path)

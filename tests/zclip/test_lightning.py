@@ -1,12 +1,13 @@
-"""The Lightning callbacks train like a plain loop: one optimizer or two, fused or not, in bf16, resumed."""
+"""The Lightning callbacks train like a plain loop: one optimizer or two, fused or not, in bf16 and fp16, resumed."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from tests.zclip.loops import STEPS, assert_same, batch, build, plain
-from zclip import ClippingCallback, SkipStep, ZClipLightningCallback
+from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 
 
 class Automatic(pl.LightningModule):
@@ -93,6 +94,31 @@ def test_bf16_mixed_with_a_fused_optimizer_trains(tmp_path):
     after = torch.cat([p.detach().flatten() for p in module.parameters()])
     assert torch.isfinite(after).all() and not torch.equal(before, after)
     assert int(callback.zclip.state["count"]) == STEPS
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_mixed(fused, tmp_path):
+    """The scale starts too high: the first steps overflow, and are neither taken nor counted in the statistics."""
+    module, scale = Automatic(fused), 2.0**21
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+    _, callback = fit(module, tmp_path, plugins=[plugin])
+    overflows = callback.zclip.read_telemetry()["nonfinite"]
+    assert 1 <= overflows <= STEPS / 2 and callback.zclip.state["count"] == STEPS - overflows
+
+    model, scaler, zclip = build(), torch.amp.GradScaler("cpu", init_scale=scale), ZClip(warmup_steps=5, z_thresh=2.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(batch(t)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        zclip.step(model)
+        scaler.step(optimizer)
+        scaler.update()
+    assert_same(module.net, model)
+    assert plugin.scaler.get_scale() == scaler.get_scale() < scale
+    torch.testing.assert_close(callback.zclip.state["mean"], zclip.state["mean"])
 
 
 def test_skip_step_sees_the_loss_of_the_whole_batch(tmp_path):

@@ -30,12 +30,13 @@ def test_distributed_checkpoint(make, stop, tmp_path):
     assert run(one, stop, 100) == run(other, stop, 100)
 
 
-@pytest.mark.parametrize("make", STRATEGIES[:5])
-def test_the_threshold_update_compiles_whole(make):
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_the_rule_compiles_whole(make):
     strategy, compiled = make(), make()
     # The default backend needs a C++ compiler; the graph is the same without.
     backend = "inductor" if os.environ.get("CXX") else "aot_eager"
-    compiled.decide = torch.compile(compiled.decide, fullgraph=True, backend=backend)
+    rule = "clip" if compiled.per_tensor or compiled.uses_loss else "decide"
+    setattr(compiled, rule, torch.compile(getattr(compiled, rule), fullgraph=True, backend=backend))
     assert run(strategy, 0, 60) == pytest.approx(run(compiled, 0, 60), rel=1e-12)
 
 

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard as Sharded
 
 from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_number, require
 from zclip.norm import Shard, sum_over_ranks
@@ -75,6 +74,8 @@ def _over_ranks(shard: Shard, squares: Tensor) -> Tensor:
     parameter = shard.parameter
     if isinstance(parameter, DTensor):
         for dim, placement in enumerate(parameter.placements):
-            if isinstance(placement, Sharded) and (placement.dim > 0 or squares.ndim == 0):
+            # FSDP2 over tensor parallelism gives placements that are no `Shard`, but have its `dim`.
+            split: int | None = getattr(placement, "dim", None)
+            if split is not None and (split > 0 or squares.ndim == 0):
                 dist.all_reduce(squares, group=parameter.device_mesh.get_group(dim))
     return squares
