@@ -1,0 +1,64 @@
+"""On a GPU: nothing waits for the device, and the weights are those of a CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+STRATEGIES = [
+    NoClipping, lambda: FixedNorm(0.5), AutoClip, lambda: AutoClip(window=8), lambda: ZClip(warmup_steps=4),
+    lambda: ZClip(warmup_steps=4, clip_option="mean", max_grad_norm=1.0),
+    lambda: ZClip(warmup_steps=4, mode="percentile"), lambda: AdaGC(warmup_steps=4), GradientStabilizer, SkipStep, AGC,
+]  # fmt: skip
+
+
+def train(strategy: ClippingStrategy, model: nn.Module, folded: bool, fused: bool = True) -> list[torch.Tensor]:
+    """Train on gradients drawn on the CPU, with a spike and a NaN among them; return the norms."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    draw = torch.Generator().manual_seed(0)
+    steps = [[torch.randn(p.shape, generator=draw) for p in model.parameters()] for _ in range(30)]
+    steps[20] = [g * 30 for g in steps[20]]
+    steps[25][0][0, 0] = torch.nan
+    steps = [[g.to(device) for g in gradients] for gradients in steps]
+    loss = torch.ones((), device=device)
+    norms = []
+    for i, gradients in enumerate(steps):
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p.grad = g
+        if i == 2 and device.type == "cuda":  # the first steps allocate
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            norms.append(strategy.step(model, optimizer=optimizer if folded else None, loss=loss))
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return norms
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("folded", [False, True])
+def test_no_step_waits_for_the_device_and_the_weights_are_those_of_a_cpu(make, folded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))
+    other, strategy = copy.deepcopy(model).cuda(), make()
+    norms, norms_there = train(make(), model, folded), train(strategy, other, folded)
+    torch.testing.assert_close(torch.stack(norms_there).cpu(), torch.stack(norms), rtol=1e-5, atol=0, equal_nan=True)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=1e-4, atol=1e-5)
+    assert strategy.read_telemetry()["nonfinite"] == 1
+
+
+def test_a_limit_of_bad_norms_in_a_row_is_seen_a_step_late():
+    model = nn.Linear(3, 3).cuda()
+    zclip = ZClip(max_consecutive_nonfinite=3)
+    with pytest.raises(FloatingPointError, match="times in a row"):
+        for _ in range(10):
+            model.weight.grad = torch.full_like(model.weight, torch.nan)
+            zclip.step(model)
+            torch.cuda.synchronize()
