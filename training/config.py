@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args, get_origin
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -233,14 +233,17 @@ def clipping_strategy(cfg: DictConfig) -> ClippingStrategy:
 
 def _check_names(group: str, settings: dict[str, Any], made: type) -> None:
     parameters = list(inspect.signature(made.__init__).parameters.values())[1:]  # type: ignore[misc]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    known = [p.name for p in parameters]
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for keywords in (p for p in parameters if p.kind is p.VAR_KEYWORD):
+        if get_origin(keywords.annotation) is not Unpack:
+            return  # it takes any name
+        known += get_args(keywords.annotation)[0].__annotations__
     for name in settings.keys() - set(known):
         raise ConfigError(
             f"{group}.{name}={settings[name]} means nothing to {made.__name__}: it has {', '.join(known)}"
         )
-    for name in [p.name for p in parameters if p.default is p.empty and p.name not in settings]:
+    required = [p.name for p in parameters if p.name in known and p.default is p.empty]
+    for name in [name for name in required if name not in settings]:
         raise ConfigError(f"{group}.{name} is missing: {made.__name__} needs it")
 
 

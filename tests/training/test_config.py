@@ -99,6 +99,7 @@ BAD = {
     "clip.warmup_steps=9999999999999999999999": "clip.warmup_steps=9999999999999999999999 is not allowed",
     "clip.z_thresh=inf": "clip.z_thresh=inf is not allowed",
     "+clip.foo=1": "clip.foo=1 means nothing to ZClip: it has alpha, z_thresh",
+    "+clip.on_nonfinite=ignore": "clip.on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise",
     "clip._target_=os.path.join": "clip._target_=os.path.join",
     "~clip.name": "clip.name=null is not allowed",
     "clip.name=../../esc": "clip.name=../../esc is not allowed",
