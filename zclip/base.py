@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zclip.apply import Fold, innermost, scale_, takes_scale
-from zclip.nonfinite import POLICIES, Watch, fault
+from zclip.nonfinite import POLICIES, Watch, fault, names_of
 from zclip.norm import Parameters, Shard, global_norm, local_gradient, parameters_of, tensor_norms
 
 State = dict[str, Tensor]
@@ -96,14 +96,25 @@ class ClippingStrategy:
         max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. `None` (default): no bound.
         on_nonfinite: "skip" (default), "zero" or "raise". "skip": the optimizer that was given to `step` does nothing,
             no weight decay and no momentum either (a fused one is told so; on a CPU any other finds no gradients).
-            Where none was given, or one that is not fused on an accelerator, the gradients become zero instead, as
-            with "zero"; weight decay, momentum and Adam's moments then still move the weights. "raise":
-            `FloatingPointError` naming the first parameters at fault; this waits for the device.
+            Where none was given, or one that is not fused on an accelerator, or one that also holds parameters
+            `step` was not given, the gradients become zero instead, as with "zero"; weight decay, momentum and
+            Adam's moments then still move the weights. "raise": `FloatingPointError` naming the first parameters at
+            fault; this waits for the device, and in fp16 every overflow that a GradScaler would bear raises.
         max_consecutive_nonfinite: so many in a row raise `FloatingPointError` with advice. Default 20; `None`: never.
             On an accelerator the count is looked at when a copy of it has arrived, a step or two late.
 
     Raises:
         ValueError: an argument is out of its range.
+
+    `telemetry` holds 0-dim tensors of the last step, on the gradients' device; `read_telemetry` brings them over
+    together, as floats. A strategy adds its own, which are NaN (or false) on a step whose norm is not finite.
+
+    - `grad_norm`: the norm before clipping.
+    - `clipped_norm`: the norm after it; 0 where the step is skipped.
+    - `clipped`: whether the step is clipped or skipped.
+    - `clipped_by_max`: whether `max_grad_norm` clipped it further than the rule.
+    - `consecutive_clips`: clipped steps in a row up to this one; steps that are not finite do not count.
+    - `nonfinite`, `consecutive_nonfinite`: norms that were not finite, so far and in a row.
     """
 
     #: Version of the saved state's layout.
@@ -129,9 +140,6 @@ class ClippingStrategy:
         self._check_policy()
         self.state: State = {}
         self.counters: State = {}
-        #: 0-dim tensors of the last step on the gradients' device; `read_telemetry` brings them over together.
-        #: Always `grad_norm`, `clipped_norm`, `clipped`, `clipped_by_max` (by max_grad_norm, beyond the rule),
-        #: `consecutive_clips`, `nonfinite` (how many so far) and `consecutive_nonfinite`; the rest is the strategy's.
         self.telemetry: dict[str, Tensor] = {}
         self._pending: list[Fold] = []
         self._watch = Watch()
@@ -150,9 +158,15 @@ class ClippingStrategy:
         return {}
 
     def clip(self, measured: Measured, state: State) -> Clipping:
-        """Return how the gradients are scaled. By default all alike, to the norm that `decide` allows."""
+        """Return how the gradients are scaled.
+
+        By default all by target / (norm + 1e-6) where the norm is above the target that `decide` and `max_grad_norm`
+        allow, as the published package does.
+        """
         norm = measured.norm
         decision = self.decide(norm, state)
+        if not isinstance(decision, Decision):
+            raise TypeError(f"{type(self).__name__}.decide must return a Decision, not {type(decision).__name__}")
         target = decision.target if self.max_grad_norm is None else decision.target.clamp(max=self.max_grad_norm)
         clipped = norm > target
         coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
@@ -175,7 +189,8 @@ class ClippingStrategy:
             optimizer: the optimizer, or several, that will step next, wrapped by Accelerate or Lightning or not.
                 Into a fused one (`AdamW(fused=True)`) clipping is folded: its gradients stay as they are until it
                 steps. It is left out of this, and gets gradients scaled in place, if it holds parameters that are
-                not among the models'.
+                not among the models'. Strategies with a coefficient for each tensor always scale in place, but can
+                tell the optimizer not to step.
             loss: 0-dim, for strategies that look at it; must be the same on every rank.
             process_group: ranks that hold other parameters of the same model (pipeline stages): the norm is
                 taken over all of them, and all decide alike.
@@ -184,9 +199,11 @@ class ClippingStrategy:
             The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
-            ValueError: no parameter has a gradient, or two strategies were given one optimizer.
+            ValueError: no parameter has a gradient, or two strategies fold into one optimizer's step.
+            TypeError: something is not of its kind, or a gradient is sparse or complex.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
+        self._check_initialised()
         for fold in self._pending:
             fold.clear()
         self._pending = []
@@ -199,7 +216,7 @@ class ClippingStrategy:
         norm = global_norm(norms, process_group)
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
-        clipping = self._observe(Measured(norm, norms, loss, shards, gradients))
+        clipping = self._observe(Measured(norm, norms, loss, shards, gradients), models)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
         self._apply(clipping, shards, gradients, [innermost(each) for each in optimizers])
         return norm.to(torch.float32)
@@ -217,21 +234,27 @@ class ClippingStrategy:
         Returns:
             0-dim tensor; 0 where the step would be skipped.
         """
+        self._check_initialised()
         norm = norm.detach().to(torch.float32 if norm.device.type == "mps" else torch.float64)
         clipping = self._observe(Measured(norm, norm.reshape(1), loss))
         assert isinstance(clipping.coefficients, Tensor) and clipping.skip is not None
         return torch.where(clipping.skip, 0.0, clipping.coefficients.reshape(()))
 
-    def _observe(self, measured: Measured) -> Clipping:
+    def _observe(self, measured: Measured, models: Parameters = ()) -> Clipping:
         """Decide one step, update statistics, counters and telemetry; the result's `skip` is never `None`."""
         norm = measured.norm
         self._check_policy()
         finite = torch.isfinite(norm)
         if self.on_nonfinite == "raise" and not finite:
-            raise FloatingPointError(fault(norm, measured.norms, measured.shards))
+            raise FloatingPointError(fault(norm, measured.norms, measured.shards, names_of(models)))
         self._prepare_state(measured)
         safe = measured._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, measured.norms, 1.0))
         clipping = self.clip(safe, self.state)
+        if not clipping.state.keys() <= self.state.keys():
+            unknown = ", ".join(sorted(clipping.state.keys() - self.state.keys()))
+            raise ValueError(
+                f"{type(self).__name__}.initial_state must return all of the statistics: it lacks {unknown}"
+            )
         for key, new in clipping.state.items():
             self.state[key].copy_(torch.where(finite, new, self.state[key]))
         skip = ~finite if clipping.skip is None else ~finite | clipping.skip
@@ -250,10 +273,14 @@ class ClippingStrategy:
             "clipped": clipping.clipped | skip,
             "clipped_by_max": torch.zeros_like(finite),
             **counts,
-            **{key: torch.where(finite, value.to(norm.dtype), torch.nan) for key, value in clipping.telemetry.items()},
+            **{key: _where_finite(finite, value, norm.dtype) for key, value in clipping.telemetry.items()},
         }
         self._watch.look(counts["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return clipping._replace(skip=skip)
+
+    def _check_initialised(self) -> None:
+        if "_pending" not in self.__dict__:
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
 
     def _check_policy(self) -> None:
         limit = self.max_consecutive_nonfinite
@@ -266,7 +293,11 @@ class ClippingStrategy:
         if not self.counters:
             zero = torch.zeros_like(measured.norm, dtype=torch.int64)
             self.counters = {key: zero.clone() for key in ("consecutive_clips", "nonfinite", "consecutive_nonfinite")}
+            self.config()  # finds out now, not when the state is saved, if an argument is not kept
             self.state = self.initial_state(like)
+            for key, value in self.state.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
         elif self.counters["nonfinite"].device != like.device:
             self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
             self.state = {key: value.to(like.device) for key, value in self.state.items()}
@@ -325,7 +356,13 @@ class ClippingStrategy:
         """Return the arguments this strategy was made with, by name."""
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
         named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        return {name: getattr(self, name) for name in named}
+        kept = {name: getattr(self, name, _MISSING) for name in named}
+        for name in [name for name, value in kept.items() if value is _MISSING]:
+            raise TypeError(
+                f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
+                "a saved state records it"
+            )
+        return kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
@@ -371,6 +408,14 @@ class ClippingStrategy:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+_MISSING = object()
+
+
+def _where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the value, or NaN (false, if it is a bool) where `finite` is false."""
+    return finite & value if value.dtype == torch.bool else torch.where(finite, value.to(dtype), torch.nan)
 
 
 NO_GRADIENTS = (

@@ -1,30 +1,41 @@
 """Norms that are NaN or infinite: which parameters are at fault, and when enough is enough."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zclip.norm import Shard
+from zclip.norm import Parameters, Shard
 
 #: What may happen at such a norm; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
 
 
-def fault(norm: Tensor, norms: Tensor, shards: Sequence[Shard], most: int = 5) -> str:
+def fault(norm: Tensor, norms: Tensor, shards: Sequence[Shard], names: Mapping[int, str], most: int = 5) -> str:
     """Say which parameters make a norm non-finite. Waits for the device.
 
     Args:
         norm: 0-dim, not finite.
         norms: (n,) norms of the gradients.
         shards: the n parameters, or none if unknown.
+        names: of parameters, from `names_of`.
         most: how many to name.
     """
-    wrong = [i for i, ok in enumerate(torch.isfinite(norms).tolist()) if not ok]
-    named = [f"number {i} of shape {tuple(shards[i].parameter.shape)}" for i in wrong[:most] if shards]
+    wrong = [i for i, ok in enumerate(torch.isfinite(norms).tolist()) if not ok] if shards else []
+    parameters = [(i, shards[i].parameter) for i in wrong[:most]]
+    named = [f"{names.get(id(p), f'number {i} given')} of shape {tuple(p.shape)}" for i, p in parameters]
     more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
-    where = f"; parameters with such gradients, in the order given: {', '.join(named)}{more}" if named else ""
+    where = f"; so are the norms of the gradients of {', '.join(named)}{more}" if named else ""
     return f"the gradient norm is {float(norm)}{where}"
+
+
+def names_of(models: Parameters) -> dict[int, str]:
+    """Return the names of parameters in the modules among `models`, by the parameters' ids."""
+    if isinstance(models, nn.Module):
+        return {id(parameter): name for name, parameter in models.named_parameters()}
+    if isinstance(models, Tensor):
+        return {}
+    return {identity: name for inner in models for identity, name in names_of(inner).items()}
 
 
 class Watch:

@@ -46,9 +46,14 @@ def parameters_of(models: Parameters) -> list[Shard]:
             raise TypeError(
                 f"{item!r} is no parameter: give modules, parameters, or iterables of either, without names"
             )
-        else:
+        elif isinstance(item, Iterable):
             for inner in item:
                 visit(inner, fsdp1)
+        else:
+            raise TypeError(
+                f"step() takes modules, parameters, and iterables of either, not {type(item).__name__}; "
+                "an optimizer goes into optimizer="
+            )
 
     visit(models, ())
     return list(found.values())
@@ -71,6 +76,11 @@ def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """Return this rank's part of a parameter's gradient, laid out as the parameter is; `None` if there is none."""
     gradient = parameter.grad
+    if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
+        kind = "sparse" if gradient.is_sparse else "complex"
+        raise TypeError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is {kind}: it must be dense and real"
+        )
     if not isinstance(gradient, DTensor):
         return gradient
     assert isinstance(parameter, DTensor)

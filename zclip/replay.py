@@ -3,9 +3,10 @@
     python -m zclip replay FILE [clip=zclip] [KEY=VALUE[,VALUE...] ...] [column=grad_norm] [loss=loss] [out=replay.png]
 
 FILE is metrics.jsonl, or a CSV with a column of norms, such as a wandb export. `clip` is zclip, fixed, autoclip, skip
-or none, or module.Class of your own; the other keys are its arguments, and every combination of their values is
-replayed. The norms are those of the run as it was: a step clipped otherwise would have changed the ones after it.
-The picture needs matplotlib; without it, or with out=none, only the table is made.
+or none, or module.Class of your own; the other keys are its arguments, with the defaults of the class (max_grad_norm
+is off), and every combination of their values is replayed. Rows without a norm are left out; null in JSON lines, and
+NaN or inf, are norms that were not finite. The norms are those of the run as it was: a step clipped otherwise would
+have changed the ones after it. The picture needs matplotlib; without it, or with out=none, only the table is made.
 """
 
 import ast
@@ -42,7 +43,7 @@ class Replayed(NamedTuple):
 
     Attributes:
         label: the settings that vary.
-        norms: (steps,) before clipping; NaN where the file has none.
+        norms: (steps,) before clipping; NaN where they were not finite.
         kept: (steps,) after clipping; 0 where the step would have been skipped.
         in_a_row: most consecutive clipped steps.
     """
@@ -58,27 +59,36 @@ class Replayed(NamedTuple):
         return [kept < norm for norm, kept in zip(self.norms, self.kept, strict=True)]
 
 
-def read_columns(path: Path, column: str, loss: str) -> tuple[list[float], list[float] | None]:
-    """Return the norms of a run, and its losses if the file has them.
+class Recorded(NamedTuple):
+    """What a file has of a run.
+
+    Attributes:
+        steps: (steps,) their numbers.
+        norms: (steps,) before clipping; NaN where they were not finite.
+        losses: (steps,), `None` if the file has none.
+    """
+
+    steps: list[float]
+    norms: list[float]
+    losses: list[float] | None
+
+
+def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
+    """Return the norms of a run, and its losses and the numbers of its steps if the file has them.
 
     Args:
-        path: JSON lines (.jsonl, .json) or CSV with a header.
+        path: JSON lines (.jsonl, .json) or CSV with a header. Of JSON lines, a last one that is cut off is left out.
         column: of the norms. In a CSV it may also be the end of one header, as in a wandb export.
-        loss: of the losses, likewise.
+        loss: of the losses, likewise; `None`: `loss` if there is such a column.
 
     Raises:
-        ValueError: the file cannot be read, or has no such column.
+        ValueError: the file cannot be read, or has no such column, or a norm has no loss beside it.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix in (".jsonl", ".json"):
-            rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = list(csv.DictReader(text.splitlines()))
+        rows = _json_rows(text) if path.suffix in (".jsonl", ".json") else list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path} cannot be read: each line must be an object, such as {{"{column}": 1.5}}')
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
 
     def find(wanted: str) -> str | None:
@@ -91,10 +101,39 @@ def read_columns(path: Path, column: str, loss: str) -> tuple[list[float], list[
         except (TypeError, ValueError) as error:
             raise ValueError(f"column={name} of {path} holds something that is no number: {error}") from error
 
-    found, found_loss = find(column), find(loss)
-    if found is None:
-        raise ValueError(f"column={column} is not in {path}: it has {', '.join(names) or 'no columns'}")
-    return numbers(found), numbers(found_loss) if found_loss else None
+    found, found_loss = find(column), find(loss or "loss")
+    for wanted, there in ((f"column={column}", found), (f"loss={loss}", found_loss or loss is None)):
+        if not there:
+            raise ValueError(f"{wanted} is not in {path}: it has {', '.join(names) or 'no columns'}")
+    rows = [row for row in rows if found in row and row[found] != ""]
+    losses = numbers(found_loss) if found_loss else None
+    without = sum(row.get(found_loss, "") == "" for row in rows) if found_loss is not None else 0
+    if without and loss is not None:
+        raise ValueError(f"loss={loss} is missing in {without} of the {len(rows)} rows of {path} that have a norm")
+    step = next((name for name in names if name.lower() in ("step", "_step", "global_step")), None)
+    steps = numbers(step) if step else []
+    if not step or any(map(math.isnan, steps)):
+        steps = [float(i) for i in range(1, len(rows) + 1)]
+    assert found is not None
+    return Recorded(steps, numbers(found), None if without else losses)
+
+
+def _json_rows(text: str) -> list[dict[str, Any]]:
+    rows = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) > 1 and not text.endswith("\n"):
+                break  # a run that was killed leaves half a line
+            raise ValueError(f"line {number} is no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} is no object, such as {{"grad_norm": 1.5}}')
+        rows.append(row)
+    return rows
 
 
 def replay(strategy: ClippingStrategy, norms: Sequence[float], losses: Sequence[float] | None, label: str) -> Replayed:
@@ -123,13 +162,13 @@ def settings(arguments: Sequence[str]) -> tuple[dict[str, str], list[dict[str, A
     Raises:
         ValueError: an argument is not `key=value`.
     """
-    options = {"clip": "zclip", "column": "grad_norm", "loss": "loss", "out": "replay.png"}
+    options = {"clip": "zclip", "column": "grad_norm", "out": "replay.png"}
     values: dict[str, list[Any]] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
-            raise ValueError(f"{argument} is not KEY=VALUE")
-        if key in options:
+            raise ValueError(f"{argument} is not KEY=VALUE; the file comes first")
+        if key in (*options, "loss"):
             options[key] = value
         else:
             values[key] = [_parse(part) for part in value.split(",")]
@@ -150,25 +189,29 @@ def _strategy_class(name: str) -> type[ClippingStrategy]:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"clip={name} is not known: it must be one of {', '.join(STRATEGIES)}, or module.Class"
-        ) from error
+    except Exception as error:  # importing runs whatever the module holds
+        allowed = f"it must be one of {', '.join(STRATEGIES)}, or module.Class"
+        reason = f"cannot be imported ({type(error).__name__}: {error})" if module else "is not known"
+        raise ValueError(f"clip={name} {reason}: {allowed}") from error
     ours = isinstance(found, type) and issubclass(found, ClippingStrategy) and not found.per_tensor
     if not ours or (found.decide is ClippingStrategy.decide and found.clip is ClippingStrategy.clip):
-        raise ValueError(f"clip={name} cannot be replayed: it must be a ClippingStrategy over the global norm")
+        raise ValueError(
+            f"clip={name} cannot be replayed: it must be a ClippingStrategy that looks at the global norm alone, which "
+            "is all that a file has"
+        )
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit status: 0, or 2 after one sentence on stderr."""
-    if len(arguments) < 2 or arguments[0] != "replay":
-        print(__doc__, file=sys.stderr if arguments[:1] not in (["--help"], ["-h"]) else sys.stdout)
-        return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
+    asked = any(argument in ("--help", "-h") for argument in arguments)
+    if asked or len(arguments) < 2 or arguments[0] != "replay":
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
         options, combinations, varied = settings(arguments[2:])
-        norms, losses = read_columns(Path(arguments[1]), options["column"], options["loss"])
-        if not norms:
+        recorded = read_columns(Path(arguments[1]), options["column"], options.get("loss"))
+        if not recorded.norms:
             raise ValueError(f"{arguments[1]} has no steps")
         made_by = _strategy_class(options["clip"])
         made = []
@@ -180,12 +223,14 @@ def main(arguments: Sequence[str]) -> int:
         results = []
         for strategy, combination in made:
             label = " ".join(f"{key}={combination[key]}" for key in varied) or options["clip"]
-            results.append(replay(strategy, norms, losses, label))
-    except ValueError as error:
+            results.append(replay(strategy, recorded.norms, recorded.losses, label))
+    except (ValueError, FloatingPointError) as error:
         print(f"zclip replay: error: {error}", file=sys.stderr)
         return 2
     width = max(len("settings"), *(len(result.label) for result in results))
-    print(f"{len(norms)} steps of {arguments[1]}, {made_by.__name__}")
+    norms = recorded.norms
+    fixed = [f"{key}={value!r}" for key, value in made[0][0].config().items() if key not in varied]
+    print(f"{len(norms)} steps of {arguments[1]}, {made_by.__name__}({', '.join(fixed)})")
     print(f"{'settings':{width}}  clipped   share  skipped  most in a row  largest kept")
     for result in results:
         skipped = sum(kept == 0 and norm != 0 for norm, kept in zip(result.norms, result.kept, strict=True))
@@ -201,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
             print("no picture: matplotlib is not installed")
         else:
             try:
-                draw(results, Path(options["out"]))
+                draw(results, recorded.steps, Path(options["out"]))
             except (OSError, ValueError) as error:
                 print(f"zclip replay: error: out={options['out']} cannot be written: {error}", file=sys.stderr)
                 return 2

@@ -148,3 +148,14 @@ def test_a_training_step_that_returns_none_is_left_out(tmp_path):
 def test_a_trainer_that_clips_as_well_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
         fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)
+
+
+def test_two_callbacks_and_a_class_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"takes a strategy, such as ZClip\(\), not <class"):
+        ClippingCallback(ZClip)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[ZClipLightningCallback(), ClippingCallback(ZClip())], default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="two clipping callbacks clip for one Trainer"):
+        trainer.fit(Automatic(fused=False), DataLoader([batch(0)], batch_size=None))

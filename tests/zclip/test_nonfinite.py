@@ -82,8 +82,10 @@ def test_zero_policy_lets_the_optimizer_step_on_zeros():
 def test_raise_policy_names_the_parameters():
     zclip = ZClip(on_nonfinite="raise")
     zclip.step(with_gradients(None))
-    with pytest.raises(FloatingPointError, match=r"norm is nan; parameters .*: number 0 of shape \(3, 4\)$"):
+    with pytest.raises(FloatingPointError, match=r"norm is nan; so are .* gradients of weight of shape \(3, 4\)$"):
         zclip.step(with_gradients(math.nan))
+    with pytest.raises(FloatingPointError, match=r"gradients of number 0 given of shape \(3, 4\)$"):
+        zclip.step(with_gradients(math.nan).parameters())
     zclip.on_nonfinite = "ignore"
     with pytest.raises(ValueError, match="on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise"):
         zclip.step(with_gradients(None))

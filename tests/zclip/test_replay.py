@@ -37,7 +37,8 @@ def test_replay_decides_as_the_run_did(trace, jsonl):
     for norm in trace:
         zclip.observe(torch.tensor(norm, dtype=torch.float64))
         kept.append(zclip.read_telemetry()["clipped_norm"])
-    norms, losses = read_columns(jsonl, "grad_norm", "loss")
+    steps, norms, losses = read_columns(jsonl, "grad_norm", "loss")
+    assert steps == list(range(1, 201))
     result = replay(ZClip(z_thresh=2.0), norms, losses, "z_thresh=2.0")
     assert result.kept == kept and kept[60] == 0
     assert sum(result.clipped) >= 3 and result.in_a_row >= 1
@@ -61,9 +62,11 @@ def test_a_wandb_export(trace, tmp_path, capsys):
     with file.open("w", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["Step", "my run - grad_norm", "my run - grad_norm__MIN"])
-        writer.writerows([t, "" if math.isnan(n) else n, 0] for t, n in enumerate(trace))
-    norms, losses = read_columns(file, "grad_norm", "loss")
-    assert losses is None and math.isnan(norms[60]) and norms[:60] == trace[:60]
+        for t, n in enumerate(trace):
+            writer.writerows([[10 * t, "NaN" if math.isnan(n) else n, 0], [10 * t + 1, "", ""]])
+    steps, norms, losses = read_columns(file, "grad_norm", None)
+    assert losses is None and math.isnan(norms[60]) and norms[:60] == trace[:60] and len(norms) == len(trace)
+    assert steps == [10 * t for t in range(len(trace))]
     for clip in (
         "fixed max_norm=0.5,1",
         "autoclip percentile=10",
@@ -85,7 +88,10 @@ def test_a_wandb_export(trace, tmp_path, capsys):
         (["clip=zclip.AdaGC"], "clip=zclip.AdaGC cannot be replayed"),
         (["clip=zclip.ClippingStrategy"], "cannot be replayed"),
         (["column=norm"], "column=norm is not in"),
-        (["column=step", "z_thresh"], "z_thresh is not KEY=VALUE"),
+        (["column=step", "z_thresh"], "z_thresh is not KEY=VALUE; the file comes first"),
+        (["loss=nope"], "loss=nope is not in"),
+        (["clip=nosuchmodule.A"], "clip=nosuchmodule.A cannot be imported (ModuleNotFoundError: No module named"),
+        (["on_nonfinite='raise'"], "the gradient norm is nan"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, said, jsonl, capsys, tmp_path, monkeypatch):
@@ -98,11 +104,21 @@ def test_mistakes_are_one_sentence(arguments, said, jsonl, capsys, tmp_path, mon
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text('{"grad_norm": 1}\n{"grad')
+    (tmp_path / "broken.jsonl").write_text('{"grad_norm": 1}\n{"grad\n')
     (tmp_path / "number.jsonl").write_text("5\n")
     (tmp_path / "list.jsonl").write_text('{"grad_norm": [1]}\n')
     (tmp_path / "words.csv").write_text("grad_norm\nlarge\n")
     for name in ("missing.csv", "empty.jsonl", "broken.jsonl", "words.csv", "number.jsonl", "list.jsonl"):
         assert main(["replay", str(tmp_path / name)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-    assert main([]) == 2 and main(["--help"]) == 0
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["replay", "-h"]) == 0
+
+
+def test_rows_without_a_norm_and_half_a_last_line_are_left_out(tmp_path):
+    rows = [{"step": 5, "grad_norm": 1.0, "loss": 2.0}, {"step": 5, "val_loss": 3.0}, {"step": 6, "grad_norm": None}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "grad_n')
+    steps, norms, losses = read_columns(file, "grad_norm", None)
+    assert steps == [5, 6] and norms[0] == 1.0 and math.isnan(norms[1]) and losses is None
+    with pytest.raises(ValueError, match="loss=loss is missing in 1 of the 2 rows"):
+        read_columns(file, "grad_norm", "loss")

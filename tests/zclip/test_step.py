@@ -182,3 +182,63 @@ def test_no_value_is_read_on_an_accelerator(make):
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         assert strategy.step(model).device.type == "meta"
+
+
+class Forgetful(ClippingStrategy):
+    def __init__(self, factor=2.0):
+        super().__init__()
+
+    def decide(self, norm, state):
+        return Decision(norm, state)
+
+
+class Uninitialised(ClippingStrategy):
+    def __init__(self):
+        self.mine = 1
+
+
+class WithoutDecision(ClippingStrategy):
+    def decide(self, norm, state):
+        return norm
+
+
+class UnknownStatistic(ClippingStrategy):
+    def decide(self, norm, state):
+        return Decision(norm, {"mean": norm})
+
+
+class Number(ClippingStrategy):
+    def initial_state(self, like):
+        return {"mean": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (Forgetful, "Forgetful must keep its argument factor as an attribute of that name"),
+        (Uninitialised, r"Uninitialised.__init__ must call super\(\).__init__\(\)"),
+        (WithoutDecision, "WithoutDecision.decide must return a Decision, not Tensor"),
+        (UnknownStatistic, "UnknownStatistic.initial_state must return all of the statistics: it lacks mean"),
+        (Number, r"Number.initial_state must return tensors: mean is 0\.0"),
+    ],
+)
+def test_mistakes_in_a_strategy_of_ones_own_are_told_at_its_first_step(strategy, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        strategy().step(model_with_gradients(0))
+
+
+def test_what_is_no_parameter_or_no_dense_gradient_is_refused():
+    model = model_with_gradients(0)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="not SGD; an optimizer goes into optimizer="):
+        ZClip().step(model, optimizer)
+    with pytest.raises(TypeError, match="not NoneType"):
+        ZClip().step(None)
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradient of a parameter of shape \(5, 3\) is sparse: it must be dense"):
+        ZClip().step(embedding)
+    wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    wave.abs().sum().backward()
+    with pytest.raises(TypeError, match="is complex"):
+        ZClip().step(wave)

@@ -22,10 +22,16 @@ class ClippingCallback(pl.Callback):
     the strategy given is that of the first, copies of it are made for the others.
 
     Args:
-        strategy: any `ClippingStrategy` that has not taken a step yet; its `telemetry` holds the last step's numbers.
+        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers, also as
+            `callback.strategy.telemetry`, with several optimizers `callback.strategies[i].telemetry`.
+
+    Raises:
+        TypeError: it is none.
     """
 
     def __init__(self, strategy: ClippingStrategy) -> None:
+        if not isinstance(strategy, ClippingStrategy):
+            raise TypeError(f"ClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategies = [strategy]
         self._loss: Tensor | None = None
 
@@ -38,8 +44,10 @@ class ClippingCallback(pl.Callback):
         """Refuse a Trainer that clips as well, and make a strategy for each optimizer.
 
         Raises:
-            ValueError: `gradient_clip_val` is set.
+            ValueError: `gradient_clip_val` is set, or there are two of these callbacks.
         """
+        if sum(isinstance(callback, ClippingCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("two clipping callbacks clip for one Trainer: give it one")
         if trainer.gradient_clip_val:
             raise ValueError(
                 f"gradient_clip_val={trainer.gradient_clip_val} is not allowed: leave it unset, "

@@ -23,14 +23,20 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
     The Trainer still takes the norm that it logs, a pass over the gradients that a callback cannot spare. It does not
     tell callbacks the loss: `SkipStep` looks at the norm alone. A run that is resumed from a checkpoint goes on with
-    the checkpoint's statistics, or with fresh ones if it has none.
+    the checkpoint's statistics, or with fresh ones if it has none. With `restore_callback_states_from_checkpoint` the
+    Trainer replaces this callback by one of its own making, with the checkpoint's strategy and arguments.
 
     Args:
         strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers. Or, as the Trainer's
             `restore_callback_states_from_checkpoint` gives it, what `state` returned.
+
+    Raises:
+        TypeError: it is neither.
     """
 
     def __init__(self, strategy: ClippingStrategy | Mapping[str, Any]) -> None:
+        if not isinstance(strategy, ClippingStrategy | Mapping):
+            raise TypeError(f"TrainerClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategy = _from_json(strategy) if isinstance(strategy, Mapping) else strategy
 
     def on_train_begin(

@@ -30,6 +30,8 @@ class AdaGC(ClippingStrategy):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Telemetry, besides that of every strategy: `clipped_tensors`, how many.
     """
 
     per_tensor = True

@@ -29,6 +29,8 @@ class AGC(ClippingStrategy):
     Raises:
         ValueError: an argument is out of its range; or, in `step`, parameters are flattened by FSDP1, which leaves no
             rows to look at.
+
+    Telemetry, besides that of every strategy: `clipped_units`, how many.
     """
 
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:

@@ -24,6 +24,8 @@ class AutoClip(ClippingStrategy):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Telemetry, besides that of every strategy: `threshold`, the percentile.
     """
 
     def __init__(self, percentile: float = 10.0, window: int | None = None, **policy: Unpack[Policy]) -> None:

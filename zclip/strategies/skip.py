@@ -27,6 +27,8 @@ class SkipStep(ClippingStrategy):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Telemetry, besides that of every strategy: `skipped`, 0 or 1.
     """
 
     uses_loss = True

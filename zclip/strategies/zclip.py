@@ -76,7 +76,8 @@ class ZClip(ClippingStrategy):
     Raises:
         ValueError: an argument is out of its range; the message names it, its value and what is allowed.
 
-    Telemetry: `z` (NaN during warm-up), `mean` and `std` before the step, `spike` and `recovered` (bool).
+    Telemetry, besides that of every strategy (see `ClippingStrategy`): `z` (NaN during warm-up), `mean` and `std`
+    before the step, `spike` (its z-score was above z_thresh) and `recovered` (the statistics started anew), 0 or 1.
     """
 
     def __init__(
