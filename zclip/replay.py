@@ -107,7 +107,7 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
             raise ValueError(f"{wanted} is not in {path}: it has {', '.join(names) or 'no columns'}")
     rows = [row for row in rows if found in row and row[found] != ""]
     losses = numbers(found_loss) if found_loss else None
-    without = sum(row.get(found_loss, "") == "" for row in rows) if found_loss is not None else 0
+    without = sum(row.get(found_loss or "", "") == "" for row in rows) if found_loss else 0
     if without and loss is not None:
         raise ValueError(f"loss={loss} is missing in {without} of the {len(rows)} rows of {path} that have a norm")
     step = next((name for name in names if name.lower() in ("step", "_step", "global_step")), None)
