@@ -4,19 +4,23 @@
 tokens' fingerprint, the seed and the number of sequences consumed, and on nothing else.
 """
 
-from data.corpus import Document, read_documents, split_documents
 from data.loader import SequenceLoader
+from data.prepare import Corpus, prepare
 from data.sequences import Sequences, unigram_entropy
-from data.tokens import Tokens, check_text, prepare
+from data.sources import Document, Mixture, Source, sources_of
+from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
+    "Corpus",
     "Document",
+    "Mixture",
     "SequenceLoader",
     "Sequences",
+    "Source",
+    "TokenArray",
     "Tokens",
-    "check_text",
+    "open_tokens",
     "prepare",
-    "read_documents",
-    "split_documents",
+    "sources_of",
     "unigram_entropy",
 ]

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.tokens import TokenArray
+
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -18,11 +20,11 @@ class Sequences:
     """Random access to the sequences of a token array.
 
     Args:
-        tokens: (tokens,) integer ids; may be memory-mapped.
+        tokens: ids of documents one after another.
         length: L, inputs per sequence.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int) -> None:
+    def __init__(self, tokens: TokenArray, length: int) -> None:
         self.tokens = tokens
         self.length = length
         self.count = (len(tokens) - 1) // length
@@ -32,8 +34,7 @@ class Sequences:
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """Return the sequences of these indices: (len(indices), L + 1) int64."""
-        rows = [self.tokens[i * self.length : (i + 1) * self.length + 1] for i in indices.tolist()]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        return torch.from_numpy(self.tokens.rows(indices * self.length, self.length + 1).astype(np.int64))
 
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -88,6 +89,9 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     """Return the entropy of the tokens' own frequencies, in nats per token.
 
     No model that ignores context has a lower loss on these tokens, not even one fitted to them.
+
+    Args:
+        tokens: (tokens,) ids.
     """
     counts = np.bincount(tokens).astype(np.float64)
     p = counts[counts > 0] / counts.sum()

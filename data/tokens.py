@@ -1,170 +1,149 @@
-"""Tokens prepared once: tokenizer and token arrays in a cache folder named by what they were made from.
+"""Prepared tokens: memory-mapped arrays in a folder, opened at once and read anywhere.
 
-The folder is written aside and renamed when complete, so it is there whole or not at all, and two runs that
-prepare the same thing at once end up with one copy.
+    tokens.json               what they are, and a checksum of every other file; written last
+    tokenizer.json            with tokenizer_config.json: the tokenizer, as Hugging Face's libraries load it
+    train-00000.npy           (tokens,) uint16 or uint32: documents one after another, each followed by end-of-text
+    train-00000.documents.npy (documents,) where each ends in its part, and 8 bytes of its digest
+    test-00000.npy ...        the same for the held-out documents
+
+The format is numpy's own. Others were weighed: Arrow tables through `datasets` map memory too, but give a document
+(a list in a column) rather than a stretch of tokens, at some ten microseconds each; litdata and MDS hold samples of a
+length fixed at preparation, in chunks that are read whole, for buckets we do not stream from. A stretch of a .npy file
+is an address: opening is free, reading is a copy, any program can look into it, and the sequence length is chosen
+when training.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from data.corpus import Document, read_documents, split_documents
-from data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
+SPLITS = ("train", "test")
+MANIFEST = "tokens.json"
+#: Of the files `*.documents.npy`.
+DOCUMENT = np.dtype([("end", "<u8"), ("digest", "<u8")])
+#: Sets up to this many bytes are checked against their checksums whenever they are opened: a second or two.
+CHECKED_BYTES = 2 << 30
 
-LAYOUT = 1  # of the cache folder; part of the fingerprint
+
+class TokenArray:
+    """The tokens of all parts as one array, mapped into memory part by part when they are first read.
+
+    Args:
+        files: (parts,) `.npy` files of one-dimensional arrays.
+        lengths: (parts,) tokens in each.
+        dtype: of the ids.
+    """
+
+    def __init__(self, files: list[Path], lengths: list[int], dtype: Any) -> None:
+        self.files = files
+        self.dtype = np.dtype(dtype)
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Tokens in all parts."""
+        return int(self.starts[-1])
+
+    def part(self, index: int) -> np.ndarray:
+        """Return the tokens of one part, (tokens,), mapped read-only."""
+        if index not in self._maps:
+            # A view of the map as a plain array is indexed several times faster than np.memmap itself.
+            self._maps[index] = np.load(self.files[index], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return self._maps[index]
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return stretches of tokens, across the borders of parts where they lie there.
+
+        Args:
+            starts: (n,) int64 places of first tokens, each in [0, len(self) - length].
+            length: of each stretch.
+
+        Returns:
+            (n, length) ids.
+        """
+        out = np.empty((len(starts), length), self.dtype)
+        parts = np.searchsorted(self.starts, starts, side="right") - 1
+        crosses = starts + length > self.starts[parts + 1]
+        for index in np.unique(parts[~crosses]).tolist():
+            here = (parts == index) & ~crosses
+            tokens = self.part(index)
+            windows = np.lib.stride_tricks.sliding_window_view(tokens, length)
+            out[here] = windows[starts[here] - self.starts[index]]
+        for i in np.flatnonzero(crosses).tolist():
+            out[i] = self.read(int(starts[i]), int(starts[i]) + length)
+        return out
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) as a new array."""
+        pieces = []
+        for index in range(len(self.files)):
+            first, end = int(self.starts[index]), int(self.starts[index + 1])
+            if first < stop and start < end:
+                pieces.append(self.part(index)[max(start - first, 0) : stop - first])
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """Yield the parts in order."""
+        return (self.part(index) for index in range(len(self.files)))
 
 
 class Tokens(NamedTuple):
     """A prepared corpus.
 
     Attributes:
-        train: (tokens,) memory-mapped ids, each document followed by end-of-text.
+        train: ids of the training documents, each followed by end-of-text.
         test: the same for the held-out documents.
-        fingerprint: hash of documents, split and tokenizer settings.
-        folder: where `train.npy`, `test.npy`, `tokenizer.json` and `tokens.json` lie.
-        facts: contents of `tokens.json`: documents, bytes and tokens of either split, vocabulary.
+        fingerprint: hash of tokens and tokenizer: equal tokens have equal fingerprints, wherever they came from.
+        folder: where they lie.
+        facts: contents of `tokens.json`: for each split documents, bytes of text, tokens and parts; the vocabulary.
     """
 
-    train: np.ndarray
-    test: np.ndarray
+    train: TokenArray
+    test: TokenArray
     fingerprint: str
     folder: Path
-    facts: dict
+    facts: dict[str, Any]
 
 
-def prepare(
-    path: str | None,
-    vocab_size: int,
-    test_fraction: float,
-    sequence_length: int,
-    cache: Path,
-    say: Callable[[str], None] = print,
-) -> Tokens:
-    """Return the tokens of a corpus, from the cache where they are, else tokenizing and keeping them.
+def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
+    """Open prepared tokens.
 
     Args:
-        path: see `read_documents`.
-        vocab_size: size of the tokenizer trained on the training documents.
-        test_fraction: see `split_documents`.
-        sequence_length: tokens per training sequence; only checked, not part of what is cached.
-        cache: folder that holds one folder per fingerprint.
-        say: told, in a sentence, about work that takes time.
+        folder: that a preparation has finished.
+        verify: whether to compare every file with its checksum. `None`: if they are at most 2 GiB; sizes always.
 
     Raises:
-        ValueError: the corpus cannot be read, or is too short for one sequence. Nothing has been written then.
+        ValueError: a file is missing or not what it was.
     """
-    train, test = check_text(path, vocab_size, test_fraction, sequence_length)
-    recipe = {
-        "layout": LAYOUT,
-        "train": [document.digest for document in train],
-        "test": [document.digest for document in test],
-        "vocab_size": vocab_size,
-        "tokenizers": version("tokenizers"),
-    }
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / f"tokens-{fingerprint}"
-    if not folder.is_dir():
-        _build(folder, fingerprint, train, test, vocab_size, sequence_length, say)
     try:
-        facts = json.loads((folder / "tokens.json").read_text())
-        arrays = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "test")}
-    except (OSError, ValueError) as error:
+        facts = json.loads((folder / MANIFEST).read_text())
+        arrays, size = {}, 0
+        for split in SPLITS:
+            parts = facts[split]["parts"]
+            files = [folder / part["file"] for part in parts]
+            arrays[split] = TokenArray(files, [part["tokens"] for part in parts], facts["dtype"])
+        for name, expected in facts["files"].items():
+            found = (folder / name).stat().st_size
+            if found != expected["bytes"]:
+                raise ValueError(f"{name} has {found:,} bytes, not {expected['bytes']:,}")
+            size += found
+        if verify or (verify is None and size <= CHECKED_BYTES):
+            with ThreadPoolExecutor() as pool:
+                found_sums = pool.map(checksum, [folder / name for name in facts["files"]])
+                for (name, expected), found_sum in zip(facts["files"].items(), found_sums, strict=True):
+                    if found_sum != expected["sha256"]:
+                        raise ValueError(f"{name} does not have the checksum it was written with")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
-    for split, tokens in arrays.items():
-        if sequence_length >= len(tokens):
-            raise ValueError(_too_long(sequence_length, f"the {split} text has {len(tokens):,} tokens"))
-    return Tokens(arrays["train"], arrays["test"], fingerprint, folder, facts)
+    return Tokens(arrays["train"], arrays["test"], facts["fingerprint"], folder, facts)
 
 
-def check_text(
-    path: str | None, vocab_size: int, test_fraction: float, sequence_length: int
-) -> tuple[list[Document], list[Document]]:
-    """Read a corpus and find what can be wrong with it before it is tokenized. Writes nothing.
-
-    Takes the arguments of `prepare`.
-
-    Returns:
-        Training and test documents, each ordered by digest, so that tokens do not depend on file names.
-
-    Raises:
-        ValueError: the corpus cannot be read, a sequence is longer than its bytes, or the vocabulary cannot hold
-            all bytes.
-    """
-    if vocab_size < SMALLEST_VOCABULARY:
-        allowed = f"it must be at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
-        raise ValueError(f"vocab_size={vocab_size} is not allowed: {allowed}")
-    train, test = split_documents(read_documents(path), test_fraction)
-    for split, held in (("training", train), ("test", test)):
-        size = sum(len(document.text.encode()) for document in held)
-        if sequence_length >= size + len(held):
-            raise ValueError(_too_long(sequence_length, f"the {split} text has {size:,} bytes"))
-    return tuple(sorted(held, key=lambda document: document.digest) for held in (train, test))  # type: ignore[return-value]
-
-
-def _build(
-    folder: Path,
-    fingerprint: str,
-    train: list[Document],
-    test: list[Document],
-    vocab_size: int,
-    sequence_length: int,
-    say: Callable[[str], None],
-) -> None:
-    say(f"training a byte-level BPE of {vocab_size:,} tokens on {len(train)} documents, once")
-    tokenizer = train_tokenizer((document.text for document in train), vocab_size)
-    facts = {"fingerprint": fingerprint, "vocab_size": tokenizer.get_vocab_size()}
-    arrays = {}
-    for split, documents in (("train", train), ("test", test)):
-        tokens = encode(tokenizer, documents)
-        if sequence_length >= len(tokens):
-            raise ValueError(_too_long(sequence_length, f"the {split} text has {len(tokens):,} tokens"))
-        arrays[split] = tokens
-        facts[split] = {
-            "documents": len(documents),
-            "bytes": sum(len(document.text.encode()) for document in documents),
-            "tokens": len(tokens),
-        }
-    say(f"tokenized {len(arrays['train']):,} tokens for training, {len(arrays['test']):,} held out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".preparing-{fingerprint}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        tokenizer.save(str(aside / "tokenizer.json"))
-        for split, tokens in arrays.items():
-            np.save(aside / f"{split}.npy", tokens)
-        (aside / "tokens.json").write_text(json.dumps(facts, indent=1))
-        for file in aside.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def encode(tokenizer: Tokenizer, documents: list[Document]) -> np.ndarray:
-    """Return the ids of all documents in order, each followed by end-of-text: (tokens,) uint16 or uint32."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    tokenizer.encode_special_tokens = True  # a document that spells out the end-of-text token does not end there
-    encoded = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
-    return np.concatenate([np.array([*encoding.ids, end], dtype=dtype) for encoding in encoded])
-
-
-def _too_long(sequence_length: int, held: str) -> str:
-    return (
-        f"sequence_length={sequence_length} is longer than the text: {held}, "
-        "and one sequence needs sequence_length + 1 tokens"
-    )
+def checksum(file: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.corpus import embedded_corpus
+from data import Source
 
 # Tests run side by side: threads of each would only get in the way of the others'.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -36,7 +36,7 @@ TINY = (
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every twentieth of the embedded documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    for file in sorted(embedded_corpus().glob("*.txt"))[::20]:
+    for file in Source("embedded").files()[::20]:
         shutil.copy(file, folder)
     return folder
 

@@ -20,7 +20,7 @@ from typing import Any, Unpack, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data import check_text
+from data import Corpus, sources_of
 from models import LlamaConfig
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
@@ -54,9 +54,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip.name": _NAME,
     "paths.runs": _FOLDER,
     "paths.cache": _FOLDER,
-    "data.path": (
+    "data.name": _NAME,
+    "data.path": (lambda v: v is None or (isinstance(v, str) and v != ""), "a file, a folder or a pattern, or null"),
+    "data.column": (lambda v: isinstance(v, str) and v != "", "the name of a column"),
+    "data.tokenizer": (
         lambda v: v is None or (isinstance(v, str) and v != ""),
-        "a folder of .txt files, or null for the embedded corpus",
+        "a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text",
+    ),
+    "data.drop_duplicates": (lambda v: isinstance(v, bool), "true or false"),
+    "data.max_tokens": (
+        lambda v: v is None or (is_number(v) and v >= 1),
+        "a number from 1, or null for no limit",
     ),
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
@@ -108,7 +116,7 @@ def check(cfg: DictConfig) -> None:
         if not allowed(value):
             raise ConfigError(f"{key}={'null' if value is None else value} is not allowed: it must be {description}")
     for key in _leaves(cfg):
-        if key not in rules and key.split(".")[0] not in ("model", "clip"):
+        if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     clipping_strategy(cfg)
     _check_model(cfg)
@@ -119,13 +127,15 @@ def check(cfg: DictConfig) -> None:
             f"trainer.micro_batch_size={cfg.trainer.micro_batch_size} is not allowed: it must divide "
             f"trainer.global_batch_size={cfg.trainer.global_batch_size}"
         )
-    if cfg.data.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(
-            f"data.vocab_size={cfg.data.vocab_size} is larger than the model's: it must be at most "
-            f"model.vocab_size={cfg.model.vocab_size}"
-        )
     with section("data"):
-        check_text(**text_settings(cfg))
+        corpus = corpus_of(cfg)
+        if corpus.vocabulary() > cfg.model.vocab_size:
+            which = f"vocab_size={corpus.vocab_size}" if corpus.tokenizer is None else f"tokenizer={corpus.tokenizer}"
+            raise ValueError(
+                f"{which} is larger than the model's vocabulary: it has {corpus.vocabulary():,} ids, and must have at "
+                f"most model.vocab_size={cfg.model.vocab_size}"
+            )
+        corpus.check(Path(cfg.paths.cache), cfg.data.sequence_length)
     if cfg.data.sequence_length > cfg.model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
@@ -143,14 +153,21 @@ def check(cfg: DictConfig) -> None:
             ) from error
 
 
-def text_settings(cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments that `data.check_text` and `data.prepare` share."""
-    return {
-        "path": cfg.data.path,
-        "vocab_size": cfg.data.vocab_size,
-        "test_fraction": cfg.data.test_fraction,
-        "sequence_length": cfg.data.sequence_length,
-    }
+def corpus_of(cfg: DictConfig) -> Corpus:
+    """Return what `cfg.data` says that tokens are made from.
+
+    Raises:
+        ValueError: a source has a setting that is unknown or not allowed.
+    """
+    data = cfg.data
+    return Corpus(
+        sources=tuple(sources_of(OmegaConf.to_container(data.sources, resolve=True))),  # type: ignore[arg-type]
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        test_fraction=data.test_fraction,
+        drop_duplicates=data.drop_duplicates,
+        max_tokens=None if data.max_tokens is None else int(data.max_tokens),
+    )
 
 
 def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -196,7 +213,7 @@ def section(name: str) -> Iterator[None]:
         raise
     except ValueError as error:
         message = str(error)
-        prefix = f"{name}." if re.match(r"\w+=", message) else f"{name}: "
+        prefix = f"{name}." if re.match(r"[\w.]+=", message) else f"{name}: "
         raise ConfigError(prefix + message) from error
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from data import SequenceLoader, Sequences, Tokens, prepare, unigram_entropy
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
-from training.config import clipping_strategy, model_config, run_name, section, settings_of, text_settings
+from training.config import clipping_strategy, corpus_of, model_config, run_name, section, settings_of
 from training.folder import RunFolder, step_of
 from training.metrics import Metrics, Row
 from training.module import PretrainingModule
@@ -44,7 +44,7 @@ class HeldOut:
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
     """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
     with section("data"):
-        return prepare(**text_settings(cfg), cache=Path(cfg.paths.cache), say=console.print)
+        return prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
 
 
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         display.close()
         if logger is not None:
             logger.experiment.finish()  # or the next job of a sweep would log into this run
-    evaluated = np.asarray(tokens.test[1 : len(held_out) * held_out.length + 1])
+    evaluated = tokens.test.read(1, len(held_out) * held_out.length + 1)
     return {
         "test_loss": module.test_loss,
         "unigram_entropy": unigram_entropy(evaluated),

@@ -105,7 +105,8 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     for wanted, there in ((f"column={column}", found), (f"loss={loss}", found_loss or loss is None)):
         if not there:
             raise ValueError(f"{wanted} is not in {path}: it has {', '.join(names) or 'no columns'}")
-    rows = [row for row in rows if found in row and row[found] != ""]
+    assert found is not None
+    rows = [row for row in rows if row.get(found, "") != ""]
     losses = numbers(found_loss) if found_loss else None
     without = sum(row.get(found_loss or "", "") == "" for row in rows) if found_loss else 0
     if without and loss is not None:
@@ -114,7 +115,6 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     steps = numbers(step) if step else []
     if not step or any(map(math.isnan, steps)):
         steps = [float(i) for i in range(1, len(rows) + 1)]
-    assert found is not None
     return Recorded(steps, numbers(found), None if without else losses)
 
 

@@ -85,9 +85,9 @@ BAD = {
     "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
     "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa",
-    "data.path=/nope": "data.path=/nope is not a folder: it must be a folder of at least two non-empty .txt files",
+    "data.path=/nope": "data.sources.text.path=/nope does not exist: it must be a file, a folder or a pattern of",
     "data.sequence_length=100000000": "data.sequence_length=100000000 is longer than the text",
-    "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's: it must be at most model.vocab_size=4096",
+    "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's vocabulary: it has 8,192 ids, and",
     "model.num_attention_heads=5": "model.num_attention_heads=5 is not allowed",
     "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: it must divide trainer.global_batch",
     "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
@@ -131,7 +131,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
     [
         (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
         (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
-        (("data.path=/nope", "seed=0,1"), "data.path=/nope"),
+        (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
         (("lr=glob(*)",), "makes no job"),
         (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
     ],
@@ -150,7 +150,7 @@ def test_hydra_full_error_shows_the_traceback(tmp_path):
 
 
 def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):
-    """Found only after tokenizing, and still nothing is written."""
+    """Found only after tokenizing: the tokens stay, for shorter sequences, and no run is begun."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "ab":
@@ -159,7 +159,7 @@ def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):
     done = train("data.path=texts", *settings, cwd=tmp_path)
     assert done.returncode == 2
     assert "data.sequence_length=600 is longer than the text: the " in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["texts"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "texts"]
 
 
 def test_a_name_that_is_taken(tmp_path: Path, corpus, cache):

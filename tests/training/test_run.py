@@ -20,7 +20,7 @@ from data import Sequences, prepare, unigram_entropy
 from experiments.runs import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
-from training.config import model_config
+from training.config import corpus_of, model_config
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +187,9 @@ def test_the_test_loss_is_that_of_all_held_out_tokens(settings, corpus, cache, t
     assert train(*settings, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     result = json.loads((path / "result.json").read_text())
-    tokens = prepare(str(corpus), 512, 0.05, 64, cache)
-    sequences = Sequences(tokens.test, 64)
     cfg = OmegaConf.load(path / "config.yaml")
+    tokens = prepare(corpus_of(cfg), cache, 64)
+    sequences = Sequences(tokens.test, 64)
     model = Llama(model_config(cfg))
     state = torch.load(path / "checkpoints" / "step-00000040.ckpt", weights_only=False)["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})

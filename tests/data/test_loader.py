@@ -1,0 +1,51 @@
+"""The loader deals out the same global batches to any number of ranks, from wherever it stands."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import SequenceLoader, Sequences
+from tests.data.arrays import token_array
+
+
+@pytest.fixture
+def loader(tmp_path):
+    """Make loaders over 50 sequences in three parts."""
+    sequences = Sequences(token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3), 10)
+
+    def make(**changes) -> SequenceLoader:
+        settings = dict(fingerprint="f", seed=1, steps=20, global_batch_size=8, micro_batch_size=8)
+        return SequenceLoader(sequences, **{**settings, **changes})
+
+    return make
+
+
+def global_batches(loader, world: int, micro: int, start: int = 0) -> list[list[int]]:
+    """First tokens of the sequences of each step, over all ranks."""
+    ranks = [loader(rank=r, world_size=world, micro_batch_size=micro) for r in range(world)]
+    for rank in ranks:
+        rank.load_state_dict({"sequences_consumed": start, "fingerprint": "f"})
+    per_step = 8 // (world * micro)
+    rows = [torch.cat(parts)[:, 0].tolist() for parts in zip(*ranks, strict=True)]
+    return [[t for row in rows[i : i + per_step] for t in row] for i in range(0, len(rows), per_step)]
+
+
+def test_the_global_batches_do_not_depend_on_ranks_or_micro_batch(loader):
+    expected = global_batches(loader, 1, 8)
+    assert len(expected) == 20
+    for world, micro in ((1, 1), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)):
+        assert global_batches(loader, world, micro) == expected
+        assert global_batches(loader, world, micro, start=7 * 8) == expected[7:]
+
+
+def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
+    one = loader()
+    batches = iter(one)
+    for _ in range(5):
+        next(batches)
+    assert one.state_dict() == {"sequences_consumed": 40, "fingerprint": "f"}
+    two = loader()
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(next(iter(two)), next(batches))
+    with pytest.raises(ValueError, match="tokens f, but these are g"):
+        loader(fingerprint="g").load_state_dict(one.state_dict())

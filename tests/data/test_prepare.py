@@ -1,0 +1,218 @@
+"""Tokens are prepared whole, once, from where it stopped, by one process at a time, and damage is named."""
+
+import json
+import lzma
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import Corpus, Mixture, Source, open_tokens, prepare
+from data.tokenizer import load_tokenizer
+from data.tokens import DOCUMENT
+from tests.conftest import CHECKOUT
+
+
+def corpus_of(path: Path, **settings) -> Corpus:
+    return Corpus((Source("text", path=str(path)),), **{"vocab_size": 300, "test_fraction": 0.2, **settings})
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory, corpus) -> Path:
+    """A file of 2,000 short documents, some of them alike."""
+    file = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    words = " ".join(p.read_text() for p in sorted(corpus.glob("*.txt"))).split()
+    draw = random.Random(0)
+    texts = [" ".join(words[i : i + draw.randint(5, 60)]) for i in draw.sample(range(len(words) - 60), 1900)]
+    texts += texts[:100]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def contents(tokens) -> dict[str, np.ndarray]:
+    return {split: getattr(tokens, split).read(0, len(getattr(tokens, split))) for split in ("train", "test")}
+
+
+def same(one, other) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(contents(one).values(), contents(other).values(), strict=True))
+
+
+def test_tokens_are_prepared_once_and_say_what_they_are(corpus, tmp_path, capsys):
+    from rich.console import Console
+
+    console = Console(force_terminal=False)
+    first = prepare(corpus_of(corpus), tmp_path, 16, console)
+    assert "training a byte-level BPE of 300 tokens" in capsys.readouterr().out
+    again = prepare(corpus_of(corpus), tmp_path, 16, console)
+    assert capsys.readouterr().out == ""
+    assert again.fingerprint == first.fingerprint and same(first, again) and first.train.dtype == np.uint16
+    assert [p.name for p in tmp_path.glob("[!.]*")] == [first.folder.name]
+    assert not list(first.folder.glob("*.tmp")) and not (first.folder / "journal.json").exists()
+    other = prepare(corpus_of(corpus, vocab_size=301), tmp_path, 16)
+    assert other.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("part_tokens", [300, 20_000, 1 << 26])
+def test_every_document_is_there_whole_wherever_parts_end(lines, part_tokens, tmp_path):
+    tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=part_tokens)
+    encoder = load_tokenizer(str(tokens.folder))
+    texts = {split: [] for split in ("train", "test")}
+    for document in Mixture([Source("text", path=str(lines))]):
+        texts["test" if document.draw < 0.2 else "train"].append(document.text)
+    for split, wanted in texts.items():
+        array, facts = getattr(tokens, split), tokens.facts[split]
+        ids = array.read(0, len(array))
+        ends = np.flatnonzero(ids == encoder.end) + 1
+        found = [encoder.tokenizer.decode(piece[:-1].tolist()) for piece in np.split(ids, ends)[:-1]]
+        assert found == wanted
+        index = [np.load(tokens.folder / p["file"].replace(".npy", ".documents.npy")) for p in facts["parts"]]
+        assert all(part.dtype == DOCUMENT for part in index)
+        places = np.concatenate([part["end"] + start for part, start in zip(index, array.starts[:-1], strict=True)])
+        assert places.tolist() == ends.tolist()
+        assert facts["documents"] == len(wanted) and facts["tokens"] == len(ids)
+        assert facts["bytes"] == sum(len(text.encode()) for text in wanted)
+    assert (len(tokens.facts["train"]["parts"]) > 1) == (part_tokens < 1 << 26)
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from data import Corpus, Source, prepare
+corpus = Corpus((Source("text", path=sys.argv[1]),), vocab_size=300, test_fraction=0.2, drop_duplicates=True)
+prepare(corpus, Path(sys.argv[2]), 16, Console(force_terminal=False), part_tokens=int(sys.argv[3]))
+"""
+
+
+def start(path: Path, cache: Path, part_tokens: int = 2000, before: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + PREPARE, str(path), str(cache), str(part_tokens)]
+    return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_again_and_again_it_ends_as_if_it_never_was(lines, tmp_path):
+    whole = prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "whole", 16, part_tokens=2000)
+    assert whole.facts["duplicates"] == 100 and len(whole.facts["train"]["parts"]) > 10
+    draw, continued = random.Random(0), 0
+    for _ in range(12):
+        process = start(lines, tmp_path / "killed")
+        before = time.time()
+        while process.poll() is None:  # a random part after the ones already there
+            journal = next(tmp_path.glob("killed/tokens-*/journal.json"), None)
+            if journal is not None and journal.stat().st_mtime > before and draw.random() < 0.2:
+                process.kill()
+            time.sleep(0.002)
+        out, err = process.communicate()
+        continued += "continuing" in out
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, err
+    tokens = prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "killed", 16, part_tokens=2000)
+    assert continued >= 2
+    assert tokens.fingerprint == whole.fingerprint and same(tokens, whole)
+    assert {k: v for k, v in tokens.facts.items() if k != "recipe"} == {
+        k: v for k, v in whole.facts.items() if k != "recipe"
+    }
+
+
+def test_two_processes_at_once_prepare_it_once(lines, tmp_path):
+    processes = [start(lines, tmp_path) for _ in range(3)]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], results
+    said = [out for out, _ in results]
+    assert sum("training a byte-level BPE" in out for out in said) == 1
+    assert sum("waiting for another process" in out or out == "" for out in said) == 2
+
+
+def test_a_full_disk_is_one_sentence_and_it_goes_on_when_there_is_room(lines, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+    first = start(lines, tmp_path)
+    while first.poll() is None and not list(tmp_path.glob("tokens-*/train-00003.npy")):
+        time.sleep(0.002)
+    first.kill()
+    first.communicate()
+    full = start(lines, tmp_path, before=limit)
+    _, err = full.communicate()
+    assert full.returncode == 1
+    assert "cannot be written (File too large): what is whole is kept, and the same command continues" in err
+    tokens = prepare(corpus_of(lines, drop_duplicates=True), tmp_path, 16, part_tokens=2000)
+    assert same(tokens, prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "other", 16, part_tokens=2000))
+
+
+def test_a_file_that_breaks_off_leaves_the_parts_before_it(lines, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    shutil.copy(lines, folder / "a.jsonl")
+    (folder / "b.jsonl.xz").write_bytes(lzma.compress(lines.read_bytes())[:3000])
+    with pytest.raises(ValueError, match=r"sources\.text\.path=\S+ cannot be read: \S+/b\.jsonl\.xz: .*ended before"):
+        prepare(corpus_of(folder), tmp_path / "cache", 16)
+
+
+def test_damage_is_named(lines, tmp_path):
+    whole = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=100_000)
+    assert len(whole.facts["train"]["parts"]) > 1
+    assert whole.facts["files"].keys() == {p.name for p in whole.folder.iterdir()} - {"tokens.json"}
+    for name in whole.facts["files"]:
+        for damage in ("flip", "cut", "remove"):
+            folder = tmp_path / "damaged"
+            shutil.copytree(whole.folder, folder)
+            file = folder / name
+            content = bytearray(file.read_bytes())
+            if damage == "remove":
+                file.unlink()
+            else:
+                content[len(content) // 2] ^= 1
+                file.write_bytes(content if damage == "flip" else content[:-1])
+            with pytest.raises(ValueError, match=rf"damaged \(.*{name}.*\): remove that folder"):
+                open_tokens(folder)
+            shutil.rmtree(folder)
+    (whole.folder / "tokens.json").write_text('{"half')
+    with pytest.raises(ValueError, match="damaged"):
+        prepare(corpus_of(lines), tmp_path / "cache", 16)
+
+
+def test_it_ends_with_the_document_that_reaches_the_limit(lines, tmp_path):
+    whole = prepare(corpus_of(lines), tmp_path, 16)
+    for part_tokens in (1000, 1 << 26):
+        short = prepare(corpus_of(lines, max_tokens=5000), tmp_path / str(part_tokens), 16, part_tokens=part_tokens)
+        assert 5000 <= len(short.train) < 5500
+        assert short.train.read(0, 5000).tolist() == whole.train.read(0, 5000).tolist()
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (1 - 1e-9, 2)])
+def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
+    texts = [f"this is text {i}, which is short" for i in range(3)]
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    tokens = prepare(corpus_of(tmp_path / "text", test_fraction=fraction), tmp_path / "cache", 4)
+    assert (tokens.facts["test"]["documents"], tokens.facts["train"]["documents"]) == (held_out, 3 - held_out)
+    documents = sorted(Mixture([Source("s", path=str(tmp_path / "text"))]), key=lambda document: document.draw)
+    encoder = load_tokenizer(str(tokens.folder))
+    found = encoder.tokenizer.decode(tokens.test.read(0, len(tokens.test)).tolist())
+    assert all((document.text in found) == (i < held_out) for i, document in enumerate(documents))
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("the same")
+    with pytest.raises(ValueError, match="all the same text"):
+        prepare(corpus_of(tmp_path / "text"), tmp_path / "cache", 4)
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+
+
+def test_a_given_tokenizer_is_used(lines, tmp_path):
+    first = prepare(corpus_of(lines), tmp_path / "a", 16)
+    given = prepare(corpus_of(lines, tokenizer=str(first.folder)), tmp_path / "b", 16)
+    assert same(first, given) and given.fingerprint == first.fingerprint
+
+
+def test_a_text_shorter_than_a_sequence_is_refused(lines, tmp_path):
+    with pytest.raises(ValueError, match=r"sequence_length=10000000 is longer than the text: the text has .* bytes"):
+        corpus_of(lines).check(tmp_path, 10_000_000)
+    with pytest.raises(
+        ValueError, match=r"sequence_length=100000 is longer than the text: the test text has \S+ tokens"
+    ):
+        prepare(corpus_of(lines), tmp_path, 100_000)

@@ -1,0 +1,50 @@
+"""Sequences of a token array, and their order."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data import Sequences, unigram_entropy
+from data.sequences import order
+from tests.data.arrays import token_array
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_each_epoch_is_a_permutation_and_no_two_are_alike(count):
+    epochs = [order(np.arange(e * count, (e + 1) * count), count, seed=3) for e in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(count))
+    if count > 5:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert not np.array_equal(epochs[0], order(np.arange(count), count, seed=4))
+
+
+def test_any_position_can_be_asked_for_alone():
+    whole = order(np.arange(500), 101, seed=7)
+    assert [int(order(np.array([p]), 101, seed=7)[0]) for p in range(500)] == whole.tolist()
+
+
+def test_the_order_is_well_mixed():
+    """Displacements and neighbours look like those of a random permutation."""
+    n = 20_000
+    permuted = order(np.arange(n), n, seed=0).astype(float)
+    assert abs(np.corrcoef(np.arange(n), permuted)[0, 1]) < 4 / math.sqrt(n)
+    assert abs(np.corrcoef(permuted[:-1], permuted[1:])[0, 1]) < 4 / math.sqrt(n)
+    assert np.mean(np.abs(np.diff(permuted)) <= 10) < 5 * 20 / n
+
+
+@pytest.mark.parametrize("lengths", [(), (500,), (13, 1, 2, 400, 5, 5), (10, 10, 10)])
+def test_every_token_but_the_first_is_predicted_once(lengths, tmp_path):
+    sequences = Sequences(token_array(tmp_path, np.arange(1001, dtype=np.uint16), *lengths), 10)
+    batch = sequences.batch(np.arange(len(sequences)))
+    assert batch.shape == (100, 11)
+    assert batch[:, 1:].flatten().tolist() == list(range(1, 1001))
+    assert torch.equal(batch[:, 1:][:, :-1], batch[:, :-1][:, 1:])
+
+
+def test_unigram_entropy():
+    assert unigram_entropy(np.array([5, 5, 5])) == 0
+    assert unigram_entropy(np.array([0, 1, 2, 3] * 10)) == pytest.approx(math.log(4))
+    assert unigram_entropy(np.array([0, 0, 1])) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
