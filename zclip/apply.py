@@ -28,7 +28,7 @@ def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zer
         if zero:
             torch._foreach_zero_(gradients)
         elif not isinstance(coefficients, Tensor):
-            torch._foreach_mul_(gradients, [c.to(g.dtype) for c, g in zip(coefficients, gradients, strict=True)])
+            torch._foreach_mul_(gradients, [_for(c, g) for c, g in zip(coefficients, gradients, strict=True)])
         elif coefficients != 1:
             torch._foreach_mul_(gradients, float(coefficients))
         return
@@ -38,10 +38,18 @@ def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zer
         if isinstance(coefficients, Tensor):
             torch._foreach_mul_(tensors, coefficients.to(device, torch.float32))
         else:
-            torch._foreach_mul_(tensors, [coefficients[i].to(device, gradients[i].dtype) for i in here])
+            torch._foreach_mul_(tensors, [_for(coefficients[i], gradients[i]) for i in here])
         zero_here = zero.to(device)
         for tensor in tensors:
             tensor.masked_fill_(zero_here, 0)
+
+
+def _for(coefficient: Tensor, gradient: Tensor) -> Tensor:
+    """Return a coefficient for one gradient: in float32 for half precision, which may not hold it."""
+    if gradient.dtype not in (torch.float16, torch.bfloat16):
+        return coefficient.to(gradient.device, gradient.dtype)
+    wide = coefficient.to(gradient.device, torch.float32)
+    return wide.reshape((1,) * gradient.ndim) if wide.ndim == 0 else wide  # a 0-dim tensor would be rounded first
 
 
 def takes_scale(optimizer: Optimizer) -> bool:
@@ -56,10 +64,14 @@ def takes_scale(optimizer: Optimizer) -> bool:
     return all(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in moved)
 
 
+#: Packages whose wrappers hand gradients on to their `optimizer` untouched; others may read them first.
+WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+
+
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """Return what steps inside of the wrappers of Accelerate and Lightning, which hold it as `optimizer`."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    """Return what steps inside of the wrappers of Accelerate and Lightning."""
+    while type(optimizer).__module__.split(".")[0] in WRAPPERS:
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -83,10 +95,23 @@ class Fold:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self._owner: weakref.ref[object] | None = None
         self._ours: dict[str, Tensor] = {}
         self._scaler = False
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+
+    def claim(self, owner: object) -> None:
+        """Make way for a decision of `owner`.
+
+        Raises:
+            ValueError: one of another strategy, which still exists, waits for the optimizer's next step.
+        """
+        before = self._owner() if self._owner is not None else None
+        if self._ours and before is not None and before is not owner:
+            raise ValueError("two strategies clip for one optimizer's step: give the optimizer to one of them only")
+        self.clear()
+        self._owner = weakref.ref(owner)
 
     def set(self, coefficient: Tensor | None, skip: Tensor) -> None:
         """Have the optimizer's next step multiply the gradients.
@@ -94,12 +119,7 @@ class Fold:
         Args:
             coefficient: 0-dim; `None`: the gradients have been scaled already.
             skip: 0-dim bool, whether the step must not happen.
-
-        Raises:
-            ValueError: another decision waits for that step.
         """
-        if self._ours:
-            raise ValueError("two strategies clip for one optimizer's step: give the optimizer to one of them only")
         look = skip.device.type == "cpu"  # there a step that needs nothing can be left alone
         if coefficient is not None and not (look and coefficient == 1):
             self._ours["grad_scale"] = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)

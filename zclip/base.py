@@ -48,6 +48,7 @@ class Measured(NamedTuple):
         loss: 0-dim, the step's loss, if the caller gave it.
         shards: the n parameters; empty where only a norm is known.
         gradients: this rank's part of each gradient, `None` where there is none.
+        process_group: ranks that hold other parameters of the same model, such as pipeline stages.
     """
 
     norm: Tensor
@@ -55,6 +56,14 @@ class Measured(NamedTuple):
     loss: Tensor | None = None
     shards: Sequence[Shard] = ()
     gradients: Sequence[Tensor | None] = ()
+    process_group: dist.ProcessGroup | None = None
+
+    def everywhere(self, value: Tensor) -> Tensor:
+        """Return the sum of a 0-dim value over the ranks of `process_group`."""
+        if self.process_group is not None:
+            value = value.to(self.norm.dtype)
+            dist.all_reduce(value, group=self.process_group)
+        return value
 
 
 class Clipping(NamedTuple):
@@ -186,7 +195,7 @@ class ClippingStrategy:
         Args:
             models: modules, parameters, or iterables of either; one norm is taken over all of them, and the
                 statistics are updated once. Under any sharding, call it on all ranks.
-            optimizer: the optimizer, or several, that will step next, wrapped by Accelerate or Lightning or not.
+            optimizer: the optimizer, or several, that will step next; also as Accelerate or Lightning wrap it.
                 Into a fused one (`AdamW(fused=True)`) clipping is folded: its gradients stay as they are until it
                 steps. It is left out of this, and gets gradients scaled in place, if it holds parameters that are
                 not among the models'. Strategies with a coefficient for each tensor always scale in place, but can
@@ -216,9 +225,9 @@ class ClippingStrategy:
         norm = global_norm(norms, process_group)
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
-        clipping = self._observe(Measured(norm, norms, loss, shards, gradients), models)
+        clipping, finite = self._observe(Measured(norm, norms, loss, shards, gradients, process_group), models)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        self._apply(clipping, shards, gradients, [innermost(each) for each in optimizers])
+        self._apply(clipping, finite, shards, gradients, list(dict.fromkeys(map(innermost, optimizers))))
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -236,12 +245,16 @@ class ClippingStrategy:
         """
         self._check_initialised()
         norm = norm.detach().to(torch.float32 if norm.device.type == "mps" else torch.float64)
-        clipping = self._observe(Measured(norm, norm.reshape(1), loss))
+        clipping, _ = self._observe(Measured(norm, norm.reshape(1), loss))
         assert isinstance(clipping.coefficients, Tensor) and clipping.skip is not None
         return torch.where(clipping.skip, 0.0, clipping.coefficients.reshape(()))
 
-    def _observe(self, measured: Measured, models: Parameters = ()) -> Clipping:
-        """Decide one step, update statistics, counters and telemetry; the result's `skip` is never `None`."""
+    def _observe(self, measured: Measured, models: Parameters = ()) -> tuple[Clipping, Tensor]:
+        """Decide one step, update statistics, counters and telemetry.
+
+        Returns:
+            The decision, whose `skip` is never `None`, and whether the norm was finite, 0-dim bool.
+        """
         norm = measured.norm
         self._check_policy()
         finite = torch.isfinite(norm)
@@ -255,8 +268,9 @@ class ClippingStrategy:
             raise ValueError(
                 f"{type(self).__name__}.initial_state must return all of the statistics: it lacks {unknown}"
             )
-        for key, new in clipping.state.items():
-            self.state[key].copy_(torch.where(finite, new, self.state[key]))
+        # All of these are new tensors: what a rule returns may be what it was given, under another name.
+        state = {key: torch.where(finite, new, self.state[key]) for key, new in clipping.state.items()}
+        telemetry = {key: _where_finite(finite, value, norm.dtype) for key, value in clipping.telemetry.items()}
         skip = ~finite if clipping.skip is None else ~finite | clipping.skip
         counted = self.counters
         clips = torch.where(clipping.clipped | skip, counted["consecutive_clips"] + 1, 0)
@@ -265,18 +279,19 @@ class ClippingStrategy:
             "nonfinite": counted["nonfinite"] + ~finite,
             "consecutive_nonfinite": torch.where(finite, 0, counted["consecutive_nonfinite"] + 1),
         }
-        for key, count in counts.items():
-            counted[key].copy_(count)
+        for old, new in ((self.state, state), (counted, counts)):
+            for key, value in new.items():
+                old[key].copy_(value)
         self.telemetry = {
             "grad_norm": norm,
             "clipped_norm": torch.where(skip, 0.0, clipping.clipped_norm),
             "clipped": clipping.clipped | skip,
             "clipped_by_max": torch.zeros_like(finite),
             **counts,
-            **{key: _where_finite(finite, value, norm.dtype) for key, value in clipping.telemetry.items()},
+            **telemetry,
         }
         self._watch.look(counts["consecutive_nonfinite"], self.max_consecutive_nonfinite)
-        return clipping._replace(skip=skip)
+        return clipping._replace(skip=skip), finite
 
     def _check_initialised(self) -> None:
         if "_pending" not in self.__dict__:
@@ -291,16 +306,13 @@ class ClippingStrategy:
     def _prepare_state(self, measured: Measured) -> None:
         like = torch.zeros_like(measured.norms if self.per_tensor else measured.norm)
         if not self.counters:
-            zero = torch.zeros_like(measured.norm, dtype=torch.int64)
-            self.counters = {key: zero.clone() for key in ("consecutive_clips", "nonfinite", "consecutive_nonfinite")}
-            self.config()  # finds out now, not when the state is saved, if an argument is not kept
-            self.state = self.initial_state(like)
-            for key, value in self.state.items():
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
+            self._initialise(like)
         elif self.counters["nonfinite"].device != like.device:
             self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
-            self.state = {key: value.to(like.device) for key, value in self.state.items()}
+            self.state = {
+                key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+                for key, value in self.state.items()
+            }
         if self.per_tensor:
             held = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
             if held:
@@ -309,37 +321,69 @@ class ClippingStrategy:
                     f"{like.numel()}: use one strategy for one set of parameters, always whole"
                 )
 
+    def _initialise(self, like: Tensor) -> None:
+        self.config()  # finds out now, not when the state is saved, if an argument is not kept
+        state = self.initial_state(like)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
+        self.state = {key: value.clone() for key, value in state.items()}
+        zero = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.counters = {key: zero.clone() for key in COUNTERS}
+
+    def prepare(self, *models: Parameters) -> None:
+        """Make the statistics for these parameters, as the first `step` on them would.
+
+        `torch.distributed.checkpoint` loads into tensors that are there already: call this before it loads into a
+        strategy that has statistics of each tensor and has not taken a step. The others need no call.
+        """
+        self._check_initialised()
+        shards = parameters_of(models)
+        if not shards:
+            raise ValueError(NO_GRADIENTS)
+        device = shards[0].parameter.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self._initialise(torch.zeros(len(shards) if self.per_tensor else (), dtype=wide, device=device))
+
     def _apply(
         self,
         clipping: Clipping,
+        finite: Tensor,
         shards: Sequence[Shard],
         gradients: Sequence[Tensor | None],
         optimizers: Sequence[Optimizer],
     ) -> None:
-        """Fold the decision into the optimizers that take it, and scale the other gradients in place."""
+        """Fold the decision into the optimizers that take it, and scale the other gradients in place.
+
+        With `on_nonfinite="zero"` a norm that is not finite is no reason to skip, and all scaling is in place.
+        """
         assert clipping.skip is not None
+        zero = self.on_nonfinite == "zero"
+        skip = clipping.skip & finite if zero else clipping.skip
         ours = {id(shard.parameter) for shard in shards}
         folded: set[int] = set()
         coefficients = clipping.coefficients
         common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
-        skipped: set[int] = set()
-        for optimizer in optimizers if self.on_nonfinite != "zero" else ():
-            theirs = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-            if not theirs <= ours:
-                continue
-            if takes_scale(optimizer):
-                fold = Fold.of(optimizer)
-                fold.set(common, clipping.skip)
-                self._pending.append(fold)
-                folded |= theirs if common is not None else set()
-            elif clipping.skip.device.type == "cpu" and clipping.skip:
-                skipped |= theirs  # an optimizer does nothing where there is no gradient
-        rest = []
-        for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True)):
-            if id(shard.parameter) in skipped:
-                shard.parameter.grad = None
-            elif gradient is not None and id(shard.parameter) not in folded:
-                rest.append((i, gradient))
+        fold_common = None if zero else common
+        held = [
+            (optimizer, [p for group in optimizer.param_groups for p in group["params"]]) for optimizer in optimizers
+        ]
+        held = [(o, theirs) for o, theirs in held if {id(p) for p in theirs if p.requires_grad} <= ours]
+        folds = [(Fold.of(optimizer), theirs) for optimizer, theirs in held if takes_scale(optimizer)]
+        for fold, _ in folds:
+            fold.claim(self)
+        for fold, theirs in folds:
+            fold.set(fold_common, skip)
+            self._pending.append(fold)
+            folded |= {id(p) for p in theirs} if fold_common is not None else set()
+        if skip.device.type == "cpu" and skip:
+            for parameter in (p for o, theirs in held if not takes_scale(o) for p in theirs):
+                parameter.grad = None  # an optimizer does nothing where there is no gradient
+        rest = [
+            (i, gradient)
+            for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True))
+            if gradient is not None and shard.parameter.grad is not None and id(shard.parameter) not in folded
+        ]
         if rest:
             coefficient = [coefficients[i] for i, _ in rest] if common is None else common
             scale_([gradient for _, gradient in rest], coefficient, clipping.skip)
@@ -362,14 +406,17 @@ class ClippingStrategy:
                 f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
                 "a saved state records it"
             )
-        return kept
+        return {name: _plain(value) for name, value in kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        Holds tensors, numbers, strings and dicts only, so `torch.save`, `torch.load(weights_only=True)` and
-        `torch.distributed.checkpoint` take it.
+        Holds tensors, numbers, strings, lists and dicts only, so `torch.save`, `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` take it. The latter loads into what is there: see `prepare`.
         """
+        self._check_initialised()
+        if not self.counters and not self.per_tensor:
+            self._initialise(torch.zeros((), dtype=torch.float64))
         return {
             "strategy": type(self).__name__,
             "version": self.version,
@@ -394,12 +441,19 @@ class ClippingStrategy:
                 f"{type(self).__name__} (version {self.version})"
             )
         ours, theirs = self.config(), state_dict["config"]
-        changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != _plain(theirs.get(key))]
         if changed:
             pairs = ", ".join(f"{key}={theirs.get(key)!r}, not {ours.get(key)!r}" for key in sorted(changed))
             raise ValueError(f"the saved {saved[0]} was made with {pairs}: make this one with the same arguments")
-        self.state = {key: value.clone() for key, value in state_dict["state"].items()}
-        self.counters = {key: value.clone() for key, value in state_dict["counters"].items()}
+        state, counters = dict(state_dict["state"]), dict(state_dict["counters"])
+        if state or counters:
+            self._initialise(torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64))
+            for found, expected in ((state, self.state), (counters, self.counters)):
+                if found.keys() != expected.keys():
+                    wrong = ", ".join(sorted(found.keys() ^ expected.keys()))
+                    raise ValueError(f"the saved {saved[0]} is damaged: its statistics differ in {wrong}")
+        self.state = {key: value.clone() for key, value in state.items()}
+        self.counters = {key: value.clone() for key, value in counters.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to this process: the optimizers' hooks and the device's events."""
@@ -411,6 +465,14 @@ class ClippingStrategy:
 
 
 _MISSING = object()
+COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or sequence as every file format gives it back."""
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return float(value) if isinstance(value, float) else value
 
 
 def _where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

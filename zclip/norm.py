@@ -30,14 +30,17 @@ class Shard(NamedTuple):
 def parameters_of(models: Parameters) -> list[Shard]:
     """Return the distinct trainable parameters of modules, tensors and (nested) iterables of them, in order."""
     found: dict[int, Shard] = {}
+    ignored: set[int] = set()  # by FSDP1: every rank has them whole
 
     def visit(item: Parameters, fsdp1: Groups) -> None:
         if isinstance(item, Tensor):
             if item.requires_grad:
-                found.setdefault(id(item), Shard(item, fsdp1 or _mesh_groups(item)))
+                groups = () if id(item) in ignored else fsdp1
+                found.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
         elif isinstance(item, nn.Module):
             if isinstance(item, FullyShardedDataParallel):
                 fsdp1 = _fsdp1_groups(item)
+                ignored.update(map(id, item._ignored_params))
             for parameter in item.parameters(recurse=False):
                 visit(parameter, fsdp1)
             for child in item.children():

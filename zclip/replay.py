@@ -38,6 +38,10 @@ STRATEGIES: dict[str, type[ClippingStrategy]] = {
 }
 
 
+#: A picture has a panel for each.
+MOST_SETTINGS = 50
+
+
 class Replayed(NamedTuple):
     """What one setting would have done.
 
@@ -85,9 +89,9 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
         ValueError: the file cannot be read, or has no such column, or a norm has no loss beside it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = _json_rows(text) if path.suffix in (".jsonl", ".json") else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
 
@@ -98,7 +102,7 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     def numbers(name: str) -> list[float]:
         try:
             return [math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"column={name} of {path} holds something that is no number: {error}") from error
 
     found, found_loss = find(column), find(loss or "loss")
@@ -115,7 +119,10 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     steps = numbers(step) if step else []
     if not step or any(map(math.isnan, steps)):
         steps = [float(i) for i in range(1, len(rows) + 1)]
-    return Recorded(steps, numbers(found), None if without else losses)
+    norms = numbers(found)
+    if any(norm < 0 for norm in norms):
+        raise ValueError(f"column={found} of {path} holds {min(norms):g}: a norm is not below 0")
+    return Recorded(steps, norms, None if without else losses)
 
 
 def _json_rows(text: str) -> list[dict[str, Any]]:
@@ -160,18 +167,25 @@ def settings(arguments: Sequence[str]) -> tuple[dict[str, str], list[dict[str, A
     """Split `key=value` arguments into options, combinations of strategy arguments, and the names that vary.
 
     Raises:
-        ValueError: an argument is not `key=value`.
+        ValueError: an argument is not `key=value`, a key comes twice, or there are too many combinations.
     """
     options = {"clip": "zclip", "column": "grad_norm", "out": "replay.png"}
     values: dict[str, list[Any]] = {}
+    given: set[str] = set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
             raise ValueError(f"{argument} is not KEY=VALUE; the file comes first")
+        if key in given:
+            raise ValueError(f"{argument} is the second value of {key}: give several as {key}=VALUE,VALUE")
+        given.add(key)
         if key in (*options, "loss"):
             options[key] = value
         else:
             values[key] = [_parse(part) for part in value.split(",")]
+    many = math.prod(len(several) for several in values.values())
+    if many > MOST_SETTINGS:
+        raise ValueError(f"these are {many:,} combinations of settings: at most {MOST_SETTINGS} are replayed at once")
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     return options, combinations, [key for key, several in values.items() if len(several) > 1]
 

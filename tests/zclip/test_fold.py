@@ -202,9 +202,10 @@ def test_two_strategies_for_one_step_are_refused():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     backward(model, optimizer)
-    FixedNorm(0.01).step(model, optimizer=optimizer)
+    one, other = FixedNorm(0.01), FixedNorm(0.01)
+    one.step(model, optimizer=optimizer)
     with pytest.raises(ValueError, match="two strategies clip for one optimizer"):
-        FixedNorm(0.01).step(model, optimizer=optimizer)
+        other.step(model, optimizer=optimizer)
     assert float(stepped(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -248,3 +249,88 @@ def test_a_scaler_goes_on_after_a_step_without_it():
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_zero_is_for_norms_that_are_not_finite_and_nothing_else(fused):
+    """A step that the rule skips does not happen under "zero" either."""
+    model, strategy = build(), SkipStep(sigma=2.0, window=8, on_nonfinite="zero")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+    moved = []
+    for step in range(14):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        if step == 10:
+            model[0].weight.grad[0, 0] = torch.nan
+        before = model[0].weight.detach().clone()
+        strategy.step(model, optimizer=optimizer)
+        optimizer.step()
+        moved.append(not torch.equal(before, model[0].weight))
+    assert strategy.read_telemetry()["nonfinite"] == 1 and moved[10], "decay and moments move the weights"
+    assert not moved[12] and all(moved[:12]) and moved[13]
+
+
+def test_a_scaler_does_not_undo_a_skip():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    scaler, strategy = torch.amp.GradScaler("cpu", init_scale=1024.0), SkipStep(sigma=2.0, window=8)
+    for step in range(13):
+        optimizer.zero_grad()
+        scaler.scale(model(batch(step)).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        strategy.step(model, optimizer=optimizer)
+        before = model[0].weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+    assert strategy.read_telemetry()["skipped"] and torch.equal(before, model[0].weight)
+
+
+def test_a_decision_of_a_strategy_that_is_gone_makes_way():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    for _ in range(2):  # the optimizer does not step in between, as in an interrupted notebook cell
+        model.zero_grad()
+        model(batch(0)).square().mean().backward()
+        strategy = FixedNorm(0.05)
+        strategy.step(model, optimizer=[optimizer, optimizer])
+        assert float(optimizer.grad_scale) > 1
+        del strategy
+
+
+def test_nothing_is_decided_where_one_optimizer_refuses():
+    model = build()
+    first, second = FUSED["adamw"](model[0].parameters()), FUSED["adamw"](model[2].parameters())
+    model(batch(0)).square().mean().backward()
+    one, other = FixedNorm(0.05), FixedNorm(0.05)
+    one.step(model[2], optimizer=second)
+    with pytest.raises(ValueError, match="two strategies clip for one optimizer's step"):
+        other.step(model, optimizer=[first, second])
+    assert not hasattr(first, "grad_scale")
+
+
+def test_a_skipped_step_leaves_a_frozen_parameter_with_an_old_gradient():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(batch(0)).square().mean().backward()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.grad[0, 0] = torch.nan
+    before = model[0].weight.clone()
+    FixedNorm(1.0).step(model, optimizer=optimizer)
+    optimizer.step()
+    assert torch.equal(before, model[0].weight)
+
+
+def test_a_wrapper_that_reads_gradients_gets_them_clipped():
+    class Averaging(torch.optim.SGD):
+        """Holds an optimizer, and moves by its own gradients."""
+
+        def __init__(self, inner):
+            self.optimizer = inner
+            super().__init__(inner.param_groups, lr=0.1)
+
+    model = build()
+    wrapper = Averaging(FUSED["adamw"](model.parameters()))
+    model(batch(0)).square().mean().backward()
+    FixedNorm(0.01).step(model, optimizer=wrapper)
+    total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert float(total) == pytest.approx(0.01, rel=1e-3)

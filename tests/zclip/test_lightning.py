@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
 from tests.zclip.loops import STEPS, assert_same, batch, build, plain
@@ -159,3 +160,69 @@ def test_two_callbacks_and_a_class_are_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="two clipping callbacks clip for one Trainer"):
         trainer.fit(Automatic(fused=False), DataLoader([batch(0)], batch_size=None))
+
+
+def test_deepspeed_is_refused(tmp_path):
+    """Its strategy cannot be made without the package; a Trainer is given an empty one."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer._accelerator_connector.strategy = object.__new__(DeepSpeedStrategy)
+    with pytest.raises(ValueError, match="strategy=deepspeed is not supported"):
+        ZClipLightningCallback().on_fit_start(trainer, Automatic(fused=False))
+
+
+def test_the_norm_is_that_of_the_optimizers_parameters(tmp_path):
+    class Last(Automatic):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.0)
+
+    module, seen = Last(fused=False), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(callback.zclip.read_telemetry()["grad_norm"])
+
+    callback = ZClipLightningCallback()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[callback, Watch()], logger=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch(0)] * 6, batch_size=None))
+    assert seen == pytest.approx([seen[0]] * 6, rel=1e-5), "gradients that nobody zeroes are not counted"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_training_step_that_returns_none_in_fp16(fused, tmp_path):
+    class Sometimes(Automatic):
+        def training_step(self, x, index):
+            return None if index % 3 == 1 else super().training_step(x, index)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    _, callback = fit(Sometimes(fused), tmp_path, plugins=[plugin])
+    assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
+
+
+def test_gradients_that_are_not_there_are_an_error(tmp_path):
+    class Moved(Automatic):
+        def on_after_backward(self):
+            for p in self.parameters():
+                p.grad = None
+
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        fit(Moved(fused=False), tmp_path)
+
+
+def test_every_optimizer_gets_a_copy_of_the_strategy_as_it_was_given(tmp_path):
+    class Mine(ZClip):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+
+    strategy = Mine(warmup_steps=5, max_grad_norm=0.1, max_consecutive_nonfinite=7)
+    _, callback = fit(TwoOptimizers(), tmp_path, callback=ClippingCallback(strategy))
+    for each in callback.strategies:
+        assert (each.warmup_steps, each.max_grad_norm, each.max_consecutive_nonfinite) == (5, 0.1, 7)
+        assert int(each.state["count"]) == STEPS
+
+
+def test_a_loss_that_may_be_another_optimizers_is_not_looked_at(tmp_path):
+    _, callback = fit(TwoOptimizers(), tmp_path, callback=ClippingCallback(SkipStep(window=8)))
+    assert [int(s.state["loss_count"]) for s in callback.strategies] == [0, 0]

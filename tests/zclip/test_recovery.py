@@ -40,12 +40,30 @@ def undisturbed_rate(variant: str) -> float:
     return float(np.mean(rates))
 
 
+@pytest.mark.parametrize("change", [0, 1, 2, 3, 4, 5, 13, 20, 37, 38, 39, "in warm-up"])
+@pytest.mark.parametrize("factor", [10, 0.1, 0.3])
+def test_a_change_is_seen_at_any_place_in_a_block(change, factor):
+    """Blocks of 40 begin after the warm-up of 25."""
+    steps, rates = 15 if change == "in warm-up" else 25 + 240 + change, []
+    for seed in range(10):
+        rates.append(spikes(level_change(seed, factor, steps, steps + 400))[steps + 200 :].mean())
+    assert np.mean(rates) == pytest.approx(undisturbed_rate("reciprocal"), abs=0.007) and np.mean(rates) > 0.003
+
+
+def test_an_outlier_in_the_warm_up_is_forgotten():
+    trace = level_change(0, 1.0, 0, 400)
+    trace[7] *= 1000
+    trace[200::50] *= 3
+    found = spikes(trace)
+    assert found[200::50].all()
+
+
 @pytest.mark.parametrize("factor", [1.2, 1.5, 3, 10, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_back_to_the_normal_clip_rate_within_200_steps(variant, factor):
     before, after = [], []
     for seed in range(10):
-        change = 250 + 13 * seed  # at any place in a block
+        change = 250 + 13 * seed
         trace = level_change(seed, factor, change, change + 400)
         found = spikes(trace, **VARIANTS[variant])
         before.append(found[100:change].mean())

@@ -90,6 +90,8 @@ def test_a_wandb_export(trace, tmp_path, capsys):
         (["column=norm"], "column=norm is not in"),
         (["column=step", "z_thresh"], "z_thresh is not KEY=VALUE; the file comes first"),
         (["loss=nope"], "loss=nope is not in"),
+        (["z_thresh=2", "z_thresh=3,4"], "z_thresh=3,4 is the second value of z_thresh"),
+        (["z_thresh=" + ",".join(map(str, range(1, 60)))], "these are 59 combinations of settings: at most 50"),
         (["clip=nosuchmodule.A"], "clip=nosuchmodule.A cannot be imported (ModuleNotFoundError: No module named"),
         (["on_nonfinite='raise'"], "the gradient norm is nan"),
     ],
@@ -106,11 +108,16 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"grad_norm": 1}\n{"grad\n')
     (tmp_path / "number.jsonl").write_text("5\n")
+    (tmp_path / "huge.jsonl").write_text('{"grad_norm": 1' + "0" * 400 + "}\n")
+    (tmp_path / "negative.csv").write_text("grad_norm\n-1\n")
+    (tmp_path / "field.csv").write_text("grad_norm\n" + "1" * 200_000 + "\n")
     (tmp_path / "list.jsonl").write_text('{"grad_norm": [1]}\n')
     (tmp_path / "words.csv").write_text("grad_norm\nlarge\n")
-    for name in ("missing.csv", "empty.jsonl", "broken.jsonl", "words.csv", "number.jsonl", "list.jsonl"):
+    for name in (*(p.name for p in tmp_path.iterdir()), "missing.csv"):
         assert main(["replay", str(tmp_path / name)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "bom.csv").write_text("grad_norm\n1\n", encoding="utf-8-sig")
+    assert main(["replay", str(tmp_path / "bom.csv"), "out=none"]) == 0
     assert main([]) == 2 and main(["--help"]) == 0 and main(["replay", "-h"]) == 0
 
 

@@ -31,6 +31,31 @@ def test_distributed_checkpoint(make, stop, tmp_path):
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
+def test_a_strategy_that_never_took_a_step_loads_a_distributed_checkpoint(make, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+
+    def step(strategy: ClippingStrategy, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        strategy.step(model)
+        return [p.grad.clone() for p in model.parameters()]
+
+    one, other = make(), make()
+    for seed in range(6):
+        step(one, seed)
+    dcp.save({"clipper": one}, checkpoint_id=tmp_path)
+    if other.per_tensor:
+        other.prepare(model)
+    dcp.load({"clipper": other}, checkpoint_id=tmp_path)
+    assert one.state.keys() == other.state.keys() and other.counters
+    for seed in range(6, 12):
+        assert all(torch.equal(a, b) for a, b in zip(step(one, seed), step(other, seed), strict=True))
+    assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
 def test_the_rule_compiles_whole(make):
     strategy, compiled = make(), make()
     # The default backend needs a C++ compiler; the graph is the same without.

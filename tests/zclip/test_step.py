@@ -2,12 +2,25 @@
 
 import copy
 import io
+import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from zclip import AutoClip, ClippingStrategy, Decision, FixedNorm, NoClipping, ZClip
+from zclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClippingStrategy,
+    Decision,
+    FixedNorm,
+    GradientStabilizer,
+    NoClipping,
+    SkipStep,
+    ZClip,
+)
 
 STRATEGIES = {
     "none": NoClipping,
@@ -242,3 +255,85 @@ def test_what_is_no_parameter_or_no_dense_gradient_is_refused():
     wave.abs().sum().backward()
     with pytest.raises(TypeError, match="is complex"):
         ZClip().step(wave)
+
+
+class Lagging(ClippingStrategy):
+    """Clips to twice the norm of two steps before: one statistic becomes another."""
+
+    def initial_state(self, like):
+        like = like + torch.inf
+        return {"last": like, "before": like}
+
+    def decide(self, norm, state):
+        return Decision(2 * state["before"], {"last": norm, "before": state["last"]}, {"before": state["before"]})
+
+
+def test_a_statistic_may_move_into_another():
+    strategy, seen = Lagging(), []
+    for norm in (1.0, 1.0, 10.0, 10.0, 10.0):
+        strategy.observe(torch.tensor(norm, dtype=torch.float64))
+        seen.append((strategy.read_telemetry()["clipped_norm"], strategy.read_telemetry()["before"]))
+    inf = float("inf")
+    assert seen == [(1, inf), (1, inf), (pytest.approx(2), 1), (pytest.approx(2), 1), (10, 10)]
+
+
+@pytest.mark.parametrize("make", [AdaGC, AGC, GradientStabilizer, SkipStep, FixedNorm, AutoClip, NoClipping])
+def test_a_bound_is_taken_by_those_that_keep_it(make):
+    with pytest.raises(TypeError, match="max_grad_norm"):
+        make(max_grad_norm=0.5)
+
+
+def test_telemetry_counts_clips_and_tells_by_what():
+    zclip = ZClip(warmup_steps=3, max_grad_norm=5.0)
+    told = []
+    for norm in (1.0, 1.1, 0.9, 1.0, 100.0, float("nan"), 90.0, 1.0, 6.0):
+        zclip.observe(torch.tensor(norm, dtype=torch.float64))
+        read = zclip.read_telemetry()
+        told.append((read["clipped"], read["clipped_by_max"], read["spike"], read["consecutive_clips"]))
+    assert told[4:8] == [(1, 0, 1, 1), (1, 0, 0, 1), (1, 0, 1, 2), (0, 0, 0, 0)]
+    assert zclip.read_telemetry()["nonfinite"] == 1
+    loud = ZClip(warmup_steps=50, max_grad_norm=5.0)
+    loud.observe(torch.tensor(6.0))
+    read = loud.read_telemetry()
+    assert (read["clipped"], read["clipped_by_max"], read["spike"]) == (1, 1, 0)
+
+
+def test_half_precision_gradients_are_scaled_by_more_than_they_can_hold():
+    model = nn.Linear(2, 2).half()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3e-6)
+    GradientStabilizer().step(model)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert float(torch.cat([p.grad.flatten().float() for p in model.parameters()]).norm()) == pytest.approx(
+        2**0.5, rel=0.01
+    )
+
+
+def test_float64_gradients_of_any_size_are_clipped_by_unit():
+    model = nn.Linear(3, 2).double()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e25)
+    AGC().step(model)
+    assert all((p.grad > 0).all() and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_numbers_of_numpy_and_tuples_are_saved_plainly(tmp_path):
+    class Pair(NoClipping):
+        def __init__(self, betas=(0.9, 0.99)):
+            super().__init__()
+            self.betas = betas
+
+    for strategy in (ZClip(alpha=np.float64(0.9)), Pair()):
+        torch.save(strategy.state_dict(), tmp_path / "s.pt")
+        strategy.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+        strategy.load_state_dict(json.loads(json.dumps({**strategy.state_dict(), "state": {}, "counters": {}})))
+
+
+def test_a_damaged_state_is_refused():
+    zclip = ZClip()
+    zclip.step(model_with_gradients(0))
+    state = zclip.state_dict()
+    for key in ("state", "counters"):
+        short = {**state, key: dict(list(state[key].items())[1:])}
+        with pytest.raises(ValueError, match="the saved ZClip is damaged: its statistics differ in"):
+            ZClip().load_state_dict(short)

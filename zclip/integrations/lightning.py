@@ -4,11 +4,14 @@ Lightning calls `on_before_optimizer_step` after backward, accumulation and unsc
 the optimizer will see. Leave the Trainer's `gradient_clip_val` unset. The statistics travel in the checkpoint.
 """
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from zclip.base import ClippingStrategy
 from zclip.strategies.zclip import ZClip
@@ -17,9 +20,9 @@ from zclip.strategies.zclip import ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
-    Under automatic optimization strategies that look at the loss get its mean over the global batch, except in fp16,
-    where Lightning has scaled it. With several optimizers each has statistics of its own, over its own parameters:
-    the strategy given is that of the first, copies of it are made for the others.
+    The norm is that of the optimizer's parameters. Under automatic optimization strategies that look at the loss get
+    its mean over the global batch, except in fp16, where Lightning has scaled it. With several optimizers each has
+    statistics of its own: the strategy given is that of the first, copies of it are made for the others.
 
     Args:
         strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers, also as
@@ -33,7 +36,9 @@ class ClippingCallback(pl.Callback):
         if not isinstance(strategy, ClippingStrategy):
             raise TypeError(f"ClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategies = [strategy]
+        self._fresh = copy.deepcopy(strategy)
         self._loss: Tensor | None = None
+        self._backward = False
 
     @property
     def strategy(self) -> ClippingStrategy:
@@ -44,8 +49,13 @@ class ClippingCallback(pl.Callback):
         """Refuse a Trainer that clips as well, and make a strategy for each optimizer.
 
         Raises:
-            ValueError: `gradient_clip_val` is set, or there are two of these callbacks.
+            ValueError: `gradient_clip_val` is set, the strategy is DeepSpeed's, or there are two of these callbacks.
         """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "strategy=deepspeed is not supported: its engine keeps gradients to itself; shard with "
+                "ModelParallelStrategy (FSDP2) instead"
+            )
         if sum(isinstance(callback, ClippingCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("two clipping callbacks clip for one Trainer: give it one")
         if trainer.gradient_clip_val:
@@ -57,6 +67,9 @@ class ClippingCallback(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add up the losses of the micro-batches, which Lightning has divided by their number."""
+        self._backward = True
+        if not pl_module.automatic_optimization:
+            return  # whose loss it is cannot be told
         if self.strategy.uses_loss and getattr(trainer.precision_plugin, "scaler", None) is None:
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
@@ -64,20 +77,20 @@ class ClippingCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Clip the gradients, as part of the optimizer's step if that is fused."""
+        backward, self._backward = self._backward, False
+        if pl_module.automatic_optimization and not backward:
+            return  # training_step returned None: there is nothing to clip
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters):
-            return  # training_step returned None: there is nothing to clip
         loss, self._loss = self._loss, None
         if loss is not None:
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        if len(trainer.optimizers) == 1:
-            self.strategy.step(pl_module, optimizer=optimizer, loss=loss)
-            return
         index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-        self.strategies[index].step(parameters, optimizer=optimizer, loss=loss)
+        whole = trainer.strategy.model or pl_module
+        fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in whole.modules())
+        theirs: Any = [group["params"] for group in optimizer.param_groups]  # FSDP1's do not tell who shares them
+        self.strategies[index].step(whole if fsdp1 else theirs, optimizer=optimizer, loss=loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all strategies."""
@@ -92,10 +105,7 @@ class ClippingCallback(pl.Callback):
 
     def _provide(self, count: int) -> None:
         while len(self.strategies) < count:
-            another = type(self.strategy)(**self.strategy.config())
-            another.on_nonfinite = self.strategy.on_nonfinite
-            another.max_consecutive_nonfinite = self.strategy.max_consecutive_nonfinite
-            self.strategies.append(another)
+            self.strategies.append(copy.deepcopy(self._fresh))
 
 
 class ZClipLightningCallback(ClippingCallback):

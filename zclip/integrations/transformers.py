@@ -5,7 +5,6 @@ optimizer will see. The statistics travel in the checkpoint's `trainer_state.jso
 """
 
 from collections.abc import Mapping
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -23,21 +22,26 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
     The Trainer still takes the norm that it logs, a pass over the gradients that a callback cannot spare. It does not
     tell callbacks the loss: `SkipStep` looks at the norm alone. A run that is resumed from a checkpoint goes on with
-    the checkpoint's statistics, or with fresh ones if it has none. With `restore_callback_states_from_checkpoint` the
-    Trainer replaces this callback by one of its own making, with the checkpoint's strategy and arguments.
+    the checkpoint's statistics, or with fresh ones if it has none. The Trainer's own norm leaves NaN in every gradient
+    where there was one in any: `on_nonfinite="raise"` names them all.
 
     Args:
-        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers. Or, as the Trainer's
-            `restore_callback_states_from_checkpoint` gives it, what `state` returned.
+        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none.
+        ValueError: the Trainer makes a new callback in the place of this one.
     """
 
-    def __init__(self, strategy: ClippingStrategy | Mapping[str, Any]) -> None:
-        if not isinstance(strategy, ClippingStrategy | Mapping):
+    def __init__(self, strategy: ClippingStrategy) -> None:
+        if isinstance(strategy, Mapping):  # what `state` returned, given back
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True is not allowed: leave it out, the statistics are "
+                "restored without it, into the strategy that you made"
+            )
+        if not isinstance(strategy, ClippingStrategy):
             raise TypeError(f"TrainerClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
-        self.strategy = _from_json(strategy) if isinstance(strategy, Mapping) else strategy
+        self.strategy = strategy
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,19 +79,7 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return the strategy, its arguments and statistics, as JSON holds them."""
-        place = type(self.strategy)
-        return {
-            "args": {
-                "strategy": {"class": f"{place.__module__}:{place.__qualname__}", **_json(self.strategy.state_dict())}
-            },
-            "attributes": {},
-        }
-
-
-def _from_json(saved: Mapping[str, Any]) -> ClippingStrategy:
-    strategy = resolve_name(saved["class"])(**saved["config"])
-    strategy.load_state_dict(_tensors(saved))
-    return strategy
+        return {"args": {"strategy": _json(self.strategy.state_dict())}, "attributes": {}}
 
 
 def _json(value: Any) -> Any:

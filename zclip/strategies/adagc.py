@@ -48,7 +48,7 @@ class AdaGC(ClippingStrategy):
         require(is_number(beta) and 0 <= beta < 1, "beta", beta, "a number from 0 to below 1")
         require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
         require(is_number(lambda_abs) and lambda_abs > 0, "lambda_abs", lambda_abs, "a number above 0")
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.lambda_rel = lambda_rel
         self.beta = beta
         self.warmup_steps = warmup_steps
@@ -69,11 +69,12 @@ class AdaGC(ClippingStrategy):
         coefficients = torch.where(warm, (self.lambda_rel * gamma / norms).clamp(max=1), first)
         coefficients = torch.where(norms > 0, coefficients, 1.0)
         kept = norms * coefficients
+        clipped = measured.everywhere((coefficients < 1).sum())
         average = torch.where(warm & gamma.isfinite(), self.beta * gamma + (1 - self.beta) * kept, gamma.minimum(kept))
         return Clipping(
             coefficients,
-            clipped_norm=torch.linalg.vector_norm(kept),
-            clipped=(coefficients < 1).any(),
+            clipped_norm=measured.everywhere(kept.square().sum()).sqrt(),
+            clipped=clipped > 0,
             state={"count": state["count"] + 1, "gamma": torch.where(norms > 0, average, gamma)},
-            telemetry={"clipped_tensors": (coefficients < 1).sum()},
+            telemetry={"clipped_tensors": clipped},
         )

@@ -36,7 +36,7 @@ class AGC(ClippingStrategy):
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:
         require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
         require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.ratio = ratio
         self.eps = eps
 
@@ -59,15 +59,15 @@ class AGC(ClippingStrategy):
             coefficients.append(coefficient)
             kept.append((local * coefficient.square()).sum().to(measured.norm))
             clipped.append((coefficient < 1).sum().to(measured.norm))
-        norms = sum_over_ranks(shards, torch.stack(kept)).sqrt()
-        units = sum_over_ranks(shards, torch.stack(clipped)).sum()
+        norm = measured.everywhere(sum_over_ranks(shards, torch.stack(kept)).sum()).sqrt()
+        units = measured.everywhere(sum_over_ranks(shards, torch.stack(clipped)).sum())
         telemetry = {"clipped_units": units}
-        return Clipping(coefficients, torch.linalg.vector_norm(norms), units > 0, state, telemetry)
+        return Clipping(coefficients, norm, units > 0, state, telemetry)
 
 
 def _unit_squares(local: Tensor) -> Tensor:
-    """Return the sums of squares of the rows, (rows, 1, ...), or of the whole, 0-dim, in float32."""
-    squares = local.detach().to(torch.float32).square()
+    """Return the sums of squares of the rows, (rows, 1, ...), or of the whole, 0-dim, in float32 at least."""
+    squares = local.detach().to(torch.promote_types(local.dtype, torch.float32)).square()
     return squares.sum() if local.ndim < 2 else squares.sum(dim=tuple(range(1, local.ndim)), keepdim=True)
 
 

@@ -37,7 +37,7 @@ class AutoClip(ClippingStrategy):
         )
         allowed = "an integer from 1, or null for the full history"
         require(window is None or is_count(window), "window", window, allowed)
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.percentile = percentile
         self.window = window
         self._steps = 0  # bounds the device's count from above without asking it

@@ -21,7 +21,7 @@ class FixedNorm(ClippingStrategy):
 
     def __init__(self, max_norm: float = 1.0, **policy: Unpack[Policy]) -> None:
         require(is_number(max_norm) and max_norm > 0, "max_norm", max_norm, "a number above 0")
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.max_norm = max_norm
 
     def decide(self, norm: Tensor, state: State) -> Decision:

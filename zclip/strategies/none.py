@@ -19,7 +19,7 @@ class NoClipping(ClippingStrategy):
     """
 
     def __init__(self, **policy: Unpack[Policy]) -> None:
-        super().__init__(**policy)
+        super().__init__(None, **policy)
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return a target of infinity."""

@@ -36,7 +36,7 @@ class SkipStep(ClippingStrategy):
     def __init__(self, sigma: float = 6.0, window: int = 128, **policy: Unpack[Policy]) -> None:
         require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number above 0")
         require(is_count(window, 2), "window", window, "an integer from 2")
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.sigma = sigma
         self.window = window
 

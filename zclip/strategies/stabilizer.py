@@ -37,7 +37,7 @@ class GradientStabilizer(ClippingStrategy):
         require(is_number(gamma1) and 0 <= gamma1 < 1, "gamma1", gamma1, "a number from 0 to below 1")
         require(is_number(gamma2) and 0 <= gamma2 < 1, "gamma2", gamma2, "a number from 0 to below 1")
         require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        super().__init__(**policy)
+        super().__init__(None, **policy)
         self.gamma1 = gamma1
         self.gamma2 = gamma2
         self.eps = eps
@@ -55,7 +55,7 @@ class GradientStabilizer(ClippingStrategy):
         length = (m / (1 - self.gamma1**steps)) / ((v / (1 - self.gamma2**steps)).sqrt() + self.eps)
         moved = norms > 0
         coefficients = torch.where(moved, length / norms, 1.0)
-        kept = torch.linalg.vector_norm(norms * coefficients)
+        kept = measured.everywhere((norms * coefficients).square().sum()).sqrt()
         new = {"steps": steps, "m": m, "v": v}
         return Clipping(
             coefficients,

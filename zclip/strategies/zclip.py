@@ -14,7 +14,7 @@ CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
 LEAST_RELATIVE_STD = 1e-4
 #: Share of spikes in a block that means the level has risen.
 LOCKED_IN_SHARE = 0.75
-#: A block's mean over the next one's that means the level has fallen, if also
+#: A block's mean over that of the next, or the one after, that means the level has fallen, if also
 FALL = 2.0
 #: the standard deviation is so many times the block's.
 STALE_STD_RATIO = 4.0
@@ -47,12 +47,13 @@ class ZClip(ClippingStrategy):
     After each block of `recovery_window` norms, the mean and variance start anew from the block's raw norms if
 
     - three quarters of them were spikes (a rise), or
-    - their mean is below half of the block's before, and the standard deviation above four times theirs (a fall).
+    - their mean is below half of one of the two blocks before (of the warm-up, for the first blocks), and the standard
+      deviation above four times theirs (a fall).
 
-    Neither happens by chance. If a share p of the steps are spikes, three quarters of 40 are with probability below
-    1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below 1e-6 for p = 0.36 (z_thresh 1.5); and the variance of 40
-    normal norms is a sixteenth of the true one with probability below 1e-15. Where neither holds, the trace is
-    the published one.
+    Neither happens by chance to independent norms. If a share p of the steps are spikes, three quarters of 40 are with
+    probability below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below 1e-6 for p = 0.36 (z_thresh 1.5); and the
+    variance of 40 normal norms is a sixteenth of the true one with probability below 1e-15. Smaller windows have less
+    of this protection. Where neither holds, the trace is the published one.
 
     *Near-constant norms.* In z and in the target the standard deviation is taken as at least 1e-4 of the mean, and
     nothing is a spike while the mean is 0.
@@ -66,7 +67,8 @@ class ZClip(ClippingStrategy):
         warmup_steps: norms that initialise the statistics, >= 1. Default 25.
         mode: "zscore", or "percentile", which is "zscore" with the option "max". Default "zscore".
         clip_option: "adaptive_scaling" (default), "mean" or "max"; ignored by mode="percentile".
-        clip_factor: multiplies the target of "adaptive_scaling"; below 1 clips spikes harder. Default 1.0.
+        clip_factor: multiplies the target of "adaptive_scaling"; below 1 clips spikes harder. Above 1 the target may
+            be above the norm; it enters the statistics all the same, as it does in the published package. Default 1.0.
         skip_update_on_spike: leave the statistics alone on a spike. Default False.
         recovery_window: norms in a block of the first rule, >= 8. Default 40; `None` switches the rule off.
         on_nonfinite: what a norm that is NaN or infinite does besides staying out of the statistics: "skip" (default)
@@ -79,6 +81,8 @@ class ZClip(ClippingStrategy):
     Telemetry, besides that of every strategy (see `ClippingStrategy`): `z` (NaN during warm-up), `mean` and `std`
     before the step, `spike` (its z-score was above z_thresh) and `recovered` (the statistics started anew), 0 or 1.
     """
+
+    version = 2  # 1 had no `before_last`
 
     def __init__(
         self,
@@ -118,9 +122,12 @@ class ZClip(ClippingStrategy):
         self.recovery_window = recovery_window
 
     def initial_state(self, like: Tensor) -> State:
-        """Return zero counts, means and variances: of all norms, of the current block, the last block's mean."""
+        """Return zero counts, means and variances: of all norms, of the current block, means of the last two blocks."""
         counts = {key: torch.zeros_like(like, dtype=torch.int64) for key in ("count", "block_count", "block_spikes")}
-        moments = {key: torch.zeros_like(like) for key in ("mean", "var", "block_mean", "block_var", "last_block")}
+        moments = {
+            key: torch.zeros_like(like)
+            for key in ("mean", "var", "block_mean", "block_var", "last_block", "before_last")
+        }
         return counts | moments
 
     def xi(self, z: Tensor) -> Tensor:
@@ -178,7 +185,8 @@ class ZClip(ClippingStrategy):
         spikes = block["block_spikes"] + spike
         ends = count >= window
         stuck = spikes >= LOCKED_IN_SHARE * window
-        fell = block["last_block"] > FALL * block_mean
+        # Of a block in which the level fell, the own variance hides the fall: the block after it is compared too.
+        fell = block["last_block"].maximum(block["before_last"]) > FALL * block_mean
         stale = fell & (new["var"] > STALE_STD_RATIO**2 * block_var)
         recovered = ends & (stuck | stale)
         new["mean"] = torch.where(recovered, block_mean, new["mean"])
@@ -189,7 +197,8 @@ class ZClip(ClippingStrategy):
             block_spikes=torch.where(again, 0, spikes),
             block_mean=torch.where(again, 0.0, block_mean),
             block_var=torch.where(again, 0.0, block_var),
-            last_block=torch.where(ends, block_mean, block["last_block"]),
+            last_block=torch.where(ends, block_mean, torch.where(warm, block["last_block"], new["mean"])),
+            before_last=torch.where(ends, torch.where(recovered, 0.0, block["last_block"]), block["before_last"]),
         )
         return recovered
 
