@@ -1,5 +1,7 @@
 """The small model, its data and the plain training loop that the integrations are compared with."""
 
+import socket
+
 import torch
 from torch import nn
 
@@ -32,3 +34,9 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -1,13 +1,17 @@
 """The Lightning callbacks train like a plain loop: one optimizer or two, fused or not, in bf16 and fp16, resumed."""
 
+import os
+
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.multiprocessing as mp
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
-from tests.zclip.loops import STEPS, assert_same, batch, build, plain
+from tests.conftest import same
+from tests.zclip.loops import STEPS, assert_same, batch, build, free_port, plain
 from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 
 
@@ -226,3 +230,27 @@ def test_every_optimizer_gets_a_copy_of_the_strategy_as_it_was_given(tmp_path):
 def test_a_loss_that_may_be_another_optimizers_is_not_looked_at(tmp_path):
     _, callback = fit(TwoOptimizers(), tmp_path, callback=ClippingCallback(SkipStep(window=8)))
     assert [int(s.state["loss_count"]) for s in callback.strategies] == [0, 0]
+
+
+def two_processes(rank: int, port: int, folder: str) -> None:
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ |= dict(WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    losses = []
+
+    class Recorded(Automatic):
+        def training_step(self, x, index):
+            loss = super().training_step(x.chunk(2)[rank], index)
+            losses.append(loss.item())
+            return loss
+
+    module, callback = Recorded(fused=True), ClippingCallback(SkipStep(window=STEPS))
+    fit(module, folder, callback=callback, strategy="ddp", devices=2, use_distributed_sampler=False)
+    torch.save((losses, callback.strategy.state, module.state_dict()), f"{folder}/{rank}.pt")
+
+
+def test_all_ranks_see_the_mean_loss(tmp_path):
+    mp.spawn(two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
+    (losses, state, weights), (others, other_state, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    means = (torch.tensor(losses) + torch.tensor(others)) / 2
+    torch.testing.assert_close(state["losses"].float(), means)
+    assert losses != others and same(state, other_state) and same(weights, other)

@@ -1,7 +1,6 @@
 """Hugging Face's Trainer trains like a plain loop, resumes exactly, and is refused what cannot work."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.zclip.loops import STEPS, assert_same, batch, build, plain
+from tests.zclip.loops import STEPS, assert_same, batch, build, free_port, plain
 from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
 
 
@@ -134,10 +133,7 @@ def two_processes(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(two_processes, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
     (weights, state), (other, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(weights[key], other[key]) for key in weights)
     assert all(torch.equal(state[key], other_state[key]) for key in state)
