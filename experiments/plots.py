@@ -95,7 +95,7 @@ def _decision(ax: Axes, run: Run) -> None:
             "o",
             color=BEFORE,
             ms=4,
-            label=f"clipped by z-score: {spikes.sum()} steps",
+            label=f"clipped by z-score: {spikes.sum()} step{'' if spikes.sum() == 1 else 's'}",
         )
     warmup = int(np.isnan(z).cumprod().sum())
     if warmup:
