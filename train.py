@@ -30,11 +30,21 @@ def main(cfg: DictConfig) -> None:
         folder.check_same_run(cfg)
         if (result := folder.read_result()) is not None:
             console.print(f"finished already: {folder.path} (remove the folder to train it again)")
+            if not folder.picture.exists():
+                draw(folder)
         else:
             result = run(cfg, folder, console)
         show(result, folder, console)
         overrides = (override.lstrip("+~").partition("=")[::2] for override in HydraConfig.get().overrides.task)
         finished.append((dict(overrides), result))
+
+
+def draw(folder: RunFolder) -> None:
+    """Draw a run that is finished."""
+    from experiments.plots import plot_run
+    from experiments.runs import read_run
+
+    plot_run(read_run(folder.path))
 
 
 def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
@@ -60,7 +70,7 @@ def show(result: dict, folder: RunFolder, console: Console) -> None:
     from experiments.summary import table
 
     console.print(table(result, title="result"), soft_wrap=False)
-    console.print(f"picture  {folder.path}/plots/run.png\nfolder   {folder.path}")
+    console.print(f"picture  {folder.picture}\nfolder   {folder.path}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ tokens' fingerprint, the seed and the number of sequences consumed, and on nothi
 """
 
 from data.loader import SequenceLoader
-from data.prepare import Corpus, prepare
+from data.prepare import Corpus, corpus_tokenizer, prepare
 from data.sequences import Sequences, unigram_entropy
 from data.sources import Document, Mixture, Source, sources_of
 from data.tokens import TokenArray, Tokens, open_tokens
@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "TokenArray",
     "Tokens",
+    "corpus_tokenizer",
     "open_tokens",
     "prepare",
     "sources_of",

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ TOKENIZER_BYTES = 256 << 20
 #: Text given to the tokenizer at once: enough to keep all cores busy, little enough to see progress.
 BATCH_BYTES = 4 << 20
 JOURNAL = "journal.json"
+#: Seconds between lines where there is no terminal for a bar.
+SAY_EVERY = 30
 
 Item = TypeVar("Item")
 
@@ -203,9 +206,7 @@ class _Preparation:
         if self.corpus.tokenizer is not None:
             encoder = load_tokenizer(self.corpus.tokenizer)
         else:
-            self.console.print(f"training a byte-level BPE of {self.corpus.vocab_size:,} tokens, once")
-            texts = (d.text for d in Mixture(self.corpus.sources) if d.draw >= self.journal["threshold"])
-            encoder = train_tokenizer(_up_to(texts, TOKENIZER_BYTES), self.corpus.vocab_size)
+            encoder = corpus_tokenizer(self.corpus, self.console, threshold=self.journal["threshold"])
         aside = self.folder / "tokenizer.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -225,6 +226,8 @@ class _Preparation:
         mixture = Mixture(self.corpus.sources, journal["state"])
         batches = _ahead(_batches(mixture, min(BATCH_BYTES, self.part_tokens)))
         encoded = _ahead((batch, encoder.encode([d.text for d in batch.documents])) for batch in batches)
+        started = said = time.monotonic()
+        first_bytes = journal["text_bytes"]
         with _progress(self.console) as progress:
             bar = progress.add_task("", total=self._total(), documents=0, tokens=0, written=journal["text_bytes"])
             for batch, arrays in encoded:
@@ -248,6 +251,12 @@ class _Preparation:
                 total = sum(tokens.values())
                 progress.update(bar, completed=done, documents=journal["documents"], tokens=total)
                 progress.update(bar, written=journal["text_bytes"])
+                if not self.console.is_terminal and time.monotonic() - said > SAY_EVERY:
+                    said = time.monotonic()
+                    speed = (journal["text_bytes"] - first_bytes) / 1e6 / (said - started)
+                    self.console.print(
+                        f"tokenized {journal['documents']:,} documents, {total:,} tokens, {speed:.1f} MB/s"
+                    )
                 if tokens["train"] >= limit:
                     break
                 if total - written >= self.part_tokens:
@@ -327,6 +336,23 @@ class _Preparation:
         (self.folder / JOURNAL).unlink(missing_ok=True)
         train, test = (facts[split]["tokens"] for split in SPLITS)
         self.console.print(f"tokenized {train:,} tokens for training, {test:,} held out")
+
+
+def corpus_tokenizer(
+    corpus: Corpus, console: Console, max_bytes: int = TOKENIZER_BYTES, threshold: float | None = None
+) -> TextEncoder:
+    """Train a byte-level BPE on the training documents of a corpus.
+
+    Args:
+        corpus: whose `vocab_size` the tokenizer gets.
+        console: where to say so, and on a terminal to show progress.
+        max_bytes: text to learn from; what comes after it is not read.
+        threshold: documents whose draw is below are left out. Default: those held out for testing.
+    """
+    threshold = corpus.test_fraction if threshold is None else threshold
+    console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
+    texts = (document.text for document in Mixture(corpus.sources) if document.draw >= threshold)
+    return train_tokenizer(_up_to(texts, max_bytes), corpus.vocab_size, progress=console.is_terminal)
 
 
 def too_long(sequence_length: int, held: str) -> str:
@@ -436,4 +462,5 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )

@@ -80,7 +80,7 @@ def _raised_by_hydra(error: Exception) -> bool:
     """Whether Hydra itself failed, on an override or a folder of its own, and not what it was running."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = Path(__file__).parent.parent
-    started = any(Path(frame.filename) == ours / "train.py" and frame.name == "main" for frame in frames)
+    started = any(Path(f.filename).parent in (ours, ours / "scripts") and f.name == "main" for f in frames)
     return not started and any("hydra" in Path(frame.filename).parts for frame in frames)
 
 

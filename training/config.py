@@ -110,11 +110,7 @@ def check(cfg: DictConfig) -> None:
     Only whether the text has enough tokens, not just enough bytes, is left for when it is tokenized.
     """
     rules = RULES | (WANDB_RULES if OmegaConf.select(cfg, "logger.name") == "wandb" else {})
-    for key, (allowed, description) in rules.items():
-        value = OmegaConf.select(cfg, key, throw_on_missing=False)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if not allowed(value):
-            raise ConfigError(f"{key}={'null' if value is None else value} is not allowed: it must be {description}")
+    _check_rules(cfg, rules)
     for key in _leaves(cfg):
         if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
@@ -127,15 +123,14 @@ def check(cfg: DictConfig) -> None:
             f"trainer.micro_batch_size={cfg.trainer.micro_batch_size} is not allowed: it must divide "
             f"trainer.global_batch_size={cfg.trainer.global_batch_size}"
         )
+    corpus = check_data(cfg, cfg.data.sequence_length)
     with section("data"):
-        corpus = corpus_of(cfg)
         if corpus.vocabulary() > cfg.model.vocab_size:
             which = f"vocab_size={corpus.vocab_size}" if corpus.tokenizer is None else f"tokenizer={corpus.tokenizer}"
             raise ValueError(
                 f"{which} is larger than the model's vocabulary: it has {corpus.vocabulary():,} ids, and must have at "
                 f"most model.vocab_size={cfg.model.vocab_size}"
             )
-        corpus.check(Path(cfg.paths.cache), cfg.data.sequence_length)
     if cfg.data.sequence_length > cfg.model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
@@ -143,14 +138,36 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.logger.name == "wandb":
         _check_wandb()
-    for key, folder in (("paths.runs", run_path(cfg)), ("paths.cache", Path(cfg.paths.cache))):
-        try:
-            _try_writing(folder)
-        except OSError as error:
-            raise ConfigError(
-                f"{key}={OmegaConf.select(cfg, key)} cannot be written ({error.strerror} at {folder}): "
-                "it must be a folder in which files can be made"
-            ) from error
+    check_folder("paths.runs", cfg.paths.runs, run_path(cfg))
+    check_folder("paths.cache", cfg.paths.cache, Path(cfg.paths.cache))
+
+
+def check_data(cfg: DictConfig, sequence_length: int) -> Corpus:
+    """Return the corpus of `cfg.data`, or raise `ConfigError`. Writes nothing, and reads the first documents only."""
+    _check_rules(cfg, {key: rule for key, rule in RULES.items() if key.startswith("data.")})
+    with section("data"):
+        corpus = corpus_of(cfg)
+        corpus.check(Path(cfg.paths.cache), sequence_length)
+    return corpus
+
+
+def check_folder(key: str, value: str, folder: Path) -> None:
+    """Raise `ConfigError` unless files can be made in a folder, or in the nearest one above it that exists."""
+    try:
+        _try_writing(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={value} cannot be written ({error.strerror} at {folder}): "
+            "it must be a folder in which files can be made"
+        ) from error
+
+
+def _check_rules(cfg: DictConfig, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    for key, (allowed, description) in rules.items():
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if not allowed(value):
+            raise ConfigError(f"{key}={'null' if value is None else value} is not allowed: it must be {description}")
 
 
 def corpus_of(cfg: DictConfig) -> Corpus:

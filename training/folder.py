@@ -48,6 +48,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
+        self.picture = path / "plots" / "run.png"
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the final numbers, or `None` while the run is not done.

@@ -1,0 +1,93 @@
+"""A tokenizer is trained, tokens are prepared with it, and a run trains on them; mistakes are one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from data import Mixture, Source
+from tests.conftest import CHECKOUT, TINY, train
+
+SHARED = CHECKOUT.parent / "shared" / "data" / "corpus"
+
+
+def script(name: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(CHECKOUT / "scripts" / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+
+
+def test_from_text_to_a_run(corpus, tmp_path):
+    made = script("train_tokenizer.py", f"data.path={corpus}", "vocab_size=400", "out=mine", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines()[-1] == "400 tokens: data.tokenizer=mine"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "mine")) == 400
+    settings = (f"data.path={corpus}", "data.tokenizer=mine")
+    first = script("prepare_data.py", *settings, "model.vocab_size=512", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "vocabulary 400" in first.stdout and "checksums right" in first.stdout
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    again = script("prepare_data.py", *settings, cwd=tmp_path)
+    assert again.stdout in first.stdout, "the second time there is nothing to do but to check"
+    run = train(*TINY, *settings, "trainer.max_steps=2", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert before == {path: time for path, time in after.items() if path in before}
+    assert len([path for path in after if path.name == "tokens.json"]) == 1, "the run trains on the prepared tokens"
+
+
+def test_mistakes_are_one_sentence(corpus, tmp_path):
+    (tmp_path / "there").mkdir()
+    cases = [
+        ("train_tokenizer.py", ("out=there",), "out=there is there already"),
+        ("train_tokenizer.py", ("vocab_size=100",), "data.vocab_size=100 is not allowed: it must be at least 257"),
+        ("train_tokenizer.py", ("max_bytes=no",), "max_bytes=no is not allowed"),
+        ("prepare_data.py", ("data.path=/nope",), "data.sources.text.path=/nope does not exist"),
+        ("prepare_data.py", ("data.test_fraction=2",), "data.test_fraction=2 is not allowed"),
+        ("prepare_data.py", ("data.tokenizer=/nope",), "data.tokenizer=/nope is not there"),
+        ("prepare_data.py", ("data=smollm",), "data.sources.cosmopedia.hub=HuggingFaceTB/smollm-corpus cannot be"),
+        ("prepare_data.py", ("dta=smollm",), "dta=smollm is not possible"),
+    ]  # fmt: skip
+    for name, arguments, said in cases:
+        done = script(name, *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_smollm_from_local_files(corpus, tmp_path):
+    """The columns of SmolLM-corpus's two parts, mixed by their weights."""
+    texts = [document.text[:2000] for document in Mixture([Source("s", path=str(corpus))])]
+    texts = [text[i : i + 500] for text in texts for i in range(0, 2000, 500)]
+    for name, extra in (("cosmopedia", "prompt"), ("fineweb_edu", "id")):
+        rows = [{extra: "x", "text": f"{name} {text}", "token_length": 5} for text in texts]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    local = [
+        f"data.sources.{name}.{key}"
+        for name in ("cosmopedia", "fineweb_edu")
+        for key in ("hub=null", f"path={name}.parquet")
+    ]
+    done = script("prepare_data.py", "data=smollm", *local, "data.test_fraction=0.1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (manifest,) = (tmp_path / "cache").glob("tokens-*/tokens.json")
+    facts = json.loads(manifest.read_text())
+    documents = facts["train"]["documents"] + facts["test"]["documents"]
+    assert documents == pytest.approx(len(texts) * (1 + 28 / 220), abs=3)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the corpus of prose is not here")
+def test_a_paper_sized_vocabulary_on_prose(tmp_path):
+    """openstax.jsonl.xz alone: enough text for 65,536 tokens, little enough for a test."""
+    settings = (f"data.path={SHARED}/openstax.jsonl.xz", "data.name=prose")
+    made = script("train_tokenizer.py", *settings, cwd=tmp_path)
+    assert made.returncode == 0 and "65,536 tokens: data.tokenizer=cache/tokenizers/prose-65536" in made.stdout
+    done = script("prepare_data.py", *settings, "data.tokenizer=cache/tokenizers/prose-65536", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (manifest,) = (tmp_path / "cache").glob("tokens-*/tokens.json")
+    facts = json.loads(manifest.read_text())
+    assert facts["vocab_size"] == 65_536 and facts["dtype"] == "uint16"
+    assert facts["train"]["bytes"] / facts["train"]["tokens"] > 4
