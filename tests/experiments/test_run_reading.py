@@ -99,7 +99,7 @@ def test_the_picture_shows_the_columns(tmp_path):
         "before clipping",
         "after clipping",
         "threshold 2.5",
-        "clipped by z-score: 1 steps",
+        "clipped by z-score: 1 step",
     ):
         assert label in labels
     assert any(set(line.get_ydata()) == {2.5} for line in z.lines)

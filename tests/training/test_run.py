@@ -226,7 +226,13 @@ def test_one_process_at_a_time(settings, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(settings, tmp_path):
     settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=5")
-    process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        train_command(*settings),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list(tmp_path.glob("runs/main/*/checkpoints/step-*")):
         assert process.poll() is None
         time.sleep(0.05)
