@@ -1,10 +1,21 @@
 """The loader deals out the same global batches to any number of ranks, from wherever it stands."""
 
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from data import SequenceLoader, Sequences
+from tests.conftest import CHECKOUT
+from tests.data import consume
 from tests.data.arrays import token_array
 
 
@@ -49,3 +60,34 @@ def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
     assert torch.equal(next(iter(two)), next(batches))
     with pytest.raises(ValueError, match="tokens f, but these are g"):
         loader(fingerprint="g").load_state_dict(one.state_dict())
+
+
+def test_killed_twenty_times_on_one_to_four_ranks_nothing_is_lost_or_repeated(tmp_path):
+    """Real processes, killed at random moments, each time continued on another number of ranks."""
+    token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3)
+    steps, draw, kills, state = 1500, random.Random(0), 0, tmp_path / "state.json"
+    worlds = itertools.cycle([(4, 2), (1, 8), (2, 1), (4, 1), (2, 4), (1, 2)])
+
+    def done() -> int:
+        return json.loads(state.read_text())["sequences_consumed"] // 8 if state.exists() else 0
+
+    while done() < steps:
+        world, micro = next(worlds)
+        command = [sys.executable, "-m", "tests.data.consume", str(tmp_path), str(world), str(micro), str(steps)]
+        before, more = done(), draw.randint(1, 60)
+        job = subprocess.Popen(command, cwd=CHECKOUT)
+        while job.poll() is None and (kills >= 20 or done() < before + more):
+            time.sleep(0.001)
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            kills += 1
+        job.wait()
+    assert kills == 20 and done() == steps
+
+    whole = iter(consume.loader(tmp_path, steps, 8))
+    for step in range(steps):
+        files = sorted(tmp_path.glob(f"{step}-*.json"), key=lambda file: file.stat().st_mtime_ns)
+        last = files[-1].stem.split("-")[2]  # an unfinished attempt at a step may lie beside the one that counted
+        ranks = [json.loads((tmp_path / f"{step}-{rank}-{last}.json").read_text()) for rank in range(int(last))]
+        found = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
+        assert found == next(whole)[:, 0].tolist(), step
