@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training experiments scripts tests train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench-clip lint format clean
+.PHONY: help setup train test bench-clip bench-data lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+bench-data: setup ## what preparing and reading tokens costs, as ratios (minutes)
+	$(BIN)/python scripts/bench_data.py $(ARGS)
 
 bench-clip: setup ## what clipping costs, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)

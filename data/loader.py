@@ -55,7 +55,7 @@ class SequenceLoader:
         return self.total // self.per_forward
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield (micro_batch_size, sequence_length + 1) token ids until the run's last."""
+        """Yield (micro_batch_size, sequence_length + 1) token ids, as `Sequences.batch` does, until the run's last."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
             positions = np.arange(first, first + self.micro_batch_size)

@@ -50,7 +50,8 @@ class PretrainingModule(pl.LightningModule):
         self._test_tokens = 0
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss in nats per token of tokens: (batch, sequence_length + 1)."""
+        """Return the mean loss in nats per token of tokens: (batch, sequence_length + 1) ids of any integer type."""
+        tokens = tokens.long()
         return self.model(tokens[:, :-1], tokens[:, 1:])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

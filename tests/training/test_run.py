@@ -194,7 +194,7 @@ def test_the_test_loss_is_that_of_all_held_out_tokens(settings, corpus, cache, t
     state = torch.load(path / "checkpoints" / "step-00000040.ckpt", weights_only=False)["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
     with torch.inference_mode():
-        batch = sequences.batch(np.arange(len(sequences)))
+        batch = sequences.batch(np.arange(len(sequences))).long()
         losses = [model(row[None, :-1], row[None, 1:]).item() for row in batch]
     assert result["test_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result["test_tokens"] == len(sequences) * 64
