@@ -4,13 +4,18 @@
 tokens' fingerprint, the seed and the number of sequences consumed, and on nothing else.
 """
 
+from data.bad_batches import KINDS, BadBatches, Batch
 from data.loader import SequenceLoader
 from data.prepare import Corpus, corpus_tokenizer, prepare
 from data.sequences import Sequences, unigram_entropy
 from data.sources import Document, Mixture, Source, sources_of
+from data.tokenizer import load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
+    "KINDS",
+    "BadBatches",
+    "Batch",
     "Corpus",
     "Document",
     "Mixture",
@@ -20,6 +25,7 @@ __all__ = [
     "TokenArray",
     "Tokens",
     "corpus_tokenizer",
+    "load_tokenizer",
     "open_tokens",
     "prepare",
     "sources_of",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from data.bad_batches import BadBatches, Batch
 from data.sequences import Sequences, order
 
 
@@ -27,6 +27,7 @@ class SequenceLoader:
             `global_batch_size`.
         rank: of this process among `world_size`.
         world_size: number of data-parallel ranks.
+        bad_batches: replaces batches at chosen steps; `None`: none.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class SequenceLoader:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        bad_batches: BadBatches | None = None,
     ) -> None:
         self.sequences = sequences
         self.fingerprint = fingerprint
         self.seed = seed
+        self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
+        self.bad_batches = bad_batches
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
@@ -54,14 +58,15 @@ class SequenceLoader:
         """Micro-batches of the whole run, those already consumed included (Lightning counts from there)."""
         return self.total // self.per_forward
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (micro_batch_size, sequence_length + 1) token ids, as `Sequences.batch` does, until the run's last."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield micro-batches until the run's last; their ids are of the type they are stored in."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
             positions = np.arange(first, first + self.micro_batch_size)
-            batch = self.sequences.batch(order(positions, len(self.sequences), self.seed))
+            tokens = self.sequences.batch(order(positions, len(self.sequences), self.seed))
+            step = self.consumed // self.global_batch_size + 1
             self.consumed += self.per_forward
-            yield batch
+            yield self.bad_batches.replace(tokens, positions, step) if self.bad_batches else Batch(tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: sequences consumed by all ranks, and of which tokens."""

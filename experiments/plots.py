@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.definitions import loss_spikes
-from experiments.runs import Run
+from experiments.runs import Run, bad_batches
 
 BEFORE, AFTER, MARK = "#c2410c", "#1d4ed8", "#b91c1c"
 
@@ -53,6 +53,9 @@ def _loss(ax: Axes, run: Run) -> None:
             alpha=0.25,
             label=label,
         )
+    for i, bad in enumerate(bad_batches(run)):
+        label = f"bad batch put in: {run.config['data']['bad_batches']['kind']}" if i == 0 else None
+        ax.axvline(bad, color="0.4", ls="--", lw=0.8, label=label, zorder=0)
     if run.result and run.result["test_loss"] is not None:
         test, unigram = run.result["test_loss"], run.result["unigram_entropy"]
         ax.axhline(unigram, color="0.4", ls=":", lw=1, label=f"unigram entropy of the test text {unigram:.2f}")

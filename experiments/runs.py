@@ -24,6 +24,11 @@ class Run(NamedTuple):
     result: dict[str, Any] | None
 
 
+def bad_batches(run: Run) -> list[int]:
+    """Return the steps at which bad batches were put in on purpose."""
+    return list(run.config.get("data", {}).get("bad_batches", {}).get("steps", []))
+
+
 def read_run(path: Path) -> Run:
     """Read a run folder.
 

@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
-from experiments.runs import Run
+from experiments.runs import Run, bad_batches
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -16,9 +16,10 @@ def summarise(run: Run) -> dict[str, Any]:
     `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
     steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
     `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second` the median over
-    steps.
+    steps; `bad_batches` how many steps had one put in on purpose, and `bad_batch_kind` of which kind.
     """
     metrics = run.metrics
+    bad = bad_batches(run)
     steps = len(metrics["step"])
     tail = metrics["loss"][-max(1, steps // 10) :]
     return {
@@ -31,6 +32,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
         "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
+        "bad_batches": len(bad),
+        "bad_batch_kind": run.config["data"]["bad_batches"]["kind"] if bad else None,
     }
 
 
@@ -47,13 +50,24 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
         shown.add_column(column)
     for column in ("test loss", "train loss", "spikes", "clipped"):
         shown.add_column(column, justify="right")
+    injected = any(result.get("bad_batches") for _, result in jobs)
+    if injected:
+        shown.add_column("bad batches put in", justify="right")
     best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
     for overrides, result in jobs:
         losses = ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
         cells = [overrides.get(key, "") for key in varied] + losses
         cells += [str(result["spikes"]), f"{result['clipped_share']:.1%}"]
+        if injected:
+            cells.append(_injected(result) or "none")
         shown.add_row(*cells, style="bold" if result["test_loss"] == best is not None else None)
     return shown
+
+
+def _injected(result: dict[str, Any]) -> str:
+    """Say which bad batches a run was given on purpose; empty if none."""
+    many = result.get("bad_batches")
+    return f"{many} {result['bad_batch_kind']}" if many else ""
 
 
 def table(result: dict[str, Any], title: str) -> Table:
@@ -80,4 +94,6 @@ def table(result: dict[str, Any], title: str) -> Table:
         ),
     ):
         shown.add_row(name, value, f"[dim]{remark}")
+    if injected := _injected(result):
+        shown.add_row("bad batches", injected, "[dim]put in on purpose (data.bad_batches)")
     return shown

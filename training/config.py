@@ -20,7 +20,7 @@ from typing import Any, Unpack, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data import Corpus, sources_of
+from data import KINDS, Corpus, sources_of
 from models import LlamaConfig
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
@@ -69,6 +69,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
     "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
+    "data.bad_batches.steps": (
+        lambda v: isinstance(v, list) and all(is_count(step) for step in v) and len(set(v)) == len(v),
+        "a list of different steps, counted from 1, such as [100,200]",
+    ),
+    "data.bad_batches.kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
     "optim.name": (lambda v: v == "adamw", "adamw"),
     "optim.betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
@@ -122,6 +127,12 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.micro_batch_size={cfg.trainer.micro_batch_size} is not allowed: it must divide "
             f"trainer.global_batch_size={cfg.trainer.global_batch_size}"
+        )
+    late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
+    if late:
+        raise ConfigError(
+            f"data.bad_batches.steps={list(cfg.data.bad_batches.steps)} is not allowed: step {late[0]} is after the "
+            f"last, trainer.max_steps={cfg.trainer.max_steps}"
         )
     corpus = check_data(cfg, cfg.data.sequence_length)
     with section("data"):

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from data import Batch
 from models import Llama, LlamaConfig
 
 
@@ -49,13 +50,13 @@ class PretrainingModule(pl.LightningModule):
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss in nats per token of tokens: (batch, sequence_length + 1) ids of any integer type."""
-        tokens = tokens.long()
-        return self.model(tokens[:, :-1], tokens[:, 1:])
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch in nats per token."""
+        tokens = batch.tokens.long()
+        return self.model(tokens[:, :-1], tokens[:, 1:] if batch.targets is None else batch.targets.long())
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch: (batch, sequence_length + 1) token ids."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch."""
         return self.loss(batch)
 
     def lr_factor(self, step: int) -> float:
@@ -77,9 +78,10 @@ class PretrainingModule(pl.LightningModule):
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch of held-out sequences, which may be smaller than the others, to the sum."""
-        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        rows, length = batch.tokens.shape
+        tokens = rows * (length - 1)
         self._test_sum += self.loss(batch).to("cpu", torch.float64) * tokens
         self._test_tokens += tokens
 

@@ -13,9 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor
 
-from data import SequenceLoader, Sequences, Tokens, prepare, unigram_entropy
+from data import BadBatches, Batch, SequenceLoader, Sequences, Tokens, load_tokenizer, prepare, unigram_entropy
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
 from training.config import clipping_strategy, corpus_of, model_config, run_name, section, settings_of
@@ -27,7 +26,7 @@ from zclip.integrations.lightning import ClippingCallback
 
 
 class HeldOut:
-    """The held-out sequences in batches, in order, once: (batch, sequence_length + 1) token ids."""
+    """The held-out sequences in batches, in order, once."""
 
     def __init__(self, sequences: Sequences, batch_size: int) -> None:
         self.sequences = sequences
@@ -36,15 +35,24 @@ class HeldOut:
     def __len__(self) -> int:
         return math.ceil(len(self.sequences) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         for first in range(0, len(self.sequences), self.batch_size):
-            yield self.sequences.batch(np.arange(first, min(first + self.batch_size, len(self.sequences))))
+            rows = np.arange(first, min(first + self.batch_size, len(self.sequences)))
+            yield Batch(self.sequences.batch(rows))
 
 
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
     """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
     with section("data"):
         return prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
+
+
+def bad_batches(cfg: DictConfig, tokens: Tokens) -> BadBatches | None:
+    """Return what replaces batches in this run, if anything does."""
+    steps = list(cfg.data.bad_batches.steps)
+    if not steps:
+        return None
+    return BadBatches(steps, cfg.data.bad_batches.kind, cfg.seed, load_tokenizer(str(tokens.folder)))
 
 
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
@@ -76,6 +84,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         steps=trainer_cfg.max_steps,
         global_batch_size=trainer_cfg.global_batch_size,
         micro_batch_size=trainer_cfg.micro_batch_size,
+        bad_batches=bad_batches(cfg, tokens),
     )
     checkpoint = folder.last_checkpoint(say=console.print)
     done = step_of(checkpoint) if checkpoint else 0

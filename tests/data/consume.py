@@ -32,7 +32,7 @@ def rank_of_a_job(folder: Path, world: int, micro: int, steps: int, rank: int, b
         mine.load_state_dict(json.loads(state.read_text()))
     rows: list[list[int]] = []
     for batch in mine:
-        rows.append(batch[:, 0].tolist())
+        rows.append(batch.tokens[:, 0].tolist())
         if mine.consumed % GLOBAL_BATCH == 0:
             step = mine.consumed // GLOBAL_BATCH - 1
             (folder / f"{step}-{rank}-{world}.json").write_text(json.dumps(rows))

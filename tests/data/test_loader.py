@@ -37,7 +37,7 @@ def global_batches(loader, world: int, micro: int, start: int = 0) -> list[list[
     for rank in ranks:
         rank.load_state_dict({"sequences_consumed": start, "fingerprint": "f"})
     per_step = 8 // (world * micro)
-    rows = [torch.cat(parts)[:, 0].tolist() for parts in zip(*ranks, strict=True)]
+    rows = [torch.cat([part.tokens for part in parts])[:, 0].tolist() for parts in zip(*ranks, strict=True)]
     return [[t for row in rows[i : i + per_step] for t in row] for i in range(0, len(rows), per_step)]
 
 
@@ -57,7 +57,7 @@ def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
     assert one.state_dict() == {"sequences_consumed": 40, "fingerprint": "f"}
     two = loader()
     two.load_state_dict(one.state_dict())
-    assert torch.equal(next(iter(two)), next(batches))
+    assert torch.equal(next(iter(two)).tokens, next(batches).tokens)
     with pytest.raises(ValueError, match="tokens f, but these are g"):
         loader(fingerprint="g").load_state_dict(one.state_dict())
 
@@ -90,4 +90,4 @@ def test_killed_twenty_times_on_one_to_four_ranks_nothing_is_lost_or_repeated(tm
         last = files[-1].stem.split("-")[2]  # an unfinished attempt at a step may lie beside the one that counted
         ranks = [json.loads((tmp_path / f"{step}-{rank}-{last}.json").read_text()) for rank in range(int(last))]
         found = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
-        assert found == next(whole)[:, 0].tolist(), step
+        assert found == next(whole).tokens[:, 0].tolist(), step

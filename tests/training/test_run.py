@@ -292,3 +292,16 @@ def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
     for run in runs:
         (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
         assert run.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
+
+
+def test_bad_batches_are_put_in_and_told(settings, tmp_path):
+    bad = ("data.bad_batches.steps=[20,30]", "data.bad_batches.kind=random")
+    done = train(*settings, *bad, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"bad batches\s+│ 2 random", done.stdout)
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    loss = [row["loss"] for row in rows]
+    assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
+    sweep = train("-m", *settings, "data.bad_batches.steps=[],[20]", cwd=tmp_path)
+    assert sweep.returncode == 0, sweep.stderr
+    assert "1 random" in sweep.stdout and "none" in sweep.stdout
