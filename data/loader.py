@@ -28,6 +28,7 @@ class SequenceLoader:
         rank: of this process among `world_size`.
         world_size: number of data-parallel ranks.
         bad_batches: replaces batches at chosen steps; `None`: none.
+        documents: whether batches say of which document each input is.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SequenceLoader:
         rank: int = 0,
         world_size: int = 1,
         bad_batches: BadBatches | None = None,
+        documents: bool = False,
     ) -> None:
         self.sequences = sequences
         self.fingerprint = fingerprint
@@ -48,6 +50,7 @@ class SequenceLoader:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.bad_batches = bad_batches
+        self.documents = documents
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
@@ -63,10 +66,14 @@ class SequenceLoader:
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
             positions = np.arange(first, first + self.micro_batch_size)
-            tokens = self.sequences.batch(order(positions, len(self.sequences), self.seed))
-            step = self.consumed // self.global_batch_size + 1
+            indices = order(positions, len(self.sequences), self.seed)
+            batch = Batch(self.sequences.batch(indices))
+            if self.bad_batches:
+                batch = self.bad_batches.replace(batch.tokens, positions, self.consumed // self.global_batch_size + 1)
+            if self.documents:
+                batch = batch._replace(documents=self.sequences.documents(indices))
             self.consumed += self.per_forward
-            yield self.bad_batches.replace(tokens, positions, step) if self.bad_batches else Batch(tokens)
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: sequences consumed by all ranks, and of which tokens."""

@@ -36,7 +36,7 @@ from data.tokenizer import (
     tokenizer_identity,
     train_tokenizer,
 )
-from data.tokens import DOCUMENT, MANIFEST, SPLITS, Tokens, checksum, open_tokens
+from data.tokens import DOCUMENT, MANIFEST, SPLITS, Tokens, checksum, documents_file, open_tokens
 
 LAYOUT = 2  # of the folder; part of the recipe
 PART_TOKENS = 1 << 26
@@ -277,7 +277,7 @@ class _Preparation:
         found: set[int] = set()
         for part, split in itertools.product(self.journal["parts"], SPLITS):
             if part[split]["file"]:
-                documents = np.load(self.folder / part[split]["file"].replace(".npy", ".documents.npy"))
+                documents = np.load(documents_file(self.folder / part[split]["file"]))
                 found.update(documents["digest"].tolist())
         return found
 
@@ -297,8 +297,9 @@ class _Preparation:
                 index = np.empty(len(documents), DOCUMENT)
                 index["end"] = np.cumsum([len(ids) for _, ids in documents])
                 index["digest"] = [_key(document.digest) for document, _ in documents]
-                for name, array in ((file, ids), (file.replace(".npy", ".documents.npy"), index)):
-                    self.journal["files"][name] = _save(self.folder / name, array)
+                path = self.folder / file
+                for place, array in ((path, ids), (documents_file(path), index)):
+                    self.journal["files"][place.name] = _save(place, array)
         if any(held.values()):
             self.journal["parts"].append(part)
         _replace(self.folder / JOURNAL, json.dumps(self.journal))

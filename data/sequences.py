@@ -39,6 +39,13 @@ class Sequences:
         """
         return torch.from_numpy(self.tokens.rows(indices * self.length, self.length + 1))
 
+    def documents(self, indices: np.ndarray) -> Tensor:
+        """Return of which document each input is: (len(indices), L) int32, from 0 within each sequence.
+
+        What a model needs to reset attention and positions at the borders of documents.
+        """
+        return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
+
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return which sequence stands at each position.

@@ -15,7 +15,6 @@ when training.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +36,8 @@ class TokenArray:
         files: (parts,) `.npy` files of one-dimensional arrays.
         lengths: (parts,) tokens in each.
         dtype: of the ids.
+
+    Beside each file lies its `*.documents.npy`, if `documents` is to be asked for.
     """
 
     def __init__(self, files: list[Path], lengths: list[int], dtype: Any) -> None:
@@ -44,6 +45,7 @@ class TokenArray:
         self.dtype = np.dtype(dtype)
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._maps: dict[int, np.ndarray] = {}
+        self._ends: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Tokens in all parts."""
@@ -87,9 +89,37 @@ class TokenArray:
                 pieces.append(self.part(index)[max(start - first, 0) : stop - first])
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
-    def parts(self) -> Iterator[np.ndarray]:
-        """Yield the parts in order."""
-        return (self.part(index) for index in range(len(self.files)))
+    def documents(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return which document each token of some stretches is of, counted from 0 at the stretch's first.
+
+        Args:
+            starts: (n,) places of first tokens, each in [0, len(self) - length].
+            length: of each stretch.
+
+        Returns:
+            (n, length) int32.
+        """
+        out = np.empty((len(starts), length), np.int32)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            place, number = start, 0
+            while place < start + length:
+                index = int(np.searchsorted(self.starts, place, side="right")) - 1
+                stop = min(start + length, int(self.starts[index + 1]))
+                within = np.arange(place, stop) - self.starts[index]
+                ended = np.searchsorted(self._document_ends(index), within, side="right")
+                row[place - start : stop - start] = ended - ended[0] + number
+                place, number = stop, number + int(ended[-1] - ended[0]) + 1  # a part ends with a document
+        return out
+
+    def _document_ends(self, index: int) -> np.ndarray:
+        if index not in self._ends:
+            self._ends[index] = np.load(documents_file(self.files[index]), mmap_mode="r")["end"]
+        return self._ends[index]
+
+
+def documents_file(file: Path) -> Path:
+    """Return where the ends of a part's documents are."""
+    return file.with_suffix(".documents.npy")
 
 
 class Tokens(NamedTuple):

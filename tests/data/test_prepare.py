@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from data import Corpus, Mixture, Source, open_tokens, prepare
+from data import Corpus, Mixture, SequenceLoader, Sequences, Source, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT
 from tests.conftest import CHECKOUT
@@ -76,6 +77,11 @@ def test_every_document_is_there_whole_wherever_parts_end(lines, part_tokens, tm
         assert places.tolist() == ends.tolist()
         assert facts["documents"] == len(wanted) and facts["tokens"] == len(ids)
         assert facts["bytes"] == sum(len(text.encode()) for text in wanted)
+        sequences = Sequences(array, 50)
+        numbers = np.cumsum(np.concatenate([[0], ids == encoder.end]))  # of the document at each place
+        for i in range(len(sequences)):
+            mine = numbers[i * 50 : (i + 1) * 50]
+            assert sequences.documents(np.array([i]))[0].tolist() == (mine - mine[0]).tolist()
     assert (len(tokens.facts["train"]["parts"]) > 1) == (part_tokens < 1 << 26)
 
 
@@ -201,6 +207,16 @@ def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
     with pytest.raises(ValueError, match="all the same text"):
         prepare(corpus_of(tmp_path / "text"), tmp_path / "cache", 4)
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+
+
+def test_documents_travel_with_the_tokens(lines, tmp_path):
+    tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=3000)
+    end = tokens.facts["end_of_text"]
+    loader = SequenceLoader(Sequences(tokens.train, 64), tokens.fingerprint, 0, 3, 8, 4, documents=True)
+    for batch in loader:
+        ended = torch.cumsum(batch.tokens[:, :-1].long() == end, dim=1)
+        assert batch.documents[:, 1:].tolist() == ended[:, :-1].tolist()
+        assert not batch.documents[:, 0].any() and batch.documents.max() > 0
 
 
 def test_a_given_tokenizer_is_used(lines, tmp_path):
