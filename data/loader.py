@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.bad_batches import BadBatches, Batch
-from data.sequences import Sequences, order
+from data.sequences import Order, Sequences
 
 
 class SequenceLoader:
@@ -46,7 +46,6 @@ class SequenceLoader:
     ) -> None:
         self.sequences = sequences
         self.fingerprint = fingerprint
-        self.seed = seed
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.bad_batches = bad_batches
@@ -54,6 +53,7 @@ class SequenceLoader:
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
+        self.order = Order(len(sequences), seed)
         self.total = steps * global_batch_size
         self.consumed = 0
 
@@ -65,10 +65,10 @@ class SequenceLoader:
         """Yield micro-batches until the run's last; their ids are of the type they are stored in."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
-            positions = np.arange(first, first + self.micro_batch_size)
-            indices = order(positions, len(self.sequences), self.seed)
+            indices = self.order(first, self.micro_batch_size)
             batch = Batch(self.sequences.batch(indices))
             if self.bad_batches:
+                positions = np.arange(first, first + self.micro_batch_size)
                 batch = self.bad_batches.replace(batch.tokens, positions, self.consumed // self.global_batch_size + 1)
             if self.documents:
                 batch = batch._replace(documents=self.sequences.documents(indices))

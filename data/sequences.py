@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.tokens import TokenArray
 
+AHEAD = 4096
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -45,6 +46,28 @@ class Sequences:
         What a model needs to reset attention and positions at the borders of documents.
         """
         return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
+
+
+class Order:
+    """`order`, computed some thousand positions at a time: a call for a batch of a few costs as much.
+
+    Args:
+        count: sequences in one epoch.
+        seed: of the run.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self._first = 0
+        self._known = np.empty(0, np.int64)
+
+    def __call__(self, first: int, rows: int) -> np.ndarray:
+        """Return which sequences stand at positions first to first + rows - 1: (rows,) int64."""
+        if first < self._first or first + rows > self._first + len(self._known):
+            self._first = first
+            self._known = order(np.arange(first, first + max(rows, AHEAD)), self.count, self.seed)
+        return self._known[first - self._first :][:rows]
 
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -53,10 +53,11 @@ class TokenArray:
 
     def part(self, index: int) -> np.ndarray:
         """Return the tokens of one part, (tokens,), mapped read-only."""
-        if index not in self._maps:
+        found = self._maps.get(index)
+        if found is None:
             # A view of the map as a plain array is indexed several times faster than np.memmap itself.
-            self._maps[index] = np.load(self.files[index], mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        return self._maps[index]
+            found = self._maps[index] = np.load(self.files[index], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return found
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return stretches of tokens, across the borders of parts where they lie there.
@@ -68,16 +69,18 @@ class TokenArray:
         Returns:
             (n, length) ids.
         """
-        out = np.empty((len(starts), length), self.dtype)
         parts = np.searchsorted(self.starts, starts, side="right") - 1
-        crosses = starts + length > self.starts[parts + 1]
-        for index in np.unique(parts[~crosses]).tolist():
-            here = (parts == index) & ~crosses
-            tokens = self.part(index)
-            windows = np.lib.stride_tricks.sliding_window_view(tokens, length)
-            out[here] = windows[starts[here] - self.starts[index]]
-        for i in np.flatnonzero(crosses).tolist():
-            out[i] = self.read(int(starts[i]), int(starts[i]) + length)
+        if len(parts) and (parts == parts[0]).all() and starts.max() + length <= self.starts[parts[0] + 1]:
+            windows = np.lib.stride_tricks.sliding_window_view(self.part(int(parts[0])), length)
+            return windows[starts - self.starts[parts[0]]]
+        out = np.empty((len(starts), length), self.dtype)
+        firsts = (starts - self.starts[parts]).tolist()
+        for row, index, first in zip(out, parts.tolist(), firsts, strict=True):
+            found = self.part(index)[first : first + length]
+            if len(found) < length:
+                start = int(self.starts[index]) + first
+                found = self.read(start, start + length)
+            row[:] = found
         return out
 
     def read(self, start: int, stop: int) -> np.ndarray:

@@ -5,7 +5,7 @@ Three tables, each with the ratio to its peer, contenders taking turns in one pr
 - opening a set of `tokens` tokens (sparse files, of the parts that a preparation makes) and finding step 11,000;
 - reading shuffled batches of 2,049 tokens against a sequential copy of as many bytes in memory;
 - tokenizing a text into prepared tokens, reading and writing included, against `tokenizers.encode_batch` on the same
-  text in memory, and against `datasets.map` with the same tokenizer.
+  text in memory, and against `datasets.map` with transformers' AutoTokenizer of the same tokenizer.
 
 `path` is what `data.path` takes; without it the text is the embedded corpus, repeated.
 """
@@ -26,10 +26,21 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Corpus, Mixture, Sequences, Source, TokenArray, corpus_tokenizer, open_tokens, prepare
+from data import (
+    Corpus,
+    Mixture,
+    SequenceLoader,
+    Sequences,
+    Source,
+    TokenArray,
+    corpus_tokenizer,
+    open_tokens,
+    prepare,
+)
 from data.prepare import PART_TOKENS
 from data.sequences import order
 
@@ -88,18 +99,18 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
 
     def mapped() -> None:
         rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "datasets"))
-        encode = encoder.tokenizer.encode_batch
         tokens = rows.map(
-            lambda batch: {"ids": [e.ids for e in encode(batch["text"], add_special_tokens=False)]},
+            lambda batch: tokenizer(batch["text"], return_attention_mask=False),
             batched=True,
             remove_columns=rows.column_names,
             load_from_cache_file=False,
         )
         assert len(tokens) == len(texts)
 
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     contenders = {"tokens prepared": ours, "tokenizers.encode_batch": bare, "datasets.map": mapped}
     medians = in_turns(contenders, int(cfg.rounds), "tokenizing")
-    table = Table(f"tokenizing {size / 1e6:.0f} MB", "MB/s", "speed over encode_batch", "speed over datasets.map")
+    table = Table(f"tokenizing {size / 1e6:.0f} MB", "MB/s", "over encode_batch", "over datasets.map")
     for name, seconds in medians.items():
         ratios = (medians[peer] / seconds for peer in ("tokenizers.encode_batch", "datasets.map"))
         table.add_row(name, f"{size / 1e6 / seconds:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
@@ -108,29 +119,29 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
 
 def reading(cfg: OmegaConf, folder: Path) -> Table:
     """Compare reading."""
-    parts, each = 4, 1 << 25
+    parts, batches = 2, 200
     for i in range(parts):
-        np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 65_536, each, dtype=np.uint16))
-    array = TokenArray([folder / f"{i}.npy" for i in range(parts)], [each] * parts, np.uint16)
-    sequences = Sequences(array, SEQUENCE)
-    whole = array.read(0, len(array))
-    batches = 200
+        np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 65_536, PART_TOKENS, dtype=np.uint16))
+    files = [folder / f"{i}.npy" for i in range(parts)]
+    sequences = Sequences(TokenArray(files, [PART_TOKENS] * parts, np.uint16), SEQUENCE)
+    one_part = Sequences(TokenArray(files[:1], [PART_TOKENS], np.uint16), SEQUENCE)
+    whole = sequences.tokens.read(0, len(sequences.tokens))
     tokens = batches * BATCH * (SEQUENCE + 1)
-    state = {"position": 0}
 
-    def ours() -> None:
-        for _ in range(batches):
-            positions = np.arange(state["position"], state["position"] + BATCH)
-            sequences.batch(order(positions, len(sequences), seed=0))
-            state["position"] += BATCH
+    def batches_of(source: Sequences) -> Callable[[], None]:
+        loader = iter(SequenceLoader(source, "", 0, 10**6, BATCH, BATCH))
+        return lambda: [next(loader) for _ in range(batches)] and None
 
     def copying() -> None:
-        for i in range(batches):
-            first = i * BATCH * (SEQUENCE + 1)
-            whole[first : first + BATCH * (SEQUENCE + 1)].copy()
+        _ = [whole[i * BATCH * (SEQUENCE + 1) :][: BATCH * (SEQUENCE + 1)].copy() for i in range(batches)]
 
-    medians = in_turns({"shuffled batches": ours, "sequential copy": copying}, int(cfg.rounds), "reading")
-    table = Table(f"reading {batches} batches of {BATCH} x {SEQUENCE + 1}", "tokens/s", "speed over the copy")
+    contenders = {
+        "shuffled batches, two parts": batches_of(sequences),
+        "shuffled batches, one part": batches_of(one_part),
+        "sequential copy": copying,
+    }
+    medians = in_turns(contenders, int(cfg.rounds), "reading")
+    table = Table(f"reading {batches} batches of {BATCH} x {SEQUENCE + 1}", "tokens/s", "over the copy")
     for name, seconds in medians.items():
         table.add_row(name, f"{tokens / seconds:,.0f}", f"{medians['sequential copy'] / seconds:.2f}")
     return table
