@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import Sequences, unigram_entropy
-from data.sequences import order
+from data.sequences import Order, order
 from tests.data.arrays import token_array
 
 
@@ -48,3 +48,9 @@ def test_unigram_entropy():
     assert unigram_entropy(np.array([5, 5, 5])) == 0
     assert unigram_entropy(np.array([0, 1, 2, 3] * 10)) == pytest.approx(math.log(4))
     assert unigram_entropy(np.array([0, 0, 1])) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
+
+
+def test_the_order_asked_for_in_batches_is_the_order():
+    ahead, whole = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
+    for first, rows in ((0, 8), (8, 8), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
+        assert ahead(first, rows).tolist() == whole[first : first + rows].tolist()
