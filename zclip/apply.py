@@ -128,13 +128,18 @@ class Fold:
         for name, value in self._ours.items():
             setattr(self._optimizer(), name, value)
 
+    def release(self, owner: object) -> None:
+        """Forget a decision of `owner`, whose step did not come."""
+        if self._owner is not None and self._owner() is owner:
+            self.clear()
+
     def clear(self) -> None:
-        """Forget a decision whose step did not come."""
+        """Forget the decision."""
         optimizer = self._optimizer()
         for name, value in self._ours.items():
             if getattr(optimizer, name, None) is value:
                 delattr(optimizer, name)
-        self._ours = {}
+        self._ours, self._owner = {}, None
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         ours, found = self._ours.get("found_inf"), getattr(optimizer, "found_inf", None)
@@ -144,6 +149,6 @@ class Fold:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._scaler:
-            self._ours = {}  # a GradScaler deletes both attributes itself
+            self._ours, self._owner = {}, None  # a GradScaler deletes both attributes itself
         else:
             self.clear()

@@ -9,13 +9,14 @@ tensor's norm, the loss or the gradients themselves implements `clip`.
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zclip.apply import Fold, innermost, scale_, takes_scale
@@ -61,7 +62,7 @@ class Measured(NamedTuple):
     def everywhere(self, value: Tensor) -> Tensor:
         """Return the sum of a 0-dim value over the ranks of `process_group`."""
         if self.process_group is not None:
-            value = value.to(self.norm.dtype)
+            value = value.to(self.norm.dtype, copy=True)
             dist.all_reduce(value, group=self.process_group)
         return value
 
@@ -91,6 +92,13 @@ class Policy(TypedDict, total=False):
 
     on_nonfinite: str
     max_consecutive_nonfinite: int | None
+
+
+class Told(NamedTuple):
+    """Parameters of an optimizer that holds ours only, and how it is told a decision: `None`, through gradients."""
+
+    parameters: list[Tensor]
+    fold: Fold | None
 
 
 class ClippingStrategy:
@@ -152,6 +160,7 @@ class ClippingStrategy:
         self.telemetry: dict[str, Tensor] = {}
         self._pending: list[Fold] = []
         self._watch = Watch()
+        self._named: nn.Module | None = None  # knows the names of parameters that are given without
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the norm the gradients may keep and the statistics after this step.
@@ -214,8 +223,10 @@ class ClippingStrategy:
         """
         self._check_initialised()
         for fold in self._pending:
-            fold.clear()
+            fold.release(self)
         self._pending = []
+        given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
+        optimizers = list(dict.fromkeys(map(innermost, given)))
         shards = parameters_of(models)
         gradients = [local_gradient(shard.parameter) for shard in shards]
         idle = all(gradient is None for gradient in gradients)
@@ -225,9 +236,9 @@ class ClippingStrategy:
         norm = global_norm(norms, process_group)
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
+        told = self._claim(optimizers, shards)
         clipping, finite = self._observe(Measured(norm, norms, loss, shards, gradients, process_group), models)
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        self._apply(clipping, finite, shards, gradients, list(dict.fromkeys(map(innermost, optimizers))))
+        self._apply(clipping, finite, shards, gradients, told)
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -259,7 +270,8 @@ class ClippingStrategy:
         self._check_policy()
         finite = torch.isfinite(norm)
         if self.on_nonfinite == "raise" and not finite:
-            raise FloatingPointError(fault(norm, measured.norms, measured.shards, names_of(models)))
+            names = names_of(self._named or ()) | names_of(models)
+            raise FloatingPointError(fault(norm, measured.norms, measured.shards, names))
         self._prepare_state(measured)
         safe = measured._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, measured.norms, 1.0))
         clipping = self.clip(safe, self.state)
@@ -335,15 +347,44 @@ class ClippingStrategy:
         """Make the statistics for these parameters, as the first `step` on them would.
 
         `torch.distributed.checkpoint` loads into tensors that are there already: call this before it loads into a
-        strategy that has statistics of each tensor and has not taken a step. The others need no call.
+        strategy that has statistics of each tensor and has not taken a step. Statistics that are there stay.
+
+        Raises:
+            ValueError: there are no parameters that require gradients, or they have no values yet.
         """
         self._check_initialised()
         shards = parameters_of(models)
-        if not shards:
-            raise ValueError(NO_GRADIENTS)
+        if not shards or shards[0].parameter.is_meta:
+            raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
+        if self.counters:
+            return
         device = shards[0].parameter.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._initialise(torch.zeros(len(shards) if self.per_tensor else (), dtype=wide, device=device))
+
+    def _claim(self, optimizers: Sequence[Optimizer], shards: Sequence[Shard]) -> list[Told]:
+        """Return the optimizers that hold our parameters only, and who of them will take a decision.
+
+        Raises:
+            TypeError: one is no optimizer.
+            ValueError: another strategy's decision waits for its step.
+        """
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "param_groups"):
+                raise TypeError(f"optimizer= takes an optimizer, or several, not {type(optimizer).__name__}")
+        ours = {id(shard.parameter) for shard in shards}
+        held = [(o, [p for group in o.param_groups for p in group["params"]]) for o in optimizers]
+        held = [(o, theirs) for o, theirs in held if {id(p) for p in theirs if p.requires_grad} <= ours]
+        holders = Counter(id(p) for _, theirs in held for p in theirs)
+        told = [
+            # Parameters of two optimizers would be scaled by both.
+            Told(theirs, Fold.of(o) if takes_scale(o) and all(holders[id(p)] == 1 for p in theirs) else None)
+            for o, theirs in held
+        ]
+        for _, fold in told:
+            if fold is not None:
+                fold.claim(self)
+        return told
 
     def _apply(
         self,
@@ -351,7 +392,7 @@ class ClippingStrategy:
         finite: Tensor,
         shards: Sequence[Shard],
         gradients: Sequence[Tensor | None],
-        optimizers: Sequence[Optimizer],
+        told: Sequence[Told],
     ) -> None:
         """Fold the decision into the optimizers that take it, and scale the other gradients in place.
 
@@ -360,25 +401,18 @@ class ClippingStrategy:
         assert clipping.skip is not None
         zero = self.on_nonfinite == "zero"
         skip = clipping.skip & finite if zero else clipping.skip
-        ours = {id(shard.parameter) for shard in shards}
         folded: set[int] = set()
         coefficients = clipping.coefficients
         common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
         fold_common = None if zero else common
-        held = [
-            (optimizer, [p for group in optimizer.param_groups for p in group["params"]]) for optimizer in optimizers
-        ]
-        held = [(o, theirs) for o, theirs in held if {id(p) for p in theirs if p.requires_grad} <= ours]
-        folds = [(Fold.of(optimizer), theirs) for optimizer, theirs in held if takes_scale(optimizer)]
-        for fold, _ in folds:
-            fold.claim(self)
-        for fold, theirs in folds:
-            fold.set(fold_common, skip)
-            self._pending.append(fold)
-            folded |= {id(p) for p in theirs} if fold_common is not None else set()
-        if skip.device.type == "cpu" and skip:
-            for parameter in (p for o, theirs in held if not takes_scale(o) for p in theirs):
-                parameter.grad = None  # an optimizer does nothing where there is no gradient
+        for theirs, fold in told:
+            if fold is not None:
+                fold.set(fold_common, skip)
+                self._pending.append(fold)
+                folded |= {id(p) for p in theirs} if fold_common is not None else set()
+            elif skip.device.type == "cpu" and skip:
+                for parameter in theirs:
+                    parameter.grad = None  # an optimizer does nothing where there is no gradient
         rest = [
             (i, gradient)
             for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True))
@@ -423,6 +457,7 @@ class ClippingStrategy:
             "config": self.config(),
             "state": {key: value.clone() for key, value in self.state.items()},
             "counters": {key: value.clone() for key, value in self.counters.items()},
+            "started": bool(self.counters),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -446,18 +481,24 @@ class ClippingStrategy:
             pairs = ", ".join(f"{key}={theirs.get(key)!r}, not {ours.get(key)!r}" for key in sorted(changed))
             raise ValueError(f"the saved {saved[0]} was made with {pairs}: make this one with the same arguments")
         state, counters = dict(state_dict["state"]), dict(state_dict["counters"])
+        if not counters and state_dict.get("started"):
+            raise ValueError(f"the saved {saved[0]} has statistics, but none were loaded: call prepare(model) before")
         if state or counters:
-            self._initialise(torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64))
-            for found, expected in ((state, self.state), (counters, self.counters)):
-                if found.keys() != expected.keys():
-                    wrong = ", ".join(sorted(found.keys() ^ expected.keys()))
-                    raise ValueError(f"the saved {saved[0]} is damaged: its statistics differ in {wrong}")
-        self.state = {key: value.clone() for key, value in state.items()}
+            like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
+            expected = self.initial_state(like) | dict.fromkeys(COUNTERS, like)
+            wrong = expected.keys() ^ {**state, **counters}.keys()
+            scalars = {key for key, value in expected.items() if not value.ndim}
+            wrong |= {key for key, value in {**state, **counters}.items() if key in scalars and value.ndim}
+            if wrong:
+                raise ValueError(
+                    f"the saved {saved[0]} is damaged: its statistics differ in {', '.join(sorted(wrong))}"
+                )
+        self.state = {key: _wide(value.clone()) for key, value in state.items()}
         self.counters = {key: value.clone() for key, value in counters.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to this process: the optimizers' hooks and the device's events."""
-        return {**self.__dict__, "_pending": [], "_watch": Watch()}
+        return {**self.__dict__, "_pending": [], "_watch": Watch(), "_named": None}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
@@ -466,6 +507,11 @@ class ClippingStrategy:
 
 _MISSING = object()
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Return statistics in float64, which only MPS does not have."""
+    return value.to(torch.float64) if value.is_floating_point() and value.device.type != "mps" else value
 
 
 def _plain(value: Any) -> Any:

@@ -90,7 +90,11 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = _json_rows(text) if path.suffix in (".jsonl", ".json") else list(csv.DictReader(text.splitlines()))
+        rows = (
+            _json_rows(text)
+            if path.suffix in (".jsonl", ".json")
+            else list(csv.DictReader(text.splitlines(), restval=""))
+        )
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
@@ -101,7 +105,8 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
 
     def numbers(name: str) -> list[float]:
         try:
-            return [math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows]
+            values = [math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows]
+            return [value if math.isfinite(value) else math.nan for value in values]
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"column={name} of {path} holds something that is no number: {error}") from error
 
@@ -116,8 +121,11 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
     if without and loss is not None:
         raise ValueError(f"loss={loss} is missing in {without} of the {len(rows)} rows of {path} that have a norm")
     step = next((name for name in names if name.lower() in ("step", "_step", "global_step")), None)
-    steps = numbers(step) if step else []
-    if not step or any(map(math.isnan, steps)):
+    try:
+        steps = numbers(step) if step else []
+    except ValueError:
+        steps = []
+    if not steps or any(map(math.isnan, steps)):
         steps = [float(i) for i in range(1, len(rows) + 1)]
     norms = numbers(found)
     if any(norm < 0 for norm in norms):
@@ -127,7 +135,7 @@ def read_columns(path: Path, column: str, loss: str | None) -> Recorded:
 
 def _json_rows(text: str) -> list[dict[str, Any]]:
     rows = []
-    lines = text.splitlines()
+    lines = text.rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

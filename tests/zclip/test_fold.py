@@ -334,3 +334,57 @@ def test_a_wrapper_that_reads_gradients_gets_them_clipped():
     FixedNorm(0.01).step(model, optimizer=wrapper)
     total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert float(total) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_old_decision_does_not_clear_another_strategys():
+    model, other = build(), build()
+    make = lambda m: torch.optim.SGD(m.parameters(), lr=1.0, fused=True)  # noqa: E731
+    optimizer, elsewhere = make(model), make(other)
+    one, two = FixedNorm(0.01), FixedNorm(0.01)
+    backward(model, optimizer)
+    one.step(model, optimizer=optimizer)
+    optimizer.step()
+    backward(model, optimizer)
+    backward(other, elsewhere)
+    two.step(model, optimizer=optimizer)
+    one.step(other, optimizer=elsewhere)
+    assert float(stepped(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_refused_step_leaves_no_trace_in_the_statistics():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    model(batch(0)).square().mean().backward()
+    one, other = ZClip(max_grad_norm=0.01), ZClip(max_grad_norm=0.01)
+    one.step(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="two strategies clip"):
+        other.step(model, optimizer=optimizer)
+    with pytest.raises(TypeError, match="optimizer= takes an optimizer, or several, not int"):
+        other.step(model, optimizer=[3])
+    assert not other.state
+
+
+def test_parameters_of_two_optimizers_are_clipped_once():
+    model = build()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0, fused=True) for _ in range(2)]
+    model(batch(0)).square().mean().backward()
+    strategy = FixedNorm(0.01)
+    strategy.step(model, optimizer=optimizers)
+    for optimizer in optimizers:
+        assert float(stepped(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_skip_of_a_strategy_that_is_gone_is_forgotten():
+    model = build()
+    optimizer = FUSED["adamw"](model.parameters())
+    model(batch(0)).square().mean().backward()
+    model[0].weight.grad[0, 0] = torch.nan
+    gone = FixedNorm(0.05)
+    gone.step(model, optimizer=optimizer)
+    del gone
+    model.zero_grad()
+    model(batch(0)).square().mean().backward()
+    FixedNorm(0.05).step(model, optimizer=optimizer)
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight)

@@ -254,3 +254,33 @@ def test_all_ranks_see_the_mean_loss(tmp_path):
     means = (torch.tensor(losses) + torch.tensor(others)) / 2
     torch.testing.assert_close(state["losses"].float(), means)
     assert losses != others and same(state, other_state) and same(weights, other)
+
+
+def test_the_raise_policy_names_parameters(tmp_path):
+    class Bad(Automatic):
+        def on_after_backward(self):
+            self.net[2].bias.grad[0] = torch.nan
+
+    with pytest.raises(FloatingPointError, match=r"gradients of net\.2\.bias of shape \(3,\)$"):
+        fit(Bad(fused=False), tmp_path, callback=ZClipLightningCallback(on_nonfinite="raise"))
+
+
+def test_an_optimizer_whose_turn_it_is_not_is_left_alone(tmp_path):
+    class Alternating(TwoOptimizers):
+        def training_step(self, x, index):
+            first, second = self.optimizers()
+            self.manual_backward((self.net if index % 2 else self.other)(x).square().mean())
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    _, callback = fit(Alternating(), tmp_path)
+    assert [int(strategy.state["count"]) for strategy in callback.strategies] == [STEPS // 2, STEPS // 2]
+
+
+def test_a_module_without_an_optimizer_is_left_alone(tmp_path):
+    class Idle(Automatic):
+        def configure_optimizers(self):
+            return None
+
+    fit(Idle(fused=False), tmp_path)

@@ -50,6 +50,20 @@ def test_a_change_is_seen_at_any_place_in_a_block(change, factor):
     assert np.mean(rates) == pytest.approx(undisturbed_rate("reciprocal"), abs=0.007) and np.mean(rates) > 0.003
 
 
+@pytest.mark.parametrize("start", range(500, 540, 7))
+def test_a_dip_that_does_not_last_leaves_the_published_trace(start):
+    trace = level_change(0, 1.0, 0, 700)
+    trace[start : start + 45] *= 0.3
+    assert np.array_equal(spikes(trace), spikes(trace, recovery_window=None))
+
+
+@pytest.mark.parametrize("low", [0.45, 0.3])
+def test_a_level_that_goes_down_and_up_again_is_clipped_no_more_than_published(low):
+    for period in (100, 160, 240, 400):
+        wave = np.where(np.arange(2000) // (period // 2) % 2, low, 1.0) * level_change(1, 1.0, 0, 2000)
+        assert spikes(wave).mean() <= spikes(wave, recovery_window=None).mean() + 0.1
+
+
 def test_an_outlier_in_the_warm_up_is_forgotten():
     trace = level_change(0, 1.0, 0, 400)
     trace[7] *= 1000

@@ -129,3 +129,11 @@ def test_rows_without_a_norm_and_half_a_last_line_are_left_out(tmp_path):
     assert steps == [5, 6] and norms[0] == 1.0 and math.isnan(norms[1]) and losses is None
     with pytest.raises(ValueError, match="loss=loss is missing in 1 of the 2 rows"):
         read_columns(file, "grad_norm", "loss")
+
+
+def test_odd_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("step,grad_norm\none,1\ntwo,inf\nthree,nan\nfour")
+    steps, norms, _ = read_columns(tmp_path / "a.csv", "grad_norm", None)
+    assert steps == [1, 2, 3] and norms[0] == 1 and math.isnan(norms[1]) and math.isnan(norms[2])
+    (tmp_path / "b.jsonl").write_text('{"note": "a\u2028b", "grad_norm": 1}\n', encoding="utf-8")
+    assert read_columns(tmp_path / "b.jsonl", "grad_norm", None).norms == [1]

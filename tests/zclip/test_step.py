@@ -326,7 +326,9 @@ def test_numbers_of_numpy_and_tuples_are_saved_plainly(tmp_path):
     for strategy in (ZClip(alpha=np.float64(0.9)), Pair()):
         torch.save(strategy.state_dict(), tmp_path / "s.pt")
         strategy.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
-        strategy.load_state_dict(json.loads(json.dumps({**strategy.state_dict(), "state": {}, "counters": {}})))
+        strategy.load_state_dict(
+            json.loads(json.dumps({**strategy.state_dict(), "state": {}, "counters": {}, "started": False}))
+        )
 
 
 def test_a_damaged_state_is_refused():
@@ -335,5 +337,29 @@ def test_a_damaged_state_is_refused():
     state = zclip.state_dict()
     for key in ("state", "counters"):
         short = {**state, key: dict(list(state[key].items())[1:])}
-        with pytest.raises(ValueError, match="the saved ZClip is damaged: its statistics differ in"):
-            ZClip().load_state_dict(short)
+        wide = {**state, key: {name: torch.ones(2) for name in state[key]}}
+        for damaged in (short, wide):
+            with pytest.raises(ValueError, match="the saved ZClip is damaged: its statistics differ in"):
+                zclip.load_state_dict(damaged)
+    assert zclip.state["count"] == 1, "what is refused changes nothing"
+    narrow = {
+        **state,
+        "state": {name: value.to(torch.float32) for name, value in state["state"].items() if name != "count"},
+    }
+    narrow["state"]["count"] = state["state"]["count"]
+    zclip.load_state_dict(narrow)
+    assert zclip.state["mean"].dtype == torch.float64
+
+
+def test_prepare_keeps_what_is_there_and_wants_real_parameters():
+    strategy, model = AdaGC(), model_with_gradients(0)
+    with pytest.raises(ValueError, match="prepare"):
+        strategy.prepare(nn.Linear(2, 2, device="meta"))
+    strategy.prepare(model)
+    strategy.step(model)
+    strategy.prepare(model)
+    assert strategy.state["count"] == 1
+    fresh = AdaGC()
+    loaded = {**fresh.state_dict(), "started": True}  # what a distributed checkpoint makes of it without prepare
+    with pytest.raises(ValueError, match=r"has statistics, but none were loaded: call prepare\(model\) before"):
+        fresh.load_state_dict(loaded)

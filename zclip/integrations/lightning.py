@@ -78,8 +78,12 @@ class ClippingCallback(pl.Callback):
     ) -> None:
         """Clip the gradients, as part of the optimizer's step if that is fused."""
         backward, self._backward = self._backward, False
+        theirs = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if pl_module.automatic_optimization and not backward:
             return  # training_step returned None: there is nothing to clip
+        idle = trainer.world_size == 1 and all(parameter.grad is None for parameter in theirs)
+        if not theirs or (idle and not pl_module.automatic_optimization):
+            return  # no optimizer at all, or one whose turn it is not
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
@@ -89,8 +93,10 @@ class ClippingCallback(pl.Callback):
         index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         whole = trainer.strategy.model or pl_module
         fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in whole.modules())
-        theirs: Any = [group["params"] for group in optimizer.param_groups]  # FSDP1's do not tell who shares them
-        self.strategies[index].step(whole if fsdp1 else theirs, optimizer=optimizer, loss=loss)
+        models: Any = whole if fsdp1 else theirs  # FSDP1's parameters do not tell who shares them
+        strategy = self.strategies[index]
+        strategy._named = pl_module
+        strategy.step(models, optimizer=optimizer, loss=loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all strategies."""

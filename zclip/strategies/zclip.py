@@ -14,7 +14,7 @@ CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
 LEAST_RELATIVE_STD = 1e-4
 #: Share of spikes in a block that means the level has risen.
 LOCKED_IN_SHARE = 0.75
-#: A block's mean over that of the next, or the one after, that means the level has fallen, if also
+#: A block's mean over those of two blocks in a row after it that means the level has fallen, if also
 FALL = 2.0
 #: the standard deviation is so many times the block's.
 STALE_STD_RATIO = 4.0
@@ -47,13 +47,15 @@ class ZClip(ClippingStrategy):
     After each block of `recovery_window` norms, the mean and variance start anew from the block's raw norms if
 
     - three quarters of them were spikes (a rise), or
-    - their mean is below half of one of the two blocks before (of the warm-up, for the first blocks), and the standard
-      deviation above four times theirs (a fall).
+    - their mean and that of the block before are both below half of a block shortly before these (or of the warm-up),
+      and the standard deviation is above four times theirs (a fall).
 
-    Neither happens by chance to independent norms. If a share p of the steps are spikes, three quarters of 40 are with
-    probability below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below 1e-6 for p = 0.36 (z_thresh 1.5); and the
-    variance of 40 normal norms is a sixteenth of the true one with probability below 1e-15. Smaller windows have less
-    of this protection. Where neither holds, the trace is the published one.
+    Neither happens by chance to independent norms without heavy tails. If a share p of the steps are spikes, three
+    quarters of 40 are with probability below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below 1e-6 for p = 0.36
+    (z_thresh 1.5); and the variance of 40 normal norms is a sixteenth of the true one with probability below 1e-15.
+    Smaller windows have less of this protection. A decline to less than half within a few blocks, as is common early in
+    training, counts as a fall, and so does an outlier in the warm-up. Where neither holds, the trace is the published
+    one.
 
     *Near-constant norms.* In z and in the target the standard deviation is taken as at least 1e-4 of the mean, and
     nothing is a spike while the mean is 0.
@@ -82,7 +84,7 @@ class ZClip(ClippingStrategy):
     before the step, `spike` (its z-score was above z_thresh) and `recovered` (the statistics started anew), 0 or 1.
     """
 
-    version = 2  # 1 had no `before_last`
+    version = 2  # 1 had the last block only
 
     def __init__(
         self,
@@ -122,13 +124,10 @@ class ZClip(ClippingStrategy):
         self.recovery_window = recovery_window
 
     def initial_state(self, like: Tensor) -> State:
-        """Return zero counts, means and variances: of all norms, of the current block, means of the last two blocks."""
+        """Return zero counts, means and variances, of all norms and of the current block; means of the last blocks."""
         counts = {key: torch.zeros_like(like, dtype=torch.int64) for key in ("count", "block_count", "block_spikes")}
-        moments = {
-            key: torch.zeros_like(like)
-            for key in ("mean", "var", "block_mean", "block_var", "last_block", "before_last")
-        }
-        return counts | moments
+        moments = {key: torch.zeros_like(like) for key in ("mean", "var", "block_mean", "block_var")}
+        return counts | moments | {"blocks": like.new_zeros(3)}
 
     def xi(self, z: Tensor) -> Tensor:
         """Return how many standard deviations above the mean a spike of z-score `z` may keep (section 3.3)."""
@@ -185,21 +184,23 @@ class ZClip(ClippingStrategy):
         spikes = block["block_spikes"] + spike
         ends = count >= window
         stuck = spikes >= LOCKED_IN_SHARE * window
-        # Of a block in which the level fell, the own variance hides the fall: the block after it is compared too.
-        fell = block["last_block"].maximum(block["before_last"]) > FALL * block_mean
+        # A fall that does not last is none; and of the block in which it happens, the own variance may hide it.
+        before, *earlier = block["blocks"].unbind()
+        fell = torch.stack(earlier).amax() > FALL * block_mean.maximum(before)
         stale = fell & (new["var"] > STALE_STD_RATIO**2 * block_var)
         recovered = ends & (stuck | stale)
         new["mean"] = torch.where(recovered, block_mean, new["mean"])
         new["var"] = torch.where(recovered, block_var, new["var"])
-        again = ends | ~warm
+        again, zero = ends | ~warm, torch.zeros_like(block_mean)
         block.update(
             block_count=torch.where(again, 0, count),
             block_spikes=torch.where(again, 0, spikes),
             block_mean=torch.where(again, 0.0, block_mean),
             block_var=torch.where(again, 0.0, block_var),
-            last_block=torch.where(ends, block_mean, torch.where(warm, block["last_block"], new["mean"])),
-            before_last=torch.where(ends, torch.where(recovered, 0.0, block["last_block"]), block["before_last"]),
+            blocks=torch.where(ends, torch.stack([block_mean, before, earlier[0]]), block["blocks"]),
         )
+        block["blocks"] = torch.where(recovered, torch.stack([block_mean, zero, zero]), block["blocks"])
+        block["blocks"] = torch.where(warm, block["blocks"], torch.stack([new["mean"], zero, zero]))
         return recovered
 
 
