@@ -8,12 +8,15 @@ multiplication always runs.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from zclip.norm import Shard
 
 
 def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zero: Tensor) -> None:
@@ -152,3 +155,80 @@ class Fold:
             self._ours, self._owner = {}, None  # a GradScaler deletes both attributes itself
         else:
             self.clear()
+
+
+class Told(NamedTuple):
+    """Parameters of an optimizer that holds ours only, and how it is told a decision: `None`, through gradients."""
+
+    parameters: list[Tensor]
+    fold: Fold | None
+
+
+def claim(optimizers: Sequence[Optimizer], shards: Sequence[Shard], owner: object) -> list[Told]:
+    """Return the optimizers that hold our parameters only, and who of them will take a decision of `owner`.
+
+    Raises:
+        TypeError: one is no optimizer.
+        ValueError: another strategy's decision waits for its step.
+    """
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer= takes an optimizer, or several, not {type(optimizer).__name__}")
+    ours = {id(shard.parameter) for shard in shards}
+    held = [(o, [p for group in o.param_groups for p in group["params"]]) for o in optimizers]
+    held = [(o, theirs) for o, theirs in held if {id(p) for p in theirs if p.requires_grad} <= ours]
+    holders = Counter(id(p) for _, theirs in held for p in theirs)
+    told = [
+        # Parameters of two optimizers would be scaled by both.
+        Told(theirs, Fold.of(o) if takes_scale(o) and all(holders[id(p)] == 1 for p in theirs) else None)
+        for o, theirs in held
+    ]
+    for _, fold in told:
+        if fold is not None:
+            fold.claim(owner)
+    return told
+
+
+def carry_out(
+    coefficients: Tensor | Sequence[Tensor],
+    skip: Tensor,
+    blank: Tensor | None,
+    told: Sequence[Told],
+    shards: Sequence[Shard],
+    gradients: Sequence[Tensor | None],
+) -> list[Fold]:
+    """Fold a decision into the optimizers that take it, and scale the other gradients in place.
+
+    Args:
+        coefficients: 0-dim for all gradients, (n,) one for each, or n tensors that broadcast to the gradients.
+        skip: 0-dim bool, whether the step must not happen.
+        blank: 0-dim bool, whether gradients become zero and optimizers step all the same, whatever `skip` says; then
+            all scaling is in place. `None`: gradients become zero only where an optimizer cannot be told to skip.
+        told: from `claim`.
+        shards: the n parameters.
+        gradients: this rank's part of each gradient, `None` where there is none.
+
+    Returns:
+        The folds that wait for their optimizers' steps.
+    """
+    common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
+    folded_coefficient = common if blank is None else None
+    refused = skip if blank is None else skip & ~blank
+    folds, folded = [], set()
+    for parameters, fold in told:
+        if fold is not None:
+            fold.set(folded_coefficient, refused)
+            folds.append(fold)
+            folded |= {id(p) for p in parameters} if folded_coefficient is not None else set()
+        elif refused.device.type == "cpu" and refused:
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer does nothing where there is no gradient
+    rest = [
+        (i, gradient)
+        for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True))
+        if gradient is not None and shard.parameter.grad is not None and id(shard.parameter) not in folded
+    ]
+    if rest:
+        coefficient = [coefficients[i] for i, _ in rest] if common is None else common
+        scale_([gradient for _, gradient in rest], coefficient, skip)
+    return folds

@@ -9,7 +9,6 @@ tensor's norm, the loss or the gradients themselves implements `clip`.
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zclip.apply import Fold, innermost, scale_, takes_scale
+from zclip.apply import Fold, carry_out, claim, innermost
 from zclip.nonfinite import POLICIES, Watch, fault, names_of
 from zclip.norm import Parameters, Shard, global_norm, local_gradient, parameters_of, tensor_norms
 
@@ -92,13 +91,6 @@ class Policy(TypedDict, total=False):
 
     on_nonfinite: str
     max_consecutive_nonfinite: int | None
-
-
-class Told(NamedTuple):
-    """Parameters of an optimizer that holds ours only, and how it is told a decision: `None`, through gradients."""
-
-    parameters: list[Tensor]
-    fold: Fold | None
 
 
 class ClippingStrategy:
@@ -236,9 +228,11 @@ class ClippingStrategy:
         norm = global_norm(norms, process_group)
         if idle and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
-        told = self._claim(optimizers, shards)
+        told = claim(optimizers, shards, owner=self)
         clipping, finite = self._observe(Measured(norm, norms, loss, shards, gradients, process_group), models)
-        self._apply(clipping, finite, shards, gradients, told)
+        assert clipping.skip is not None
+        blank = ~finite if self.on_nonfinite == "zero" else None
+        self._pending = carry_out(clipping.coefficients, clipping.skip, blank, told, shards, gradients)
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -361,66 +355,6 @@ class ClippingStrategy:
         device = shards[0].parameter.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._initialise(torch.zeros(len(shards) if self.per_tensor else (), dtype=wide, device=device))
-
-    def _claim(self, optimizers: Sequence[Optimizer], shards: Sequence[Shard]) -> list[Told]:
-        """Return the optimizers that hold our parameters only, and who of them will take a decision.
-
-        Raises:
-            TypeError: one is no optimizer.
-            ValueError: another strategy's decision waits for its step.
-        """
-        for optimizer in optimizers:
-            if not hasattr(optimizer, "param_groups"):
-                raise TypeError(f"optimizer= takes an optimizer, or several, not {type(optimizer).__name__}")
-        ours = {id(shard.parameter) for shard in shards}
-        held = [(o, [p for group in o.param_groups for p in group["params"]]) for o in optimizers]
-        held = [(o, theirs) for o, theirs in held if {id(p) for p in theirs if p.requires_grad} <= ours]
-        holders = Counter(id(p) for _, theirs in held for p in theirs)
-        told = [
-            # Parameters of two optimizers would be scaled by both.
-            Told(theirs, Fold.of(o) if takes_scale(o) and all(holders[id(p)] == 1 for p in theirs) else None)
-            for o, theirs in held
-        ]
-        for _, fold in told:
-            if fold is not None:
-                fold.claim(self)
-        return told
-
-    def _apply(
-        self,
-        clipping: Clipping,
-        finite: Tensor,
-        shards: Sequence[Shard],
-        gradients: Sequence[Tensor | None],
-        told: Sequence[Told],
-    ) -> None:
-        """Fold the decision into the optimizers that take it, and scale the other gradients in place.
-
-        With `on_nonfinite="zero"` a norm that is not finite is no reason to skip, and all scaling is in place.
-        """
-        assert clipping.skip is not None
-        zero = self.on_nonfinite == "zero"
-        skip = clipping.skip & finite if zero else clipping.skip
-        folded: set[int] = set()
-        coefficients = clipping.coefficients
-        common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
-        fold_common = None if zero else common
-        for theirs, fold in told:
-            if fold is not None:
-                fold.set(fold_common, skip)
-                self._pending.append(fold)
-                folded |= {id(p) for p in theirs} if fold_common is not None else set()
-            elif skip.device.type == "cpu" and skip:
-                for parameter in theirs:
-                    parameter.grad = None  # an optimizer does nothing where there is no gradient
-        rest = [
-            (i, gradient)
-            for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True))
-            if gradient is not None and shard.parameter.grad is not None and id(shard.parameter) not in folded
-        ]
-        if rest:
-            coefficient = [coefficients[i] for i, _ in rest] if common is None else common
-            scale_([gradient for _, gradient in rest], coefficient, clipping.skip)
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
