@@ -41,18 +41,34 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)) * (30 if step == 9 else 1)
 
 
+def sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+def fused_adamw(parameters) -> torch.optim.Optimizer:
+    """Decisions are folded into its step; torch has no fused SGD for DTensors."""
+    return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+
 def train(
-    model: nn.Module, rank: int = 0, world: int = 1, make: Callable = lambda: ZClip(warmup_steps=5), **step
+    model: nn.Module,
+    rank: int = 0,
+    world: int = 1,
+    make: Callable = lambda: ZClip(warmup_steps=5),
+    optimizer_of: Callable = sgd,
+    **step,
 ) -> Curve:
     """Train on this rank's part of each batch; return norms, clipped norms and the whole parameters."""
     strategy = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = optimizer_of(model.parameters())
     norms, kept = [], []
     for t in range(STEPS):
         optimizer.zero_grad()
         model(batch(t).chunk(world)[rank]).square().mean().backward()
         norms.append(strategy.step(model, optimizer=optimizer, **step).double())
         kept.append(strategy.telemetry["clipped_norm"])
+        if optimizer_of is fused_adamw and kept[-1] < 0.9 * norms[-1]:
+            assert optimizer.grad_scale > 1, "the decision is folded"
         optimizer.step()
     return torch.stack(norms), torch.stack(kept), whole(model)
 
@@ -80,6 +96,14 @@ def fsdp2_adagc(rank: int, world: int) -> Curve:
 
 def fsdp2_agc(rank: int, world: int) -> Curve:
     return fsdp2(rank, world, make=AGC)
+
+
+def fsdp2_folded(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, optimizer_of=fused_adamw)
+
+
+def two_axes_folded(rank: int, world: int) -> Curve:
+    return tensor_parallel_and_fsdp2(rank, world, optimizer_of=fused_adamw)
 
 
 def hsdp(rank: int, world: int) -> Curve:
@@ -282,6 +306,7 @@ CASES = [
     (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
     (fsdp1, 2, {}), (fsdp1_flat, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}),
     (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (fsdp2_agc, 2, {"make": AGC}),
+    (fsdp2_folded, 2, {"optimizer_of": fused_adamw}), (two_axes_folded, 4, {"optimizer_of": fused_adamw}),
     (tensor_parallel_agc, 2, {"make": AGC}), (fsdp1_ignoring_a_layer, 2, {}),
     (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (pipeline_agc, 2, {"make": AGC}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
