@@ -95,6 +95,11 @@ class Corpus:
         """Return the number of ids that its tokens may have."""
         return self.vocab_size if self.tokenizer is None else load_tokenizer(self.tokenizer).size
 
+    def size(self) -> int | None:
+        """Return the bytes of text, about, where that can be had without reading it."""
+        sizes = [source.size() for source in self.sources]
+        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
     def check(self, cache: Path, sequence_length: int) -> None:
         """Find what can be found wrong without reading it all. Writes nothing.
 
@@ -107,9 +112,8 @@ class Corpus:
             raise ValueError(f"vocab_size={self.vocab_size} is not allowed: {allowed}")
         if (self.folder(cache) / MANIFEST).exists():
             return
-        sizes = [source.size() for source in self.sources]
-        size = sum(sizes) if None not in sizes else math.inf  # type: ignore[arg-type]
-        if sequence_length >= size:
+        size = self.size()
+        if size is not None and sequence_length >= size:
             raise ValueError(too_long(sequence_length, f"the text has {size:,} bytes"))
         for source in self.sources:
             if next(iter(Stream(source)), None) is None:
@@ -233,7 +237,7 @@ class _Preparation:
             for batch, arrays in encoded:
                 for document, ids in zip(batch.documents, arrays, strict=True):
                     journal["documents"] += 1
-                    journal["text_bytes"] += len(document.text.encode())
+                    journal["text_bytes"] += document.size
                     if self.corpus.drop_duplicates:
                         key = _key(document.digest)
                         if key in seen:
@@ -249,8 +253,8 @@ class _Preparation:
                         break
                 done = tokens["train"] if self.corpus.max_tokens else journal["text_bytes"]
                 total = sum(tokens.values())
-                progress.update(bar, completed=done, documents=journal["documents"], tokens=total)
-                progress.update(bar, written=journal["text_bytes"])
+                fields = {"documents": journal["documents"], "tokens": total, "written": journal["text_bytes"]}
+                progress.update(bar, completed=done, **fields)
                 if not self.console.is_terminal and time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
                     speed = (journal["text_bytes"] - first_bytes) / 1e6 / (said - started)
@@ -267,10 +271,7 @@ class _Preparation:
         self._write_part(held, encoder)
 
     def _total(self) -> float | None:
-        if self.corpus.max_tokens:
-            return self.corpus.max_tokens
-        sizes = [source.size() for source in self.corpus.sources]
-        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+        return self.corpus.max_tokens or self.corpus.size()
 
     def _digests(self) -> set[int]:
         """Return what tells the documents of the parts already written."""
@@ -291,7 +292,7 @@ class _Preparation:
                 "file": file,
                 "tokens": len(ids),
                 "documents": len(documents),
-                "bytes": sum(len(document.text.encode()) for document, _ in documents),
+                "bytes": sum(document.size for document, _ in documents),
             }
             if file:
                 index = np.empty(len(documents), DOCUMENT)

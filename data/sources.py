@@ -21,10 +21,11 @@ ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet 
 
 
 class Document(NamedTuple):
-    """One text without surrounding space, never empty; `digest` is the SHA-256 of its UTF-8 bytes."""
+    """One text without surrounding space, never empty; SHA-256 and number of its UTF-8 bytes."""
 
     text: str
     digest: bytes
+    size: int
 
     @property
     def draw(self) -> float:
@@ -137,21 +138,17 @@ class Source:
         import datasets
 
         datasets.disable_progress_bars()
+        files = self.files() if self.hub is None else []
         try:
             if self.hub is not None:
                 return datasets.load_dataset(
                     self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
                 )
-            files = self.files()
             kind = _format(files[0])
             how = {"sample_by": "document"} if kind == "text" else {}
             # Without a list of names the library takes brackets and stars in them for patterns.
             names = [glob.escape(str(file.resolve())) for file in files]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
-        except ValueError as error:
-            if str(error).startswith("sources."):
-                raise
-            raise ValueError(f"{self.place} cannot be opened ({_reason(error)})") from error
         except Exception as error:
             raise ValueError(f"{self.place} cannot be opened ({_reason(error)})") from error
 
@@ -195,9 +192,10 @@ class Stream:
                 raise ValueError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
             if text and (text := text.strip()):
                 try:
-                    yield Document(text, hashlib.sha256(text.encode()).digest())
+                    encoded = text.encode()
                 except UnicodeEncodeError as error:
                     raise ValueError(f"{self.source.place} cannot be read: {self._file()}{error}") from error
+                yield Document(text, hashlib.sha256(encoded).digest(), len(encoded))
 
     def state(self) -> dict[str, Any]:
         """Return the place after the last document, as JSON holds it."""
@@ -232,7 +230,7 @@ class Mixture:
             document = next(streams[source.name], None)
             if document is None:
                 return
-            self.given[source.name] += len(document.text.encode())
+            self.given[source.name] += document.size
             yield document
 
     def state(self) -> dict[str, Any]:

@@ -136,10 +136,10 @@ def check(cfg: DictConfig) -> None:
         )
     corpus = check_data(cfg, cfg.data.sequence_length)
     with section("data"):
-        if corpus.vocabulary() > cfg.model.vocab_size:
+        if (ids := corpus.vocabulary()) > cfg.model.vocab_size:
             which = f"vocab_size={corpus.vocab_size}" if corpus.tokenizer is None else f"tokenizer={corpus.tokenizer}"
             raise ValueError(
-                f"{which} is larger than the model's vocabulary: it has {corpus.vocabulary():,} ids, and must have at "
+                f"{which} is larger than the model's vocabulary: it has {ids:,} ids, and must have at "
                 f"most model.vocab_size={cfg.model.vocab_size}"
             )
     if cfg.data.sequence_length > cfg.model.max_position_embeddings:

@@ -420,9 +420,10 @@ class ClippingStrategy:
         if state or counters:
             like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
             expected = self.initial_state(like) | dict.fromkeys(COUNTERS, like)
-            wrong = expected.keys() ^ {**state, **counters}.keys()
+            found = state | counters
+            wrong = expected.keys() ^ found.keys()
             scalars = {key for key, value in expected.items() if not value.ndim}
-            wrong |= {key for key, value in {**state, **counters}.items() if key in scalars and value.ndim}
+            wrong |= {key for key, value in found.items() if key in scalars and value.ndim}
             if wrong:
                 raise ValueError(
                     f"the saved {saved[0]} is damaged: its statistics differ in {', '.join(sorted(wrong))}"
