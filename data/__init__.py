@@ -1,14 +1,17 @@
 """From a corpus to token sequences whose order is arithmetic.
 
-`prepare` turns documents into cached tokens; `SequenceLoader` deals them out. What comes next depends on the
-tokens' fingerprint, the seed and the number of sequences consumed, and on nothing else.
+`prepare` turns documents into cached tokens, or `Streamed` tokenizes them on the way; `SequenceLoader` deals them out.
+What comes next depends on the text and tokenizer, the seed and the number of sequences consumed, and on nothing else.
 """
 
-from data.bad_batches import KINDS, BadBatches, Batch
+from data.bad_batches import KINDS, BadBatches
+from data.batch import Batch
+from data.corpus import Corpus, corpus_tokenizer
 from data.loader import SequenceLoader
-from data.prepare import Corpus, corpus_tokenizer, prepare
-from data.sequences import Sequences, unigram_entropy
-from data.sources import Document, Mixture, Source, sources_of
+from data.prepare import prepare
+from data.sequences import Sequences, Shuffled, unigram_entropy
+from data.sources import Document, Mixture, Source, SourceError, sources_of
+from data.stream import Streamed
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
@@ -21,7 +24,10 @@ __all__ = [
     "Mixture",
     "SequenceLoader",
     "Sequences",
+    "Shuffled",
     "Source",
+    "SourceError",
+    "Streamed",
     "TokenArray",
     "Tokens",
     "corpus_tokenizer",

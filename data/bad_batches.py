@@ -5,30 +5,15 @@ alone, so the bad batch of a step is the same on any number of ranks, for any mi
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from data.batch import Batch
 from data.tokenizer import TextEncoder
 
 #: Starts and sizes of the Unicode blocks that `script` writes in: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
 SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 0x5000), (0xAC00, 0x2BA0))
-
-
-class Batch(NamedTuple):
-    """Sequences to train on.
-
-    Attributes:
-        tokens: (rows, length + 1) ids, of any integer type; inputs are all but the last, targets all but the first.
-        targets: (rows, length) ids to predict instead; `None`: those of `tokens`.
-        documents: (rows, length) of which document each input is, from 0 within the row; `None`: not asked for.
-    """
-
-    tokens: Tensor
-    targets: Tensor | None = None
-    documents: Tensor | None = None
 
 
 class BadBatches:
@@ -52,22 +37,23 @@ class BadBatches:
         self.seed = seed
         self.encoder = encoder
 
-    def replace(self, tokens: Tensor, positions: np.ndarray, step: int) -> Batch:
+    def replace(self, batch: Batch, positions: np.ndarray, step: int) -> Batch:
         """Return the batch to train on at a step, which is the one given unless the step is chosen.
 
         Args:
-            tokens: (rows, length + 1) ids.
+            batch: of (rows, length + 1) ids.
             positions: (rows,) sequences consumed in the run before each.
             step: counted from 1.
         """
         if step not in self.steps:
-            return Batch(tokens)
+            return batch
+        tokens = batch.tokens.numpy()
         rows = [
             self.make(row, np.random.default_rng((self.seed, position)), self.encoder)
-            for row, position in zip(tokens.numpy(), positions.tolist(), strict=True)
+            for row, position in zip(tokens, positions.tolist(), strict=True)
         ]
-        made = torch.from_numpy(np.stack(rows).astype(tokens.numpy().dtype))
-        return Batch(tokens, made) if self.make is _labels else Batch(made)
+        made = torch.from_numpy(np.stack(rows).astype(tokens.dtype))
+        return batch._replace(targets=made) if self.make is _labels else batch._replace(tokens=made)
 
 
 def _random(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:

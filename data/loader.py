@@ -1,8 +1,8 @@
 """The loader of a training run: one number says where it is.
 
 It deals out the run's global batches in order, this rank's rows of each, and counts the sequences that all
-ranks together have consumed. That count is its whole state, so it is the same on every rank, and a run may
-continue with another number of ranks or another micro-batch.
+ranks together have consumed. That count is its whole state, beside the place in the text where that is streamed; it is
+the same on every rank, so a run may continue with another number of ranks or another micro-batch.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data.bad_batches import BadBatches, Batch
-from data.sequences import Order, Sequences
+from data.bad_batches import BadBatches
+from data.batch import Batch
+from data.sequences import Shuffled
+from data.stream import Streamed
 
 
 class SequenceLoader:
@@ -20,7 +22,6 @@ class SequenceLoader:
     Args:
         sequences: what to read from.
         fingerprint: of the tokens; a state of other tokens is refused.
-        seed: of the order.
         steps: optimizer steps in the whole run.
         global_batch_size: sequences per optimizer step, over all ranks.
         micro_batch_size: sequences per forward pass on one rank; `world_size * micro_batch_size` divides
@@ -33,9 +34,8 @@ class SequenceLoader:
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: Shuffled | Streamed,
         fingerprint: str,
-        seed: int,
         steps: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -53,7 +53,6 @@ class SequenceLoader:
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
-        self.order = Order(len(sequences), seed)
         self.total = steps * global_batch_size
         self.consumed = 0
 
@@ -65,19 +64,16 @@ class SequenceLoader:
         """Yield micro-batches until the run's last; their ids are of the type they are stored in."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
-            indices = self.order(first, self.micro_batch_size)
-            batch = Batch(self.sequences.batch(indices))
+            batch = self.sequences.take(first, self.micro_batch_size, self.documents)
             if self.bad_batches:
                 positions = np.arange(first, first + self.micro_batch_size)
-                batch = self.bad_batches.replace(batch.tokens, positions, self.consumed // self.global_batch_size + 1)
-            if self.documents:
-                batch = batch._replace(documents=self.sequences.documents(indices))
+                batch = self.bad_batches.replace(batch, positions, self.consumed // self.global_batch_size + 1)
             self.consumed += self.per_forward
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: sequences consumed by all ranks, and of which tokens."""
-        return {"sequences_consumed": self.consumed, "fingerprint": self.fingerprint}
+        """Return the position, as JSON holds it: sequences consumed by all ranks, and of which tokens."""
+        return {"sequences_consumed": self.consumed, "fingerprint": self.fingerprint, **self.sequences.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -89,4 +85,5 @@ class SequenceLoader:
             raise ValueError(
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
+        self.sequences.load_state(state_dict)
         self.consumed = state_dict["sequences_consumed"]

@@ -6,10 +6,13 @@ L is left out. Position p of a run is sequence perm(p mod n) of epoch p div n, p
 seed and epoch and computed element by element: nothing is stored, and any position can be asked for.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from data.tokens import TokenArray
 
 AHEAD = 4096
@@ -46,6 +49,44 @@ class Sequences:
         What a model needs to reset attention and positions at the borders of documents.
         """
         return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
+
+
+class Shuffled:
+    """Sequences in the order of a run.
+
+    Args:
+        sequences: what to read from.
+        seed: of the order.
+    """
+
+    def __init__(self, sequences: Sequences, seed: int) -> None:
+        self.sequences = sequences
+        self.order = Order(len(sequences), seed)
+
+    def __len__(self) -> int:
+        """Sequences in an epoch."""
+        return len(self.sequences)
+
+    def take(self, first: int, rows: int, documents: bool = False) -> Batch:
+        """Return the sequences at positions first to first + rows - 1 of the run.
+
+        Args:
+            first: sequences of the run before.
+            rows: how many.
+            documents: whether to say of which document each input is.
+        """
+        indices = self.order(first, rows)
+        return Batch(self.sequences.batch(indices), documents=self.sequences.documents(indices) if documents else None)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a position needs besides its number: nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Do nothing: any position can be asked for."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is read ahead."""
 
 
 class Order:

@@ -20,6 +20,10 @@ COMPRESSIONS = (".gz", ".zst", ".xz")
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
 
 
+class SourceError(ValueError):
+    """A source cannot be read; the message is one sentence that names it."""
+
+
 class Document(NamedTuple):
     """One text without surrounding space, never empty; SHA-256 and number of its UTF-8 bytes."""
 
@@ -133,11 +137,12 @@ class Source:
         """Return the `datasets.IterableDataset` of this source's rows.
 
         Raises:
-            ValueError: it cannot be opened.
+            SourceError: it cannot be opened.
         """
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised as well, and named below
         files = self.files() if self.hub is None else []
         try:
             if self.hub is not None:
@@ -150,7 +155,7 @@ class Source:
             names = [glob.escape(str(file.resolve())) for file in files]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
         except Exception as error:
-            raise ValueError(f"{self.place} cannot be opened ({_reason(error)})") from error
+            raise SourceError(f"{self.place} cannot be opened ({_reason(error)})") from error
 
 
 class Stream:
@@ -172,7 +177,7 @@ class Stream:
         """Yield the documents that are not empty.
 
         Raises:
-            ValueError: something cannot be read, or there is no such column; the message names the file.
+            SourceError: something cannot be read, or there is no such column; the message names the file.
         """
         rows = iter(self._rows)
         while True:
@@ -181,20 +186,20 @@ class Stream:
             except StopIteration:
                 return
             except Exception as error:  # each format and compression has its own
-                raise ValueError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
+                raise SourceError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
             if self.column not in row:
-                raise ValueError(
+                raise SourceError(
                     f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
                     f"{', '.join(map(str, row)) or 'no columns'}"
                 )
             text = row[self.column]
             if text is not None and not isinstance(text, str):
-                raise ValueError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
+                raise SourceError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
             if text and (text := text.strip()):
                 try:
                     encoded = text.encode()
                 except UnicodeEncodeError as error:
-                    raise ValueError(f"{self.source.place} cannot be read: {self._file()}{error}") from error
+                    raise SourceError(f"{self.source.place} cannot be read: {self._file()}{error}") from error
                 yield Document(text, hashlib.sha256(encoded).digest(), len(encoded))
 
     def state(self) -> dict[str, Any]:

@@ -47,6 +47,18 @@ class TokenArray:
         self._maps: dict[int, np.ndarray] = {}
         self._ends: dict[int, np.ndarray] = {}
 
+    @classmethod
+    def in_memory(cls, ids: np.ndarray, ends: np.ndarray) -> "TokenArray":
+        """Return an array of one part that is in memory.
+
+        Args:
+            ids: (tokens,).
+            ends: (documents,) where each ends; the last may go on behind the tokens.
+        """
+        made = cls([Path()], [len(ids)], ids.dtype)
+        made._maps[0], made._ends[0] = ids, ends
+        return made
+
     def __len__(self) -> int:
         """Tokens in all parts."""
         return int(self.starts[-1])

@@ -35,6 +35,7 @@ from data import (
     Mixture,
     SequenceLoader,
     Sequences,
+    Shuffled,
     Source,
     TokenArray,
     corpus_tokenizer,
@@ -129,7 +130,7 @@ def reading(cfg: OmegaConf, folder: Path) -> Table:
     tokens = batches * BATCH * (SEQUENCE + 1)
 
     def batches_of(source: Sequences) -> Callable[[], None]:
-        loader = iter(SequenceLoader(source, "", 0, 10**6, BATCH, BATCH))
+        loader = iter(SequenceLoader(Shuffled(source, seed=0), "", 10**6, BATCH, BATCH))
         return lambda: [next(loader) for _ in range(batches)] and None
 
     def copying() -> None:

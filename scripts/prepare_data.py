@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import open_tokens, prepare
 from training.cli import command_line, reporting
-from training.config import check_data, check_folder, section
+from training.config import ConfigError, check_data, check_folder, section
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare_data")
@@ -26,6 +26,8 @@ def main(cfg: DictConfig) -> None:
         console = Console(soft_wrap=True, highlight=False)
         cache = Path(cfg.paths.cache)
         check_folder("paths.cache", cfg.paths.cache, cache)
+        if cfg.data.mode == "stream":
+            raise ConfigError("data.mode=stream keeps no tokens: to prepare them it must be prepared")
         corpus = check_data(cfg, sequence_length=1)
         with section("data"):
             tokens = open_tokens(prepare(corpus, cache, 1, console).folder, verify=True)

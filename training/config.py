@@ -61,6 +61,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (isinstance(v, str) and v != ""),
         "a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text",
     ),
+    "data.mode": (lambda v: v in ("prepared", "stream"), "prepared or stream"),
+    "data.shuffle_tokens": (lambda v: is_number(v) and v >= 1, "a number from 1"),
     "data.drop_duplicates": (lambda v: isinstance(v, bool), "true or false"),
     "data.max_tokens": (
         lambda v: v is None or (is_number(v) and v >= 1),
@@ -195,6 +197,7 @@ def corpus_of(cfg: DictConfig) -> Corpus:
         test_fraction=data.test_fraction,
         drop_duplicates=data.drop_duplicates,
         max_tokens=None if data.max_tokens is None else int(data.max_tokens),
+        streamed=data.mode == "stream",
     )
 
 

@@ -14,10 +14,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from data import BadBatches, Batch, SequenceLoader, Sequences, Tokens, load_tokenizer, prepare, unigram_entropy
+from data import (
+    BadBatches,
+    Batch,
+    SequenceLoader,
+    Sequences,
+    Shuffled,
+    SourceError,
+    Streamed,
+    Tokens,
+    load_tokenizer,
+    prepare,
+    unigram_entropy,
+)
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
-from training.config import clipping_strategy, corpus_of, model_config, run_name, section, settings_of
+from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
 from training.folder import RunFolder, step_of
 from training.metrics import Metrics, Row
 from training.module import PretrainingModule
@@ -55,6 +67,21 @@ def bad_batches(cfg: DictConfig, tokens: Tokens) -> BadBatches | None:
     return BadBatches(steps, cfg.data.bad_batches.kind, cfg.seed, load_tokenizer(str(tokens.folder)))
 
 
+def training_sequences(cfg: DictConfig, tokens: Tokens) -> Shuffled | Streamed:
+    """Return the sequences of a run in their order, read from the prepared tokens or tokenized on the way."""
+    data = cfg.data
+    if data.mode == "prepared":
+        return Shuffled(Sequences(tokens.train, data.sequence_length), cfg.seed)
+    return Streamed(
+        corpus_of(cfg),
+        load_tokenizer(str(tokens.folder)),
+        threshold=tokens.facts["threshold"],
+        length=data.sequence_length,
+        seed=cfg.seed,
+        block_tokens=int(data.shuffle_tokens),
+    )
+
+
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
@@ -77,10 +104,10 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         steps=trainer_cfg.max_steps,
         **settings_of(cfg.optim),
     )
+    sequences = training_sequences(cfg, tokens)
     loader = SequenceLoader(
-        Sequences(tokens.train, cfg.data.sequence_length),
+        sequences,
         fingerprint=tokens.fingerprint,
-        seed=cfg.seed,
         steps=trainer_cfg.max_steps,
         global_batch_size=trainer_cfg.global_batch_size,
         micro_batch_size=trainer_cfg.micro_batch_size,
@@ -143,7 +170,10 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
         saved = folder.last_checkpoint(say=console.print)
         raise Interrupted(signum, trainer.global_step, step_of(saved) if saved else None) from stop
+    except SourceError as error:
+        raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error
     finally:
+        sequences.close()
         display.close()
         if logger is not None:
             logger.experiment.finish()  # or the next job of a sweep would log into this run

@@ -1,5 +1,7 @@
 """A stand-in for a training job: `consume.py FOLDER WORLD MICRO STEPS`, killed and started again by the tests.
 
+It reads the tokens in the folder, or if there is a `text` folder in it, streams that with the tokenizer beside it.
+
 Each of WORLD processes takes its rows of every global batch and writes them to a file of the step; after all have, the
 position is saved, as a checkpoint would. A job that is started again goes on from there.
 """
@@ -12,17 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from data import SequenceLoader, Sequences, TokenArray
+from data import Corpus, SequenceLoader, Sequences, Shuffled, Source, Streamed, TokenArray, load_tokenizer
 
 GLOBAL_BATCH = 8
 
 
-def sequences(folder: Path) -> Sequences:
-    return Sequences(TokenArray([folder / f"{i}.npy" for i in range(3)], [207, 3, 291], np.uint16), 10)
+def sequences(folder: Path) -> Shuffled | Streamed:
+    if (folder / "text").exists():
+        encoder = load_tokenizer(str(folder / "tokenizer"))
+        corpus = Corpus((Source("text", path=str(folder / "text")),), tokenizer=str(folder / "tokenizer"))
+        return Streamed(corpus, encoder, threshold=0.05, length=10, seed=1, block_tokens=370)
+    array = TokenArray([folder / f"{i}.npy" for i in range(3)], [207, 3, 291], np.uint16)
+    return Shuffled(Sequences(array, 10), seed=1)
 
 
 def loader(folder: Path, steps: int, micro: int, rank: int = 0, world: int = 1) -> SequenceLoader:
-    return SequenceLoader(sequences(folder), "f", 1, steps, GLOBAL_BATCH, micro, rank, world)
+    return SequenceLoader(sequences(folder), "f", steps, GLOBAL_BATCH, micro, rank, world)
 
 
 def rank_of_a_job(folder: Path, world: int, micro: int, steps: int, rank: int, barrier) -> None:
@@ -30,9 +37,9 @@ def rank_of_a_job(folder: Path, world: int, micro: int, steps: int, rank: int, b
     state = folder / "state.json"
     if state.exists():
         mine.load_state_dict(json.loads(state.read_text()))
-    rows: list[list[int]] = []
+    rows: list[list[list[int]]] = []
     for batch in mine:
-        rows.append(batch.tokens[:, 0].tolist())
+        rows.append(batch.tokens.tolist())
         if mine.consumed % GLOBAL_BATCH == 0:
             step = mine.consumed // GLOBAL_BATCH - 1
             (folder / f"{step}-{rank}-{world}.json").write_text(json.dumps(rows))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import KINDS, BadBatches, SequenceLoader, Sequences
+from data import KINDS, BadBatches, SequenceLoader, Sequences, Shuffled
 from data.tokenizer import train_tokenizer
 from tests.data.arrays import token_array
 
@@ -25,7 +25,7 @@ def loader(tmp_path, encoder):
 
     def make(kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1) -> SequenceLoader:
         bad = BadBatches([2, 5], kind, seed, encoder) if kind else None
-        return SequenceLoader(sequences, "f", seed, STEPS, 8, micro, rank, world, bad)
+        return SequenceLoader(Shuffled(sequences, seed), "f", STEPS, 8, micro, rank, world, bad)
 
     return make
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Corpus, Mixture, SequenceLoader, Sequences, Source, open_tokens, prepare
+from data import Corpus, Mixture, SequenceLoader, Sequences, Shuffled, Source, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT
 from tests.conftest import CHECKOUT
@@ -212,7 +212,8 @@ def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
 def test_documents_travel_with_the_tokens(lines, tmp_path):
     tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=3000)
     end = tokens.facts["end_of_text"]
-    loader = SequenceLoader(Sequences(tokens.train, 64), tokens.fingerprint, 0, 3, 8, 4, documents=True)
+    sequences = Shuffled(Sequences(tokens.train, 64), seed=0)
+    loader = SequenceLoader(sequences, tokens.fingerprint, 3, 8, 4, documents=True)
     for batch in loader:
         ended = torch.cumsum(batch.tokens[:, :-1].long() == end, dim=1)
         assert batch.documents[:, 1:].tolist() == ended[:, :-1].tolist()

@@ -125,6 +125,49 @@ def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
     assert int(clipper["strategies"][0]["state"]["count"]) == 40
 
 
+def test_a_streamed_run_is_the_prepared_one_and_continues_when_killed(settings, tmp_path):
+    """A text of one block gives the very run; one of many blocks ends the same, killed twice or never."""
+    settings = (*settings, "trainer.checkpoint_every=7", "trainer.log_every=2")
+    stream = (*settings, "data.mode=stream")
+    blocks = (*stream, "data.shuffle_tokens=3000", "trainer.micro_batch_size=4")
+    runs = {"prepared": settings, "stream": stream, "whole": blocks, "killed": blocks}
+    for name in runs:
+        (tmp_path / name).mkdir()
+    for steps in (random.randint(8, 14), random.randint(20, 36)):
+        kill_after(steps, train_command(*blocks), tmp_path / "killed")
+    for name, chosen in runs.items():
+        done = train(*chosen, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    ends = {name: final(tmp_path / name) for name in runs}
+    for one, other in (("prepared", "stream"), ("whole", "killed")):
+        assert ends[one][1:] == ends[other][1:]
+        for part in ("state_dict", "optimizer_states", "callbacks"):
+            assert same(ends[one][0][part], ends[other][0][part]), part
+    assert ends["whole"][1] != ends["stream"][1]
+    assert ends["whole"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
+
+
+def test_a_stream_that_breaks_off_is_one_sentence_and_goes_on_when_mended(settings, corpus, tmp_path):
+    words = " ".join(file.read_text() for file in sorted(corpus.glob("*.txt"))).split()
+    text = "\n".join(json.dumps({"text": " ".join(words[i : i + 50])}) for i in range(0, 9000, 50))
+    file = tmp_path / "text.jsonl"
+    file.write_text(text)
+    settings = (*settings, f"data.path={file}", "data.mode=stream", "trainer.checkpoint_every=5")
+    kill_after(12, train_command(*settings), tmp_path)
+    written = file.stat()
+    file.write_text(text[:-9] + "x" * 9)  # as many bytes, and as old: damage that only reading shows
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    sentence = r"error: data\.sources\.text\.path=\S+ cannot be read: \S+text\.jsonl: .* \(after step (\d+)\)"
+    found = re.search(sentence, done.stderr)
+    assert found and int(found[1]) >= 10, done.stderr
+    file.write_text(text)
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0 and f"after step {found[1]} of 40" in done.stdout
+
+
 def test_killed_at_each_delicate_moment(settings, tmp_path):
     """One run, killed again and again by fault injection, ends as the one left alone; see killed.py."""
     settings = (*settings, "trainer.checkpoint_every=8", "trainer.log_every=2")

@@ -1,0 +1,138 @@
+"""A corpus: its sources, what they are tokenized with, and which documents are held out."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data.sources import Mixture, Source, Stream
+from data.tokenizer import (
+    END_OF_TEXT,
+    SMALLEST_VOCABULARY,
+    TextEncoder,
+    load_tokenizer,
+    tokenizer_identity,
+    train_tokenizer,
+)
+from data.tokens import MANIFEST
+
+LAYOUT = 2  # of the folder; part of the recipe
+#: A tokenizer is trained on so many bytes of training documents, or all there are.
+TOKENIZER_BYTES = 256 << 20
+#: Of a text that is streamed, so many bytes are read beforehand: for the tokenizer, if one is trained, and for
+#: documents to hold out, of which there will be so many bytes at least.
+HEAD_BYTES = 32 << 20
+HELD_OUT_BYTES = 512 << 10
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What tokens are made from.
+
+    Attributes:
+        sources: of the documents.
+        tokenizer: see `load_tokenizer`; `None`: a byte-level BPE trained on the training documents.
+        vocab_size: ids of that BPE; means nothing for a given tokenizer.
+        test_fraction: expected share of documents held out, chosen by the hash of their text. Of few documents, where
+            none or all would be, one is on either side.
+        drop_duplicates: whether only the first of documents with the same text is taken. Their hashes are kept in
+            memory, some hundred bytes a document.
+        max_tokens: an epoch ends with the document that reaches so many training tokens; `None`: with the text.
+        streamed: whether the training text is tokenized while training, and not kept. Only the tokenizer and the
+            held-out documents among the first `HEAD_BYTES` of text are prepared then.
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: str | None = None
+    vocab_size: int = 1 << 16
+    test_fraction: float = 0.05
+    drop_duplicates: bool = False
+    max_tokens: int | None = None
+    streamed: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """Return everything on which the tokens depend."""
+        tokenizer = {"vocab_size": self.vocab_size} if self.tokenizer is None else tokenizer_identity(self.tokenizer)
+        mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES]} if self.streamed else {}
+        return mode | {
+            "layout": LAYOUT,
+            "sources": {source.name: source.identity() for source in self.sources},
+            "tokenizer": tokenizer,
+            "tokenizers": version("tokenizers"),
+            "test_fraction": self.test_fraction,
+            "drop_duplicates": self.drop_duplicates,
+            "max_tokens": self.max_tokens,
+        }
+
+    def folder(self, cache: Path) -> Path:
+        """Return where its tokens are or will be."""
+        digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
+        return cache / f"{'stream' if self.streamed else 'tokens'}-{digest[:16]}"
+
+    def vocabulary(self) -> int:
+        """Return the number of ids that its tokens may have."""
+        return self.vocab_size if self.tokenizer is None else load_tokenizer(self.tokenizer).size
+
+    def size(self) -> int | None:
+        """Return the bytes of text, about, where that can be had without reading it."""
+        sizes = [source.size() for source in self.sources]
+        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+    def check(self, cache: Path, sequence_length: int) -> None:
+        """Find what can be found wrong without reading it all. Writes nothing.
+
+        Raises:
+            ValueError: a source or the tokenizer cannot be read, or the text is too short or the vocabulary too
+                small. Sources of tokens that are prepared already are not read.
+        """
+        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
+            allowed = f"it must be at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
+            raise ValueError(f"vocab_size={self.vocab_size} is not allowed: {allowed}")
+        if self.streamed and self.drop_duplicates:
+            raise ValueError("drop_duplicates=true is not possible with data.mode=stream: it needs data.mode=prepared")
+        if (self.folder(cache) / MANIFEST).exists():
+            return
+        size = self.size()
+        if size is not None and sequence_length >= size:
+            raise ValueError(too_long(sequence_length, f"the text has {size:,} bytes"))
+        for source in self.sources:
+            if next(iter(Stream(source)), None) is None:
+                raise ValueError(f"{source.place} holds no text")
+
+
+def corpus_tokenizer(
+    corpus: Corpus, console: Console, max_bytes: int = TOKENIZER_BYTES, threshold: float | None = None
+) -> TextEncoder:
+    """Train a byte-level BPE on the training documents of a corpus.
+
+    Args:
+        corpus: whose `vocab_size` the tokenizer gets.
+        console: where to say so, and on a terminal to show progress.
+        max_bytes: text to learn from; what comes after it is not read.
+        threshold: documents whose draw is below are left out. Default: those held out for testing.
+    """
+    threshold = corpus.test_fraction if threshold is None else threshold
+    console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
+    texts = (document.text for document in Mixture(corpus.sources) if document.draw >= threshold)
+    return train_tokenizer(_up_to(texts, max_bytes), corpus.vocab_size, progress=console.is_terminal)
+
+
+def too_long(sequence_length: int, held: str) -> str:
+    """Say that a text is too short for one sequence."""
+    return (
+        f"sequence_length={sequence_length} is longer than the text: {held}, "
+        "and one sequence needs sequence_length + 1 tokens"
+    )
+
+
+def _up_to(texts: Iterable[str], size: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return

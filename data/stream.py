@@ -1,0 +1,226 @@
+"""Training on text that is tokenized on the way and not kept: for a first look at a large dataset.
+
+The tokens of an epoch are cut into blocks of sequences, and the sequences of a block are shuffled; the rest at the end
+of an epoch, shorter than a sequence, is left out. A block is made again from the place in the sources where it
+begins, so a position is that place and the number of sequences consumed. Every rank makes all blocks and takes its
+rows of each batch: they read and tokenize the same text, but none has to know of the others, and a run may continue
+on another number of them. A text that fits one block is dealt out in the order in which it would be if prepared.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from data.batch import Batch
+from data.corpus import HEAD_BYTES, HELD_OUT_BYTES, Corpus, corpus_tokenizer, too_long
+from data.encoding import ahead, batches
+from data.sequences import Sequences, Shuffled
+from data.sources import Document, Mixture, SourceError
+from data.tokenizer import TextEncoder, load_tokenizer
+from data.tokens import TokenArray
+from data.writing import keep_tokenizer, write_manifest, write_part
+
+
+def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
+    """Prepare what must be there before a text can be streamed: the tokenizer and the held-out documents.
+
+    These are the documents among the first 32 MiB of text whose draw is below `test_fraction`, or below the next
+    greater number that makes them half a MiB. Of a text that is shorter, they are those that `prepare` would hold out.
+
+    Raises:
+        ValueError: a source cannot be read, or all documents are the same.
+    """
+    console.print("reading the first documents, to hold some out")
+    documents: list[Document] = []
+    size = 0
+    mixture = iter(Mixture(corpus.sources))
+    while size < HEAD_BYTES and (document := next(mixture, None)) is not None:
+        documents.append(document)
+        size += document.size
+    ended = size < HEAD_BYTES
+    threshold = _threshold(documents, corpus.test_fraction, 0 if ended else HELD_OUT_BYTES, ended)
+    if corpus.tokenizer is None:
+        encoder = corpus_tokenizer(corpus, console, HEAD_BYTES, threshold)
+    else:
+        encoder = load_tokenizer(corpus.tokenizer)
+    folder.mkdir(exist_ok=True)
+    keep_tokenizer(encoder, folder)
+    held_out = [document for document in documents if document.draw < threshold]
+    ids = encoder.encode([document.text for document in held_out])
+    part, files = write_part(folder, 0, {"train": [], "test": list(zip(held_out, ids, strict=True))}, encoder)
+    write_manifest(folder, corpus, encoder, [part], files, threshold=threshold)
+    console.print(f"holding out {len(held_out):,} documents, {sum(map(len, ids)):,} tokens")
+
+
+def _threshold(documents: list[Document], fraction: float, least_bytes: int, whole: bool) -> float:
+    """Return the draw below which documents are held out; if these are all documents, one is on either side."""
+    by_draw = sorted(documents, key=lambda document: document.draw)
+    if whole and by_draw[0].draw == by_draw[-1].draw:
+        raise ValueError("the documents are all the same text: none can be held out for testing")
+    sizes = itertools.accumulate(document.size for document in by_draw)
+    needed = next((d.draw for d, size in zip(by_draw, sizes, strict=True) if size >= least_bytes), 1.0)
+    threshold = max(fraction, math.nextafter(needed, 1))
+    return min(threshold, by_draw[-1].draw) if whole else threshold
+
+
+class _Block(NamedTuple):
+    """Sequences that are shuffled together.
+
+    Attributes:
+        place: where it begins, as a checkpoint holds it: `block`, its number; `first`, the sequences of the run before
+            it; and how it is made: `source`, the place in the sources before some documents, `given`, the training
+            tokens of the epoch before those, and `skip`, how many of theirs belong to the block before.
+        shuffled: its sequences, in the order of the epoch whose number is the block's.
+    """
+
+    place: dict[str, Any]
+    shuffled: Shuffled
+
+    @property
+    def number(self) -> int:
+        return self.place["block"]
+
+    @property
+    def first(self) -> int:
+        return self.place["first"]
+
+
+class Streamed:
+    """The training sequences of a streamed corpus, in the order of a run.
+
+    Args:
+        corpus: what to read.
+        encoder: its tokenizer.
+        threshold: documents whose draw is below are held out.
+        length: inputs per sequence.
+        seed: of the order.
+        block_tokens: tokens in a block, about; they are in memory twice.
+    """
+
+    def __init__(
+        self, corpus: Corpus, encoder: TextEncoder, threshold: float, length: int, seed: int, block_tokens: int
+    ) -> None:
+        self.corpus = corpus
+        self.encoder = encoder
+        self.threshold = threshold
+        self.length = length
+        self.seed = seed
+        self.block = max(1, block_tokens // length)
+        self._go_to({"block": 0, "first": 0, "source": None, "given": 0, "skip": 0})
+
+    def take(self, first: int, rows: int, documents: bool = False) -> Batch:
+        """Return the sequences at positions first to first + rows - 1 of the run, see `Shuffled.take`.
+
+        Raises:
+            ValueError: a source cannot be read, or the position is before the block that was last taken from.
+        """
+        pieces = []
+        while rows:
+            block = self._block_of(first)
+            here = min(rows, block.first + len(block.shuffled) - first)
+            pieces.append(
+                block.shuffled.take(block.number * len(block.shuffled) + first - block.first, here, documents)
+            )
+            first, rows = first + here, rows - here
+        if len(pieces) == 1:
+            return pieces[0]
+        numbers = [piece.documents for piece in pieces if piece.documents is not None]
+        return Batch(torch.cat([piece.tokens for piece in pieces]), documents=torch.cat(numbers) if documents else None)
+
+    def state(self) -> dict[str, Any]:
+        """Return where the block begins that was last taken from, as JSON holds it."""
+        return {"stream": self._block.place if self._block else self._start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved place; what can be taken next is of that block or a later one."""
+        self._go_to(state["stream"])
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._blocks.close()
+
+    def _go_to(self, place: dict[str, Any]) -> None:
+        self._start = place
+        self._block: _Block | None = None
+        self._blocks = self._make_blocks(place)
+
+    def _block_of(self, position: int) -> _Block:
+        while self._block is None or position >= self._block.first + len(self._block.shuffled):
+            self._block = next(self._blocks)
+        if position < self._block.first:
+            raise ValueError(f"sequence {position} of the run is before the block that is in memory")
+        return self._block
+
+    def _make_blocks(self, place: dict[str, Any]) -> Generator[_Block]:
+        """Yield the blocks of the run from a place on."""
+        size, number, first = self.block * self.length, place["block"], place["first"]
+        while True:
+            held: deque[_Encoded] = deque()
+            skip, there, taken = place["skip"], -place["skip"], 0
+            for encoded in ahead(self._encoded(place), depth=max(1, size >> 20)):
+                held.append(encoded)
+                there += len(encoded.ids)
+                while there > size:
+                    block = self._cut(held, skip, size, number, first)
+                    yield block
+                    number, first, taken = number + 1, first + self.block, taken + 1
+                    skip, there = skip + size, there - size
+                    while skip >= len(held[0].ids):
+                        skip -= len(held.popleft().ids)
+            if there > self.length:
+                count = (there - 1) // self.length
+                yield self._cut(held, skip, count * self.length, number, first)
+                number, first, taken = number + 1, first + count, taken + 1
+            if not taken and place["given"] + place["skip"] == 0:
+                raise SourceError(too_long(self.length, f"the training text has {there:,} tokens"))
+            place = {"block": number, "first": first, "source": None, "given": 0, "skip": 0}
+
+    def _cut(self, held: "deque[_Encoded]", skip: int, tokens: int, number: int, first: int) -> _Block:
+        """Make a block of so many inputs."""
+        begins = held[0]
+        ids = np.concatenate([encoded.ids for encoded in held])[skip : skip + tokens + 1]
+        starts = itertools.accumulate((len(encoded.ids) for encoded in held), initial=0)
+        ends = np.concatenate([encoded.ends + start for encoded, start in zip(held, starts, strict=False)]) - skip
+        array = TokenArray.in_memory(ids, ends[(ends > 0) & (ends <= len(ids))])
+        place = {"block": number, "first": first, "source": begins.source, "given": begins.given, "skip": skip}
+        return _Block(place, Shuffled(Sequences(array, self.length), self.seed))
+
+    def _encoded(self, place: dict[str, Any]) -> "Iterator[_Encoded]":
+        """Yield the training tokens of one epoch from the documents on at which a block begins."""
+        source, given = place["source"], place["given"]
+        limit = self.corpus.max_tokens or math.inf
+        for batch in ahead(batches(Mixture(self.corpus.sources, source))):
+            texts = [document.text for document in batch.documents if document.draw >= self.threshold]
+            arrays = self.encoder.encode(texts)
+            ends = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)
+            whole = int(np.searchsorted(ends, limit - given)) + 1  # documents up to the one that reaches the limit
+            arrays, ends = arrays[:whole], ends[:whole]
+            if arrays:
+                yield _Encoded(source, given, np.concatenate(arrays), ends)
+                given += int(ends[-1])
+            if given >= limit:
+                return
+            source = batch.state
+
+
+class _Encoded(NamedTuple):
+    """Training tokens of documents encoded together.
+
+    Attributes:
+        source: place in the sources before the documents; `None`: at their beginning.
+        given: training tokens of the epoch before these.
+        ids: (tokens,).
+        ends: (documents,) where each ends.
+    """
+
+    source: dict[str, Any] | None
+    given: int
+    ids: np.ndarray
+    ends: np.ndarray

@@ -1,0 +1,169 @@
+"""A text tokenized while training gives the batches that it would give prepared, from any place on, on any ranks."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import data.stream
+from data import Corpus, Mixture, SequenceLoader, Sequences, Shuffled, Source, SourceError, Streamed, prepare
+from data.tokenizer import load_tokenizer
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, corpus) -> Corpus:
+    """Two sources of short documents, one in three files, and a tokenizer for them."""
+    folder = tmp_path_factory.mktemp("stream")
+    words = " ".join(p.read_text() for p in sorted(corpus.glob("*.txt"))).split()
+    draw = random.Random(0)
+    rows = [
+        json.dumps({"text": " ".join(words[i : i + draw.randint(5, 60)])})
+        for i in draw.sample(range(len(words) - 60), 1200)
+    ]
+    (folder / "a").mkdir()
+    for i in range(3):
+        (folder / "a" / f"{i}.jsonl").write_text("\n".join(rows[i * 300 : (i + 1) * 300]))
+    (folder / "b.jsonl").write_text("\n".join(rows[900:]))
+    sources = (Source("a", path=str(folder / "a"), weight=3), Source("b", path=str(folder / "b.jsonl")))
+    given = prepare(Corpus(sources, vocab_size=400, test_fraction=0.1), folder / "cache", LENGTH)
+    return Corpus(sources, tokenizer=str(given.folder), test_fraction=0.1)
+
+
+def streamed(corpus: Corpus, block_tokens: int = 1 << 20, **changes) -> Streamed:
+    corpus = Corpus(**{**vars(corpus), "streamed": True, **changes})
+    return Streamed(corpus, load_tokenizer(corpus.tokenizer), corpus.test_fraction, LENGTH, 7, block_tokens)
+
+
+@pytest.fixture(autouse=True)
+def few_documents_at_a_time(monkeypatch):
+    """Encode so few documents at a time that a block needs several lots of them."""
+    monkeypatch.setattr(data.encoding.batches, "__defaults__", (3000,))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 5000])
+def test_a_text_of_one_block_gives_the_batches_of_the_prepared_tokens(corpus, max_tokens, tmp_path):
+    corpus = Corpus(**{**vars(corpus), "max_tokens": max_tokens})
+    tokens = prepare(corpus, tmp_path, LENGTH)
+    prepared = Shuffled(Sequences(tokens.train, LENGTH), seed=7)
+    stream = streamed(corpus)
+    for first in range(0, 2 * len(prepared) + 40, 40):
+        ours, theirs = stream.take(first, 40, documents=True), prepared.take(first, 40, documents=True)
+        assert torch.equal(ours.tokens, theirs.tokens) and ours.tokens.dtype == theirs.tokens.dtype
+        assert torch.equal(ours.documents, theirs.documents)
+    stream.close()
+
+
+def test_each_block_gives_its_sequences_once(corpus, tmp_path):
+    whole = Sequences(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
+    stream, block = streamed(corpus, 50 * LENGTH), 50
+    before: list[list[int]] = []
+    for epoch in range(2):
+        order = []
+        for begin in range(0, len(whole), block):
+            count = min(block, len(whole) - begin)
+            taken = stream.take(epoch * len(whole) + begin, count, documents=True)
+            wanted = np.arange(begin, begin + count)
+            rows = {tuple(row): i for i, row in zip(wanted, whole.batch(wanted).tolist(), strict=True)}
+            order.append([rows.pop(tuple(row)) for row in taken.tokens.tolist()])
+            assert not rows
+            assert torch.equal(taken.documents, whole.documents(np.array(order[-1])))
+        assert all(found != sorted(found) for found in order if len(found) > 3)
+        assert order != before
+        before = order
+    stream.close()
+
+
+def rows_of(loaders: list[SequenceLoader]) -> list[list[list[int]]]:
+    """The rows of each step, over all ranks."""
+    per_step = loaders[0].global_batch_size // loaders[0].per_forward
+    found = [[row for batch in batches for row in batch.tokens.tolist()] for batches in zip(*loaders, strict=True)]
+    return [list(itertools.chain(*found[i : i + per_step])) for i in range(0, len(found), per_step)]
+
+
+def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
+    steps, batch = 120, 24  # of 1,700 sequences: more than an epoch, and batches that lie in two blocks
+
+    def loaders(world: int = 1, micro: int = batch, state: str | None = None) -> list[SequenceLoader]:
+        made = []
+        for rank in range(world):
+            sequences = streamed(corpus, 37 * LENGTH)
+            made.append(SequenceLoader(sequences, "f", steps, batch, micro, rank, world))
+            if state:
+                made[-1].load_state_dict(json.loads(state))
+        return made
+
+    (whole,) = loaders()
+    expected, states = [], [json.dumps(whole.state_dict())]
+    for taken in whole:
+        expected.append(taken.tokens.tolist())
+        states.append(json.dumps(whole.state_dict()))
+    assert len(expected) == steps
+    for world, micro in ((1, 4), (2, 12), (4, 3)):
+        assert rows_of(loaders(world, micro)) == expected
+    for done in (1, 71, 72, 99, 118):
+        assert rows_of(loaders(done % 2 + 1, 6, states[done])) == expected[done:]
+    assert rows_of(loaders(state=states[-1])) == []
+
+
+def test_held_out_documents_are_those_of_a_preparation_and_never_trained_on(corpus, tmp_path):
+    prepared = prepare(corpus, tmp_path, LENGTH)
+    head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
+    assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
+    assert len(head.train) == 0 and head.facts["threshold"] == 0.1
+    assert head.fingerprint != prepared.fingerprint and head.folder != prepared.folder
+    again = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
+    assert again.fingerprint == head.fingerprint
+
+
+def test_of_a_long_text_enough_is_held_out(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.stream, "HEAD_BYTES", 60_000)
+    monkeypatch.setattr(data.stream, "HELD_OUT_BYTES", 20_000)
+    head = prepare(Corpus(**{**vars(corpus), "streamed": True, "test_fraction": 1e-4}), tmp_path, LENGTH)
+    threshold = head.facts["threshold"]
+    assert 0.1 < threshold < 0.9 and 20_000 <= head.facts["test"]["bytes"] < 20_500
+    texts, size = [], 0
+    for document in Mixture(corpus.sources):
+        if document.draw < threshold:
+            texts.append(document.text)
+        size += document.size
+        if size >= 60_000:
+            break
+    encoder = load_tokenizer(corpus.tokenizer)
+    assert head.test.read(0, len(head.test)).tolist() == np.concatenate(encoder.encode(texts)).tolist()
+
+
+def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} little words make up a document " * 3)
+    for fraction in (1e-6, 0.5, 1 - 1e-6):
+        corpus = Corpus((Source("text", path=str(tmp_path / "text")),), vocab_size=300, test_fraction=fraction)
+        prepared = prepare(corpus, tmp_path / "cache", 4)
+        head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path / "cache", 4)
+        assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("the same")
+    with pytest.raises(ValueError, match="all the same text"):
+        prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path / "cache", 4)
+
+
+def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
+    with pytest.raises(ValueError, match="drop_duplicates=true is not possible with data"):
+        Corpus(**{**vars(corpus), "streamed": True, "drop_duplicates": True}).check(tmp_path, LENGTH)
+    with pytest.raises(ValueError, match="sequence_length=100000 is longer than the text: the test text has"):
+        prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, 100_000)
+    everything_held_out = streamed(corpus, test_fraction=1.0)
+    with pytest.raises(SourceError, match="sequence_length=16 is longer than the text: the training text has 0 tokens"):
+        everything_held_out.take(0, 1)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "some words here"}\n' * 3000)
+    (tmp_path / "text" / "b.jsonl").write_text('{"text": "some words here"}\n' * 10 + '{"text": ')
+    broken = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), test_fraction=0.0)
+    broken.take(0, 1)
+    with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text cannot be read: .*b.jsonl: "):
+        broken.take(4000, 1)
