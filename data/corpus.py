@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,15 @@ class Corpus:
             "drop_duplicates": self.drop_duplicates,
             "max_tokens": self.max_tokens,
         }
+
+    def commits(self) -> dict[str, str]:
+        """Return the commits of the sources on the hub, by name, as they are now."""
+        found = {source.name: source.commit() for source in self.sources}
+        return {name: commit for name, commit in found.items() if commit is not None}
+
+    def at(self, commits: Mapping[str, str]) -> "Corpus":
+        """Return the corpus as it was at some commits: what is begun is finished with the same text."""
+        return replace(self, sources=tuple(replace(s, revision=commits.get(s.name, s.revision)) for s in self.sources))
 
     def folder(self, cache: Path) -> Path:
         """Return where its tokens are or will be."""

@@ -84,14 +84,14 @@ class _Preparation:
 
     def __init__(self, corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
         self.corpus, self.folder, self.console, self.part_tokens = corpus, folder, console, part_tokens
-        self.journal = self._new_journal(corpus.test_fraction)
+        self.journal: dict[str, Any] = {}
 
     @staticmethod
-    def _new_journal(threshold: float) -> dict[str, Any]:
+    def _new_journal(threshold: float, commits: dict[str, str]) -> dict[str, Any]:
         """What is known before the first document; `threshold`: documents whose draw is below are held out."""
         counts = dict.fromkeys(("documents", "duplicates", "text_bytes"), 0)
         draws = {"threshold": threshold, "least_draw": 1.0, "greatest_draw": 0.0}
-        return {"parts": [], "state": None, "complete": False, "files": {}, **counts, **draws}
+        return {"commits": commits, "parts": [], "state": None, "complete": False, "files": {}, **counts, **draws}
 
     def run(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -99,6 +99,10 @@ class _Preparation:
         if journal.exists():
             self.journal = json.loads(journal.read_text())
             self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
+        else:
+            self.journal = self._new_journal(self.corpus.test_fraction, self.corpus.commits())
+            replace(journal, json.dumps(self.journal))
+        self.pinned = self.corpus.at(self.journal["commits"])
         while True:
             encoder = self._encoder()
             if not self.journal["complete"]:
@@ -111,7 +115,7 @@ class _Preparation:
             )
             shutil.rmtree(self.folder)
             self.folder.mkdir()
-            self.journal = self._new_journal(threshold)
+            self.journal = self._new_journal(threshold, self.journal["commits"])
             replace(journal, json.dumps(self.journal))
         self._finish(encoder)
 
@@ -122,7 +126,7 @@ class _Preparation:
         if self.corpus.tokenizer is not None:
             encoder = load_tokenizer(self.corpus.tokenizer)
         else:
-            encoder = corpus_tokenizer(self.corpus, self.console, threshold=self.journal["threshold"])
+            encoder = corpus_tokenizer(self.pinned, self.console, threshold=self.journal["threshold"])
         keep_tokenizer(encoder, self.folder)
         return encoder
 
@@ -132,7 +136,7 @@ class _Preparation:
         held: dict[str, list[tuple[Document, np.ndarray]]] = {split: [] for split in SPLITS}
         tokens = {split: sum(part[split]["tokens"] for part in journal["parts"]) for split in SPLITS}
         written = sum(tokens.values())
-        mixture = Mixture(self.corpus.sources, journal["state"])
+        mixture = Mixture(self.pinned.sources, journal["state"])
         read = ahead(batches(mixture, min(BATCH_BYTES, self.part_tokens)))
         encoded = ahead((batch, encoder.encode([d.text for d in batch.documents])) for batch in read)
         started = said = time.monotonic()
@@ -210,7 +214,13 @@ class _Preparation:
     def _finish(self, encoder: TextEncoder) -> None:
         journal = self.journal
         facts = write_manifest(
-            self.folder, self.corpus, encoder, journal["parts"], journal["files"], duplicates=journal["duplicates"]
+            self.folder,
+            self.corpus,
+            encoder,
+            journal["parts"],
+            journal["files"],
+            duplicates=journal["duplicates"],
+            commits=journal["commits"],
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
         train, test = (facts[split]["tokens"] for split in SPLITS)

@@ -50,7 +50,7 @@ class Source:
         hub: a dataset's name on the Hugging Face hub.
         subset: its configuration, if it has several.
         split: its split.
-        revision: its commit, tag or branch; `None`: the newest.
+        revision: its commit, tag or branch; `None`: the newest when tokens are prepared or first streamed.
         column: that holds the text; means nothing for `.txt`.
         weight: share of the bytes, relative to the other sources.
 
@@ -132,6 +132,21 @@ class Source:
             stats = [(file, file.stat()) for file in self.files()]
             where = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
         return {"where": where, "column": self.column, "weight": self.weight}
+
+    def commit(self) -> str | None:
+        """Return the commit that `revision` stands for now in a dataset on the hub; `None` if it is not on the hub.
+
+        Raises:
+            SourceError: the hub does not say.
+        """
+        if self.hub is None:
+            return None
+        from huggingface_hub import HfApi
+
+        try:
+            return HfApi().dataset_info(self.hub, revision=self.revision).sha
+        except Exception as error:
+            raise SourceError(f"{self.place} cannot be opened ({_reason(error)})") from error
 
     def open(self) -> Any:
         """Return the `datasets.IterableDataset` of this source's rows.

@@ -40,14 +40,15 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     console.print("reading the first documents, to hold some out")
     documents: list[Document] = []
     size = 0
-    mixture = iter(Mixture(corpus.sources))
+    commits = corpus.commits()
+    mixture = iter(Mixture(corpus.at(commits).sources))
     while size < HEAD_BYTES and (document := next(mixture, None)) is not None:
         documents.append(document)
         size += document.size
     ended = size < HEAD_BYTES
     threshold = _threshold(documents, corpus.test_fraction, 0 if ended else HELD_OUT_BYTES, ended)
     if corpus.tokenizer is None:
-        encoder = corpus_tokenizer(corpus, console, HEAD_BYTES, threshold)
+        encoder = corpus_tokenizer(corpus.at(commits), console, HEAD_BYTES, threshold)
     else:
         encoder = load_tokenizer(corpus.tokenizer)
     folder.mkdir(exist_ok=True)
@@ -55,7 +56,7 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     held_out = [document for document in documents if document.draw < threshold]
     ids = encoder.encode([document.text for document in held_out])
     part, files = write_part(folder, 0, {"train": [], "test": list(zip(held_out, ids, strict=True))}, encoder)
-    write_manifest(folder, corpus, encoder, [part], files, threshold=threshold)
+    write_manifest(folder, corpus, encoder, [part], files, threshold=threshold, commits=commits)
     console.print(f"holding out {len(held_out):,} documents, {sum(map(len, ids)):,} tokens")
 
 

@@ -4,8 +4,9 @@ Three tables, each with the ratio to its peer, contenders taking turns in one pr
 
 - opening a set of `tokens` tokens (sparse files, of the parts that a preparation makes) and finding step 11,000;
 - reading shuffled batches of 2,049 tokens against a sequential copy of as many bytes in memory;
-- tokenizing a text into prepared tokens, reading and writing included, against `tokenizers.encode_batch` on the same
-  text in memory, and against `datasets.map` with transformers' AutoTokenizer of the same tokenizer.
+- tokenizing a text into prepared tokens, reading and writing included, and into a stream of shuffled batches, against
+  `tokenizers.encode_batch` on the same text in memory, and against `datasets.map` with transformers' AutoTokenizer of
+  the same tokenizer.
 
 `path` is what `data.path` takes; without it the text is the embedded corpus, repeated.
 """
@@ -37,6 +38,7 @@ from data import (
     Sequences,
     Shuffled,
     Source,
+    Streamed,
     TokenArray,
     corpus_tokenizer,
     open_tokens,
@@ -95,6 +97,13 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         prepare(Corpus(source, tokenizer=str(folder / "tokenizer")), folder / "cache", 1)
 
+    def stream() -> None:
+        corpus = Corpus(source, tokenizer=str(folder / "tokenizer"), streamed=True)
+        streamed = Streamed(corpus, encoder, corpus.test_fraction, SEQUENCE, seed=0, block_tokens=8_000_000)
+        for first in range(0, sequences, BATCH):
+            streamed.take(first, min(BATCH, sequences - first))
+        streamed.close()
+
     def bare() -> None:
         encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
 
@@ -109,7 +118,15 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
         assert len(tokens) == len(texts)
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    contenders = {"tokens prepared": ours, "tokenizers.encode_batch": bare, "datasets.map": mapped}
+    ours()
+    (folder_made,) = (folder / "cache").glob("tokens-*")
+    sequences = len(Sequences(open_tokens(folder_made).train, SEQUENCE))  # of one epoch
+    contenders = {
+        "tokens prepared": ours,
+        "an epoch streamed": stream,
+        "tokenizers.encode_batch": bare,
+        "datasets.map": mapped,
+    }
     medians = in_turns(contenders, int(cfg.rounds), "tokenizing")
     table = Table(f"tokenizing {size / 1e6:.0f} MB", "MB/s", "over encode_batch", "over datasets.map")
     for name, seconds in medians.items():

@@ -73,7 +73,7 @@ def training_sequences(cfg: DictConfig, tokens: Tokens) -> Shuffled | Streamed:
     if data.mode == "prepared":
         return Shuffled(Sequences(tokens.train, data.sequence_length), cfg.seed)
     return Streamed(
-        corpus_of(cfg),
+        corpus_of(cfg).at(tokens.facts["commits"]),
         load_tokenizer(str(tokens.folder)),
         threshold=tokens.facts["threshold"],
         length=data.sequence_length,

@@ -176,5 +176,5 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence():
         capture_output=True,
         text=True,
     )
-    message = "ValueError: sources.s.hub=HuggingFaceTB/smollm-corpus cannot be opened"
+    message = "SourceError: sources.s.hub=HuggingFaceTB/smollm-corpus cannot be opened"
     assert message in done.stderr.splitlines()[-1]
