@@ -21,7 +21,7 @@ from data.tokenizer import (
 )
 from data.tokens import MANIFEST
 
-LAYOUT = 2  # of the folder; part of the recipe
+LAYOUT = 3  # of the folder; part of the recipe
 #: A tokenizer is trained on so many bytes of training documents, or all there are.
 TOKENIZER_BYTES = 256 << 20
 #: Of a text that is streamed, so many bytes are read beforehand: for the tokenizer, if one is trained, and for
@@ -91,6 +91,15 @@ class Corpus:
         """Return the bytes of text, about, where that can be had without reading it."""
         sizes = [source.size() for source in self.sources]
         return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+    def estimate(self) -> int | None:
+        """Return the bytes of text, about, to be read in an epoch; `None` if a source is on the hub."""
+        sizes = [source.estimate() for source in self.sources]
+        if None in sizes:
+            return None
+        weights = [source.weight for source in self.sources]
+        first = min(size / weight for size, weight in zip(sizes, weights, strict=True))  # type: ignore[operator]
+        return int(first * sum(weights))
 
     def check(self, cache: Path, sequence_length: int) -> None:
         """Find what can be found wrong without reading it all. Writes nothing.

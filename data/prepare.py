@@ -142,7 +142,13 @@ class _Preparation:
         started = said = time.monotonic()
         first_bytes = journal["text_bytes"]
         with _progress(self.console) as progress:
-            bar = progress.add_task("", total=self._total(), documents=0, tokens=0, written=journal["text_bytes"])
+            bar = progress.add_task(
+                "",
+                total=limit if limit < math.inf else self.pinned.estimate(),
+                documents=0,
+                tokens=0,
+                written=journal["text_bytes"],
+            )
             for batch, arrays in encoded:
                 for document, ids in zip(batch.documents, arrays, strict=True):
                     journal["documents"] += 1
@@ -178,9 +184,6 @@ class _Preparation:
                     held, written = {split: [] for split in SPLITS}, total
         journal["complete"] = True
         self._write_part(held, encoder)
-
-    def _total(self) -> float | None:
-        return self.corpus.max_tokens or self.corpus.size()
 
     def _digests(self) -> set[int]:
         """Return what tells the documents of the parts already written."""

@@ -9,7 +9,7 @@ share of the bytes, so it is the same in every run, and its place is a number of
 import glob
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
+SAMPLE = 4 << 20  # of text, to tell how well a file is packed
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
 
 
@@ -121,6 +122,20 @@ class Source:
         files = self.files()
         plain = all(file.suffix in FORMATS and file.suffix != ".parquet" for file in files)
         return sum(file.stat().st_size for file in files) if plain else None
+
+    def estimate(self) -> int | None:
+        """Return the bytes of text that the files seem to hold, by their sizes and the beginning of the first.
+
+        Raises:
+            SourceError: that one cannot be read.
+        """
+        if self.hub is not None:
+            return None
+        files = self.files()
+        try:
+            return int(sum(file.stat().st_size for file in files) * _ratio(files[0], self.column))
+        except Exception as error:  # each format and compression has its own
+            raise SourceError(f"{self.place} cannot be read: {files[0]}: {_reason(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this text from another without reading it: files' names, sizes and times, or a revision."""
@@ -285,6 +300,34 @@ def _format(file: Path) -> str | None:
     name = file.with_suffix("") if file.suffix in COMPRESSIONS else file
     kind = FORMATS.get(name.suffix)
     return None if kind == "parquet" and name is not file else kind
+
+
+def _ratio(file: Path, column: str) -> float:
+    """Return bytes of text, about, per byte of a file; of rows, of what a column takes in the first of them."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        facts = pq.ParquetFile(file)
+        if not facts.metadata.num_rows or column not in facts.schema_arrow.names:
+            return 1.0
+        rows = next(facts.iter_batches(64, columns=[column]))
+        return rows.nbytes / len(rows) * facts.metadata.num_rows / file.stat().st_size
+    if file.suffix not in COMPRESSIONS:
+        return 1.0
+    import gzip
+    import lzma
+
+    import zstandard
+
+    zst = zstandard.ZstdDecompressor()
+    unpack: dict[str, Callable[[Any], Any]] = {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".zst": lambda packed: zst.stream_reader(packed, read_size=1 << 13, read_across_frames=True),
+    }
+    with file.open("rb") as packed, unpack[file.suffix](packed) as text:
+        size = len(text.read(SAMPLE))
+        return size / (packed.tell() if size == SAMPLE else file.stat().st_size)
 
 
 def _matching(pattern: Path) -> Iterable[Path]:

@@ -62,6 +62,14 @@ def test_formats_and_compressions(kind, packed, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
+def test_how_much_text_there_is_can_be_told_before_reading_it(kind, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.SAMPLE", 200_000)
+    texts = [document.text for _, document in zip(range(40), Mixture([Source("embedded")]), strict=False)]
+    source = Source("s", path=str(write(tmp_path, kind, packed, texts)))
+    assert source.estimate() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.3)  # a sample of one file
+
+
+@pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_a_stream_goes_on_from_any_document(kind, packed, tmp_path):
     source = Source("s", path=str(write(tmp_path / "x", kind, packed)))
     whole = texts_of(source)
