@@ -66,7 +66,9 @@ def test_how_much_text_there_is_can_be_told_before_reading_it(kind, packed, tmp_
     monkeypatch.setattr("data.sources.SAMPLE", 200_000)
     texts = [document.text for _, document in zip(range(40), Mixture([Source("embedded")]), strict=False)]
     source = Source("s", path=str(write(tmp_path, kind, packed, texts)))
-    assert source.estimate() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.3)  # a sample of one file
+    assert source.estimate() == pytest.approx(
+        sum(len(text.encode()) for text in texts), rel=0.3
+    )  # a sample of one file
 
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
