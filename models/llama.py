@@ -6,10 +6,13 @@ convention (the two halves of a head rotate together), so weights go over withou
 """
 
 from dataclasses import dataclass, fields
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.loss import linear_cross_entropy
 
 _ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
     int: ((int,), "an integer from 1"),
@@ -21,6 +24,9 @@ _ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`.
+
+    `qk_norm` is no LLaMA's: it normalises queries and keys head by head, as Qwen3 does (a `Qwen3ForCausalLM` with the
+    same names), against the growth of attention logits that can end in spikes (arXiv 2302.05442, 2309.14322).
 
     Raises:
         ValueError: a size is not positive, or the heads do not divide.
@@ -37,6 +43,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,7 +67,8 @@ class LlamaConfig:
         """Number of parameters."""
         kv_width = self.num_key_value_heads * self.head_dim
         attention = 2 * self.hidden_size * (self.hidden_size + kv_width)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
@@ -82,6 +90,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (batch, seq, hidden); cos, sin: (seq, head_dim)."""
@@ -90,7 +100,7 @@ class Attention(nn.Module):
             proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, hidden))
 
@@ -169,20 +179,28 @@ class Llama(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(self, tokens: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or the loss where targets are given.
 
         Args:
             tokens: (batch, seq) token ids.
             targets: (batch, seq) ids of the tokens that follow.
+            z_loss: see `linear_cross_entropy`.
 
         Returns:
-            (batch, seq, vocab) logits; with targets the mean cross entropy in nats, 0-dim float32.
+            (batch, seq, vocab) logits; with targets what is to be minimised, and the mean cross entropy in nats, which
+            has no gradient: equal without z-loss, both 0-dim float32.
         """
-        logits = self.lm_head(self.model(tokens))
+        hidden = self.model(tokens)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.lm_head(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
 
 
 def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

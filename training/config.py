@@ -83,6 +83,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "optim.eps": _POSITIVE,
     "optim.weight_decay": (lambda v: is_number(v) and v >= 0, "a number from 0"),
+    "optim.z_loss": (lambda v: is_number(v) and v >= 0, "a number from 0"),
     "optim.fused": (lambda v: isinstance(v, bool), "true or false"),
     "optim.warmup_fraction": _FRACTION,
     "optim.final_lr_fraction": _FRACTION,

@@ -27,8 +27,8 @@ Row = dict[str, float | int | None]
 class Metrics(pl.Callback):
     """Record every optimizer step.
 
-    Fields of a line: `step` (from 1), `tokens` (so far), `loss` (mean over the global batch, nats per token, before
-    the step), `lr`, `tokens_per_second` (mean since the last transfer), and the strategy's telemetry.
+    Fields of a line: `step` (from 1), `tokens` (so far), `loss` (cross entropy, mean over the global batch, nats per
+    token, before the step), `lr`, `tokens_per_second` (mean since the last transfer), and the strategy's telemetry.
 
     Args:
         folder: run folder.
@@ -69,11 +69,10 @@ class Metrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Take the loss of a micro-batch, and the whole step's numbers after its last."""
-        # Lightning has divided the loss by the number of micro-batches for backward.
-        self._losses.append(outputs["loss"].detach())
+        self._losses.append(outputs["cross_entropy"])
         if len(self._losses) < trainer.accumulate_grad_batches:
             return
-        loss = torch.stack(self._losses).sum()
+        loss = torch.stack(self._losses).mean()
         self._losses.clear()
         self._pending.append((trainer.global_step, {"loss": loss, **self.strategy.telemetry}))
         if trainer.global_step % self.log_every == 0:

@@ -21,6 +21,7 @@ class PretrainingModule(pl.LightningModule):
         betas, eps, weight_decay, fused: of AdamW; the decay applies to every parameter.
         warmup_fraction: share of the steps over which the learning rate rises linearly from 0.
         final_lr_fraction: where the cosine ends, as a share of `lr`.
+        z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class PretrainingModule(pl.LightningModule):
         fused: bool,
         warmup_fraction: float,
         final_lr_fraction: float,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = Llama(model)
@@ -47,17 +49,20 @@ class PretrainingModule(pl.LightningModule):
         }
         self.warmup_steps = round(warmup_fraction * steps)
         self.final_lr_fraction = final_lr_fraction
+        self.z_loss = z_loss
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch in nats per token."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what is to be minimised, and the mean cross entropy of a batch in nats per token."""
         tokens = batch.tokens.long()
-        return self.model(tokens[:, :-1], tokens[:, 1:] if batch.targets is None else batch.targets.long())
+        targets = tokens[:, 1:] if batch.targets is None else batch.targets.long()
+        return self.model(tokens[:, :-1], targets, self.z_loss)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch."""
-        return self.loss(batch)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return `loss` of one micro-batch, to be minimised, and `cross_entropy`, to be recorded."""
+        loss, cross_entropy = self.loss(batch)
+        return {"loss": loss, "cross_entropy": cross_entropy}
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate of optimizer step `step` (from 0) as a share of the peak."""
@@ -82,7 +87,7 @@ class PretrainingModule(pl.LightningModule):
         """Add one batch of held-out sequences, which may be smaller than the others, to the sum."""
         rows, length = batch.tokens.shape
         tokens = rows * (length - 1)
-        self._test_sum += self.loss(batch).to("cpu", torch.float64) * tokens
+        self._test_sum += self.loss(batch)[1].to("cpu", torch.float64) * tokens
         self._test_tokens += tokens
 
     @property

@@ -1,0 +1,147 @@
+"""To and from folders that Hugging Face's `from_pretrained` reads: safetensors and config.json.
+
+Our parameters have the names that transformers gives them, so nothing is renamed. A model with `qk_norm` is a
+`Qwen3ForCausalLM` there, every other a `LlamaForCausalLM`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.llama import Llama, LlamaConfig
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: What must hold of a config.json beside the shape, and the value if it is not said.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "rope_type": "default",
+}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_of_text: int | None = None) -> None:
+    """Write a model into a folder, in files of at most 5 GB.
+
+    Args:
+        state: `Llama.state_dict()`, in the dtype to be written.
+        config: of the model.
+        folder: made if it is not there.
+        end_of_text: id of the token that ends a text.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    kind = "qwen3" if config.qk_norm else "llama"
+    facts = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        **{name: value for name, value in vars(config).items() if name not in ("qk_norm", "rope_theta")},
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,  # where transformers 4 looks; transformers 5 looks below
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **{name: value for name, value in _FIXED.items() if name != "rope_type"},
+        "bos_token_id": None,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor for name, tensor in state.items() if not _is_tied(name, config)}
+    save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
+    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def config_of(folder: Path) -> LlamaConfig:
+    """Return the shape of the model in a folder.
+
+    Raises:
+        ValueError: there is none, or it is of an architecture that is not ours.
+    """
+    file = folder / CONFIG
+    try:
+        facts = json.loads(file.read_text())
+        kind = facts["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"init_from={folder} cannot be read ({_said(error)}): it must be a folder with a {CONFIG} and "
+                         "safetensors") from error  # fmt: skip
+    rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    said = {**facts, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    strange = {name: said[name] for name, value in _FIXED.items() if said.get(name, value) != value}
+    if kind not in _ARCHITECTURES:
+        strange = {"model_type": kind}
+    else:
+        values = {name: facts[name] for name in LlamaConfig.__dataclass_fields__ if name in facts}
+        values["rope_theta"] = rope.get("rope_theta", facts.get("rope_theta", 10000.0))
+        values["num_key_value_heads"] = facts.get("num_key_value_heads") or facts.get("num_attention_heads")
+        try:
+            config = LlamaConfig(**{n: _number(n, value) for n, value in values.items()}, qk_norm=kind == "qwen3")
+        except TypeError as error:
+            raise ValueError(f"init_from={folder} cannot be read ({CONFIG} is incomplete: {_said(error)})") from error
+        if facts.get("head_dim") not in (None, config.head_dim):
+            strange["head_dim"] = facts["head_dim"]
+        if not strange:
+            return config
+    found = ", ".join(f"{name}={value}" for name, value in strange.items())
+    raise ValueError(
+        f"init_from={folder} is another architecture ({found}): it must be a LLaMA, or a Qwen3 whose heads make up "
+        "hidden_size, without biases and with plain rotary positions"
+    )
+
+
+def load(model: Llama, folder: Path) -> None:
+    """Copy the weights in a folder into a model, in the model's dtype.
+
+    Raises:
+        ValueError: a weight is missing, unknown, or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        files = [folder / name for name in _weight_files(folder)]
+        own = model.state_dict()
+        wanted = {name for name in own if not _is_tied(name, model.config)}
+        with torch.no_grad():
+            for file in files:
+                with safe_open(file, "pt") as weights:
+                    for name in weights.keys():  # noqa: SIM118 - it is no dict
+                        if _is_tied(name, model.config) or name.endswith("rotary_emb.inv_freq"):
+                            continue
+                        tensor = weights.get_tensor(name)
+                        if name not in wanted or tensor.shape != own[name].shape:
+                            shape = tuple(own[name].shape) if name in own else "not in the model"
+                            raise ValueError(f"{name} is {tuple(tensor.shape)} in {file}, and {shape} here")
+                        own[name].copy_(tensor)
+                        wanted.remove(name)
+        if wanted:
+            raise ValueError(f"{len(wanted)} weights are missing, {min(wanted)} among them")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"init_from={folder} cannot be read ({_said(error)})") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).exists():
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"there is no {WEIGHTS}")
+    return [WEIGHTS]
+
+
+def _is_tied(name: str, config: LlamaConfig) -> bool:
+    return config.tie_word_embeddings and name == "lm_head.weight"
+
+
+def _number(name: str, value: Any) -> Any:
+    return float(value) if LlamaConfig.__dataclass_fields__[name].type is float else value
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

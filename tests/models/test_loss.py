@@ -1,0 +1,82 @@
+"""The loss made without all logits is the plain one, and so are its gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import models.loss
+from models.loss import linear_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY = 300, 32, 500
+
+
+def plain(hidden, weight, targets, z_loss=0.0):
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, targets) + z_loss * logits.logsumexp(-1).square().mean()
+
+
+def differentiated(function, dtype, autocast=False):
+    """Loss and gradients of a function of the same inputs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCABULARY, HIDDEN) * 0.3).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = function(hidden, weight, targets)
+    (loss * 2).backward()
+    assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == dtype
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100, 300, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_loss_and_gradients_are_the_plain_ones(rows, z_loss, monkeypatch):
+    monkeypatch.setattr(models.loss, "ELEMENTS", rows * VOCABULARY)
+    expected = differentiated(lambda *given: plain(*given, z_loss), torch.float32)
+    found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_they_are_as_near_to_float32_as_the_plain_ones(autocast, monkeypatch):
+    monkeypatch.setattr(models.loss, "ELEMENTS", 50 * VOCABULARY)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    exact = differentiated(plain, torch.float32)
+    theirs = differentiated(plain, dtype, autocast)
+    ours = differentiated(lambda *given: linear_cross_entropy(*given)[0], dtype, autocast)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
+
+
+def test_the_cross_entropy_is_told_apart_from_the_z_loss():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4)
+    targets = torch.randint(11, (9,))
+    loss, cross_entropy = linear_cross_entropy(hidden, weight, targets, z_loss=0.1)
+    assert not cross_entropy.requires_grad and loss > cross_entropy
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(hidden @ weight.T, targets).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, z_loss=0.1)[0], loss)
+
+
+def test_all_logits_are_never_there(monkeypatch):
+    """No tensor of the whole loss, forward and backward, is as large as the logits."""
+    monkeypatch.setattr(models.loss, "ELEMENTS", 10 * VOCABULARY)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        differentiated(lambda *given: linear_cross_entropy(*given)[0], torch.float32)
+    assert largest == VOCABULARY * HIDDEN
+    largest = 0
+    with Watch():
+        differentiated(plain, torch.float32)
+    assert largest == TOKENS * VOCABULARY
