@@ -55,7 +55,7 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(cfg, console)
-    with folder.owned(cfg, tokens.fingerprint):
+    with folder.owned(cfg, tokens):
         evaluation = train(cfg, folder, tokens, console)
         unfinished = read_run(folder.path)
         result = summarise(unfinished) | evaluation

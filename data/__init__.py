@@ -12,11 +12,12 @@ from data.prepare import prepare
 from data.sequences import Sequences, Shuffled, unigram_entropy
 from data.sources import Document, Mixture, Source, SourceError, sources_of
 from data.stream import Streamed
-from data.tokenizer import load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
     "KINDS",
+    "TOKENIZER_FILES",
     "BadBatches",
     "Batch",
     "Corpus",

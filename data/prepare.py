@@ -23,9 +23,9 @@ from data.corpus import Corpus, corpus_tokenizer, too_long
 from data.encoding import BATCH_BYTES, ahead, batches
 from data.sources import Document, Mixture
 from data.stream import prepare_head
-from data.tokenizer import TextEncoder, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
 from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, open_tokens
-from data.writing import TOKENIZER_FILES, alone, digest_key, keep_tokenizer, replace, write_manifest, write_part
+from data.writing import alone, digest_key, keep_tokenizer, replace, write_manifest, write_part
 
 PART_TOKENS = 1 << 26
 JOURNAL = "journal.json"

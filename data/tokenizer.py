@@ -14,6 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 
+#: Of a folder that holds a tokenizer, in the order in which they are written.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 #: All bytes and the end-of-text token.
 SMALLEST_VOCABULARY = 257
 

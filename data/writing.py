@@ -15,10 +15,8 @@ from rich.console import Console
 
 from data.corpus import Corpus
 from data.sources import Document
-from data.tokenizer import TextEncoder
+from data.tokenizer import TOKENIZER_FILES, TextEncoder
 from data.tokens import DOCUMENT, MANIFEST, SPLITS, checksum, documents_file
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def digest_key(digest: bytes) -> int:

@@ -5,7 +5,7 @@ Our parameters have the names that transformers gives them, so nothing is rename
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,38 +101,51 @@ def load(model: Llama, folder: Path) -> None:
     """Copy the weights in a folder into a model, in the model's dtype.
 
     Raises:
-        ValueError: a weight is missing, unknown, or of another shape.
+        ValueError: a weight is missing, unknown, or of another shape, or cannot be read.
     """
+    own = model.state_dict()
+    for name, tensor in _weights(folder, model.config, whole=True):
+        with torch.no_grad():
+            own[name].copy_(tensor)
+
+
+def check_weights(folder: Path, config: LlamaConfig) -> None:
+    """Raise what `load` would raise for a model of this shape, as far as the files' headers tell."""
+    for _ in _weights(folder, config, whole=False):
+        pass
+
+
+def _weights(folder: Path, config: LlamaConfig, whole: bool) -> Iterator[tuple[str, Any]]:
+    """Yield each weight of a folder once, or without reading it its shape."""
     from safetensors import SafetensorError, safe_open
 
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in Llama(config).state_dict().items() if not _is_tied(name, config)}
     try:
-        files = [folder / name for name in _weight_files(folder)]
-        own = model.state_dict()
-        wanted = {name for name in own if not _is_tied(name, model.config)}
-        with torch.no_grad():
-            for file in files:
-                with safe_open(file, "pt") as weights:
-                    for name in weights.keys():  # noqa: SIM118 - it is no dict
-                        if _is_tied(name, model.config) or name.endswith("rotary_emb.inv_freq"):
-                            continue
-                        tensor = weights.get_tensor(name)
-                        if name not in wanted or tensor.shape != own[name].shape:
-                            shape = tuple(own[name].shape) if name in own else "not in the model"
-                            raise ValueError(f"{name} is {tuple(tensor.shape)} in {file}, and {shape} here")
-                        own[name].copy_(tensor)
-                        wanted.remove(name)
+        for file in _weight_files(folder):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - it is no dict
+                    if _is_tied(name, config) or name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    shape = tuple(weights.get_slice(name).get_shape())
+                    if wanted.get(name) != shape:
+                        raise ValueError(
+                            f"{name} is {shape} in {file}, and {wanted.get(name, 'not in the model')} here"
+                        )
+                    del wanted[name]
+                    yield name, weights.get_tensor(name) if whole else shape
         if wanted:
             raise ValueError(f"{len(wanted)} weights are missing, {min(wanted)} among them")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"init_from={folder} cannot be read ({_said(error)})") from error
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"there is no {WEIGHTS}")
-    return [WEIGHTS]
+    return [folder / WEIGHTS]
 
 
 def _is_tied(name: str, config: LlamaConfig) -> bool:

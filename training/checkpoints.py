@@ -18,6 +18,12 @@ from training.folder import RunFolder
 from training.metrics import Metrics
 
 
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint, under the names of `Llama.state_dict()`."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
 class DirectCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight to its file; Lightning's own first builds all of it once more in memory."""
 

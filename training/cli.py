@@ -100,6 +100,10 @@ def sentence(error: Exception) -> str:
         wrong = [a for a in sys.argv[1:] if a.split("=")[0] in groups and not re.match(r"[a-z]", a.partition("=")[2])]
         wrong += [a for a in sys.argv[1:] if re.search(r"=(.*,)?(null|none|~|true|false)(,|$)", a, re.I)]
         return f"{wrong[0] if wrong else match.group(1)} is not allowed: a group takes the name of one of its options"
+    if match := re.search(r"ConfigError raised while resolving interpolation: (.*?)\s+full_key: ", message, re.S):
+        return match.group(1)
+    if match := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{match.group(1)} is not set: give it as {match.group(1)}=..."
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match.group(1)
         given = next((a for a in sys.argv[1:] if a.lstrip("+").split("=")[0] == key), key)

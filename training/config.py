@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack, get_args, get_origin
 
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import KINDS, Corpus, sources_of
 from models import LlamaConfig
+from models.hugging_face import check_weights, config_of
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
 
@@ -52,6 +54,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "experiment": _NAME,
     "model.name": _NAME,
     "clip.name": _NAME,
+    "model.init_from": (lambda v: v is None or (isinstance(v, str) and v != ""), "a Hugging Face folder, or null"),
     "paths.runs": _FOLDER,
     "paths.cache": _FOLDER,
     "data.name": _NAME,
@@ -124,6 +127,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     clipping_strategy(cfg)
     _check_model(cfg)
+    _check_initial_weights(cfg)
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu")
     if cfg.trainer.global_batch_size % cfg.trainer.micro_batch_size:
@@ -259,9 +263,42 @@ def settings_of(group: DictConfig) -> dict[str, Any]:
 def model_config(cfg: DictConfig) -> LlamaConfig:
     """Return the model's shape, or raise `ConfigError`."""
     settings = settings_of(cfg.model)
+    settings.pop("init_from", None)
     _check_names("model", settings, LlamaConfig)
     with section("model"):
         return LlamaConfig(**settings)
+
+
+@lru_cache
+def _shape(folder: str | None) -> LlamaConfig:
+    if folder is None:
+        raise ConfigError("model.init_from=null is not possible with model=hf: it must be a Hugging Face folder")
+    with section("model"):
+        return config_of(Path(folder))
+
+
+# What configs/model/hf.yaml is made of.
+OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
+
+
+def _check_initial_weights(cfg: DictConfig) -> None:
+    """Raise `ConfigError` unless the weights to start from fit the model, and come with their tokenizer."""
+    if cfg.model.init_from is None:
+        return
+    folder, config = Path(cfg.model.init_from), model_config(cfg)
+    with section("model"):
+        theirs = vars(config_of(folder))
+        for name, value in vars(config).items():
+            if value != theirs[name] and name not in ("max_position_embeddings", "initializer_range"):
+                raise ValueError(
+                    f"{name}={value} is not allowed: {folder} has {theirs[name]}; model=hf takes its shape"
+                )
+        check_weights(folder, config)
+    if cfg.data.tokenizer is None:
+        raise ConfigError(
+            f"data.tokenizer=null is not possible with model.init_from={folder}: it must be the tokenizer that the "
+            "weights were trained with"
+        )
 
 
 def clipping_strategy(cfg: DictConfig) -> ClippingStrategy:

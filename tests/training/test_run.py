@@ -52,7 +52,7 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
         assert shown in done.stdout
 
     assert {p.name for p in path.iterdir() if not p.name.startswith(".")} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "result.json", "plots"
+        "config.yaml", "environment.json", "tokenizer", "metrics.jsonl", "checkpoints", "result.json", "plots"
     }  # fmt: skip
     run = read_run(path)
     assert run.metrics["step"].tolist() == list(range(1, 151))

@@ -1,0 +1,89 @@
+"""A run goes to Hugging Face and starts another run from there."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import TINY, train
+from tests.scripts.test_data_scripts import script
+from training.checkpoints import weights
+
+
+@pytest.fixture(scope="module")
+def run(corpus, cache, tmp_path_factory):
+    """A finished run, with what it was made from."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train(*TINY, f"data.path={corpus}", f"paths.cache={cache}", "name=first", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "main" / "first"
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_exported_and_another_starts_from_it(run, corpus, cache, tmp_path):
+    done = script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path)
+    assert done.returncode == 0 and "step 40, " in done.stdout and "in float32: there" in done.stdout, done.stderr
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
+    ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]
+    saved = weights(max((run / "checkpoints").glob("step-*.ckpt")))
+    assert theirs.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in theirs.state_dict().items())
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id and ids.max() < theirs.config.vocab_size
+    assert theirs.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+
+    shape = [setting for setting in TINY if not setting.startswith("model.")]
+    settings = [*shape, f"data.path={corpus}", f"paths.cache={cache}", "trainer.max_steps=3", "lr=1e-5"]
+    on = [*settings, "model.init_from=there", "data.tokenizer=there"]
+    for name, more in (("shape", ["model=hf", *on]), ("given", [*TINY, *on])):
+        done = train(*more, f"name={name}", cwd=tmp_path)
+        assert done.returncode == 0 and "starting from the weights in there" in done.stdout, done.stderr
+    started = losses(tmp_path / "runs" / "main" / "shape")
+    assert started == losses(tmp_path / "runs" / "main" / "given")
+    assert started[0] < losses(run)[0] - 0.5 and abs(started[0] - losses(run)[-1]) < 0.5
+
+
+def test_a_given_step_and_dtype(run, tmp_path):
+    done = script("export_hf.py", f"run={run}", "out=there", "step=40", "dtype=bfloat16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_mistakes_are_one_sentence(run, tmp_path):
+    assert script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path).returncode == 0
+    cases = [
+        (script, "export_hf.py", [], "run is not set: give it as run=..."),
+        (script, "export_hf.py", ["run=nowhere"], "run=nowhere is not a run folder: it must be one"),
+        (script, "export_hf.py", [f"run={run}", "out=there"], "out=there is there already"),
+        (script, "export_hf.py", [f"run={run}", "out=x", "step=7"], "step=7 has no checkpoint in"),
+        (script, "export_hf.py", [f"run={run}", "out=x", "dtype=int8"], "dtype=int8 is not allowed: it must be one of"),
+        (train, "", ["model=hf"], "model.init_from=null is not possible with model=hf"),
+        (train, "", ["model=hf", "model.init_from=x"], "model.init_from=x cannot be read"),
+        (train, "", ["model.init_from=there"], "model.vocab_size=4096 is not allowed: there has 512; model=hf takes"),
+        (train, "", ["model=hf", "model.init_from=there"], "data.tokenizer=null is not possible with model.init_from"),
+    ]  # fmt: skip
+    for command, name, arguments, said in cases:
+        done = command(*([name] if name else []), *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_weights_are_not_loaded_again_when_a_run_continues(run, corpus, cache, tmp_path):
+    done = script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path)
+    settings = [
+        *TINY, f"data.path={corpus}", f"paths.cache={cache}", "model.init_from=there", "data.tokenizer=there", "name=x",
+        "trainer.checkpoint_every=10",
+    ]  # fmt: skip
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    path = tmp_path / "runs" / "main" / "x"
+    before = losses(path)
+    (path / "result.json").unlink()
+    max((path / "checkpoints").glob("step-*.ckpt")).unlink()
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0 and "starting from the weights" not in done.stdout and "continuing" in done.stdout
+    assert losses(path) == before
