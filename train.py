@@ -7,6 +7,7 @@ run and shows the result of a finished one.
 import json
 import math
 import sys
+from contextlib import nullcontext
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,8 +15,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from training.cli import command_line, reporting
-from training.config import check, run_path
+from training.config import ConfigError, check, run_path
 from training.folder import RunFolder, write_whole
+from training.processes import launch, launched, rank, world_size
 
 finished: list[tuple[dict[str, str], dict]] = []
 
@@ -25,15 +27,19 @@ def main(cfg: DictConfig) -> None:
     """Run the job that the configuration describes."""
     with reporting():
         check(cfg)
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True, highlight=False, quiet=rank() > 0)
         folder = RunFolder(run_path(cfg))
         folder.check_same_run(cfg)
         if (result := folder.read_result()) is not None:
             console.print(f"finished already: {folder.path} (remove the folder to train it again)")
-            if not folder.picture.exists():
+            if not folder.picture.exists() and rank() == 0:
                 draw(folder)
+        elif world_size(cfg) > 1 and not launched():
+            result = run_in_processes(cfg, folder, console)
         else:
             result = run(cfg, folder, console)
+        if launched():
+            return
         show(result, folder, console)
         overrides = (override.lstrip("+~").partition("=")[::2] for override in HydraConfig.get().overrides.task)
         finished.append((dict(overrides), result))
@@ -47,6 +53,21 @@ def draw(folder: RunFolder) -> None:
     plot_run(read_run(folder.path))
 
 
+def run_in_processes(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
+    """Prepare the tokens, and have several processes do the run."""
+    from training.run import prepare_tokens
+
+    if cfg.trainer.nodes > 1:
+        raise ConfigError(
+            f"trainer.nodes={cfg.trainer.nodes} is more than this machine: start each node's processes with torchrun"
+        )
+    prepare_tokens(cfg, console)
+    launch(world_size(cfg), HydraConfig.get().overrides.task)
+    result = folder.read_result()
+    assert result is not None
+    return result
+
+
 def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
     """Train, evaluate, summarise and draw; `result.json` comes last."""
     from experiments.plots import plot_run
@@ -55,8 +76,10 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(cfg, console)
-    with folder.owned(cfg, tokens):
+    with folder.owned(cfg, tokens) if rank() == 0 else nullcontext():
         evaluation = train(cfg, folder, tokens, console)
+        if rank() > 0:
+            return evaluation
         unfinished = read_run(folder.path)
         result = summarise(unfinished) | evaluation
         result = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}

@@ -25,11 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
+from training.processes import AlreadyReported, ProcessFailed, Stopped, rank
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 _mistakes: list[Exception] = []
+_failed: list[Exception] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,20 +48,25 @@ def command_line(main: Callable[[], Any]) -> int:
     """Run a Hydra main function, whose body stands in `reporting`, and return the process's exit status.
 
     Returns:
-        0; 2 if a mistake of the user's was reported on stderr; 128 + the signal's number if interrupted.
+        0; 2 if a mistake of the user's was reported on stderr; 128 + the signal's number if interrupted; 1 if a process
+        of a run of several failed.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with reporting():
             main()
+    except Stopped as stop:
+        return 128 + stop.signum
     except KeyboardInterrupt as stop:
+        if rank() > 0:
+            return 128 + signal.SIGINT
         if not isinstance(stop, Interrupted):
             print("interrupted: the same command goes on", file=sys.stderr)
             return 128 + signal.SIGINT
         on = "starts again: there is no checkpoint yet" if stop.saved is None else f"continues after step {stop.saved}"
         print(f"interrupted after step {stop.step}: the same command {on}", file=sys.stderr)
         return 128 + stop.signum
-    return 2 if _mistakes else 0
+    return 1 if _failed else 2 if _mistakes else 0
 
 
 @contextmanager
@@ -67,10 +74,16 @@ def reporting() -> Iterator[None]:
     """Report a mistake in the configuration as one sentence; the other jobs of a sweep go on."""
     try:
         yield
+    except ProcessFailed as failure:
+        _failed.append(failure)
+        if str(failure):
+            print(failure, file=sys.stderr)
     except Exception as error:
         if not isinstance(error, ConfigError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
             raise
         _mistakes.append(error)
+        if isinstance(error, AlreadyReported) or rank() > 0:
+            return  # it has been said
         if _wants_traceback:
             traceback.print_exc()
         print(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", file=sys.stderr)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import KINDS, Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
+from models.parallel import ACTIVATION_CHECKPOINTING
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
 
@@ -45,6 +46,9 @@ _COUNT = (is_count, "an integer from 1")
 _FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
 _FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
+
+#: single: one process; ddp: a whole model in each; fsdp: the model sharded over all; hsdp: over those of each replica.
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 
 #: Key -> (test of the value, what is allowed). Keys of `model` and `clip` are the arguments of what they make.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -91,7 +95,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.warmup_fraction": _FRACTION,
     "optim.final_lr_fraction": _FRACTION,
     "trainer.accelerator": (lambda v: v in ("cpu", "gpu"), "cpu or gpu"),
-    "trainer.devices": (lambda v: type(v) is int and v == 1, "1"),
+    "trainer.strategy": (lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+    "trainer.nodes": _COUNT,
+    "trainer.devices": _COUNT,
+    "trainer.replicas": _COUNT,
+    "trainer.activation_checkpointing": (
+        lambda v: v in ACTIVATION_CHECKPOINTING,
+        f"one of {', '.join(ACTIVATION_CHECKPOINTING)}",
+    ),
+    "trainer.compile": (lambda v: isinstance(v, bool), "true or false"),
     "trainer.precision": (lambda v: v in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
     "trainer.max_steps": _COUNT,
     "trainer.global_batch_size": _COUNT,
@@ -112,7 +124,7 @@ WANDB_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 #: Settings that change what is written or shown, but not what is computed.
 NOT_IDENTITY = ("name", "experiment", "paths", "logger")
-NOT_IDENTITY_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints")
+NOT_IDENTITY_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints", "nodes", "devices")
 
 
 def check(cfg: DictConfig) -> None:
@@ -126,15 +138,11 @@ def check(cfg: DictConfig) -> None:
         if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     clipping_strategy(cfg)
-    _check_model(cfg)
-    _check_initial_weights(cfg)
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu")
-    if cfg.trainer.global_batch_size % cfg.trainer.micro_batch_size:
-        raise ConfigError(
-            f"trainer.micro_batch_size={cfg.trainer.micro_batch_size} is not allowed: it must divide "
-            f"trainer.global_batch_size={cfg.trainer.global_batch_size}"
-        )
+    _check_processes(cfg)
+    _check_model(cfg)
+    _check_initial_weights(cfg)
     late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
     if late:
         raise ConfigError(
@@ -216,16 +224,51 @@ def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             yield key
 
 
+def _check_processes(cfg: DictConfig) -> None:
+    """Raise `ConfigError` unless there can be such processes, and a global batch can be dealt out to them."""
+    trainer = cfg.trainer
+    processes = trainer.nodes * trainer.devices
+    if trainer.strategy == "single" and processes > 1:
+        raise ConfigError(
+            f"trainer.strategy=single is not possible with trainer.nodes={trainer.nodes} and trainer.devices="
+            f"{trainer.devices}: it must be one of {', '.join(STRATEGIES[1:])}"
+        )
+    if trainer.replicas > 1 and trainer.strategy != "hsdp":
+        raise ConfigError(
+            f"trainer.replicas={trainer.replicas} is not possible with trainer.strategy={trainer.strategy}"
+        )
+    if processes % trainer.replicas:
+        raise ConfigError(
+            f"trainer.replicas={trainer.replicas} is not allowed: it must divide the {processes} processes"
+        )
+    if (started := os.environ.get("WORLD_SIZE", str(processes))) != str(processes):
+        raise ConfigError(
+            f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices} are {processes} processes, but "
+            f"{started} were started"
+        )
+    here = torch.cuda.device_count()
+    if trainer.accelerator == "gpu" and here < trainer.devices:
+        raise ConfigError(f"trainer.devices={trainer.devices} is not possible: torch sees {here} GPUs here")
+    at_once = processes * trainer.micro_batch_size
+    if trainer.global_batch_size % at_once:
+        raise ConfigError(
+            f"trainer.micro_batch_size={trainer.micro_batch_size} is not allowed: {processes} "
+            f"process{'es' * (processes > 1)} x {trainer.micro_batch_size} = {at_once} sequences at once must divide "
+            f"trainer.global_batch_size={trainer.global_batch_size}"
+        )
+
+
 def _check_model(cfg: DictConfig) -> None:
-    """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the memory of the machine or GPU."""
-    config = model_config(cfg)
-    gpu = cfg.trainer.accelerator == "gpu" and torch.cuda.is_available()
+    """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the memory of the machine or each GPU."""
+    config, trainer = model_config(cfg), cfg.trainer
+    gpu = trainer.accelerator == "gpu" and torch.cuda.is_available()
     here = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = 16 * config.parameters
+    shards = trainer.nodes * trainer.devices // trainer.replicas if trainer.strategy in ("fsdp", "hsdp") else 1
+    needed = 16 * config.parameters // shards * (1 if gpu else trainer.devices)
     if needed > here:
         raise ConfigError(
             f"model.name={cfg.model.name} has {config.parameters:,} parameters, which take {needed / 2**30:,.0f} GiB "
-            f"to train: it must fit the {here / 2**30:,.0f} GiB of the {'GPU' if gpu else 'machine'}"
+            f"to train: it must fit the {here / 2**30:,.0f} GiB of {'each GPU' if gpu else 'the machine'}"
         )
 
 

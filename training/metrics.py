@@ -87,6 +87,8 @@ class Metrics(pl.Callback):
         table = torch.stack(
             [torch.stack([row[name].to(pl_module.device, torch.float32) for name in names]) for _, row in self._pending]
         )
+        losses = table[:, names.index("loss")]
+        losses.copy_(trainer.strategy.reduce(losses.clone(), reduce_op="mean"))  # each process has that of its rows
         values = table.tolist()  # the one transfer; it waits for the device
         now = time.perf_counter()
         rate = len(self._pending) * self.tokens_per_step / (now - self._since)

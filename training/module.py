@@ -1,6 +1,7 @@
 """The model as Lightning trains it: loss, optimizer and learning-rate schedule (the paper's Table 1)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from data import Batch
 from models import Llama, LlamaConfig
+from models.parallel import set_gradient_sync
 
 
 class PretrainingModule(pl.LightningModule):
@@ -22,6 +24,8 @@ class PretrainingModule(pl.LightningModule):
         warmup_fraction: share of the steps over which the learning rate rises linearly from 0.
         final_lr_fraction: where the cosine ends, as a share of `lr`.
         z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised.
+        prepare_model: called with the model once, when the processes of the run know of each other.
+        micro_batches: backward passes in an optimizer step.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class PretrainingModule(pl.LightningModule):
         warmup_fraction: float,
         final_lr_fraction: float,
         z_loss: float = 0.0,
+        prepare_model: Callable[[Llama], None] | None = None,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.model = Llama(model)
@@ -50,8 +56,20 @@ class PretrainingModule(pl.LightningModule):
         self.warmup_steps = round(warmup_fraction * steps)
         self.final_lr_fraction = final_lr_fraction
         self.z_loss = z_loss
+        self.prepare_model = prepare_model
+        self.micro_batches = micro_batches
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
+
+    def configure_model(self) -> None:
+        """Compile, shard and so on, the first time that Lightning asks."""
+        prepare_model, self.prepare_model = self.prepare_model, None
+        if prepare_model is not None:
+            prepare_model(self.model)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Have sharded gradients reduced after the last micro-batch of a step only; Lightning sees to the others."""
+        set_gradient_sync(self.model, (batch_idx + 1) % self.micro_batches == 0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what is to be minimised, and the mean cross entropy of a batch in nats per token."""

@@ -10,9 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch.distributed.device_mesh import init_device_mesh
 
 from data import (
     BadBatches,
@@ -27,13 +30,16 @@ from data import (
     prepare,
     unigram_entropy,
 )
+from models import Llama
 from models.hugging_face import load
+from models.parallel import checkpoint_activations, compile_blocks, shard
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
 from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
 from training.folder import RunFolder, step_of
 from training.metrics import Metrics, Row
 from training.module import PretrainingModule
+from training.processes import rank, world_size
 from training.progress import ProgressDisplay
 from zclip.integrations.lightning import ClippingCallback
 
@@ -83,6 +89,34 @@ def training_sequences(cfg: DictConfig, tokens: Tokens) -> Shuffled | Streamed:
     )
 
 
+def sharded(cfg: DictConfig) -> bool:
+    """Whether no process holds the whole model."""
+    return cfg.trainer.strategy in ("fsdp", "hsdp")
+
+
+def lightning_strategy(cfg: DictConfig) -> Any:
+    """Return what the Trainer takes for `cfg.trainer.strategy`."""
+    if sharded(cfg):
+        replicas = cfg.trainer.replicas
+        # Lightning checks the product of the two sizes only; the mesh is made in `prepare_model`.
+        return ModelParallelStrategy(replicas, world_size(cfg) // replicas, save_distributed_checkpoint=False)
+    return DDPStrategy(gradient_as_bucket_view=True) if cfg.trainer.strategy == "ddp" else "auto"
+
+
+def prepare_model(cfg: DictConfig, model: Llama) -> None:
+    """Make of a model what the configuration says that it must be: recomputing, compiled, sharded."""
+    trainer = cfg.trainer
+    checkpoint_activations(model, trainer.activation_checkpointing)
+    if trainer.compile:
+        compile_blocks(model)
+    if sharded(cfg):
+        sizes = (trainer.replicas, world_size(cfg) // trainer.replicas)
+        names = ("replicate", "shard")
+        mesh = init_device_mesh("cuda" if trainer.accelerator == "gpu" else "cpu", sizes, mesh_dim_names=names)
+        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
+        shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+
+
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
@@ -99,11 +133,14 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
+    accumulated = trainer_cfg.global_batch_size // (trainer_cfg.micro_batch_size * world_size(cfg))
     module = PretrainingModule(
         model,
         lr=cfg.lr,
         steps=trainer_cfg.max_steps,
         **settings_of(cfg.optim),
+        prepare_model=lambda built: prepare_model(cfg, built),
+        micro_batches=accumulated,
     )
     sequences = training_sequences(cfg, tokens)
     loader = SequenceLoader(
@@ -112,9 +149,11 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         steps=trainer_cfg.max_steps,
         global_batch_size=trainer_cfg.global_batch_size,
         micro_batch_size=trainer_cfg.micro_batch_size,
+        rank=rank(),
+        world_size=world_size(cfg),
         bad_batches=bad_batches(cfg, tokens),
     )
-    checkpoint = folder.last_checkpoint(say=console.print)
+    checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
     done = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
@@ -142,9 +181,11 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     trainer = pl.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=trainer_cfg.devices,
-        precision=trainer_cfg.precision,
+        num_nodes=trainer_cfg.nodes,
+        strategy=lightning_strategy(cfg),
+        precision="32-true" if sharded(cfg) else trainer_cfg.precision,  # FSDP2 sees to it
         max_steps=trainer_cfg.max_steps,
-        accumulate_grad_batches=trainer_cfg.global_batch_size // trainer_cfg.micro_batch_size,
+        accumulate_grad_batches=accumulated,
         callbacks=[
             ClippingCallback(strategy),
             metrics,

@@ -1,5 +1,6 @@
 """Every option composes and makes its parts; every mistake is one sentence, before anything is written."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from tests.conftest import CHECKOUT, train
-from training.config import ConfigError, check, clipping_strategy, run_name
+from training.config import check, clipping_strategy, run_name
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 OPTIONS = sorted(
     (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
     for file in CONFIGS.rglob("*.yaml")
@@ -26,8 +28,9 @@ def composed(*overrides: str):
 def test_the_promised_options_are_there():
     promised = {
         "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
-        "model": {"micro", "1b"}, "data": {"embedded", "smollm"}, "trainer": {"cpu", "gpu"}, "optim": {"adamw"},
-        "logger": {"local", "wandb"}, "scale": {"micro"}, "experiment": {"main"},
+        "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"embedded", "smollm"},
+        "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "optim": {"adamw"}, "logger": {"local", "wandb"},
+        "scale": {"micro"}, "experiment": {"main"},
     }  # fmt: skip
     for group, names in promised.items():
         assert names <= {name for g, name in OPTIONS if g == group}
@@ -43,13 +46,21 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         (tmp_path / "texts" / "a.txt").write_text("some text " * 100)
         for source in (cfg.data.sources.cosmopedia, cfg.data.sources.fineweb_edu):
             source.hub, source.path = None, str(tmp_path / "texts")
-    if name == "gpu" and not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="torch sees no GPU"):
+    refused = {
+        ("trainer", "gpu"): "torch sees no GPU" if not torch.cuda.is_available() else None,
+        ("trainer", "ddp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
+        ("trainer", "fsdp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
+        ("trainer", "hsdp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
+        ("model", "7b"): "which take 105 GiB" if MEMORY < 105 * 2**30 else None,
+        ("model", "hf"): "model.init_from=null is not possible with model=hf",
+    }
+    if said := refused.get((group, name)):
+        with pytest.raises(Exception, match=said):
             check(cfg)
     else:
         check(cfg)
     assert {path.name for path in tmp_path.iterdir()} <= {"texts"}
-    if group in ("clip", "model"):
+    if group == "clip" or (group == "model" and name != "hf"):
         assert name in run_name(cfg)
 
 
@@ -83,7 +94,7 @@ def test_the_name_comes_from_what_changes_the_numbers():
 
 BAD = {
     "clip=zclop": "clip=zclop is not known: it must be one of adagc, agc, autoclip, fixed, none, ",
-    "model=2b": "model=2b is not known: it must be one of 1b, micro",
+    "model=2b": "model=2b is not known: it must be one of 150m, 1b, 350m, 60m, 7b, hf, micro",
     "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
     "lr=fast": "lr=fast is not allowed: it must be a number above 0",
     "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
@@ -94,7 +105,7 @@ BAD = {
     "data.sequence_length=100000000": "data.sequence_length=100000000 is longer than the text",
     "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's vocabulary: it has 8,192 ids, and",
     "model.num_attention_heads=5": "model.num_attention_heads=5 is not allowed",
-    "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: it must divide trainer.global_batch",
+    "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: 1 process x 5 = 5 sequences at once must",
     "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
     "name=../x": "name=../x is not allowed",
     "lr": "missing EQUAL",

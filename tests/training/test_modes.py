@@ -1,0 +1,147 @@
+"""The same run in one process, replicated, sharded, or both: the same losses and decisions. Real gloo processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import CHECKOUT, TINY, train, train_command
+from tests.scripts.test_data_scripts import script
+from training.checkpoints import weights
+
+#: Settings of each mode: processes x sequences at once, out of 8 in a global batch.
+MODES = {
+    "accumulated": ["trainer.micro_batch_size=2"],
+    "recomputed": ["trainer.activation_checkpointing=full"],
+    "ddp": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=4"],
+    "ddp-accumulated": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=1"],
+    "fsdp": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4"],
+    "fsdp-accumulated": [
+        "trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=2",
+        "trainer.activation_checkpointing=selective",
+    ],
+    "hsdp": [
+        "trainer.strategy=hsdp", "trainer.devices=4", "trainer.replicas=2", "trainer.micro_batch_size=1",
+        "trainer.activation_checkpointing=full",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
+    return (
+        *TINY,
+        f"data.path={corpus}",
+        f"paths.cache={cache}",
+        "trainer.max_steps=50",
+        "clip.max_grad_norm=null",
+        "clip.z_thresh=0.8",
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory) -> Path:
+    """Where each mode is run, with the run of one process beside them."""
+    folder = tmp_path_factory.mktemp("modes")
+    done = train(*settings, "name=one", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / "main" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(folder: Path, name: str) -> None:
+    one, other = rows(folder, "one"), rows(folder, name)
+    assert [row["step"] for row in other] == list(range(1, 51))
+    assert 5 <= sum(row["clipped"] for row in one) <= 45
+    assert [row["clipped"] for row in other] == [row["clipped"] for row in one]
+    for ours, theirs in zip(other, one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
+    results = [json.loads((folder / "runs" / "main" / which / "result.json").read_text()) for which in ("one", name)]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_the_curve_and_the_decisions_of_one_process(mode, runs, settings):
+    done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluating on") == 1 and done.stderr == ""
+    assert_same(runs, mode)
+    if mode == "hsdp":
+        exported = script("export_hf.py", f"run=runs/main/{mode}", "out=there", cwd=runs)
+        assert exported.returncode == 0, exported.stderr
+        theirs = AutoModelForCausalLM.from_pretrained(runs / "there", dtype=torch.float32).state_dict()
+        own = weights(max((runs / "runs" / "main" / "one" / "checkpoints").glob("*.ckpt")))
+        assert theirs.keys() == own.keys()
+        assert all(torch.allclose(theirs[name], own[name], atol=2e-3) for name in own)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
+    """kill -9 of one of two processes ends the other; four go on, started by torchrun."""
+    settings = (
+        *settings, "trainer.strategy=fsdp", "trainer.micro_batch_size=2", "trainer.checkpoint_every=5", "name=killed"
+    )  # fmt: skip
+    job = subprocess.Popen(train_command(*settings, "trainer.devices=2"), cwd=runs, stderr=subprocess.PIPE, text=True)
+    checkpoints = runs / "runs" / "main" / "killed" / "checkpoints"
+    while job.poll() is None and not (checkpoints / "step-00000015.ckpt").exists():
+        time.sleep(0.01)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ranks = {os.fsdecode(v[5:]): int(pid) for pid in children
+             for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if v.startswith(b"RANK=")}  # fmt: skip
+    os.kill(ranks["1"], signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert said.splitlines()[-1] == "process 1 of the run was ended by SIGKILL: the same command continues"
+    assert not Path(f"/proc/{ranks['0']}").exists()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    on = [*command, str(CHECKOUT / "train.py"), *settings, "trainer.devices=4"]
+    done = subprocess.run(on, cwd=runs, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("continuing") == 1, done.stderr
+    assert_same(runs, "killed")
+
+
+def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(settings, tmp_path):
+    settings = (*settings, "trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=4")
+    settings = (*settings, "trainer.checkpoint_every=5", "trainer.max_steps=5000")
+    job = subprocess.Popen(
+        train_command(*settings, "name=x"), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while job.poll() is None and not list(tmp_path.glob("runs/main/x/checkpoints/step-*.ckpt")):
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGINT
+    assert said.count("the same command continues after step") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["trainer.devices=2"], "trainer.strategy=single is not possible with trainer.nodes=1 and trainer.devices=2"),
+        (["trainer.strategy=ddp", "trainer.devices=3", "trainer.micro_batch_size=2"],
+         "trainer.micro_batch_size=2 is not allowed: 3 processes x 2 = 6 sequences at once must divide "
+         "trainer.global_batch_size=8"),
+        (["trainer.strategy=hsdp", "trainer.devices=4", "trainer.micro_batch_size=1", "trainer.replicas=3"],
+         "trainer.replicas=3 is not allowed: it must divide the 4 processes"),
+        (["trainer.strategy=ddp", "trainer.replicas=2"], "trainer.replicas=2 is not possible with trainer"),
+        (["trainer=fsdp"], "trainer.accelerator=gpu is not possible: torch sees no GPU here"),
+        (["trainer.strategy=ddp", "trainer.nodes=2", "trainer.micro_batch_size=1"], "trainer.nodes=2 is more than"),
+        (["trainer.activation_checkpointing=some"], "trainer.activation_checkpointing=some is not allowed"),
+    ],
+)  # fmt: skip
+def test_impossible_splits_are_refused_with_the_arithmetic(given, said, settings, tmp_path):
+    if "trainer=fsdp" in given and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = train(*settings, *given, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
