@@ -259,7 +259,7 @@ def _check_processes(cfg: DictConfig) -> None:
 
 
 def _check_model(cfg: DictConfig) -> None:
-    """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the memory of the machine or each GPU."""
+    """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the machine or each GPU."""
     config, trainer = model_config(cfg), cfg.trainer
     gpu = trainer.accelerator == "gpu" and torch.cuda.is_available()
     here = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
