@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.table import Table
 
 from training.cli import command_line, reporting
 from training.config import ConfigError, check, run_path
@@ -27,6 +28,9 @@ def main(cfg: DictConfig) -> None:
     """Run the job that the configuration describes."""
     with reporting():
         check(cfg)
+        if cfg.plan:
+            Console().print(plan_of(cfg))
+            return
         console = Console(soft_wrap=True, highlight=False, quiet=rank() > 0)
         folder = RunFolder(run_path(cfg))
         folder.check_same_run(cfg)
@@ -43,6 +47,13 @@ def main(cfg: DictConfig) -> None:
         show(result, folder, console)
         overrides = (override.lstrip("+~").partition("=")[::2] for override in HydraConfig.get().overrides.task)
         finished.append((dict(overrides), result))
+
+
+def plan_of(cfg: DictConfig) -> Table:
+    """Return what a run needs, as a table."""
+    from training.plan import show
+
+    return show(cfg)
 
 
 def draw(folder: RunFolder) -> None:

@@ -14,7 +14,7 @@ from models.llama import Llama
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 #: Results that "selective" keeps: those of matrix products and of attention, which are the slow ones to make again.
-_KEPT = {
+KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -63,7 +63,7 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
 
 def _selective() -> Any:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

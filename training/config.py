@@ -25,6 +25,7 @@ from data import KINDS, Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
 from models.parallel import ACTIVATION_CHECKPOINTING
+from training.speed import PEAKS, peak
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
 
@@ -59,6 +60,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.name": _NAME,
     "clip.name": _NAME,
     "model.init_from": (lambda v: v is None or (isinstance(v, str) and v != ""), "a Hugging Face folder, or null"),
+    "plan": (lambda v: isinstance(v, bool), "true or false"),
+    "planned.device": (lambda v: isinstance(v, str) and peak(v) is not None, f"one of {', '.join(PEAKS)}"),
+    "planned.memory_gib": _POSITIVE,
+    "planned.mfu": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
     "paths.runs": _FOLDER,
     "paths.cache": _FOLDER,
     "data.name": _NAME,
@@ -123,12 +128,12 @@ WANDB_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 #: Settings that change what is written or shown, but not what is computed.
-NOT_IDENTITY = ("name", "experiment", "paths", "logger")
+NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned")
 NOT_IDENTITY_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints", "nodes", "devices")
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise `ConfigError` if anything in the configuration stands against running it. Writes nothing.
+    """Raise `ConfigError` if anything in the configuration stands against running it, or planning it. Writes nothing.
 
     Only whether the text has enough tokens, not just enough bytes, is left for when it is tokenized.
     """
@@ -138,9 +143,12 @@ def check(cfg: DictConfig) -> None:
         if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     clipping_strategy(cfg)
-    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+    model_config(cfg)
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not cfg.plan:
         raise ConfigError("trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu")
     _check_processes(cfg)
+    if cfg.plan:  # for another machine, and without its data
+        return
     _check_model(cfg)
     _check_initial_weights(cfg)
     late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
@@ -247,7 +255,7 @@ def _check_processes(cfg: DictConfig) -> None:
             f"{started} were started"
         )
     here = torch.cuda.device_count()
-    if trainer.accelerator == "gpu" and here < trainer.devices:
+    if trainer.accelerator == "gpu" and here < trainer.devices and not cfg.plan:
         raise ConfigError(f"trainer.devices={trainer.devices} is not possible: torch sees {here} GPUs here")
     at_once = processes * trainer.micro_batch_size
     if trainer.global_batch_size % at_once:

@@ -1,0 +1,144 @@
+"""What a run will need, computed without allocating any of it: `python train.py model=1b trainer=fsdp plan=true`.
+
+Activations are those that autograd keeps: a block runs on tensors that have a shape and no content, and what it saves
+is added up. Whatever else a device holds (kernels, fragmentation, communication buffers) is not in the table.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import LlamaConfig
+from models.llama import Block
+from models.loss import ELEMENTS
+from models.parallel import KEPT
+from training.config import model_config
+from training.processes import world_size
+from training.speed import flops_per_token, peak
+
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """What a run needs.
+
+    Attributes:
+        memory: bytes on each device, by what takes them.
+        tokens_per_step: over all devices.
+        steps: of the run.
+        flops: of the whole run.
+    """
+
+    memory: dict[str, float]
+    tokens_per_step: int
+    steps: int
+    flops: float
+
+    @property
+    def bytes(self) -> float:
+        """All memory on each device."""
+        return sum(self.memory.values())
+
+    def hours(self, devices: int, peak: float, mfu: float) -> float:
+        """Return how long the run takes where each device does a share `mfu` of `peak` operations a second."""
+        return self.flops / (devices * peak * mfu) / 3600
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Return what the run of a configuration needs."""
+    config, trainer, length = model_config(cfg), cfg.trainer, cfg.data.sequence_length
+    sharded = trainer.strategy in ("fsdp", "hsdp")
+    shards = world_size(cfg) // trainer.replicas if sharded else 1
+    mixed = trainer.precision == "bf16-mixed"
+    size = 2 if mixed else 4
+    tokens = trainer.micro_batch_size * length
+    block, kept, within = _activations(
+        config, trainer.micro_batch_size, length, torch.bfloat16 if mixed else torch.float32
+    )
+    how = trainer.activation_checkpointing
+    rest = config.parameters - config.num_hidden_layers * block
+    head = config.vocab_size * config.hidden_size
+    accumulated = trainer.global_batch_size // (trainer.micro_batch_size * world_size(cfg)) > 1
+    saved = {"none": within, "selective": kept, "full": tokens * config.hidden_size * size}[how]
+    memory = {
+        "weights": 4 * config.parameters / shards,
+        "optimizer": 8 * config.parameters / shards,
+        "gradients": 4 * config.parameters * (1 if sharded and accumulated else 1 / shards),
+        "weights in use": size * (rest + 2 * block) if sharded else (size * config.parameters if mixed else 0),
+        "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
+        "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * min(ELEMENTS, tokens * config.vocab_size),
+    }
+    per_step = trainer.global_batch_size * length
+    return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)
+
+
+def show(cfg: DictConfig) -> Table:
+    """Return the plan as a table."""
+    config, found, devices = model_config(cfg), plan(cfg), world_size(cfg)
+    table = Table(title=f"{cfg.model.name}: {config.parameters:,} parameters", title_justify="left", show_header=False)
+    for name, value in found.memory.items():
+        table.add_row(name, f"{value / GIB:,.2f} GiB", "on each device" if name == "weights" else "")
+    available, room = cfg.planned.memory_gib, cfg.planned.memory_gib - found.bytes / GIB
+    fits = (
+        f"fits {available:g} GiB, {room:,.1f} left"
+        if room > 0
+        else f"does not fit {available:g} GiB: {-room:,.1f} too much"
+    )
+    table.add_row("memory", f"{found.bytes / GIB:,.2f} GiB", fits)
+    accumulated = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * devices)
+    at_once = (
+        f"{devices} x {cfg.trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
+    )
+    table.add_row("tokens a step", f"{found.tokens_per_step:,}", at_once)
+    table.add_row("steps", f"{found.steps:,}", f"{found.tokens_per_step * found.steps / 1e9:,.2f}B tokens")
+    each = flops_per_token(config, cfg.data.sequence_length)
+    table.add_row("operations a token", f"{each / 1e9:,.2f}e9", "forward and backward")
+    fastest = peak(cfg.planned.device)
+    if fastest is not None:
+        rate = devices * fastest * cfg.planned.mfu / each
+        table.add_row("time", f"{found.hours(devices, fastest, cfg.planned.mfu):,.1f} hours",
+                      f"{rate:,.0f} tokens/s, {cfg.planned.mfu:.0%} MFU on {devices} {cfg.planned.device}")  # fmt: skip
+    return table
+
+
+class _Results(TorchDispatchMode):
+    """Adds up the results of the operations that selective checkpointing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in KEPT:
+            found = out if isinstance(out, tuple) else (out,)
+            self.bytes += sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
+        return out
+
+
+def _activations(config: LlamaConfig, batch: int, length: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return a block's parameters, and the bytes that it keeps for its backward pass: selectively, and by itself."""
+    with FakeTensorMode():
+        block = Block(config)
+        for parameter in block.parameters():
+            parameter.data = torch.empty(parameter.shape, dtype=dtype)
+        own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+        saved: dict[int, int] = {}
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        x = torch.empty(batch, length, config.hidden_size, dtype=dtype, requires_grad=True)
+        angles = torch.empty(length, config.head_dim, dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results() as results:
+            out = block(x, angles, angles)
+        assert out.requires_grad
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        return parameters, results.bytes + x.nbytes, sum(saved.values())
