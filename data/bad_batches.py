@@ -29,9 +29,17 @@ class BadBatches:
         kind: one of these.
         seed: of the run.
         encoder: the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has no tokens for the letters of `script`.
     """
 
     def __init__(self, steps: list[int], kind: str, seed: int, encoder: TextEncoder) -> None:
+        letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
+        if kind == "script" and min(map(len, encoder.encode(letters))) == 1:
+            raise ValueError(
+                "bad_batches.kind=script is not possible: the tokenizer leaves out letters of other scripts"
+            )
         self.steps = frozenset(steps)
         self.make = KINDS[kind]
         self.seed = seed

@@ -1,6 +1,7 @@
 """A corpus: its sources, what they are tokenized with, and which documents are held out."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data.sources import Mixture, Source, Stream
+from data.sources import Document, Mixture, Source, Stream
 from data.tokenizer import (
     END_OF_TEXT,
     SMALLEST_VOCABULARY,
@@ -21,13 +22,17 @@ from data.tokenizer import (
 )
 from data.tokens import MANIFEST
 
-LAYOUT = 3  # of the folder; part of the recipe
+LAYOUT = 4  # of the folder; part of the recipe
 #: A tokenizer is trained on so many bytes of training documents, or all there are.
 TOKENIZER_BYTES = 256 << 20
+ALL_THE_SAME = "the documents are all the same text: none can be held out for testing"
+ONE_MORE = "another is needed, to be held out for testing"
 #: Of a text that is streamed, so many bytes are read beforehand: for the tokenizer, if one is trained, and for
 #: documents to hold out, of which there will be so many bytes at least.
 HEAD_BYTES = 32 << 20
 HELD_OUT_BYTES = 512 << 10
+#: For that no more than this share of the documents is held out, if `test_fraction` is not more.
+MOST_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Corpus:
     def recipe(self) -> dict[str, Any]:
         """Return everything on which the tokens depend."""
         tokenizer = {"vocab_size": self.vocab_size} if self.tokenizer is None else tokenizer_identity(self.tokenizer)
-        mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES]} if self.streamed else {}
+        mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES, MOST_HELD_OUT]} if self.streamed else {}
         return mode | {
             "layout": LAYOUT,
             "sources": {source.name: source.identity() for source in self.sources},
@@ -71,7 +76,11 @@ class Corpus:
 
     def commits(self) -> dict[str, str]:
         """Return the commits of the sources on the hub, by name, as they are now."""
-        found = {source.name: source.commit() for source in self.sources}
+        now: dict[tuple[str | None, str | None], str | None] = {}
+        for source in self.sources:
+            if (source.hub, source.revision) not in now:  # those of one dataset must agree
+                now[source.hub, source.revision] = source.commit()
+        found = {source.name: now[source.hub, source.revision] for source in self.sources}
         return {name: commit for name, commit in found.items() if commit is not None}
 
     def at(self, commits: Mapping[str, str]) -> "Corpus":
@@ -121,6 +130,8 @@ class Corpus:
         for source in self.sources:
             if next(iter(Stream(source)), None) is None:
                 raise ValueError(f"{source.place} holds no text")
+        if len(list(itertools.islice(Mixture(self.sources), 2))) < 2:
+            raise ValueError(f"{self.sources[0].place} is one document: {ONE_MORE}")
 
 
 def corpus_tokenizer(
@@ -136,8 +147,8 @@ def corpus_tokenizer(
     """
     threshold = corpus.test_fraction if threshold is None else threshold
     console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
-    texts = (document.text for document in Mixture(corpus.sources) if document.draw >= threshold)
-    return train_tokenizer(_up_to(texts, max_bytes), corpus.vocab_size, progress=console.is_terminal)
+    documents = (document for document in Mixture(corpus.sources) if document.draw >= threshold)
+    return train_tokenizer(_up_to(documents, max_bytes), corpus.vocab_size, progress=console.is_terminal)
 
 
 def too_long(sequence_length: int, held: str) -> str:
@@ -148,9 +159,9 @@ def too_long(sequence_length: int, held: str) -> str:
     )
 
 
-def _up_to(texts: Iterable[str], size: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        size -= len(text)
+def _up_to(documents: Iterable[Document], size: int) -> Iterator[str]:
+    for document in documents:
+        yield document.text
+        size -= document.size
         if size <= 0:
             return

@@ -21,12 +21,12 @@ class Documents(NamedTuple):
 
 
 def batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterator[Documents]:
-    """Yield the documents of a mixture, about so many characters at a time."""
+    """Yield the documents of a mixture, about so many bytes at a time."""
     documents: list[Document] = []
     size = 0
     for document in mixture:
         documents.append(document)
-        size += len(document.text)
+        size += document.size
         if size >= batch_bytes:
             yield Documents(documents, mixture.state())
             documents, size = [], 0

@@ -7,7 +7,6 @@ second finds it done. The folder is named by the recipe: the sources' identity, 
 """
 
 import itertools
-import json
 import math
 import shutil
 import time
@@ -19,12 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from data.corpus import Corpus, corpus_tokenizer, too_long
+from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, too_long
 from data.encoding import BATCH_BYTES, ahead, batches
 from data.sources import Document, Mixture
 from data.stream import prepare_head
 from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
-from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, open_tokens
+from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, open_tokens, sealed, unsealed
 from data.writing import alone, digest_key, keep_tokenizer, replace, write_manifest, write_part
 
 PART_TOKENS = 1 << 26
@@ -84,6 +83,7 @@ class _Preparation:
 
     def __init__(self, corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
         self.corpus, self.folder, self.console, self.part_tokens = corpus, folder, console, part_tokens
+        self.recipe = corpus.recipe()
         self.journal: dict[str, Any] = {}
 
     @staticmethod
@@ -91,17 +91,30 @@ class _Preparation:
         """What is known before the first document; `threshold`: documents whose draw is below are held out."""
         counts = dict.fromkeys(("documents", "duplicates", "text_bytes"), 0)
         draws = {"threshold": threshold, "least_draw": 1.0, "greatest_draw": 0.0}
-        return {"commits": commits, "parts": [], "state": None, "complete": False, "files": {}, **counts, **draws}
+        return {
+            "commits": commits,
+            "given": {},
+            "parts": [],
+            "state": None,
+            "complete": False,
+            "files": {},
+            **counts,
+            **draws,
+        }
 
     def run(self) -> None:
         self.folder.mkdir(exist_ok=True)
         journal = self.folder / JOURNAL
         if journal.exists():
-            self.journal = json.loads(journal.read_text())
-            self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
+            try:
+                self.journal = unsealed(journal.read_text())
+            except ValueError as error:
+                raise ValueError(f"{journal} is damaged ({error}): remove the folder {self.folder}") from error
+            if self.journal["parts"]:
+                self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
         else:
             self.journal = self._new_journal(self.corpus.test_fraction, self.corpus.commits())
-            replace(journal, json.dumps(self.journal))
+            replace(journal, sealed(self.journal))
         self.pinned = self.corpus.at(self.journal["commits"])
         while True:
             encoder = self._encoder()
@@ -116,7 +129,7 @@ class _Preparation:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             self.journal = self._new_journal(threshold, self.journal["commits"])
-            replace(journal, json.dumps(self.journal))
+            replace(journal, sealed(self.journal))
         self._finish(encoder)
 
     def _encoder(self) -> TextEncoder:
@@ -166,6 +179,7 @@ class _Preparation:
                     tokens[split] += len(ids)
                     if tokens["train"] >= limit:
                         break
+                journal["given"] = batch.state["given"]
                 done = tokens["train"] if self.corpus.max_tokens else journal["text_bytes"]
                 total = sum(tokens.values())
                 fields = {"documents": journal["documents"], "tokens": total, "written": journal["text_bytes"]}
@@ -200,7 +214,7 @@ class _Preparation:
         if files:
             self.journal["files"] |= files
             self.journal["parts"].append(part)
-        replace(self.folder / JOURNAL, json.dumps(self.journal))
+        replace(self.folder / JOURNAL, sealed(self.journal))
 
     def _threshold_for_both_splits(self) -> float:
         """Return the threshold, moved as little as needed to leave a document on either side.
@@ -211,23 +225,33 @@ class _Preparation:
         threshold, least, greatest = (self.journal[key] for key in ("threshold", "least_draw", "greatest_draw"))
         if least >= greatest:
             shutil.rmtree(self.folder)
-            raise ValueError("the documents are all the same text: none can be held out for testing")
+            if self.journal["documents"] - self.journal["duplicates"] > 1:
+                raise ValueError(ALL_THE_SAME)
+            if self.corpus.max_tokens:
+                raise ValueError(
+                    f"max_tokens={self.corpus.max_tokens} is not allowed: the first document reaches it, and {ONE_MORE}"
+                )
+            raise ValueError(f"the text is one document: {ONE_MORE}")
         return min(max(threshold, math.nextafter(least, 1)), greatest)
 
     def _finish(self, encoder: TextEncoder) -> None:
         journal = self.journal
         facts = write_manifest(
             self.folder,
-            self.corpus,
+            self.recipe,
             encoder,
             journal["parts"],
             journal["files"],
             duplicates=journal["duplicates"],
             commits=journal["commits"],
+            given=journal["given"],
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
         train, test = (facts[split]["tokens"] for split in SPLITS)
         self.console.print(f"tokenized {train:,} tokens for training, {test:,} held out")
+        if len(journal["given"]) > 1:
+            shares = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in journal["given"].items())
+            self.console.print(f"read of each source, until one of them or data.max_tokens ended it: {shares}")
 
 
 class _Speed(ProgressColumn):

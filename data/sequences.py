@@ -107,7 +107,8 @@ class Order:
         """Return which sequences stand at positions first to first + rows - 1: (rows,) int64."""
         if first < self._first or first + rows > self._first + len(self._known):
             self._first = first
-            self._known = order(np.arange(first, first + max(rows, AHEAD)), self.count, self.seed)
+            ahead = min(AHEAD, self.count - first % self.count)  # no further than the epoch's end
+            self._known = order(np.arange(first, first + max(rows, ahead)), self.count, self.seed)
         return self._known[first - self._first :][:rows]
 
 

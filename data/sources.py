@@ -401,5 +401,7 @@ def _shard(state: Any) -> int | None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[:200]}{'...' if len(text) > 200 else ''}" or type(error).__name__

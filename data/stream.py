@@ -19,7 +19,16 @@ import torch
 from rich.console import Console
 
 from data.batch import Batch
-from data.corpus import HEAD_BYTES, HELD_OUT_BYTES, Corpus, corpus_tokenizer, too_long
+from data.corpus import (
+    ALL_THE_SAME,
+    HEAD_BYTES,
+    HELD_OUT_BYTES,
+    MOST_HELD_OUT,
+    ONE_MORE,
+    Corpus,
+    corpus_tokenizer,
+    too_long,
+)
 from data.encoding import ahead, batches
 from data.sequences import Sequences, Shuffled
 from data.sources import Document, Mixture, SourceError
@@ -27,48 +36,57 @@ from data.tokenizer import TextEncoder, load_tokenizer
 from data.tokens import TokenArray
 from data.writing import keep_tokenizer, write_manifest, write_part
 
+#: Lots of documents, of some 4 MiB of text, that are encoded before they are needed.
+MOST_AHEAD = 16
+
 
 def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     """Prepare what must be there before a text can be streamed: the tokenizer and the held-out documents.
 
-    These are the documents among the first 32 MiB of text whose draw is below `test_fraction`, or below the next
-    greater number that makes them half a MiB. Of a text that is shorter, they are those that `prepare` would hold out.
+    The held-out documents are those among the first 32 MiB of text whose draw is below `test_fraction`, or below a
+    greater number, at most 0.1, that makes them half a MiB; if there is none, reading goes on to the first. Of a text
+    that ends sooner they are those that `prepare` would hold out, if `max_tokens` does not end it sooner still.
 
     Raises:
-        ValueError: a source cannot be read, or all documents are the same.
+        ValueError: a source cannot be read, or none of its documents can be held out.
     """
     console.print("reading the first documents, to hold some out")
-    documents: list[Document] = []
-    size = 0
-    commits = corpus.commits()
+    recipe, commits = corpus.recipe(), corpus.commits()
+    most = max(corpus.test_fraction, MOST_HELD_OUT)
+    candidates: list[Document] = []  # what could be held out
+    seen, size, greatest = 0, 0, 0.0
+    least: Document | None = None
     mixture = iter(Mixture(corpus.at(commits).sources))
-    while size < HEAD_BYTES and (document := next(mixture, None)) is not None:
-        documents.append(document)
-        size += document.size
-    ended = size < HEAD_BYTES
-    threshold = _threshold(documents, corpus.test_fraction, 0 if ended else HELD_OUT_BYTES, ended)
+    while (size < HEAD_BYTES or not candidates) and (document := next(mixture, None)):
+        seen, size, greatest = seen + 1, size + document.size, max(greatest, document.draw)
+        if least is None or document.draw < least.draw:
+            least = document
+        if document.draw < most:
+            candidates.append(document)
+    ended = size < HEAD_BYTES or next(mixture, None) is None
+    if ended and (least is None or least.draw == greatest):
+        raise ValueError(ALL_THE_SAME if seen > 1 else f"the text is one document: {ONE_MORE}")
+    if not candidates and least is not None:
+        candidates = [least]
+    by_draw = sorted((d.draw, d.size) for d in candidates)
+    sizes = itertools.accumulate(size for _, size in by_draw)
+    enough = next((draw for (draw, _), size in zip(by_draw, sizes, strict=True) if size >= HELD_OUT_BYTES), most)
+    threshold = max(corpus.test_fraction, math.nextafter(by_draw[0][0] if ended else enough, 1))
+    threshold = min(threshold, greatest) if ended else threshold
     if corpus.tokenizer is None:
         encoder = corpus_tokenizer(corpus.at(commits), console, HEAD_BYTES, threshold)
     else:
         encoder = load_tokenizer(corpus.tokenizer)
     folder.mkdir(exist_ok=True)
     keep_tokenizer(encoder, folder)
-    held_out = [document for document in documents if document.draw < threshold]
+    held_out = [document for document in candidates if document.draw < threshold]
     ids = encoder.encode([document.text for document in held_out])
     part, files = write_part(folder, 0, {"train": [], "test": list(zip(held_out, ids, strict=True))}, encoder)
-    write_manifest(folder, corpus, encoder, [part], files, threshold=threshold, commits=commits)
-    console.print(f"holding out {len(held_out):,} documents, {sum(map(len, ids)):,} tokens")
-
-
-def _threshold(documents: list[Document], fraction: float, least_bytes: int, whole: bool) -> float:
-    """Return the draw below which documents are held out; if these are all documents, one is on either side."""
-    by_draw = sorted(documents, key=lambda document: document.draw)
-    if whole and by_draw[0].draw == by_draw[-1].draw:
-        raise ValueError("the documents are all the same text: none can be held out for testing")
-    sizes = itertools.accumulate(document.size for document in by_draw)
-    needed = next((d.draw for d, size in zip(by_draw, sizes, strict=True) if size >= least_bytes), 1.0)
-    threshold = max(fraction, math.nextafter(needed, 1))
-    return min(threshold, by_draw[-1].draw) if whole else threshold
+    write_manifest(folder, recipe, encoder, [part], files, threshold=threshold, commits=commits)
+    console.print(
+        f"holding out {len(held_out):,} document{'s' * (len(held_out) != 1)}, {sum(map(len, ids)):,} tokens, "
+        f"and {threshold:.2%} of the documents to come"
+    )
 
 
 class _Block(NamedTuple):
@@ -102,7 +120,7 @@ class Streamed:
         threshold: documents whose draw is below are held out.
         length: inputs per sequence.
         seed: of the order.
-        block_tokens: tokens in a block, about; they are in memory twice.
+        block_tokens: tokens in a block, about; they are in memory some four times.
     """
 
     def __init__(
@@ -114,13 +132,15 @@ class Streamed:
         self.length = length
         self.seed = seed
         self.block = max(1, block_tokens // length)
+        self._identity = {source.name: source.identity() for source in corpus.sources}
         self._go_to({"block": 0, "first": 0, "source": None, "given": 0, "skip": 0})
 
     def take(self, first: int, rows: int, documents: bool = False) -> Batch:
         """Return the sequences at positions first to first + rows - 1 of the run, see `Shuffled.take`.
 
         Raises:
-            ValueError: a source cannot be read, or the position is before the block that was last taken from.
+            SourceError: a source cannot be read, or is not what it was.
+            ValueError: the position is before the block that was last taken from.
         """
         pieces = []
         while rows:
@@ -137,11 +157,23 @@ class Streamed:
 
     def state(self) -> dict[str, Any]:
         """Return where the block begins that was last taken from, as JSON holds it."""
-        return {"stream": self._block.place if self._block else self._start}
+        place = self._block.place if self._block else self._start
+        return {"stream": {**place, "sequences": self.block, "length": self.length}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved place; what can be taken next is of that block or a later one."""
-        self._go_to(state["stream"])
+        """Go to a saved place; what can be taken next is of that block or a later one.
+
+        Raises:
+            ValueError: it is a place among other blocks.
+        """
+        place = dict(state["stream"])
+        theirs, ours = (place.pop("sequences"), place.pop("length")), (self.block, self.length)
+        if theirs != ours:
+            raise ValueError(
+                f"the checkpoint was trained on blocks of {theirs[0]} sequences of {theirs[1]} tokens, but these are "
+                f"blocks of {ours[0]} of {ours[1]}"
+            )
+        self._go_to(place)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -154,7 +186,10 @@ class Streamed:
 
     def _block_of(self, position: int) -> _Block:
         while self._block is None or position >= self._block.first + len(self._block.shuffled):
-            self._block = next(self._blocks)
+            block = next(self._blocks, None)
+            if block is None:
+                raise RuntimeError("the stream is closed, or has failed")
+            self._block = block
         if position < self._block.first:
             raise ValueError(f"sequence {position} of the run is before the block that is in memory")
         return self._block
@@ -162,26 +197,27 @@ class Streamed:
     def _make_blocks(self, place: dict[str, Any]) -> Generator[_Block]:
         """Yield the blocks of the run from a place on."""
         size, number, first = self.block * self.length, place["block"], place["first"]
-        while True:
-            held: deque[_Encoded] = deque()
-            skip, there, taken = place["skip"], -place["skip"], 0
-            for encoded in ahead(self._encoded(place), depth=max(1, size >> 20)):
+        held: deque[_Encoded] = deque()
+        skip, there, begun = place["skip"], -place["skip"], number
+        for encoded in ahead(self._encoded(place), depth=min(max(1, size >> 20), MOST_AHEAD)):
+            if encoded is not None:
                 held.append(encoded)
                 there += len(encoded.ids)
                 while there > size:
-                    block = self._cut(held, skip, size, number, first)
-                    yield block
-                    number, first, taken = number + 1, first + self.block, taken + 1
+                    yield self._cut(held, skip, size, number, first)
+                    number, first = number + 1, first + self.block
                     skip, there = skip + size, there - size
                     while skip >= len(held[0].ids):
                         skip -= len(held.popleft().ids)
+                continue
             if there > self.length:
                 count = (there - 1) // self.length
                 yield self._cut(held, skip, count * self.length, number, first)
-                number, first, taken = number + 1, first + count, taken + 1
-            if not taken and place["given"] + place["skip"] == 0:
+                number, first = number + 1, first + count
+            if number == begun:
                 raise SourceError(too_long(self.length, f"the training text has {there:,} tokens"))
-            place = {"block": number, "first": first, "source": None, "given": 0, "skip": 0}
+            held.clear()
+            skip, there, begun = 0, 0, number
 
     def _cut(self, held: "deque[_Encoded]", skip: int, tokens: int, number: int, first: int) -> _Block:
         """Make a block of so many inputs."""
@@ -193,11 +229,17 @@ class Streamed:
         place = {"block": number, "first": first, "source": begins.source, "given": begins.given, "skip": skip}
         return _Block(place, Shuffled(Sequences(array, self.length), self.seed))
 
-    def _encoded(self, place: dict[str, Any]) -> "Iterator[_Encoded]":
-        """Yield the training tokens of one epoch from the documents on at which a block begins."""
+    def _encoded(self, place: dict[str, Any]) -> "Iterator[_Encoded | None]":
+        """Yield the training tokens from the documents on at which a block begins, and `None` where an epoch ends."""
         source, given = place["source"], place["given"]
+        while True:
+            yield from self._epoch(source, given)
+            yield None
+            source, given = None, 0
+
+    def _epoch(self, source: dict[str, Any] | None, given: int) -> "Iterator[_Encoded]":
         limit = self.corpus.max_tokens or math.inf
-        for batch in ahead(batches(Mixture(self.corpus.sources, source))):
+        for batch in ahead(batches(self._mixture(source))):
             texts = [document.text for document in batch.documents if document.draw >= self.threshold]
             arrays = self.encoder.encode(texts)
             ends = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)
@@ -209,6 +251,18 @@ class Streamed:
             if given >= limit:
                 return
             source = batch.state
+
+    def _mixture(self, source: dict[str, Any] | None) -> Mixture:
+        """Return the documents from a place on, if their sources are what they were."""
+        try:
+            for own in self.corpus.sources:
+                if own.identity() != self._identity[own.name]:
+                    raise SourceError(f"{own.place} has changed since the stream was opened: it must stay as it is")
+            return Mixture(self.corpus.sources, source)
+        except SourceError:
+            raise
+        except (ValueError, OSError) as error:
+            raise SourceError(str(error)) from error
 
 
 class _Encoded(NamedTuple):

@@ -46,7 +46,8 @@ class TextEncoder(NamedTuple):
 
     def save(self, folder: Path) -> None:
         """Write the files from which `load_tokenizer`, or transformers' AutoTokenizer, makes it again."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        # The library's own save would not say why it could not write.
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.tokenizer.id_to_token(self.end),

@@ -128,7 +128,8 @@ class TokenArray:
 
     def _document_ends(self, index: int) -> np.ndarray:
         if index not in self._ends:
-            self._ends[index] = np.load(documents_file(self.files[index]), mmap_mode="r")["end"]
+            ends = np.load(documents_file(self.files[index]), mmap_mode="r")["end"]
+            self._ends[index] = np.ascontiguousarray(ends, dtype=np.int64)  # or each search would convert it
         return self._ends[index]
 
 
@@ -143,7 +144,8 @@ class Tokens(NamedTuple):
     Attributes:
         train: ids of the training documents, each followed by end-of-text.
         test: the same for the held-out documents.
-        fingerprint: hash of tokens and tokenizer: equal tokens have equal fingerprints, wherever they came from.
+        fingerprint: hash of tokens and tokenizer: equal tokens have equal fingerprints, wherever they came from. Of a
+            text that is streamed, hash of the sources' identities, the tokenizer and the held-out tokens.
         folder: where they lie.
         facts: contents of `tokens.json`: for each split documents, bytes of text, tokens and parts; the vocabulary.
     """
@@ -166,7 +168,7 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
         ValueError: a file is missing or not what it was.
     """
     try:
-        facts = json.loads((folder / MANIFEST).read_text())
+        facts = unsealed((folder / MANIFEST).read_text())
         arrays, size = {}, 0
         for split in SPLITS:
             parts = facts[split]["parts"]
@@ -186,6 +188,27 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
     return Tokens(arrays["train"], arrays["test"], facts["fingerprint"], folder, facts)
+
+
+def sealed(facts: dict[str, Any]) -> str:
+    """Return facts as JSON, with a checksum of their own."""
+    return json.dumps({**facts, "checksum": _checksum_of(facts)}, indent=1)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Return the facts that `sealed` wrote.
+
+    Raises:
+        ValueError: they are not what was written.
+    """
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum_of(facts):
+        raise ValueError("it does not have the checksum it was written with")
+    return facts
+
+
+def _checksum_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(file: Path) -> str:

@@ -13,10 +13,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from data.corpus import Corpus
 from data.sources import Document
 from data.tokenizer import TOKENIZER_FILES, TextEncoder
-from data.tokens import DOCUMENT, MANIFEST, SPLITS, checksum, documents_file
+from data.tokens import DOCUMENT, MANIFEST, SPLITS, checksum, documents_file, sealed
 
 
 def digest_key(digest: bytes) -> int:
@@ -109,13 +108,18 @@ def write_part(
 
 
 def write_manifest(
-    folder: Path, corpus: Corpus, encoder: TextEncoder, parts: list[dict[str, Any]], files: dict[str, Any], **more: Any
+    folder: Path,
+    recipe: dict[str, Any],
+    encoder: TextEncoder,
+    parts: list[dict[str, Any]],
+    files: dict[str, Any],
+    **more: Any,
 ) -> dict[str, Any]:
     """Write the file that makes the folder whole, and return what is in it.
 
     Args:
         folder: that has all other files.
-        corpus: that they were made from.
+        recipe: of the corpus, as it was when the work began.
         encoder: the tokenizer.
         parts: from `write_part`.
         files: from `write_part`, of all parts.
@@ -134,11 +138,10 @@ def write_manifest(
         there = [part[split] for part in parts if part[split]["file"]]
         totals = {key: sum(part[key] for part in there) for key in ("documents", "bytes", "tokens")}
         facts[split] = totals | {"parts": there}
-    recipe = corpus.recipe()
     whole: list[Any] = [facts["dtype"], encoder.end, sorted((n, f["sha256"]) for n, f in files.items())]
-    if corpus.streamed:  # the training tokens are not there to be hashed
-        whole.append(recipe)
+    if "streamed" in recipe:  # the training tokens are not there to be hashed
+        whole += [recipe, facts["commits"]]
     facts["fingerprint"] = hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
     facts |= {"files": files, "recipe": recipe}
-    replace(folder / MANIFEST, json.dumps(facts, indent=1))
+    replace(folder / MANIFEST, sealed(facts))
     return facts

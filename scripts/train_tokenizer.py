@@ -37,10 +37,14 @@ def main(cfg: DictConfig) -> None:
             encoder = corpus_tokenizer(corpus, console, math.floor(cfg.max_bytes))
         aside = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        encoder.save(aside)
-        aside.rename(out)
-        short = "" if encoder.size == cfg.vocab_size else f" (the text has no more than that, of {cfg.vocab_size:,})"
+        try:
+            aside.mkdir(parents=True)
+            encoder.save(aside)
+            aside.rename(out)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise ConfigError(f"out={cfg.out} cannot be written ({error.strerror}): nothing is left there") from error
+        short = "" if encoder.size == corpus.vocab_size else f" (the text has no more, of {corpus.vocab_size:,})"
         console.print(f"{encoder.size:,} tokens{short}: data.tokenizer={out}")
 
 

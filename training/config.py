@@ -69,6 +69,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.name": _NAME,
     "data.path": (lambda v: v is None or (isinstance(v, str) and v != ""), "a file, a folder or a pattern, or null"),
     "data.column": (lambda v: isinstance(v, str) and v != "", "the name of a column"),
+    "data.sources": (lambda v: isinstance(v, dict) and any(v.values()), "sources by their names, one at least"),
     "data.tokenizer": (
         lambda v: v is None or (isinstance(v, str) and v != ""),
         "a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text",
@@ -87,7 +88,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, list) and all(is_count(step) for step in v) and len(set(v)) == len(v),
         "a list of different steps, counted from 1, such as [100,200]",
     ),
-    "data.bad_batches.kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
+    "data.bad_batches.kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {', '.join(KINDS)}"),
     "optim.name": (lambda v: v == "adamw", "adamw"),
     "optim.betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
@@ -211,8 +212,12 @@ def corpus_of(cfg: DictConfig) -> Corpus:
         ValueError: a source has a setting that is unknown or not allowed.
     """
     data = cfg.data
+    sources = sources_of(OmegaConf.to_container(data.sources, resolve=True))  # type: ignore[arg-type]
+    if data.path is not None and data.path not in [source.path for source in sources]:
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(f"path={data.path} means nothing to the sources {names}: set sources.NAME.path, and hub=null")
     return Corpus(
-        sources=tuple(sources_of(OmegaConf.to_container(data.sources, resolve=True))),  # type: ignore[arg-type]
+        sources=tuple(sources),
         tokenizer=data.tokenizer,
         vocab_size=data.vocab_size,
         test_fraction=data.test_fraction,
@@ -300,7 +305,7 @@ def section(name: str) -> Iterator[None]:
         raise
     except ValueError as error:
         message = str(error)
-        prefix = f"{name}." if re.match(r"[\w.]+=", message) else f"{name}: "
+        prefix = f"{name}." if re.match(r"[\w.-]+=", message) else f"{name}: "
         raise ConfigError(prefix + message) from error
 
 

@@ -158,9 +158,11 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     if checkpoint:
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
     else:
+        passes = loader.total / len(sequences) if isinstance(sequences, Shuffled) else 0.0
         console.print(
             f"training {folder.path}: {model.parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
-            f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens",
+            f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens"
+            + (f", {passes:.1f} passes over the text" if passes > 1 else "")
         )
 
     if checkpoint is None and cfg.model.init_from is not None:

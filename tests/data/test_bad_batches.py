@@ -5,9 +5,10 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from data import KINDS, BadBatches, SequenceLoader, Sequences, Shuffled
-from data.tokenizer import train_tokenizer
+from data.tokenizer import END_OF_TEXT, text_encoder, train_tokenizer
 from tests.data.arrays import token_array
 
 STEPS, LENGTH = 6, 40
@@ -58,6 +59,13 @@ def test_only_the_chosen_steps_change_and_on_all_ranks_alike(loader, kind):
     late.load_state_dict({"sequences_consumed": 32, "fingerprint": "f"})
     assert torch.equal(next(iter(late)).tokens[:, :-1].long(), bad[4][0])
     assert not same(bad[1], steps(loader(kind, seed=2))[1])
+
+
+def test_a_tokenizer_without_other_scripts_is_told():
+    plain = Tokenizer(models.BPE({"a": 0, "b": 1, END_OF_TEXT: 2}, []))
+    with pytest.raises(ValueError, match=r"bad_batches.kind=script is not possible: the tokenizer leaves out letters"):
+        BadBatches([1], "script", 0, text_encoder(plain, end=2))
+    BadBatches([1], "random", 0, text_encoder(plain, end=2))
 
 
 def test_what_each_kind_is(loader, encoder):

@@ -125,6 +125,36 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(lines, tmp_path):
     }
 
 
+def test_continued_after_each_part_it_ends_as_if_in_one_go(lines, corpus, tmp_path, monkeypatch):
+    """With sources of which some give nothing to a part: stopped after every part, and continued."""
+    rare = tmp_path / "rare.jsonl"
+    rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
+    sources = (Source("lines", path=str(lines), weight=200), Source("rare", path=str(rare), weight=3))
+    settings = Corpus(sources, vocab_size=300, test_fraction=0.2)
+    whole = prepare(settings, tmp_path / "whole", 16, part_tokens=3000)
+    room, stops = sys.modules["data.prepare"], 0
+    write, replace, stopping = room.write_part, room.replace, [False]
+
+    def write_and_stop(*arguments):
+        stopping[0] = True
+        return write(*arguments)
+
+    def replace_and_stop(path, text):
+        replace(path, text)
+        if stopping[0] and path.name == "journal.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "write_part", write_and_stop)
+    monkeypatch.setattr(room, "replace", replace_and_stop)
+    while not list((tmp_path / "pieces").glob("*/tokens.json")):
+        stopping[0] = False
+        try:
+            pieces = prepare(settings, tmp_path / "pieces", 16, part_tokens=3000)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 10 and pieces.fingerprint == whole.fingerprint and same(whole, pieces)
+
+
 def test_two_processes_at_once_prepare_it_once(lines, tmp_path):
     processes = [start(lines, tmp_path) for _ in range(3)]
     results = [process.communicate() for process in processes]
@@ -177,6 +207,15 @@ def test_damage_is_named(lines, tmp_path):
             with pytest.raises(ValueError, match=rf"damaged \(.*{name}.*\): remove that folder"):
                 open_tokens(folder)
             shutil.rmtree(folder)
+    manifest = (whole.folder / "tokens.json").read_text()
+    for changed in (
+        manifest.replace('"tokens": ', '"tokens": 1', 1),
+        manifest.replace('"fingerprint"', '"fingerprin"'),
+    ):
+        assert changed != manifest
+        (whole.folder / "tokens.json").write_text(changed)
+        with pytest.raises(ValueError, match=r"damaged .*checksum it was written with"):
+            open_tokens(whole.folder)
     (whole.folder / "tokens.json").write_text('{"half')
     with pytest.raises(ValueError, match="damaged"):
         prepare(corpus_of(lines), tmp_path / "cache", 16)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -85,6 +87,64 @@ def rows_of(loaders: list[SequenceLoader]) -> list[list[list[int]]]:
     return [list(itertools.chain(*found[i : i + per_step])) for i in range(0, len(found), per_step)]
 
 
+def test_a_stream_that_ends_early_goes_on_as_well(corpus):
+    """With `max_tokens`, from any block."""
+    whole, taken, states = streamed(corpus, 9 * LENGTH, max_tokens=4000), [], []
+    for first in range(0, 900, 3):
+        taken.append(whole.take(first, 3).tokens)
+        states.append(json.dumps(whole.state()))
+    whole.close()
+    for place in range(0, len(states) - 1, 17):
+        again = streamed(corpus, 9 * LENGTH, max_tokens=4000)
+        again.load_state(json.loads(states[place]))
+        for i in range(place + 1, min(place + 40, len(taken))):
+            assert torch.equal(again.take(3 * i, 3).tokens, taken[i])
+        again.close()
+    with pytest.raises(
+        ValueError, match="trained on blocks of 9 sequences of 16 tokens, but these are blocks of 8 of 16"
+    ):
+        streamed(corpus, 8 * LENGTH).load_state(json.loads(states[0]))
+
+
+def test_its_threads_end_when_it_is_closed(corpus):
+    before = threading.active_count()
+    stream = streamed(corpus, 37 * LENGTH)
+    stream.take(0, 1)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="the stream is closed"):
+        stream.take(10_000, 1)
+
+
+def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
+    (tmp_path / "text").mkdir()
+    source = (Source("c", path=str(tmp_path / "text")),)
+    lines = '{"text": "some words here"}\n' * 500
+    for change, said in (
+        (lambda: (tmp_path / "text" / "b.jsonl").write_text(""), "has changed since the stream was opened: it must"),
+        (lambda: (tmp_path / "text" / "a.jsonl").unlink(), "(has changed|cannot be read: .*the file is not there)"),
+        (lambda: shutil.rmtree(tmp_path / "text"), "(does not exist|cannot be read: .*the file is not there)"),
+    ):
+        for name in "abc":
+            (tmp_path / "text" / f"{name}.jsonl").write_text(lines)
+        stream = streamed(corpus, 50 * LENGTH, sources=source, test_fraction=0.0)
+        stream.take(0, 1)
+        change()
+        with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text {said}"):
+            stream.take(100_000, 1)
+
+
+def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.stream, "HEAD_BYTES", 1000)
+    (tmp_path / "text").mkdir()
+    for i in range(60):
+        (tmp_path / "text" / f"{i:02}.txt").write_text(f"{i} words without an end " * 100)
+    corpus = Corpus((Source("s", path=str(tmp_path / "text")),), vocab_size=300, test_fraction=1e-4, streamed=True)
+    head = prepare(corpus, tmp_path / "cache", 16)
+    assert head.facts["threshold"] <= 0.11 and head.facts["test"]["documents"] >= 1
+
+
 def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
     steps, batch = 120, 24  # of 1,700 sequences: more than an epoch, and batches that lie in two blocks
 
@@ -113,6 +173,15 @@ def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
 def test_held_out_documents_are_those_of_a_preparation_and_never_trained_on(corpus, tmp_path):
     prepared = prepare(corpus, tmp_path, LENGTH)
     head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
+    encoder = load_tokenizer(corpus.tokenizer)
+    held_out = [d.text for d in Mixture(corpus.sources) if d.draw < 0.1]
+    stream, given = streamed(corpus), []
+    while stream.state()["stream"]["block"] == 0:  # the sequences of an epoch
+        given.append(stream.take(len(given), 1).tokens[0])
+    trained = encoder.tokenizer.decode(torch.cat(given[:-1]).tolist())
+    assert len(trained) > 100_000 and len(held_out) > 50
+    assert not any(text in trained for text in held_out)
+    stream.close()
     assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
     assert len(head.train) == 0 and head.facts["threshold"] == 0.1
     assert head.fingerprint != prepared.fingerprint and head.folder != prepared.folder
@@ -122,10 +191,10 @@ def test_held_out_documents_are_those_of_a_preparation_and_never_trained_on(corp
 
 def test_of_a_long_text_enough_is_held_out(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(data.stream, "HEAD_BYTES", 60_000)
-    monkeypatch.setattr(data.stream, "HELD_OUT_BYTES", 20_000)
+    monkeypatch.setattr(data.stream, "HELD_OUT_BYTES", 4_000)
     head = prepare(Corpus(**{**vars(corpus), "streamed": True, "test_fraction": 1e-4}), tmp_path, LENGTH)
     threshold = head.facts["threshold"]
-    assert 0.1 < threshold < 0.9 and 20_000 <= head.facts["test"]["bytes"] < 20_500
+    assert 0.01 < threshold < 0.1 and 4_000 <= head.facts["test"]["bytes"] < 4_500
     texts, size = [], 0
     for document in Mixture(corpus.sources):
         if document.draw < threshold:
