@@ -61,7 +61,7 @@ def _loss(ax: Axes, run: Run) -> None:
         ax.axhline(unigram, color="0.4", ls=":", lw=1, label=f"unigram entropy of the test text {unigram:.2f}")
         ax.plot(step[-1], test, "D", color=BEFORE, ms=6, label=f"test loss {test:.2f}", clip_on=False, zorder=3)
     ax.set_ylabel("loss (nats/token)")
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")
 
 
 def _norm(ax: Axes, run: Run) -> None:
@@ -77,7 +77,7 @@ def _norm(ax: Axes, run: Run) -> None:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "246" else "")
     ax.set_ylabel("gradient norm")
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")
 
 
 def _decision(ax: Axes, run: Run) -> None:
@@ -108,4 +108,4 @@ def _decision(ax: Axes, run: Run) -> None:
     else:
         ax.set_ylim(top=1.5 * max(np.nanmax(z, initial=0), threshold or 0))
     ax.set_ylabel("z-score")
-    ax.legend(loc="upper right", ncols=2)
+    ax.legend(loc="best", ncols=2)
