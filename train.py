@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.cli import command_line, reporting
-from training.config import ConfigError, check, run_path
+from training.config import ConfigError, check, corpus_of, run_path
 from training.folder import RunFolder, write_whole
 from training.processes import launch, launched, rank, world_size
 
@@ -36,6 +37,8 @@ def main(cfg: DictConfig) -> None:
         folder.check_same_run(cfg)
         if (result := folder.read_result()) is not None:
             console.print(f"finished already: {folder.path} (remove the folder to train it again)")
+            if folder.data_folder() not in (None, corpus_of(cfg).folder(Path(cfg.paths.cache)).name):
+                console.print("the files of the text are not those it was trained on: this is the result of those")
             if not folder.picture.exists() and rank() == 0:
                 draw(folder)
         elif world_size(cfg) > 1 and not launched():

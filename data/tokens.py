@@ -46,6 +46,7 @@ class TokenArray:
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._maps: dict[int, np.ndarray] = {}
         self._ends: dict[int, np.ndarray] = {}
+        self._views: dict[tuple[int, int], np.ndarray] = {}
 
     @classmethod
     def in_memory(cls, ids: np.ndarray, ends: np.ndarray) -> "TokenArray":
@@ -81,19 +82,22 @@ class TokenArray:
         Returns:
             (n, length) ids.
         """
+        if len(self.files) == 1:
+            return self._windows(0, length)[starts]
         parts = np.searchsorted(self.starts, starts, side="right") - 1
-        if len(parts) and (parts == parts[0]).all() and starts.max() + length <= self.starts[parts[0] + 1]:
-            windows = np.lib.stride_tricks.sliding_window_view(self.part(int(parts[0])), length)
-            return windows[starts - self.starts[parts[0]]]
-        out = np.empty((len(starts), length), self.dtype)
-        firsts = (starts - self.starts[parts]).tolist()
-        for row, index, first in zip(out, parts.tolist(), firsts, strict=True):
-            found = self.part(index)[first : first + length]
-            if len(found) < length:
-                start = int(self.starts[index]) + first
-                found = self.read(start, start + length)
-            row[:] = found
-        return out
+        pieces = [
+            self.part(part)[first : first + length]
+            for part, first in zip(parts.tolist(), (starts - self.starts[parts]).tolist(), strict=True)
+        ]
+        for row in np.flatnonzero(starts + length > self.starts[parts + 1]).tolist():  # what goes on in the next part
+            pieces[row] = self.read(int(starts[row]), int(starts[row]) + length)
+        return np.concatenate(pieces).reshape(len(starts), length) if pieces else np.empty((0, length), self.dtype)
+
+    def _windows(self, index: int, length: int) -> np.ndarray:
+        """Return a view of a part that has the stretch from each token on as a row."""
+        if (index, length) not in self._views:
+            self._views = {(index, length): np.lib.stride_tricks.sliding_window_view(self.part(index), length)}
+        return self._views[index, length]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) as a new array."""

@@ -115,9 +115,14 @@ class RunFolder:
                 for name in TOKENIZER_FILES:
                     write_whole(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
                 write_whole(self.config, OmegaConf.to_yaml(cfg, resolve=True))
-            start = environment() | {"data_fingerprint": tokens.fingerprint}
+            start = environment() | {"data_fingerprint": tokens.fingerprint, "data_folder": tokens.folder.name}
             write_whole(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
             yield
+
+    def data_folder(self) -> str | None:
+        """Return the name of the tokens' folder at the last start; `None` if it is not known."""
+        starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
+        return starts[-1].get("data_folder") if starts else None
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""

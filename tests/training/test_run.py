@@ -252,6 +252,18 @@ def test_accumulation_changes_nothing_but_rounding(settings, tmp_path):
     assert abs(losses[0] - losses[1]).max() < 1e-3
 
 
+def test_a_finished_run_says_that_its_text_has_changed(corpus, cache, tmp_path):
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    settings = (*TINY, f"data.path={text}", f"paths.cache={cache}", "trainer.max_steps=2")
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    said = "the files of the text are not those it was trained on"
+    assert said not in train(*settings, cwd=tmp_path).stdout
+    sorted(text.iterdir())[0].write_text("other words " * 100)
+    done = train(*settings, cwd=tmp_path)
+    assert "finished already" in done.stdout and said in done.stdout
+
+
 def test_one_process_at_a_time(settings, tmp_path):
     settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1")
     process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
