@@ -21,6 +21,9 @@ MODES = {
     "accumulated": ["trainer.micro_batch_size=2"],
     "recomputed": ["trainer.activation_checkpointing=full"],
     "ddp": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=4"],
+    "ddp-streamed": [
+        "trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=2", "data.mode=stream",
+    ],
     "ddp-accumulated": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=1"],
     "fsdp": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4"],
     "fsdp-accumulated": [

@@ -238,7 +238,7 @@ def test_the_test_loss_is_that_of_all_held_out_tokens(settings, corpus, cache, t
     model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
     with torch.inference_mode():
         batch = sequences.batch(np.arange(len(sequences))).long()
-        losses = [model(row[None, :-1], row[None, 1:]).item() for row in batch]
+        losses = [model(row[None, :-1], row[None, 1:])[1].item() for row in batch]
     assert result["test_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result["test_tokens"] == len(sequences) * 64
     assert result["unigram_entropy"] == pytest.approx(unigram_entropy(batch[:, 1:].flatten().numpy()))
