@@ -254,7 +254,10 @@ class Stream:
         """The file being read, for messages; nothing if it is not known."""
         if self.source.hub is not None:
             return ""
-        files, index = self.source.files(), _shard(self._rows.state_dict())
+        try:
+            files, index = self.source.files(), _shard(self._rows.state_dict())
+        except ValueError:
+            return ""  # there are none any more
         return f"{files[index]}: " if index is not None and index < len(files) else ""
 
 
