@@ -19,7 +19,8 @@ from rich.table import Table
 from training.cli import command_line, reporting
 from training.config import ConfigError, check, corpus_of, run_path
 from training.folder import RunFolder, write_whole
-from training.processes import launch, launched, rank, world_size
+from training.processes import launch, launched, rank
+from training.split import world_size
 
 finished: list[tuple[dict[str, str], dict]] = []
 

@@ -26,6 +26,7 @@ from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
 from models.parallel import ACTIVATION_CHECKPOINTING
 from training.speed import PEAKS, peak
+from training.split import shards, world_size
 from zclip import ClippingStrategy
 from zclip.base import is_count, is_number
 
@@ -240,7 +241,7 @@ def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 def _check_processes(cfg: DictConfig) -> None:
     """Raise `ConfigError` unless there can be such processes, and a global batch can be dealt out to them."""
     trainer = cfg.trainer
-    processes = trainer.nodes * trainer.devices
+    processes = world_size(cfg)
     if trainer.strategy == "single" and processes > 1:
         raise ConfigError(
             f"trainer.strategy=single is not possible with trainer.nodes={trainer.nodes} and trainer.devices="
@@ -276,8 +277,7 @@ def _check_model(cfg: DictConfig) -> None:
     config, trainer = model_config(cfg), cfg.trainer
     gpu = trainer.accelerator == "gpu" and torch.cuda.is_available()
     here = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    shards = trainer.nodes * trainer.devices // trainer.replicas if trainer.strategy in ("fsdp", "hsdp") else 1
-    needed = 16 * config.parameters // shards * (1 if gpu else trainer.devices)
+    needed = 16 * config.parameters // shards(cfg) * (1 if gpu else trainer.devices)
     if needed > here:
         raise ConfigError(
             f"model.name={cfg.model.name} has {config.parameters:,} parameters, which take {needed / 2**30:,.0f} GiB "

@@ -17,8 +17,8 @@ from models.llama import Block
 from models.loss import ELEMENTS
 from models.parallel import KEPT
 from training.config import model_config
-from training.processes import world_size
 from training.speed import flops_per_token, peak
+from training.split import micro_batches, sharded, shards, world_size
 
 GIB = 2**30
 
@@ -51,8 +51,7 @@ class Plan(NamedTuple):
 def plan(cfg: DictConfig) -> Plan:
     """Return what the run of a configuration needs."""
     config, trainer, length = model_config(cfg), cfg.trainer, cfg.data.sequence_length
-    sharded = trainer.strategy in ("fsdp", "hsdp")
-    shards = world_size(cfg) // trainer.replicas if sharded else 1
+    spread = shards(cfg)
     mixed = trainer.precision == "bf16-mixed"
     size = 2 if mixed else 4
     tokens = trainer.micro_batch_size * length
@@ -62,13 +61,12 @@ def plan(cfg: DictConfig) -> Plan:
     how = trainer.activation_checkpointing
     rest = config.parameters - config.num_hidden_layers * block
     head = config.vocab_size * config.hidden_size
-    accumulated = trainer.global_batch_size // (trainer.micro_batch_size * world_size(cfg)) > 1
     saved = {"none": within, "selective": kept, "full": tokens * config.hidden_size * size}[how]
     memory = {
-        "weights": 4 * config.parameters / shards,
-        "optimizer": 8 * config.parameters / shards,
-        "gradients": 4 * config.parameters * (1 if sharded and accumulated else 1 / shards),
-        "weights in use": size * (rest + 2 * block) if sharded else (size * config.parameters if mixed else 0),
+        "weights": 4 * config.parameters / spread,
+        "optimizer": 8 * config.parameters / spread,
+        "gradients": 4 * config.parameters * (1 if sharded(cfg) and micro_batches(cfg) > 1 else 1 / spread),
+        "weights in use": size * (rest + 2 * block) if sharded(cfg) else (size * config.parameters if mixed else 0),
         "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
         "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * min(ELEMENTS, tokens * config.vocab_size),
     }
@@ -89,7 +87,7 @@ def show(cfg: DictConfig) -> Table:
         else f"does not fit {available:g} GiB: {-room:,.1f} too much"
     )
     table.add_row("memory", f"{found.bytes / GIB:,.2f} GiB", fits)
-    accumulated = cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * devices)
+    accumulated = micro_batches(cfg)
     at_once = (
         f"{devices} x {cfg.trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
     )

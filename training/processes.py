@@ -1,4 +1,4 @@
-"""One run in several processes: how many, which this is, and starting them.
+"""One run in several processes: which this is, and starting them.
 
 `python train.py` starts them itself on one machine; under torchrun they are there already. Rank 0 alone writes, and
 speaks.
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from omegaconf import DictConfig
 
 from training.config import ConfigError
 
@@ -30,11 +29,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
-
-
-def world_size(cfg: DictConfig) -> int:
-    """Return the number of processes of a run."""
-    return cfg.trainer.nodes * cfg.trainer.devices
 
 
 def launched() -> bool:

@@ -39,8 +39,9 @@ from training.config import ConfigError, clipping_strategy, corpus_of, model_con
 from training.folder import RunFolder, step_of
 from training.metrics import Metrics, Row
 from training.module import PretrainingModule
-from training.processes import rank, world_size
+from training.processes import rank
 from training.progress import ProgressDisplay
+from training.split import micro_batches, sharded, shards, world_size
 from zclip.integrations.lightning import ClippingCallback
 
 
@@ -89,17 +90,11 @@ def training_sequences(cfg: DictConfig, tokens: Tokens) -> Shuffled | Streamed:
     )
 
 
-def sharded(cfg: DictConfig) -> bool:
-    """Whether no process holds the whole model."""
-    return cfg.trainer.strategy in ("fsdp", "hsdp")
-
-
 def lightning_strategy(cfg: DictConfig) -> Any:
     """Return what the Trainer takes for `cfg.trainer.strategy`."""
     if sharded(cfg):
-        replicas = cfg.trainer.replicas
         # Lightning checks the product of the two sizes only; the mesh is made in `prepare_model`.
-        return ModelParallelStrategy(replicas, world_size(cfg) // replicas, save_distributed_checkpoint=False)
+        return ModelParallelStrategy(cfg.trainer.replicas, shards(cfg), save_distributed_checkpoint=False)
     return DDPStrategy(gradient_as_bucket_view=True) if cfg.trainer.strategy == "ddp" else "auto"
 
 
@@ -110,7 +105,7 @@ def prepare_model(cfg: DictConfig, model: Llama) -> None:
     if trainer.compile:
         compile_blocks(model)
     if sharded(cfg):
-        sizes = (trainer.replicas, world_size(cfg) // trainer.replicas)
+        sizes = (trainer.replicas, shards(cfg))
         names = ("replicate", "shard")
         mesh = init_device_mesh("cuda" if trainer.accelerator == "gpu" else "cpu", sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
@@ -133,14 +128,13 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
-    accumulated = trainer_cfg.global_batch_size // (trainer_cfg.micro_batch_size * world_size(cfg))
     module = PretrainingModule(
         model,
         lr=cfg.lr,
         steps=trainer_cfg.max_steps,
         **settings_of(cfg.optim),
         prepare_model=lambda built: prepare_model(cfg, built),
-        micro_batches=accumulated,
+        micro_batches=micro_batches(cfg),
     )
     sequences = training_sequences(cfg, tokens)
     loader = SequenceLoader(
@@ -187,7 +181,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         strategy=lightning_strategy(cfg),
         precision="32-true" if sharded(cfg) else trainer_cfg.precision,  # FSDP2 sees to it
         max_steps=trainer_cfg.max_steps,
-        accumulate_grad_batches=accumulated,
+        accumulate_grad_batches=micro_batches(cfg),
         callbacks=[
             ClippingCallback(strategy),
             metrics,
