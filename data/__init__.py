@@ -1,7 +1,8 @@
 """From a corpus to token sequences whose order is arithmetic.
 
 `prepare` turns documents into cached tokens, or `Streamed` tokenizes them on the way; `SequenceLoader` deals them out.
-What comes next depends on the text and tokenizer, the seed and the number of sequences consumed, and on nothing else.
+What comes next depends on the text and tokenizer, the sequence length, the seed and the number of sequences consumed,
+and where the text is streamed on the size of its blocks.
 """
 
 from data.bad_batches import KINDS, BadBatches

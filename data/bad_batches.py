@@ -35,11 +35,12 @@ class BadBatches:
     """
 
     def __init__(self, steps: list[int], kind: str, seed: int, encoder: TextEncoder) -> None:
-        letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
-        if kind == "script" and min(map(len, encoder.encode(letters))) == 1:
-            raise ValueError(
-                "bad_batches.kind=script is not possible: the tokenizer leaves out letters of other scripts"
-            )
+        if kind == "script":
+            letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
+            if min(map(len, encoder.encode(letters))) == 1:
+                raise ValueError(
+                    "bad_batches.kind=script is not possible: the tokenizer leaves out letters of other scripts"
+                )
         self.steps = frozenset(steps)
         self.make = KINDS[kind]
         self.seed = seed

@@ -128,10 +128,11 @@ class Corpus:
         if size is not None and sequence_length >= size:
             raise ValueError(too_long(sequence_length, f"the text has {size:,} bytes"))
         for source in self.sources:
-            if next(iter(Stream(source)), None) is None:
+            first = list(itertools.islice(Stream(source), 2))
+            if not first:
                 raise ValueError(f"{source.place} holds no text")
-        if len(list(itertools.islice(Mixture(self.sources), 2))) < 2:
-            raise ValueError(f"{self.sources[0].place} is one document: {ONE_MORE}")
+            if len(first) + len(self.sources) == 2:
+                raise ValueError(f"{source.place} is one document: {ONE_MORE}")
 
 
 def corpus_tokenizer(
