@@ -9,14 +9,19 @@ from rich.table import Table
 from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches
 
+#: Parts of a step's time, as metrics.jsonl and as the table name them.
+PARTS = {"data": "data", "forward_backward": "forward and backward", "clip": "clipping", "optimizer": "optimizer"}
+
 
 def summarise(run: Run) -> dict[str, Any]:
     """Return what metrics.jsonl says about a whole run.
 
     `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
     steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
-    `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second` the median over
-    steps; `bad_batches` how many steps had one put in on purpose, and `bad_batch_kind` of which kind.
+    `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second`, `mfu` (`None`
+    where the devices' peak is not known) and `step_seconds` (by what they go to) medians over steps; `peak_memory_gib`
+    the most that a process took; `bad_batches` how many steps had one put in on purpose, and `bad_batch_kind` of which
+    kind.
     """
     metrics = run.metrics
     bad = bad_batches(run)
@@ -32,9 +37,17 @@ def summarise(run: Run) -> dict[str, Any]:
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
         "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
+        "mfu": _median(metrics.get("mfu")),
+        "step_seconds": {part: _median(metrics.get(f"{part}_seconds")) for part in PARTS},
+        "peak_memory_gib": float(np.nanmax(metrics["peak_memory_gib"])) if "peak_memory_gib" in metrics else None,
         "bad_batches": len(bad),
         "bad_batch_kind": run.config["data"]["bad_batches"]["kind"] if bad else None,
     }
+
+
+def _median(column: np.ndarray | None) -> float | None:
+    """Return the median of what there is of a column, `None` if there is nothing."""
+    return None if column is None or np.isnan(column).all() else float(np.nanmedian(column))
 
 
 def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
@@ -70,6 +83,24 @@ def _injected(result: dict[str, Any]) -> str:
     return f"{many} {result['bad_batch_kind']}" if many else ""
 
 
+def _speed(result: dict[str, Any]) -> str:
+    """Say how large a model was trained, and how near to the peak of its devices."""
+    size = f"{result['parameters'] / 1e6:.2f}M parameters"
+    return size if result.get("mfu") is None else f"{size}, {result['mfu']:.1%} MFU"
+
+
+def _costs(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return rows on what a step's time went to, and on memory, as far as the result has them."""
+    spent = {part: value for part, value in (result.get("step_seconds") or {}).items() if value is not None}
+    rows = []
+    if total := sum(spent.values()):
+        shares = ", ".join(f"{PARTS[part]} {value / total:.1%}" for part, value in spent.items())
+        rows.append(("time of a step", f"{total:.3f} s", shares))
+    if (most := result.get("peak_memory_gib")) is not None:
+        rows.append(("peak memory", f"{most:.1f} GiB", "of one process"))
+    return rows
+
+
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the table a person sees at the end of a run."""
     test, unigram = result["test_loss"], result["unigram_entropy"]
@@ -90,8 +121,9 @@ def table(result: dict[str, Any], title: str) -> Table:
         (
             "speed",
             f"{result['tokens_per_second']:,.0f} tokens/s",
-            f"{result['parameters'] / 1e6:.2f}M parameters",
+            _speed(result),
         ),
+        *_costs(result),
     ):
         shown.add_row(name, value, f"[dim]{remark}")
     if injected := _injected(result):

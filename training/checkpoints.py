@@ -74,6 +74,7 @@ class Checkpoints(pl.Callback):
             _sync(final.parent)
             for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+        self.metrics.clock.mark("saving")
 
 
 def _sync(path: Path) -> None:

@@ -1,14 +1,16 @@
 """metrics.jsonl: one line a step, in the order of steps, each step once.
 
-A step's numbers stay tensors on the device. Every `log_every` steps one transfer brings them over; then
-they are written, and shown to whoever listens (progress display, wandb). A number that is not finite, or does
-not exist at that step, is null. On resuming, lines after the checkpoint's step are dropped: they will be
-computed again.
+A step's numbers stay tensors on the device, its times events there. Every `log_every` steps one transfer brings them
+over; then they are written, and shown to whoever listens (progress display, wandb). A number that is not finite, or
+does not exist at that step or on that device, is null. On resuming, lines after the checkpoint's step are dropped: they
+will be computed again.
 """
 
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -17,9 +19,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from training.clock import Clock, Spans, seconds
 from training.folder import RunFolder, write_whole
 from training.module import PretrainingModule
 from zclip import ClippingStrategy
+from zclip.integrations.lightning import ClippingCallback
 
 Row = dict[str, float | int | None]
 
@@ -28,12 +32,16 @@ class Metrics(pl.Callback):
     """Record every optimizer step.
 
     Fields of a line: `step` (from 1), `tokens` (so far), `loss` (cross entropy, mean over the global batch, nats per
-    token, before the step), `lr`, `tokens_per_second` (mean since the last transfer), and the strategy's telemetry.
+    token, before the step), `lr`, and the strategy's telemetry; mean since the last transfer `tokens_per_second` and
+    `mfu`, the share of the devices' peak that they take; of rank 0 `data_seconds`, `forward_backward_seconds`,
+    `clip_seconds` and `optimizer_seconds` of the step; `peak_memory_gib` so far, the most that a process has had:
+    allocated on a GPU, resident otherwise.
 
     Args:
         folder: run folder.
         strategy: whose telemetry to record.
         tokens_per_step: tokens in a global batch.
+        peak_tokens_per_second: of all devices at their peak; `None` where that is not known.
         log_every: steps between transfers.
         listeners: called with each row, on rank 0, after it is written.
     """
@@ -43,18 +51,21 @@ class Metrics(pl.Callback):
         folder: RunFolder,
         strategy: ClippingStrategy,
         tokens_per_step: int,
+        peak_tokens_per_second: float | None,
         log_every: int,
         listeners: list[Callable[[Row], None]],
     ) -> None:
         self.folder = folder
         self.strategy = strategy
         self.tokens_per_step = tokens_per_step
+        self.peak_tokens_per_second = peak_tokens_per_second
         self.log_every = log_every
         self.listeners = listeners
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._pending: list[tuple[int, dict[str, Tensor], Spans]] = []
         self._losses: list[Tensor] = []
         self._file: TextIO | None = None
         self._since = 0.0
+        self.clock = Clock(torch.device("cpu"))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file behind the last line that counts."""
@@ -64,6 +75,13 @@ class Metrics(pl.Callback):
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
             self._file = self.folder.metrics.open("a", encoding="utf-8")
         self._since = time.perf_counter()
+        self.clock = Clock(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Mark that the batch is there."""
+        self.clock.mark("data")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
@@ -71,10 +89,12 @@ class Metrics(pl.Callback):
         """Take the loss of a micro-batch, and the whole step's numbers after its last."""
         self._losses.append(outputs["cross_entropy"])
         if len(self._losses) < trainer.accumulate_grad_batches:
+            self.clock.mark("forward_backward")
             return
+        self.clock.mark("optimizer")
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
-        self._pending.append((trainer.global_step, {"loss": loss, **self.strategy.telemetry}))
+        self._pending.append((trainer.global_step, {"loss": loss, **self.strategy.telemetry}, self.clock.lap()))
         if trainer.global_step % self.log_every == 0:
             self.flush(trainer, pl_module)
 
@@ -85,16 +105,20 @@ class Metrics(pl.Callback):
         assert isinstance(pl_module, PretrainingModule)
         names = list(self._pending[0][1])
         table = torch.stack(
-            [torch.stack([row[name].to(pl_module.device, torch.float32) for name in names]) for _, row in self._pending]
+            [
+                torch.stack([row[name].to(pl_module.device, torch.float32) for name in names])
+                for _, row, _ in self._pending
+            ]
         )
         losses = table[:, names.index("loss")]
         losses.copy_(trainer.strategy.reduce(losses.clone(), reduce_op="mean"))  # each process has that of its rows
-        values = table.tolist()  # the one transfer; it waits for the device
+        memory = trainer.strategy.reduce(_peak_memory(pl_module.device), reduce_op="max")
+        values, memory = table.tolist(), float(memory)  # the one transfer; it waits for the device
         now = time.perf_counter()
         rate = len(self._pending) * self.tokens_per_step / (now - self._since)
         self._since = now
         rows: list[Row] = []
-        for (step, _), numbers in zip(self._pending, values, strict=True):
+        for (step, _, spans), numbers in zip(self._pending, values, strict=True):
             lr = pl_module.lr * pl_module.lr_factor(step - 1)
             fields = dict(zip(names, numbers, strict=True))
             rows.append(
@@ -104,6 +128,9 @@ class Metrics(pl.Callback):
                     "lr": lr,
                     **{key: value if math.isfinite(value) else None for key, value in fields.items()},
                     "tokens_per_second": round(rate, 1),
+                    "mfu": round(rate / self.peak_tokens_per_second, 4) if self.peak_tokens_per_second else None,
+                    **{f"{part}_seconds": round(value, 6) for part, value in seconds(spans).items()},
+                    "peak_memory_gib": round(memory / 2**30, 3),
                 }
             )
         self._pending.clear()
@@ -114,6 +141,7 @@ class Metrics(pl.Callback):
             for row in rows:
                 for listener in self.listeners:
                     listener(row)
+        self.clock.mark("writing")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what is pending and close the file."""
@@ -128,3 +156,33 @@ class Metrics(pl.Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class TimedClipping(ClippingCallback):
+    """The clipper, which says when it begins and ends.
+
+    Args:
+        strategy: clips.
+        metrics: whose clock is told.
+    """
+
+    def __init__(self, strategy: ClippingStrategy, metrics: Metrics) -> None:
+        super().__init__(strategy)
+        self.metrics = metrics
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Clip the gradients."""
+        self.metrics.clock.mark("forward_backward")
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.metrics.clock.mark("clip")
+
+
+def _peak_memory(device: torch.device) -> Tensor:
+    """Return the most bytes that this process has had so far: 0-dim float64, on the device."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+    else:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.tensor(float(most), dtype=torch.float64, device=device)

@@ -11,9 +11,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from training.clock import PARTS
 from training.metrics import Row
 
+SHORT = dict(zip(PARTS, ("data", "fwd+bwd", "clip", "optim"), strict=True))
 SECONDS_BETWEEN_LINES = 10.0
+
+#: Columns from which a bar also tells what time and memory go to.
+WIDE = 160
 
 
 class ProgressDisplay:
@@ -49,7 +54,7 @@ class ProgressDisplay:
         step = row["step"]
         assert isinstance(step, int)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=_numbers(row))
+            self._bar.update(self._task, completed=step, numbers=_numbers(row, self.console.width >= WIDE))
             return
         now = time.monotonic()
         if self._first is None:  # the first steps are slower than those to come
@@ -59,7 +64,7 @@ class ProgressDisplay:
             since, at = self._first
             seconds = round((now - since) / (step - at) * (self.steps - step)) if step > at else None
             left = "-:--" if seconds is None else f"{seconds // 60}:{seconds % 60:02}"
-            self.console.print(f"step {step}/{self.steps}  {_numbers(row)}  {left} left")
+            self.console.print(f"step {step}/{self.steps}  {_numbers(row, wide=True)}  {left} left")
 
     def close(self) -> None:
         """Leave the terminal as it should be."""
@@ -67,14 +72,25 @@ class ProgressDisplay:
             self._bar.stop()
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row: Row, wide: bool) -> str:
     def show(name: str, spec: str) -> str:
         value = row.get(name)
         return "-" if value is None else format(value, spec)
 
     z = f" z {show('z', '+.1f'):>4}" if "z" in row else ""
     clipped = "clipped" if row.get("clipped") else ""
+    mfu = f" {show('mfu', '.1%')} MFU" if row.get("mfu") is not None else ""
     return (
         f"loss {show('loss', '.3f')} norm {show('grad_norm', '.3f'):>5}{z} {clipped:7}"
-        f" {show('tokens_per_second', ',.0f')} tok/s"
+        f" {show('tokens_per_second', ',.0f')} tok/s{mfu}"
+        + (f" {show('peak_memory_gib', '.1f')} GiB {_split(row)}" if wide else "")
+    )
+
+
+def _split(row: Row) -> str:
+    """Say what a step's time went to."""
+    spent = {part: row.get(f"{part}_seconds") for part in PARTS}
+    total = sum(value for value in spent.values() if value)
+    return " ".join(
+        f"{SHORT[part]} {value / total:.0%}" for part, value in spent.items() if value is not None and total
     )

@@ -37,12 +37,12 @@ from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
 from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
 from training.folder import RunFolder, step_of
-from training.metrics import Metrics, Row
+from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.processes import rank
 from training.progress import ProgressDisplay
+from training.speed import flops_per_token, peak
 from training.split import micro_batches, sharded, shards, world_size
-from zclip.integrations.lightning import ClippingCallback
 
 
 class HeldOut:
@@ -171,6 +171,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         folder,
         strategy,
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
+        peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
         listeners=[],
     )
@@ -183,7 +184,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         max_steps=trainer_cfg.max_steps,
         accumulate_grad_batches=micro_batches(cfg),
         callbacks=[
-            ClippingCallback(strategy),
+            TimedClipping(strategy, metrics),
             metrics,
             Checkpoints(folder, metrics, trainer_cfg.checkpoint_every, trainer_cfg.keep_checkpoints),
         ],
@@ -228,6 +229,14 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         "parameters": model.parameters,
         "data_fingerprint": tokens.fingerprint,
     }
+
+
+def peak_tokens_per_second(cfg: DictConfig) -> float | None:
+    """Return the tokens that the devices of a run would process if they did nothing but multiply, if that is known."""
+    each = peak(torch.cuda.get_device_name()) if cfg.trainer.accelerator == "gpu" else None
+    return (
+        None if each is None else world_size(cfg) * each / flops_per_token(model_config(cfg), cfg.data.sequence_length)
+    )
 
 
 def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Any:

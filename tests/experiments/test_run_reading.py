@@ -59,7 +59,9 @@ def test_summary(tmp_path):
     assert summary["train_loss"] == pytest.approx(np.mean(range(90, 100)))
     assert summary["clipped_share"] == 0.25
     assert summary["tokens_per_second"] == 100
-    assert summary["clipped_by_z"] is None
+    assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None
+    timed = write_run(tmp_path / "timed", [row(1, 1.0, 0.0) | {"mfu": 0.4, "data_seconds": 0.5, "peak_memory_gib": 2}])
+    assert summarise(timed)["mfu"] == 0.4 and summarise(timed)["step_seconds"]["data"] == 0.5
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
 
@@ -82,6 +84,12 @@ def test_the_tables_show_the_numbers():
         for number in ("5.276", "3", "4.0%"):
             assert number in text
     assert "two" in text and "not finite" in text and "same" not in text
+    console = Console(width=200, record=True, file=io.StringIO())
+    spent = {"data": 0.1, "forward_backward": 1.5, "clip": 0.1, "optimizer": 0.3}
+    console.print(table(result | {"mfu": 0.415, "step_seconds": spent, "peak_memory_gib": 3.21}, "t"))
+    text = console.export_text()
+    for shown in ("41.5% MFU", "2.000 s", "data 5.0%, forward and backward 75.0%, clipping 5.0%", "3.2 GiB"):
+        assert shown in text
 
 
 def test_the_picture_shows_the_columns(tmp_path):

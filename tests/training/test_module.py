@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from tests.conftest import CHECKOUT
+from training.clock import PARTS, Clock, seconds
 from training.config import model_config, settings_of
 from training.module import PretrainingModule
 from training.progress import ProgressDisplay
@@ -52,8 +53,38 @@ def test_the_progress_display_shows_each_number(terminal):
     out = io.StringIO()
     display = ProgressDisplay(20, 0, Console(file=out, force_terminal=terminal, width=100))
     for step in (10, 20):
-        row = {"step": step, "loss": 5.4321, "grad_norm": 0.765, "z": 3.21, "clipped": 1.0, "tokens_per_second": 7654.0}
-        display(row)
+        display(
+            {"step": step, "loss": 5.4321, "grad_norm": 0.765, "z": 3.21, "clipped": 1.0, "tokens_per_second": 7654.0,
+             "mfu": 0.4, "peak_memory_gib": 12.34, "data_seconds": 0.1, "forward_backward_seconds": 0.9}
+        )  # fmt: skip
     display.close()
-    for shown in ("20/20", "5.432", "0.765", "+3.2", "clipped", "7,654 tok/s", "left"):
+    wanted = ["20/20", "5.432", "0.765", "+3.2", "clipped", "7,654 tok/s", "40.0% MFU", "left"]
+    for shown in wanted + ([] if terminal else ["12.3 GiB", "data 10% fwd+bwd 90%"]):
         assert shown in out.getvalue()
+
+
+def busy(device: str) -> None:
+    x = torch.randn(1500, 1500, device=device)
+    for _ in range(4):
+        x = x @ x / 40
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_clock_tells_what_time_went_to(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    clock = Clock(torch.device(device))
+    clock.mark("data")
+    for part in ("forward_backward", "saving", "clip", "forward_backward"):
+        busy(device)
+        clock.mark(part)
+    first = clock.lap()
+    clock.mark("optimizer")
+    if device == "cuda":
+        torch.cuda.synchronize()
+    spent = seconds(first)
+    assert list(spent) == list(PARTS)
+    assert min(spent["forward_backward"], spent["clip"]) > 0 == spent["optimizer"]
+    assert spent["forward_backward"] == sum(seconds([first[i]])["forward_backward"] for i in (1, 4))
+    assert sum(seconds([first[2]]).values()) == 0  # saving is no part of a step
+    assert [part for part, _, _ in clock.lap()] == ["optimizer"] and not clock.lap()

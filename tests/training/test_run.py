@@ -20,6 +20,7 @@ from data import Sequences, prepare, unigram_entropy
 from experiments.runs import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
+from training.clock import PARTS
 from training.config import corpus_of, model_config
 
 
@@ -59,6 +60,11 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
     assert run.metrics["loss"][0] == pytest.approx(6.24, abs=0.05)
     assert (run.metrics["clipped_norm"] <= run.metrics["grad_norm"]).all()
     assert (path / "plots" / "run.png").stat().st_size > 20_000
+    spent = run.result["step_seconds"]
+    assert min(spent.values()) > 0 and max(spent, key=spent.get) == "forward_backward"
+    steps = 1 / (run.metrics["tokens_per_second"] / run.metrics["tokens"][0])
+    assert sum(run.metrics[f"{part}_seconds"].sum() for part in PARTS) <= steps.sum() * 1.001
+    assert 0.1 < run.result["peak_memory_gib"] < 4 and run.result["mfu"] is None
     (start,) = json.loads((path / "environment.json").read_text())["starts"]
     assert start["versions"]["torch"].startswith("2.") and start["command"][0] == "train.py"
 
@@ -74,7 +80,8 @@ def final(folder: Path) -> tuple[dict, list[dict], float]:
     newest = max((path / "checkpoints").glob("step-*.ckpt"))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["tokens_per_second"]
+        for name in ("tokens_per_second", "peak_memory_gib", *(f"{part}_seconds" for part in PARTS)):
+            assert row.pop(name) >= 0
     return (
         torch.load(newest, weights_only=False),
         rows,
