@@ -5,7 +5,7 @@ Our parameters have the names that transformers gives them, so nothing is rename
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,13 @@ def config_of(folder: Path) -> LlamaConfig:
     )
 
 
-def load(model: Llama, folder: Path) -> None:
+def load(model: Llama, folder: Path, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """Copy the weights in a folder into a model, in the model's dtype.
+
+    Args:
+        model: to be filled.
+        folder: with the weights.
+        assign: puts a whole weight, on the CPU, into a parameter.
 
     Raises:
         ValueError: a weight is missing, unknown, or of another shape, or cannot be read.
@@ -106,7 +111,7 @@ def load(model: Llama, folder: Path) -> None:
     own = model.state_dict()
     for name, tensor in _weights(folder, model.config, whole=True):
         with torch.no_grad():
-            own[name].copy_(tensor)
+            assign(own[name], tensor)
 
 
 def check_weights(folder: Path, config: LlamaConfig) -> None:

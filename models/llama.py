@@ -5,6 +5,7 @@ Modules and parameters carry the names of Hugging Face's `LlamaForCausalLM`, and
 convention (the two halves of a head rotate together), so weights go over without a change.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import overload
 
@@ -166,18 +167,28 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    def tie_weights(self) -> None:
+        """Have embedding and head share their weight, if they are to."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw the weights anew from torch's global generator."""
+    def init_weights(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw the weights anew from torch's global generator.
+
+        Args:
+            assign: puts a whole weight, made on the CPU, into a parameter.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                weight = torch.empty(module.weight.shape, device="cpu")
+                assign(module.weight, weight.normal_(std=self.config.initializer_range))
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+                assign(module.weight, torch.ones(module.weight.shape, device="cpu"))
 
     @overload
     def forward(self, tokens: Tensor) -> Tensor: ...

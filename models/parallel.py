@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.llama import Llama
@@ -50,7 +51,7 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
     """Shard the model with FSDP2: each block is gathered when its turn comes, embeddings, last norm and head together.
 
     Args:
-        model: moved to the mesh's device as it is sharded.
+        model: moved to the mesh's device as it is sharded, unless it is on the meta device.
         mesh: of one dimension, along which parameters are sharded; of two, replicated along the first (HSDP).
         dtype: in which weights are gathered and used; gradients are reduced, and weights kept, in float32.
     """
@@ -59,6 +60,20 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def materialize(model: Llama, device: torch.device) -> None:
+    """Give a model that was made on the meta device, and sharded there or not, memory with nothing in it yet."""
+    model.to_empty(device=device)
+    model.tie_weights()
+
+
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole weight, which every process has, into a parameter, of which this process may have a shard."""
+    if isinstance(parameter, DTensor):
+        here = whole.to(device=parameter.device, dtype=parameter.dtype)
+        whole = distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
 
 
 def _selective() -> Any:

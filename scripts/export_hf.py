@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_tokenizer
 from models.hugging_face import export
-from training.checkpoints import weights
+from training.checkpoint_files import step_of, weights
 from training.cli import command_line, reporting
 from training.config import ConfigError, check_folder, model_config
-from training.folder import RunFolder, step_of
+from training.folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

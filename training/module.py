@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from models import Llama, LlamaConfig
+from models import Llama
 from models.parallel import set_gradient_sync
 
 
@@ -17,7 +17,7 @@ class PretrainingModule(pl.LightningModule):
     """Next-token prediction with a LLaMA.
 
     Args:
-        model: shape of the model; its weights are drawn from torch's global generator.
+        model: to be trained.
         lr: peak learning rate.
         steps: optimizer steps of the whole run, for the schedule.
         betas, eps, weight_decay, fused: of AdamW; the decay applies to every parameter.
@@ -30,7 +30,7 @@ class PretrainingModule(pl.LightningModule):
 
     def __init__(
         self,
-        model: LlamaConfig,
+        model: Llama,
         lr: float,
         steps: int,
         betas: tuple[float, float],
@@ -44,7 +44,7 @@ class PretrainingModule(pl.LightningModule):
         micro_batches: int = 1,
     ) -> None:
         super().__init__()
-        self.model = Llama(model)
+        self.model = model
         self.lr = lr
         self.steps = steps
         self.adamw: dict[str, Any] = {

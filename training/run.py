@@ -32,11 +32,12 @@ from data import (
 )
 from models import Llama
 from models.hugging_face import load
-from models.parallel import checkpoint_activations, compile_blocks, shard
+from models.parallel import assign, checkpoint_activations, compile_blocks, materialize, shard
+from training.checkpoint_files import step_of
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
 from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
-from training.folder import RunFolder, step_of
+from training.folder import RunFolder
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.processes import rank
@@ -94,12 +95,18 @@ def lightning_strategy(cfg: DictConfig) -> Any:
     """Return what the Trainer takes for `cfg.trainer.strategy`."""
     if sharded(cfg):
         # Lightning checks the product of the two sizes only; the mesh is made in `prepare_model`.
-        return ModelParallelStrategy(cfg.trainer.replicas, shards(cfg), save_distributed_checkpoint=False)
+        return ModelParallelStrategy(cfg.trainer.replicas, shards(cfg))
     return DDPStrategy(gradient_as_bucket_view=True) if cfg.trainer.strategy == "ddp" else "auto"
 
 
-def prepare_model(cfg: DictConfig, model: Llama) -> None:
-    """Make of a model what the configuration says that it must be: recomputing, compiled, sharded."""
+def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
+    """Make of a model what the configuration says that it must be: recomputing, compiled, sharded, with weights.
+
+    Args:
+        cfg: checked configuration.
+        model: on the meta device. If it is sharded, no process ever holds more than one of its weights whole.
+        fresh: whether it needs weights to start from; else those of a checkpoint will be loaded.
+    """
     trainer = cfg.trainer
     checkpoint_activations(model, trainer.activation_checkpointing)
     if trainer.compile:
@@ -110,6 +117,13 @@ def prepare_model(cfg: DictConfig, model: Llama) -> None:
         mesh = init_device_mesh("cuda" if trainer.accelerator == "gpu" else "cpu", sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+    materialize(model, torch.device("cuda" if sharded(cfg) and trainer.accelerator == "gpu" else "cpu"))
+    if fresh and cfg.model.init_from is None:
+        torch.manual_seed(cfg.seed)
+        model.init_weights(assign)
+    elif fresh:
+        with section("model"):
+            load(model, Path(cfg.model.init_from), assign)
 
 
 def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
@@ -128,12 +142,15 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
+    checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
+    with torch.device("meta"):
+        llama = Llama(model)
     module = PretrainingModule(
-        model,
+        llama,
         lr=cfg.lr,
         steps=trainer_cfg.max_steps,
         **settings_of(cfg.optim),
-        prepare_model=lambda built: prepare_model(cfg, built),
+        prepare_model=lambda built: prepare_model(cfg, built, fresh=checkpoint is None),
         micro_batches=micro_batches(cfg),
     )
     sequences = training_sequences(cfg, tokens)
@@ -147,7 +164,6 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         world_size=world_size(cfg),
         bad_batches=bad_batches(cfg, tokens),
     )
-    checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
     done = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
@@ -160,8 +176,6 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         )
 
     if checkpoint is None and cfg.model.init_from is not None:
-        with section("model"):
-            load(module.model, Path(cfg.model.init_from))
         console.print(f"starting from the weights in {cfg.model.init_from}")
 
     strategy = clipping_strategy(cfg)

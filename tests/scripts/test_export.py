@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import TINY, train
 from tests.scripts.test_data_scripts import script
-from training.checkpoints import weights
+from training.checkpoint_files import weights
 
 
 @pytest.fixture(scope="module")

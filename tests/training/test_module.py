@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from models import Llama
 from tests.conftest import CHECKOUT
 from training.clock import PARTS, Clock, seconds
 from training.config import model_config, settings_of
@@ -19,7 +20,7 @@ from training.progress import ProgressDisplay
 def module() -> PretrainingModule:
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides=["model.num_hidden_layers=1", "lr=1e-3"])
-    return PretrainingModule(model_config(cfg), lr=cfg.lr, steps=1000, **settings_of(cfg.optim))
+    return PretrainingModule(Llama(model_config(cfg)), lr=cfg.lr, steps=1000, **settings_of(cfg.optim))
 
 
 def test_adamw_is_table_1(module):

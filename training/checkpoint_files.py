@@ -1,0 +1,104 @@
+"""What a checkpoint is on the disk: one file, or of a sharded run a folder in torch's distributed format.
+
+A folder has a file for each process that saved, `.metadata` that says which tensor is where, Lightning's `meta.pt` with
+all that is no tensor, and last a seal. Any number of processes can load it. Each record of either kind is an archive
+with checksums; the seal is that of `.metadata`.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+FACTS = "meta.pt"
+INDEX = ".metadata"
+SEAL = "sha256"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was taken."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint, whole and on the CPU, under the names of `Llama.state_dict()`."""
+    prefix = "model."
+    if checkpoint.is_dir():
+        prefix = f"state_dict.{prefix}"
+        stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(facts.size, dtype=facts.properties.dtype)
+            for name, facts in stored.items()
+            if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
+        }
+        load(state, checkpoint_id=checkpoint, no_dist=True)
+    else:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def undamaged(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint is there, and every record has its checksum."""
+    try:
+        if checkpoint.is_dir() and (checkpoint / SEAL).read_text() != _sum(checkpoint / INDEX):
+            return False
+        return all(zipfile.ZipFile(record).testzip() is None for record in _records(checkpoint))
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def publish(aside: Path, checkpoint: Path) -> None:
+    """Give a checkpoint that all processes have written its name, once the disk holds it."""
+    if aside.is_dir():
+        (aside / SEAL).write_text(_sum(aside / INDEX))
+    for path in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+        _sync(path)
+    if checkpoint.is_dir():  # a damaged one, which was passed over: folders are not replaced
+        remove(checkpoint)
+    aside.replace(checkpoint)
+    _sync(checkpoint.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, such that no part of it is taken for one meanwhile."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing-{checkpoint.name}")))
+    else:
+        checkpoint.unlink()
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _records(checkpoint: Path) -> Iterator[BinaryIO]:
+    """Yield each archive of a checkpoint."""
+    if not checkpoint.is_dir():
+        with checkpoint.open("rb") as file:
+            yield file
+        return
+    with (checkpoint / FACTS).open("rb") as file:
+        yield file
+    stored = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+    for place in sorted(stored, key=lambda place: (place.relative_path, place.offset)):
+        with (checkpoint / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            yield io.BytesIO(file.read(place.length))
