@@ -39,7 +39,9 @@ def main(cfg: DictConfig) -> None:
         if (result := folder.read_result()) is not None:
             console.print(f"finished already: {folder.path} (remove the folder to train it again)")
             if folder.data_folder() not in (None, corpus_of(cfg).folder(Path(cfg.paths.cache)).name):
-                console.print("the files of the text are not those it was trained on: this is the result of those")
+                console.print(
+                    "its text or tokenizer may have changed since, or have moved: this is the result from then"
+                )
             if not folder.picture.exists() and rank() == 0:
                 draw(folder)
         elif world_size(cfg) > 1 and not launched():

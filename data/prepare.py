@@ -227,7 +227,8 @@ class _Preparation:
             shutil.rmtree(self.folder)
             if self.journal["documents"] - self.journal["duplicates"] > 1:
                 raise ValueError(ALL_THE_SAME)
-            if self.corpus.max_tokens:
+            tokens = sum(part["train"]["tokens"] for part in self.journal["parts"])
+            if self.corpus.max_tokens and tokens >= self.corpus.max_tokens:
                 raise ValueError(
                     f"max_tokens={self.corpus.max_tokens} is not allowed: the first document reaches it, and {ONE_MORE}"
                 )
@@ -244,7 +245,6 @@ class _Preparation:
             journal["files"],
             duplicates=journal["duplicates"],
             commits=journal["commits"],
-            given=journal["given"],
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
         train, test = (facts[split]["tokens"] for split in SPLITS)

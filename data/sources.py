@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
 SAMPLE = 4 << 20  # of text, to tell how well a file is packed
+ROWS_WITHOUT = 1000  # at the beginning, and the column is said not to be there
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
 
 
@@ -182,9 +184,13 @@ class Source:
                     self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
                 )
             kind = _format(files[0])
-            # Of a line of JSON only one column is wanted: whatever the others hold must not stop the reading.
-            kind, how = ("text", {"sample_by": "line"}) if kind == "lines" else (kind, {})
-            how = {"sample_by": "document"} if _format(files[0]) == "text" else how
+            # Only one column is wanted: whatever the others hold must not stop the reading. Lines are parsed here.
+            how: dict[str, Any] = {}
+            if kind in ("text", "lines"):
+                how = {"sample_by": "document" if kind == "text" else "line"}
+            elif kind == "parquet" and _has_column(files[0], self.column):
+                how = {"columns": [self.column]}
+            kind = "text" if kind == "lines" else kind
             # Without a list of names the library takes brackets and stars in them for patterns.
             names = [glob.escape(str(file.resolve())) for file in files]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
@@ -216,7 +222,9 @@ class Stream:
         Raises:
             SourceError: something cannot be read, or there is no such column; the message names the file.
         """
-        rows, seen = iter(self._rows), False
+        rows = iter(self._rows)
+        seen = self._state is not None  # whether there is the column; then an earlier stream has looked
+        without: list[Any] = []  # rows before the first that has it
         while True:
             try:
                 row = next(rows)
@@ -224,19 +232,21 @@ class Stream:
                 if self._lines:
                     row = _object(row["text"])
             except StopIteration:
+                if without:
+                    raise self._no_column(without[0]) from None
                 return
             except Exception as error:  # each format and compression has its own
                 raise SourceError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
             if not row:
                 continue
             if self.column not in row:
-                if seen:
-                    continue
-                raise SourceError(
-                    f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
-                    f"{', '.join(map(str, row)) or 'no columns'}"
-                )
+                if not seen:
+                    without.append(row)
+                if len(without) == ROWS_WITHOUT:
+                    raise self._no_column(without[0])
+                continue
             text, seen = row[self.column], True
+            without.clear()
             if text is not None and not isinstance(text, str):
                 raise SourceError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
             if text and (text := text.strip()):
@@ -249,6 +259,13 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """Return the place after the last document, as JSON holds it."""
         return self._rows.state_dict() if self._state is None else self._state
+
+    def _no_column(self, row: Iterable[str]) -> SourceError:
+        """Say that there is no such column in any row seen, of which this is one."""
+        return SourceError(
+            f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
+            f"{', '.join(map(str, row)) or 'no columns'}"
+        )
 
     def _file(self) -> str:
         """The file being read, for messages; nothing if it is not known."""
@@ -352,21 +369,41 @@ def _ratio(file: Path, column: str) -> float:
         share = len(sample) / (packed.tell() if len(sample) == SAMPLE else file.stat().st_size)
     if _format(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
         texts = (_object(line.decode()).get(column) for line in lines)
-        share *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / sum(map(len, lines))
+        share *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / max(1, sum(map(len, lines)))
     return share
 
 
 def _is_empty(file: Path) -> bool:
     """Whether a file has no bytes, or no rows."""
-    if file.suffix != ".parquet" or not file.stat().st_size:
-        return file.stat().st_size == 0
+    facts = file.stat()
+    if file.suffix != ".parquet" or not facts.st_size:
+        return facts.st_size == 0
+    columns = _columns(file, facts.st_size, facts.st_mtime_ns)
+    return columns is not None and not columns.rows  # what is wrong with a file is said when it is read
+
+
+def _has_column(file: Path, column: str) -> bool:
+    facts = file.stat()
+    columns = _columns(file, facts.st_size, facts.st_mtime_ns) if file.suffix == ".parquet" else None
+    return columns is not None and column in columns.names
+
+
+class _Columns(NamedTuple):
+    rows: int
+    names: list[str]
+
+
+@lru_cache(maxsize=1 << 16)
+def _columns(file: Path, size: int, time: int) -> _Columns | None:
+    """Return what the footer of a parquet file of this size and time says; `None` if it cannot be read."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowInvalid
 
     try:
-        return pq.read_metadata(file).num_rows == 0
+        facts = pq.read_metadata(file)
     except (OSError, ArrowInvalid):
-        return False  # what is wrong with it is said when it is read
+        return None
+    return _Columns(facts.num_rows, facts.schema.to_arrow_schema().names)
 
 
 def _matching(pattern: Path) -> Iterable[Path]:
@@ -385,10 +422,10 @@ def _embedded_corpus() -> Path:
 
 def _object(line: str) -> dict[str, Any]:
     """Return the object in a line of JSON; of an empty line one without columns."""
-    if not line.strip():
+    if not line.strip("\ufeff \t\r\n"):
         return {}
     try:
-        found = json.loads(line)
+        found = json.loads(line.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(f"JSON parse error: {error}, in {line[:40]!r}") from error
     if not isinstance(found, dict):

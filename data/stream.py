@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,24 +55,20 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     recipe, commits = corpus.recipe(), corpus.commits()
     most = max(corpus.test_fraction, MOST_HELD_OUT)
     candidates: list[Document] = []  # what could be held out
-    seen, size, greatest = 0, 0, 0.0
-    least: Document | None = None
+    seen, size, least, greatest = 0, 0, 1.0, 0.0
     mixture = iter(Mixture(corpus.at(commits).sources))
-    while (size < HEAD_BYTES or not candidates) and (document := next(mixture, None)):
-        seen, size, greatest = seen + 1, size + document.size, max(greatest, document.draw)
-        if least is None or document.draw < least.draw:
-            least = document
-        if document.draw < most:
+    while (size < HEAD_BYTES or least >= most) and (document := next(mixture, None)):
+        seen, size = seen + 1, size + document.size
+        least, greatest = min(least, document.draw), max(greatest, document.draw)
+        if document.draw < most or document.draw == least:
             candidates.append(document)
     ended = size < HEAD_BYTES or next(mixture, None) is None
-    if ended and (least is None or least.draw == greatest):
+    if ended and least >= greatest:
         raise ValueError(ALL_THE_SAME if seen > 1 else f"the text is one document: {ONE_MORE}")
-    if not candidates and least is not None:
-        candidates = [least]
-    by_draw = sorted((d.draw, d.size) for d in candidates)
+    by_draw = sorted((d.draw, d.size) for d in candidates if d.draw < most)
     sizes = itertools.accumulate(size for _, size in by_draw)
     enough = next((draw for (draw, _), size in zip(by_draw, sizes, strict=True) if size >= HELD_OUT_BYTES), most)
-    threshold = max(corpus.test_fraction, math.nextafter(by_draw[0][0] if ended else enough, 1))
+    threshold = max(corpus.test_fraction, math.nextafter(least if ended else enough, 1))
     threshold = min(threshold, greatest) if ended else threshold
     if corpus.tokenizer is None:
         encoder = corpus_tokenizer(corpus.at(commits), console, HEAD_BYTES, threshold)
@@ -139,7 +136,7 @@ class Streamed:
         """Return the sequences at positions first to first + rows - 1 of the run, see `Shuffled.take`.
 
         Raises:
-            SourceError: a source cannot be read, or is not what it was.
+            SourceError: a source cannot be read, or was not what it was when the block was made.
             ValueError: the position is before the block that was last taken from.
         """
         pieces = []
@@ -189,6 +186,7 @@ class Streamed:
             block = next(self._blocks, None)
             if block is None:
                 raise RuntimeError("the stream is closed, or has failed")
+            self._check_unchanged()
             self._block = block
         if position < self._block.first:
             raise ValueError(f"sequence {position} of the run is before the block that is in memory")
@@ -253,16 +251,28 @@ class Streamed:
             source = batch.state
 
     def _mixture(self, source: dict[str, Any] | None) -> Mixture:
-        """Return the documents from a place on, if their sources are what they were."""
-        try:
+        """Return the documents from a place on."""
+        self._check_unchanged()
+        with _as_source_error():
+            return Mixture(self.corpus.sources, source)
+
+    def _check_unchanged(self) -> None:
+        """Raise `SourceError` unless the sources are what they were."""
+        with _as_source_error():
             for own in self.corpus.sources:
                 if own.identity() != self._identity[own.name]:
                     raise SourceError(f"{own.place} has changed since the stream was opened: it must stay as it is")
-            return Mixture(self.corpus.sources, source)
-        except SourceError:
-            raise
-        except (ValueError, OSError) as error:
-            raise SourceError(str(error)) from error
+
+
+@contextmanager
+def _as_source_error() -> Iterator[None]:
+    """Raise what files that are gone cause as `SourceError`."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SourceError(str(error)) from error
 
 
 class _Encoded(NamedTuple):

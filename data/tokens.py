@@ -46,7 +46,7 @@ class TokenArray:
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._maps: dict[int, np.ndarray] = {}
         self._ends: dict[int, np.ndarray] = {}
-        self._views: dict[tuple[int, int], np.ndarray] = {}
+        self._views: dict[int, np.ndarray] = {}
 
     @classmethod
     def in_memory(cls, ids: np.ndarray, ends: np.ndarray) -> "TokenArray":
@@ -83,7 +83,7 @@ class TokenArray:
             (n, length) ids.
         """
         if len(self.files) == 1:
-            return self._windows(0, length)[starts]
+            return self._windows(length)[starts]
         parts = np.searchsorted(self.starts, starts, side="right") - 1
         pieces = [
             self.part(part)[first : first + length]
@@ -93,11 +93,11 @@ class TokenArray:
             pieces[row] = self.read(int(starts[row]), int(starts[row]) + length)
         return np.concatenate(pieces).reshape(len(starts), length) if pieces else np.empty((0, length), self.dtype)
 
-    def _windows(self, index: int, length: int) -> np.ndarray:
-        """Return a view of a part that has the stretch from each token on as a row."""
-        if (index, length) not in self._views:
-            self._views = {(index, length): np.lib.stride_tricks.sliding_window_view(self.part(index), length)}
-        return self._views[index, length]
+    def _windows(self, length: int) -> np.ndarray:
+        """Return a view of the first part that has the stretch from each token on as a row."""
+        if length not in self._views:
+            self._views = {length: np.lib.stride_tricks.sliding_window_view(self.part(0), length)}
+        return self._views[length]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) as a new array."""

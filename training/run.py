@@ -65,7 +65,9 @@ class HeldOut:
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
     """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
     with section("data"):
-        return prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
+        tokens = prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
+        bad_batches(cfg, tokens)  # whether they are possible depends on the tokenizer
+        return tokens
 
 
 def bad_batches(cfg: DictConfig, tokens: Tokens) -> BadBatches | None:

@@ -129,7 +129,7 @@ def test_continued_after_each_part_it_ends_as_if_in_one_go(lines, corpus, tmp_pa
     """With sources of which some give nothing to a part: stopped after every part, and continued."""
     rare = tmp_path / "rare.jsonl"
     rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
-    sources = (Source("lines", path=str(lines), weight=200), Source("rare", path=str(rare), weight=3))
+    sources = (Source("lines", path=str(lines), weight=200), Source("rare", path=str(rare)))
     settings = Corpus(sources, vocab_size=300, test_fraction=0.2)
     whole = prepare(settings, tmp_path / "whole", 16, part_tokens=3000)
     room, stops = sys.modules["data.prepare"], 0
@@ -272,3 +272,34 @@ def test_a_text_shorter_than_a_sequence_is_refused(lines, tmp_path):
         ValueError, match=r"sequence_length=100000 is longer than the text: the test text has \S+ tokens"
     ):
         prepare(corpus_of(lines), tmp_path, 100_000)
+
+
+def test_a_damaged_journal_is_told(lines, tmp_path, monkeypatch):
+    room = sys.modules["data.prepare"]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "write_part", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus_of(lines), tmp_path, 16)
+    (journal,) = tmp_path.glob("*/journal.json")
+    journal.write_text(journal.read_text().replace('"complete": false', '"complete": true'))
+    with pytest.raises(ValueError, match=r"journal.json is damaged \(.*\): remove the folder"):
+        prepare(corpus_of(lines), tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit", "said"),
+    [
+        (["some words " * 50, "more words"], 10, "max_tokens=10 is not allowed: the first document reaches it"),
+        (["some words"], None, "the text is one document"),
+        (["some words", "some words"], 1000, "the documents are all the same text"),
+    ],
+)
+def test_too_few_documents_are_told(texts, limit, said, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source("s", path=str(tmp_path / "text.jsonl"))
+    with pytest.raises(ValueError, match=said):
+        prepare(Corpus((source,), vocab_size=300, max_tokens=limit), tmp_path / "cache", 4)

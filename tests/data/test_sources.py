@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data import Mixture, Source, sources_of
+from data import Mixture, Source, SourceError, sources_of
 from tests.conftest import CHECKOUT
 
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
@@ -111,10 +111,42 @@ def test_of_json_lines_only_the_column_matters(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(rows[:1]))
     (tmp_path / "b.jsonl").write_text("\n".join(rows[1:]))
-    assert texts_of(Source("s", path=str(tmp_path))) == ["one", "two"]
+    (tmp_path / "0.jsonl").write_text('\ufeff{"n": 0}\n\ufeff\n')
+    source = Source("s", path=str(tmp_path))
+    assert texts_of(source) == ["one", "two"]
+    for taken in range(3):
+        first = Mixture([source])
+        assert [document.text for _, document in zip(range(taken), first, strict=False)] == ["one", "two"][:taken]
+        assert [document.text for document in Mixture([source], first.state())] == ["one", "two"][taken:]
     (tmp_path / "c.jsonl").write_text('"a text by itself"\n')
     with pytest.raises(ValueError, match=r"c\.jsonl: a line is no JSON object"):
         texts_of(Source("s", path=str(tmp_path)))
+
+
+def test_a_column_that_is_not_there_is_told_at_the_end_or_after_some_rows(tmp_path):
+    for count in (3, 2000):
+        (tmp_path / "a.jsonl").write_text('{"body": "x", "n": 1}\n' * count)
+        with pytest.raises(SourceError, match=r"sources.s.column=text is not there: the rows of .* have body, n$"):
+            texts_of(Source("s", path=str(tmp_path)))
+
+
+def test_of_parquet_rows_only_the_column_matters(tmp_path):
+    pq.write_table(pa.table({"text": ["one"], "n": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["two"], "n": ["x"], "more": [None]}), tmp_path / "b.parquet")
+    assert texts_of(Source("s", path=str(tmp_path))) == ["one", "two"]
+    with pytest.raises(SourceError, match=r"sources.s.column=body is not there: the rows of .* have text, n$"):
+        texts_of(Source("s", path=str(tmp_path / "a.parquet"), column="body"))
+
+
+def test_how_much_text_is_that_of_the_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "x" * 100, "n": "y" * 900}) + "\n" for _ in range(99))
+    )
+    assert Source("s", path=str(tmp_path)).estimate() == pytest.approx(9900, rel=0.01)
+    (tmp_path / "0.jsonl").write_text("\n")
+    assert (
+        Source("s", path=str(tmp_path)).estimate() is not None and len(texts_of(Source("s", path=str(tmp_path)))) == 99
+    )
 
 
 def test_a_parquet_file_without_rows_is_passed_over(tmp_path):

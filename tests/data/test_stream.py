@@ -1,5 +1,6 @@
 """A text tokenized while training gives the batches that it would give prepared, from any place on, on any ranks."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -134,8 +135,24 @@ def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
         stream = streamed(corpus, 50 * LENGTH, sources=source, test_fraction=0.0)
         stream.take(0, 1)
         change()
+        place = stream.state()
         with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text {said}"):
             stream.take(100_000, 1)
+        stream.load_state(place)
+        with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text (has changed|does not exist)"):
+            stream.take(0, 1)
+
+
+def test_text_that_changes_within_an_epoch_is_told_with_the_next_block(tmp_path, corpus):
+    (tmp_path / "text").mkdir()
+    for name in "abcd":
+        (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": "some words here"}\n' * 5000)
+    stream = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), test_fraction=0.0)
+    stream.take(0, 1)
+    (tmp_path / "text" / "d.jsonl").write_text('{"text": "other words here"}\n' * 5000)
+    stream.take(1, 1)
+    with pytest.raises(SourceError, match="has changed since the stream was opened: it must stay as it is"):
+        stream.take(50, 1)
 
 
 def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
@@ -239,3 +256,20 @@ def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
     broken.take(0, 1)
     with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text cannot be read: .*b.jsonl: "):
         broken.take(4000, 1)
+
+
+def test_of_few_documents_the_same_are_held_out_as_when_prepared(tmp_path):
+    """Also where the text that is least likely to be held out, but for the others, is there several times."""
+    texts = [f"document {i} of some words" for i in range(60)]
+    draw = {text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 256**6 for text in texts}
+    late = sorted((text for text in texts if draw[text] > 0.12), key=draw.__getitem__)[:6]
+    rows = [late[3], late[0], *late[1:], late[0], late[0]]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    sources = (Source("s", path=str(tmp_path / "text.jsonl")),)
+    heads = [
+        prepare(Corpus(sources, vocab_size=300, test_fraction=0.01, streamed=streamed), tmp_path / "cache", 8)
+        for streamed in (False, True)
+    ]
+    prepared, streamed = (head.facts["test"] for head in heads)
+    assert prepared["documents"] == streamed["documents"] == 3
+    assert prepared["tokens"] == streamed["tokens"]

@@ -125,6 +125,7 @@ BAD = {
     "+optim.foo=1": "optim.foo=1 means nothing",
     "+foo=1": "foo=1 means nothing",
     "data.path=": "data.path= is not allowed",
+    "data.sources.text.path=x data.path=y": "data.path=y means nothing to the sources text",
     "data.bad_batches.kind=evil": "data.bad_batches.kind=evil is not allowed: it must be one of random, repeat",
     "data.bad_batches.steps=[0]": "data.bad_batches.steps=[0] is not allowed: it must be a list of different steps",
     "data.bad_batches.steps=[301]": "data.bad_batches.steps=[301] is not allowed: step 301 is after the last",
@@ -137,7 +138,7 @@ BAD = {
 @pytest.mark.parametrize("override", BAD)
 def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
     online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
-    done = train(override, cwd=tmp_path, env=online)
+    done = train(*override.split(" "), cwd=tmp_path, env=online)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

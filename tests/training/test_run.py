@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models
 
 from data import Sequences, prepare, unigram_entropy
+from data.tokenizer import END_OF_TEXT, text_encoder
 from experiments.runs import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
@@ -264,7 +266,7 @@ def test_a_finished_run_says_that_its_text_has_changed(corpus, cache, tmp_path):
     shutil.copytree(corpus, text)
     settings = (*TINY, f"data.path={text}", f"paths.cache={cache}", "trainer.max_steps=2")
     assert train(*settings, cwd=tmp_path).returncode == 0
-    said = "the files of the text are not those it was trained on"
+    said = "its text or tokenizer may have changed since, or have moved"
     assert said not in train(*settings, cwd=tmp_path).stdout
     sorted(text.iterdir())[0].write_text("other words " * 100)
     done = train(*settings, cwd=tmp_path)
@@ -367,3 +369,16 @@ def test_bad_batches_are_put_in_and_told(settings, tmp_path):
     sweep = train("-m", *settings, "data.bad_batches.steps=[],[20]", cwd=tmp_path)
     assert sweep.returncode == 0, sweep.stderr
     assert "1 random" in sweep.stdout and "none" in sweep.stdout
+
+
+def test_a_tokenizer_without_the_letters_of_bad_batches_is_told_before_the_run(settings, tmp_path):
+    letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
+    (tmp_path / "tokenizer").mkdir()
+    text_encoder(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
+    given = ("data.tokenizer=tokenizer", "data.bad_batches.steps=[2]", "data.bad_batches.kind=script")
+    done = train(*settings, *given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == (
+        "train.py: error: data.bad_batches.kind=script is not possible: the tokenizer leaves out letters of other "
+        "scripts\n"
+    )
+    assert not (tmp_path / "runs").exists()
