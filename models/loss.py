@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Logits made at once: their float32 copy and their logarithms of probabilities take 128 MiB each.
-ELEMENTS = 1 << 25
+#: Logits made at once, by device: on a GPU their float32 copy and their logarithms of probabilities take 128 MiB each,
+#: on a CPU 4 MiB, which stay in its cache; and not fewer rows than make a matrix product worth it.
+ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 20}
+LEAST_ROWS = 128
+
+
+def rows_at_once(tokens: int, vocabulary: int, device: str) -> int:
+    """Return of how many tokens the logits are made at once."""
+    return min(tokens, max(LEAST_ROWS, ELEMENTS.get(device, ELEMENTS["cuda"]) // vocabulary))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -41,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if differentiate else None
         cross_entropy = torch.zeros((), dtype=torch.float32, device=x.device)
         squares = torch.zeros_like(cross_entropy)
-        tokens, rows = len(x), max(1, ELEMENTS // len(w))
+        tokens, rows = len(x), rows_at_once(len(x), len(w), device)
         with torch.autocast(device, enabled=False):
             for first in range(0, tokens, rows):
                 part, wanted = x[first : first + rows], targets[first : first + rows, None]
@@ -74,4 +81,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grads[0].to(grad_x.dtype), grad_w * grads[0].to(grad_w.dtype), None, None
+        # In float32: in bfloat16 the factor itself, such as the third of three micro-batches, would be rounded.
+        return *((grad.float() * grads[0]).to(grad.dtype) for grad in (grad_x, grad_w)), None, None

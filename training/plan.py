@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import LlamaConfig
 from models.llama import Block
-from models.loss import ELEMENTS
+from models.loss import rows_at_once
 from models.parallel import KEPT
 from training.config import model_config
 from training.speed import flops_per_token, peak
@@ -68,7 +68,9 @@ def plan(cfg: DictConfig) -> Plan:
         "gradients": 4 * config.parameters * (1 if sharded(cfg) and micro_batches(cfg) > 1 else 1 / spread),
         "weights in use": size * (rest + 2 * block) if sharded(cfg) else (size * config.parameters if mixed else 0),
         "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
-        "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * min(ELEMENTS, tokens * config.vocab_size),
+        "loss": 4 * head
+        + 2 * tokens * config.hidden_size * size
+        + 8 * rows_at_once(tokens, config.vocab_size, "cuda") * config.vocab_size,
     }
     per_step = trainer.global_batch_size * length
     return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,13 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
             load(model, Path(cfg.model.init_from), assign)
 
 
-def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) -> dict[str, Any]:
+def train(
+    cfg: DictConfig,
+    folder: RunFolder,
+    tokens: Tokens,
+    console: Console,
+    listeners: Sequence[Callable[[Row], None]] = (),
+) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
     Args:
@@ -136,6 +142,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         folder: run folder, owned by this process.
         tokens: prepared tokens.
         console: where to show progress.
+        listeners: called on rank 0 with each row of metrics.jsonl once it is written.
 
     Returns:
         `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, and the tokens' fingerprint.
@@ -189,7 +196,7 @@ def train(cfg: DictConfig, folder: RunFolder, tokens: Tokens, console: Console) 
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
         peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
-        listeners=[],
+        listeners=list(listeners),
     )
     trainer = pl.Trainer(
         accelerator=trainer_cfg.accelerator,
