@@ -167,6 +167,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss = linear_cross_entropy
         self.tie_weights()
         if not self.lm_head.weight.is_meta:
             self.init_weights()
@@ -211,7 +212,7 @@ class Llama(nn.Module):
         hidden = self.model(tokens)
         if targets is None:
             return self.lm_head(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
+        return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
 
 
 def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

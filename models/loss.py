@@ -21,7 +21,9 @@ def rows_at_once(tokens: int, vocabulary: int, device: str) -> int:
     return min(tokens, max(LEAST_ROWS, ELEMENTS.get(device, ELEMENTS["cuda"]) // vocabulary))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the loss of logits `hidden @ weight.T`, and the cross entropy in it.
 
     Args:
@@ -29,17 +31,44 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
         weight: (vocab, hidden), used in the dtype of autocast, if it is on, else in that of `hidden`.
         targets: (tokens,) ids.
         z_loss: weight of the mean square of log Z, the logarithm of the softmax's denominator (PaLM, section 5).
+        compiled: whether what is done between the matrix products is compiled by torch.compile.
 
     Returns:
         what is to be minimised, and the mean cross entropy in nats, which has no gradient; both 0-dim float32.
     """
-    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss)
+    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, compiled)
     return loss, cross_entropy
+
+
+def _between(logits: Tensor, wanted: Tensor, tokens: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of some rows the gradient of the mean loss by their logits, and their sums of -log p and of log Z squared.
+
+    Args:
+        logits: (rows, vocab).
+        wanted: (rows, 1) ids.
+        tokens: in the mean.
+        z_loss: see `linear_cross_entropy`.
+    """
+    exact = logits.float()
+    log_p = exact.log_softmax(-1)
+    log_p_wanted = log_p.gather(1, wanted)
+    log_z = exact.gather(1, wanted) - log_p_wanted
+    # By the logits, the sum has softmax (1 + 2 z log Z), less 1 at the target.
+    slope = log_p.exp_()
+    if z_loss:
+        slope *= 1 + 2 * z_loss * log_z
+    slope.scatter_add_(1, wanted, torch.full_like(log_z, -1.0))
+    return slope.div_(tokens).to(logits.dtype), -log_p_wanted.sum(), log_z.square().sum()
+
+
+_between_compiled = torch.compile(_between, dynamic=False)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         x, w = hidden.to(dtype), weight.to(dtype)
@@ -52,20 +81,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for first in range(0, tokens, rows):
                 part, wanted = x[first : first + rows], targets[first : first + rows, None]
-                logits = (part @ w.T).float()
-                log_p = logits.log_softmax(-1)
-                log_p_wanted = log_p.gather(1, wanted)
-                log_z = logits.gather(1, wanted) - log_p_wanted
-                cross_entropy -= log_p_wanted.sum()
-                squares += log_z.square().sum()
+                between = _between_compiled if compiled else _between
+                slope, entropy, square = between(part @ w.T, wanted, tokens, z_loss)
+                cross_entropy += entropy
+                squares += square
                 if grad_x is None or grad_w is None:
                     continue
-                # d/dlogits of the sum: softmax (1 + 2 z log Z), less 1 at the target.
-                slope = log_p.exp_()
-                if z_loss:
-                    slope *= 1 + 2 * z_loss * log_z
-                slope.scatter_add_(1, wanted, torch.full_like(log_z, -1.0))
-                slope = slope.div_(tokens).to(dtype)
                 torch.mm(slope, w, out=grad_x[first : first + rows])
                 if dtype == torch.float32:
                     grad_w.addmm_(slope.T, part)
@@ -79,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         # In float32: in bfloat16 the factor itself, such as the third of three micro-batches, would be rounded.
-        return *((grad.float() * grads[0]).to(grad.dtype) for grad in (grad_x, grad_w)), None, None
+        return *((grad.float() * grads[0]).to(grad.dtype) for grad in (grad_x, grad_w)), None, None, None

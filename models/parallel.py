@@ -1,5 +1,6 @@
 """What is done to a LLaMA for speed and size, from outside: it stays the module that it is, under the same names."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.llama import Llama
+from models.loss import linear_cross_entropy
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
@@ -41,10 +43,11 @@ def checkpoint_activations(model: Llama, how: str) -> None:
         model.model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
 
-def compile_blocks(model: Llama) -> None:
-    """Compile each block by itself with torch.compile: as the blocks are alike, one is compiled."""
+def compile_model(model: Llama) -> None:
+    """Compile each block by itself, and the loss, with torch.compile: as the blocks are alike, one is compiled."""
     for block in model.model.layers:
         block.compile()
+    model.loss = partial(linear_cross_entropy, compiled=True)
 
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> None:

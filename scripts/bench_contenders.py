@@ -104,11 +104,11 @@ def ours(spec: dict[str, Any]) -> None:
 def bare(spec: dict[str, Any]) -> None:
     """Train our model in a plain loop."""
     from models import Llama, LlamaConfig
-    from models.parallel import compile_blocks
+    from models.parallel import compile_model
 
     model = Llama(LlamaConfig(**spec["model"]))
     if spec["compile"]:
-        compile_blocks(model)
+        compile_model(model)
     plain_loop(model, lambda tokens, targets: model(tokens, targets)[0], spec)
 
 

@@ -32,7 +32,7 @@ from data import (
 )
 from models import Llama
 from models.hugging_face import load
-from models.parallel import assign, checkpoint_activations, compile_blocks, materialize, shard
+from models.parallel import assign, checkpoint_activations, compile_model, materialize, shard
 from training.checkpoint_files import step_of
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
@@ -112,7 +112,7 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
     trainer = cfg.trainer
     checkpoint_activations(model, trainer.activation_checkpointing)
     if trainer.compile:
-        compile_blocks(model)
+        compile_model(model)
     if sharded(cfg):
         sizes = (trainer.replicas, shards(cfg))
         names = ("replicate", "shard")
@@ -147,7 +147,7 @@ def train(
     Returns:
         `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, and the tokens' fingerprint.
     """
-    quieten_lightning()
+    quieten_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
@@ -286,10 +286,11 @@ def _to_logger(logger: Any, row: Row) -> None:
     logger.log_metrics(numbers, step=row["step"])
 
 
-def quieten_lightning() -> None:
+def quieten_libraries() -> None:
     """Silence notices that are not about this run; warnings that could matter stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # selective recomputing, compiled
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

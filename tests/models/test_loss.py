@@ -38,6 +38,15 @@ def test_loss_and_gradients_are_the_plain_ones(rows, z_loss, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_compiled_it_is_the_same(z_loss, monkeypatch):
+    monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: 100)
+    expected = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
+    found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss, compiled=True)[0], torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bfloat16_they_are_as_near_to_float32_as_the_plain_ones(autocast, monkeypatch):
     monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: 50)

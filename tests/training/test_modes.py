@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import Llama
+from models.hugging_face import export
 from tests.conftest import CHECKOUT, TINY, train, train_command
 from tests.scripts.test_data_scripts import script
 from tests.training.test_config import composed
@@ -31,6 +32,10 @@ MODES = {
     "fsdp": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4"],
     "fsdp-accumulated": [
         "trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=2",
+        "trainer.activation_checkpointing=selective",
+    ],
+    "fsdp-compiled": [
+        "trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=2", "trainer.compile=true",
         "trainer.activation_checkpointing=selective",
     ],
     "hsdp": [
@@ -152,6 +157,26 @@ def test_impossible_splits_are_refused_with_the_arithmetic(given, said, settings
     done = train(*settings, *given, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["tied", "from a folder"])
+def test_sharded_runs_start_from_the_weights_of_one_process(how, runs, settings, tmp_path):
+    given = [*settings, "trainer.max_steps=6"]
+    if how == "tied":
+        given += ["model.tie_word_embeddings=true"]
+    else:
+        config = model_config(composed(*settings))
+        torch.manual_seed(5)
+        export(Llama(config).state_dict(), config, tmp_path / "start")
+        given += ["model.init_from=start", f"data.tokenizer={runs}/runs/main/one/tokenizer"]
+    for name, mode in (("one", []), ("sharded", MODES["fsdp"])):
+        done = train(*given, *mode, f"name={name}", cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    one, sharded = (rows(tmp_path, name) for name in ("one", "sharded"))
+    assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in one], abs=1e-5)
+    if how == "tied":
+        stored = weights(max((tmp_path / "runs" / "main" / "sharded" / "checkpoints").iterdir()))
+        assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
 
 
 def damage(checkpoint: Path, what: str) -> None:
