@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training experiments scripts tests train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench-clip bench-data lint format clean
+.PHONY: help setup train test bench-clip bench-data bench-train lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: setup ## run the tests (minutes)
 
 bench-data: setup ## what preparing and reading tokens costs, as ratios (minutes)
 	$(BIN)/python scripts/bench_data.py $(ARGS)
+
+bench-train: setup ## how fast training is beside transformers and litgpt, as ratios (minutes)
+	$(BIN)/python scripts/bench_train.py $(ARGS)
 
 bench-clip: setup ## what clipping costs, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)

@@ -82,6 +82,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (is_number(v) and v >= 1),
         "a number from 1, or null for no limit",
     ),
+    "data.max_test_tokens": (lambda v: v is None or is_count(v), "an integer from 1, or null for all held-out tokens"),
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
     "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
@@ -275,14 +276,21 @@ def _check_processes(cfg: DictConfig) -> None:
 def _check_model(cfg: DictConfig) -> None:
     """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the machine or each GPU."""
     config, trainer = model_config(cfg), cfg.trainer
-    gpu = trainer.accelerator == "gpu" and torch.cuda.is_available()
-    here = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = 16 * config.parameters // shards(cfg) * (1 if gpu else trainer.devices)
+    here = memory(cfg)
+    needed = 16 * config.parameters // shards(cfg)
     if needed > here:
+        where = "GPU" if trainer.accelerator == "gpu" else "process"
         raise ConfigError(
             f"model.name={cfg.model.name} has {config.parameters:,} parameters, which take {needed / 2**30:,.0f} GiB "
-            f"to train: it must fit the {here / 2**30:,.0f} GiB of {'each GPU' if gpu else 'the machine'}"
+            f"to train: it must fit the {here / 2**30:,.0f} GiB of each {where}"
         )
+
+
+def memory(cfg: DictConfig) -> int:
+    """Return the bytes that each process of a run may take: those of its GPU, or its share of those of the machine."""
+    if cfg.trainer.accelerator == "gpu":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // cfg.trainer.devices
 
 
 def _check_wandb() -> None:

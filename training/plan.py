@@ -105,6 +105,18 @@ def show(cfg: DictConfig) -> Table:
     return table
 
 
+def tight(cfg: DictConfig, there: int) -> str | None:
+    """Return a warning if the plan of a run needs more than the bytes that are there for each process."""
+    found = plan(cfg)
+    if found.bytes <= there:
+        return None
+    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in found.memory.items())
+    return (
+        f"this may run out of memory: {found.bytes / GIB:,.1f} GiB seem to be needed ({parts}), and there are "
+        f"{there / GIB:,.1f}; a smaller trainer.micro_batch_size takes less, or trainer.activation_checkpointing=full"
+    )
+
+
 class _Results(TorchDispatchMode):
     """Adds up the results of the operations that selective checkpointing keeps."""
 

@@ -1,15 +1,13 @@
 """One training run, from a checked configuration to held-out loss."""
 
 import logging
-import math
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from data import (
     BadBatches,
-    Batch,
     SequenceLoader,
     Sequences,
     Shuffled,
@@ -36,30 +33,25 @@ from models.parallel import assign, checkpoint_activations, compile_model, mater
 from training.checkpoint_files import step_of
 from training.checkpoints import Checkpoints, DirectCheckpointIO
 from training.cli import Interrupted
-from training.config import ConfigError, clipping_strategy, corpus_of, model_config, run_name, section, settings_of
+from training.config import (
+    ConfigError,
+    clipping_strategy,
+    corpus_of,
+    memory,
+    model_config,
+    run_name,
+    section,
+    settings_of,
+)
 from training.folder import RunFolder
+from training.held_out import HeldOut
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
+from training.plan import tight
 from training.processes import rank
 from training.progress import ProgressDisplay
 from training.speed import flops_per_token, peak
 from training.split import micro_batches, sharded, shards, world_size
-
-
-class HeldOut:
-    """The held-out sequences in batches, in order, once."""
-
-    def __init__(self, sequences: Sequences, batch_size: int) -> None:
-        self.sequences = sequences
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.sequences) / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self.sequences), self.batch_size):
-            rows = np.arange(first, min(first + self.batch_size, len(self.sequences)))
-            yield Batch(self.sequences.batch(rows))
 
 
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
@@ -184,6 +176,8 @@ def train(
             + (f", {passes:.1f} passes over the text" if passes > 1 else "")
         )
 
+    if said := tight(cfg, memory(cfg)):
+        console.print(said)
     if checkpoint is None and cfg.model.init_from is not None:
         console.print(f"starting from the weights in {cfg.model.init_from}")
 
@@ -224,13 +218,18 @@ def train(
         metrics.listeners.append(lambda row: _to_logger(logger, row))
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
-    held_out = Sequences(tokens.test, cfg.data.sequence_length)
+    held_out = HeldOut(
+        Sequences(tokens.test, cfg.data.sequence_length),
+        4 * trainer_cfg.micro_batch_size,
+        cfg.data.max_test_tokens,
+        console,
+    )
     try:
         # Checkpoints are our own files, and hold more than tensors.
         trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
-        console.print(f"evaluating on {len(held_out) * held_out.length:,} held-out tokens")
-        trainer.test(module, dataloaders=HeldOut(held_out, 4 * trainer_cfg.micro_batch_size), verbose=False)
+        console.print(f"evaluating on {held_out.tokens:,} held-out tokens")
+        trainer.test(module, dataloaders=held_out, verbose=False)
         if logger is not None:
             logger.log_metrics({"test_loss": module.test_loss}, step=trainer_cfg.max_steps)
     except SystemExit as stop:  # what Lightning makes of SIGTERM and of Ctrl-C
@@ -244,7 +243,7 @@ def train(
         display.close()
         if logger is not None:
             logger.experiment.finish()  # or the next job of a sweep would log into this run
-    evaluated = tokens.test.read(1, len(held_out) * held_out.length + 1)
+    evaluated = tokens.test.read(1, held_out.tokens + 1)
     return {
         "test_loss": module.test_loss,
         "unigram_entropy": unigram_entropy(evaluated),

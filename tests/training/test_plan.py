@@ -7,7 +7,7 @@ from models import Llama, LlamaConfig
 from models.parallel import checkpoint_activations
 from tests.conftest import train
 from tests.training.test_config import composed
-from training.plan import _activations, plan
+from training.plan import _activations, plan, tight
 from training.speed import PEAKS, flops_per_token, peak
 
 SMALL = LlamaConfig(
@@ -84,3 +84,15 @@ def test_a_plan_is_shown_and_leaves_nothing(tmp_path):
     wrong = train(*settings, "planned.device=H800", cwd=tmp_path)
     assert wrong.returncode == 2 and "planned.device=H800 is not allowed: it must be one of H200" in wrong.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_plan_is_too_large_begins_with_a_warning():
+    cfg = composed("model=1b", "trainer.micro_batch_size=2")
+    needed = plan(cfg).bytes
+    assert tight(cfg, int(needed) + 1) is None
+    said = tight(cfg, 10 * 2**30)
+    assert said is not None and said.startswith(
+        f"this may run out of memory: {needed / 2**30:.1f} GiB seem to be needed (weights 4.0, optimizer 8.0, gradients"
+    )
+    assert said.endswith("and there are 10.0; a smaller trainer.micro_batch_size takes less, or "
+                         "trainer.activation_checkpointing=full")  # fmt: skip
