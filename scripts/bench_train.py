@@ -32,11 +32,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import SequenceLoader
-from training.config import check, model_config
+from training.cli import command_line
+from training.config import ConfigError, check, model_config
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
 from training.speed import flops_per_token
+from zclip.base import is_count
 
 GPU = torch.cuda.is_available()
+LOG_EVERY = 5
 DEFAULTS: dict[str, Any] = {
     "model": "1b" if GPU else "micro",
     "length": 2048 if GPU else 128,
@@ -112,20 +115,24 @@ def main() -> None:
     given = OmegaConf.to_container(OmegaConf.from_cli())
     assert isinstance(given, dict)
     if unknown := given.keys() - DEFAULTS.keys():
-        sys.exit(f"bench_train.py: error: {unknown.pop()} is not a key: there are {', '.join(DEFAULTS)}")
+        raise ConfigError(f"{unknown.pop()} is not a key: there are {', '.join(DEFAULTS)}")
     cfg = DEFAULTS | given
     names = str(cfg["only"]).split(",") if cfg["only"] else list(NAMES)
     if strange := [name for name in names if name not in NAMES]:
-        sys.exit(f"bench_train.py: error: only={strange[0]} is not allowed: it must be of {', '.join(NAMES)}")
+        raise ConfigError(f"only={strange[0]} is not allowed: it must be of {', '.join(NAMES)}")
+    for key in ("length", "batch", "steps", "rounds"):
+        if not is_count(cfg[key]) or (key == "steps" and cfg[key] % LOG_EVERY):
+            allowed = f"a multiple of {LOG_EVERY}" if key == "steps" else "an integer from 1"
+            raise ConfigError(f"{key}={cfg[key]} is not allowed: it must be {allowed}")
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         spec = specification(cfg, folder, console)
         python = sys.executable
-        if cfg["peers"] != "none" and {"transformers", "litgpt"} & set(names):
-            python = cfg["peers"] or environment_of_peers(console)
-        elif cfg["peers"] == "none":
+        if cfg["peers"] == "none":
             names = [name for name in names if name in ("ours", "bare")]
+        elif {"transformers", "litgpt"} & set(names):
+            python = cfg["peers"] or environment_of_peers(console)
         kinds = [False, True] if cfg["compile"] is None else [bool(cfg["compile"])]
         contenders = [
             Contender(name, kind, sys.executable if name in ("ours", "bare") else python, spec, folder)
@@ -153,18 +160,14 @@ def specification(cfg: dict[str, Any], folder: Path, console: Console) -> dict[s
     overrides = [
         f"model={cfg['model']}", f"trainer={'gpu' if GPU else 'cpu'}", f"data.sequence_length={cfg['length']}",
         f"trainer.global_batch_size={cfg['batch']}", f"trainer.micro_batch_size={cfg['batch']}",
-        "trainer.max_steps=100000", "trainer.checkpoint_every=100000", "trainer.log_every=5", "optim.warmup_fraction=0",
-        f"paths.runs={folder}",
+        "trainer.max_steps=100000", "trainer.checkpoint_every=100000", f"trainer.log_every={LOG_EVERY}",
+        "optim.warmup_fraction=0", f"paths.runs={folder}",
     ]  # fmt: skip
     with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
         run = compose("train", overrides=overrides)
-    if cfg["steps"] % run.trainer.log_every:
-        sys.exit(f"bench_train.py: error: steps={cfg['steps']} is not allowed: it must be a multiple of 5")
     check(run)
     tokens = prepare_tokens(run, console)
-    loader = SequenceLoader(
-        training_sequences(run, tokens), tokens.fingerprint, 50, cfg["batch"], cfg["batch"]
-    )  # fmt: skip
+    loader = SequenceLoader(training_sequences(run, tokens), tokens.fingerprint, 50, cfg["batch"], cfg["batch"])
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
     config = model_config(run)
     return {
@@ -173,7 +176,7 @@ def specification(cfg: dict[str, Any], folder: Path, console: Console) -> dict[s
         "batch": cfg["batch"],
         "length": cfg["length"],
         "lr": run.lr,
-        "log_every": run.trainer.log_every,
+        "log_every": LOG_EVERY,
         "batches": str(folder / "batches.npy"),
         "folder": str(folder),
         "model": asdict(config),
@@ -192,7 +195,10 @@ def environment_of_peers(console: Console) -> str:
         console.print(f"making an environment for {', '.join(PEERS)} in {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         wanted = [f"torch=={torch.__version__.split('+')[0]}", "numpy", *PEERS]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        if subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=False).returncode:
+            raise ConfigError(
+                f"peers=null is not possible: pip cannot install {' '.join(wanted)}; give a Python, or none"
+            )
         (folder / "made").write_text("\n".join(wanted))
     return str(python)
 
@@ -249,4 +255,4 @@ def show(cfg: dict[str, Any], spec: dict[str, Any], contenders: list[Contender],
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line(main))

@@ -1,0 +1,35 @@
+"""The benchmark of training runs, and tells mistakes in a sentence; what it measures decides nothing here."""
+
+import re
+
+import pytest
+
+from tests.scripts.test_data_scripts import script
+
+
+def test_our_contenders_are_timed(tmp_path):
+    done = script("bench_train.py", "peers=none", "rounds=2", "steps=5", "compile=false", "batch=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"│ (train.py, ZClip|our model, bare loop) +│ +([\d,]+) │ +([\d.]+) \(.*?\) │ +(\d+)% │", done.stdout
+    )
+    assert [row[0] for row in rows] == ["train.py, ZClip", "our model, bare loop"]
+    assert rows[0][2] == "1.00" and all(int(row[1].replace(",", "")) > 0 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("step=5", "step is not a key: there are model, length"),
+        ("steps=7", "steps=7 is not allowed: it must be a multiple of 5"),
+        ("rounds=many", "rounds=many is not allowed: it must be an integer from 1"),
+        ("only=ours,theirs", "only=theirs is not allowed: it must be of ours, bare, transformers, litgpt"),
+        ("model=2b", "model=2b is not known: it must be one of"),
+        ("length=4000", "data.sequence_length=4000 is longer than the model's context"),
+    ],
+)
+def test_mistakes_are_one_sentence(given, said, tmp_path):
+    done = script("bench_train.py", given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"bench_train.py: error: {said}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
