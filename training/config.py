@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,114 +21,17 @@ from typing import Any, Unpack, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data import KINDS, Corpus, sources_of
+from data import Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
-from models.parallel import ACTIVATION_CHECKPOINTING
-from training.speed import PEAKS, peak
+from training.rules import RULES, STRATEGIES, WANDB_RULES, Rule
 from training.split import shards, world_size
 from zclip import ClippingStrategy
-from zclip.base import is_count, is_number
 
 
 class ConfigError(ValueError):
     """The configuration asks for something that is not allowed; the message is one sentence for the user."""
 
-
-def _positive(value: Any) -> bool:
-    return is_number(value) and value > 0
-
-
-def _folder_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.=,+-]+", value) is not None and value.strip(".") != ""
-
-
-_POSITIVE = (_positive, "a number above 0")
-_COUNT = (is_count, "an integer from 1")
-_FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
-_FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-_NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
-
-#: single: one process; ddp: a whole model in each; fsdp: the model sharded over all; hsdp: over those of each replica.
-STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
-
-#: Key -> (test of the value, what is allowed). Keys of `model` and `clip` are the arguments of what they make.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": _POSITIVE,
-    "seed": (lambda v: type(v) is int and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1"),
-    "name": (lambda v: v is None or _folder_name(v), f"{_NAME[1]}, or null"),
-    "experiment": _NAME,
-    "model.name": _NAME,
-    "clip.name": _NAME,
-    "model.init_from": (lambda v: v is None or (isinstance(v, str) and v != ""), "a Hugging Face folder, or null"),
-    "plan": (lambda v: isinstance(v, bool), "true or false"),
-    "planned.device": (lambda v: isinstance(v, str) and peak(v) is not None, f"one of {', '.join(PEAKS)}"),
-    "planned.memory_gib": _POSITIVE,
-    "planned.mfu": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
-    "paths.runs": _FOLDER,
-    "paths.cache": _FOLDER,
-    "data.name": _NAME,
-    "data.path": (lambda v: v is None or (isinstance(v, str) and v != ""), "a file, a folder or a pattern, or null"),
-    "data.column": (lambda v: isinstance(v, str) and v != "", "the name of a column"),
-    "data.sources": (lambda v: isinstance(v, dict) and any(v.values()), "sources by their names, one at least"),
-    "data.tokenizer": (
-        lambda v: v is None or (isinstance(v, str) and v != ""),
-        "a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text",
-    ),
-    "data.mode": (lambda v: v in ("prepared", "stream"), "prepared or stream"),
-    "data.shuffle_tokens": (lambda v: is_number(v) and v >= 1, "a number from 1"),
-    "data.drop_duplicates": (lambda v: isinstance(v, bool), "true or false"),
-    "data.max_tokens": (
-        lambda v: v is None or (is_number(v) and v >= 1),
-        "a number from 1, or null for no limit",
-    ),
-    "data.max_test_tokens": (lambda v: v is None or is_count(v), "an integer from 1, or null for all held-out tokens"),
-    "data.sequence_length": _COUNT,
-    "data.vocab_size": _COUNT,
-    "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
-    "data.bad_batches.steps": (
-        lambda v: isinstance(v, list) and all(is_count(step) for step in v) and len(set(v)) == len(v),
-        "a list of different steps, counted from 1, such as [100,200]",
-    ),
-    "data.bad_batches.kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {', '.join(KINDS)}"),
-    "optim.name": (lambda v: v == "adamw", "adamw"),
-    "optim.betas": (
-        lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
-        "two numbers from 0 to below 1",
-    ),
-    "optim.eps": _POSITIVE,
-    "optim.weight_decay": (lambda v: is_number(v) and v >= 0, "a number from 0"),
-    "optim.z_loss": (lambda v: is_number(v) and v >= 0, "a number from 0"),
-    "optim.fused": (lambda v: isinstance(v, bool), "true or false"),
-    "optim.warmup_fraction": _FRACTION,
-    "optim.final_lr_fraction": _FRACTION,
-    "trainer.accelerator": (lambda v: v in ("cpu", "gpu"), "cpu or gpu"),
-    "trainer.strategy": (lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
-    "trainer.nodes": _COUNT,
-    "trainer.devices": _COUNT,
-    "trainer.replicas": _COUNT,
-    "trainer.activation_checkpointing": (
-        lambda v: v in ACTIVATION_CHECKPOINTING,
-        f"one of {', '.join(ACTIVATION_CHECKPOINTING)}",
-    ),
-    "trainer.compile": (lambda v: isinstance(v, bool), "true or false"),
-    "trainer.precision": (lambda v: v in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
-    "trainer.max_steps": _COUNT,
-    "trainer.global_batch_size": _COUNT,
-    "trainer.micro_batch_size": _COUNT,
-    "trainer.log_every": _COUNT,
-    "trainer.checkpoint_every": _COUNT,
-    "trainer.keep_checkpoints": _COUNT,
-    "logger.name": (lambda v: v in ("local", "wandb"), "local or wandb"),
-}
-WANDB_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "logger.project": (
-        lambda v: isinstance(v, str) and re.fullmatch(r"[^/\\#?%:]{1,128}", v) is not None,
-        "a name of at most 128 characters without / \\ # ? % :",
-    ),
-    "logger.entity": (lambda v: v is None or isinstance(v, str), "a wandb user or team, or null"),
-    "logger.tags": (lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v), "a list of words"),
-}
 
 #: Settings that change what is written or shown, but not what is computed.
 NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned")
@@ -199,7 +102,7 @@ def check_folder(key: str, value: str, folder: Path) -> None:
         ) from error
 
 
-def _check_rules(cfg: DictConfig, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+def _check_rules(cfg: DictConfig, rules: dict[str, Rule]) -> None:
     for key, (allowed, description) in rules.items():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
