@@ -5,6 +5,7 @@ backward pass then only scales. torch's own `linear_cross_entropy` works the sam
 inputs in bfloat16, two decimal digits of it, and has no z-loss.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,37 +17,21 @@ ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 20}
 LEAST_ROWS = 128
 
 
+Slopes = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+
+
 def rows_at_once(tokens: int, vocabulary: int, device: str) -> int:
     """Return of how many tokens the logits are made at once."""
     return min(tokens, max(LEAST_ROWS, ELEMENTS.get(device, ELEMENTS["cuda"]) // vocabulary))
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of logits `hidden @ weight.T`, and the cross entropy in it.
-
-    Args:
-        hidden: (tokens, hidden).
-        weight: (vocab, hidden), used in the dtype of autocast, if it is on, else in that of `hidden`.
-        targets: (tokens,) ids.
-        z_loss: weight of the mean square of log Z, the logarithm of the softmax's denominator (PaLM, section 5).
-        compiled: whether what is done between the matrix products is compiled by torch.compile.
-
-    Returns:
-        what is to be minimised, and the mean cross entropy in nats, which has no gradient; both 0-dim float32.
-    """
-    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, compiled)
-    return loss, cross_entropy
-
-
-def _between(logits: Tensor, wanted: Tensor, tokens: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def slopes(logits: Tensor, wanted: Tensor, tokens: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return of some rows the gradient of the mean loss by their logits, and their sums of -log p and of log Z squared.
 
     Args:
         logits: (rows, vocab).
         wanted: (rows, 1) ids.
-        tokens: in the mean.
+        tokens: in the mean, 0-dim float32.
         z_loss: see `linear_cross_entropy`.
     """
     exact = logits.float()
@@ -61,13 +46,29 @@ def _between(logits: Tensor, wanted: Tensor, tokens: int, z_loss: float) -> tupl
     return slope.div_(tokens).to(logits.dtype), -log_p_wanted.sum(), log_z.square().sum()
 
 
-_between_compiled = torch.compile(_between, dynamic=False)
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, between: Slopes = slopes
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of logits `hidden @ weight.T`, and the cross entropy in it.
+
+    Args:
+        hidden: (tokens, hidden).
+        weight: (vocab, hidden), used in the dtype of autocast, if it is on, else in that of `hidden`.
+        targets: (tokens,) ids.
+        z_loss: weight of the mean square of log Z, the logarithm of the softmax's denominator (PaLM, section 5).
+        between: what is done between the matrix products: `slopes`, or that compiled.
+
+    Returns:
+        what is to be minimised, and the mean cross entropy in nats, which has no gradient; both 0-dim float32.
+    """
+    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, between)
+    return loss, cross_entropy
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, compiled: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, between: Slopes
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -77,12 +78,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if differentiate else None
         cross_entropy = torch.zeros((), dtype=torch.float32, device=x.device)
         squares = torch.zeros_like(cross_entropy)
+        count = torch.full((), float(len(x)), device=x.device)
         tokens, rows = len(x), rows_at_once(len(x), len(w), device)
         with torch.autocast(device, enabled=False):
             for first in range(0, tokens, rows):
                 part, wanted = x[first : first + rows], targets[first : first + rows, None]
-                between = _between_compiled if compiled else _between
-                slope, entropy, square = between(part @ w.T, wanted, tokens, z_loss)
+                slope, entropy, square = between(part @ w.T, wanted, count, z_loss)
                 cross_entropy += entropy
                 squares += square
                 if grad_x is None or grad_w is None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.llama import Llama
-from models.loss import linear_cross_entropy
+from models.loss import linear_cross_entropy, slopes
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
@@ -47,7 +47,7 @@ def compile_model(model: Llama) -> None:
     """Compile each block by itself, and the loss, with torch.compile: as the blocks are alike, one is compiled."""
     for block in model.model.layers:
         block.compile()
-    model.loss = partial(linear_cross_entropy, compiled=True)
+    model.loss = partial(linear_cross_entropy, between=torch.compile(slopes, dynamic=False))
 
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> None:

@@ -7,6 +7,7 @@ its own libraries only, so that peers run in an environment that knows nothing o
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -48,13 +49,20 @@ class Rounds:
             torch.cuda.synchronize()
             memory = torch.cuda.max_memory_allocated()
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = resident_peak()
         took = time.perf_counter() - self._since
         self.out.write(json.dumps({"seconds": took, "loss": loss, "memory": memory}) + "\n")
         self.out.flush()
         if not sys.stdin.readline():
             os._exit(0)
         self._since = time.perf_counter()
+
+
+def resident_peak() -> int:
+    """Return the most bytes that this program has had; what getrusage says begins with the peak of who started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def batches(spec: dict[str, Any]) -> Iterator[Tensor]:

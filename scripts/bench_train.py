@@ -133,6 +133,8 @@ def main() -> None:
             names = [name for name in names if name in ("ours", "bare")]
         elif {"transformers", "litgpt"} & set(names):
             python = cfg["peers"] or environment_of_peers(console)
+        if not names:
+            raise ConfigError(f"only={cfg['only']} is not possible with peers=none: they are peers")
         kinds = [False, True] if cfg["compile"] is None else [bool(cfg["compile"])]
         contenders = [
             Contender(name, kind, sys.executable if name in ("ours", "bare") else python, spec, folder)
@@ -191,15 +193,16 @@ def environment_of_peers(console: Console) -> str:
     """Return the Python of an environment with the peers, made if it is not there."""
     folder = Path("cache") / "peers"
     python = folder / "bin" / "python"
-    if not (folder / "made").exists():
+    wanted = [f"torch=={torch.__version__.split('+')[0]}", "numpy", *PEERS]
+    made = folder / "made"
+    if not made.exists() or made.read_text().splitlines() != wanted:
         console.print(f"making an environment for {', '.join(PEERS)} in {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        wanted = [f"torch=={torch.__version__.split('+')[0]}", "numpy", *PEERS]
         if subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=False).returncode:
             raise ConfigError(
                 f"peers=null is not possible: pip cannot install {' '.join(wanted)}; give a Python, or none"
             )
-        (folder / "made").write_text("\n".join(wanted))
+        made.write_text("\n".join(wanted))
     return str(python)
 
 
@@ -230,7 +233,8 @@ def show(cfg: dict[str, Any], spec: dict[str, Any], contenders: list[Contender],
             continue
         title = f"{what}, torch {torch.__version__}, {'compiled' if compiled else 'eager'}"
         table = Table(title=title, title_justify="left")
-        columns = ("", "tokens/s", "train.py over it (rounds)", "of matmul", *(["MFU"] if spec["peak"] else []))
+        first = {"ours": "train.py"}.get(those[0].name, those[0].name)
+        columns = ("", "tokens/s", f"{first} over it (rounds)", "of matmul", *(["MFU"] if spec["peak"] else []))
         for column in (*columns, "GiB", "loss"):
             table.add_column(column, justify="right" if column else "left")
         reference = those[0].rounds

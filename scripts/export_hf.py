@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_tokenizer
 from models.hugging_face import export
-from training.checkpoint_files import step_of, weights
+from training.checkpoint_files import step_of, undamaged, weights
 from training.cli import command_line, reporting
 from training.config import ConfigError, check_folder, model_config
 from training.folder import RunFolder
@@ -56,6 +56,8 @@ def _checkpoint(folder: RunFolder, step: int | None, console: Console) -> Path:
     if step is not None and step not in there:
         steps = ", ".join(map(str, sorted(there))) or "none"
         raise ConfigError(f"step={step} has no checkpoint in {folder.checkpoints}: it must be one of {steps}")
+    if step is not None and not undamaged(there[step]):
+        raise ConfigError(f"step={step} is damaged: {there[step]} must be restored, or another step exported")
     found = there[step] if step is not None else folder.newest_checkpoint(say=console.print)
     if found is None:
         raise ConfigError(f"run={folder.path} has no checkpoint yet: train it first")

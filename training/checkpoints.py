@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from training.checkpoint_files import publish, remove
+from training.checkpoint_files import publish, remove, step_of
 from training.folder import RunFolder
 from training.metrics import Metrics
 
@@ -60,9 +61,15 @@ class Checkpoints(pl.Callback):
         """Save a checkpoint of this step, and remove the oldest beyond `keep`."""
         final = self.folder.checkpoints / f"step-{step:08d}.ckpt"
         aside = final.with_name(f".saving-{final.name}")
-        trainer.save_checkpoint(aside)
+        try:
+            trainer.save_checkpoint(aside)
+        except CheckpointException as error:  # torch's distributed format wraps whatever happens meanwhile
+            if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
+                raise KeyboardInterrupt from error
+            raise
         if trainer.is_global_zero:
             publish(aside, final)
-            for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
+            kept = [path for path in sorted(self.folder.checkpoints.glob("step-*.ckpt")) if step_of(path) <= step]
+            for old in kept[: -self.keep]:  # later ones are damaged, and were passed over
                 remove(old)
         self.metrics.clock.mark("saving")

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
+from training.memory import available
 from training.rules import RULES, STRATEGIES, WANDB_RULES, Rule
 from training.split import shards, world_size
 from zclip import ClippingStrategy
@@ -179,7 +180,7 @@ def _check_processes(cfg: DictConfig) -> None:
 def _check_model(cfg: DictConfig) -> None:
     """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the machine or each GPU."""
     config, trainer = model_config(cfg), cfg.trainer
-    here = memory(cfg)
+    here = available(cfg)
     needed = 16 * config.parameters // shards(cfg)
     if needed > here:
         where = "GPU" if trainer.accelerator == "gpu" else "process"
@@ -187,13 +188,6 @@ def _check_model(cfg: DictConfig) -> None:
             f"model.name={cfg.model.name} has {config.parameters:,} parameters, which take {needed / 2**30:,.0f} GiB "
             f"to train: it must fit the {here / 2**30:,.0f} GiB of each {where}"
         )
-
-
-def memory(cfg: DictConfig) -> int:
-    """Return the bytes that each process of a run may take: those of its GPU, or its share of those of the machine."""
-    if cfg.trainer.accelerator == "gpu":
-        return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // cfg.trainer.devices
 
 
 def _check_wandb() -> None:

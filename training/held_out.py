@@ -21,8 +21,8 @@ class HeldOut:
         console: told now and then how far it is.
     """
 
-    def __init__(self, sequences: Sequences, batch_size: int, most_tokens: int | None, console: Console) -> None:
-        most = len(sequences) if most_tokens is None else max(1, most_tokens // sequences.length)
+    def __init__(self, sequences: Sequences, batch_size: int, most_tokens: float | None, console: Console) -> None:
+        most = len(sequences) if most_tokens is None else max(1, int(most_tokens) // sequences.length)
         self.sequences = sequences
         self.batch_size = batch_size
         self.count = min(len(sequences), most)

@@ -9,8 +9,6 @@ will be computed again.
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from training.clock import Clock, Spans, seconds
 from training.folder import RunFolder, write_whole
+from training.memory import peak, reset_peak
 from training.module import PretrainingModule
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
@@ -34,8 +33,8 @@ class Metrics(pl.Callback):
     Fields of a line: `step` (from 1), `tokens` (so far), `loss` (cross entropy, mean over the global batch, nats per
     token, before the step), `lr`, and the strategy's telemetry; mean since the last transfer `tokens_per_second` and
     `mfu`, the share of the devices' peak that they take; of rank 0 `data_seconds`, `forward_backward_seconds`,
-    `clip_seconds` and `optimizer_seconds` of the step; `peak_memory_gib` so far, the most that a process has had:
-    allocated on a GPU, resident otherwise.
+    `clip_seconds` and `optimizer_seconds` of the step; `peak_memory_gib` so far, since this
+    process began to train, the most that one has had: allocated on a GPU, resident otherwise.
 
     Args:
         folder: run folder.
@@ -75,6 +74,7 @@ class Metrics(pl.Callback):
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
             self._file = self.folder.metrics.open("a", encoding="utf-8")
         self._since = time.perf_counter()
+        reset_peak(pl_module.device)
         self.clock = Clock(pl_module.device)
 
     def on_train_batch_start(
@@ -112,8 +112,9 @@ class Metrics(pl.Callback):
         )
         losses = table[:, names.index("loss")]
         losses.copy_(trainer.strategy.reduce(losses.clone(), reduce_op="mean"))  # each process has that of its rows
-        memory = trainer.strategy.reduce(_peak_memory(pl_module.device), reduce_op="max")
-        values, memory = table.tolist(), float(memory)  # the one transfer; it waits for the device
+        most = torch.tensor(float(peak(pl_module.device)), dtype=torch.float64, device=pl_module.device)
+        most = trainer.strategy.reduce(most, reduce_op="max")
+        values, memory = table.tolist(), float(most)  # the transfer; it waits for the device, once
         now = time.perf_counter()
         rate = len(self._pending) * self.tokens_per_step / (now - self._since)
         self._since = now
@@ -177,12 +178,3 @@ class TimedClipping(ClippingCallback):
         self.metrics.clock.mark("forward_backward")
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.metrics.clock.mark("clip")
-
-
-def _peak_memory(device: torch.device) -> Tensor:
-    """Return the most bytes that this process has had so far: 0-dim float64, on the device."""
-    if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
-    else:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return torch.tensor(float(most), dtype=torch.float64, device=device)

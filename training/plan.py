@@ -70,7 +70,9 @@ def plan(cfg: DictConfig) -> Plan:
         "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
         "loss": 4 * head
         + 2 * tokens * config.hidden_size * size
-        + 8 * rows_at_once(tokens, config.vocab_size, "cuda") * config.vocab_size,
+        + 8
+        * rows_at_once(tokens, config.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
+        * config.vocab_size,
     }
     per_step = trainer.global_batch_size * length
     return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)

@@ -59,7 +59,10 @@ RULES: dict[str, Rule] = {
         lambda v: v is None or (is_number(v) and v >= 1),
         "a number from 1, or null for no limit",
     ),
-    "data.max_test_tokens": (lambda v: v is None or is_count(v), "an integer from 1, or null for all held-out tokens"),
+    "data.max_test_tokens": (
+        lambda v: v is None or (is_number(v) and v >= 1),
+        "a number from 1, or null for all held-out tokens",
+    ),
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
     "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),

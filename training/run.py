@@ -37,7 +37,6 @@ from training.config import (
     ConfigError,
     clipping_strategy,
     corpus_of,
-    memory,
     model_config,
     run_name,
     section,
@@ -45,6 +44,7 @@ from training.config import (
 )
 from training.folder import RunFolder
 from training.held_out import HeldOut
+from training.memory import available
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.plan import tight
@@ -104,6 +104,7 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
     trainer = cfg.trainer
     checkpoint_activations(model, trainer.activation_checkpointing)
     if trainer.compile:
+        torch.compiler.reset()  # of an earlier run of a sweep
         compile_model(model)
     if sharded(cfg):
         sizes = (trainer.replicas, shards(cfg))
@@ -176,7 +177,7 @@ def train(
             + (f", {passes:.1f} passes over the text" if passes > 1 else "")
         )
 
-    if said := tight(cfg, memory(cfg)):
+    if said := tight(cfg, available(cfg)):
         console.print(said)
     if checkpoint is None and cfg.model.init_from is not None:
         console.print(f"starting from the weights in {cfg.model.init_from}")
@@ -234,7 +235,7 @@ def train(
             logger.log_metrics({"test_loss": module.test_loss}, step=trainer_cfg.max_steps)
     except SystemExit as stop:  # what Lightning makes of SIGTERM and of Ctrl-C
         signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
-        saved = folder.last_checkpoint(say=console.print)
+        saved = folder.newest_checkpoint(say=console.print)
         raise Interrupted(signum, trainer.global_step, step_of(saved) if saved else None) from stop
     except SourceError as error:
         raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import lightning.pytorch as pl
 
-from training import checkpoints, folder, metrics
+from training import checkpoint_files, folder, metrics
 from training.module import PretrainingModule
 
 
@@ -33,14 +33,14 @@ def while_saving(step: int) -> None:
 
 def after_saving(step: int) -> None:
     """The checkpoint has its name, older ones are still there."""
-    sync = checkpoints._sync
+    sync = checkpoint_files._sync
 
     def last(path):
         sync(path)
         if path.is_dir() and (path / f"step-{step:08d}.ckpt").exists():
             die()
 
-    checkpoints._sync = last
+    checkpoint_files._sync = last
 
 
 def in_a_line(step: int) -> None:

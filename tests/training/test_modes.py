@@ -225,3 +225,5 @@ def test_sharded_checkpoints_are_the_weights_and_damaged_ones_are_passed_over(ru
     assert json.loads((path / "result.json").read_text())["test_loss"] == result["test_loss"]
     damage(checkpoints[0], "a bit of the index")
     assert not undamaged(checkpoints[0])
+    refused = script("export_hf.py", f"run={path}", "step=2", "out=there", cwd=tmp_path)
+    assert refused.returncode == 2 and "step=2 is damaged" in refused.stderr and not (tmp_path / "there").exists()

@@ -218,6 +218,22 @@ def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path):
     assert json.loads((path / "result.json").read_text())["test_loss"] == loss
 
 
+def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(settings, tmp_path):
+    settings = (*settings, "trainer.keep_checkpoints=1")
+    assert train(*settings, "trainer.checkpoint_every=40", cwd=tmp_path).returncode == 0
+    path = only_run(tmp_path)
+    (path / "result.json").unlink()
+    last = path / "checkpoints" / "step-00000040.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    job = subprocess.Popen(train_command(*settings, "trainer.checkpoint_every=4"), cwd=tmp_path)
+    while job.poll() is None and not (path / "checkpoints" / "step-00000016.ckpt").exists():
+        time.sleep(0.002)
+    job.kill()
+    job.wait()
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0 and "is damaged" in done.stdout and "continuing" in done.stdout, done.stderr
+
+
 def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts)
@@ -235,7 +251,7 @@ def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
     assert done.returncode == 2 and "has changed" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("most", [None, 10_000])
+@pytest.mark.parametrize("most", [None, 2000])
 def test_the_test_loss_is_that_of_the_held_out_tokens(most, settings, corpus, cache, tmp_path):
     given = () if most is None else (f"data.max_test_tokens={most}",)
     assert train(*settings, *given, cwd=tmp_path).returncode == 0
