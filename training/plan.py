@@ -53,26 +53,23 @@ def plan(cfg: DictConfig) -> Plan:
     config, trainer, length = model_config(cfg), cfg.trainer, cfg.data.sequence_length
     spread = shards(cfg)
     mixed = trainer.precision == "bf16-mixed"
+    autocast = mixed and not sharded(cfg)  # a sharded model is in bfloat16 itself
     size = 2 if mixed else 4
     tokens = trainer.micro_batch_size * length
-    block, kept, within = _activations(
-        config, trainer.micro_batch_size, length, torch.bfloat16 if mixed else torch.float32
-    )
+    dtype = torch.bfloat16 if mixed and not autocast else torch.float32
+    block, kept, within = _activations(config, trainer.micro_batch_size, length, dtype, autocast)
+    rows = rows_at_once(tokens, config.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
     how = trainer.activation_checkpointing
     rest = config.parameters - config.num_hidden_layers * block
     head = config.vocab_size * config.hidden_size
-    saved = {"none": within, "selective": kept, "full": tokens * config.hidden_size * size}[how]
+    saved = {"none": within, "selective": kept, "full": tokens * config.hidden_size * dtype.itemsize}[how]
     memory = {
         "weights": 4 * config.parameters / spread,
         "optimizer": 8 * config.parameters / spread,
         "gradients": 4 * config.parameters * (1 if sharded(cfg) and micro_batches(cfg) > 1 else 1 / spread),
         "weights in use": size * (rest + 2 * block) if sharded(cfg) else (size * config.parameters if mixed else 0),
         "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
-        "loss": 4 * head
-        + 2 * tokens * config.hidden_size * size
-        + 8
-        * rows_at_once(tokens, config.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
-        * config.vocab_size,
+        "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * rows * config.vocab_size,
     }
     per_step = trainer.global_batch_size * length
     return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)
@@ -120,27 +117,43 @@ def tight(cfg: DictConfig, there: int) -> str | None:
 
 
 class _Results(TorchDispatchMode):
-    """Adds up the results of the operations that selective checkpointing keeps."""
+    """Adds up the results of the operations that selective checkpointing keeps.
 
-    def __init__(self) -> None:
+    Args:
+        weights: storages of weights; those of their copies in another dtype are added.
+    """
+
+    def __init__(self, weights: dict[int, Any]) -> None:
         super().__init__()
         self.bytes = 0
+        self.weights = weights
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
+            storage = out.untyped_storage()
+            self.weights[storage._cdata] = storage  # held, so that no other gets its number
         if function in KEPT:
             found = out if isinstance(out, tuple) else (out,)
             self.bytes += sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
         return out
 
 
-def _activations(config: LlamaConfig, batch: int, length: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return a block's parameters, and the bytes that it keeps for its backward pass: selectively, and by itself."""
+def _activations(
+    config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, autocast: bool = False
+) -> tuple[int, int, int]:
+    """Return a block's parameters, and the bytes that it keeps for its backward pass: selectively, and by itself.
+
+    Args:
+        config, batch, length: of the model and its input.
+        dtype: of weights and input.
+        autocast: whether operations are done in bfloat16 where autocast does so; copies of weights do not count.
+    """
     with FakeTensorMode():
         block = Block(config)
         for parameter in block.parameters():
             parameter.data = torch.empty(parameter.shape, dtype=dtype)
-        own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+        own = {parameter.untyped_storage()._cdata: parameter for parameter in block.parameters()}
         saved: dict[int, int] = {}
 
         def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +164,8 @@ def _activations(config: LlamaConfig, batch: int, length: int, dtype: torch.dtyp
 
         x = torch.empty(batch, length, config.hidden_size, dtype=dtype, requires_grad=True)
         angles = torch.empty(length, config.head_dim, dtype=dtype)
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results() as results:
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with mixed, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results(own) as results:
             out = block(x, angles, angles)
         assert out.requires_grad
         parameters = sum(parameter.numel() for parameter in block.parameters())

@@ -16,21 +16,27 @@ SMALL = LlamaConfig(
 )  # fmt: skip
 
 
-def saved_bytes(model: Llama, how: str) -> int:
-    """Bytes of storages, weights aside, that forward of the blocks leaves for backward."""
+def saved_bytes(model: Llama, how: str, autocast: bool = False) -> int:
+    """Bytes of storages, weights and their copies aside, that forward of the blocks leaves for backward."""
     checkpoint_activations(model, how)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        of_weight = tensor.dim() == 2 and bool({tensor.shape, tensor.T.shape} & shapes)
+        copied = autocast and tensor.dtype == torch.bfloat16 and of_weight
+        if storage.data_ptr() not in own and not copied:
             kept[storage.data_ptr()] = storage  # held, so that no other gets its address
         return tensor
 
+    shapes = {parameter.shape for parameter in model.model.layers.parameters() if parameter.dim() == 2}
     x = torch.randn(2, 32, 32, requires_grad=True)
     angles = torch.randn(32, 8)
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
         for layer in model.model.layers:
             x = layer(x, angles, angles)
     return sum(storage.nbytes() for storage in kept.values())
@@ -43,6 +49,9 @@ def test_activations_are_those_that_autograd_keeps():
     # A block's output is kept as the input of the next, and the angles once for all.
     assert saved_bytes(Llama(SMALL), "none") == pytest.approx(3 * whole - 2 * angles, rel=0.02)
     assert saved_bytes(Llama(SMALL), "full") == pytest.approx(3 * 2 * 32 * 32 * 4, abs=angles)
+    mixed = _activations(SMALL, 2, 32, torch.float32, autocast=True)[2]
+    assert saved_bytes(Llama(SMALL), "none", autocast=True) == pytest.approx(3 * mixed - 2 * angles, rel=0.02)
+    assert _activations(SMALL, 2, 32, torch.bfloat16)[2] < mixed < whole
     per_token = 4 * (32 + 2 * 32 + 2 * 16 + 2 * 48 + 2 * 32)  # input; q, attention; k, v; gate, up; o, down
     assert selective == pytest.approx(2 * 32 * per_token, rel=0.05)
 
