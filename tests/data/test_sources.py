@@ -63,7 +63,7 @@ def test_formats_and_compressions(kind, packed, tmp_path):
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_how_much_text_there_is_can_be_told_before_reading_it(kind, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.SAMPLE", 200_000)
+    monkeypatch.setattr("data.files.SAMPLE", 200_000)
     texts = [document.text for _, document in zip(range(40), Mixture([Source("embedded")]), strict=False)]
     source = Source("s", path=str(write(tmp_path, kind, packed, texts)))
     assert source.estimate() == pytest.approx(
