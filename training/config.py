@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
-from training.memory import available
+from training.memory import available_memory
 from training.rules import RULES, STRATEGIES, WANDB_RULES, Rule
 from training.split import shards, world_size
 from zclip import ClippingStrategy
@@ -180,7 +180,7 @@ def _check_processes(cfg: DictConfig) -> None:
 def _check_model(cfg: DictConfig) -> None:
     """Raise `ConfigError` unless weights, gradients and two moments in fp32 fit the machine or each GPU."""
     config, trainer = model_config(cfg), cfg.trainer
-    here = available(cfg)
+    here = available_memory(cfg)
     needed = 16 * config.parameters // shards(cfg)
     if needed > here:
         where = "GPU" if trainer.accelerator == "gpu" else "process"

@@ -11,14 +11,14 @@ import torch
 from omegaconf import DictConfig
 
 
-def available(cfg: DictConfig) -> int:
+def available_memory(cfg: DictConfig) -> int:
     """Return the bytes that each process of a run may take: those of its GPU, or its share of those of the machine."""
     if cfg.trainer.accelerator == "gpu":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // cfg.trainer.devices
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Forget how much this process has had at most, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,8 +27,8 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: torch.device) -> int:
-    """Return the most bytes that this process has had since `reset_peak`: allocated on a GPU, resident otherwise."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has had since the reset: allocated on a GPU, resident otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

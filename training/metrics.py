@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.clock import Clock, Spans, seconds
 from training.folder import RunFolder, write_whole
-from training.memory import peak, reset_peak
+from training.memory import peak_memory, reset_peak_memory
 from training.module import PretrainingModule
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
@@ -74,7 +74,7 @@ class Metrics(pl.Callback):
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
             self._file = self.folder.metrics.open("a", encoding="utf-8")
         self._since = time.perf_counter()
-        reset_peak(pl_module.device)
+        reset_peak_memory(pl_module.device)
         self.clock = Clock(pl_module.device)
 
     def on_train_batch_start(
@@ -112,7 +112,7 @@ class Metrics(pl.Callback):
         )
         losses = table[:, names.index("loss")]
         losses.copy_(trainer.strategy.reduce(losses.clone(), reduce_op="mean"))  # each process has that of its rows
-        most = torch.tensor(float(peak(pl_module.device)), dtype=torch.float64, device=pl_module.device)
+        most = torch.tensor(float(peak_memory(pl_module.device)), dtype=torch.float64, device=pl_module.device)
         most = trainer.strategy.reduce(most, reduce_op="max")
         values, memory = table.tolist(), float(most)  # the transfer; it waits for the device, once
         now = time.perf_counter()

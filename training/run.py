@@ -44,7 +44,7 @@ from training.config import (
 )
 from training.folder import RunFolder
 from training.held_out import HeldOut
-from training.memory import available
+from training.memory import available_memory
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.plan import tight
@@ -106,13 +106,15 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
     if trainer.compile:
         torch.compiler.reset()  # of an earlier run of a sweep
         compile_model(model)
+    device = torch.device("cpu")  # from which Lightning moves a model that is whole
     if sharded(cfg):
         sizes = (trainer.replicas, shards(cfg))
         names = ("replicate", "shard")
-        mesh = init_device_mesh("cuda" if trainer.accelerator == "gpu" else "cpu", sizes, mesh_dim_names=names)
+        device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
-    materialize(model, torch.device("cuda" if sharded(cfg) and trainer.accelerator == "gpu" else "cpu"))
+    materialize(model, device)
     if fresh and cfg.model.init_from is None:
         torch.manual_seed(cfg.seed)
         model.init_weights(assign)
@@ -177,7 +179,7 @@ def train(
             + (f", {passes:.1f} passes over the text" if passes > 1 else "")
         )
 
-    if said := tight(cfg, available(cfg)):
+    if said := tight(cfg, available_memory(cfg)):
         console.print(said)
     if checkpoint is None and cfg.model.init_from is not None:
         console.print(f"starting from the weights in {cfg.model.init_from}")
