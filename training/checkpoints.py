@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from training.checkpoint_files import publish, remove, step_of
 from training.folder import RunFolder
@@ -27,7 +26,7 @@ class DirectCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(pl.Callback):
-    """Save every `every` optimizer steps and after the last one.
+    """Save every `every` optimizer steps, after the last one, and before training stops.
 
     Args:
         folder: run folder.
@@ -52,7 +51,7 @@ class Checkpoints(pl.Callback):
     ) -> None:
         """Save if it is time."""
         step = trainer.global_step
-        if step != self._saved and (step % self.every == 0 or step == trainer.max_steps):
+        if step != self._saved and (step % self.every == 0 or trainer.should_stop or step == trainer.max_steps):
             self._saved = step
             self.metrics.flush(trainer, pl_module)
             self.save(trainer, step)
@@ -61,12 +60,7 @@ class Checkpoints(pl.Callback):
         """Save a checkpoint of this step, and remove the oldest beyond `keep`."""
         final = self.folder.checkpoints / f"step-{step:08d}.ckpt"
         aside = final.with_name(f".saving-{final.name}")
-        try:
-            trainer.save_checkpoint(aside)
-        except CheckpointException as error:  # torch's distributed format wraps whatever happens meanwhile
-            if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
-                raise KeyboardInterrupt from error
-            raise
+        trainer.save_checkpoint(aside)
         if trainer.is_global_zero:
             publish(aside, final)
             kept = [path for path in sorted(self.folder.checkpoints.glob("step-*.ckpt")) if step_of(path) <= step]

@@ -7,7 +7,6 @@ says what a user needs; faults of the program keep their traceback. With HYDRA_F
 
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,23 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
-from training.processes import AlreadyReported, ProcessFailed, Stopped, rank
+from training.processes import AlreadyReported, ProcessFailed, Stopped, launched, rank, report_failure, tie_to_launcher
+from training.signals import Interrupted, heed, say
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 _mistakes: list[Exception] = []
 _failed: list[Exception] = []
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended training or evaluation after `step` optimizer steps; the last checkpoint is of step `saved`."""
-
-    def __init__(self, signum: int, step: int, saved: int | None) -> None:
-        super().__init__(signum)
-        self.signum = signum
-        self.step = step
-        self.saved = saved
 
 
 def command_line(main: Callable[[], Any]) -> int:
@@ -51,20 +41,15 @@ def command_line(main: Callable[[], Any]) -> int:
         0; 2 if a mistake of the user's was reported on stderr; 128 + the signal's number if interrupted; 1 if a process
         of a run of several failed.
     """
+    tie_to_launcher()
+    heed()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with reporting():
             main()
-    except Stopped as stop:
-        return 128 + stop.signum
-    except KeyboardInterrupt as stop:
-        if rank() > 0:
-            return 128 + signal.SIGINT
-        if not isinstance(stop, Interrupted):
-            print("interrupted: the same command goes on", file=sys.stderr)
-            return 128 + signal.SIGINT
-        on = "starts again: there is no checkpoint yet" if stop.saved is None else f"continues after step {stop.saved}"
-        print(f"interrupted after step {stop.step}: the same command {on}", file=sys.stderr)
+    except Interrupted as stop:
+        if rank() == 0 and not isinstance(stop, Stopped):
+            say(stop)
         return 128 + stop.signum
     return 1 if _failed else 2 if _mistakes else 0
 
@@ -80,6 +65,9 @@ def reporting() -> Iterator[None]:
             print(failure, file=sys.stderr)
     except Exception as error:
         if not isinstance(error, ConfigError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
+            if launched():
+                report_failure(error)
+                os._exit(1)  # at once: what waits for the other processes would wait for ever
             raise
         _mistakes.append(error)
         if isinstance(error, AlreadyReported) or rank() > 0:

@@ -1,18 +1,32 @@
 """One run in several processes: which this is, and starting them.
 
 `python train.py` starts them itself on one machine; under torchrun they are there already. Rank 0 alone writes, and
-speaks.
+speaks; but of a failure whoever it happens to.
 """
 
-import logging
+import ctypes
 import os
 import signal
+import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from training.config import ConfigError
+from training.signals import SIGNALS, Interrupted, reacting
+
+#: Seconds that the others have to end by themselves when one process has ended as it was told to.
+GRACE = 60.0
+
+#: Seconds before a process tells of a lost connection, in which the cause can be told, and whoever started it end it.
+PATIENCE = 5.0
+
+_LAUNCHER = "ZCLIP_LAUNCHER"
+_PR_SET_PDEATHSIG = 1
 
 
 class AlreadyReported(ConfigError):
@@ -23,12 +37,8 @@ class ProcessFailed(RuntimeError):
     """A process of the run has failed; the message is empty if it has said why itself."""
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(Interrupted):
     """A signal has ended the processes of the run, and they have said so."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def launched() -> bool:
@@ -41,43 +51,86 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def tie_to_launcher() -> None:
+    """End this process with the one that launched it, however that ends, if the system can see to it."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it ended before
+        os._exit(1)
+
+
 def launch(processes: int, arguments: Sequence[str]) -> None:
     """Run this program with other arguments in several processes on this machine, until all have ended.
 
+    Signals are passed on to them. When one fails, the others are ended at once.
+
     Raises:
         AlreadyReported: they have reported a mistake of the user's.
-        ProcessFailed: one has failed, or was killed; the others were stopped.
+        ProcessFailed: one has failed, or was killed.
         Stopped: a signal ended them.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's name for: the store is there, do not make one
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        _LAUNCHER: str(os.getpid()),
+    }
+    command = [sys.executable, "-u", sys.argv[0], *arguments]
+    started: list[subprocess.Popen[bytes]] = []
 
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # the process itself says what is wrong
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id="run",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
-    try:
-        elastic_launch(config, sys.executable)("-u", sys.argv[0], *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:
-            raise AlreadyReported from error
+    def pass_on(signum: int) -> None:
+        for process in started:
+            process.send_signal(signum)
+
+    with reacting(pass_on):
+        try:
+            for number in range(processes):
+                own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+                started.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
+            _see_to_the_end(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Return when all processes have ended well, or raise when one has not, as `launch` says."""
+    while not (ended := [p for p in processes if p.poll()]) and any(p.returncode is None for p in processes):
+        time.sleep(0.05)
+    if not ended:
+        return
+    status = ended[0].returncode
+    if status != 2 and status - 128 not in SIGNALS:
         said = ""
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            said = f"process {rank} of the run was ended by {name}: the same command continues"
-        raise ProcessFailed(said) from error
-    except SignalException as stop:
-        raise Stopped(stop.sigval) from stop
+        if status < 0:
+            number, name = processes.index(ended[0]), signal.Signals(-status).name
+            said = f"process {number} of the run was ended by {name}: the same command continues"
+        raise ProcessFailed(said)
+    for process in processes:  # those that were not told what this one was
+        process.terminate()
+    until = time.monotonic() + GRACE
+    while any(p.poll() is None for p in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    if status == 2:
+        raise AlreadyReported
+    raise Stopped(status - 128)
+
+
+def report_failure(error: BaseException) -> None:
+    """Write on stderr what happened to this process of several.
+
+    When one fails, the others lose their connections to it: the cause is told first.
+    """
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo" in str(error):
+        time.sleep(PATIENCE)
+    told = "".join(traceback.format_exception(error))
+    sys.stderr.write(f"process {rank()} of the run has failed:\n{told}")
+    sys.stderr.flush()

@@ -1,7 +1,6 @@
 """One training run, from a checked configuration to held-out loss."""
 
 import logging
-import signal
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +31,6 @@ from models.hugging_face import load
 from models.parallel import assign, checkpoint_activations, compile_model, materialize, shard
 from training.checkpoint_files import step_of
 from training.checkpoints import Checkpoints, DirectCheckpointIO
-from training.cli import Interrupted
 from training.config import (
     ConfigError,
     clipping_strategy,
@@ -48,10 +46,12 @@ from training.memory import available_memory
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.plan import tight
-from training.processes import rank
+from training.processes import launched, rank
 from training.progress import ProgressDisplay
+from training.signals import Interrupted, reacting
 from training.speed import flops_per_token, peak
 from training.split import micro_batches, sharded, shards, world_size
+from training.stopping import StopTogether
 
 
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
@@ -195,6 +195,7 @@ def train(
         log_every=trainer_cfg.log_every,
         listeners=list(listeners),
     )
+    stopping = StopTogether()
     trainer = pl.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=trainer_cfg.devices,
@@ -206,17 +207,20 @@ def train(
         callbacks=[
             TimedClipping(strategy, metrics),
             metrics,
+            stopping,
             Checkpoints(folder, metrics, trainer_cfg.checkpoint_every, trainer_cfg.keep_checkpoints),
         ],
         logger=logger or False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
-        plugins=[DirectCheckpointIO()],
+        plugins=[DirectCheckpointIO(), *([TorchElasticEnvironment()] if launched() else [])],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's handler of SIGTERM broadcasts within the handler, which can deadlock: ours stay.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     if logger is not None:
         metrics.listeners.append(lambda row: _to_logger(logger, row))
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
@@ -229,16 +233,18 @@ def train(
     )
     try:
         # Checkpoints are our own files, and hold more than tensors.
-        trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
+        with reacting(stopping.tell):
+            trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
+        if signum := stopping.agreed or stopping.told:
+            raise Interrupted(signum, trainer.global_step, trainer.global_step)
         console.print(f"evaluating on {held_out.tokens:,} held-out tokens")
         trainer.test(module, dataloaders=held_out, verbose=False)
         if logger is not None:
             logger.log_metrics({"test_loss": module.test_loss}, step=trainer_cfg.max_steps)
-    except SystemExit as stop:  # what Lightning makes of SIGTERM and of Ctrl-C
-        signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
-        saved = folder.newest_checkpoint(say=console.print)
-        raise Interrupted(signum, trainer.global_step, step_of(saved) if saved else None) from stop
+    except SystemExit as stop:  # what Lightning makes of a signal during the evaluation
+        assert isinstance(stop.__context__, Interrupted)
+        raise Interrupted(stop.__context__.signum, trainer.global_step, trainer.global_step) from stop
     except SourceError as error:
         raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error
     finally:

@@ -17,6 +17,7 @@ from models.hugging_face import export
 from tests.conftest import CHECKOUT, TINY, train, train_command
 from tests.scripts.test_data_scripts import script
 from tests.training.test_config import composed
+from tests.training.test_stopping import ranks
 from training.checkpoint_files import undamaged, weights
 from training.config import model_config
 
@@ -107,33 +108,17 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
     checkpoints = runs / "runs" / "main" / "killed" / "checkpoints"
     while job.poll() is None and not (checkpoints / "step-00000015.ckpt").exists():
         time.sleep(0.01)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    ranks = {os.fsdecode(v[5:]): int(pid) for pid in children
-             for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if v.startswith(b"RANK=")}  # fmt: skip
-    os.kill(ranks["1"], signal.SIGKILL)
+    processes = ranks(job)
+    os.kill(processes["1"], signal.SIGKILL)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 1
     assert said.splitlines()[-1] == "process 1 of the run was ended by SIGKILL: the same command continues"
-    assert not Path(f"/proc/{ranks['0']}").exists()
+    assert not Path(f"/proc/{processes['0']}").exists()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     on = [*command, str(CHECKOUT / "train.py"), *settings, "trainer.devices=4"]
     done = subprocess.run(on, cwd=runs, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("continuing") == 1, done.stderr
     assert_same(runs, "killed")
-
-
-def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(settings, tmp_path):
-    settings = (*settings, "trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=4")
-    settings = (*settings, "trainer.checkpoint_every=5", "trainer.max_steps=5000")
-    job = subprocess.Popen(
-        train_command(*settings, "name=x"), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while job.poll() is None and not list(tmp_path.glob("runs/main/x/checkpoints/step-*.ckpt")):
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGINT)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == 128 + signal.SIGINT
-    assert said.count("the same command continues after step") == 1 and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

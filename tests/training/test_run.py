@@ -307,24 +307,6 @@ def test_one_process_at_a_time(settings, tmp_path):
         process.wait()
 
 
-def test_ctrl_c_says_how_to_go_on(settings, tmp_path):
-    settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=5")
-    process = subprocess.Popen(
-        train_command(*settings),
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    while not list(tmp_path.glob("runs/main/*/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert re.search(r"interrupted after step \d+: the same command continues after step \d+", err)
-
-
 def test_a_sweep_trains_each_combination_once(settings, tmp_path):
     settings = (*(s for s in settings if not s.startswith("clip.")), "trainer.max_steps=3")
     sweep = ("-m", "clip=none,zclip", "lr=1e-3,3e-3", *settings)

@@ -1,0 +1,145 @@
+"""Runs that are told to stop, or of which a process fails: real processes, real signals."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, same, train, train_command
+from tests.training.test_run import final, only_run
+
+TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
+    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.log_every=1", "experiment=main")
+
+
+def start(*settings: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """Start a run as a terminal would: with signals that nobody has ignored."""
+    return subprocess.Popen(
+        train_command(*settings),
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for_steps(job: subprocess.Popen[str], cwd: Path, steps: int) -> None:
+    """Wait until the run has written so many steps."""
+    while job.poll() is None:
+        files = list(cwd.glob("runs/main/*/metrics.jsonl"))
+        if files and len(files[0].read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.002)
+    raise AssertionError(job.communicate())
+
+
+def ranks(job: subprocess.Popen[str]) -> dict[str, int]:
+    """Return the processes of a run by their ranks."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    found = {}
+    for pid in map(int, children):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found.update({os.fsdecode(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
+    return found
+
+
+def test_each_signal_saves_and_the_run_ends_as_the_one_left_alone(settings, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    assert train(*settings, cwd=whole).returncode == 0
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    for number, signum in enumerate(signals):
+        job = start(*settings, cwd=stopped)
+        wait_for_steps(job, stopped, 8 * number + random.randint(3, 8))
+        job.send_signal(signum)
+        _, said = job.communicate(timeout=60)
+        assert job.returncode == 128 + signum
+        saved = max((only_run(stopped) / "checkpoints").iterdir())
+        step = int(saved.stem.removeprefix("step-"))
+        assert said == f"interrupted after step {step}: the same command continues after step {step}\n"
+    assert train(*settings, cwd=stopped).returncode == 0
+    (checkpoint, rows, test_loss), (other, other_rows, other_loss) = final(whole), final(stopped)
+    assert rows == other_rows and test_loss == other_loss
+    assert same(checkpoint["state_dict"], other["state_dict"])
+    assert same(checkpoint["optimizer_states"], other["optimizer_states"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_stop_after_the_same_step_whichever_is_told(strategy, settings, tmp_path):
+    settings = (*settings, *TWO, f"trainer.strategy={strategy}", "trainer.max_steps=5000")
+    job = start(*settings, cwd=tmp_path)
+    wait_for_steps(job, tmp_path, 5)
+    os.kill(ranks(job)["1"], signal.SIGUSR1)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGUSR1 and said.count("the same command continues after step") == 1, said
+    steps = len((only_run(tmp_path) / "metrics.jsonl").read_text().splitlines())
+    job = start(*settings, cwd=tmp_path)
+    wait_for_steps(job, tmp_path, steps + 3)
+    job.send_signal(signal.SIGINT)
+    out, said = job.communicate(timeout=60)
+    assert job.returncode == 130 and f"after step {steps} of 5000" in out
+    assert said.count("the same command continues after step") == 1 and "Traceback" not in said, said
+
+
+def test_a_second_ctrl_c_quits_at_once(settings, tmp_path):
+    job = start(*settings, "trainer.global_batch_size=4096", cwd=tmp_path)
+    while not list(tmp_path.glob("runs/main/*/metrics.jsonl")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # a step takes much longer
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=5) == 130
+    assert not list((only_run(tmp_path) / "checkpoints").iterdir())
+
+
+def test_a_signal_while_text_is_prepared_ends_the_program(tmp_path):
+    job = start(*TINY, cwd=tmp_path)
+    while not (tmp_path / "cache").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 143 and said == "interrupted: the same command goes on\n"
+
+
+def test_a_failing_process_ends_the_run_with_its_traceback_first(settings, tmp_path):
+    (tmp_path / "unlucky.py").write_text(
+        "import os\nfrom zclip import ZClip\n\nclass Unlucky(ZClip):\n    steps = 0\n\n"
+        "    def step(self, *args, **kwargs):\n        self.steps += 1\n"
+        "        if self.steps == 5 and os.environ['RANK'] == '1':\n            raise RuntimeError('out of luck')\n"
+        "        return super().step(*args, **kwargs)\n"
+    )
+    settings = (*settings, *TWO, "trainer.strategy=fsdp", "clip._target_=unlucky.Unlucky")
+    began = time.monotonic()
+    done = train(*settings, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert time.monotonic() - began < 60
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines[0] == "process 1 of the run has failed:", done.stderr
+    assert lines[-1] == "RuntimeError: out of luck"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system cannot tie processes together")
+def test_the_processes_end_with_the_one_that_started_them(settings, tmp_path):
+    job = start(*settings, *TWO, "trainer.strategy=ddp", "trainer.max_steps=50000", cwd=tmp_path)
+    wait_for_steps(job, tmp_path, 2)
+    pids = ranks(job).values()
+    job.kill()
+    job.wait()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -1,0 +1,77 @@
+"""Being told to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2.
+
+While a run trains, a signal sets a flag and nothing else: see stopping.py. At any other time everything on the disk is
+whole already, and a signal ends the program where it is. A second Ctrl-C always does, at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the program.
+
+    Args:
+        signum: which.
+        step: optimizer steps done then; `None` if it was not training.
+        saved: step of the last checkpoint; `None` if there is none.
+    """
+
+    def __init__(self, signum: int, step: int | None = None, saved: int | None = None) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.step = step
+        self.saved = saved
+
+
+def _end(signum: int) -> None:
+    raise Interrupted(signum)
+
+
+_react: Callable[[int], None] = _end
+_interrupts = 0
+
+
+def _received(signum: int, frame: FrameType | None) -> None:
+    global _interrupts
+    _interrupts += signum == signal.SIGINT
+    if _interrupts > 1 and signum == signal.SIGINT and _react is not _end:
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+        os._exit(128 + signum)
+    _react(signum)
+
+
+def heed() -> None:
+    """Heed the signals from now on, but for those that whoever started this process wants ignored."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _received)
+
+
+@contextmanager
+def reacting(react: Callable[[int], None]) -> Iterator[None]:
+    """Call `react` with a signal's number, in place of ending the program, until the block ends."""
+    global _react, _interrupts
+    before, _react, _interrupts = _react, react, 0
+    try:
+        yield
+    finally:
+        _react = before
+
+
+def say(stop: Interrupted) -> None:
+    """Tell the user what a signal has ended, and how to go on."""
+    if stop.step is None:
+        said = "interrupted: the same command goes on"
+    elif stop.saved is None:
+        said = f"interrupted after step {stop.step}: the same command starts again: there is no checkpoint yet"
+    else:
+        said = f"interrupted after step {stop.step}: the same command continues after step {stop.saved}"
+    print(said, file=sys.stderr)
