@@ -19,14 +19,15 @@ def summarise(run: Run) -> dict[str, Any]:
     `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
     steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
     `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second`, `mfu` (`None`
-    where the devices' peak is not known) and `step_seconds` (by what they go to) medians over steps; `peak_memory_gib`
-    the most that a process took; `bad_batches` how many steps had one put in on purpose, and `bad_batch_kind` of which
-    kind.
+    where the devices' peak is not known) and `step_seconds` (by what they go to) those of the median step, so that
+    compiling, saving and pauses do not count; `peak_memory_gib` the most that a process took; `bad_batches` how many
+    steps had one put in on purpose, and `bad_batch_kind` of which kind.
     """
     metrics = run.metrics
     bad = bad_batches(run)
     steps = len(metrics["step"])
     tail = metrics["loss"][-max(1, steps // 10) :]
+    rates = _rates(metrics)
     return {
         "steps": steps,
         "tokens": int(metrics["tokens"][-1]),
@@ -36,13 +37,21 @@ def summarise(run: Run) -> dict[str, Any]:
         "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
-        "tokens_per_second": float(np.median(metrics["tokens_per_second"])),
-        "mfu": _median(metrics.get("mfu")),
+        "tokens_per_second": float(np.median(rates)),
+        "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {part: _median(metrics.get(f"{part}_seconds")) for part in PARTS},
         "peak_memory_gib": float(np.nanmax(metrics["peak_memory_gib"])) if "peak_memory_gib" in metrics else None,
         "bad_batches": len(bad),
         "bad_batch_kind": run.config["data"]["bad_batches"]["kind"] if bad else None,
     }
+
+
+def _rates(metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the tokens per second of each step, by its own time where that is there."""
+    times = [metrics[f"{part}_seconds"] for part in PARTS if f"{part}_seconds" in metrics]
+    if len(times) < len(PARTS) or np.isnan(times).any():
+        return metrics["tokens_per_second"]
+    return np.diff(metrics["tokens"], prepend=0) / np.sum(times, axis=0)
 
 
 def _median(column: np.ndarray | None) -> float | None:

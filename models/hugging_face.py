@@ -5,6 +5,7 @@ Our parameters have the names that transformers gives them, so nothing is rename
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
     weights = {name: tensor for name, tensor in state.items() if not _is_tied(name, config)}
     save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, file)  # it was made for its owner only
 
 
 def config_of(folder: Path) -> LlamaConfig:

@@ -8,7 +8,7 @@ the arithmetic of the model makes up.
 
 On a GPU: model=1b length=2048 batch=8 in bf16 mixed precision, and one process at a time has the memory.
 `peers` is a Python that has transformers and litgpt, or `none`; by default an environment is made for them in `cache/`.
-`only=ours,bare` names contenders, `compile=false` or `true` leaves out half of them.
+`only=ours,bare` names contenders, `compile=false` or `true` leaves out half of them; `steps` is a multiple of 5.
 """
 
 import json

@@ -4,8 +4,10 @@ The folder has weights, configuration and tokenizer, and is what `AutoModelForCa
 `AutoTokenizer.from_pretrained` load.
 """
 
+import logging
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import hydra
@@ -30,6 +32,8 @@ def main(cfg: DictConfig) -> None:
     """Export the checkpoint that the configuration names."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False)
+        logging.getLogger().setLevel(logging.WARNING)  # the hub's library names the folder aside
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it reads without
         folder, out = RunFolder(Path(cfg.run)), Path(cfg.out)
         if not folder.config.is_file():
             raise ConfigError(f"run={cfg.run} is not a run folder: it must be one, with a config.yaml in it")
@@ -47,7 +51,9 @@ def main(cfg: DictConfig) -> None:
         export(state, config, aside, tokenizer.end)
         tokenizer.save(aside)
         aside.rename(out)
-        console.print(f"step {step_of(checkpoint)}, {config.parameters:,} parameters in {cfg.dtype}: {out}")
+        steps, last = OmegaConf.load(folder.config).trainer.max_steps, step_of(checkpoint)
+        told = f"step {last}" + ("" if last == steps else f" of {steps}")
+        console.print(f"{told}, {config.parameters:,} parameters in {cfg.dtype}: {out}")
 
 
 def _checkpoint(folder: RunFolder, step: int | None, console: Console) -> Path:

@@ -29,7 +29,9 @@ from training.signals import Interrupted, heed, say
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-_wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+# Processes that this one starts inherit both variables: the second says what the user had asked for.
+_asked = os.environ.setdefault("ZCLIP_TRACEBACKS", os.environ.get("HYDRA_FULL_ERROR", "0"))
+_wants_traceback = _asked not in ("", "0")
 _mistakes: list[Exception] = []
 _failed: list[Exception] = []
 

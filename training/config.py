@@ -52,7 +52,10 @@ def check(cfg: DictConfig) -> None:
     clipping_strategy(cfg)
     model_config(cfg)
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not cfg.plan:
-        raise ConfigError("trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu")
+        raise ConfigError(
+            "trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu, "
+            "for several processes with trainer.strategy and trainer.devices"
+        )
     _check_processes(cfg)
     if cfg.plan:  # for another machine, and without its data
         return
@@ -156,6 +159,10 @@ def _check_processes(cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.replicas={trainer.replicas} is not possible with trainer.strategy={trainer.strategy}"
         )
+    if trainer.replicas == 1 and trainer.strategy == "hsdp":
+        raise ConfigError(
+            "trainer.replicas=1 is not possible with trainer.strategy=hsdp: it must be from 2; fsdp has one replica"
+        )
     if processes % trainer.replicas:
         raise ConfigError(
             f"trainer.replicas={trainer.replicas} is not allowed: it must divide the {processes} processes"
@@ -258,7 +265,7 @@ def _check_initial_weights(cfg: DictConfig) -> None:
     if cfg.data.tokenizer is None:
         raise ConfigError(
             f"data.tokenizer=null is not possible with model.init_from={folder}: it must be the tokenizer that the "
-            "weights were trained with"
+            f"weights were trained with, such as data.tokenizer={folder}"
         )
 
 

@@ -80,7 +80,7 @@ def show(cfg: DictConfig) -> Table:
     config, found, devices = model_config(cfg), plan(cfg), world_size(cfg)
     table = Table(title=f"{cfg.model.name}: {config.parameters:,} parameters", title_justify="left", show_header=False)
     for name, value in found.memory.items():
-        table.add_row(name, f"{value / GIB:,.2f} GiB", "on each device" if name == "weights" else "")
+        table.add_row(name, f"{value / GIB:,.2f} GiB", _remark(name, cfg))
     available, room = cfg.planned.memory_gib, cfg.planned.memory_gib - found.bytes / GIB
     fits = (
         f"fits {available:g} GiB, {room:,.1f} left"
@@ -93,15 +93,26 @@ def show(cfg: DictConfig) -> Table:
         f"{devices} x {cfg.trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
     )
     table.add_row("tokens a step", f"{found.tokens_per_step:,}", at_once)
-    table.add_row("steps", f"{found.steps:,}", f"{found.tokens_per_step * found.steps / 1e9:,.2f}B tokens")
+    table.add_row("steps", f"{found.steps:,}", f"{found.tokens_per_step * found.steps / 1e9:,.3g}B tokens")
     each = flops_per_token(config, cfg.data.sequence_length)
     table.add_row("operations a token", f"{each / 1e9:,.2f}e9", "forward and backward")
     fastest = peak(cfg.planned.device)
     if fastest is not None:
         rate = devices * fastest * cfg.planned.mfu / each
-        table.add_row("time", f"{found.hours(devices, fastest, cfg.planned.mfu):,.1f} hours",
+        table.add_row("time", f"{found.hours(devices, fastest, cfg.planned.mfu):,.3g} hours",
                       f"{rate:,.0f} tokens/s, {cfg.planned.mfu:.0%} MFU on {devices} {cfg.planned.device}")  # fmt: skip
     return table
+
+
+def _remark(name: str, cfg: DictConfig) -> str:
+    """Say what is not obvious about a row."""
+    if name == "weights":
+        return "on each device"
+    if name == "gradients" and sharded(cfg) and micro_batches(cfg) > 1:
+        return "whole: they are reduced after the last micro-batch only"
+    if name == "weights in use" and sharded(cfg):
+        return "gathered: two blocks, and what is outside of blocks"
+    return ""
 
 
 def tight(cfg: DictConfig, there: int) -> str | None:

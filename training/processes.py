@@ -114,14 +114,20 @@ def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
             number, name = processes.index(ended[0]), signal.Signals(-status).name
             said = f"process {number} of the run was ended by {name}: the same command continues"
         raise ProcessFailed(said)
+    if status == 2:
+        _wait(processes[:1], PATIENCE)  # it speaks
+        raise AlreadyReported
     for process in processes:  # those that were not told what this one was
         process.terminate()
-    until = time.monotonic() + GRACE
-    while any(p.poll() is None for p in processes) and time.monotonic() < until:
-        time.sleep(0.05)
-    if status == 2:
-        raise AlreadyReported
+    _wait(processes, GRACE)
     raise Stopped(status - 128)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Wait so long at most until processes have ended."""
+    until = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def report_failure(error: BaseException) -> None:

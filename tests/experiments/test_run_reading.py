@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments.definitions import Spike, loss_spikes
 from experiments.plots import draw_run, plot_run
 from experiments.runs import read_run
-from experiments.summary import comparison, summarise, table
+from experiments.summary import PARTS, comparison, summarise, table
 
 # Alternating 1.0 and 1.2: median 1.1, median absolute deviation 0.1, so 5 sigma is 1.1 + 0.7413.
 CALM = [1.0, 1.2] * 25
@@ -62,6 +62,9 @@ def test_summary(tmp_path):
     assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None
     timed = write_run(tmp_path / "timed", [row(1, 1.0, 0.0) | {"mfu": 0.4, "data_seconds": 0.5, "peak_memory_gib": 2}])
     assert summarise(timed)["mfu"] == 0.4 and summarise(timed)["step_seconds"]["data"] == 0.5
+    steps = [row(i + 1, 1.0, 0.0) | {f"{part}_seconds": 0.25 for part in PARTS} | {"mfu": 0.1} for i in range(9)]
+    compiled = write_run(tmp_path / "compiled", [s | {"tokens_per_second": 1.0, "mfu": 0.01} for s in steps])
+    assert summarise(compiled)["tokens_per_second"] == 10 and summarise(compiled)["mfu"] == pytest.approx(0.1)
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
 

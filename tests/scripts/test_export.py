@@ -1,6 +1,7 @@
 """A run goes to Hugging Face and starts another run from there."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def losses(folder) -> list[float]:
 
 def test_a_run_is_exported_and_another_starts_from_it(run, corpus, cache, tmp_path):
     done = script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path)
-    assert done.returncode == 0 and "step 40, " in done.stdout and "in float32: there" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert re.fullmatch(r"step 40, [\d,]+ parameters in float32: there\n", done.stdout), done.stdout
+    assert len({file.stat().st_mode for file in (tmp_path / "there").iterdir()}) == 1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
     ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]

@@ -131,6 +131,8 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
         (["trainer.strategy=hsdp", "trainer.devices=4", "trainer.micro_batch_size=1", "trainer.replicas=3"],
          "trainer.replicas=3 is not allowed: it must divide the 4 processes"),
         (["trainer.strategy=ddp", "trainer.replicas=2"], "trainer.replicas=2 is not possible with trainer"),
+        (["trainer.strategy=hsdp", "trainer.devices=2", "trainer.micro_batch_size=4"],
+         "trainer.replicas=1 is not possible with trainer.strategy=hsdp: it must be from 2"),
         (["trainer=fsdp"], "trainer.accelerator=gpu is not possible: torch sees no GPU here"),
         (["trainer.strategy=ddp", "trainer.nodes=2", "trainer.micro_batch_size=1"], "trainer.nodes=2 is more than"),
         (["trainer.activation_checkpointing=some"], "trainer.activation_checkpointing=some is not allowed"),

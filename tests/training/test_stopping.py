@@ -133,9 +133,12 @@ def test_a_failing_process_ends_the_run_with_its_traceback_first(settings, tmp_p
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system cannot tie processes together")
-def test_the_processes_end_with_the_one_that_started_them(settings, tmp_path):
+def test_the_processes_own_their_folder_and_end_with_the_one_that_started_them(settings, tmp_path):
     job = start(*settings, *TWO, "trainer.strategy=ddp", "trainer.max_steps=50000", cwd=tmp_path)
     wait_for_steps(job, tmp_path, 2)
+    second = train(*settings, *TWO, "trainer.strategy=ddp", "trainer.max_steps=50000", cwd=tmp_path)
+    assert second.returncode == 2 and "another process is training" in second.stderr
+    assert len(second.stderr.splitlines()) == 1, second.stderr
     pids = ranks(job).values()
     job.kill()
     job.wait()
