@@ -20,7 +20,8 @@ def summarise(run: Run) -> dict[str, Any]:
     steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
     `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second`, `mfu` (`None`
     where the devices' peak is not known) and `step_seconds` (by what they go to) those of the median step, so that
-    compiling, saving and pauses do not count; `peak_memory_gib` the most that a process took; `bad_batches` how many
+    compiling, saving and pauses do not count; `saving_seconds` those of the run in which training waited for a
+    checkpoint; `peak_memory_gib` the most that a process took; `bad_batches` how many
     steps had one put in on purpose, and `bad_batch_kind` of which kind.
     """
     metrics = run.metrics
@@ -40,6 +41,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "tokens_per_second": float(np.median(rates)),
         "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {part: _median(metrics.get(f"{part}_seconds")) for part in PARTS},
+        "saving_seconds": float(np.nansum(metrics["saving_seconds"])) if "saving_seconds" in metrics else None,
         "peak_memory_gib": float(np.nanmax(metrics["peak_memory_gib"])) if "peak_memory_gib" in metrics else None,
         "bad_batches": len(bad),
         "bad_batch_kind": run.config["data"]["bad_batches"]["kind"] if bad else None,
@@ -105,6 +107,8 @@ def _costs(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if total := sum(spent.values()):
         shares = ", ".join(f"{PARTS[part]} {value / total:.1%}" for part, value in spent.items())
         rows.append(("time of a step", f"{total:.3f} s", shares))
+    if waited := result.get("saving_seconds"):
+        rows.append(("saving", f"{waited:.2f} s", "in all, in which training waited for checkpoints"))
     if (most := result.get("peak_memory_gib")) is not None:
         rows.append(("peak memory", f"{most:.1f} GiB", "of one process"))
     return rows

@@ -12,13 +12,14 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 FACTS = "meta.pt"
 INDEX = ".metadata"
@@ -45,6 +46,29 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
     else:
         state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def write(checkpoint: dict[str, Any], aside: Path, sharded: bool, first: bool, group: Any = None) -> None:
+    """Write a checkpoint, for `publish`. Of a sharded one every process of `group` writes its part.
+
+    Args:
+        checkpoint: as Lightning makes it.
+        aside: where.
+        sharded: whether its tensors are.
+        first: whether this is rank 0, which writes all else.
+        group: of processes; `None`: all.
+    """
+    if not sharded:
+        if first:
+            _save(checkpoint, aside)
+        return
+    aside.mkdir(exist_ok=True)
+    rest = dict(checkpoint)
+    tensors = {"state_dict": rest.pop("state_dict")}
+    tensors |= {f"optimizer_{index}": state for index, state in enumerate(rest.pop("optimizer_states"))}
+    save(tensors, checkpoint_id=aside, process_group=group)
+    if first:
+        _save(rest, aside / FACTS)
 
 
 def undamaged(checkpoint: Path) -> bool:
@@ -75,6 +99,12 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing-{checkpoint.name}")))
     else:
         checkpoint.unlink()
+
+
+def _save(content: Any, path: Path) -> None:
+    """Write a file; through Python's, which say why they cannot be written."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _sum(path: Path) -> str:

@@ -1,28 +1,31 @@
-"""Checkpoints: complete or absent.
+"""When a run saves, what, and which checkpoints stay.
 
-A checkpoint is written under another name, synced, and renamed; only then are older ones removed. It holds
-all that Lightning keeps (weights, optimizer, schedule, loops), the clipper's statistics and the data position.
-Metrics up to its step are on disk before it is. A sharded run has each process write its own part.
+A checkpoint is written under another name, synced, and renamed; only then are older ones removed. It holds all that
+Lightning keeps (weights, optimizer, schedule, loops), the clipper's statistics, the data position, the states of random
+number generators and the configuration. Metrics up to its step are on disk before it is. A sharded run has each process
+write its own part. If asked, it is a copy that is written, beside training.
+
+A save that fails, as on a full disk, is told and tried again with the next; the last one must succeed.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
-from training.checkpoint_files import publish, remove, step_of
+from training.checkpoint_files import publish, remove, step_of, write
 from training.folder import RunFolder
+from training.health import Health
 from training.metrics import Metrics
-
-
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file; Lightning's own first builds all of it once more in memory."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to the local `path`, which is not synced and may be left half-written."""
-        torch.save(checkpoint, path)
+from training.processes import RunError
+from training.random_states import random_states, set_random_states
 
 
 class Checkpoints(pl.Callback):
@@ -31,39 +34,173 @@ class Checkpoints(pl.Callback):
     Args:
         folder: run folder.
         metrics: flushed before each save.
+        health: of the run, by its losses; the last checkpoint of a healthy step stays.
+        config: resolved configuration of the run, kept in each checkpoint.
+        sharded: whether each process has its own part of the model.
         every: steps between checkpoints.
         keep: how many of the newest stay.
+        keep_every: those of the multiples of this stay too; `None`: none.
+        beside: whether to write a copy, beside training.
+        console: told of saves that fail.
+
+    Attributes:
+        saved: step of the last checkpoint that is complete, as rank 0 knows; `None`: none.
     """
 
-    def __init__(self, folder: RunFolder, metrics: Metrics, every: int, keep: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        metrics: Metrics,
+        health: Health,
+        config: dict[str, Any],
+        sharded: bool,
+        every: int,
+        keep: int,
+        keep_every: int | None,
+        beside: bool,
+        console: Console,
+    ) -> None:
         self.folder = folder
         self.metrics = metrics
+        self.health = health
+        self.config = config
+        self.sharded = sharded
         self.every = every
         self.keep = keep
-        self._saved = -1
+        self.keep_every = keep_every
+        self.console = console
+        self.saved: int | None = None
+        self._last = -1
+        self._random: dict[str, Any] | None = None
+        self._group: Any = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self._writing: tuple[int, Future[None]] | None = None
+        self._failure: BaseException | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning does not keep."""
+        checkpoint["config"] = self.config
+        checkpoint["random"] = random_states()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the states of the random number generators."""
+        self._random = checkpoint["random"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of the step resumed from, which is saved already."""
-        self._saved = trainer.global_step
+        self._last = trainer.global_step
+        self.saved = self._last or None
+        if self._random is not None:
+            set_random_states(self._random)
+        if self._writer is not None and self.sharded:
+            self._group = dist.new_group(backend="gloo")  # the writer's own: training goes on in the others
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Save if it is time."""
         step = trainer.global_step
-        if step != self._saved and (step % self.every == 0 or trainer.should_stop or step == trainer.max_steps):
-            self._saved = step
+        if step != self._last and (step % self.every == 0 or trainer.should_stop or step == trainer.max_steps):
+            self._last = step
             self.metrics.flush(trainer, pl_module)
-            self.save(trainer, step)
+            self._save(trainer, step)
+            self.metrics.clock.mark("saving")
 
-    def save(self, trainer: pl.Trainer, step: int) -> None:
-        """Save a checkpoint of this step, and remove the oldest beyond `keep`."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            RunError: it could not be saved.
+        """
+        self._finish()
+        if self._writer is not None:
+            self._writer.shutdown()
+        if self._failure is not None:
+            on = "starts again" if self.saved is None else f"continues after step {self.saved}"
+            raise RunError(f"step {self._last} is not saved ({_reason(self._failure)}): the same command {on}")
+
+    def _save(self, trainer: pl.Trainer, step: int) -> None:
+        """Save a checkpoint of this step; the one before is waited for."""
+        self._finish()
+        # As Trainer.save_checkpoint begins; the writing is ours.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        first = trainer.is_global_zero
+        if not (first or self.sharded):
+            return
+        if self._writer is not None:
+            done = self._writer.submit(self._write, _copied(checkpoint, trainer.strategy.root_device.type), step, first)
+        else:
+            done = Future()
+            try:
+                self._write(checkpoint, step, first)
+                done.set_result(None)
+            except (Exception, CheckpointException) as error:  # a full disk can come as any
+                done.set_exception(error)
+        self._writing = step, done
+        if self._writer is None:
+            self._finish()
+
+    def _write(self, checkpoint: dict[str, Any], step: int, first: bool) -> None:
+        """Write a checkpoint, and give it its name; remove those that need not stay."""
         final = self.folder.checkpoints / f"step-{step:08d}.ckpt"
         aside = final.with_name(f".saving-{final.name}")
-        trainer.save_checkpoint(aside)
-        if trainer.is_global_zero:
-            publish(aside, final)
-            kept = [path for path in sorted(self.folder.checkpoints.glob("step-*.ckpt")) if step_of(path) <= step]
-            for old in kept[: -self.keep]:  # later ones are damaged, and were passed over
-                remove(old)
-        self.metrics.clock.mark("saving")
+        try:
+            write(checkpoint, aside, self.sharded, first, self._group)
+            if first:
+                self.metrics.check_written(step)
+                publish(aside, final)
+        except (Exception, CheckpointException):
+            if first:
+                with suppress(OSError):  # there may be nothing, and the reason is about to be told
+                    remove(aside)
+            raise
+        if first:
+            self._tidy(step)
+
+    def _tidy(self, step: int) -> None:
+        """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""
+        there = {step_of(path): path for path in sorted(self.folder.checkpoints.glob("step-*.ckpt"))}
+        past = [other for other in there if other <= step]
+        stay = set(past[-self.keep :]) | set([other for other in past if self.health.at(other)][-1:])
+        for other in past:
+            if other not in stay and not (self.keep_every and other % self.keep_every == 0):
+                remove(there[other])
+
+    def _finish(self) -> None:
+        """Wait until nothing is being written; tell whether it failed."""
+        if self._writing is None:
+            return
+        (step, done), self._writing = self._writing, None
+        error = done.exception()
+        if error is None:
+            self.saved, self._failure = step, None
+            return
+        self._failure = error
+        last = "there is none yet" if self.saved is None else f"the last is of step {self.saved}"
+        self.console.print(
+            f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}. Training goes on; {last}.",
+            style="bold red",
+            markup=False,
+        )
+
+
+def _copied(checkpoint: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return a checkpoint whose tensors are on the CPU and nobody else's."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        if device != "cpu" and isinstance(tensor, DTensor):
+            return tensor  # Lightning has brought it over just now
+        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+    return tree_map_only(Tensor, copy, checkpoint)
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a line what went wrong; torch's distributed format wraps what did in any process."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]

@@ -24,7 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
-from training.processes import AlreadyReported, ProcessFailed, Stopped, launched, rank, report_failure, tie_to_launcher
+from training.processes import (
+    CANNOT_GO_ON,
+    MISTAKE,
+    AlreadyReported,
+    ProcessFailed,
+    RunError,
+    Stopped,
+    launched,
+    rank,
+    report_failure,
+    tie_to_launcher,
+)
 from training.signals import Interrupted, heed, say
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -33,15 +44,15 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 _asked = os.environ.setdefault("ZCLIP_TRACEBACKS", os.environ.get("HYDRA_FULL_ERROR", "0"))
 _wants_traceback = _asked not in ("", "0")
 _mistakes: list[Exception] = []
-_failed: list[Exception] = []
+_failed: list[RunError] = []
 
 
 def command_line(main: Callable[[], Any]) -> int:
     """Run a Hydra main function, whose body stands in `reporting`, and return the process's exit status.
 
     Returns:
-        0; 2 if a mistake of the user's was reported on stderr; 128 + the signal's number if interrupted; 1 if a process
-        of a run of several failed.
+        0; 1 if a process of a run of several failed; 2 if a mistake of the user's was reported on stderr; 3 if a run
+        cannot go on, for a reason reported there; 128 + the signal's number if interrupted.
     """
     tie_to_launcher()
     heed()
@@ -53,7 +64,9 @@ def command_line(main: Callable[[], Any]) -> int:
         if rank() == 0 and not isinstance(stop, Stopped):
             say(stop)
         return 128 + stop.signum
-    return 1 if _failed else 2 if _mistakes else 0
+    if _failed:
+        return 1 if isinstance(_failed[0], ProcessFailed) else CANNOT_GO_ON
+    return MISTAKE if _mistakes else 0
 
 
 @contextmanager
@@ -61,9 +74,9 @@ def reporting() -> Iterator[None]:
     """Report a mistake in the configuration as one sentence; the other jobs of a sweep go on."""
     try:
         yield
-    except ProcessFailed as failure:
+    except RunError as failure:
         _failed.append(failure)
-        if str(failure):
+        if str(failure) and rank() == 0:
             print(failure, file=sys.stderr)
     except Exception as error:
         if not isinstance(error, ConfigError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):

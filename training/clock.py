@@ -9,6 +9,9 @@ import torch
 #: Parts of a step: waiting for the batch and moving it to the device; the passes; the clipper; the optimizer.
 PARTS = ("data", "forward_backward", "clip", "optimizer")
 
+#: What is told of a step: its parts, and how long it had to wait for a checkpoint before it.
+TOLD = (*PARTS, "saving")
+
 Spans = Sequence[tuple[str, Any, Any]]
 
 
@@ -46,8 +49,8 @@ class Clock:
 
 
 def seconds(spans: Spans) -> dict[str, float]:
-    """Return the seconds of each of `PARTS`. On a GPU the last mark must have been reached."""
-    sums = dict.fromkeys(PARTS, 0.0)
+    """Return the seconds of each of `TOLD`. On a GPU the last mark must have been reached."""
+    sums = dict.fromkeys(TOLD, 0.0)
     for part, start, end in spans:
         if part in sums:
             sums[part] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1000

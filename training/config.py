@@ -36,7 +36,15 @@ class ConfigError(ValueError):
 
 #: Settings that change what is written or shown, but not what is computed.
 NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned")
-NOT_IDENTITY_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints", "nodes", "devices")
+NOT_IDENTITY_TRAINER = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "async_save",
+    "nodes",
+    "devices",
+)
 
 
 def check(cfg: DictConfig) -> None:

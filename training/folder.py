@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ class RunFolder:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
         starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
         return starts[-1].get("data_folder") if starts else None
+
+    def losses(self, steps: int) -> Iterator[float | None]:
+        """Yield the losses of the first steps; `None` is one that was not finite."""
+        if steps:
+            with self.metrics.open(encoding="utf-8") as lines:
+                yield from (json.loads(line)["loss"] for line in islice(lines, steps))
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""

@@ -11,10 +11,11 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from training.clock import Clock, Spans, seconds
@@ -33,8 +34,9 @@ class Metrics(pl.Callback):
     Fields of a line: `step` (from 1), `tokens` (so far), `loss` (cross entropy, mean over the global batch, nats per
     token, before the step), `lr`, and the strategy's telemetry; mean since the last transfer `tokens_per_second` and
     `mfu`, the share of the devices' peak that they take; of rank 0 `data_seconds`, `forward_backward_seconds`,
-    `clip_seconds` and `optimizer_seconds` of the step; `peak_memory_gib` so far, since this
-    process began to train, the most that one has had: allocated on a GPU, resident otherwise.
+    `clip_seconds` and `optimizer_seconds` of the step, and `saving_seconds` that it waited for a checkpoint;
+    `peak_memory_gib` so far, since this process began to train, the most that one has had: allocated on a GPU, resident
+    otherwise.
 
     Args:
         folder: run folder.
@@ -43,6 +45,7 @@ class Metrics(pl.Callback):
         peak_tokens_per_second: of all devices at their peak; `None` where that is not known.
         log_every: steps between transfers.
         listeners: called with each row, on rank 0, after it is written.
+        console: told if the file cannot be written.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Metrics(pl.Callback):
         peak_tokens_per_second: float | None,
         log_every: int,
         listeners: list[Callable[[Row], None]],
+        console: Console,
     ) -> None:
         self.folder = folder
         self.strategy = strategy
@@ -60,9 +64,13 @@ class Metrics(pl.Callback):
         self.peak_tokens_per_second = peak_tokens_per_second
         self.log_every = log_every
         self.listeners = listeners
+        self.console = console
         self._pending: list[tuple[int, dict[str, Tensor], Spans]] = []
         self._losses: list[Tensor] = []
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._unwritten: list[bytes] = []
+        self._step = 0  # of the last line
+        self._failure: OSError | None = None
         self._since = 0.0
         self.clock = Clock(torch.device("cpu"))
 
@@ -72,7 +80,8 @@ class Metrics(pl.Callback):
             lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
             kept = lines[: trainer.global_step]
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
-            self._file = self.folder.metrics.open("a", encoding="utf-8")
+            self._file = self.folder.metrics.open("ab", buffering=0)
+            self._step = len(kept)
         self._since = time.perf_counter()
         reset_peak_memory(pl_module.device)
         self.clock = Clock(pl_module.device)
@@ -136,13 +145,40 @@ class Metrics(pl.Callback):
             )
         self._pending.clear()
         if self._file is not None:
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows]
+            self._write(self._file)
             for row in rows:
                 for listener in self.listeners:
                     listener(row)
         self.clock.mark("writing")
+
+    def _write(self, file: BinaryIO) -> None:
+        """Write the lines that are not on the disk yet; if that fails, leave them for the next time."""
+        end = os.fstat(file.fileno()).st_size
+        try:
+            lines = b"".join(self._unwritten)
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), end)  # no part of a line
+            if self._failure is None:
+                self.console.print(
+                    f"{self.folder.metrics} CANNOT BE WRITTEN: {error.strerror}. Training goes on, and tries again; "
+                    "nothing is saved meanwhile.",
+                    style="bold red",
+                    markup=False,
+                )
+            self._failure = error
+            return
+        self._step += len(self._unwritten)
+        self._unwritten.clear()
+        self._failure = None
+
+    def check_written(self, step: int) -> None:
+        """Raise `OSError` unless the lines up to a step are on the disk."""
+        if self._step < step:
+            raise OSError(f"{self.folder.metrics} ends with step {self._step}: {self._failure}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what is pending and close the file."""

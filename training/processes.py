@@ -29,12 +29,24 @@ _LAUNCHER = "ZCLIP_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 
 
+#: Exit statuses: a mistake of the user's, and a run that cannot go on. Faults of the program are 1.
+MISTAKE, CANNOT_GO_ON = 2, 3
+
+
 class AlreadyReported(ConfigError):
     """A mistake that a process of the run has reported."""
 
 
-class ProcessFailed(RuntimeError):
+class RunError(RuntimeError):
+    """A run cannot go on, though no code is at fault; the message is one sentence for the user."""
+
+
+class ProcessFailed(RunError):
     """A process of the run has failed; the message is empty if it has said why itself."""
+
+
+class CannotGoOn(RunError):
+    """A run cannot go on, as one of its processes has said."""
 
 
 class Stopped(Interrupted):
@@ -68,6 +80,7 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
 
     Raises:
         AlreadyReported: they have reported a mistake of the user's.
+        CannotGoOn: they cannot, and have said why.
         ProcessFailed: one has failed, or was killed.
         Stopped: a signal ended them.
     """
@@ -108,15 +121,15 @@ def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
     if not ended:
         return
     status = ended[0].returncode
-    if status != 2 and status - 128 not in SIGNALS:
+    if status not in (MISTAKE, CANNOT_GO_ON) and status - 128 not in SIGNALS:
         said = ""
         if status < 0:
             number, name = processes.index(ended[0]), signal.Signals(-status).name
             said = f"process {number} of the run was ended by {name}: the same command continues"
         raise ProcessFailed(said)
-    if status == 2:
+    if status in (MISTAKE, CANNOT_GO_ON):
         _wait(processes[:1], PATIENCE)  # it speaks
-        raise AlreadyReported
+        raise AlreadyReported if status == MISTAKE else CannotGoOn
     for process in processes:  # those that were not told what this one was
         process.terminate()
     _wait(processes, GRACE)

@@ -99,6 +99,8 @@ RULES: dict[str, Rule] = {
     "trainer.log_every": _COUNT,
     "trainer.checkpoint_every": _COUNT,
     "trainer.keep_checkpoints": _COUNT,
+    "trainer.keep_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "trainer.async_save": (lambda v: isinstance(v, bool), "true or false"),
     "logger.name": (lambda v: v in ("local", "wandb"), "local or wandb"),
 }
 WANDB_RULES: dict[str, Rule] = {

@@ -30,7 +30,7 @@ from models import Llama
 from models.hugging_face import load
 from models.parallel import assign, checkpoint_activations, compile_model, materialize, shard
 from training.checkpoint_files import step_of
-from training.checkpoints import Checkpoints, DirectCheckpointIO
+from training.checkpoints import Checkpoints
 from training.config import (
     ConfigError,
     clipping_strategy,
@@ -41,6 +41,7 @@ from training.config import (
     settings_of,
 )
 from training.folder import RunFolder
+from training.health import Health
 from training.held_out import HeldOut
 from training.memory import available_memory
 from training.metrics import Metrics, Row, TimedClipping
@@ -187,15 +188,31 @@ def train(
     strategy = clipping_strategy(cfg)
     strategy.max_consecutive_nonfinite = None  # a run that diverges is a result too, and ends like any other
     logger = wandb_logger(cfg, folder) if cfg.logger.name == "wandb" else None
+    health = Health()
+    for loss in folder.losses(done) if rank() == 0 else ():
+        health.add(loss)
     metrics = Metrics(
         folder,
         strategy,
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
         peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
-        listeners=list(listeners),
+        listeners=[lambda row: health.add(row["loss"]), *listeners],
+        console=console,
     )
     stopping = StopTogether()
+    checkpoints = Checkpoints(
+        folder,
+        metrics,
+        health,
+        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        sharded=sharded(cfg),
+        every=trainer_cfg.checkpoint_every,
+        keep=trainer_cfg.keep_checkpoints,
+        keep_every=trainer_cfg.keep_every,
+        beside=trainer_cfg.async_save,
+        console=console,
+    )
     trainer = pl.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=trainer_cfg.devices,
@@ -208,12 +225,12 @@ def train(
             TimedClipping(strategy, metrics),
             metrics,
             stopping,
-            Checkpoints(folder, metrics, trainer_cfg.checkpoint_every, trainer_cfg.keep_checkpoints),
+            checkpoints,
         ],
         logger=logger or False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
-        plugins=[DirectCheckpointIO(), *([TorchElasticEnvironment()] if launched() else [])],
+        plugins=[TorchElasticEnvironment()] if launched() else None,
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -22,7 +22,7 @@ from data.tokenizer import END_OF_TEXT, text_encoder
 from experiments.runs import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
-from training.clock import PARTS
+from training.clock import PARTS, TOLD
 from training.config import corpus_of, model_config
 
 
@@ -82,7 +82,7 @@ def final(folder: Path) -> tuple[dict, list[dict], float]:
     newest = max((path / "checkpoints").glob("step-*.ckpt"))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for name in ("tokens_per_second", "peak_memory_gib", *(f"{part}_seconds" for part in PARTS)):
+        for name in ("tokens_per_second", "peak_memory_gib", *(f"{part}_seconds" for part in TOLD)):
             assert row.pop(name) >= 0
     return (
         torch.load(newest, weights_only=False),
