@@ -19,6 +19,7 @@ from rich.table import Table
 from training.cli import command_line, reporting
 from training.config import ConfigError, check, corpus_of, run_path
 from training.folder import RunFolder, write_whole
+from training.fork import Origin, origin
 from training.processes import launch, launched, rank
 from training.split import world_size
 
@@ -36,6 +37,7 @@ def main(cfg: DictConfig) -> None:
         console = Console(soft_wrap=True, highlight=False, quiet=rank() > 0)
         folder = RunFolder(run_path(cfg))
         folder.check_same_run(cfg)
+        start = None if folder.result.exists() else origin(cfg)
         if (result := folder.read_result()) is not None:
             console.print(f"finished already: {folder.path} (remove the folder to train it again)")
             if folder.data_folder() not in (None, corpus_of(cfg).folder(Path(cfg.paths.cache)).name):
@@ -47,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         elif world_size(cfg) > 1 and not launched():
             result = run_in_processes(cfg, folder, console)
         else:
-            result = run(cfg, folder, console)
+            result = run(cfg, folder, console, start)
         if launched():
             return
         show(result, folder, console)
@@ -85,8 +87,8 @@ def run_in_processes(cfg: DictConfig, folder: RunFolder, console: Console) -> di
     return result
 
 
-def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
-    """Train, evaluate, summarise and draw; `result.json` comes last."""
+def run(cfg: DictConfig, folder: RunFolder, console: Console, start: Origin | None) -> dict:
+    """Train, from the start of another run if one is given, evaluate, summarise and draw; `result.json` comes last."""
     from experiments.plots import plot_run
     from experiments.runs import read_run
     from experiments.summary import summarise
@@ -94,7 +96,7 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console) -> dict:
 
     tokens = prepare_tokens(cfg, console)
     with folder.owned(cfg, tokens) if rank() == 0 else nullcontext():
-        evaluation = train(cfg, folder, tokens, console)
+        evaluation = train(cfg, folder, tokens, console, start=start)
         if rank() > 0:
             return evaluation
         unfinished = read_run(folder.path)

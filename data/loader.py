@@ -30,6 +30,7 @@ class SequenceLoader:
         world_size: number of data-parallel ranks.
         bad_batches: replaces batches at chosen steps; `None`: none.
         documents: whether batches say of which document each input is.
+        passed_over: global batches, before this run's next one, on which no step was taken.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SequenceLoader:
         world_size: int = 1,
         bad_batches: BadBatches | None = None,
         documents: bool = False,
+        passed_over: int = 0,
     ) -> None:
         self.sequences = sequences
         self.fingerprint = fingerprint
@@ -53,12 +55,14 @@ class SequenceLoader:
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
-        self.total = steps * global_batch_size
-        self.consumed = 0
+        self.passed_over = passed_over
+        self.steps = steps
+        self.total = (steps + passed_over) * global_batch_size
+        self.consumed = passed_over * global_batch_size
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, those already consumed included (Lightning counts from there)."""
-        return self.total // self.per_forward
+        """Micro-batches of all steps, those already done included (Lightning counts from there)."""
+        return self.steps * self.global_batch_size // self.per_forward
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches until the run's last; their ids are of the type they are stored in."""
@@ -73,10 +77,15 @@ class SequenceLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as JSON holds it: sequences consumed by all ranks, and of which tokens."""
-        return {"sequences_consumed": self.consumed, "fingerprint": self.fingerprint, **self.sequences.state()}
+        return {
+            "sequences_consumed": self.consumed,
+            "passed_over": self.passed_over,
+            "fingerprint": self.fingerprint,
+            **self.sequences.state(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Go to a saved position, or past it by the batches that were not passed over then.
 
         Raises:
             ValueError: it is a position in other tokens.
@@ -86,4 +95,5 @@ class SequenceLoader:
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
-        self.consumed = state_dict["sequences_consumed"]
+        more = self.passed_over - state_dict["passed_over"]
+        self.consumed = state_dict["sequences_consumed"] + more * self.global_batch_size

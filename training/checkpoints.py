@@ -20,9 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from training.checkpoint_files import publish, remove, step_of, write
+from training.checkpoint_files import publish, remove, write
 from training.folder import RunFolder
-from training.health import Health
 from training.metrics import Metrics
 from training.processes import RunError
 from training.random_states import random_states, set_random_states
@@ -33,8 +32,7 @@ class Checkpoints(pl.Callback):
 
     Args:
         folder: run folder.
-        metrics: flushed before each save.
-        health: of the run, by its losses; the last checkpoint of a healthy step stays.
+        metrics: flushed before each save; the last checkpoint of a step that they call healthy stays.
         config: resolved configuration of the run, kept in each checkpoint.
         sharded: whether each process has its own part of the model.
         every: steps between checkpoints.
@@ -51,7 +49,6 @@ class Checkpoints(pl.Callback):
         self,
         folder: RunFolder,
         metrics: Metrics,
-        health: Health,
         config: dict[str, Any],
         sharded: bool,
         every: int,
@@ -62,7 +59,6 @@ class Checkpoints(pl.Callback):
     ) -> None:
         self.folder = folder
         self.metrics = metrics
-        self.health = health
         self.config = config
         self.sharded = sharded
         self.every = every
@@ -146,7 +142,7 @@ class Checkpoints(pl.Callback):
 
     def _write(self, checkpoint: dict[str, Any], step: int, first: bool) -> None:
         """Write a checkpoint, and give it its name; remove those that need not stay."""
-        final = self.folder.checkpoints / f"step-{step:08d}.ckpt"
+        final = self.folder.checkpoint(step)
         aside = final.with_name(f".saving-{final.name}")
         try:
             write(checkpoint, aside, self.sharded, first, self._group)
@@ -163,12 +159,11 @@ class Checkpoints(pl.Callback):
 
     def _tidy(self, step: int) -> None:
         """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""
-        there = {step_of(path): path for path in sorted(self.folder.checkpoints.glob("step-*.ckpt"))}
-        past = [other for other in there if other <= step]
-        stay = set(past[-self.keep :]) | set([other for other in past if self.health.at(other)][-1:])
+        past = [other for other in self.folder.steps() if other <= step]
+        stay = set(past[-self.keep :]) | set([other for other in past if self.metrics.health.at(other)][-1:])
         for other in past:
             if other not in stay and not (self.keep_every and other % self.keep_every == 0):
-                remove(there[other])
+                remove(self.folder.checkpoint(other))
 
     def _finish(self) -> None:
         """Wait until nothing is being written; tell whether it failed."""

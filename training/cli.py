@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
+from training.fork import origin
 from training.processes import (
     CANNOT_GO_ON,
     MISTAKE,
@@ -146,6 +147,7 @@ class CheckSweep(Callback):
                 check(composed)
                 folder = RunFolder(run_path(composed))
                 folder.check_same_run(composed)
+                origin(composed)
                 if folder.path in seen and composed.name is None:
                     raise ConfigError(f"two jobs of the sweep are the same run, {folder.path}: give each value once")
                 if folder.path in seen:

@@ -5,6 +5,7 @@
     tokenizer/         as Hugging Face's libraries load it
     metrics.jsonl      one line a step
     checkpoints/       step-*.ckpt, complete or absent
+    rewinds.json       where the run went back, and past bad batches, if it did
     result.json        written last: its presence means the run is done
     plots/
 
@@ -51,6 +52,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.rewound = path / "rewinds.json"
         self.result = path / "result.json"
         self.picture = path / "plots" / "run.png"
 
@@ -74,12 +76,12 @@ class RunFolder:
         if not self.config.exists():
             return
         try:
-            theirs = _flat(identity(OmegaConf.load(self.config)))  # type: ignore[arg-type]
+            theirs = flat(identity(OmegaConf.load(self.config)))  # type: ignore[arg-type]
         except (yaml.YAMLError, KeyError, AttributeError, OmegaConfBaseException) as error:
             raise ConfigError(
                 f"{self.config} is damaged ({error}): remove the folder, or choose another name"
             ) from error
-        ours = _flat(identity(cfg))
+        ours = flat(identity(cfg))
         changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if changed:
             pairs = ", ".join(f"{key}={ours.get(key)} (there: {theirs.get(key)})" for key in changed[:4])
@@ -130,6 +132,37 @@ class RunFolder:
         if steps:
             with self.metrics.open(encoding="utf-8") as lines:
                 yield from (json.loads(line)["loss"] for line in islice(lines, steps))
+
+    def checkpoint(self, step: int) -> Path:
+        """Return where the checkpoint of a step is, or would be."""
+        return self.checkpoints / f"step-{step:08d}.ckpt"
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there are checkpoints, in order."""
+        return sorted(step_of(path) for path in self.checkpoints.glob("step-*.ckpt"))
+
+    def rewinds(self) -> list[dict[str, int]]:
+        """Return how often the run went back: `from_step`, `to_step`, and `passed_over`, see `passed_over`."""
+        return _read_json(self.rewound)["rewinds"] if self.rewound.exists() else []
+
+    def passed_over(self, step: int) -> int:
+        """Return how many global batches the run has left out by the time that it begins the step after this one."""
+        counts = [rewind["passed_over"] for rewind in self.rewinds() if rewind["to_step"] <= step]
+        return counts[-1] if counts else 0
+
+    def rewind(self, to_step: int, from_step: int) -> None:
+        """Go back from one step to the checkpoint of another; what is cut off metrics.jsonl goes into a file.
+
+        Interrupted, it has not happened: the run comes to the same point again.
+        """
+        passed_over = self.passed_over(from_step) + from_step - to_step
+        rewinds = [*self.rewinds(), {"from_step": from_step, "to_step": to_step, "passed_over": passed_over}]
+        for step in self.steps():
+            if step > to_step:
+                remove(self.checkpoint(step))
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        write_whole(self.path / f"rewound-{len(rewinds)}.jsonl", "".join(lines[to_step:]))
+        write_whole(self.rewound, json.dumps({"rewinds": rewinds}, indent=1))
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""
@@ -215,8 +248,9 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dicts by their keys, joined with dots."""
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from training.clock import Clock, Spans, seconds
 from training.folder import RunFolder, write_whole
+from training.health import Health
 from training.memory import peak_memory, reset_peak_memory
 from training.module import PretrainingModule
 from zclip import ClippingStrategy
@@ -46,6 +47,10 @@ class Metrics(pl.Callback):
         log_every: steps between transfers.
         listeners: called with each row, on rank 0, after it is written.
         console: told if the file cannot be written.
+
+    Attributes:
+        health: of the run, by its losses so far.
+        nonfinite_in_a_row: how many of the last steps had a loss or gradients that were not finite.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class Metrics(pl.Callback):
         self.log_every = log_every
         self.listeners = listeners
         self.console = console
+        self.health = Health()
+        self.nonfinite_in_a_row = 0
         self._pending: list[tuple[int, dict[str, Tensor], Spans]] = []
         self._losses: list[Tensor] = []
         self._file: BinaryIO | None = None
@@ -76,6 +83,8 @@ class Metrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file behind the last line that counts."""
+        for loss in self.folder.losses(trainer.global_step):
+            self.health.add(loss)
         if trainer.is_global_zero:
             lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
             kept = lines[: trainer.global_step]
@@ -131,6 +140,8 @@ class Metrics(pl.Callback):
         for (step, _, spans), numbers in zip(self._pending, values, strict=True):
             lr = pl_module.lr * pl_module.lr_factor(step - 1)
             fields = dict(zip(names, numbers, strict=True))
+            finite = math.isfinite(fields["loss"]) and math.isfinite(fields["grad_norm"])
+            self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
             rows.append(
                 {
                     "step": step,
@@ -143,6 +154,7 @@ class Metrics(pl.Callback):
                     "peak_memory_gib": round(memory / 2**30, 3),
                 }
             )
+            self.health.add(rows[-1]["loss"])
         self._pending.clear()
         if self._file is not None:
             self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows]
@@ -201,11 +213,18 @@ class TimedClipping(ClippingCallback):
     Args:
         strategy: clips.
         metrics: whose clock is told.
+        anew: whether to leave the statistics in a checkpoint, which are of another strategy.
     """
 
-    def __init__(self, strategy: ClippingStrategy, metrics: Metrics) -> None:
+    def __init__(self, strategy: ClippingStrategy, metrics: Metrics, anew: bool = False) -> None:
         super().__init__(strategy)
         self.metrics = metrics
+        self.anew = anew
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the statistics."""
+        if not self.anew:
+            super().load_state_dict(state_dict)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

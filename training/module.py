@@ -67,6 +67,13 @@ class PretrainingModule(pl.LightningModule):
         if prepare_model is not None:
             prepare_model(self.model)
 
+    def on_train_start(self) -> None:
+        """Go on with this run's settings: a checkpoint may be of a run with others."""
+        for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            for group in optimizer.param_groups:
+                group.update(self.adamw, initial_lr=self.lr, lr=self.lr * self.lr_factor(self.global_step))
+            schedule.scheduler.base_lrs = [self.lr for _ in optimizer.param_groups]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Have sharded gradients reduced after the last micro-batch of a step only; Lightning sees to the others."""
         set_gradient_sync(self.model, (batch_idx + 1) % self.micro_batches == 0)

@@ -36,16 +36,16 @@ from training.config import (
     clipping_strategy,
     corpus_of,
     model_config,
-    run_name,
     section,
     settings_of,
 )
-from training.folder import RunFolder
-from training.health import Health
+from training.folder import RunFolder, write_whole
+from training.fork import Origin
 from training.held_out import HeldOut
 from training.memory import available_memory
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
+from training.nonfinite import Nonfinite, Rewound
 from training.plan import tight
 from training.processes import launched, rank
 from training.progress import ProgressDisplay
@@ -130,6 +130,7 @@ def train(
     tokens: Tokens,
     console: Console,
     listeners: Sequence[Callable[[Row], None]] = (),
+    start: Origin | None = None,
 ) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
@@ -139,15 +140,41 @@ def train(
         tokens: prepared tokens.
         console: where to show progress.
         listeners: called on rank 0 with each row of metrics.jsonl once it is written.
+        start: of another run, from which to start.
 
     Returns:
         `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, and the tokens' fingerprint.
     """
     quieten_libraries()
+    while True:
+        try:
+            return _train(cfg, folder, tokens, console, listeners, start)
+        except Rewound:
+            pass
+
+
+def _train(
+    cfg: DictConfig,
+    folder: RunFolder,
+    tokens: Tokens,
+    console: Console,
+    listeners: Sequence[Callable[[Row], None]],
+    start: Origin | None,
+) -> dict[str, Any]:
+    """Do what `train` does, until it is done or the run is to go on from an earlier step.
+
+    Raises:
+        Rewound: it is.
+    """
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
     checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
+    if checkpoint is None and start is not None:
+        checkpoint = start.checkpoint
+        if rank() == 0:
+            write_whole(folder.metrics, start.metrics())
+    done = step_of(checkpoint) if checkpoint else 0
     with torch.device("meta"):
         llama = Llama(model)
     module = PretrainingModule(
@@ -168,9 +195,14 @@ def train(
         rank=rank(),
         world_size=world_size(cfg),
         bad_batches=bad_batches(cfg, tokens),
+        passed_over=folder.passed_over(done),
     )
-    done = step_of(checkpoint) if checkpoint else 0
-    if checkpoint:
+    anew = start is not None and checkpoint == start.checkpoint and not start.same_clipping
+    if start is not None and checkpoint == start.checkpoint:
+        console.print(
+            f"training {folder.path} from {checkpoint}" + (", the clipper's statistics from nothing" if anew else "")
+        )
+    elif checkpoint:
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
     else:
         passes = loader.total / len(sequences) if isinstance(sequences, Shuffled) else 0.0
@@ -187,24 +219,21 @@ def train(
 
     strategy = clipping_strategy(cfg)
     strategy.max_consecutive_nonfinite = None  # a run that diverges is a result too, and ends like any other
-    logger = wandb_logger(cfg, folder) if cfg.logger.name == "wandb" else None
-    health = Health()
-    for loss in folder.losses(done) if rank() == 0 else ():
-        health.add(loss)
+    wandb_run = _wandb_run(cfg, folder, console)
     metrics = Metrics(
         folder,
         strategy,
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
         peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
-        listeners=[lambda row: health.add(row["loss"]), *listeners],
+        listeners=list(listeners),
         console=console,
     )
     stopping = StopTogether()
+    nonfinite = Nonfinite(trainer_cfg.nonfinite, trainer_cfg.nonfinite_in_a_row, trainer_cfg.most_rewinds, metrics)
     checkpoints = Checkpoints(
         folder,
         metrics,
-        health,
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         sharded=sharded(cfg),
         every=trainer_cfg.checkpoint_every,
@@ -222,12 +251,13 @@ def train(
         max_steps=trainer_cfg.max_steps,
         accumulate_grad_batches=micro_batches(cfg),
         callbacks=[
-            TimedClipping(strategy, metrics),
+            TimedClipping(strategy, metrics, anew),
             metrics,
             stopping,
             checkpoints,
+            nonfinite,
         ],
-        logger=logger or False,
+        logger=False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
         plugins=[TorchElasticEnvironment()] if launched() else None,
@@ -238,8 +268,8 @@ def train(
     )
     # Lightning's handler of SIGTERM broadcasts within the handler, which can deadlock: ours stay.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    if logger is not None:
-        metrics.listeners.append(lambda row: _to_logger(logger, row))
+    if wandb_run is not None:
+        metrics.listeners.append(wandb_run)
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
     held_out = HeldOut(
@@ -253,12 +283,14 @@ def train(
         with reacting(stopping.tell):
             trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
+        if nonfinite.tripped is not None:
+            nonfinite.go_on(trainer, folder, console)
         if signum := stopping.agreed or stopping.told:
             raise Interrupted(signum, trainer.global_step, trainer.global_step)
         console.print(f"evaluating on {held_out.tokens:,} held-out tokens")
         trainer.test(module, dataloaders=held_out, verbose=False)
-        if logger is not None:
-            logger.log_metrics({"test_loss": module.test_loss}, step=trainer_cfg.max_steps)
+        if wandb_run is not None:
+            wandb_run.log({"test_loss": module.test_loss}, trainer_cfg.max_steps)
     except SystemExit as stop:  # what Lightning makes of a signal during the evaluation
         assert isinstance(stop.__context__, Interrupted)
         raise Interrupted(stop.__context__.signum, trainer.global_step, trainer.global_step) from stop
@@ -267,8 +299,8 @@ def train(
     finally:
         sequences.close()
         display.close()
-        if logger is not None:
-            logger.experiment.finish()  # or the next job of a sweep would log into this run
+        if wandb_run is not None:
+            wandb_run.finish()
     evaluated = tokens.test.read(1, held_out.tokens + 1)
     return {
         "test_loss": module.test_loss,
@@ -279,36 +311,21 @@ def train(
     }
 
 
+def _wandb_run(cfg: DictConfig, folder: RunFolder, console: Console) -> Any:
+    """Return the run's listener that logs to wandb, on rank 0 if that is chosen."""
+    if cfg.logger.name != "wandb" or rank() > 0:
+        return None
+    from training.wandb_logging import WandbRun
+
+    return WandbRun(cfg, folder.path, console)
+
+
 def peak_tokens_per_second(cfg: DictConfig) -> float | None:
     """Return the tokens that the devices of a run would process if they did nothing but multiply, if that is known."""
     each = peak(torch.cuda.get_device_name()) if cfg.trainer.accelerator == "gpu" else None
     return (
         None if each is None else world_size(cfg) * each / flops_per_token(model_config(cfg), cfg.data.sequence_length)
     )
-
-
-def wandb_logger(cfg: DictConfig, folder: RunFolder) -> Any:
-    """Return a logger whose wandb run has the run folder's name, so that a continued run continues there."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    name = run_name(cfg)
-    logger = WandbLogger(
-        project=cfg.logger.project,
-        entity=cfg.logger.entity,
-        tags=list(cfg.logger.tags),
-        group=cfg.experiment,
-        name=name,
-        id=f"{cfg.experiment}-{name}"[-128:],
-        resume="allow",
-        save_dir=folder.path,
-    )
-    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    return logger
-
-
-def _to_logger(logger: Any, row: Row) -> None:
-    numbers = {key: value for key, value in row.items() if value is not None}
-    logger.log_metrics(numbers, step=row["step"])
 
 
 def quieten_libraries() -> None:

@@ -1,0 +1,80 @@
+"""What to do when losses or gradients stay other than finite: nothing, stop, or go back and past the bad batches.
+
+A single such step is the clipper's: it does not move the weights. Many in a row mean that the weights are beyond help,
+or the data.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from training.folder import RunFolder
+from training.metrics import Metrics
+from training.processes import RunError, rank
+
+
+class Rewound(Exception):
+    """The run is to be taken up again from an earlier checkpoint."""
+
+
+class Nonfinite(pl.Callback):
+    """End training once `in_a_row` steps were not finite, and say how to go on.
+
+    All processes know of it at the same step, the first at which the metrics are brought over.
+
+    Args:
+        policy: skip, which never ends it, stop or rewind.
+        in_a_row: steps.
+        most_rewinds: in a run.
+        metrics: which count such steps.
+
+    Attributes:
+        tripped: step after which training ended; `None`: it did not end for this.
+    """
+
+    def __init__(self, policy: str, in_a_row: int, most_rewinds: int, metrics: Metrics) -> None:
+        self.policy = policy
+        self.in_a_row = in_a_row
+        self.most_rewinds = most_rewinds
+        self.metrics = metrics
+        self.tripped: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if it is enough."""
+        if self.policy != "skip" and self.metrics.nonfinite_in_a_row >= self.in_a_row:
+            self.tripped = trainer.global_step
+            trainer.should_stop = True
+
+    def go_on(self, trainer: pl.Trainer, folder: RunFolder, console: Console) -> None:
+        """Do what the policy says, once training has ended for it. To be called by all processes.
+
+        Raises:
+            RunError: the run ends here.
+            Rewound: `folder` is that of a run at an earlier step.
+        """
+        step = self.tripped
+        assert step is not None
+        trainer.strategy.barrier()
+        healthy = max((saved for saved in folder.steps() if self.metrics.health.at(saved)), default=None)
+        rewinds = folder.rewinds()
+        said = f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to step {step}"
+        if healthy is None:
+            raise RunError(f"{said}, and there is no checkpoint from before: the run ends here")
+        if self.policy == "stop":
+            raise RunError(
+                f"{said}: trainer.nonfinite=stop ends the run here; resume_from={folder.path}@{healthy} is a run from "
+                "the last healthy checkpoint, with other settings"
+            )
+        if len(rewinds) == self.most_rewinds:
+            raise RunError(f"{said}, after {len(rewinds)} rewinds (trainer.most_rewinds): the run ends here")
+        trainer.strategy.barrier()  # all have looked
+        if rank() == 0:
+            folder.rewind(healthy, step)
+        trainer.strategy.barrier()
+        console.print(
+            f"{said}: going back to step {healthy}, and past the {step - healthy} batches since", style="bold red"
+        )
+        raise Rewound
