@@ -36,6 +36,9 @@ def main(cfg: DictConfig) -> None:
             return
         console = Console(soft_wrap=True, highlight=False, quiet=rank() > 0)
         folder = RunFolder(run_path(cfg))
+        if cfg.where:
+            print(folder.path)
+            return
         folder.check_same_run(cfg)
         start = None if folder.result.exists() else origin(cfg)
         if (result := folder.read_result()) is not None:

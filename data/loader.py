@@ -95,5 +95,5 @@ class SequenceLoader:
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
-        more = self.passed_over - state_dict["passed_over"]
+        more = self.passed_over - state_dict.get("passed_over", 0)
         self.consumed = state_dict["sequences_consumed"] + more * self.global_batch_size

@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from training import slurm
 from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
 from training.fork import origin
@@ -57,13 +58,16 @@ def command_line(main: Callable[[], Any]) -> int:
     """
     tie_to_launcher()
     heed()
+    slurm.adopt()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with reporting():
             main()
     except Interrupted as stop:
+        if rank() > 0 and slurm.started_by_srun():
+            return 0  # any other status would have srun end rank 0, which may be saving
         if rank() == 0 and not isinstance(stop, Stopped):
-            say(stop)
+            say(stop, slurm.requeue(stop.signum))
         return 128 + stop.signum
     if _failed:
         return 1 if isinstance(_failed[0], ProcessFailed) else CANNOT_GO_ON

@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 
 
 #: Settings that change what is written or shown, but not what is computed.
-NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned")
+NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned", "where")
 NOT_IDENTITY_TRAINER = (
     "log_every",
     "checkpoint_every",

@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "model.init_from": (lambda v: v is None or (isinstance(v, str) and v != ""), "a Hugging Face folder, or null"),
     "resume_from": (lambda v: v is None or isinstance(v, str), "a run folder and a step, as FOLDER@STEP, or null"),
     "plan": (lambda v: isinstance(v, bool), "true or false"),
+    "where": (lambda v: isinstance(v, bool), "true or false"),
     "planned.device": (lambda v: isinstance(v, str) and peak(v) is not None, f"one of {', '.join(PEAKS)}"),
     "planned.memory_gib": _POSITIVE,
     "planned.mfu": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),

@@ -66,12 +66,13 @@ def reacting(react: Callable[[int], None]) -> Iterator[None]:
         _react = before
 
 
-def say(stop: Interrupted) -> None:
-    """Tell the user what a signal has ended, and how to go on."""
+def say(stop: Interrupted, queued: bool) -> None:
+    """Tell the user what a signal has ended, and how it goes on: by the same command, or by a job in a queue."""
+    which = "the job is in the queue again and" if queued else "the same command"
     if stop.step is None:
-        said = "interrupted: the same command goes on"
+        said = f"interrupted: {which} goes on"
     elif stop.saved is None:
-        said = f"interrupted after step {stop.step}: the same command starts again: there is no checkpoint yet"
+        said = f"interrupted after step {stop.step}: {which} starts again: there is no checkpoint yet"
     else:
-        said = f"interrupted after step {stop.step}: the same command continues after step {stop.saved}"
+        said = f"interrupted after step {stop.step}: {which} continues after step {stop.saved}"
     print(said, file=sys.stderr)

@@ -65,12 +65,28 @@ def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
     batches = iter(one)
     for _ in range(5):
         next(batches)
-    assert one.state_dict() == {"sequences_consumed": 40, "fingerprint": "f"}
+    assert one.state_dict() == {"sequences_consumed": 40, "passed_over": 0, "fingerprint": "f"}
     two = loader()
     two.load_state_dict(one.state_dict())
     assert torch.equal(next(iter(two)).tokens, next(batches).tokens)
     with pytest.raises(ValueError, match="tokens f, but these are g"):
         loader(fingerprint="g").load_state_dict(one.state_dict())
+
+
+def test_batches_are_passed_over_once(loader):
+    every = global_batches(lambda **k: loader(**k, steps=26), 1, 8)
+    one = loader()
+    batches = iter(one)
+    for _ in range(5):
+        next(batches)
+    again = loader(passed_over=4)
+    again.load_state_dict(one.state_dict())
+    assert len(again) == len(one) == 20
+    rest = iter(again)
+    assert next(rest).tokens[:, 0].tolist() == every[9]
+    more = loader(passed_over=6)
+    more.load_state_dict(again.state_dict())
+    assert [batch.tokens[:, 0].tolist() for batch in more] == every[12:26]
 
 
 @pytest.mark.parametrize("mode", ["prepared", "stream"])

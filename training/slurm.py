@@ -1,0 +1,54 @@
+"""Under SLURM: which process of a run this is, and sending the job back into the queue."""
+
+import os
+import signal
+import subprocess
+import sys
+
+#: Signals by which SLURM, or who submitted a job, says that its time is nearly over.
+TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2)
+
+#: MASTER_PORT is in this range, below those that systems give to clients.
+_PORTS = range(15000, 25000)
+
+
+def started_by_srun() -> bool:
+    """Whether this process is a task of a job step."""
+    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def adopt() -> None:
+    """Put into the environment what torch asks for, if srun has started this process as one of several."""
+    given = os.environ
+    if "RANK" in given or not started_by_srun() or int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    job = int(given["SLURM_JOB_ID"]) + int(given.get("SLURM_RESTART_COUNT", "0"))
+    tasks = given["SLURM_STEP_TASKS_PER_NODE"]  # as 8(x2)
+    given.update(
+        RANK=given["SLURM_PROCID"],
+        WORLD_SIZE=given["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=given["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=tasks.split("(")[0],
+        GROUP_RANK=given["SLURM_NODEID"],
+        MASTER_ADDR=SLURMEnvironment.resolve_root_node_address(given["SLURM_STEP_NODELIST"]),
+        MASTER_PORT=str(_PORTS[job % len(_PORTS)]),
+    )
+
+
+def requeue(signum: int) -> bool:
+    """Send the job of this process back into the queue, if the signal says that its time is up.
+
+    Returns:
+        Whether it is there. If it should be and cannot, stderr says why.
+    """
+    if signum not in TIME_IS_UP or not started_by_srun():
+        return False
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        print(f"job {job} cannot be queued again: {done.stderr.strip()}", file=sys.stderr)
+    return done.returncode == 0
