@@ -149,7 +149,8 @@ def report_failure(error: BaseException) -> None:
     When one fails, the others lose their connections to it: the cause is told first.
     """
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo" in str(error):
-        time.sleep(PATIENCE)
+        with reacting(lambda signum: os._exit(1)):  # the cause is known
+            time.sleep(PATIENCE)
     told = "".join(traceback.format_exception(error))
     sys.stderr.write(f"process {rank()} of the run has failed:\n{told}")
     sys.stderr.flush()
