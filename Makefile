@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := zclip models data training experiments scripts tests train.py zclip_lightning_callback.py
+CODE := zclip models data training experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench-clip bench-data bench-train lint format clean
+.PHONY: help setup train test test-slurm status bench-clip bench-data bench-train lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Debian, root; minutes)
+	command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null; }
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+status: setup ## how the runs of an experiment are doing: ARGS="folder=runs/main"
+	@$(BIN)/python scripts/status.py $(ARGS)
 
 bench-data: setup ## what preparing and reading tokens costs, as ratios (minutes)
 	$(BIN)/python scripts/bench_data.py $(ARGS)

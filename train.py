@@ -22,8 +22,7 @@ from training.folder import RunFolder, write_whole
 from training.fork import Origin, origin
 from training.processes import launch, launched, rank
 from training.split import world_size
-
-finished: list[tuple[dict[str, str], dict]] = []
+from training.sweep import as_dict, finished
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -56,8 +55,7 @@ def main(cfg: DictConfig) -> None:
         if launched():
             return
         show(result, folder, console)
-        overrides = (override.lstrip("+~").partition("=")[::2] for override in HydraConfig.get().overrides.task)
-        finished.append((dict(overrides), result))
+        finished.append((as_dict(HydraConfig.get().overrides.task), result))
 
 
 def plan_of(cfg: DictConfig) -> Table:
@@ -99,7 +97,12 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console, start: Origin | No
 
     tokens = prepare_tokens(cfg, console)
     with folder.owned(cfg, tokens) if rank() == 0 else nullcontext():
-        evaluation = train(cfg, folder, tokens, console, start=start)
+        try:
+            evaluation = train(cfg, folder, tokens, console, start=start)
+        except Exception as error:
+            if not isinstance(error, ConfigError):
+                folder.write_failure(error)
+            raise
         if rank() > 0:
             return evaluation
         unfinished = read_run(folder.path)

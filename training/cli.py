@@ -19,13 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from training import slurm
-from training.config import ConfigError, check, run_path
-from training.folder import RunFolder
-from training.fork import origin
+from training.config import ConfigError
 from training.processes import (
     CANNOT_GO_ON,
     MISTAKE,
@@ -39,6 +37,7 @@ from training.processes import (
     tie_to_launcher,
 )
 from training.signals import Interrupted, heed, say
+from training.sweep import check_job, compose
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -56,6 +55,7 @@ def command_line(main: Callable[[], Any]) -> int:
         0; 1 if a process of a run of several failed; 2 if a mistake of the user's was reported on stderr; 3 if a run
         cannot go on, for a reason reported there; 128 + the signal's number if interrupted.
     """
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
     tie_to_launcher()
     heed()
     slurm.adopt()
@@ -138,27 +138,22 @@ class CheckSweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check each combination of the sweep's overrides; leave with status 2 at the first mistake."""
         with reporting():
-            loader = GlobalHydra.instance().config_loader()
+            loader: Any = GlobalHydra.instance().config_loader()
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
             if not jobs:
                 raise ConfigError(f"{' '.join(config.hydra.overrides.task)} makes no job: a value must match something")
             seen: dict[Path, list[str]] = {}
-            for job in jobs:
-                composed = loader.load_sweep_config(config, list(job))
-                with open_dict(composed):
-                    del composed["hydra"]
-                check(composed)
-                folder = RunFolder(run_path(composed))
-                folder.check_same_run(composed)
-                origin(composed)
-                if folder.path in seen and composed.name is None:
-                    raise ConfigError(f"two jobs of the sweep are the same run, {folder.path}: give each value once")
-                if folder.path in seen:
+            for job in (compose(loader, config, given) for given in jobs):
+                check_job(job)
+                path = job.folder.path
+                if path in seen and job.cfg.name is None:
+                    raise ConfigError(f"two jobs of the sweep are the same run, {path}: give each value once")
+                if path in seen:
                     raise ConfigError(
-                        f"name={composed.name} would be shared by the jobs ({' '.join(seen[folder.path])}) and "
-                        f"({' '.join(job)}): leave the name out, and each has its own"
+                        f"name={job.cfg.name} would be shared by the jobs ({' '.join(seen[path])}) and "
+                        f"({' '.join(job.overrides)}): leave the name out, and each has its own"
                     )
-                seen[folder.path] = list(job)
+                seen[path] = job.overrides
         if _mistakes:
             sys.exit(2)  # Hydra goes on after an exception in a callback

@@ -8,6 +8,8 @@
     rewinds.json       where the run went back, and past bad batches, if it did
     result.json        written last: its presence means the run is done
     plots/
+    failure.txt        what ended the last start, if that was a fault of the program
+    job.json, log.txt  of a run that a sweep has started in a process or job of its own
 
 One process owns the folder at a time (a lock that the system releases however that process ends).
 """
@@ -19,8 +21,9 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -54,6 +57,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.rewound = path / "rewinds.json"
         self.result = path / "result.json"
+        self.failure = path / "failure.txt"
+        self.log = path / "log.txt"
+        self.lock = path / ".lock"
+        self._job = path / "job.json"
         self.picture = path / "plots" / "run.png"
 
     def read_result(self) -> dict[str, Any] | None:
@@ -102,7 +109,7 @@ class RunFolder:
             ConfigError: another process holds it, or it was started on other tokens.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        with self.lock.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -120,7 +127,25 @@ class RunFolder:
                 write_whole(self.config, OmegaConf.to_yaml(cfg, resolve=True))
             start = environment() | {"data_fingerprint": tokens.fingerprint, "data_folder": tokens.folder.name}
             write_whole(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
+            self.failure.unlink(missing_ok=True)
             yield
+
+    def job(self) -> str | None:
+        """Return SLURM's number of the job that was last submitted for the run; `None` if none was."""
+        return _read_json(self._job).get("slurm") if self._job.exists() else None
+
+    def write_job(self, number: str) -> None:
+        """Keep the number of the run's job."""
+        write_whole(self._job, json.dumps({"slurm": number}))
+
+    def max_steps(self) -> int | None:
+        """Return the steps of the whole run; `None` if it has not begun."""
+        return OmegaConf.load(self.config).trainer.max_steps if self.config.exists() else None
+
+    def write_failure(self, error: BaseException) -> None:
+        """Keep what ended this start, if no other process of the run has done so."""
+        with suppress(FileExistsError, OSError), self.failure.open("x", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
 
     def data_folder(self) -> str | None:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""

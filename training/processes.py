@@ -73,6 +73,12 @@ def tie_to_launcher() -> None:
         os._exit(1)
 
 
+def child_environment(processes: int) -> dict[str, str]:
+    """Return the environment for each of several processes, which share this machine and end with this one."""
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    return {**threads, **os.environ, _LAUNCHER: str(os.getpid())}
+
+
 def launch(processes: int, arguments: Sequence[str]) -> None:
     """Run this program with other arguments in several processes on this machine, until all have ended.
 
@@ -86,14 +92,12 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     shared = {
-        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
-        **os.environ,
+        **child_environment(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's name for: the store is there, do not make one
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        _LAUNCHER: str(os.getpid()),
     }
     command = [sys.executable, "-u", sys.argv[0], *arguments]
     started: list[subprocess.Popen[bytes]] = []

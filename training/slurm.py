@@ -1,12 +1,18 @@
 """Under SLURM: which process of a run this is, and sending the job back into the queue."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+from training.config import ConfigError
 
 #: Signals by which SLURM, or who submitted a job, says that its time is nearly over.
 TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2)
+
+CHECKOUT = Path(__file__).parent.parent
 
 #: MASTER_PORT is in this range, below those that systems give to clients.
 _PORTS = range(15000, 25000)
@@ -35,6 +41,33 @@ def adopt() -> None:
         MASTER_ADDR=SLURMEnvironment.resolve_root_node_address(given["SLURM_STEP_NODELIST"]),
         MASTER_PORT=str(_PORTS[job % len(_PORTS)]),
     )
+
+
+def jobs() -> dict[str, str]:
+    """Return the states of the user's jobs in the queue by their numbers; none where there is no SLURM."""
+    if shutil.which("squeue") is None:
+        return {}
+    done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %T"], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"squeue does not tell what is in the queue: {done.stderr.strip()}")
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def submit(options: list[str], overrides: list[str]) -> str:
+    """Submit a job of scripts/slurm/train.sbatch in this folder, and return its number.
+
+    Raises:
+        ConfigError: sbatch refuses it.
+    """
+    command = ["sbatch", "--parsable", *options, str(CHECKOUT / "scripts" / "slurm" / "train.sbatch"), *overrides]
+    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(CHECKOUT / "train.py")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    except FileNotFoundError as error:
+        raise ConfigError("hydra/launcher=slurm is not possible: there is no sbatch here") from error
+    if done.returncode:
+        raise ConfigError(f"sbatch refuses the job: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
 
 
 def requeue(signum: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CHECKOUT, TINY, same, train
+from tests.scripts.test_data_scripts import script
 from tests.slurm.cluster import Cluster, missing
 from tests.training.test_trouble import rows
 from training.checkpoint_files import weights
@@ -145,6 +146,31 @@ def test_a_node_is_cut_off_and_the_job_goes_on_with_others(cluster, settings, un
     finally:
         cluster.reconnect(nodes[1])
     assert_same_end(job.path, undisturbed)
+
+
+def test_a_sweep_of_four_strategies_and_only_what_is_not_done(cluster, settings, tmp_path):
+    given = tuple(s for s in settings if not s.startswith("clip."))
+    given = (*given, "trainer.nodes=2", "trainer.max_steps=30", "hydra/launcher=slurm", "hydra.launcher.time=10")
+    env = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+    done = train("-m", *given, "clip=none,fixed,autoclip", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^job \d+: micro-", done.stdout, re.M)) == 3
+    assert done.stdout.count("\nfinished micro-") == 3 and "test loss" in done.stdout
+    done = train("-m", *given, "clip=none,fixed,autoclip,zclip", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 4 are finished already" in done.stdout
+    (number,) = re.findall(r"^job (\d+): micro-zclip-", done.stdout, re.M)
+    assert cluster.job(number)["NumNodes"] == "2" and cluster.job(number)["JobState"] == "COMPLETED"
+    waiting = ("hydra.launcher.wait=false", "hydra.launcher.options=[--hold]", "seed=1", "clip=zclip")
+    for said in (r"^job (\d+): micro-zclip-", r"^job (\d+) has micro-zclip-.* already$"):
+        done = train("-m", *given, *waiting, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (held,) = re.findall(said, done.stdout, re.M)
+    shown = script("status.py", cwd=tmp_path, **env, COLUMNS="120")
+    assert "4 done, 1 waiting" in shown.stdout and held in shown.stdout, shown.stderr
+    cluster.ask("scancel", held)
+    refused = train("-m", *given, "hydra.launcher.partition=none", "seed=2", "clip=zclip", cwd=tmp_path, env=env)
+    assert refused.returncode == 2 and "sbatch refuses the job:" in refused.stderr, refused.stderr
 
 
 def test_a_time_limit_is_survived(cluster, settings, tmp_path):

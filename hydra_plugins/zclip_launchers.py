@@ -1,0 +1,181 @@
+"""Hydra launchers of a sweep: several runs at a time on this machine, or each as a job of SLURM.
+
+Every run is `train.py` with its overrides, in a process or job of its own. What is done is not run again; what runs or
+waits already is waited for.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class _Launcher(Launcher):
+    """What both have in common."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.loader = hydra_context.config_loader
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from training.processes import RunError
+        from training.sweep import compose
+
+        jobs = [compose(self.loader, self.config, overrides) for overrides in job_overrides]
+        left = [job for job in jobs if not job.finish()]
+        if len(jobs) > len(left):
+            print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already")
+        failed = self.run(left)
+        if failed:
+            raise RunError(f"{len(failed)} of {len(jobs)} runs have not finished: {', '.join(failed)}")
+        return []
+
+    def run(self, jobs: list[Any]) -> list[str]:
+        """Do the jobs, and return what to say of those that have not finished."""
+        raise NotImplementedError
+
+
+class Local(_Launcher):
+    """Runs on this machine, some at a time.
+
+    Args:
+        n_jobs: at a time.
+    """
+
+    def __init__(self, n_jobs: int) -> None:
+        from zclip.base import is_count
+
+        if not is_count(n_jobs):
+            from training.config import ConfigError
+
+            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")
+        self.n_jobs = n_jobs
+
+    def run(self, jobs: list[Any]) -> list[str]:
+        """Do them, each with its output in log.txt of its run folder. Signals are passed on to them."""
+        from training.processes import child_environment
+        from training.signals import Interrupted, reacting
+
+        running: list[tuple[Any, subprocess.Popen[bytes]]] = []
+        failed: list[str] = []
+        told: list[int] = []
+
+        def pass_on(signum: int) -> None:
+            told.append(signum)
+            for _, process in running:
+                process.send_signal(signum)
+
+        left = list(jobs)
+        with reacting(pass_on):
+            while running or (left and not told):
+                if left and not told and len(running) < self.n_jobs:
+                    job = left.pop(0)
+                    job.folder.path.mkdir(parents=True, exist_ok=True)
+                    with job.folder.log.open("ab") as log:
+                        process = subprocess.Popen(
+                            [sys.executable, "-u", sys.argv[0], *job.overrides],
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            env=child_environment(self.n_jobs),
+                            start_new_session=True,
+                        )
+                    running.append((job, process))
+                    print(f"started {job.title} ({job.folder.log})")
+                time.sleep(0.1)
+                for job, process in [pair for pair in running if pair[1].poll() is not None]:
+                    running.remove((job, process))
+                    if job.finish():
+                        print(f"finished {job.title}, {len(left) + len(running)} left")
+                    elif not told:
+                        failed.append(f"{job.title} (status {process.returncode}, {job.folder.log})")
+                        print(f"failed {failed[-1]}")
+        if told:
+            raise Interrupted(told[0])
+        return failed
+
+
+class Slurm(_Launcher):
+    """Each run as a job of scripts/slurm/train.sbatch, on its `trainer.nodes` with `trainer.devices` tasks each.
+
+    Args:
+        time: limit of a job, as sbatch takes it; it goes back into the queue before, and continues.
+        signal_seconds: how long before.
+        partition, account, qos: of the jobs; `None`: the cluster's default.
+        cpus_per_task: of a task; `None`: the cluster's default.
+        options: more of sbatch's, as `[--constraint=h100]`.
+        wait: whether to wait for the jobs.
+        poll_seconds: how often to look.
+    """
+
+    def __init__(
+        self,
+        time: str,
+        signal_seconds: int,
+        partition: str | None,
+        account: str | None,
+        qos: str | None,
+        cpus_per_task: int | None,
+        options: Sequence[str],
+        wait: bool,
+        poll_seconds: float,
+    ) -> None:
+        given = {"partition": partition, "account": account, "qos": qos, "cpus-per-task": cpus_per_task, "time": time}
+        self.options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        self.options += [f"--signal=USR1@{signal_seconds}", *options]
+        self.wait = wait
+        self.poll_seconds = poll_seconds
+
+    def run(self, jobs: list[Any]) -> list[str]:
+        """Submit those that are not in the queue, and wait for all."""
+        from training.slurm import jobs as queue
+        from training.slurm import submit
+
+        there = queue()
+        for job in jobs:
+            if job.folder.job() in there:
+                print(f"job {job.folder.job()} has {job.title} already")
+                continue
+            trainer = job.cfg.trainer
+            options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}", *self.options]
+            if trainer.accelerator == "gpu":
+                options.append(f"--gpus-per-node={trainer.devices}")
+            job.folder.path.mkdir(parents=True, exist_ok=True)
+            options.append(f"--output={job.folder.log.absolute()}")
+            number = submit([*options, f"--job-name={job.title}"], job.overrides)
+            job.folder.write_job(number)
+            print(f"job {number}: {job.title}")
+        if not self.wait:
+            print("make status tells how they are doing")
+            return []
+        return self._wait(jobs)
+
+    def _wait(self, jobs: list[Any]) -> list[str]:
+        """Wait until no job is in the queue; return those that have not finished."""
+        from training.slurm import jobs as queue
+        from training.sweep import status
+
+        failed: list[str] = []
+        before: dict[str, str] = {}
+        left = list(jobs)
+        while left:
+            time.sleep(self.poll_seconds)
+            there = queue()
+            for job in list(left):
+                state = status(job.folder, there)
+                if state.job is None:
+                    left.remove(job)
+                    if job.finish():
+                        print(f"finished {job.title}, {len(left)} left")
+                    else:
+                        failed.append(f"{job.title} (job {job.folder.job()}, {job.folder.log})")
+                        print(f"failed {failed[-1]}")
+                elif before.get(job.title) != state.state:
+                    before[job.title] = state.state
+                    print(f"{state.state} {job.title}, job {state.job}")
+        return failed

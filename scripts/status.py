@@ -1,0 +1,54 @@
+"""How the runs of an experiment are doing: `python scripts/status.py [folder=runs/main]`."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.cli import command_line, reporting
+from training.config import ConfigError
+from training.folder import RunFolder
+from training.slurm import jobs
+from training.sweep import status
+
+STYLES = {"done": "green", "running": "cyan", "waiting": "yellow", "failed": "red", "stopped": "magenta"}
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="status")
+def main(cfg: DictConfig) -> None:
+    """Print the table."""
+    with reporting():
+        folder = Path(cfg.folder)
+        if not folder.is_dir():
+            raise ConfigError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
+        runs = [RunFolder(path) for path in sorted(folder.iterdir())]
+        runs = [run for run in runs if run.config.is_file() or run.job() is not None]
+        queue = jobs() if any(run.job() is not None for run in runs) else {}
+        table = Table(title=str(folder), title_justify="left")
+        for column in ("run", "state", "step", "loss", "tokens/s", "job"):
+            table.add_column(column, justify="left" if column in ("run", "state") else "right")
+        counts = dict.fromkeys(STYLES, 0)
+        for run in runs:
+            found = status(run, queue)
+            counts[found.state] += 1
+            step, loss, speed = (found.row.get(name) for name in ("step", "loss", "tokens_per_second"))
+            table.add_row(
+                run.path.name,
+                f"[{STYLES[found.state]}]{found.state}",
+                f"{step or 0:,} of {'?' if found.steps is None else format(found.steps, ',')}",
+                "-" if loss is None else f"{loss:.3f}",
+                "-" if speed is None else f"{speed:,.0f}",
+                found.job or "",
+            )
+        console = Console()
+        console.print(table)
+        console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
