@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slurm status bench-clip bench-data bench-train lint format clean
+.PHONY: help setup train test test-slurm faults status bench-clip bench-data bench-train lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: setup ## run the tests (minutes)
 test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Debian, root; minutes)
 	command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null; }
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+faults: setup ## interrupt runs at random moments, and see that they end as those left alone (ten minutes)
+	$(BIN)/python scripts/faults.py $(ARGS)
 
 status: setup ## how the runs of an experiment are doing: ARGS="folder=runs/main"
 	@$(BIN)/python scripts/status.py $(ARGS)

@@ -71,6 +71,21 @@ def write(checkpoint: dict[str, Any], aside: Path, sharded: bool, first: bool, g
         _save(rest, aside / FACTS)
 
 
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """Return all of a checkpoint, tensors whole and on the CPU; those of a sharded one by their names in it."""
+    if not checkpoint.is_dir():
+        return torch.load(checkpoint, map_location="cpu", weights_only=False)
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(facts.size, dtype=facts.properties.dtype)
+        if isinstance(facts, TensorStorageMetadata)
+        else None
+        for name, facts in stored.items()
+    }
+    load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state | torch.load(checkpoint / FACTS, map_location="cpu", weights_only=False)
+
+
 def undamaged(checkpoint: Path) -> bool:
     """Whether all of a checkpoint is there, and every record has its checksum."""
     try:

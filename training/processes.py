@@ -125,6 +125,8 @@ def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
     if not ended:
         return
     status = ended[0].returncode
+    if -status in SIGNALS:  # it came before the process could heed it
+        status = 128 - status
     if status not in (MISTAKE, CANNOT_GO_ON) and status - 128 not in SIGNALS:
         said = ""
         if status < 0:

@@ -49,9 +49,9 @@ def _received(signum: int, frame: FrameType | None) -> None:
 
 
 def heed() -> None:
-    """Heed the signals from now on, but for those that whoever started this process wants ignored."""
+    """Heed the signals from now on; but for Ctrl-C if whoever started this process wants it ignored, as shells do."""
     for signum in SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
+        if signum != signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _received)
 
 
