@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slurm faults status bench-clip bench-data bench-train lint format clean
+.PHONY: help setup train test test-slow test-slurm faults status bench-clip bench-data bench-train lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,13 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
+test-slow: setup ## run the tests that make test leaves out (minutes)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow $(ARGS)
+
 test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Debian, root; minutes)
-	command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null; }
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2) >/dev/null 2>&1 || \
+		echo "SLURM's packages could not be installed: its tests will be skipped"
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 faults: setup ## interrupt runs at random moments, and see that they end as those left alone (ten minutes)

@@ -8,6 +8,7 @@ says what a user needs; faults of the program keep their traceback. With HYDRA_F
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from training.config import ConfigError
 from training.processes import (
     CANNOT_GO_ON,
     MISTAKE,
+    PATIENCE,
     AlreadyReported,
     ProcessFailed,
     RunError,
@@ -41,9 +43,8 @@ from training.sweep import check_job, compose
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# Processes that this one starts inherit both variables: the second says what the user had asked for.
-_asked = os.environ.setdefault("ZCLIP_TRACEBACKS", os.environ.get("HYDRA_FULL_ERROR", "0"))
-_wants_traceback = _asked not in ("", "0")
+#: What the user has asked for in HYDRA_FULL_ERROR, which `command_line` sets: processes that it starts inherit both.
+_ASKED = "ZCLIP_TRACEBACKS"
 _mistakes: list[Exception] = []
 _failed: list[RunError] = []
 
@@ -59,6 +60,7 @@ def command_line(main: Callable[[], Any]) -> int:
     tie_to_launcher()
     heed()
     slurm.adopt()
+    os.environ.setdefault(_ASKED, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with reporting():
@@ -69,6 +71,8 @@ def command_line(main: Callable[[], Any]) -> int:
         if rank() == 0 and not isinstance(stop, Stopped):
             say(stop, slurm.requeue(stop.signum))
         return 128 + stop.signum
+    if rank() > 0 and (_failed or _mistakes):
+        time.sleep(PATIENCE)  # whoever started the processes ends all when one ends so, and rank 0 has to say why
     if _failed:
         return 1 if isinstance(_failed[0], ProcessFailed) else CANNOT_GO_ON
     return MISTAKE if _mistakes else 0
@@ -92,7 +96,7 @@ def reporting() -> Iterator[None]:
         _mistakes.append(error)
         if isinstance(error, AlreadyReported) or rank() > 0:
             return  # it has been said
-        if _wants_traceback:
+        if os.environ.get(_ASKED, "0") not in ("", "0"):
             traceback.print_exc()
         print(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", file=sys.stderr)
 

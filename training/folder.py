@@ -187,7 +187,12 @@ class RunFolder:
                 remove(self.checkpoint(step))
         lines = self.metrics.read_text().splitlines(keepends=True)
         write_whole(self.path / f"rewound-{len(rewinds)}.jsonl", "".join(lines[to_step:]))
-        write_whole(self.rewound, json.dumps({"rewinds": rewinds}, indent=1))
+        self.write_rewinds(rewinds)
+
+    def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
+        """Keep how often the run went back, if it did."""
+        if rewinds:
+            write_whole(self.rewound, json.dumps({"rewinds": rewinds}, indent=1))
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""

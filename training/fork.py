@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training.checkpoint_files import undamaged
 from training.config import ConfigError, identity, run_path
-from training.folder import RunFolder, flat
+from training.folder import RunFolder, flat, write_whole
 from training.split import sharded
 
 #: What a run and those forked from it have in common.
@@ -37,9 +37,12 @@ class Origin(NamedTuple):
         """The checkpoint of that step."""
         return self.folder.checkpoint(self.step)
 
-    def metrics(self) -> str:
-        """Return the lines of metrics.jsonl up to the step."""
-        return "".join(self.folder.metrics.read_text().splitlines(keepends=True)[: self.step])
+    def begin(self, folder: RunFolder) -> None:
+        """Write into the folder of the new run what the old one had done up to the step."""
+        rewinds = [rewind for rewind in self.folder.rewinds() if rewind["to_step"] <= self.step]
+        lines = self.folder.metrics.read_text().splitlines(keepends=True)[: self.step]
+        folder.write_rewinds(rewinds)
+        write_whole(folder.metrics, "".join(lines))
 
 
 def origin(cfg: DictConfig) -> Origin | None:

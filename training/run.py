@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +40,7 @@ from training.config import (
     section,
     settings_of,
 )
-from training.folder import RunFolder, write_whole
+from training.folder import RunFolder
 from training.fork import Origin
 from training.held_out import HeldOut
 from training.memory import available_memory
@@ -173,7 +174,7 @@ def _train(
     if checkpoint is None and start is not None:
         checkpoint = start.checkpoint
         if rank() == 0:
-            write_whole(folder.metrics, start.metrics())
+            start.begin(folder)
     done = step_of(checkpoint) if checkpoint else 0
     with torch.device("meta"):
         llama = Llama(model)
@@ -260,7 +261,7 @@ def _train(
         logger=False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
-        plugins=[TorchElasticEnvironment()] if launched() else None,
+        plugins=[TorchElasticEnvironment() if launched() else LightningEnvironment()],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -336,3 +337,4 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # slurm.py sees to it

@@ -89,7 +89,7 @@ def test_batches_are_passed_over_once(loader):
     assert [batch.tokens[:, 0].tolist() for batch in more] == every[12:26]
 
 
-@pytest.mark.parametrize("mode", ["prepared", "stream"])
+@pytest.mark.parametrize("mode", [pytest.param("prepared", marks=pytest.mark.slow), "stream"])
 def test_killed_twenty_times_on_one_to_four_ranks_nothing_is_lost_or_repeated(mode, tmp_path):
     """Real processes, killed at random moments, each time continued on another number of ranks."""
     if mode == "prepared":

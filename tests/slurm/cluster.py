@@ -159,7 +159,11 @@ def missing() -> str | None:
     lacking = [name for name in DAEMONS if shutil.which(name) is None]
     if lacking:
         return f"{', '.join(lacking)} not installed: make test-slurm installs them"
-    return None if os.geteuid() == 0 else "it takes root"
+    if os.geteuid():
+        return "it takes root"
+    probe = subprocess.run(["ip", "link", "add", "zcprobe", "type", "bridge"], capture_output=True, text=True)
+    subprocess.run(["ip", "link", "delete", "zcprobe"], capture_output=True)
+    return f"networks cannot be made here: {probe.stderr.strip()}" if probe.returncode else None
 
 
 def _run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None, check: bool = True) -> str:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import lightning.pytorch as pl
-
-from training import checkpoint_files, folder, metrics
+from training import checkpoint_files, checkpoints, folder, metrics
 from training.module import PretrainingModule
 
 
@@ -20,15 +18,15 @@ def die() -> None:
 
 def while_saving(step: int) -> None:
     """Half of the checkpoint is on the disk."""
-    save = pl.Trainer.save_checkpoint
+    write = checkpoints.write
 
-    def half(self, path, *args, **kwargs):
-        save(self, path, *args, **kwargs)
-        if self.global_step == step:
-            os.truncate(path, Path(path).stat().st_size // 2)
+    def half(checkpoint, path, *args):
+        write(checkpoint, path, *args)
+        if checkpoint["global_step"] == step:
+            os.truncate(path, path.stat().st_size // 2)
             die()
 
-    pl.Trainer.save_checkpoint = half
+    checkpoints.write = half
 
 
 def after_saving(step: int) -> None:

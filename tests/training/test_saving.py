@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from training.checkpoint_files import step_of, undamaged, weights
 from training.health import MARGIN, WINDOW, Health
 from training.random_states import random_states, set_random_states
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 FSDP = (*TWO, "trainer.strategy=fsdp")
 
 
@@ -55,7 +57,7 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in (only_run(folder) / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("how", ["one", "one, beside", "sharded", "sharded, beside"])
+@pytest.mark.parametrize("how", ["one", SLOW("one, beside"), SLOW("sharded"), "sharded, beside"])
 def test_training_goes_on_over_a_full_disk(how, settings, small_disk, tmp_path):
     """Until there is room again; and where there is none to the end, the run continues later. The end is the same."""
     given = (*settings, "trainer.checkpoint_every=10", "trainer.log_every=2", "trainer.max_steps=120")

@@ -76,7 +76,7 @@ def test_each_signal_saves_and_the_run_ends_as_the_one_left_alone(settings, tmp_
     assert same(checkpoint["optimizer_states"], other["optimizer_states"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_processes_stop_after_the_same_step_whichever_is_told(strategy, settings, tmp_path):
     settings = (*settings, *TWO, f"trainer.strategy={strategy}", "trainer.max_steps=5000")
     job = start(*settings, cwd=tmp_path)

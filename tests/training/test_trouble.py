@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, same, train
-from tests.training.test_saving import FSDP
+from tests.training.test_saving import FSDP, SLOW
 from tests.training.test_stopping import start
 from training.checkpoint_files import weights
 
@@ -82,8 +82,11 @@ def test_rewinds_are_counted_and_survive_interruption(fragile, tmp_path):
     job.wait()
     done = train(*settings, "name=killed", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "after step 20 of 40" in done.stdout, done.stderr
-    losses = [[row["loss"] for row in rows(tmp_path / "runs" / "main" / n / "metrics.jsonl")] for n in ("x", "killed")]
-    assert losses[0] == losses[1]
+    done = train(*settings, "name=fork", "resume_from=runs/main/x@35", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    names = ("x", "killed", "fork")
+    losses = [[row["loss"] for row in rows(tmp_path / "runs" / "main" / n / "metrics.jsonl")] for n in names]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_a_run_stops_with_a_report(fragile, tmp_path):
@@ -103,7 +106,7 @@ def test_a_run_stops_with_a_report(fragile, tmp_path):
     assert [row["step"] for row in rows(path / "y" / "metrics.jsonl")] == list(range(1, 41))
 
 
-@pytest.mark.parametrize("mode", [(), FSDP])
+@pytest.mark.parametrize("mode", [(), SLOW(FSDP)])
 def test_a_fork_with_the_same_settings_is_the_same_run(mode, settings, tmp_path):
     settings = (*settings, *mode, "trainer.keep_checkpoints=9")
     assert train(*settings, "name=old", cwd=tmp_path).returncode == 0
