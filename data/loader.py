@@ -96,4 +96,6 @@ class SequenceLoader:
             )
         self.sequences.load_state(state_dict)
         more = self.passed_over - state_dict.get("passed_over", 0)
+        if more < 0:
+            raise ValueError(f"the checkpoint had passed over {-more} more batches than this run: its rewinds are lost")
         self.consumed = state_dict["sequences_consumed"] + more * self.global_batch_size

@@ -108,7 +108,7 @@ def _costs(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         shares = ", ".join(f"{PARTS[part]} {value / total:.1%}" for part, value in spent.items())
         rows.append(("time of a step", f"{total:.3f} s", shares))
     if waited := result.get("saving_seconds"):
-        rows.append(("saving", f"{waited:.2f} s", "in all, in which training waited for checkpoints"))
+        rows.append(("saving", f"{waited:.2f} s", "in all, in which steps waited for a checkpoint"))
     if (most := result.get("peak_memory_gib")) is not None:
         rows.append(("peak memory", f"{most:.1f} GiB", "of one process"))
     return rows

@@ -1,7 +1,7 @@
 """Hydra launchers of a sweep: several runs at a time on this machine, or each as a job of SLURM.
 
 Every run is `train.py` with its overrides, in a process or job of its own. What is done is not run again; what runs or
-waits already is waited for.
+waits already is waited for. Hydra loads this file with every command: what takes time is imported where it is used.
 """
 
 import subprocess
@@ -14,6 +14,9 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+#: Seconds for which SLURM may not answer while a sweep waits.
+PATIENCE = 600
 
 
 class _Launcher(Launcher):
@@ -86,6 +89,8 @@ class Local(_Launcher):
                             start_new_session=True,
                         )
                     running.append((job, process))
+                    if told:  # meanwhile
+                        process.send_signal(told[-1])
                     print(f"started {job.title} ({job.folder.log})")
                 time.sleep(0.1)
                 for job, process in [pair for pair in running if pair[1].poll() is not None]:
@@ -157,15 +162,23 @@ class Slurm(_Launcher):
 
     def _wait(self, jobs: list[Any]) -> list[str]:
         """Wait until no job is in the queue; return those that have not finished."""
+        from training.config import ConfigError
         from training.slurm import jobs as queue
         from training.sweep import status
 
         failed: list[str] = []
         before: dict[str, str] = {}
         left = list(jobs)
+        answered = time.monotonic()
         while left:
             time.sleep(self.poll_seconds)
-            there = queue()
+            try:
+                there = queue()
+            except ConfigError:  # the controller may be starting again
+                if time.monotonic() - answered > PATIENCE:
+                    raise
+                continue
+            answered = time.monotonic()
             for job in list(left):
                 state = status(job.folder, there)
                 if state.job is None:

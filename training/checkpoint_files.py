@@ -62,7 +62,6 @@ def write(checkpoint: dict[str, Any], aside: Path, sharded: bool, first: bool, g
         if first:
             _save(checkpoint, aside)
         return
-    aside.mkdir(exist_ok=True)
     rest = dict(checkpoint)
     tensors = {"state_dict": rest.pop("state_dict")}
     tensors |= {f"optimizer_{index}": state for index, state in enumerate(rest.pop("optimizer_states"))}

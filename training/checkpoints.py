@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
@@ -69,7 +70,8 @@ class Checkpoints(pl.Callback):
         self._last = -1
         self._random: dict[str, Any] | None = None
         self._group: Any = None
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self.beside = beside
+        self._writer: ThreadPoolExecutor | None = None
         self._writing: tuple[int, Future[None]] | None = None
         self._failure: BaseException | None = None
 
@@ -84,7 +86,7 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the states of the random number generators."""
-        self._random = checkpoint["random"]
+        self._random = checkpoint.get("random")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of the step resumed from, which is saved already."""
@@ -92,7 +94,11 @@ class Checkpoints(pl.Callback):
         self.saved = self._last or None
         if self._random is not None:
             set_random_states(self._random)
-        if self._writer is not None and self.sharded:
+        if self.beside:
+            device = trainer.strategy.root_device
+            on_gpu = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+            self._writer = ThreadPoolExecutor(1, "checkpoint", on_gpu)
+        if self.beside and self.sharded:
             self._group = dist.new_group(backend="gloo")  # the writer's own: training goes on in the others
 
     def on_train_batch_end(
@@ -107,7 +113,7 @@ class Checkpoints(pl.Callback):
             self.metrics.clock.mark("saving")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait for the last checkpoint.
+        """Wait for the last checkpoint, all processes for that of rank 0.
 
         Raises:
             RunError: it could not be saved.
@@ -115,9 +121,12 @@ class Checkpoints(pl.Callback):
         self._finish()
         if self._writer is not None:
             self._writer.shutdown()
+        said = None
         if self._failure is not None:
             on = "starts again" if self.saved is None else f"continues after step {self.saved}"
-            raise RunError(f"step {self._last} is not saved ({_reason(self._failure)}): the same command {on}")
+            said = f"step {self._last} is not saved ({_reason(self._failure)}): the same command {on}"
+        if said := trainer.strategy.broadcast(said):
+            raise RunError(said)
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         """Save a checkpoint of this step; the one before is waited for."""
@@ -155,7 +164,10 @@ class Checkpoints(pl.Callback):
                     remove(aside)
             raise
         if first:
-            self._tidy(step)
+            try:
+                self._tidy(step)
+            except OSError as error:
+                self.console.print(f"older checkpoints could not be removed: {error}", style="bold red", markup=False)
 
     def _tidy(self, step: int) -> None:
         """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""

@@ -68,8 +68,10 @@ def command_line(main: Callable[[], Any]) -> int:
     except Interrupted as stop:
         if rank() > 0 and slurm.started_by_srun():
             return 0  # any other status would have srun end rank 0, which may be saving
-        if rank() == 0 and not isinstance(stop, Stopped):
-            say(stop, slurm.requeue(stop.signum))
+        if rank() == 0:
+            queued = slurm.requeue(stop.signum)
+            if not isinstance(stop, Stopped):
+                say(stop, queued)
         return 128 + stop.signum
     if rank() > 0 and (_failed or _mistakes):
         time.sleep(PATIENCE)  # whoever started the processes ends all when one ends so, and rank 0 has to say why

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -110,10 +110,8 @@ class RunFolder:
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with self.lock.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(f"another process is training {self.path}: wait for it, or stop it") from error
+            if not _locked(lock):
+                raise ConfigError(f"another process is training {self.path}: wait for it, or stop it")
             starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
             if starts and starts[-1]["data_fingerprint"] != tokens.fingerprint:
                 raise ConfigError(
@@ -153,10 +151,11 @@ class RunFolder:
         return starts[-1].get("data_folder") if starts else None
 
     def losses(self, steps: int) -> Iterator[float | None]:
-        """Yield the losses of the first steps; `None` is one that was not finite."""
+        """Yield the losses of the first steps; `None` where it, or the gradients, were not finite."""
         if steps:
             with self.metrics.open(encoding="utf-8") as lines:
-                yield from (json.loads(line)["loss"] for line in islice(lines, steps))
+                for row in map(json.loads, islice(lines, steps)):
+                    yield None if row["grad_norm"] is None else row["loss"]
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
@@ -182,7 +181,7 @@ class RunFolder:
         """
         passed_over = self.passed_over(from_step) + from_step - to_step
         rewinds = [*self.rewinds(), {"from_step": from_step, "to_step": to_step, "passed_over": passed_over}]
-        for step in self.steps():
+        for step in reversed(self.steps()):
             if step > to_step:
                 remove(self.checkpoint(step))
         lines = self.metrics.read_text().splitlines(keepends=True)
@@ -220,6 +219,20 @@ class RunFolder:
                 "restore the file, or remove the folder to train again"
             )
         return checkpoint
+
+
+def _locked(lock: TextIO) -> bool:
+    """Take the lock of a folder; of a job that was queued again, a lost node may hold it for a while."""
+    until = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 2)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        else:
+            return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Origin(NamedTuple):
         """The checkpoint of that step."""
         return self.folder.checkpoint(self.step)
 
+    @property
+    def passed_over(self) -> int:
+        """How many global batches the old run had left out by then."""
+        return self.folder.passed_over(self.step)
+
     def begin(self, folder: RunFolder) -> None:
         """Write into the folder of the new run what the old one had done up to the step."""
         rewinds = [rewind for rewind in self.folder.rewinds() if rewind["to_step"] <= self.step]
@@ -46,12 +51,12 @@ class Origin(NamedTuple):
 
 
 def origin(cfg: DictConfig) -> Origin | None:
-    """Return what a run is to start from; `None` if from nothing, or if it has started.
+    """Return what a run is to start from; `None` if from nothing, or if it has a checkpoint of its own.
 
     Raises:
         ConfigError: there is no such checkpoint, or it is not of such a run.
     """
-    if cfg.resume_from is None or any(RunFolder(run_path(cfg)).checkpoints.glob("step-*.ckpt")):
+    if cfg.resume_from is None or RunFolder(run_path(cfg)).newest_checkpoint(say=lambda text: None):
         return None
     given = f"resume_from={cfg.resume_from}"
     found = re.fullmatch(r"(.+)@(\d+)", cfg.resume_from)

@@ -76,7 +76,7 @@ class Metrics(pl.Callback):
         self._losses: list[Tensor] = []
         self._file: BinaryIO | None = None
         self._unwritten: list[bytes] = []
-        self._step = 0  # of the last line
+        self._step = self._length = 0  # of the last line; bytes up to its end
         self._failure: OSError | None = None
         self._since = 0.0
         self.clock = Clock(torch.device("cpu"))
@@ -84,13 +84,13 @@ class Metrics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file behind the last line that counts."""
         for loss in self.folder.losses(trainer.global_step):
-            self.health.add(loss)
+            self._count(loss)
         if trainer.is_global_zero:
             lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
             kept = lines[: trainer.global_step]
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
             self._file = self.folder.metrics.open("ab", buffering=0)
-            self._step = len(kept)
+            self._step, self._length = len(kept), self.folder.metrics.stat().st_size
         self._since = time.perf_counter()
         reset_peak_memory(pl_module.device)
         self.clock = Clock(pl_module.device)
@@ -141,7 +141,7 @@ class Metrics(pl.Callback):
             lr = pl_module.lr * pl_module.lr_factor(step - 1)
             fields = dict(zip(names, numbers, strict=True))
             finite = math.isfinite(fields["loss"]) and math.isfinite(fields["grad_norm"])
-            self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+            self._count(fields["loss"] if finite else None)
             rows.append(
                 {
                     "step": step,
@@ -154,7 +154,6 @@ class Metrics(pl.Callback):
                     "peak_memory_gib": round(memory / 2**30, 3),
                 }
             )
-            self.health.add(rows[-1]["loss"])
         self._pending.clear()
         if self._file is not None:
             self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows]
@@ -164,16 +163,20 @@ class Metrics(pl.Callback):
                     listener(row)
         self.clock.mark("writing")
 
+    def _count(self, loss: float | None) -> None:
+        """Take the loss of the next step; `None` if it or the gradients are not finite."""
+        self.health.add(loss)
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if loss is None else 0
+
     def _write(self, file: BinaryIO) -> None:
         """Write the lines that are not on the disk yet; if that fails, leave them for the next time."""
-        end = os.fstat(file.fileno()).st_size
         try:
+            os.ftruncate(file.fileno(), self._length)  # no part of a line that could not be written
             lines = b"".join(self._unwritten)
             while lines:
                 lines = lines[file.write(lines) :]
             os.fsync(file.fileno())
         except OSError as error:
-            os.ftruncate(file.fileno(), end)  # no part of a line
             if self._failure is None:
                 self.console.print(
                     f"{self.folder.metrics} CANNOT BE WRITTEN: {error.strerror}. Training goes on, and tries again; "
@@ -183,6 +186,7 @@ class Metrics(pl.Callback):
                 )
             self._failure = error
             return
+        self._length += sum(map(len, self._unwritten))
         self._step += len(self._unwritten)
         self._unwritten.clear()
         self._failure = None

@@ -48,12 +48,11 @@ class Nonfinite(pl.Callback):
             self.tripped = trainer.global_step
             trainer.should_stop = True
 
-    def go_on(self, trainer: pl.Trainer, folder: RunFolder, console: Console) -> None:
-        """Do what the policy says, once training has ended for it. To be called by all processes.
+    def go_back(self, trainer: pl.Trainer, folder: RunFolder, console: Console) -> int:
+        """Make a run folder that of the run at its last healthy step, and return the step. All processes call it.
 
         Raises:
-            RunError: the run ends here.
-            Rewound: `folder` is that of a run at an earlier step.
+            RunError: by the policy the run ends here, or it cannot go back.
         """
         step = self.tripped
         assert step is not None
@@ -77,4 +76,4 @@ class Nonfinite(pl.Callback):
         console.print(
             f"{said}: going back to step {healthy}, and past the {step - healthy} batches since", style="bold red"
         )
-        raise Rewound
+        return healthy

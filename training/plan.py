@@ -71,6 +71,8 @@ def plan(cfg: DictConfig) -> Plan:
         "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
         "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * rows * config.vocab_size,
     }
+    if trainer.async_save and trainer.accelerator == "cpu":  # that of a GPU's memory is in the host's
+        memory["copy that is saved"] = 12 * config.parameters / spread
     per_step = trainer.global_batch_size * length
     return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)
 

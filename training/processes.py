@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from training.config import ConfigError
 from training.signals import SIGNALS, Interrupted, reacting
+from training.slurm import LAUNCHER
 
 #: Seconds that the others have to end by themselves when one process has ended as it was told to.
 GRACE = 60.0
@@ -25,7 +26,6 @@ GRACE = 60.0
 #: Seconds before a process tells of a lost connection, in which the cause can be told, and whoever started it end it.
 PATIENCE = 5.0
 
-_LAUNCHER = "ZCLIP_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,7 +65,7 @@ def rank() -> int:
 
 def tie_to_launcher() -> None:
     """End this process with the one that launched it, however that ends, if the system can see to it."""
-    launcher = os.environ.get(_LAUNCHER)
+    launcher = os.environ.get(LAUNCHER)
     if launcher is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -76,7 +76,7 @@ def tie_to_launcher() -> None:
 def child_environment(processes: int) -> dict[str, str]:
     """Return the environment for each of several processes, which share this machine and end with this one."""
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
-    return {**threads, **os.environ, _LAUNCHER: str(os.getpid())}
+    return {**threads, **os.environ, LAUNCHER: str(os.getpid())}
 
 
 def launch(processes: int, arguments: Sequence[str]) -> None:
@@ -126,7 +126,7 @@ def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
         return
     status = ended[0].returncode
     if -status in SIGNALS:  # it came before the process could heed it
-        status = 128 - status
+        raise Interrupted(-status)
     if status not in (MISTAKE, CANNOT_GO_ON) and status - 128 not in SIGNALS:
         said = ""
         if status < 0:

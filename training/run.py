@@ -171,7 +171,9 @@ def _train(
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
     checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
-    if checkpoint is None and start is not None:
+    if checkpoint is not None:
+        start = None
+    elif start is not None:
         checkpoint = start.checkpoint
         if rank() == 0:
             start.begin(folder)
@@ -196,10 +198,10 @@ def _train(
         rank=rank(),
         world_size=world_size(cfg),
         bad_batches=bad_batches(cfg, tokens),
-        passed_over=folder.passed_over(done),
+        passed_over=folder.passed_over(done) if start is None else start.passed_over,
     )
-    anew = start is not None and checkpoint == start.checkpoint and not start.same_clipping
-    if start is not None and checkpoint == start.checkpoint:
+    anew = start is not None and not start.same_clipping
+    if start is not None:
         console.print(
             f"training {folder.path} from {checkpoint}" + (", the clipper's statistics from nothing" if anew else "")
         )
@@ -267,8 +269,10 @@ def _train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's handler of SIGTERM broadcasts within the handler, which can deadlock: ours stay.
+    # Lightning's handler of SIGTERM broadcasts within the handler, which can deadlock: ours stay. So there is nothing
+    # to look for with every batch, waiting for the device.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     if wandb_run is not None:
         metrics.listeners.append(wandb_run)
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
@@ -284,17 +288,18 @@ def _train(
         with reacting(stopping.tell):
             trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
-        if nonfinite.tripped is not None:
-            nonfinite.go_on(trainer, folder, console)
+        back_to = None if nonfinite.tripped is None else nonfinite.go_back(trainer, folder, console)
         if signum := stopping.agreed or stopping.told:
-            raise Interrupted(signum, trainer.global_step, trainer.global_step)
+            raise Interrupted(signum, trainer.global_step if back_to is None else back_to)
+        if back_to is not None:
+            raise Rewound
         console.print(f"evaluating on {held_out.tokens:,} held-out tokens")
         trainer.test(module, dataloaders=held_out, verbose=False)
         if wandb_run is not None:
             wandb_run.log({"test_loss": module.test_loss}, trainer_cfg.max_steps)
     except SystemExit as stop:  # what Lightning makes of a signal during the evaluation
         assert isinstance(stop.__context__, Interrupted)
-        raise Interrupted(stop.__context__.signum, trainer.global_step, trainer.global_step) from stop
+        raise Interrupted(stop.__context__.signum, trainer.global_step) from stop
     except SourceError as error:
         raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error
     finally:

@@ -15,23 +15,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the program.
+    """A signal ends the program; those that come from now on do not, but for Ctrl-C.
 
     Args:
         signum: which.
-        step: optimizer steps done then; `None` if it was not training.
-        saved: step of the last checkpoint; `None` if there is none.
+        step: after which the run continues; `None` if it was not training.
     """
 
-    def __init__(self, signum: int, step: int | None = None, saved: int | None = None) -> None:
+    def __init__(self, signum: int, step: int | None = None) -> None:
+        global _react
         super().__init__(signum)
         self.signum = signum
         self.step = step
-        self.saved = saved
+        _react = _leave
 
 
 def _end(signum: int) -> None:
     raise Interrupted(signum)
+
+
+def _leave(signum: int) -> None:
+    if signum == signal.SIGINT:
+        os._exit(128 + signum)
 
 
 _react: Callable[[int], None] = _end
@@ -63,7 +68,8 @@ def reacting(react: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        _react = before
+        if _react is react:
+            _react = before
 
 
 def say(stop: Interrupted, queued: bool) -> None:
@@ -71,8 +77,6 @@ def say(stop: Interrupted, queued: bool) -> None:
     which = "the job is in the queue again and" if queued else "the same command"
     if stop.step is None:
         said = f"interrupted: {which} goes on"
-    elif stop.saved is None:
-        said = f"interrupted after step {stop.step}: {which} starts again: there is no checkpoint yet"
     else:
-        said = f"interrupted after step {stop.step}: {which} continues after step {stop.saved}"
+        said = f"interrupted after step {stop.step}: {which} continues after step {stop.step}"
     print(said, file=sys.stderr)

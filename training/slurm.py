@@ -12,6 +12,9 @@ from training.config import ConfigError
 #: Signals by which SLURM, or who submitted a job, says that its time is nearly over.
 TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2)
 
+#: Environment variable with the process that has started this one on the same machine.
+LAUNCHER = "ZCLIP_LAUNCHER"
+
 CHECKOUT = Path(__file__).parent.parent
 
 #: MASTER_PORT is in this range, below those that systems give to clients.
@@ -21,6 +24,11 @@ _PORTS = range(15000, 25000)
 def started_by_srun() -> bool:
     """Whether this process is a task of a job step."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def launched_here() -> bool:
+    """Whether a process of the job has started this one, and sees to the job itself."""
+    return LAUNCHER in os.environ
 
 
 def adopt() -> None:
@@ -76,7 +84,7 @@ def requeue(signum: int) -> bool:
     Returns:
         Whether it is there. If it should be and cannot, stderr says why.
     """
-    if signum not in TIME_IS_UP or not started_by_srun():
+    if signum not in TIME_IS_UP or not started_by_srun() or launched_here():
         return False
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:

@@ -141,10 +141,13 @@ class Cluster:
         if (self.folder / "head.pid").exists():
             _run("scancel", "--user=root", env=self.environment, check=False)
             time.sleep(1)
-        for name in [*self.names, "head", "munged"]:
-            pid = self.folder / f"{name}.pid"
-            if pid.exists():
-                _run("kill", pid.read_text().strip(), check=False)
+        files = [self.folder / f"{name}.pid" for name in (*self.names, "head", "munged")]
+        daemons = [file.read_text().strip() for file in files if file.exists()]
+        for pid in daemons:
+            _run("kill", pid, check=False)
+        until = time.monotonic() + 10
+        while any(Path("/proc", pid).exists() for pid in daemons) and time.monotonic() < until:
+            time.sleep(0.1)
         for name in self.names:
             space = f"{self.prefix}{name}"
             for left in _run("ip", "netns", "pids", space, check=False).split():
