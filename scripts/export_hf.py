@@ -58,9 +58,9 @@ def main(cfg: DictConfig) -> None:
 
 def _checkpoint(folder: RunFolder, step: int | None, console: Console) -> Path:
     """Return the checkpoint of a step, or the newest that is undamaged."""
-    there = {step_of(path): path for path in folder.checkpoints.glob("step-*.ckpt")}
+    there = {step: folder.checkpoint(step) for step in folder.steps()}
     if step is not None and step not in there:
-        steps = ", ".join(map(str, sorted(there))) or "none"
+        steps = ", ".join(map(str, there)) or "none"
         raise ConfigError(f"step={step} has no checkpoint in {folder.checkpoints}: it must be one of {steps}")
     if step is not None and not undamaged(there[step]):
         raise ConfigError(f"step={step} is damaged: {there[step]} must be restored, or another step exported")

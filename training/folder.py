@@ -142,7 +142,7 @@ class RunFolder:
 
     def write_failure(self, error: BaseException) -> None:
         """Keep what ended this start, if no other process of the run has done so."""
-        with suppress(FileExistsError, OSError), self.failure.open("x", encoding="utf-8") as file:
+        with suppress(OSError), self.failure.open("x", encoding="utf-8") as file:
             file.write("".join(traceback.format_exception(error)))
 
     def data_folder(self) -> str | None:
@@ -195,7 +195,7 @@ class RunFolder:
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""
-        for checkpoint in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
+        for checkpoint in map(self.checkpoint, reversed(self.steps())):
             if undamaged(checkpoint):
                 return checkpoint
             say(f"{checkpoint} is damaged: going back to the one before")

@@ -28,7 +28,6 @@ PATIENCE = 5.0
 
 _PR_SET_PDEATHSIG = 1
 
-
 #: Exit statuses: a mistake of the user's, and a run that cannot go on. Faults of the program are 1.
 MISTAKE, CANNOT_GO_ON = 2, 3
 
@@ -89,6 +88,7 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
         CannotGoOn: they cannot, and have said why.
         ProcessFailed: one has failed, or was killed.
         Stopped: a signal ended them.
+        Interrupted: it ended one before that could heed it, and say so.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     shared = {
@@ -127,15 +127,15 @@ def _see_to_the_end(processes: list[subprocess.Popen[bytes]]) -> None:
     status = ended[0].returncode
     if -status in SIGNALS:  # it came before the process could heed it
         raise Interrupted(-status)
-    if status not in (MISTAKE, CANNOT_GO_ON) and status - 128 not in SIGNALS:
+    if status in (MISTAKE, CANNOT_GO_ON):
+        _wait(processes[:1], PATIENCE)  # it speaks
+        raise AlreadyReported if status == MISTAKE else CannotGoOn
+    if status - 128 not in SIGNALS:
         said = ""
         if status < 0:
             number, name = processes.index(ended[0]), signal.Signals(-status).name
             said = f"process {number} of the run was ended by {name}: the same command continues"
         raise ProcessFailed(said)
-    if status in (MISTAKE, CANNOT_GO_ON):
-        _wait(processes[:1], PATIENCE)  # it speaks
-        raise AlreadyReported if status == MISTAKE else CannotGoOn
     for process in processes:  # those that were not told what this one was
         process.terminate()
     _wait(processes, GRACE)

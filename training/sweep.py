@@ -10,7 +10,6 @@ from omegaconf import DictConfig, open_dict
 from training.config import check, run_path
 from training.folder import RunFolder
 from training.fork import origin
-from training.slurm import jobs
 
 #: Of the runs of this sweep that are done: their overrides, key to value, and results.
 finished: list[tuple[dict[str, str], dict[str, Any]]] = []
@@ -85,14 +84,13 @@ class Status(NamedTuple):
     job: str | None
 
 
-def status(folder: RunFolder, queue: dict[str, str] | None = None) -> Status:
+def status(folder: RunFolder, queue: dict[str, str]) -> Status:
     """Return how a run is doing.
 
     Args:
         folder: of the run.
-        queue: states of SLURM's jobs by their numbers; `None`: they are asked for.
+        queue: states of SLURM's jobs by their numbers.
     """
-    queue = jobs() if queue is None else queue
     job = folder.job() if folder.job() in queue else None
     if folder.result.exists():
         state = "done"
