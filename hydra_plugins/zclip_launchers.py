@@ -44,6 +44,19 @@ class _Launcher(Launcher):
         raise NotImplementedError
 
 
+def _check_n_jobs(n_jobs: Any) -> None:
+    from zclip.base import is_count
+
+    if not is_count(n_jobs):
+        _refuse(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")
+
+
+def _refuse(said: str) -> None:
+    from training.config import ConfigError
+
+    raise ConfigError(said)
+
+
 class Local(_Launcher):
     """Runs on this machine, some at a time.
 
@@ -52,12 +65,7 @@ class Local(_Launcher):
     """
 
     def __init__(self, n_jobs: int) -> None:
-        from zclip.base import is_count
-
-        if not is_count(n_jobs):
-            from training.config import ConfigError
-
-            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")
+        _check_n_jobs(n_jobs)
         self.n_jobs = n_jobs
 
     def run(self, jobs: list[Any]) -> list[str]:
@@ -114,6 +122,7 @@ class Slurm(_Launcher):
         partition, account, qos: of the jobs; `None`: the cluster's default.
         cpus_per_task: of a task; `None`: the cluster's default.
         options: more of sbatch's, as `[--constraint=h100]`.
+        n_jobs: in the queue at a time; `None`: all.
         wait: whether to wait for the jobs.
         poll_seconds: how often to look.
     """
@@ -127,50 +136,40 @@ class Slurm(_Launcher):
         qos: str | None,
         cpus_per_task: int | None,
         options: Sequence[str],
+        n_jobs: int | None,
         wait: bool,
         poll_seconds: float,
     ) -> None:
+        if n_jobs is not None:
+            _check_n_jobs(n_jobs)
+        if n_jobs is not None and not wait:
+            _refuse(f"hydra.launcher.n_jobs={n_jobs} is not possible with hydra.launcher.wait=false: it must be null")
         given = {"partition": partition, "account": account, "qos": qos, "cpus-per-task": cpus_per_task, "time": time}
         self.options = [f"--{name}={value}" for name, value in given.items() if value is not None]
         self.options += [f"--signal=USR1@{signal_seconds}", *options]
+        self.n_jobs = n_jobs
         self.wait = wait
         self.poll_seconds = poll_seconds
 
     def run(self, jobs: list[Any]) -> list[str]:
-        """Submit those that are not in the queue, and wait for all."""
-        from training.slurm import jobs as queue
-        from training.slurm import submit
-
-        there = queue()
-        for job in jobs:
-            if job.folder.job() in there:
-                print(f"job {job.folder.job()} has {job.title} already")
-                continue
-            trainer = job.cfg.trainer
-            options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}", *self.options]
-            if trainer.accelerator == "gpu":
-                options.append(f"--gpus-per-node={trainer.devices}")
-            job.folder.path.mkdir(parents=True, exist_ok=True)
-            options.append(f"--output={job.folder.log.absolute()}")
-            number = submit([*options, f"--job-name={job.title}"], job.overrides)
-            job.folder.write_job(number)
-            print(f"job {number}: {job.title}")
-        if not self.wait:
-            print("make status tells how they are doing")
-            return []
-        return self._wait(jobs)
-
-    def _wait(self, jobs: list[Any]) -> list[str]:
-        """Wait until no job is in the queue; return those that have not finished."""
+        """Submit those that are not in the queue, wait for all, and return those that have not finished."""
         from training.config import ConfigError
         from training.slurm import jobs as queue
         from training.sweep import status
 
+        there = queue()
+        left = sorted(jobs, key=lambda job: job.folder.job() not in there)
+        submitted: list[Any] = []
         failed: list[str] = []
         before: dict[str, str] = {}
-        left = list(jobs)
         answered = time.monotonic()
-        while left:
+        while left or submitted:
+            while left and (self.n_jobs is None or len(submitted) < self.n_jobs):
+                submitted.append(left.pop(0))
+                self._submit(submitted[-1], there)
+            if not self.wait:
+                print("make status tells how they are doing")
+                break
             time.sleep(self.poll_seconds)
             try:
                 there = queue()
@@ -179,12 +178,12 @@ class Slurm(_Launcher):
                     raise
                 continue
             answered = time.monotonic()
-            for job in list(left):
+            for job in list(submitted):
                 state = status(job.folder, there)
                 if state.job is None:
-                    left.remove(job)
+                    submitted.remove(job)
                     if job.finish():
-                        print(f"finished {job.title}, {len(left)} left")
+                        print(f"finished {job.title}, {len(left) + len(submitted)} left")
                     else:
                         failed.append(f"{job.title} (job {job.folder.job()}, {job.folder.log})")
                         print(f"failed {failed[-1]}")
@@ -192,3 +191,20 @@ class Slurm(_Launcher):
                     before[job.title] = state.state
                     print(f"{state.state} {job.title}, job {state.job}")
         return failed
+
+    def _submit(self, job: Any, queue: dict[str, str]) -> None:
+        """Submit a job if it is not in the queue."""
+        from training.slurm import submit
+
+        if job.folder.job() in queue:
+            print(f"job {job.folder.job()} has {job.title} already")
+            return
+        trainer = job.cfg.trainer
+        options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}", *self.options]
+        if trainer.accelerator == "gpu":
+            options.append(f"--gpus-per-node={trainer.devices}")
+        job.folder.path.mkdir(parents=True, exist_ok=True)
+        options.append(f"--output={job.folder.log.absolute()}")
+        number = submit([*options, f"--job-name={job.title}"], job.overrides)
+        job.folder.write_job(number)
+        print(f"job {number}: {job.title}")

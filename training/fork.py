@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from training.checkpoint_files import undamaged
 from training.config import ConfigError, identity, run_path
 from training.folder import RunFolder, flat, write_whole
+from training.processes import rank
 from training.split import sharded
 
 #: What a run and those forked from it have in common.
@@ -56,7 +57,7 @@ def origin(cfg: DictConfig) -> Origin | None:
     Raises:
         ConfigError: there is no such checkpoint, or it is not of such a run.
     """
-    if cfg.resume_from is None or RunFolder(run_path(cfg)).newest_checkpoint(say=lambda text: None):
+    if cfg.resume_from is None or RunFolder(run_path(cfg)).steps():
         return None
     given = f"resume_from={cfg.resume_from}"
     found = re.fullmatch(r"(.+)@(\d+)", cfg.resume_from)
@@ -82,6 +83,6 @@ def origin(cfg: DictConfig) -> Origin | None:
         )
     if step >= cfg.trainer.max_steps:
         raise ConfigError(f"{given} is not possible with trainer.max_steps={cfg.trainer.max_steps}: it must be more")
-    if not undamaged(folder.checkpoint(step)):
+    if rank() == 0 and not undamaged(folder.checkpoint(step)):
         raise ConfigError(f"{given} is not possible: {folder.checkpoint(step)} is damaged")
     return Origin(folder, step, ours["clip"] == theirs["clip"])

@@ -23,6 +23,7 @@ from training.folder import RunFolder, write_whole
 from training.health import Health
 from training.memory import peak_memory, reset_peak_memory
 from training.module import PretrainingModule
+from training.processes import of_rank_0
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
 
@@ -83,7 +84,7 @@ class Metrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file behind the last line that counts."""
-        for loss in self.folder.losses(trainer.global_step):
+        for loss in of_rank_0(lambda: list(self.folder.losses(trainer.global_step))):
             self._count(loss)
         if trainer.is_global_zero:
             lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from training.folder import RunFolder
 from training.metrics import Metrics
-from training.processes import RunError, rank
+from training.processes import RunError, of_rank_0
 
 
 class Rewound(Exception):
@@ -48,7 +48,7 @@ class Nonfinite(pl.Callback):
             self.tripped = trainer.global_step
             trainer.should_stop = True
 
-    def go_back(self, trainer: pl.Trainer, folder: RunFolder, console: Console) -> int:
+    def go_back(self, folder: RunFolder, console: Console) -> int:
         """Make a run folder that of the run at its last healthy step, and return the step. All processes call it.
 
         Raises:
@@ -56,9 +56,7 @@ class Nonfinite(pl.Callback):
         """
         step = self.tripped
         assert step is not None
-        trainer.strategy.barrier()
-        healthy = max((saved for saved in folder.steps() if self.metrics.health.at(saved)), default=None)
-        rewinds = folder.rewinds()
+        healthy, rewinds = of_rank_0(lambda: (self._healthy(folder), len(folder.rewinds())))
         said = f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to step {step}"
         if healthy is None:
             raise RunError(f"{said}, and there is no checkpoint from before: the run ends here")
@@ -67,13 +65,14 @@ class Nonfinite(pl.Callback):
                 f"{said}: trainer.nonfinite=stop ends the run here; resume_from={folder.path}@{healthy} is a run from "
                 "the last healthy checkpoint, with other settings"
             )
-        if len(rewinds) == self.most_rewinds:
-            raise RunError(f"{said}, after {len(rewinds)} rewinds (trainer.most_rewinds): the run ends here")
-        trainer.strategy.barrier()  # all have looked
-        if rank() == 0:
-            folder.rewind(healthy, step)
-        trainer.strategy.barrier()
+        if rewinds >= self.most_rewinds:
+            raise RunError(f"{said}, after {rewinds} rewinds (trainer.most_rewinds): the run ends here")
+        of_rank_0(lambda: folder.rewind(healthy, step))
         console.print(
             f"{said}: going back to step {healthy}, and past the {step - healthy} batches since", style="bold red"
         )
         return healthy
+
+    def _healthy(self, folder: RunFolder) -> int | None:
+        """Return the last step of which there is a checkpoint, and at which the run was healthy."""
+        return max((step for step in folder.steps() if self.metrics.health.at(step)), default=None)

@@ -4,6 +4,7 @@
 speaks; but of a failure whoever it happens to.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,9 @@ _PR_SET_PDEATHSIG = 1
 
 #: Exit statuses: a mistake of the user's, and a run that cannot go on. Faults of the program are 1.
 MISTAKE, CANNOT_GO_ON = 2, 3
+
+
+T = TypeVar("T")
 
 
 class AlreadyReported(ConfigError):
@@ -60,6 +65,28 @@ def launched() -> bool:
 def rank() -> int:
     """Return this process's number in the run."""
     return int(os.environ["RANK"]) if launched() else 0
+
+
+def connect(gpu: bool) -> None:
+    """Connect the processes of the run, if there are several and they are not; over NCCL too if each has a GPU."""
+    if not launched() or dist.is_initialized():
+        return
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        atexit.register(dist.destroy_process_group)  # NCCL warns otherwise
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def of_rank_0(decide: Callable[[], T]) -> T:
+    """Return what rank 0 finds, in all processes of the run, once they are connected.
+
+    What is on the disk is for rank 0 to say: others may see an older state of it over a network, and need not read all.
+    """
+    if not launched():
+        return decide()
+    found = [decide() if rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]
 
 
 def tie_to_launcher() -> None:

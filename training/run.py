@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
 from training.nonfinite import Nonfinite, Rewound
 from training.plan import tight
-from training.processes import launched, rank
+from training.processes import connect, launched, of_rank_0, rank
 from training.progress import ProgressDisplay
 from training.signals import Interrupted, reacting
 from training.speed import flops_per_token, peak
@@ -170,13 +171,8 @@ def _train(
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
-    checkpoint = (folder.last_checkpoint if rank() == 0 else folder.newest_checkpoint)(say=console.print)
-    if checkpoint is not None:
-        start = None
-    elif start is not None:
-        checkpoint = start.checkpoint
-        if rank() == 0:
-            start.begin(folder)
+    connect(trainer_cfg.accelerator == "gpu")
+    checkpoint, passed_over, start = of_rank_0(partial(_beginning, folder, start, console))
     done = step_of(checkpoint) if checkpoint else 0
     with torch.device("meta"):
         llama = Llama(model)
@@ -198,7 +194,7 @@ def _train(
         rank=rank(),
         world_size=world_size(cfg),
         bad_batches=bad_batches(cfg, tokens),
-        passed_over=folder.passed_over(done) if start is None else start.passed_over,
+        passed_over=passed_over,
     )
     anew = start is not None and not start.same_clipping
     if start is not None:
@@ -288,7 +284,7 @@ def _train(
         with reacting(stopping.tell):
             trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
-        back_to = None if nonfinite.tripped is None else nonfinite.go_back(trainer, folder, console)
+        back_to = None if nonfinite.tripped is None else nonfinite.go_back(folder, console)
         if signum := stopping.agreed or stopping.told:
             raise Interrupted(signum, trainer.global_step if back_to is None else back_to)
         if back_to is not None:
@@ -315,6 +311,15 @@ def _train(
         "parameters": model.parameters,
         "data_fingerprint": tokens.fingerprint,
     }
+
+
+def _beginning(folder: RunFolder, start: Origin | None, console: Console) -> tuple[Path | None, int, Origin | None]:
+    """Return the checkpoint from which a run goes on, the batches left out by then, and the other run it is of."""
+    checkpoint = folder.last_checkpoint(say=console.print)
+    if checkpoint is None and start is not None:
+        start.begin(folder)
+        return start.checkpoint, start.passed_over, start
+    return checkpoint, folder.passed_over(step_of(checkpoint) if checkpoint else 0), None
 
 
 def _wandb_run(cfg: DictConfig, folder: RunFolder, console: Console) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import CHECKOUT, TINY, same, train
 from tests.scripts.test_data_scripts import script
 from tests.slurm.cluster import Cluster, missing
+from tests.training.test_stopping import start
 from tests.training.test_trouble import rows
 from training.checkpoint_files import weights
 
@@ -150,12 +151,19 @@ def test_a_node_is_cut_off_and_the_job_goes_on_with_others(cluster, settings, un
 
 def test_a_sweep_of_four_strategies_and_only_what_is_not_done(cluster, settings, tmp_path):
     given = tuple(s for s in settings if not s.startswith("clip."))
-    given = (*given, "trainer.nodes=2", "trainer.max_steps=30", "hydra/launcher=slurm", "hydra.launcher.time=10")
+    given = (*given, "trainer.nodes=2", "trainer.max_steps=100", "hydra/launcher=slurm", "hydra.launcher.time=10")
     env = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
-    done = train("-m", *given, "clip=none,fixed,autoclip", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^job \d+: micro-", done.stdout, re.M)) == 3
-    assert done.stdout.count("\nfinished micro-") == 3 and "test loss" in done.stdout
+    sweep = start("-m", *given, "clip=none,fixed,autoclip", "hydra.launcher.n_jobs=1", cwd=tmp_path, **env)
+    cluster.wait(lambda: any(tmp_path.glob("runs/main/*/metrics.jsonl")) or sweep.poll() is not None, 120)
+    (first,) = tmp_path.glob("runs/main/*/job.json")
+    cluster.ask("scancel", "--signal=USR1", queued := json.loads(first.read_text())["slurm"])
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, out + err
+    assert len(re.findall(r"^job \d+: micro-", out, re.M)) == 3
+    assert out.count("\nfinished micro-") == 3 and "test loss" in out
+    assert cluster.job(queued)["Restarts"] == "1" and cluster.job(queued)["JobState"] == "COMPLETED"
+    order = re.findall(r"^(job|finished) ", out, re.M)
+    assert order == ["job", "finished"] * 3, "one at a time"
     done = train("-m", *given, "clip=none,fixed,autoclip,zclip", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 4 are finished already" in done.stdout
@@ -171,6 +179,18 @@ def test_a_sweep_of_four_strategies_and_only_what_is_not_done(cluster, settings,
     cluster.ask("scancel", held)
     refused = train("-m", *given, "hydra.launcher.partition=none", "seed=2", "clip=zclip", cwd=tmp_path, env=env)
     assert refused.returncode == 2 and "sbatch refuses the job:" in refused.stderr, refused.stderr
+
+
+def test_told_to_stop_while_the_text_is_prepared(cluster, settings, tmp_path):
+    """One task prepares it, the other waits; the job goes back into the queue, and ends well."""
+    given = (s for s in settings if not s.startswith(("data.path", "paths.cache")))
+    job = Job(cluster, tmp_path, "x", *given, f"paths.cache={tmp_path}/cache", "trainer.max_steps=10")
+    cluster.wait(lambda: any(tmp_path.glob("cache/*/*")) or cluster.finished(job.number), 120)
+    cluster.ask("scancel", "--signal=USR1", job.number)
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1" or cluster.finished(job.number), 60)
+    assert "interrupted: the job is in the queue again and goes on" in job.said()
+    assert job.end()["JobState"] == "COMPLETED", job.said()
+    assert job.steps() == 10
 
 
 def test_a_time_limit_is_survived(cluster, settings, tmp_path):

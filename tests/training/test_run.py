@@ -220,11 +220,13 @@ def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path):
 
 def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(settings, tmp_path):
     settings = (*settings, "trainer.keep_checkpoints=1")
-    assert train(*settings, "trainer.checkpoint_every=40", cwd=tmp_path).returncode == 0
+    given = ("trainer.checkpoint_every=8", "trainer.keep_every=8")
+    assert train(*settings, *given, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     (path / "result.json").unlink()
-    last = path / "checkpoints" / "step-00000040.ckpt"
-    last.write_bytes(last.read_bytes()[:-1000])
+    saved = sorted((path / "checkpoints").iterdir())
+    for damaged in saved[1:]:
+        damaged.write_bytes(damaged.read_bytes()[:-1000])
     job = subprocess.Popen(train_command(*settings, "trainer.checkpoint_every=4"), cwd=tmp_path)
     while job.poll() is None and not (path / "checkpoints" / "step-00000016.ckpt").exists():
         time.sleep(0.002)
@@ -232,6 +234,22 @@ def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(se
     job.wait()
     done = train(*settings, cwd=tmp_path)
     assert done.returncode == 0 and "is damaged" in done.stdout and "continuing" in done.stdout, done.stderr
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(settings, tmp_path):
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    path = only_run(tmp_path)
+    (path / "result.json").unlink()
+    for damaged in (path / "checkpoints").iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:-1000])
+    before = (path / "metrics.jsonl").read_bytes()
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "has no checkpoint that is undamaged: restore one of" in done.stderr
+    assert (path / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(path / "checkpoints")
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0 and (path / "metrics.jsonl").read_bytes().count(b"\n") == 40, done.stderr
 
 
 def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):

@@ -1,5 +1,6 @@
 """Runs that are told to stop, or of which a process fails: real processes, real signals."""
 
+import json
 import os
 import random
 import signal
@@ -146,3 +147,17 @@ def test_the_processes_own_their_folder_and_end_with_the_one_that_started_them(s
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.05)
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_job_that_is_queued_again_in_vain_ends(settings, tmp_path):
+    job = start(*settings, "trainer.checkpoint_every=40", cwd=tmp_path, SLURM_JOB_ID="7")
+    wait_for_steps(job, tmp_path, 1)
+    job.kill()
+    job.wait()
+    file = only_run(tmp_path) / "environment.json"
+    file.write_text(json.dumps({"starts": 4 * json.loads(file.read_text())["starts"]}))
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "4"}
+    done = train(*settings, cwd=tmp_path, env=env)
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("job 7 has started 5 times after step 0 of runs/main/")
+    assert train(*settings, cwd=tmp_path, env={"SLURM_JOB_ID": "8"}).returncode == 0

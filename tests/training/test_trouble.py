@@ -67,6 +67,23 @@ def test_a_run_goes_back_and_past_the_bad_batches(mode, fragile, tmp_path):
     assert [row["loss"] for row in fork] == [row["loss"] for row in rows(path / "metrics.jsonl")]
 
 
+def test_from_before_a_rewind_the_run_comes_to_it_again(fragile, tmp_path):
+    """As when the checkpoints since are damaged."""
+    settings, env = fragile
+    settings = (*settings, "trainer.nonfinite=rewind", "trainer.keep_checkpoints=9")
+    done = train(*settings, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "runs" / "main" / "x"
+    losses, rewinds = [row["loss"] for row in rows(path / "metrics.jsonl")], (path / "rewinds.json").read_text()
+    (path / "result.json").unlink()
+    for checkpoint in sorted((path / "checkpoints").iterdir())[1:]:
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    done = train(*settings, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "after step 5 of 40" in done.stdout, done.stdout + done.stderr
+    assert (path / "rewinds.json").read_text() == rewinds
+    assert [row["loss"] for row in rows(path / "metrics.jsonl")] == losses
+
+
 def test_rewinds_are_counted_and_survive_interruption(fragile, tmp_path):
     """A run that is killed after a rewind ends as the one that was not."""
     settings, env = fragile
