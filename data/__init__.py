@@ -13,7 +13,7 @@ from data.prepare import prepare
 from data.sequences import Sequences, Shuffled, unigram_entropy
 from data.sources import Document, Mixture, Source, SourceError, sources_of
 from data.stream import Streamed
-from data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "SourceError",
     "Streamed",
+    "TextEncoder",
     "TokenArray",
     "Tokens",
     "corpus_tokenizer",

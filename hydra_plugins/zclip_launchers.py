@@ -4,6 +4,7 @@ Every run is `train.py` with its overrides, in a process or job of its own. What
 waits already is waited for. Hydra loads this file with every command: what takes time is imported where it is used.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -23,8 +24,11 @@ class _Launcher(Launcher):
     """What both have in common."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from training.sweep import searched
+
         self.loader = hydra_context.config_loader
         self.config = config
+        self.searched = searched(config.hydra)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from training.processes import RunError
@@ -49,6 +53,14 @@ def _check_n_jobs(n_jobs: Any) -> None:
 
     if not is_count(n_jobs):
         _refuse(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")
+
+
+def _end(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+def _tell_failed(job: Any, said: str) -> None:
+    print(f"failed {said}" + ("" if (reason := job.folder.reason()) is None else f": {reason}"))
 
 
 def _refuse(said: str) -> None:
@@ -90,7 +102,7 @@ class Local(_Launcher):
                     job.folder.path.mkdir(parents=True, exist_ok=True)
                     with job.folder.log.open("ab") as log:
                         process = subprocess.Popen(
-                            [sys.executable, "-u", sys.argv[0], *job.overrides],
+                            [sys.executable, "-u", sys.argv[0], *job.overrides, *self.searched],
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             env=child_environment(self.n_jobs),
@@ -106,8 +118,8 @@ class Local(_Launcher):
                     if job.finish():
                         print(f"finished {job.title}, {len(left) + len(running)} left")
                     elif not told:
-                        failed.append(f"{job.title} (status {process.returncode}, {job.folder.log})")
-                        print(f"failed {failed[-1]}")
+                        failed.append(f"{job.title} ({_end(process.returncode)}, {job.folder.log})")
+                        _tell_failed(job, failed[-1])
         if told:
             raise Interrupted(told[0])
         return failed
@@ -186,7 +198,7 @@ class Slurm(_Launcher):
                         print(f"finished {job.title}, {len(left) + len(submitted)} left")
                     else:
                         failed.append(f"{job.title} (job {job.folder.job()}, {job.folder.log})")
-                        print(f"failed {failed[-1]}")
+                        _tell_failed(job, failed[-1])
                 elif before.get(job.title) != state.state:
                     before[job.title] = state.state
                     print(f"{state.state} {job.title}, job {state.job}")
@@ -204,7 +216,7 @@ class Slurm(_Launcher):
         if trainer.accelerator == "gpu":
             options.append(f"--gpus-per-node={trainer.devices}")
         job.folder.path.mkdir(parents=True, exist_ok=True)
-        options.append(f"--output={job.folder.log.absolute()}")
-        number = submit([*options, f"--job-name={job.title}"], job.overrides)
+        options.append(f"--output={str(job.folder.log.absolute()).replace('%', '%%')}")
+        number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.searched])
         job.folder.write_job(number)
         print(f"job {number}: {job.title}")

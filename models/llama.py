@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.loss import linear_cross_entropy
+from models.loss import linear_cross_entropy, rows_at_once
 
 _ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
     int: ((int,), "an integer from 1"),
@@ -94,15 +94,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (batch, seq, hidden); cos, sin: (seq, head_dim)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (batch, seq, hidden); cos, sin: (seq, head_dim), or with a mask as `Decoder` takes it theirs."""
         batch, seq, hidden = x.shape
         q, k, v = (
             proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, hidden))
 
 
@@ -130,9 +130,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (batch, seq, hidden); cos, sin: (seq, head_dim)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (batch, seq, hidden); the others as in `Attention`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -146,12 +146,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (batch, seq) ids. Returns (batch, seq, hidden)."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the hidden states after the last block.
+
+        Args:
+            tokens: (batch, seq) ids.
+            positions: (batch, seq) of each token in its text; `None`: in order.
+            mask: (batch, 1, seq, seq), true where a token (third) sees another (fourth); `None`: all up to itself.
+
+        Returns:
+            (batch, seq, hidden).
+        """
         x = self.embed_tokens(tokens)
         cos, sin = rotary(self.config, tokens.shape[1], x.device, x.dtype)
+        if positions is not None:
+            cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # (batch, 1, seq, head_dim)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -213,6 +224,30 @@ class Llama(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
+
+    @torch.no_grad()
+    def score(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, where: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return how likely some tokens are after others.
+
+        Args:
+            tokens, positions, mask: as `Decoder` takes them.
+            where: (n,) indices into the flattened batch: what is followed.
+            targets: (n,) ids of the tokens that follow.
+
+        Returns:
+            (n,) float32 logarithms of probabilities, and (n,) bool: whether no other token is more likely.
+        """
+        hidden = self.model(tokens, positions, mask).flatten(0, 1)[where]
+        rows = rows_at_once(len(where), self.config.vocab_size, hidden.device.type)
+        found, best = [], []
+        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = self.lm_head(some).float()
+            below = logits.gather(1, wanted[:, None]) - (most := logits.amax(1, keepdim=True))
+            found.append((below - logits.sub_(most).exp_().sum(1, keepdim=True).log()).squeeze(1))
+            best.append(below.squeeze(1) == 0)
+        return torch.cat(found), torch.cat(best)
 
 
 def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

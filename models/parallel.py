@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -63,6 +63,7 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
+    register_fsdp_forward_method(model, "score")
 
 
 def materialize(model: Llama, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -16,7 +17,14 @@ from training.folder import RunFolder
 from training.slurm import jobs
 from training.sweep import status
 
-STYLES = {"done": "green", "running": "cyan", "waiting": "yellow", "failed": "red", "stopped": "magenta"}
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "yellow",
+    "failed": "red",
+    "stopped": "magenta",
+    "damaged": "red",
+}
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="status")
@@ -27,18 +35,18 @@ def main(cfg: DictConfig) -> None:
         if not folder.is_dir():
             raise ConfigError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
         runs = [RunFolder(path) for path in sorted(folder.iterdir())]
-        runs = [run for run in runs if run.config.is_file() or run.job() is not None]
-        queue = jobs() if any(run.job() is not None for run in runs) else {}
+        runs = [run for run in runs if run.config.is_file() or run.submitted.is_file()]
+        queue = jobs() if any(run.submitted.is_file() for run in runs) else {}
         table = Table(title=str(folder), title_justify="left")
         for column in ("run", "state", "step", "loss", "tokens/s", "job"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right")
+            table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
         counts = dict.fromkeys(STYLES, 0)
         for run in runs:
             found = status(run, queue)
             counts[found.state] += 1
             step, loss, speed = (found.row.get(name) for name in ("step", "loss", "tokens_per_second"))
             table.add_row(
-                run.path.name,
+                escape(run.path.name),
                 f"[{STYLES[found.state]}]{found.state}",
                 f"{step or 0:,} of {'?' if found.steps is None else format(found.steps, ',')}",
                 "-" if loss is None else f"{loss:.3f}",
@@ -46,6 +54,8 @@ def main(cfg: DictConfig) -> None:
                 found.job or "",
             )
         console = Console()
+        if not console.is_terminal:  # names stay whole where they are looked for
+            console.width = max(console.width, 160)
         console.print(table)
         console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
 

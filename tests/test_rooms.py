@@ -8,12 +8,13 @@ import pytest
 
 from tests.conftest import CHECKOUT
 
-ROOMS = {"zclip", "models", "data", "training", "experiments", "scripts", "tests", "train"}
+ROOMS = {"zclip", "models", "data", "training", "evaluation", "experiments", "scripts", "tests", "train"}
 MAY_IMPORT = {
     "zclip": {"zclip"},
     "models": {"models"},
     "data": {"data"},
-    "training": {"training", "zclip", "models", "data"},
+    "evaluation": {"evaluation", "models", "data"},
+    "training": {"training", "zclip", "models", "data", "evaluation"},
     "experiments": {"experiments"},
 }
 HEAVY = {

@@ -85,8 +85,12 @@ class Checkpoints(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the states of the random number generators."""
+        """Take the states of the random number generators; count the batches in micro-batches of this run."""
         self._random = checkpoint.get("random")
+        forwards = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):  # saved at the end of a batch, which is complete after
+            counts.update({name: forwards - (name == "completed") for name in counts})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of the step resumed from, which is saved already."""
@@ -172,7 +176,8 @@ class Checkpoints(pl.Callback):
     def _tidy(self, step: int) -> None:
         """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""
         past = [other for other in self.folder.steps() if other <= step]
-        stay = set(past[-self.keep :]) | set([other for other in past if self.metrics.health.at(other)][-1:])
+        healthy = [other for other in past if self.metrics.health.at(other)]
+        stay = {*past[-self.keep :], *healthy[-1:], *[other for other in healthy if other % self.every == 0][-1:]}
         for other in past:
             if other not in stay and not (self.keep_every and other % self.keep_every == 0):
                 remove(self.folder.checkpoint(other))

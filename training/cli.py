@@ -5,6 +5,7 @@ says what a user needs; faults of the program keep their traceback. With HYDRA_F
 `CheckSweep` checks every job of a sweep before the first one starts.
 """
 
+import errno
 import os
 import re
 import sys
@@ -38,10 +39,14 @@ from training.processes import (
     report_failure,
     tie_to_launcher,
 )
-from training.signals import Interrupted, heed, say
+from training.signals import Interrupted, begin, heed, say
+from training.streams import close, make_unfailing
 from training.sweep import check_job, compose
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+#: Numbers of errors that are nobody's fault: the disk is full, the quota used up, or it may only be read.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 #: What the user has asked for in HYDRA_FULL_ERROR, which `command_line` sets: processes that it starts inherit both.
 _ASKED = "ZCLIP_TRACEBACKS"
@@ -58,11 +63,20 @@ def command_line(main: Callable[[], Any]) -> int:
     """
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
     tie_to_launcher()
+    make_unfailing()
     heed()
     slurm.adopt()
     os.environ.setdefault(_ASKED, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        return _run(main)
+    finally:
+        close()
+
+
+def _run(main: Callable[[], Any]) -> int:
+    try:
+        begin()
         with reporting():
             main()
     except Interrupted as stop:
@@ -85,11 +99,15 @@ def reporting() -> Iterator[None]:
     """Report a mistake in the configuration as one sentence; the other jobs of a sweep go on."""
     try:
         yield
-    except RunError as failure:
-        _failed.append(failure)
-        if str(failure) and rank() == 0:
-            print(failure, file=sys.stderr)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            where = error.filename or "a file"
+            error = RunError(f"{where} cannot be written ({error.strerror}): once it can, the same command continues")
+        if isinstance(error, RunError):
+            _failed.append(error)
+            if str(error) and rank() == 0:
+                print(error, file=sys.stderr)
+            return
         if not isinstance(error, ConfigError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
             if launched():
                 report_failure(error)
@@ -120,6 +138,10 @@ def sentence(error: Exception) -> str:
             return f"{group}={option} is not known: it must be one of {known}"
         return f"there is no configuration file {error.missing_cfg_file}.yaml in configs/"
     message = str(error)
+    if isinstance(error.__cause__, ConfigError):  # of what Hydra has made, as a launcher
+        return str(error.__cause__)
+    if match := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", message):
+        return f"{match.group(1)} is not allowed: settings are given as KEY=VALUE"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{match.group(1)} is several values: add -m to run a sweep, or quote the value"
     if match := re.search(r"override must be a string or a list. Got (\w+)", message):
@@ -134,7 +156,8 @@ def sentence(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match.group(1)
         given = next((a for a in sys.argv[1:] if a.lstrip("+").split("=")[0] == key), key)
-        return f"{given} is not possible: there is no key {key}; `--cfg job` lists all keys"
+        lists = "hydra" if key.startswith("hydra.") else "job"
+        return f"{given} is not possible: there is no key {key}; `--cfg {lists}` lists all keys"
     return " ".join(message.split())
 
 

@@ -64,6 +64,12 @@ def check(cfg: DictConfig) -> None:
             "trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu, "
             "for several processes with trainer.strategy and trainer.devices"
         )
+    trainer = cfg.trainer
+    if trainer.keep_every is not None and trainer.keep_every % trainer.checkpoint_every:
+        raise ConfigError(
+            f"trainer.keep_every={trainer.keep_every} is not allowed: it must be a multiple of "
+            f"trainer.checkpoint_every={trainer.checkpoint_every}, or null"
+        )
     _check_processes(cfg)
     if cfg.plan:  # for another machine, and without its data
         return
@@ -90,7 +96,8 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.logger.name == "wandb":
         _check_wandb()
-    check_folder("paths.runs", cfg.paths.runs, run_path(cfg))
+    if not (run_path(cfg) / "result.json").exists():
+        check_folder("paths.runs", cfg.paths.runs, run_path(cfg))
     check_folder("paths.cache", cfg.paths.cache, Path(cfg.paths.cache))
 
 
@@ -314,6 +321,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in NOT_IDENTITY_TRAINER}
+    if kept["trainer"]["nonfinite"] == "rewind":  # it goes back to the last checkpoint
+        kept["trainer"]["checkpoint_every"] = plain["trainer"]["checkpoint_every"]
     return kept
 
 

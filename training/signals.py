@@ -1,7 +1,7 @@
-"""Being told to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2.
+"""Being told to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2, and SIGHUP, when a terminal closes.
 
 While a run trains, a signal sets a flag and nothing else: see stopping.py. At any other time everything on the disk is
-whole already, and a signal ends the program where it is. A second Ctrl-C always does, at once.
+whole already, and a signal ends the program where it is, or as soon as it is loaded. A second Ctrl-C does so at once.
 """
 
 import os
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+#: Those that whoever starts this process may want ignored, as shells do with Ctrl-C, and nohup with SIGHUP.
+MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,8 +42,14 @@ def _leave(signum: int) -> None:
         os._exit(128 + signum)
 
 
-_react: Callable[[int], None] = _end
+def _remember(signum: int) -> None:
+    global _early
+    _early = _early or signum
+
+
+_react: Callable[[int], None] = _remember
 _interrupts = 0
+_early = 0
 
 
 def _received(signum: int, frame: FrameType | None) -> None:
@@ -54,10 +63,18 @@ def _received(signum: int, frame: FrameType | None) -> None:
 
 
 def heed() -> None:
-    """Heed the signals from now on; but for Ctrl-C if whoever started this process wants it ignored, as shells do."""
+    """Heed the signals from now on, by remembering them until `begin`; but for those that are to be ignored."""
     for signum in SIGNALS:
-        if signum != signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
+        if signum not in MAY_BE_IGNORED or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _received)
+
+
+def begin() -> None:
+    """Let signals end the program from now on; one that has come since `heed` does it at once."""
+    global _react
+    _react = _end
+    if _early:
+        _end(_early)
 
 
 @contextmanager

@@ -26,6 +26,12 @@ def started_by_srun() -> bool:
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
 
 
+def queued_again_times() -> int:
+    """Return how often the job of this process has gone back into the queue; 0 if it is none."""
+    given = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(given) if given.isdigit() else 0
+
+
 def launched_here() -> bool:
     """Whether a process of the job has started this one, and sees to the job itself."""
     return LAUNCHER in os.environ
@@ -38,7 +44,7 @@ def adopt() -> None:
         return
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    job = int(given["SLURM_JOB_ID"]) + int(given.get("SLURM_RESTART_COUNT", "0"))
+    job = int(given["SLURM_JOB_ID"]) + queued_again_times()
     tasks = given["SLURM_STEP_TASKS_PER_NODE"]  # as 8(x2)
     given.update(
         RANK=given["SLURM_PROCID"],
@@ -57,7 +63,8 @@ def jobs() -> dict[str, str]:
         return {}
     done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %T"], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"squeue does not tell what is in the queue: {done.stderr.strip()}")
+        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise ConfigError(f"squeue does not tell what is in the queue: {reason}")
     return dict(line.split() for line in done.stdout.splitlines())
 
 

@@ -5,9 +5,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from training.config import check, run_path
+from training.config import ConfigError, check, run_path
 from training.folder import RunFolder
 from training.fork import origin
 
@@ -46,6 +48,18 @@ def as_dict(overrides: Iterable[str]) -> dict[str, str]:
     return {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
 
 
+def searched(hydra: Any) -> list[str]:
+    """Return what tells another process to look for configurations where this one does.
+
+    Args:
+        hydra: Hydra's own configuration.
+    """
+    given = [
+        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
+    return given + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+
+
 def compose(loader: Any, config: DictConfig, overrides: Sequence[str]) -> Job:
     """Return a run of a sweep.
 
@@ -72,7 +86,8 @@ class Status(NamedTuple):
     """How a run is doing.
 
     Attributes:
-        state: done, running, waiting (in SLURM's queue), failed (it says why in failure.txt), or stopped.
+        state: done, running, waiting (in SLURM's queue), failed (it says why in failure.txt), stopped, or damaged (a
+            file of its folder cannot be read).
         row: the last of metrics.jsonl; empty if there is none.
         steps: of the whole run; `None` if it has not begun.
         job: SLURM's number of its job; `None`: none, or it has ended.
@@ -91,8 +106,15 @@ def status(folder: RunFolder, queue: dict[str, str]) -> Status:
         folder: of the run.
         queue: states of SLURM's jobs by their numbers.
     """
+    try:
+        return _status(folder, queue)
+    except (ConfigError, ValueError, KeyError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        return Status("damaged", {}, None, None)
+
+
+def _status(folder: RunFolder, queue: dict[str, str]) -> Status:
     job = folder.job() if folder.job() in queue else None
-    if folder.result.exists():
+    if folder.read_result() is not None:
         state = "done"
     elif _held(folder) or (job and queue[job] not in ("PENDING", "REQUEUED")):
         state = "running"

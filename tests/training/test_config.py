@@ -16,7 +16,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 OPTIONS = sorted(
     (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
     for file in CONFIGS.rglob("*.yaml")
-    if file.parent != CONFIGS
+    if file.parent not in (CONFIGS, CONFIGS / "eval")  # which is scripts/evaluate.py's
 )
 
 
@@ -108,7 +108,7 @@ BAD = {
     "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: 1 process x 5 = 5 sequences at once must",
     "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
     "name=../x": "name=../x is not allowed",
-    "lr": "missing EQUAL",
+    "lr": "lr is not allowed: settings are given as KEY=VALUE",
     "lr=1e-3,3e-3": "lr=1e-3,3e-3 is several values: add -m",
     "lr=inf": "lr=inf is not allowed",
     "clip=null": "clip=null is not allowed: a group takes the name of one of its options",

@@ -244,7 +244,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(settings, tmp_
         damaged.write_bytes(damaged.read_bytes()[:-1000])
     before = (path / "metrics.jsonl").read_bytes()
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1
     assert "has no checkpoint that is undamaged: restore one of" in done.stderr
     assert (path / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(path / "checkpoints")
@@ -262,7 +262,10 @@ def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
     lines = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text("")
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 2 and "has 0 lines, but the checkpoint is of step 4" in done.stderr
+    assert done.returncode == 3 and "has 0 lines, but the checkpoint is of step 4" in done.stderr
+    (path / "metrics.jsonl").write_bytes(lines.encode().replace(b"loss", b"los\xff", 1))
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr.endswith("metrics.jsonl is damaged in line 1: restore the file\n")
     (path / "metrics.jsonl").write_text(lines)
     (texts / "more.txt").write_text("more text")
     done = train(*settings, cwd=tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import TINY, same, train
+from tests.conftest import TINY, same, train, train_command
 from tests.training.test_run import final, only_run
 from tests.training.test_stopping import TWO, start
 from training.checkpoint_files import step_of, undamaged, weights
@@ -161,3 +162,53 @@ def test_a_checkpoint_has_what_it_takes(settings, tmp_path):
     numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
     set_random_states(before)
     assert numbers == [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("before, after, steps", [(8, 2, 15), (2, 8, 15), SLOW(4, 1, 13)])
+def test_a_run_goes_on_from_any_step_with_other_micro_batches(before, after, steps, settings, tmp_path):
+    """As on another number of processes, which is another number of micro-batches in a step."""
+    for name in ("whole", "changed"):
+        (tmp_path / name).mkdir()
+    given = (
+        *settings,
+        "trainer.log_every=1",
+        f"trainer.checkpoint_every={steps}",
+        "trainer.keep_checkpoints=9",
+        "name=x",
+    )
+    done = train(*given, f"trainer.micro_batch_size={before}", cwd=tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "changed" / "runs" / "main" / "x"
+    shutil.copytree(tmp_path / "whole" / "runs" / "main" / "x", path)
+    (path / "result.json").unlink()
+    for checkpoint in sorted((path / "checkpoints").iterdir()):
+        if step_of(checkpoint) > steps:
+            checkpoint.unlink()
+    (path / "config.yaml").write_text(
+        (path / "config.yaml").read_text().replace(f"micro_batch_size: {before}", f"micro_batch_size: {after}")
+    )
+    done = train(*given, f"trainer.micro_batch_size={after}", cwd=tmp_path / "changed")
+    assert done.returncode == 0 and "COULD NOT" not in done.stdout, done.stdout + done.stderr
+    losses = [[row["loss"] for row in final(tmp_path / name)[1]] for name in ("whole", "changed")]
+    assert len(losses[0]) == len(losses[1]) == 40 and losses[0][:steps] == losses[1][:steps]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert [step for step in checkpoints(tmp_path / "changed") if step > steps]
+
+
+def test_words_that_cannot_be_written_are_lost_and_the_run_goes_on(settings, small_disk, tmp_path):
+    """Of a run whose output is on the full disk; and of one whose reader goes."""
+    given = (*settings, "trainer.checkpoint_every=10", "trainer.max_steps=150", f"paths.runs={small_disk}/runs")
+    with (small_disk / "log").open("w") as log:
+        job = subprocess.Popen(train_command(*given), cwd=tmp_path, stdout=log, stderr=log)
+        while not list(small_disk.glob("runs/main/*/checkpoints/step-*.ckpt")):
+            assert job.poll() is None, (small_disk / "log").read_text()
+            time.sleep(0.005)
+        filler = fill(small_disk)
+        time.sleep(1)
+        filler.unlink()
+        assert job.wait(timeout=120) == 0, (small_disk / "log").read_text()
+    job = subprocess.Popen(train_command(*settings, "name=gone"), cwd=tmp_path, stdout=subprocess.PIPE)
+    assert job.stdout is not None and job.stdout.readline()
+    job.stdout.close()
+    assert job.wait(timeout=120) == 0
+    assert (tmp_path / "runs" / "main" / "gone" / "result.json").exists()

@@ -117,6 +117,16 @@ def test_a_signal_while_text_is_prepared_ends_the_program(tmp_path):
     assert job.returncode == 143 and said == "interrupted: the same command goes on\n"
 
 
+def test_a_signal_while_the_program_loads_ends_it_when_that_is_done(settings, tmp_path):
+    for signum, delay in ((signal.SIGINT, 0.4), (signal.SIGUSR1, 0.8)):
+        job = start(*settings, cwd=tmp_path)
+        time.sleep(delay)
+        job.send_signal(signum)
+        _, said = job.communicate(timeout=60)
+        assert job.returncode == 128 + signum and said == "interrupted: the same command goes on\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_failing_process_ends_the_run_with_its_traceback_first(settings, tmp_path):
     (tmp_path / "unlucky.py").write_text(
         "import os\nfrom zclip import ZClip\n\nclass Unlucky(ZClip):\n    steps = 0\n\n"

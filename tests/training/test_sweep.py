@@ -43,6 +43,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(settings, tmp_path):
     done = train("-m", *given, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
     assert re.match(r"1 of 2 runs have not finished: micro-zclip-\S+ \(status 1, \S+/log\.txt\)", done.stderr)
+    assert "failed micro-zclip-" in done.stdout and done.stdout.count("log.txt): RuntimeError: out of luck") == 1
     (log,) = (p for p in tmp_path.glob("runs/main/*/log.txt") if "out of luck" in p.read_text())
     assert "out of luck" in (log.parent / "failure.txt").read_text()
     assert "1 done, 1 failed" in status(tmp_path)
@@ -67,7 +68,10 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(settings, tmp_path):
 
 def test_mistakes_are_one_sentence(settings, tmp_path):
     done = train("-m", *settings, "hydra.launcher.n_jobs=0", "seed=0,1", cwd=tmp_path)
-    assert done.returncode == 2 and "hydra.launcher.n_jobs=0 is not allowed" in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    said = "train.py: error: hydra.launcher.n_jobs=0 is not allowed: it must be an integer from 1\n"
+    assert done.returncode == 2 and done.stderr == said
+    done = train(*settings, cwd=tmp_path)
+    said = "train.py: error: hydra/launcher=local is for sweeps, of one run or many: add -m\n"
+    assert done.returncode == 2 and done.stderr == said
     done = script("status.py", "folder=none", cwd=tmp_path)
     assert done.returncode == 2 and "folder=none is not there" in done.stderr

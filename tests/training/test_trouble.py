@@ -1,6 +1,7 @@
 """Runs that get into trouble: losses that are not finite, an old run to start from, wandb out of reach."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,12 @@ def test_a_run_goes_back_and_past_the_bad_batches(mode, fragile, tmp_path):
     done = train(*settings, *mode, "trainer.nonfinite=rewind", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "main" / "x"
-    assert "for 3 steps in a row, up to step 24: going back to step 20, and past the 4 batches since" in done.stdout
+    assert "for 3 steps in a row, up to step 23: going back to step 20, and past the 3 batches since" in done.stdout
     assert json.loads((path / "rewinds.json").read_text()) == {
-        "rewinds": [{"from_step": 24, "to_step": 20, "passed_over": 4}]
+        "rewinds": [{"from_step": 23, "to_step": 20, "passed_over": number} for number in (3, 6)]
     }
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == list(range(1, 41))
-    assert [row["step"] for row in rows(path / "metrics.jsonl") if row["grad_norm"] is None] == [21, 22]
+    assert [row["step"] for row in rows(path / "metrics.jsonl") if row["grad_norm"] is None] == []
     cut = rows(path / "rewound-1.jsonl")
     assert [row["step"] for row in cut] == [21, 22, 23, 24] and {row["grad_norm"] for row in cut} == {None}
     given = ("trainer.nonfinite=rewind", "name=fork", "resume_from=runs/main/x@35")
@@ -65,6 +66,43 @@ def test_a_run_goes_back_and_past_the_bad_batches(mode, fragile, tmp_path):
     assert done.returncode == 0, done.stderr
     fork = rows(tmp_path / "runs" / "main" / "fork" / "metrics.jsonl")
     assert [row["loss"] for row in fork] == [row["loss"] for row in rows(path / "metrics.jsonl")]
+
+
+def test_neither_when_it_is_noticed_nor_an_interruption_changes_where_a_run_goes_back(fragile, tmp_path):
+    settings, env = fragile
+    settings = tuple(s for s in settings if not s.startswith(("trainer.log_every", "name")))
+    settings = (*settings, "trainer.nonfinite=rewind")
+    ends = []
+    for log_every in (1, 7):
+        done = train(*settings, f"trainer.log_every={log_every}", f"name=every{log_every}", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        ends.append(tmp_path / "runs" / "main" / f"every{log_every}")
+    job = start(*settings, "trainer.log_every=1", "name=stopped", cwd=tmp_path, **env)
+    path = tmp_path / "runs" / "main" / "stopped"
+    while not path.exists() or not (path / "metrics.jsonl").exists() or len(rows(path / "metrics.jsonl")) < 17:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.001)
+    job.terminate()
+    job.wait()
+    done = train(*settings, "trainer.log_every=1", "name=stopped", cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
+    for end in (*ends, path):
+        rewinds = json.loads((end / "rewinds.json").read_text())["rewinds"]
+        assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
+        assert [row["loss"] for row in rows(end / "metrics.jsonl")] == [
+            row["loss"] for row in rows(ends[0] / "metrics.jsonl")
+        ]
+
+
+def test_a_fork_can_go_back_to_where_it_started(fragile, tmp_path):
+    settings, env = fragile
+    settings = (*(s for s in settings if not s.startswith("name")), "trainer.keep_checkpoints=9")
+    assert train(*settings, "name=old", cwd=tmp_path, env=env).returncode == 0
+    given = ("trainer.nonfinite=rewind", "resume_from=runs/main/old@20", "name=new")
+    done = train(*settings, *given, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    rewinds = json.loads((tmp_path / "runs" / "main" / "new" / "rewinds.json").read_text())["rewinds"]
+    assert rewinds[0]["to_step"] == 20 and len(rows(tmp_path / "runs" / "main" / "new" / "metrics.jsonl")) == 40
 
 
 def test_from_before_a_rewind_the_run_comes_to_it_again(fragile, tmp_path):
@@ -116,8 +154,12 @@ def test_a_run_stops_with_a_report(fragile, tmp_path):
     for step in (25, 26):
         done = train(*settings, "trainer.nonfinite=stop", cwd=tmp_path, env=env)
         assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert f"for 5 steps in a row, up to step {step}: trainer.nonfinite=stop ends the run here" in done.stderr
+        assert (
+            f"for {step - 20} steps in a row, up to step {step}: trainer.nonfinite=stop ends the run here"
+            in done.stderr
+        )
         assert "resume_from=runs/main/x@20 is a run from the last healthy checkpoint" in done.stderr
+        assert (path / "x" / "failure.txt").read_text() == done.stderr
         assert (path / "x" / "checkpoints" / "step-00000025.ckpt").exists()
         assert len(rows(path / "x" / "metrics.jsonl")) == step and not (path / "x" / "result.json").exists()
     others = tuple(s for s in settings if not s.startswith(("clip.", "name=")))

@@ -1,0 +1,167 @@
+"""Scores through the whole path, of models that know the answers, know them wrong, or know nothing, and by hand."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from evaluation.language_model import RunModel
+from evaluation.scores import score_task
+from evaluation.tasks import load_tasks, sample
+from models import Llama, LlamaConfig
+from tests.evaluation.conftest import items
+
+LIMIT = 150
+CPU = torch.device("cpu")
+
+
+class Knowing:
+    """In place of a `Llama`: a token is likely where it goes on a text that it knows.
+
+    It sees what a token sees through positions and mask alone, so that these must be right.
+    """
+
+    def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
+        self.config = LlamaConfig(vocab_size, 2, 1, 1, 1, 1, 2048)
+        self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
+
+    def score(self, tokens, positions, mask, where, targets):
+        seq = tokens.shape[1]
+        before = torch.ones(seq, seq, dtype=torch.bool).tril()
+        found = []
+        for at, target in zip(where.tolist(), targets.tolist(), strict=True):
+            row, last = divmod(at, seq)
+            seen = before[last] if mask is None else mask[row, 0, last]
+            places = positions[row][seen].tolist()
+            assert places == list(range(len(places)))
+            found.append(0.0 if (*tokens[row][seen].tolist(), target) in self.known else -9.0)
+        return torch.tensor(found), torch.tensor([number == 0.0 for number in found])
+
+
+class Uniform(Knowing):
+    """Every token is as likely as any other."""
+
+    def score(self, tokens, positions, mask, where, targets):
+        return torch.full((len(where),), -math.log(self.config.vocab_size)), torch.zeros(len(where), dtype=torch.bool)
+
+
+def cleaned(text: str) -> str:
+    """A text of HellaSwag without the marks of its source."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def hellaswag(item: dict) -> tuple[str, list[str], int]:
+    """The context, the endings, and which of them is right."""
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+    return cleaned(context), [" " + cleaned(ending) for ending in item["endings"]], int(item["label"])
+
+
+def winogrande(item: dict) -> tuple[list[str], str, int]:
+    """The two contexts, what follows, and which of them is right."""
+    begin, end = item["sentence"].split("_")
+    return [begin + item["option1"], begin + item["option2"]], " " + end.strip(), int(item["answer"]) - 1
+
+
+def texts(task: str, item: dict, right: bool) -> list[str]:
+    """The text of an item with the right answer, or those with the wrong ones."""
+    if task == "hellaswag":
+        context, endings, gold = hellaswag(item)
+        return [context + ending for number, ending in enumerate(endings) if (number == gold) == right]
+    contexts, end, gold = winogrande(item)
+    return [context + end for number, context in enumerate(contexts) if (number == gold) == right]
+
+
+def scores(model, tokenizer, sets, task: str, shots: int = 0, limit: int | None = LIMIT) -> dict:
+    return score_task(RunModel(model, tokenizer, CPU), task, load_tasks(task, [sets], shots), limit, seed=0)
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
+@pytest.mark.parametrize("right", [True, False])
+def test_who_knows_the_answers_has_all_and_who_knows_them_wrong_none(task, right, sets, tokenizer):
+    every = items(sets, task)
+    drawn = [every[number] for number in sample(len(every), LIMIT, seed=0) or ()]
+    known = [tokenizer.tokenizer.encode(text).ids for item in drawn for text in texts(task, item, right)]
+    found = scores(Knowing(tokenizer.size, known), tokenizer, sets, task)
+    assert found["items"] == LIMIT
+    for metric in ("acc", "acc_norm") if task == "hellaswag" else ("acc",):
+        assert found[metric] == (1.0 if right else 0.0)
+
+
+def test_who_knows_nothing_is_at_chance(sets, tokenizer):
+    uniform = Uniform(tokenizer.size, [])
+    found = scores(uniform, tokenizer, sets, "winogrande", limit=None)
+    answers = [item["answer"] for item in items(sets, "winogrande")]
+    assert found["items"] == 1267 and found["acc"] == answers.count("1") / 1267, "all ties are the first option's"
+    assert found["acc_stderr"] == pytest.approx(math.sqrt(found["acc"] * (1 - found["acc"]) / 1266))
+    found = scores(uniform, tokenizer, sets, "hellaswag", limit=2000)
+    assert abs(found["acc"] - 0.25) < 0.05 and abs(found["acc_norm"] - 0.25) < 0.05
+
+
+def test_length_normalisation_and_partial_scoring_by_hand(sets, tokenizer):
+    """Two items of each, with a real model and its logits, without anything of the path."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(tokenizer.size, 32, 48, 2, 4, 2, 512, initializer_range=0.3)).eval()
+
+    def likelihood(context: str, continuation: str) -> float:
+        whole, before = (tokenizer.tokenizer.encode(text).ids for text in (context + continuation, context))
+        with torch.no_grad():
+            log_p = model(torch.tensor([whole]))[0].log_softmax(-1)
+        return sum(float(log_p[at - 1, whole[at]]) for at in range(len(before), len(whole)))
+
+    seen: dict[tuple[str, str], float] = {}
+
+    class Noting(RunModel):
+        def loglikelihood(self, requests, **kwargs):
+            answers = super().loglikelihood(requests)
+            seen.update({request.args: answer[0] for request, answer in zip(requests, answers, strict=True)})
+            return answers
+
+    for task in ("hellaswag", "winogrande"):
+        seen.clear()
+        found = score_task(Noting(model, tokenizer, CPU), task, load_tasks(task, [sets], 0), limit=2, seed=3)
+        items_of = {tuple(sorted(pairs(task, item))): item for item in items(sets, task)}
+        (drawn,) = [[item for asked, item in items_of.items() if set(asked) <= seen.keys()]]
+        assert len(drawn) == 2 and found["items"] == 2
+        right, right_normed = 0, 0
+        for item in drawn:
+            asked = pairs(task, item)
+            sums = [likelihood(*pair) for pair in asked]
+            for pair, by_hand in zip(asked, sums, strict=True):
+                assert seen[pair] == pytest.approx(by_hand, abs=1e-3)
+            gold = hellaswag(item)[2] if task == "hellaswag" else winogrande(item)[2]
+            right += max(range(len(sums)), key=sums.__getitem__) == gold
+            # Per byte of the ending without the space before it.
+            normed = [value / (len(pair[1]) - 1) for value, pair in zip(sums, asked, strict=True)]
+            right_normed += max(range(len(sums)), key=normed.__getitem__) == gold
+        assert found["acc"] == right / 2
+        if task == "hellaswag":
+            assert found["acc_norm"] == right_normed / 2
+
+
+def pairs(task: str, item: dict) -> list[tuple[str, str]]:
+    """What is asked about an item: contexts and continuations."""
+    if task == "hellaswag":
+        context, endings, _ = hellaswag(item)
+        return [(context, ending) for ending in endings]
+    contexts, end, _ = winogrande(item)
+    return [(context, end) for context in contexts]
+
+
+def test_solved_examples_are_other_items(sets, tokenizer):
+    known = [tokenizer.tokenizer.encode(text).ids for text in ["a"]]
+    model = Knowing(tokenizer.size, known)
+    asked: list[str] = []
+
+    class Noting(RunModel):
+        def loglikelihood(self, requests, **kwargs):
+            asked.extend(request.args[0] for request in requests)
+            return super().loglikelihood(requests)
+
+    found = score_task(Noting(model, tokenizer, CPU), "winogrande", load_tasks("winogrande", [sets], 3), 20, 0)
+    sentences = {text for item in items(sets, "winogrande") for text in texts("winogrande", item, True)}
+    for context in asked:
+        *solved, question = context.split("\n\n")
+        assert len(solved) == 3 and sentences.issuperset(solved)
+        assert not any(example.startswith(question) for example in solved)
+    assert found["items"] == 20 and found["acc"] < 1

@@ -1,0 +1,38 @@
+"""Where tasks and their data come from."""
+
+import lzma
+import shutil
+
+import pytest
+
+from evaluation.tasks import TaskError, data_file, load_tasks, sample
+
+
+def test_a_draw_is_the_same_for_every_model_and_from_all_items():
+    drawn = sample(10_042, 500, seed=0)
+    assert drawn == sample(10_042, 500, seed=0) != sample(10_042, 500, seed=1)
+    assert drawn == sorted(set(drawn)) and len(drawn) == 500 and drawn[-1] < 10_042
+    of_the_first_source = sum(item < 3_243 for item in drawn) / 500
+    assert abs(of_the_first_source - 3_243 / 10_042) < 0.07
+    assert sample(10, None, 0) is sample(10, 10, 0) is sample(10, 99, 0) is None
+
+
+def test_sets_are_counted(sets, tmp_path):
+    (file,) = sets.glob("winogrande*")
+    shutil.copy(file, tmp_path)
+    assert data_file(tmp_path, "winogrande") == tmp_path / file.name
+    assert data_file(tmp_path, "hellaswag") is None
+    text = (lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()).decode()
+    (tmp_path / file.name).unlink()
+    (tmp_path / "winogrande_xl_validation.jsonl").write_text(text[: text.index("\n", 1000)])
+    with pytest.raises(TaskError, match=r"winogrande_xl_validation.jsonl has \d+ items of winogrande: .* has 1,267"):
+        load_tasks("winogrande", [tmp_path], 0)
+    (tmp_path / "winogrande_xl_validation.jsonl").unlink()
+    (tmp_path / "winogrande_xl_validation.jsonl.xz").write_bytes(b"no archive")
+    with pytest.raises(TaskError, match="cannot be read"):
+        data_file(tmp_path, "winogrande")
+
+
+def test_a_task_that_is_not_known(tmp_path):
+    with pytest.raises(TaskError, match=r"eval.tasks=hellaswug is not known: it must be a task of lm-eval"):
+        load_tasks("hellaswug", [tmp_path], 0)

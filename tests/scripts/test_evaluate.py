@@ -1,0 +1,128 @@
+"""scripts/evaluate.py on runs and exported models: real processes, one of them killed."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CHECKOUT, TINY, train
+from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
+from tests.scripts.test_data_scripts import script
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, cache, tmp_path_factory) -> Path:
+    """A folder with two finished runs, of which one was sharded, and one that has no checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    given = (
+        *TINY,
+        f"data.path={corpus}",
+        f"paths.cache={cache}",
+        "trainer.max_steps=20",
+        "model.max_position_embeddings=384",
+    )
+    two = ("trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4")
+    for more in (("name=one",), ("name=two", *two)):
+        done = train(*given, *more, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    empty = folder / "runs" / "main" / "empty"
+    empty.mkdir()
+    shutil.copy(folder / "runs" / "main" / "one" / "config.yaml", empty)
+    return folder / "runs"
+
+
+def scores(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["scores"]
+
+
+def numbers(score: dict) -> dict:
+    return {key: value for key, value in score.items() if key.startswith("acc") or key in ("items", "task", "shots")}
+
+
+def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # noqa: F811
+    given = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
+    done = script("evaluate.py", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "empty has no checkpoint yet: left out" in done.stdout
+    one = runs / "main" / "one" / "eval.json"
+    (first,) = scores(one)
+    assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["shots"] == 0
+    assert 0 <= first["acc"] <= 1 and first["acc_stderr"] > 0 and first["versions"]["lm_eval"]
+    done = script("evaluate.py", *given, "eval.shots=[0,1]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert scores(one)[0] == first, "it was not scored again"
+    assert [(s["task"], s["shots"]) for s in scores(one)] == [
+        ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
+    ]  # fmt: skip
+    assert done.stdout.count("60 drawn") == 8 and "acc_norm" in done.stdout
+    others = scores(runs / "main" / "two" / "eval.json")
+    for score, other in zip(scores(one), others, strict=True):
+        assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) < 0.1, "they differ by rounding"
+    assert not list(runs.rglob(".eval-*"))
+
+
+def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noqa: F811
+    assert script("export_hf.py", f"run={runs}/main/one", "out=exported", cwd=tmp_path).returncode == 0
+    given = (f"eval.data_dir={sets}", "eval.limit=50", "eval.seed=4")
+    for subject in ("hf=exported", f"run={runs}/main/one"):
+        done = script("evaluate.py", subject, *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    ours = [numbers(score) for score in scores(runs / "main" / "one" / "eval.json") if score["seed"] == 4]
+    assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "eval.json")]
+
+
+def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
+    for name in ("whole", "killed"):
+        shutil.copytree(runs / "main" / "one", tmp_path / name)
+        (tmp_path / name / "eval.json").unlink(missing_ok=True)
+    given = (f"eval.data_dir={sets}", "eval.limit=2000", "eval.tasks=[hellaswag]")
+    command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *given]
+    job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    answers = tmp_path / "killed" / ".eval-20-float32.jsonl"
+    while not answers.exists() or answers.stat().st_size == 0:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    with answers.open("a") as file:
+        file.write('["half a li')
+    before = answers.read_bytes()
+    assert not (tmp_path / "killed" / "eval.json").exists() and before.count(b"\n") >= 1024
+    for name in ("whole", "killed"):
+        done = script("evaluate.py", f"run={name}", *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    whole, killed = (scores(tmp_path / name / "eval.json") for name in ("whole", "killed"))
+    assert [numbers(score) for score in whole] == [numbers(score) for score in killed]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("run=nothing", "run=nothing is not there: it must be a run folder, or a folder of such"),
+        ("run=.", "run=. is not a run folder: it must be one, with a config.yaml in it, or hold such"),
+        ("hf=./nothing", "hf=./nothing is not there: it must be a folder, or a name on the Hugging Face hub"),
+        ("eval.tasks=hellaswag", "eval.tasks=hellaswag is not allowed: it must be a list of tasks, as [hellaswag]"),
+        ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
+        ("eval.shots=-1", "eval.shots=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
+        ("eval.data_dir=nowhere", "eval.data_dir=nowhere is not there: it must be a folder with the validation sets"),
+        ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
+        ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
+        ("eval.task=[x]", "eval.task=[x] is not possible: there is no key eval.task; `--cfg job` lists all keys"),
+    ],
+)
+def test_mistakes_are_one_sentence(given, said, tmp_path):
+    done = script("evaluate.py", given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {said}\n"
+
+
+def test_without_data_the_ways_to_get_it_are_said(runs, tmp_path):
+    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "none")}
+    done = script("evaluate.py", f"run={runs}/main/two", "eval.seed=9", "eval.limit=5", cwd=tmp_path, **env)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the data of eval.tasks=hellaswag cannot be had (" in done.stderr
+    for way in ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`"):
+        assert way in done.stderr
