@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,6 +26,8 @@ MOST_WRITTEN = 256
 
 class RunModel(TemplateLM):
     """A `Llama` with its tokenizer.
+
+    Where several processes have the model, all must ask it the same; each computes its share, and has all answers.
 
     Args:
         model: of which evaluation mode is not asked: it has no dropout.
@@ -96,9 +99,15 @@ class RunModel(TemplateLM):
     def _score(self, texts: Sequence[Text]) -> list[Score]:
         """Return the scores of texts, in order; what the model cannot see at once is scored in parts."""
         parts = [(number, part) for number, text in enumerate(texts) for part in in_parts(text, self.max_length)]
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        asked = [part for _, part in parts]
         found: dict[int, Score] = {}
-        for some in score(self.model, [part for _, part in parts], self.batch_tokens, self.device, self.share):
+        for some in score(self.model, asked, self.batch_tokens, self.device, self.share, rank, processes):
             found.update(some)
+        if processes > 1:
+            shares: list[Any] = [None] * processes
+            dist.all_gather_object(shares, found)
+            found = {place: each for share in shares for place, each in share.items()}
         of: list[list[Score]] = [[] for _ in texts]
         for place, (number, _) in enumerate(parts):
             of[number].append(found[place])

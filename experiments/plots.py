@@ -56,6 +56,9 @@ def _loss(ax: Axes, run: Run) -> None:
     for i, bad in enumerate(bad_batches(run)):
         label = f"bad batch put in: {run.config['data']['bad_batches']['kind']}" if i == 0 else None
         ax.axvline(bad, color="0.4", ls="--", lw=0.8, label=label, zorder=0)
+    if finite := [row for row in run.evaluations if "test_loss" in row]:
+        tested = [row["test_loss"] for row in finite]
+        ax.plot([row["step"] for row in finite], tested, "o-", color=BEFORE, ms=3, lw=1, label="on held-out text")
     if run.result and run.result["test_loss"] is not None:
         test, unigram = run.result["test_loss"], run.result["unigram_entropy"]
         ax.axhline(unigram, color="0.4", ls=":", lw=1, label=f"unigram entropy of the test text {unigram:.2f}")

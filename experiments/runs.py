@@ -1,6 +1,7 @@
 """Reading a run folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ class Run(NamedTuple):
         config: `config.yaml` as a nested dict.
         metrics: column name -> (steps,) float64 array; NaN where the line has null or lacks the column.
         result: `result.json`, or `None` if the run is not done.
+        evaluations: lines of `evaluations.jsonl`, on held-out text while the run trained.
     """
 
     path: Path
     config: dict[str, Any]
     metrics: dict[str, np.ndarray]
     result: dict[str, Any] | None
+    evaluations: Sequence[dict[str, Any]] = ()
 
 
 def bad_batches(run: Run) -> list[int]:
@@ -39,5 +42,7 @@ def read_run(path: Path) -> Run:
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     names = list(dict.fromkeys(name for row in rows for name in row))
     metrics = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
-    result = path / "result.json"
-    return Run(path, config, metrics, json.loads(result.read_text()) if result.exists() else None)
+    result, evaluated = path / "result.json", path / "evaluations.jsonl"
+    lines = evaluated.read_text().splitlines() if evaluated.exists() else []
+    done = json.loads(result.read_text()) if result.exists() else None
+    return Run(path, config, metrics, done, [json.loads(line) for line in lines])

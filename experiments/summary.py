@@ -94,6 +94,12 @@ def _injected(result: dict[str, Any]) -> str:
     return f"{many} {result['bad_batch_kind']}" if many else ""
 
 
+def _bits(result: dict[str, Any]) -> str:
+    """Say what the held-out text costs, whatever the tokenizer."""
+    bits = result.get("test_bits_per_byte")
+    return "" if bits is None else f"{bits:.3f} bits per byte"
+
+
 def _speed(result: dict[str, Any]) -> str:
     """Say how large a model was trained, and how near to the peak of its devices."""
     size = f"{result['parameters'] / 1e6:.2f}M parameters"
@@ -127,7 +133,7 @@ def table(result: dict[str, Any], title: str) -> Table:
             f"{test:.3f} nats/token" if finite else "not finite",
             f"{result['test_tokens']:,} held-out tokens",
         ),
-        ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", ""),
+        ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", _bits(result)),
         ("unigram entropy", f"{unigram:.3f} nats/token", "the best that a model without context can do"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
         ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),

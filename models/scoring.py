@@ -132,9 +132,17 @@ def batches(laid: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def score(
-    model: Llama, texts: Sequence[Text], batch_tokens: int, device: torch.device, share: bool = True
+    model: Llama,
+    texts: Sequence[Text],
+    batch_tokens: int,
+    device: torch.device,
+    share: bool = True,
+    rank: int = 0,
+    processes: int = 1,
 ) -> Iterator[list[tuple[int, Score]]]:
     """Yield, batch for batch, the numbers of some texts and their scores; in the end there is one of each.
+
+    Of several processes each yields its share. All compute as many batches, which sharded models need.
 
     Args:
         model: in evaluation mode. Its `max_position_embeddings` is the most that it sees of a text.
@@ -142,9 +150,12 @@ def score(
         batch_tokens: tokens computed at once.
         device: of the model.
         share: whether to compute common beginnings once.
+        rank: of this process.
+        processes: how many there are.
     """
-    laid = trees(texts, model.config.max_position_embeddings, share)
-    for batch in batches(laid, batch_tokens):
+    made = batches(trees(texts, model.config.max_position_embeddings, share), batch_tokens)
+    for own in range(rank, -(-len(made) // processes) * processes, processes):
+        batch = made[min(own, len(made) - 1)]
         wanted = [list(texts[number].tokens[-texts[number].scored :]) for tree in batch for number in tree.texts]
         found, best = score_batch(model, batch, wanted, device)
         numbers = [number for tree in batch for number in tree.texts]
@@ -154,7 +165,8 @@ def score(
             last = first + len(tokens)
             scores.append((number, Score(sum(found[first:last]), all(best[first:last]))))
             first = last
-        yield scores
+        if own < len(made):
+            yield scores
 
 
 def score_batch(

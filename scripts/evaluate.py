@@ -27,8 +27,9 @@ from evaluation.answers import Remembering
 from evaluation.scores import Scores, score_task
 from evaluation.tasks import TaskError, load_tasks
 from training.cli import command_line, reporting
-from training.config import ConfigError, check_folder
-from training.progress import SECONDS_BETWEEN_LINES
+from training.config import ConfigError, check_folder, check_rules
+from training.rules import EVAL_RULES
+from training.streams import SECONDS_BETWEEN_LINES
 from training.trained import Trained
 from zclip.base import is_count
 
@@ -70,17 +71,8 @@ def main(cfg: DictConfig) -> None:
 def check(cfg: DictConfig) -> list[int]:
     """Return the numbers of solved examples that are asked for, or raise `ConfigError` if anything makes no sense."""
     given = cfg.eval
-    if not isinstance(given.tasks, ListConfig) or not given.tasks or not all(isinstance(t, str) for t in given.tasks):
-        raise ConfigError(f"eval.tasks={given.tasks} is not allowed: it must be a list of tasks, as [hellaswag]")
+    check_rules(cfg, EVAL_RULES)
     shots = list(given.shots) if isinstance(given.shots, ListConfig) else [given.shots]
-    for number in shots:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ConfigError(f"eval.shots={given.shots} is not allowed: it must be integers from 0, as 0 or [0,5]")
-    for key in ("limit", "batch_tokens"):
-        if given[key] is not None and not is_count(given[key]):
-            raise ConfigError(f"eval.{key}={given[key]} is not allowed: it must be an integer from 1, or null")
-    if isinstance(given.seed, bool) or not isinstance(given.seed, int):
-        raise ConfigError(f"eval.seed={given.seed} is not allowed: it must be an integer")
     if given.data_dir is not None and not Path(given.data_dir).is_dir():
         raise ConfigError(f"eval.data_dir={given.data_dir} is not there: it must be a folder with the validation sets")
     if cfg.dtype not in DTYPES:

@@ -9,8 +9,8 @@ import torch
 #: Parts of a step: waiting for the batch and moving it to the device; the passes; the clipper; the optimizer.
 PARTS = ("data", "forward_backward", "clip", "optimizer")
 
-#: What is told of a step: its parts, and how long it had to wait for a checkpoint before it.
-TOLD = (*PARTS, "saving")
+#: What is told of a step: its parts, and how long it had to wait for a checkpoint and an evaluation before it.
+TOLD = (*PARTS, "saving", "evaluation")
 
 Spans = Sequence[tuple[str, Any, Any]]
 

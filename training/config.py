@@ -35,13 +35,16 @@ class ConfigError(ValueError):
 
 
 #: Settings that change what is written or shown, but not what is computed.
-NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned", "where")
+NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned", "where", "eval")
 NOT_IDENTITY_TRAINER = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
     "async_save",
+    "test_every",
+    "test_tokens",
+    "tasks_every",
     "nodes",
     "devices",
 )
@@ -53,7 +56,7 @@ def check(cfg: DictConfig) -> None:
     Only whether the text has enough tokens, not just enough bytes, is left for when it is tokenized.
     """
     rules = RULES | (WANDB_RULES if OmegaConf.select(cfg, "logger.name") == "wandb" else {})
-    _check_rules(cfg, rules)
+    check_rules(cfg, rules)
     for key in _leaves(cfg):
         if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
@@ -103,7 +106,7 @@ def check(cfg: DictConfig) -> None:
 
 def check_data(cfg: DictConfig, sequence_length: int) -> Corpus:
     """Return the corpus of `cfg.data`, or raise `ConfigError`. Writes nothing, and reads the first documents only."""
-    _check_rules(cfg, {key: rule for key, rule in RULES.items() if key.startswith("data.")})
+    check_rules(cfg, {key: rule for key, rule in RULES.items() if key.startswith("data.")})
     with section("data"):
         corpus = corpus_of(cfg)
         corpus.check(Path(cfg.paths.cache), sequence_length)
@@ -121,7 +124,8 @@ def check_folder(key: str, value: str, folder: Path) -> None:
         ) from error
 
 
-def _check_rules(cfg: DictConfig, rules: dict[str, Rule]) -> None:
+def check_rules(cfg: DictConfig, rules: dict[str, Rule]) -> None:
+    """Raise `ConfigError` if a value is not what its rule allows."""
     for key, (allowed, description) in rules.items():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

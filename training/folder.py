@@ -5,6 +5,8 @@
     tokenizer/         as Hugging Face's libraries load it
     metrics.jsonl      one line a step
     checkpoints/       step-*.ckpt, complete or absent
+    evaluations.jsonl  losses on held-out text while it trained, if that was asked for
+    eval.json          scores on tasks, of scripts/evaluate.py, or while it trained
     rewinds.json       where the run went back, and past bad batches, if it did
     result.json        written last: its presence means the run is done
     plots/
@@ -61,6 +63,8 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.evaluated = path / "evaluations.jsonl"
+        self.scores = path / "eval.json"
         self.rewound = path / "rewinds.json"
         self.result = path / "result.json"
         self.failure = path / "failure.txt"
@@ -199,6 +203,11 @@ class RunFolder:
             return []
         with self.metrics.open("rb") as lines:
             return [line.decode(errors="replace").rstrip("\n") for line in islice(lines, steps)]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the lines of evaluations.jsonl; one that was cut off while it was written is none."""
+        lines = self.evaluated.read_text().split("\n")[:-1] if self.evaluated.exists() else []
+        return [json.loads(line) for line in lines]
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""

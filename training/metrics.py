@@ -201,6 +201,11 @@ class Metrics(pl.Callback):
         if self._step < step:
             raise OSError(f"{self.folder.metrics} ends with step {self._step}: {self._failure}")
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the metrics: rank 0 does, while it trains."""
+        return self._file is not None
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what is pending and close the file."""
         self.flush(trainer, pl_module)

@@ -6,11 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from data import Batch
 from models import Llama
 from models.parallel import set_gradient_sync
+from training.held_out import HeldOut, Share
 
 
 class PretrainingModule(pl.LightningModule):
@@ -108,12 +110,28 @@ class PretrainingModule(pl.LightningModule):
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def evaluate(self, held_out: HeldOut) -> float:
+        """Return the mean loss over held-out tokens in nats per token. All processes of the run call it."""
+        self.on_test_epoch_start()
+        for share in held_out:
+            batch = move_data_to_device(share.batch, self.device)
+            self.test_step(share._replace(batch=batch), 0)
+        self.on_test_epoch_end()
+        return self.test_loss
+
+    def test_step(self, share: Share, batch_idx: int) -> None:
         """Add one batch of held-out sequences, which may be smaller than the others, to the sum."""
-        rows, length = batch.tokens.shape
-        tokens = rows * (length - 1)
-        self._test_sum += self.loss(batch)[1].to("cpu", torch.float64) * tokens
-        self._test_tokens += tokens
+        loss = self.loss(share.batch)[1]
+        if share.tokens:
+            self._test_sum += loss.to("cpu", torch.float64) * share.tokens
+            self._test_tokens += share.tokens
+
+    def on_test_epoch_end(self) -> None:
+        """Add up what the processes have found."""
+        strategy = self.trainer.strategy
+        both = torch.stack([self._test_sum, torch.tensor(self._test_tokens, dtype=torch.float64)])
+        both = strategy.reduce(both.to(strategy.root_device), reduce_op="sum").cpu()
+        self._test_sum, self._test_tokens = both[0], int(both[1])
 
     @property
     def test_loss(self) -> float:

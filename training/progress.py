@@ -13,9 +13,9 @@ from rich.progress import (
 
 from training.clock import PARTS
 from training.metrics import Row
+from training.streams import SECONDS_BETWEEN_LINES
 
 SHORT = dict(zip(PARTS, ("data", "fwd+bwd", "clip", "optim"), strict=True))
-SECONDS_BETWEEN_LINES = 10.0
 
 #: Columns from which a bar also tells what time and memory go to.
 WIDE = 160

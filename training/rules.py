@@ -29,6 +29,22 @@ _NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
 #: single: one process; ddp: a whole model in each; fsdp: the model sharded over all; hsdp: over those of each replica.
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 
+#: Of the group eval, which scripts/evaluate.py has too.
+EVAL_RULES: dict[str, Rule] = {
+    "eval.tasks": (
+        lambda v: isinstance(v, list) and v != [] and all(isinstance(task, str) for task in v),
+        "a list of tasks, as [hellaswag]",
+    ),
+    "eval.shots": (
+        lambda v: all(type(number) is int and number >= 0 for number in (v if isinstance(v, list) else [v])),
+        "integers from 0, as 0 or [0,5]",
+    ),
+    "eval.limit": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "eval.seed": (lambda v: type(v) is int, "an integer"),
+    "eval.batch_tokens": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "eval.data_dir": (lambda v: v is None or (isinstance(v, str) and v != ""), "a folder, or null"),
+}
+
 #: Key -> (test of the value, what is allowed). Keys of `model` and `clip` are the arguments of what they make.
 RULES: dict[str, Rule] = {
     "lr": _POSITIVE,
@@ -106,6 +122,10 @@ RULES: dict[str, Rule] = {
     "trainer.most_rewinds": _COUNT,
     "trainer.keep_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
     "trainer.async_save": (lambda v: isinstance(v, bool), "true or false"),
+    "trainer.test_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "trainer.test_tokens": _COUNT,
+    "trainer.tasks_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    **EVAL_RULES,
     "logger.name": (lambda v: v in ("local", "wandb"), "local or wandb"),
 }
 WANDB_RULES: dict[str, Rule] = {

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -41,9 +41,10 @@ from training.config import (
     section,
     settings_of,
 )
+from training.evaluations import Evaluations, Tasks
 from training.folder import RunFolder
 from training.fork import Origin
-from training.held_out import HeldOut
+from training.held_out import HeldOut, bits_per_byte
 from training.memory import available_memory
 from training.metrics import Metrics, Row, TimedClipping
 from training.module import PretrainingModule
@@ -145,7 +146,8 @@ def train(
         start: of another run, from which to start.
 
     Returns:
-        `test_loss` and `unigram_entropy` (nats per token), `test_tokens`, `parameters`, and the tokens' fingerprint.
+        `test_loss` and `unigram_entropy` (nats per token), `test_bits_per_byte`, `test_tokens`, `parameters`, and the
+        tokens' fingerprint.
     """
     quieten_libraries()
     while True:
@@ -249,6 +251,18 @@ def _train(
         beside=trainer_cfg.async_save,
         console=console,
     )
+    tokenizer = load_tokenizer(str(tokens.folder))
+    evaluations = Evaluations(
+        folder,
+        metrics,
+        held_out_text(cfg, tokens, console, trainer_cfg.test_tokens),
+        trainer_cfg.test_every,
+        tasks_of(cfg),
+        trainer_cfg.tasks_every,
+        tokenizer,
+        wandb_run.log if wandb_run is not None else lambda numbers, step: None,
+        console,
+    )
     trainer = pl.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=trainer_cfg.devices,
@@ -263,6 +277,7 @@ def _train(
             stopping,
             checkpoints,
             nonfinite,
+            evaluations,
         ],
         logger=False,
         default_root_dir=folder.path,
@@ -281,12 +296,7 @@ def _train(
         metrics.listeners.append(wandb_run)
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
-    held_out = HeldOut(
-        Sequences(tokens.test, cfg.data.sequence_length),
-        4 * trainer_cfg.micro_batch_size,
-        cfg.data.max_test_tokens,
-        console,
-    )
+    held_out = held_out_text(cfg, tokens, console, cfg.data.max_test_tokens)
     try:
         # Checkpoints are our own files, and hold more than tensors.
         with reacting(stopping.tell):
@@ -313,13 +323,43 @@ def _train(
         if wandb_run is not None:
             wandb_run.finish()
     evaluated = tokens.test.read(1, held_out.tokens + 1)
+    size = held_out.bytes(tokenizer)
     return {
         "test_loss": module.test_loss,
+        "test_bits_per_byte": bits_per_byte(module.test_loss, held_out.tokens, size),
         "unigram_entropy": unigram_entropy(evaluated),
         "test_tokens": len(evaluated),
         "parameters": model.parameters,
         "data_fingerprint": tokens.fingerprint,
     }
+
+
+def held_out_text(cfg: DictConfig, tokens: Tokens, console: Console, most_tokens: float | None) -> HeldOut:
+    """Return what this process evaluates of the held-out text."""
+    return HeldOut(
+        Sequences(tokens.test, cfg.data.sequence_length),
+        4 * cfg.trainer.micro_batch_size,
+        most_tokens,
+        console,
+        rank(),
+        world_size(cfg),
+    )
+
+
+def tasks_of(cfg: DictConfig) -> Tasks | None:
+    """Return the tasks that are scored while the run trains, with their data; `None` if none are."""
+    if cfg.trainer.tasks_every is None:
+        return None
+    from evaluation.tasks import TaskError, load_tasks
+
+    given = cfg.eval
+    shots = given.shots if isinstance(given.shots, ListConfig) else [given.shots]
+    folders = [Path(f) for f in (given.data_dir, Path(cfg.paths.cache, "eval")) if f is not None]
+    try:
+        loaded = {(name, number): load_tasks(name, folders, number) for name in given.tasks for number in shots}
+    except TaskError as error:
+        raise ConfigError(str(error)) from error
+    return Tasks(loaded, given.limit, given.seed, given.batch_tokens)
 
 
 def _beginning(folder: RunFolder, start: Origin | None, console: Console) -> tuple[Path | None, int, Origin | None]:

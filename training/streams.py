@@ -4,6 +4,9 @@ import os
 import sys
 from typing import Any, TextIO
 
+#: Between two lines that tell how far something is, where there is no terminal.
+SECONDS_BETWEEN_LINES = 10.0
+
 
 class Unfailing:
     """A text stream whose writing does not fail.

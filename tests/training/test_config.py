@@ -16,7 +16,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 OPTIONS = sorted(
     (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
     for file in CONFIGS.rglob("*.yaml")
-    if file.parent not in (CONFIGS, CONFIGS / "eval")  # which is scripts/evaluate.py's
+    if file.parent != CONFIGS
 )
 
 
