@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-slow test-slurm faults status bench-clip bench-data bench-train lint format clean
+.PHONY: help setup train eval eval-data test test-slow test-slurm faults status bench-clip bench-data bench-train bench-eval lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ bench-data: setup ## what preparing and reading tokens costs, as ratios (minutes
 
 bench-train: setup ## how fast training is beside transformers and litgpt, as ratios (minutes)
 	$(BIN)/python scripts/bench_train.py $(ARGS)
+
+bench-eval: setup ## how fast runs are scored beside lm-eval's hf backend: ARGS="run=runs/main/NAME" (minutes)
+	$(BIN)/python scripts/eval_data.py
+	$(BIN)/python scripts/bench_eval.py $(ARGS)
 
 bench-clip: setup ## what clipping costs, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)

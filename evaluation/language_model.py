@@ -18,7 +18,7 @@ from models import Llama
 from models.scoring import Score, Text, in_parts, score
 
 #: Tokens computed at once, by device.
-BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}
+BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 10}
 
 #: Tokens of an answer that is written, if the task does not say, as lm-eval's `hf` has it.
 MOST_WRITTEN = 256

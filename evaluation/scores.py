@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evaluation.tasks import sample
+from evaluation.tasks import TaskError, sample
 
 PACKAGES = ("lm_eval", "datasets", "torch", "transformers", "tokenizers")
 
@@ -48,7 +48,7 @@ class Scores:
         path: eval.json.
 
     Raises:
-        ValueError: the file is damaged.
+        TaskError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +58,7 @@ class Scores:
             try:
                 self.all = json.loads(path.read_text())["scores"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise TaskError(
                     f"{path} is damaged ({error}): remove it, and the same command makes it again"
                 ) from error
 
@@ -66,15 +66,25 @@ class Scores:
         """Return the score with this key, if it is known."""
         return next((score for score in self.all if all(score.get(name) == key[name] for name in KEY)), None)
 
+    def forget_after(self, step: int) -> None:
+        """Forget the scores of later steps: the run goes on from this one, and may come to others."""
+        kept = [score for score in self.all if (score["step"] or 0) <= step]
+        if kept != self.all:
+            self._write(kept)
+
     def add(self, key: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         """Keep what was found, with the versions that found it."""
         versions = {package: version(package) for package in PACKAGES}
         score = {**key, **found, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.all = [other for other in self.all if any(other.get(name) != key[name] for name in KEY)] + [score]
+        self._write([other for other in self.all if any(other.get(name) != key[name] for name in KEY)] + [score])
+        return score
+
+    def _write(self, scores: list[dict[str, Any]]) -> None:
+        """Have the file hold these, or what it held before, whatever happens meanwhile."""
+        self.all = scores
         aside = self.path.with_name(f".saving-{self.path.name}")
         with aside.open("w") as file:
             json.dump({"scores": self.all}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self.path)
-        return score

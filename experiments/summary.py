@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches
@@ -144,7 +145,7 @@ def table(result: dict[str, Any], title: str) -> Table:
         ),
         *_costs(result),
     ):
-        shown.add_row(name, value, f"[dim]{remark}")
+        shown.add_row(name, value, Text(remark, style="dim"))
     if injected := _injected(result):
-        shown.add_row("bad batches", injected, "[dim]put in on purpose (data.bad_batches)")
+        shown.add_row("bad batches", injected, Text("put in on purpose (data.bad_batches)", style="dim"))
     return shown

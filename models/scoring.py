@@ -121,13 +121,19 @@ def _tree(group: list[tuple[int, list[int], int]], shared: int) -> Tree:
 
 
 def batches(laid: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Return trees in batches of at most so many tokens, padding included, but of one tree at least; longest first."""
+    """Return trees in batches of at most so many tokens, padding included, but of one tree at least.
+
+    The longest come first. Those of a single text are by themselves, as they need no mask.
+    """
     found: list[list[Tree]] = []
-    for tree in sorted(laid, key=lambda tree: -len(tree.tokens)):
-        if found and (len(found[-1]) + 1) * len(found[-1][0].tokens) <= batch_tokens:
-            found[-1].append(tree)
-        else:
-            found.append([tree])
+    for shared in (True, False):
+        alike = [tree for tree in laid if (len(tree.texts) > 1) == shared]
+        first = len(found)
+        for tree in sorted(alike, key=lambda tree: -len(tree.tokens)):
+            if len(found) > first and (len(found[-1]) + 1) * len(found[-1][0].tokens) <= batch_tokens:
+                found[-1].append(tree)
+            else:
+                found.append([tree])
     return found
 
 

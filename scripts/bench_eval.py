@@ -30,7 +30,7 @@ from training.config import ConfigError
 from training.folder import environment
 from training.trained import Trained
 
-SETTINGS = {"run": None, "items": 400, "rounds": 3, "data_dir": "cache/eval", "tasks": ["hellaswag", "winogrande"]}
+SETTINGS = {"run": None, "limit": 400, "rounds": 3, "data_dir": "cache/eval", "tasks": ["hellaswag", "winogrande"]}
 BATCH_SIZES = (4, 16, 64)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
             tokenizer.save(Path(folder))
             theirs = HFLM(pretrained=folder, device=str(device), dtype="float32", batch_size=1)
         table = Table(
-            title=f"{cfg.items} items, {trained.config.parameters / 1e6:.1f}M parameters", title_justify="left"
+            title=f"{cfg.limit} items, {trained.config.parameters / 1e6:.1f}M parameters", title_justify="left"
         )
         for column in ("task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both"):
             table.add_column(column, justify="right")
@@ -76,12 +76,12 @@ def main() -> None:
             tried = {}
             for size in BATCH_SIZES:
                 theirs.batch_size_per_gpu = size
-                tried[size] = seconds(theirs, task, loaded, max(1, cfg.items // 4))[0]
+                tried[size] = seconds(theirs, task, loaded, max(1, cfg.limit // 4))[0]
             theirs.batch_size_per_gpu = min(tried, key=tried.__getitem__)
             ratios = []
             for _ in track(range(cfg.rounds), task, console=console):
-                mine, scores = seconds(ours, task, loaded, cfg.items)
-                other, their_scores = seconds(theirs, task, loaded, cfg.items)
+                mine, scores = seconds(ours, task, loaded, cfg.limit)
+                other, their_scores = seconds(theirs, task, loaded, cfg.limit)
                 if scores != their_scores:
                     raise RuntimeError(f"{task}: {scores} is not {their_scores}")
                 ratios.append(other / mine)

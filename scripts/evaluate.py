@@ -24,16 +24,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
 from evaluation.answers import Remembering
-from evaluation.scores import Scores, score_task
+from evaluation.scores import KEY, Scores, score_task
 from evaluation.tasks import TaskError, load_tasks
 from training.cli import command_line, reporting
 from training.config import ConfigError, check_folder, check_rules
+from training.processes import RunError
 from training.rules import EVAL_RULES
 from training.streams import SECONDS_BETWEEN_LINES
 from training.trained import Trained
 from zclip.base import is_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+#: What a score has beside its metrics.
+OTHERS = {"run", *KEY, "items", "task_version", "seconds", "versions", "date"}
 
 
 class Subject(NamedTuple):
@@ -56,7 +61,7 @@ class Subject(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Score what is not scored yet, and print all that was asked for."""
     with reporting():
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True, highlight=False, markup=False)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints are read without
         logging.getLogger().setLevel(logging.ERROR)  # of the hub's library and lm-eval
         shots = check(cfg)
@@ -64,7 +69,7 @@ def main(cfg: DictConfig) -> None:
         try:
             subjects = [hugging_face(cfg, device)] if cfg.hf else runs(cfg, device, console)
             show(evaluate(cfg, subjects, shots, console), console)
-        except (TaskError, ValueError) as error:
+        except TaskError as error:
             raise ConfigError(str(error)) from error
 
 
@@ -97,14 +102,19 @@ def runs(cfg: DictConfig, device: torch.device, console: Console) -> list[Subjec
         folders += [path] if (path / "config.yaml").is_file() else below
     subjects = []
     for folder in dict.fromkeys(folders):
-        if len(folders) > 1 and not list((folder / "checkpoints").glob("step-*")):
-            console.print(f"{folder} has no checkpoint yet: left out", style="yellow")
+        try:
+            trained = Trained(folder, cfg.step, say=console.print)
+        except (ConfigError, RunError) as error:
+            if len(folders) == 1:
+                raise
+            console.print(f"left out: {error}", style="yellow")
             continue
-        trained = Trained(folder, cfg.step, say=console.print)
         if trained.step != trained.steps:
             console.print(f"{folder} is not finished: this is {trained.told}", style="yellow")
         load = partial(load_run, cfg, trained, device)
         subjects.append(Subject(folder.name, trained.step, Scores(folder / "eval.json"), load))
+    if not subjects:
+        raise ConfigError(f"run={cfg.run} is not possible: none of the {len(folders)} runs there can be evaluated")
     return subjects
 
 
@@ -199,23 +209,35 @@ def progress(title: str, console: Console) -> Iterator[Callable[[int, int], None
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the scores in percent, with their standard errors."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row if f"{name}_stderr" in row))
+    """Print the scores with their standard errors; shares in percent."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row if name not in OTHERS and "_stderr" not in name))
     several = len({row["run"] for row in rows}) > 1
-    table = Table(
-        title="% ± standard error" if several else f"{rows[0]['run']}, % ± standard error", title_justify="left"
-    )
-    for column in (*(["run"] if several else []), "task", "shots", "items", *metrics):
+    table = Table(title="± standard error" if several else f"{rows[0]['run']}, ± standard error", title_justify="left")
+    names = [f"{metric} %" if _is_share(metric) else metric for metric in metrics]
+    for column in (*(["run"] if several else []), "task", "shots", "items", *names):
         table.add_column(column, justify="left" if column in ("run", "task") else "right", overflow="fold")
     for row in rows:
+        drawn = row["limit"] is not None and row["items"] >= row["limit"]
         table.add_row(
             *([row["run"]] if several else []),
             row["task"],
             str(row["shots"]),
-            f"{row['items']:,}" + ("" if row["limit"] is None else " drawn"),
-            *("" if m not in row else f"{100 * row[m]:.2f} ± {100 * row[m + '_stderr']:.2f}" for m in metrics),
+            f"{row['items']:,}" + (" drawn" if drawn else ""),
+            *(_shown(row, metric) for metric in metrics),
         )
     console.print(table, soft_wrap=False)
+
+
+def _is_share(metric: str) -> bool:
+    return metric.startswith(("acc", "exact_match", "f1"))
+
+
+def _shown(row: dict[str, Any], metric: str) -> str:
+    if metric not in row:
+        return ""
+    times = 100 if _is_share(metric) else 1
+    error = row.get(f"{metric}_stderr")
+    return f"{times * row[metric]:.2f}" + ("" if error is None else f" ± {times * error:.2f}")
 
 
 if __name__ == "__main__":

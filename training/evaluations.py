@@ -82,6 +82,7 @@ class Evaluations(pl.Callback):
             kept = [row for row in self.folder.evaluations() if row["step"] <= trainer.global_step]
             if kept or self.folder.evaluated.exists():
                 write_whole(self.folder.evaluated, "".join(json.dumps(row) + "\n" for row in kept))
+            Scores(self.folder.scores).forget_after(trainer.global_step)
         if trainer.global_step:
             self._evaluate(trainer, pl_module)
 

@@ -47,7 +47,7 @@ def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # no
     given = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
     done = script("evaluate.py", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "empty has no checkpoint yet: left out" in done.stdout
+    assert f"left out: run={runs}/main/empty has no checkpoint yet: train it first" in done.stdout
     one = runs / "main" / "one" / "eval.json"
     (first,) = scores(one)
     assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["shots"] == 0

@@ -48,11 +48,13 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
         "test loss",
         "test perplexity",
         "unigram entropy",
+        "bits per byte",
         "loss spikes",
         "steps clipped",
         str(path.name),
     ):
         assert shown in done.stdout
+    assert "[dim]" not in done.stdout
 
     assert {p.name for p in path.iterdir() if not p.name.startswith(".")} == {
         "config.yaml", "environment.json", "tokenizer", "metrics.jsonl", "checkpoints", "result.json", "plots"
