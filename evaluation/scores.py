@@ -53,14 +53,17 @@ class Scores:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.all: list[dict[str, Any]] = []
-        if path.exists():
-            try:
-                self.all = json.loads(path.read_text())["scores"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise TaskError(
-                    f"{path} is damaged ({error}): remove it, and the same command makes it again"
-                ) from error
+        self.all = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        try:
+            return json.loads(self.path.read_text())["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TaskError(
+                f"{self.path} is damaged ({error}): remove it, and the same command makes it again"
+            ) from error
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the score with this key, if it is known."""
@@ -76,7 +79,8 @@ class Scores:
         """Keep what was found, with the versions that found it."""
         versions = {package: version(package) for package in PACKAGES}
         score = {**key, **found, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self._write([other for other in self.all if any(other.get(name) != key[name] for name in KEY)] + [score])
+        others = self._read()  # another process may have found some meanwhile
+        self._write([other for other in others if any(other.get(name) != key[name] for name in KEY)] + [score])
         return score
 
     def _write(self, scores: list[dict[str, Any]]) -> None:

@@ -325,7 +325,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {key: value for key, value in plain.items() if key not in NOT_IDENTITY}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in NOT_IDENTITY_TRAINER}
-    if kept["trainer"]["nonfinite"] == "rewind":  # it goes back to the last checkpoint
+    if kept["trainer"].get("nonfinite") == "rewind":  # it goes back to the last checkpoint
         kept["trainer"]["checkpoint_every"] = plain["trainer"]["checkpoint_every"]
     return kept
 

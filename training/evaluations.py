@@ -6,7 +6,8 @@ is not there, is done first. Training waits, and is not changed: nothing random 
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data import TextEncoder
-from evaluation.scores import KEY, Scores
+from evaluation.scores import KEY, Scores, score_task
+from evaluation.tasks import TaskError
+from training.config import ConfigError
 from training.folder import RunFolder, write_whole
 from training.held_out import HeldOut, bits_per_byte
 from training.metrics import Metrics
@@ -82,7 +85,10 @@ class Evaluations(pl.Callback):
             kept = [row for row in self.folder.evaluations() if row["step"] <= trainer.global_step]
             if kept or self.folder.evaluated.exists():
                 write_whole(self.folder.evaluated, "".join(json.dumps(row) + "\n" for row in kept))
-            Scores(self.folder.scores).forget_after(trainer.global_step)
+            try:
+                Scores(self.folder.scores).forget_after(trainer.global_step)
+            except TaskError as error:
+                raise ConfigError(str(error)) from error
         if trainer.global_step:
             self._evaluate(trainer, pl_module)
 
@@ -91,21 +97,23 @@ class Evaluations(pl.Callback):
     ) -> None:
         """Do what is due after a step, unless the run is to stop: then it is done when it continues."""
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and not trainer.should_stop and trainer.global_step < trainer.max_steps:
+        if whole and not trainer.should_stop:
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PretrainingModule)
         step = trainer.global_step
-        due = [every is not None and step % every == 0 for every in (self.test_every, self.tasks_every)]
-        if not any(due):
+        test = self.test_every is not None and step % self.test_every == 0 and step < trainer.max_steps
+        score = self.tasks_every is not None and step % self.tasks_every == 0
+        if not (test or score):
             return
         self.metrics.flush(trainer, pl_module)  # so that the steps before are on the disk, and told
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            if due[0] and step not in of_rank_0(lambda: [row["step"] for row in self.folder.evaluations()]):
+            if test and step not in of_rank_0(lambda: [row["step"] for row in self.folder.evaluations()]):
                 self._test(trainer, pl_module, step)
-            if due[1] and self.tasks is not None:
-                self._score(pl_module, self.tasks, step)
+            if score and self.tasks is not None:
+                with torch.compiler.set_stance("force_eager"):  # of as many shapes as there are batches
+                    self._score(pl_module, self.tasks, step)
         if isinstance(pl_module.model, FSDPModule):
             pl_module.model.reshard()  # what a forward pass without a backward pass leaves gathered
         self.metrics.clock.mark("evaluation")
@@ -122,27 +130,39 @@ class Evaluations(pl.Callback):
                 "test_perplexity": math.exp(min(loss, 700.0)),
                 "test_bits_per_byte": bits_per_byte(loss, self.held_out.tokens, self._bytes),
             }
-        if trainer.is_global_zero:
-            with self.folder.evaluated.open("a") as file:
+        if self.metrics.writes:
+            with self._kept(), self.folder.evaluated.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             self._tell({name: value for name, value in row.items() if name not in ("step", "test_tokens")}, step)
 
     def _score(self, module: PretrainingModule, tasks: Tasks, step: int) -> None:
         """Find the scores on the tasks."""
         from evaluation.language_model import RunModel
-        from evaluation.scores import score_task
 
         model = RunModel(module.model, self.tokenizer, module.device, tasks.batch_tokens)
         for (name, shots), loaded in tasks.loaded.items():
             values = (name, shots, tasks.limit, tasks.seed if tasks.limit else None, step, "training")
             key = dict(zip(KEY, values, strict=True))
-            if of_rank_0(partial(Scores(self.folder.scores).find, key)) is not None:
+            if of_rank_0(partial(self._known, key)):
                 continue
             found = score_task(model, name, loaded, tasks.limit, tasks.seed)
             if self.metrics.writes:
-                Scores(self.folder.scores).add(key, found)
+                with self._kept():
+                    Scores(self.folder.scores).add(key, found)
                 numbers = {metric: value for metric, value in found.items() if f"{metric}_stderr" in found}
                 self._tell({f"{name}/{metric}": value for metric, value in numbers.items()}, step)
+
+    def _known(self, key: dict[str, Any]) -> bool:
+        return Scores(self.folder.scores).find(key) is not None
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Write what was found; if that fails, say so, and train on."""
+        try:
+            yield
+        except OSError as error:
+            said = f"AN EVALUATION COULD NOT BE KEPT: {error}. Training goes on."
+            self.console.print(said, style="bold red", markup=False)
 
     def _tell(self, numbers: dict[str, float], step: int) -> None:
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())

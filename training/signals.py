@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -57,7 +57,8 @@ def _received(signum: int, frame: FrameType | None) -> None:
     _interrupts += signum == signal.SIGINT
     if _interrupts > 1 and signum == signal.SIGINT and _react is not _end:
         if sys.stderr.isatty():
-            os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+            with suppress(OSError):
+                os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
         os._exit(128 + signum)
     _react(signum)
 

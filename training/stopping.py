@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,7 +32,8 @@ class StopTogether(pl.Callback):
     def tell(self, signum: int) -> None:
         """Ask to stop. To be called from a signal handler: sets a flag, and writes a line on a terminal."""
         if not self.told and signum == signal.SIGINT and sys.stderr.isatty():
-            os.write(2, b"\nsaving after this step; Ctrl-C again quits at once\n")
+            with suppress(OSError):
+                os.write(2, b"\nsaving after this step; Ctrl-C again quits at once\n")
         self.told = self.told or signum
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

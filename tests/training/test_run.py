@@ -107,7 +107,7 @@ def kill_after(steps: int, command: list[str], cwd: Path) -> None:
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
-@pytest.mark.parametrize("clip", ["zclip", "autoclip"])
+@pytest.mark.parametrize("clip", ["zclip", pytest.param("autoclip", marks=pytest.mark.slow)])
 def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
     """Killed twice, with gradients accumulated over two micro-batches."""
     settings = tuple(s for s in settings if clip == "zclip" or not s.startswith("clip."))
@@ -136,6 +136,7 @@ def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
     assert int(clipper["strategies"][0]["state"]["count"]) == 40
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_the_prepared_one_and_continues_when_killed(settings, tmp_path):
     """A text of one block gives the very run; one of many blocks ends the same, killed twice or never."""
     settings = (*settings, "trainer.checkpoint_every=7", "trainer.log_every=2")
