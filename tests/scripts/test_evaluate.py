@@ -79,7 +79,7 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
     for name in ("whole", "killed"):
         shutil.copytree(runs / "main" / "one", tmp_path / name)
         (tmp_path / name / "eval.json").unlink(missing_ok=True)
-    given = (f"eval.data_dir={sets}", "eval.limit=2000", "eval.tasks=[hellaswag]")
+    given = (f"eval.data_dir={sets}", "eval.limit=600", "eval.tasks=[hellaswag]")
     command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *given]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     answers = tmp_path / "killed" / ".eval-20-float32.jsonl"
