@@ -4,6 +4,7 @@ What is scored is what lm-eval's `hf` backend scores on the exported model, toke
 longer than the model's context, which is scored in parts here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from data import TextEncoder
+from evaluation.tasks import TaskError
 from models import Llama
 from models.scoring import Score, Text, in_parts, score
 
@@ -97,7 +99,11 @@ class RunModel(TemplateLM):
         return found
 
     def _score(self, texts: Sequence[Text]) -> list[Score]:
-        """Return the scores of texts, in order; what the model cannot see at once is scored in parts."""
+        """Return the scores of texts, in order; what the model cannot see at once is scored in parts.
+
+        Raises:
+            TaskError: a score is not a number.
+        """
         parts = [(number, part) for number, text in enumerate(texts) for part in in_parts(text, self.max_length)]
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         asked = [part for _, part in parts]
@@ -108,6 +114,8 @@ class RunModel(TemplateLM):
             shares: list[Any] = [None] * processes
             dist.all_gather_object(shares, found)
             found = {place: each for share in shares for place, each in share.items()}
+        if not all(math.isfinite(each.log_likelihood) for each in found.values()):
+            raise TaskError("the model's answers are not numbers: it has diverged, and has no score")
         of: list[list[Score]] = [[] for _ in texts]
         for place, (number, _) in enumerate(parts):
             of[number].append(found[place])

@@ -145,7 +145,11 @@ class Evaluations(pl.Callback):
             key = dict(zip(KEY, values, strict=True))
             if of_rank_0(partial(self._known, key)):
                 continue
-            found = score_task(model, name, loaded, tasks.limit, tasks.seed)
+            try:
+                found = score_task(model, name, loaded, tasks.limit, tasks.seed)
+            except TaskError as error:
+                self.console.print(f"after step {step}: {name}: {error}")
+                continue
             if self.metrics.writes:
                 with self._kept():
                     Scores(self.folder.scores).add(key, found)

@@ -9,7 +9,7 @@ from torch import Tensor
 from data import TextEncoder, load_tokenizer
 from models import LlamaConfig
 from training.checkpoint_files import step_of, undamaged, weights
-from training.config import ConfigError, model_config
+from training.config import ConfigError, model_config, section
 from training.folder import RunFolder
 
 
@@ -67,5 +67,10 @@ class Trained:
         return weights(self.checkpoint)
 
     def tokenizer(self) -> TextEncoder:
-        """Return the tokenizer of the run."""
-        return load_tokenizer(str(self.folder.tokenizer))
+        """Return the tokenizer of the run.
+
+        Raises:
+            ConfigError: it is not there, or damaged.
+        """
+        with section("run"):
+            return load_tokenizer(str(self.folder.tokenizer))
