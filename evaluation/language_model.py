@@ -36,7 +36,6 @@ class RunModel(TemplateLM):
         tokenizer: of the model.
         device: of the model.
         batch_tokens: tokens computed at once; `None`: as many as suit the device.
-        share: whether to compute common contexts once.
     """
 
     def __init__(
@@ -45,13 +44,11 @@ class RunModel(TemplateLM):
         tokenizer: TextEncoder,
         device: torch.device,
         batch_tokens: int | None = None,
-        share: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.encoder = tokenizer
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-        self.share = share
         self._device = device
 
     @property
@@ -108,7 +105,7 @@ class RunModel(TemplateLM):
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         asked = [part for _, part in parts]
         found: dict[int, Score] = {}
-        for some in score(self.model, asked, self.batch_tokens, self.device, self.share, rank, processes):
+        for some in score(self.model, asked, self.batch_tokens, self.device, rank=rank, processes=processes):
             found.update(some)
         if processes > 1:
             shares: list[Any] = [None] * processes

@@ -15,6 +15,11 @@ PACKAGES = ("lm_eval", "datasets", "torch", "transformers", "tokenizers")
 KEY = ("task", "shots", "limit", "seed", "step", "dtype")
 
 
+def key_of(task: str, shots: int, limit: int | None, seed: int, step: int | None, dtype: str) -> dict[str, Any]:
+    """Return what tells a score from another; the seed does where items are drawn."""
+    return dict(zip(KEY, (task, shots, limit, seed if limit else None, step, dtype), strict=True))
+
+
 def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
     """Return what lm-eval finds of a model on a task or group.
 

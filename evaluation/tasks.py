@@ -68,6 +68,11 @@ def data_file(folder: Path, task: str) -> Path | None:
     return None
 
 
+def data_folders(data_dir: str | None, cache: str) -> list[Path]:
+    """Return where the validation sets may be: a folder that is given, and where scripts/eval_data.py puts them."""
+    return [Path(folder) for folder in (data_dir, Path(cache, "eval")) if folder is not None]
+
+
 def load_tasks(name: str, folders: Sequence[Path], shots: int) -> dict[str, Any]:
     """Return a task, or those of a group, as lm-eval's `evaluate` takes them.
 

@@ -24,18 +24,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
 from evaluation.answers import Remembering
-from evaluation.scores import KEY, Scores, score_task
-from evaluation.tasks import TaskError, load_tasks
+from evaluation.scores import KEY, Scores, key_of, score_task
+from evaluation.tasks import TaskError, data_folders, load_tasks
 from training.cli import command_line, reporting
-from training.config import ConfigError, check_folder, check_rules
+from training.config import ConfigError, check_folder, check_rules, shots_of
 from training.processes import RunError
 from training.rules import EVAL_RULES
 from training.streams import SECONDS_BETWEEN_LINES
-from training.trained import Trained
+from training.trained import DTYPES, Trained
 from zclip.base import is_count
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 #: What a score has beside its metrics.
 OTHERS = {"run", *KEY, "items", "task_version", "seconds", "versions", "date"}
@@ -77,7 +74,7 @@ def check(cfg: DictConfig) -> list[int]:
     """Return the numbers of solved examples that are asked for, or raise `ConfigError` if anything makes no sense."""
     given = cfg.eval
     check_rules(cfg, EVAL_RULES)
-    shots = list(given.shots) if isinstance(given.shots, ListConfig) else [given.shots]
+    shots = shots_of(given)
     if given.data_dir is not None and not Path(given.data_dir).is_dir():
         raise ConfigError(f"eval.data_dir={given.data_dir} is not there: it must be a folder with the validation sets")
     if cfg.dtype not in DTYPES:
@@ -156,21 +153,14 @@ def hugging_face(cfg: DictConfig, device: torch.device) -> Subject:
 def evaluate(cfg: DictConfig, subjects: list[Subject], shots: list[int], console: Console) -> list[dict[str, Any]]:
     """Return the scores asked for, as rows of a table, those that are missing being found first."""
     given = cfg.eval
-    folders = [Path(f) for f in (given.data_dir, Path(cfg.paths.cache, "eval")) if f is not None]
+    folders = data_folders(given.data_dir, cfg.paths.cache)
     tasks: dict[tuple[str, int], Any] = {}
     rows: list[dict[str, Any]] = []
     for subject in subjects:
         model: Any = None
         for name in given.tasks:
             for number in shots:
-                key = {
-                    "task": name,
-                    "shots": number,
-                    "limit": given.limit,
-                    "seed": given.seed if given.limit else None,
-                    "step": subject.step,
-                    "dtype": cfg.dtype,
-                }
+                key = key_of(name, number, given.limit, given.seed, subject.step, cfg.dtype)
                 found = subject.scores.find(key)
                 if found is None:
                     if (name, number) not in tasks:

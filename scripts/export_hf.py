@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -20,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from models.hugging_face import export
 from training.cli import command_line, reporting
 from training.config import ConfigError, check_folder
-from training.trained import Trained
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from training.trained import DTYPES, Trained
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export_hf")

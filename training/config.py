@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Unpack, get_args, get_origin
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data import Corpus, sources_of
 from models import LlamaConfig
@@ -328,6 +328,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     if kept["trainer"].get("nonfinite") == "rewind":  # it goes back to the last checkpoint
         kept["trainer"]["checkpoint_every"] = plain["trainer"]["checkpoint_every"]
     return kept
+
+
+def shots_of(given: DictConfig) -> list[int]:
+    """Return the numbers of solved examples that `cfg.eval` asks for."""
+    return list(given.shots) if isinstance(given.shots, ListConfig) else [given.shots]
 
 
 def run_name(cfg: DictConfig) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data import TextEncoder
-from evaluation.scores import KEY, Scores, score_task
+from evaluation.scores import Scores, key_of, score_task
 from evaluation.tasks import TaskError
 from training.config import ConfigError
 from training.folder import RunFolder, write_whole
@@ -141,8 +141,7 @@ class Evaluations(pl.Callback):
 
         model = RunModel(module.model, self.tokenizer, module.device, tasks.batch_tokens)
         for (name, shots), loaded in tasks.loaded.items():
-            values = (name, shots, tasks.limit, tasks.seed if tasks.limit else None, step, "training")
-            key = dict(zip(KEY, values, strict=True))
+            key = key_of(name, shots, tasks.limit, tasks.seed, step, "training")
             if of_rank_0(partial(self._known, key)):
                 continue
             try:

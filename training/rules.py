@@ -22,6 +22,7 @@ Rule = tuple[Callable[[Any], bool], str]
 
 _POSITIVE = (_positive, "a number above 0")
 _COUNT = (is_count, "an integer from 1")
+_COUNT_OR_NULL = (lambda v: v is None or is_count(v), "an integer from 1, or null")
 _FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
 _FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
@@ -39,9 +40,9 @@ EVAL_RULES: dict[str, Rule] = {
         lambda v: all(type(number) is int and number >= 0 for number in (v if isinstance(v, list) else [v])),
         "integers from 0, as 0 or [0,5]",
     ),
-    "eval.limit": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "eval.limit": _COUNT_OR_NULL,
     "eval.seed": (lambda v: type(v) is int, "an integer"),
-    "eval.batch_tokens": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "eval.batch_tokens": _COUNT_OR_NULL,
     "eval.data_dir": (lambda v: v is None or (isinstance(v, str) and v != ""), "a folder, or null"),
 }
 
@@ -120,11 +121,11 @@ RULES: dict[str, Rule] = {
     "trainer.nonfinite": (lambda v: v in ("skip", "stop", "rewind"), "skip, stop or rewind"),
     "trainer.nonfinite_in_a_row": _COUNT,
     "trainer.most_rewinds": _COUNT,
-    "trainer.keep_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "trainer.keep_every": _COUNT_OR_NULL,
     "trainer.async_save": (lambda v: isinstance(v, bool), "true or false"),
-    "trainer.test_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "trainer.test_every": _COUNT_OR_NULL,
     "trainer.test_tokens": _COUNT,
-    "trainer.tasks_every": (lambda v: v is None or is_count(v), "an integer from 1, or null"),
+    "trainer.tasks_every": _COUNT_OR_NULL,
     **EVAL_RULES,
     "logger.name": (lambda v: v in ("local", "wandb"), "local or wandb"),
 }

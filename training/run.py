@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -40,6 +40,7 @@ from training.config import (
     model_config,
     section,
     settings_of,
+    shots_of,
 )
 from training.evaluations import Evaluations, Tasks
 from training.folder import RunFolder
@@ -350,13 +351,14 @@ def tasks_of(cfg: DictConfig) -> Tasks | None:
     """Return the tasks that are scored while the run trains, with their data; `None` if none are."""
     if cfg.trainer.tasks_every is None:
         return None
-    from evaluation.tasks import TaskError, load_tasks
+    from evaluation.tasks import TaskError, data_folders, load_tasks
 
     given = cfg.eval
-    shots = given.shots if isinstance(given.shots, ListConfig) else [given.shots]
-    folders = [Path(f) for f in (given.data_dir, Path(cfg.paths.cache, "eval")) if f is not None]
+    folders = data_folders(given.data_dir, cfg.paths.cache)
     try:
-        loaded = {(name, number): load_tasks(name, folders, number) for name in given.tasks for number in shots}
+        loaded = {
+            (name, number): load_tasks(name, folders, number) for name in given.tasks for number in shots_of(given)
+        }
     except TaskError as error:
         raise ConfigError(str(error)) from error
     return Tasks(loaded, given.limit, given.seed, given.batch_tokens)

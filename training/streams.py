@@ -33,11 +33,16 @@ class Unfailing:
         try:
             self.stream.flush()
         except BrokenPipeError:  # for ever: Python would try again when it ends, and fail
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            _give_up(self.stream)
         except OSError:
             pass
+
+
+def _give_up(stream: TextIO) -> None:
+    """Have all that is still to be written to a stream go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def make_unfailing() -> None:
@@ -52,6 +57,4 @@ def close() -> None:
         try:
             getattr(stream, "stream", stream).flush()
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            _give_up(stream)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from models import LlamaConfig
 from training.checkpoint_files import step_of, undamaged, weights
 from training.config import ConfigError, model_config, section
 from training.folder import RunFolder
+
+#: In which weights can be given away.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Trained:
