@@ -1,5 +1,9 @@
-"""Terms the paper leaves open, each defined once."""
+"""Terms the paper leaves open, each defined once.
 
+The test loss, the other one, is the mean cross entropy in nats over the held-out documents (training/held_out.py).
+"""
+
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +12,16 @@ import numpy as np
 SPIKE_WINDOW = 50
 #: Robust standard deviations above their median that make a spike.
 SPIKE_SIGMAS = 5.0
+#: Of the spike score: preceding steps, how many there must be at least, and standard deviations.
+SCORE_WINDOW, SCORE_LEAST, SCORE_SIGMAS = 1000, 50, 7.0
+#: Nats above its lowest level at which a loss has diverged.
+DIVERGED = 0.5
+#: Steps whose mean says whether a loss is reached.
+REACHED_WINDOW = 20
+#: Steps after a bad batch that its excursion is taken over.
+EXCURSION = 10
+#: Steps whose mean says whether a run has recovered, and within how many nats of the undisturbed run.
+RECOVERED_WINDOW, RECOVERED = 5, 0.02
 
 
 class Spike(NamedTuple):
@@ -17,15 +31,20 @@ class Spike(NamedTuple):
     length: int
 
 
-def loss_spikes(loss: np.ndarray, window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> list[Spike]:
+def loss_spikes(
+    loss: np.ndarray, left_out: Collection[int] = (), window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS
+) -> list[Spike]:
     """Find the loss spikes of a run. The paper counts spikes without saying what one is; this is our definition.
 
     A step is in a spike if its loss is not finite, or more than `sigmas` robust standard deviations (1.4826 times
     the median absolute deviation) above the median of the last `window` steps that were in none. Steps in a
     row are one spike. The first `window` steps can only spike by not being finite.
 
+    The loss of a bad batch that was put in says nothing about the model: it is in no spike, and ends none.
+
     Args:
         loss: (steps,) training loss of each step.
+        left_out: indices of steps to pass over, those of bad batches.
         window: W above.
         sigmas: threshold.
 
@@ -34,7 +53,11 @@ def loss_spikes(loss: np.ndarray, window: int = SPIKE_WINDOW, sigmas: float = SP
     """
     normal: list[float] = []
     spikes: list[Spike] = []
+    last = -2
     for step, value in enumerate(loss.tolist()):
+        if step in left_out:
+            last += last == step - 1
+            continue
         recent = np.array(normal[-window:])
         high = not np.isfinite(value)
         if not high and len(recent) == window:
@@ -43,8 +66,109 @@ def loss_spikes(loss: np.ndarray, window: int = SPIKE_WINDOW, sigmas: float = SP
             high = value > median + sigmas * deviation
         if not high:
             normal.append(value)
-        elif spikes and spikes[-1].start + spikes[-1].length == step:
-            spikes[-1] = Spike(spikes[-1].start, spikes[-1].length + 1)
+            continue
+        if spikes and last == step - 1:
+            spikes[-1] = Spike(spikes[-1].start, step + 1 - spikes[-1].start)
         else:
             spikes.append(Spike(step, 1))
+        last = step
     return spikes
+
+
+def spike_score(values: np.ndarray, left_out: Collection[int] = ()) -> float:
+    """Return the share of values at least seven standard deviations from the mean of those before, as OLMo 2 counts.
+
+    Mean and deviation are those of the last 1,000 values (arXiv 2501.00656, Section 3.1), as many as there are in
+    shorter runs, and 50 at least: earlier values are not judged. A value that is not finite counts as such a one, and
+    enters no mean.
+
+    Args:
+        values: (steps,) losses or norms.
+        left_out: indices of steps to pass over, those of bad batches.
+
+    Returns:
+        From 0 to 1; NaN if no value can be judged.
+    """
+    kept = [value for step, value in enumerate(values.tolist()) if step not in left_out]
+    before: list[float] = []
+    judged = odd = 0
+    for value in kept:
+        recent = np.array(before[-SCORE_WINDOW:])
+        if len(recent) >= SCORE_LEAST:
+            judged += 1
+            odd += not abs(value - recent.mean()) < SCORE_SIGMAS * recent.std()
+        if np.isfinite(value):
+            before.append(value)
+    return odd / judged if judged else float("nan")
+
+
+def diverged(loss: np.ndarray) -> bool:
+    """Return whether a run ended far above where it had been.
+
+    It has diverged if the mean loss of its last tenth is not finite, or more than 0.5 nats above the lowest mean of as
+    many steps in a row.
+
+    Args:
+        loss: (steps,) training loss of each step.
+    """
+    length = max(1, len(loss) // 10)
+    if not np.isfinite(loss[-length:]).all():
+        return True
+    means = _running_mean(np.where(np.isfinite(loss), loss, np.inf), length)
+    return bool(means[-1] > means.min() + DIVERGED)
+
+
+def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> float | None:
+    """Return the tokens after which the loss, as the mean of 20 steps, is first at most a target; `None`: it never is.
+
+    Args:
+        loss: (steps,) training loss of each step.
+        tokens: (steps,) processed after each.
+        target: in nats.
+    """
+    length = min(REACHED_WINDOW, len(loss))
+    reached = np.flatnonzero(_running_mean(np.where(np.isfinite(loss), loss, np.inf), length) <= target)
+    return float(tokens[reached[0] + length - 1]) if len(reached) else None
+
+
+def excursion(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
+    """Return how far a loss is above that of the same run undisturbed after bad batches, in nats.
+
+    It is the mean over the 10 steps after each, up to the next, and over the bad batches.
+
+    Args:
+        loss, undisturbed: (steps,) of runs that see the same batches but for the bad ones.
+        bad: indices of the bad batches' steps.
+    """
+    ends = _until(bad, len(loss))
+    means = [float(np.mean((loss - undisturbed)[at + 1 : min(at + 1 + EXCURSION, end)])) for at, end in ends]
+    return float(np.mean(means))
+
+
+def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
+    """Return how many steps after a bad batch a loss is as if it had not been, on the mean over the bad batches.
+
+    It is where the mean of 5 steps is first within 0.02 nats of the undisturbed run's, counted to the first of them;
+    for a run that does not get there before the next bad batch, or its end, all the steps until then.
+
+    Args:
+        loss, undisturbed, bad: see `excursion`.
+    """
+    steps = []
+    for at, end in _until(bad, len(loss)):
+        above = (loss - undisturbed)[at + 1 : end]
+        length = min(RECOVERED_WINDOW, len(above))
+        there = np.flatnonzero(_running_mean(above, length) <= RECOVERED)
+        steps.append(int(there[0]) if len(there) else len(above))
+    return float(np.mean(steps))
+
+
+def _until(bad: Collection[int], steps: int) -> list[tuple[int, int]]:
+    """Return of each bad batch that steps follow its index, and that of the next one, or the number of steps."""
+    ordered = sorted(bad)
+    return [(at, end) for at, end in zip(ordered, [*ordered[1:], steps], strict=True) if end > at + 1]
+
+
+def _running_mean(values: np.ndarray, length: int) -> np.ndarray:
+    """Return the means of `length` values in a row, the first of the first ones."""
+    return np.lib.stride_tricks.sliding_window_view(values, length).mean(axis=1)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.definitions import loss_spikes
-from experiments.runs import Run, bad_batches
+from experiments.runs import Run, bad_batches, left_out
 
 BEFORE, AFTER, MARK = "#c2410c", "#1d4ed8", "#b91c1c"
 
@@ -44,7 +44,7 @@ def draw_run(run: Run) -> Figure:
 def _loss(ax: Axes, run: Run) -> None:
     step, loss = run.metrics["step"], run.metrics["loss"]
     ax.plot(step, loss, color=AFTER, lw=1, label="training loss")
-    for i, spike in enumerate(loss_spikes(loss)):
+    for i, spike in enumerate(loss_spikes(loss, left_out(run))):
         label = "loss spike" if i == 0 else None
         ax.axvspan(
             step[spike.start] - 0.5,

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
-from experiments.runs import Run, bad_batches
+from experiments.runs import Run, bad_batches, left_out
 
 #: Parts of a step's time, as metrics.jsonl and as the table name them.
 PARTS = {"data": "data", "forward_backward": "forward and backward", "clip": "clipping", "optimizer": "optimizer"}
@@ -34,7 +34,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": steps,
         "tokens": int(metrics["tokens"][-1]),
         "train_loss": float(tail.mean()) if np.isfinite(tail).all() else None,
-        "spikes": len(loss_spikes(metrics["loss"])),
+        "spikes": len(loss_spikes(metrics["loss"], left_out(run))),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
         "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),

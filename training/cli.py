@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from training import slurm
-from training.config import ConfigError
+from training.config import CONFIGS, ConfigError
 from training.processes import (
     CANNOT_GO_ON,
     MISTAKE,
@@ -42,8 +42,6 @@ from training.processes import (
 from training.signals import Interrupted, begin, heed, say
 from training.streams import close, make_unfailing
 from training.sweep import check_job, compose
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 #: Numbers of errors that are nobody's fault: the disk is full, the quota used up, or it may only be read.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -169,16 +167,17 @@ class CheckSweep(Callback):
         with reporting():
             loader: Any = GlobalHydra.instance().config_loader()
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
-            (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+            sweeper: Any = get_class(config.hydra.sweeper._target_)
+            (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
             if not jobs:
                 raise ConfigError(f"{' '.join(config.hydra.overrides.task)} makes no job: a value must match something")
             seen: dict[Path, list[str]] = {}
             for job in (compose(loader, config, given) for given in jobs):
                 check_job(job)
                 path = job.folder.path
-                if path in seen and job.cfg.name is None:
+                if path in seen and job.cfg.name is None and config.evidence.of is None:
                     raise ConfigError(f"two jobs of the sweep are the same run, {path}: give each value once")
-                if path in seen:
+                if path in seen and job.cfg.name is not None:
                     raise ConfigError(
                         f"name={job.cfg.name} would be shared by the jobs ({' '.join(seen[path])}) and "
                         f"({' '.join(job.overrides)}): leave the name out, and each has its own"

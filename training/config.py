@@ -34,8 +34,10 @@ class ConfigError(ValueError):
     """The configuration asks for something that is not allowed; the message is one sentence for the user."""
 
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
 #: Settings that change what is written or shown, but not what is computed.
-NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned", "where", "eval")
+NOT_IDENTITY = ("name", "experiment", "paths", "logger", "plan", "planned", "where", "eval", "evidence")
 NOT_IDENTITY_TRAINER = (
     "log_every",
     "checkpoint_every",
@@ -60,6 +62,10 @@ def check(cfg: DictConfig) -> None:
     for key in _leaves(cfg):
         if key not in rules and not key.startswith(("model.", "clip.", "data.sources.")):
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
+    if cfg.evidence.of is not None:
+        raise ConfigError(
+            f"experiment={cfg.evidence.of} is a set of runs: add -m, and name one set at a time, or experiment=all"
+        )
     clipping_strategy(cfg)
     model_config(cfg)
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not cfg.plan:
@@ -266,6 +272,10 @@ def _shape(folder: str | None) -> LlamaConfig:
 
 # What configs/model/hf.yaml is made of.
 OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
+
+
+# Learning rates of configs/experiment/evidence.yaml.
+OmegaConf.register_new_resolver("times", lambda value, times: float(f"{value * times:.6g}"), replace=True)
 
 
 def _check_initial_weights(cfg: DictConfig) -> None:

@@ -26,6 +26,11 @@ _COUNT_OR_NULL = (lambda v: v is None or is_count(v), "an integer from 1, or nul
 _FOLDER = (lambda v: isinstance(v, str) and v != "", "a folder")
 _FRACTION = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NAME = (_folder_name, "a folder name of letters, digits and . _ = , + -")
+_STEPS = (
+    lambda v: isinstance(v, list) and all(is_count(step) for step in v) and len(set(v)) == len(v),
+    "a list of different steps, counted from 1, such as [100,200]",
+)
+_BAD_KIND = (lambda v: isinstance(v, str) and v in KINDS, f"one of {', '.join(KINDS)}")
 
 #: single: one process; ddp: a whole model in each; fsdp: the model sharded over all; hsdp: over those of each replica.
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
@@ -58,6 +63,13 @@ RULES: dict[str, Rule] = {
     "resume_from": (lambda v: v is None or isinstance(v, str), "a run folder and a step, as FOLDER@STEP, or null"),
     "plan": (lambda v: isinstance(v, bool), "true or false"),
     "where": (lambda v: isinstance(v, bool), "true or false"),
+    "evidence.of": (lambda v: v is None or isinstance(v, str), "set by experiment="),
+    "evidence.scale": _NAME,
+    "evidence.lr": _POSITIVE,
+    "evidence.lr_times": _POSITIVE,
+    "evidence.bad_batches": _STEPS,
+    "evidence.bad_kind": _BAD_KIND,
+    "evidence.lab": _STEPS,
     "planned.device": (lambda v: isinstance(v, str) and peak(v) is not None, f"one of {', '.join(PEAKS)}"),
     "planned.memory_gib": _POSITIVE,
     "planned.mfu": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
@@ -85,11 +97,8 @@ RULES: dict[str, Rule] = {
     "data.sequence_length": _COUNT,
     "data.vocab_size": _COUNT,
     "data.test_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
-    "data.bad_batches.steps": (
-        lambda v: isinstance(v, list) and all(is_count(step) for step in v) and len(set(v)) == len(v),
-        "a list of different steps, counted from 1, such as [100,200]",
-    ),
-    "data.bad_batches.kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {', '.join(KINDS)}"),
+    "data.bad_batches.steps": _STEPS,
+    "data.bad_batches.kind": _BAD_KIND,
     "optim.name": (lambda v: v == "adamw", "adamw"),
     "optim.betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from experiments.catalogue import sets
 from tests.conftest import CHECKOUT, train
 from training.config import check, clipping_strategy, run_name
 from zclip import ZClip
@@ -16,7 +17,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 OPTIONS = sorted(
     (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
     for file in CONFIGS.rglob("*.yaml")
-    if file.parent != CONFIGS
+    if file.parent.name not in ("configs", "evidence")
 )
 
 
@@ -30,7 +31,7 @@ def test_the_promised_options_are_there():
         "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
         "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"embedded", "smollm"},
         "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "optim": {"adamw"}, "logger": {"local", "wandb"},
-        "scale": {"micro"}, "experiment": {"main"},
+        "scale": {"main", "micro", "proxy", "paper"}, "experiment": {"main", "evidence", *sets()},
     }  # fmt: skip
     for group, names in promised.items():
         assert names <= {name for g, name in OPTIONS if g == group}
@@ -53,6 +54,9 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         ("trainer", "hsdp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
         ("model", "7b"): "which take 105 GiB" if MEMORY < 105 * 2**30 else None,
         ("model", "hf"): "model.init_from=null is not possible with model=hf",
+        ("scale", "proxy"): "torch sees no GPU" if not torch.cuda.is_available() else "",
+        ("scale", "paper"): "torch sees (no|. GPU)",
+        **{("experiment", experiment): f"experiment={experiment} is a set of runs: add -m" for experiment in sets()},
     }
     if said := refused.get((group, name)):
         with pytest.raises(Exception, match=said):

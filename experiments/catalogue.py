@@ -1,0 +1,236 @@
+"""The paper's tables and figures: which runs each is made of, and which number of which run stands where.
+
+Declared here only: `python train.py -m experiment=table3` runs what `sets()` says, and tables and figures read the same
+runs. A run is named by what it sets on top of `experiment=evidence`; runs that several share are the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+#: The paper's learning rates (Table 2).
+LEARNING_RATES = (5e-3, 3e-3, 1e-3, 7e-4, 5e-4, 3e-4, 1e-4)
+#: Of which the paper's text calls these high: Figure 5 shows them, and Figure 6 the others.
+HIGH_RATES = (5e-3, 3e-3, 1e-3)
+#: That of all other tables.
+RATE = 1e-3
+#: What configs/clip/zclip.yaml sets, and a run need not.
+ZCLIP = {"z_thresh": 2.5, "alpha": 0.97}
+
+
+class Setting(NamedTuple):
+    """What one run sets; over seeds, several runs.
+
+    Attributes:
+        clip: option of the group `clip`.
+        lr: the paper's learning rate; what a scale makes of it is its `evidence.lr_times`.
+        others: further keys and values.
+    """
+
+    clip: str
+    lr: float = RATE
+    others: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """As on the command line."""
+        return [f"clip={self.clip}", f"evidence.lr={self.lr:g}", *(f"{key}={value}" for key, value in self.others)]
+
+
+def _zclip(lr: float = RATE, **changes: float) -> Setting:
+    """Return the paper's ZClip, whose threshold is 2.0 at the two highest rates (Section 4)."""
+    if lr >= 3e-3:
+        changes.setdefault("z_thresh", 2.0)
+    others = {key: value for key, value in changes.items() if value != ZCLIP[key]}
+    return Setting("zclip", lr, tuple((f"clip.{key}", f"{value:g}") for key, value in others.items()))
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        header: as printed.
+        measure: name of the number, see `measures.py`.
+        group: whose run of the row it is; empty if a row has one.
+        note: what is special about it, for the line below.
+    """
+
+    header: str
+    measure: str
+    group: str = ""
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        label: as printed; also the row's name among the paper's numbers.
+        settings: by the columns' groups.
+    """
+
+    label: str
+    settings: Mapping[str, Setting]
+
+
+class Table(NamedTuple):
+    """A table.
+
+    Attributes:
+        name: `table2` and so on.
+        title: what it shows.
+        stub: header of the labels.
+        rows, columns: in order.
+        across: whether the best of a measure is one of its row, as in Table 2, or one of its column.
+    """
+
+    name: str
+    title: str
+    stub: str
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    across: bool = False
+
+
+SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
+TRAINED = (Column("train loss", "train_loss"), Column("spikes", "spikes"), Column("spike score %", "spike_score"))
+TESTED = (Column("spikes", "spikes"), Column("spike score %", "spike_score"), Column("test loss", "test_loss"))
+
+
+def _one(label: str, setting: Setting) -> Row:
+    return Row(label, {"": setting})
+
+
+STRATEGIES = {
+    "No clipping": Setting("none"),
+    "Fixed 1.0": Setting("fixed"),
+    "AutoClip": Setting("autoclip"),
+    "ZClip": _zclip(),
+}
+OTHERS = {
+    "AdaGC": Setting("adagc"),
+    "GradientStabilizer": Setting("stabilizer"),
+    "Skip-step": Setting("skip"),
+    "AGC": Setting("agc"),
+    "No clipping, QK-norm": Setting("none", others=(("model.qk_norm", "true"),)),
+}
+VARIANTS = {
+    "Max": Setting("zclip_max"),
+    "Mean": Setting("zclip_mean"),
+    "Reciprocal": _zclip(),
+}
+THRESHOLDS = {f"{z:.1f}": _zclip(z_thresh=z) for z in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)}
+ALPHAS = {f"{alpha:.2f}": _zclip(alpha=alpha) for alpha in (0.90, 0.93, 0.95, 0.97, 0.98, 0.99)}
+
+
+def _lab(setting: Setting, steps: str) -> Setting:
+    return setting._replace(others=(*setting.others, ("data.bad_batches.steps", steps)))
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "table2",
+            "fixed clipping and ZClip at each learning rate",
+            "learning rate",
+            [
+                Row(f"{lr:.0e}".replace("e-0", "e-"), {"fixed": Setting("fixed", lr), "zclip": _zclip(lr)})
+                for lr in LEARNING_RATES
+            ],
+            [
+                Column(f"{header}, {label}", measure, group)
+                for header, measure in (
+                    ("train loss", "train_loss"),
+                    ("HellaSwag", "hellaswag"),
+                    ("WinoGrande", "winogrande"),
+                )
+                for label, group in (("fixed", "fixed"), ("ZClip", "zclip"))
+            ],
+            across=True,
+        ),
+        Table(
+            "table3",
+            "clipping strategies",
+            "strategy",
+            [_one(label, setting) for label, setting in STRATEGIES.items()],
+            [*TESTED, *SCORES],
+        ),
+        Table(
+            "table5",
+            "variants of the clipping function",
+            "variant",
+            [_one(label, setting) for label, setting in VARIANTS.items()],
+            [*TESTED, *SCORES],
+        ),
+        Table(
+            "table6",
+            "the threshold of the z-score",
+            "z_thresh",
+            [_one(label, setting) for label, setting in THRESHOLDS.items()],
+            [*TRAINED, *SCORES],
+        ),
+        Table(
+            "table7",
+            "the smoothing of mean and variance",
+            "alpha",
+            [_one(label, setting) for label, setting in ALPHAS.items()],
+            [*TRAINED, *SCORES],
+        ),
+        Table(
+            "throughput",
+            "speed of training",
+            "strategy",
+            [_one(label, setting) for label, setting in STRATEGIES.items()],
+            [Column("million tokens/hour", "tokens_per_hour"), Column("clipping, % of a step", "clip_share")],
+        ),
+        Table(
+            "clip_rate",
+            "share of steps that are clipped, by threshold",
+            "z_thresh",
+            [_one(label, setting) for label, setting in THRESHOLDS.items()],
+            [Column("clipped by z-score %", "clipped_by_z"), Column("clipped at all %", "clipped")],
+        ),
+        Table(
+            "strategies",
+            "beyond the paper: more strategies, and none with QK-norm",
+            "strategy",
+            [_one(label, setting) for label, setting in (STRATEGIES | OTHERS).items()],
+            [Column("train loss", "train_loss"), *TESTED, *SCORES],
+        ),
+        Table(
+            "spike_lab",
+            "beyond the paper: bad batches put in, against the same seed undisturbed",
+            "strategy",
+            [
+                Row(label, {"bad": _lab(setting, "${evidence.lab}"), "good": _lab(setting, "[]")})
+                for label, setting in (STRATEGIES | OTHERS).items()
+            ],
+            [
+                Column("excursion (nats)", "excursion", "bad"),
+                Column("steps to recover", "recovery", "bad"),
+                Column("test loss, disturbed", "test_loss", "bad"),
+                Column("undisturbed", "test_loss", "good"),
+                Column("difference", "lost", "bad"),
+            ],
+        ),
+    )
+}
+
+#: Figures that are of no table's runs alone, and the runs that they show by their labels.
+FIGURES: dict[str, dict[str, Setting]] = {
+    "figure1": {"No clipping": Setting("none", 3e-3), "Fixed 1.0": Setting("fixed", 3e-3), "ZClip": _zclip(3e-3)},
+    "figure2": {"Fixed 1.0": Setting("fixed")},
+    "figure4": {"Fixed 1.0": Setting("fixed", 5e-4), "ZClip": _zclip(3e-3)},
+    "figure7": {"ZClip": _zclip()},
+    "figure9": {"ZClip": _zclip()},
+    "ema": {f"alpha {label}": setting for label, setting in ALPHAS.items()},
+}
+
+
+def sets() -> dict[str, list[Setting]]:
+    """Return the runs of each table and figure, by the name that `experiment=` takes; `all` is all of them, once."""
+    found = {
+        name: [setting for row in table.rows for setting in row.settings.values()] for name, table in TABLES.items()
+    }
+    found |= {name: list(shown.values()) for name, shown in FIGURES.items()}
+    found["all"] = list(dict.fromkeys(setting for some in found.values() for setting in some))
+    return found

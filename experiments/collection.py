@@ -1,0 +1,143 @@
+"""The runs that a table or figure is made of, found on disk; what is missing or does not belong is named."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.catalogue import Setting
+from experiments.definitions import diverged
+from experiments.runs import Run, read_run
+
+#: A setting, and a seed.
+Key = tuple[Setting, int]
+
+
+class Expected(NamedTuple):
+    """A run that may be there.
+
+    Attributes:
+        path: its folder.
+        identity: the settings that make it what it is.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+
+
+class Found(NamedTuple):
+    """The runs that are there.
+
+    Attributes:
+        runs: that are done, by setting and seed.
+        diverged: which of them have diverged.
+        unfinished: of those that are not done, the steps they have.
+        others: sentences about folders that were left out.
+    """
+
+    runs: dict[Key, Run]
+    diverged: set[Key]
+    unfinished: dict[Key, int]
+    others: list[str]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of which there is any run."""
+        return sorted({seed for _, seed in [*self.runs, *self.unfinished]})
+
+    def notes(self, settings: Iterable[tuple[str, Setting]]) -> list[str]:
+        """Return a sentence for each kind of run that is missing, unfinished or diverged, by their labels.
+
+        Args:
+            settings: each with its label.
+        """
+        kinds: dict[str, list[str]] = {"not run": [], "unfinished": [], "diverged": []}
+        for label, setting in dict.fromkeys(settings):
+            for seed in self.seeds:
+                key, title = (setting, seed), f"{label} (seed {seed})"
+                if key in self.unfinished:
+                    kinds["unfinished"].append(f"{title} after {self.unfinished[key]} steps")
+                elif key not in self.runs:
+                    kinds["not run"].append(title)
+                elif key in self.diverged:
+                    kinds["diverged"].append(title)
+        return [f"{kind}: {', '.join(titles)}" for kind, titles in kinds.items() if titles]
+
+
+def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], Mapping[str, Any]]) -> Found:
+    """Read the runs that are there.
+
+    Args:
+        expected: those that may be.
+        identity: the part of a run's configuration that makes it what it is.
+    """
+    found = Found({}, set(), {}, [])
+    paths = {each.path.resolve() for each in expected.values()}
+    for key, each in expected.items():
+        if not (each.path / "config.yaml").is_file():
+            continue
+        own = _settings(each.path, identity)
+        if own is None or (changed := _differences(own, each.identity)):
+            why = "cannot be read" if own is None else f"was changed ({changed})"
+            found.others.append(f"{each.path.name} is left out: its config.yaml {why}")
+            continue
+        if not (each.path / "result.json").is_file():
+            metrics = each.path / "metrics.jsonl"
+            found.unfinished[key] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            continue
+        try:
+            run = read_run(each.path)
+        except (OSError, ValueError, KeyError) as error:
+            found.others.append(f"{each.path.name} is left out: it cannot be read ({error})")
+            continue
+        found.runs[key] = run
+        if (run.result or {}).get("train_loss") is None or diverged(run.metrics["loss"]):
+            found.diverged.add(key)
+    for folder in sorted({path.parent for path in paths}):
+        for other in sorted(folder.glob("*/config.yaml")):
+            if other.parent.resolve() not in paths:
+                found.others.append(_stranger(other.parent, expected, identity))
+    return found
+
+
+def _settings(folder: Path, identity: Callable[[DictConfig], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return what makes a run what it is; `None` if its configuration cannot be read."""
+    try:
+        return identity(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException):
+        return None
+
+
+def _stranger(
+    folder: Path, expected: Mapping[Key, Expected], identity: Callable[[DictConfig], Mapping[str, Any]]
+) -> str:
+    """Say why a folder is left out."""
+    own = _settings(folder, identity)
+    if own is None:
+        return f"{folder.name} is left out: its config.yaml cannot be read"
+    nearest = min(expected.values(), key=lambda each: len(_flat(own).items() ^ _flat(each.identity).items()))
+    differs = _differences(own, nearest.identity)
+    if not differs:
+        return f"{folder.name} is left out: it is {nearest.path.name} again, under a name of its own"
+    return f"{folder.name} is left out: it is no run of these experiments ({differs})"
+
+
+def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name up to three settings that differ; empty if none does."""
+    mine, theirs = _flat(own), _flat(other)
+    keys = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
+    said = [f"{key}={mine.get(key)}, not {theirs.get(key)}" for key in keys[:3]]
+    return ", ".join(said) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)
+    return found

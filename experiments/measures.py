@@ -1,0 +1,136 @@
+"""The numbers of a run that stand in tables, by the names that the catalogue uses."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.definitions import (
+    DIVERGED,
+    EXCURSION,
+    RECOVERED,
+    RECOVERED_WINDOW,
+    SCORE_LEAST,
+    SCORE_SIGMAS,
+    SCORE_WINDOW,
+    SPIKE_SIGMAS,
+    SPIKE_WINDOW,
+    excursion,
+    loss_spikes,
+    recovery,
+    spike_score,
+)
+from experiments.runs import Run, bad_batches, left_out
+
+
+class Measure(NamedTuple):
+    """A number of a run.
+
+    Attributes:
+        of: finds it in a run that is done; of some, the undisturbed run is needed too. `None` where it is not known.
+        decimals: to print.
+        better: `low` or `high`; empty where neither is.
+        says: what it is, if its name does not say it.
+    """
+
+    of: Callable[[Run, Run | None], float | None]
+    decimals: int
+    better: str
+    says: str = ""
+
+
+def _result(key: str, times: float = 1.0) -> Callable[[Run, Run | None], float | None]:
+    def find(run: Run, _: Run | None) -> float | None:
+        value = (run.result or {}).get(key)
+        return None if value is None else times * value
+
+    return find
+
+
+def _score(task: str, metric: str) -> Callable[[Run, Run | None], float | None]:
+    def find(run: Run, _: Run | None) -> float | None:
+        score = run.score(task)
+        return None if score is None or score.get(metric) is None else 100 * score[metric]
+
+    return find
+
+
+def _clip_share(run: Run, _: Run | None) -> float | None:
+    """Return the percentage of the median step's time that clipping takes."""
+    seconds = (run.result or {}).get("step_seconds") or {}
+    parts = [value for value in seconds.values() if value is not None]
+    return 100 * seconds["clip"] / sum(parts) if seconds.get("clip") is not None and sum(parts) > 0 else None
+
+
+def _by_z(run: Run, _: Run | None) -> float | None:
+    result = run.result or {}
+    many = result.get("clipped_by_z")
+    return None if many is None else 100 * many / result["steps"]
+
+
+def _beside(
+    function: Callable[[np.ndarray, np.ndarray, set[int]], float],
+) -> Callable[[Run, Run | None], float | None]:
+    def find(run: Run, undisturbed: Run | None) -> float | None:
+        bad = left_out(run)
+        if undisturbed is None or not bad:
+            return None
+        value = function(run.metrics["loss"], undisturbed.metrics["loss"], bad)
+        return value if np.isfinite(value) else None
+
+    return find
+
+
+def _lost(run: Run, undisturbed: Run | None) -> float | None:
+    if undisturbed is None or not bad_batches(run):
+        return None
+    own, other = ((each.result or {}).get("test_loss") for each in (run, undisturbed))
+    return None if own is None or other is None else own - other
+
+
+MEASURES = {
+    "train_loss": Measure(_result("train_loss"), 3, "low", "the train loss is the mean of the last tenth of the steps"),
+    "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss that of held-out documents"),
+    "spikes": Measure(
+        lambda run, _: float(len(loss_spikes(run.metrics["loss"], left_out(run)))),
+        1,
+        "low",
+        f"a spike is a loss above {SPIKE_SIGMAS:g} robust standard deviations over the median of the last "
+        f"{SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted",
+    ),
+    "spike_score": Measure(
+        lambda run, _: 100 * spike_score(run.metrics["loss"], left_out(run)),
+        2,
+        "low",
+        f"the spike score is OLMo 2's, the share of losses at least {SCORE_SIGMAS:g} standard deviations from the mean "
+        f"of the last {SCORE_WINDOW:,} steps (of as many as there are, from {SCORE_LEAST})",
+    ),
+    "hellaswag": Measure(_score("hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"),
+    "winogrande": Measure(_score("winogrande", "acc"), 2, "high"),
+    "tokens_per_hour": Measure(
+        _result("tokens_per_second", 3600 / 1e6), 2, "high", "speeds are those of the median step"
+    ),
+    "clip_share": Measure(_clip_share, 2, "low"),
+    "clipped_by_z": Measure(_by_z, 1, ""),
+    "clipped": Measure(_result("clipped_share", 100), 1, "", "clipped at all counts max_grad_norm too"),
+    "excursion": Measure(
+        _beside(excursion),
+        3,
+        "low",
+        f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad batch",
+    ),
+    "recovery": Measure(
+        _beside(recovery),
+        1,
+        "low",
+        f"a run has recovered where the mean of {RECOVERED_WINDOW} losses is within {RECOVERED:g} nats of the "
+        "undisturbed run's",
+    ),
+    "lost": Measure(_lost, 3, "low"),
+}
+
+#: For the line below tables with a diverged run.
+DIVERGED_SAYS = (
+    f"a run has diverged whose loss is not finite at its end, or {DIVERGED:g} nats above the lowest it has been "
+    "(means of a tenth of the steps)"
+)

@@ -1,0 +1,55 @@
+"""Hydra sweeper of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
+
+Its jobs are those of a sweep over the overrides given, times the runs that the experiment is declared to be made of.
+"""
+
+from collections.abc import Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Override
+
+from experiments.catalogue import sets
+
+
+class Declared(BasicSweeper):
+    """Runs the set that `experiment=` names; runs that are the same by their settings once."""
+
+    @staticmethod
+    def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        """Return the overrides of each job, in one batch.
+
+        Raises:
+            ConfigError: an override is of what the experiment sets itself, or names no experiment.
+        """
+        given = {override.get_key_element(): override for override in overrides}
+        name = given["experiment"].get_value_element_as_str()
+        settings = sets()[name]
+        own = {override.partition("=")[0] for setting in settings for override in setting.overrides}
+        for key in given:
+            if key in own or (key == "lr" and "evidence.lr" in own):
+                _refuse(f"{key} is not yours to set with experiment={name}, which sets {', '.join(sorted(own))}")
+        (combinations,) = BasicSweeper.split_arguments(
+            [override for override in overrides if override.get_key_element() != "experiment"], None
+        )
+        return [
+            [
+                ["experiment=evidence", *setting.overrides, *combination]
+                for combination in combinations or [[]]
+                for setting in settings
+            ]
+        ]
+
+    def get_job_batch(self) -> Sequence[Sequence[str]]:
+        """Return the jobs, those that are the same run once."""
+        from training.sweep import compose
+
+        assert self.hydra_context is not None and self.config is not None
+        loader = self.hydra_context.config_loader
+        jobs = [compose(loader, self.config, overrides) for overrides in super().get_job_batch()]
+        return list({job.folder.path: job.overrides for job in reversed(jobs)}.values())[::-1]
+
+
+def _refuse(said: str) -> None:
+    from training.config import ConfigError
+
+    raise ConfigError(said)

@@ -1,0 +1,47 @@
+"""The paper's tables with our numbers: `python scripts/make_tables.py scale=micro [experiment=table3] [seeds=[0,1,2]]`.
+
+Each is written as Markdown, LaTeX and CSV into `tables/` of the scale's results.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markdown import Markdown
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)
+
+from experiments.catalogue import TABLES
+from experiments.tables import as_csv, fill, latex, markdown
+from scripts.evidence import chosen, gather, out_folder
+from training.cli import command_line, reporting
+from training.config import ConfigError
+from training.folder import write_whole
+
+
+@hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
+def main(cfg: DictConfig) -> None:
+    """Write the tables, print them, and say which runs were left out."""
+    with reporting():
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        wanted = {name: settings for name, settings in chosen(cfg).items() if name in TABLES}
+        if not wanted:
+            raise ConfigError(f"experiment={cfg.experiment} is no table: the tables are {', '.join(TABLES)}")
+        folder = out_folder(cfg) / "tables"
+        folder.mkdir(exist_ok=True)
+        found = gather(cfg, wanted)
+        for name in wanted:
+            filled = fill(TABLES[name], found)
+            for ending, text in (("md", markdown(filled)), ("tex", latex(filled)), ("csv", as_csv(filled))):
+                write_whole(folder / f"{name}.{ending}", text)
+            console.print(Markdown(markdown(filled)), soft_wrap=False)
+        for said in found.others:
+            console.print(said, style="yellow")
+        console.print(f"tables   {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
