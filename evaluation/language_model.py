@@ -4,7 +4,6 @@ What is scored is what lm-eval's `hf` backend scores on the exported model, toke
 longer than the model's context, which is scored in parts here.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from data import TextEncoder
-from evaluation.tasks import TaskError
 from models import Llama
 from models.scoring import Score, Text, in_parts, score
 
@@ -36,6 +34,10 @@ class RunModel(TemplateLM):
         tokenizer: of the model.
         device: of the model.
         batch_tokens: tokens computed at once; `None`: as many as suit the device.
+
+    Attributes:
+        asked: texts scored so far.
+        cut: how many of them were longer than what the model sees.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RunModel(TemplateLM):
         self.encoder = tokenizer
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
         self._device = device
+        self.asked = self.cut = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -96,11 +99,9 @@ class RunModel(TemplateLM):
         return found
 
     def _score(self, texts: Sequence[Text]) -> list[Score]:
-        """Return the scores of texts, in order; what the model cannot see at once is scored in parts.
-
-        Raises:
-            TaskError: a score is not a number.
-        """
+        """Return the scores of texts, in order; what the model cannot see at once is scored in parts."""
+        self.asked += len(texts)
+        self.cut += sum(len(text.tokens) > self.max_length + 1 for text in texts)
         parts = [(number, part) for number, text in enumerate(texts) for part in in_parts(text, self.max_length)]
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         asked = [part for _, part in parts]
@@ -111,8 +112,6 @@ class RunModel(TemplateLM):
             shares: list[Any] = [None] * processes
             dist.all_gather_object(shares, found)
             found = {place: each for share in shares for place, each in share.items()}
-        if not all(math.isfinite(each.log_likelihood) for each in found.values()):
-            raise TaskError("the model's answers are not numbers: it has diverged, and has no score")
         of: list[list[Score]] = [[] for _ in texts]
         for place, (number, _) in enumerate(parts):
             of[number].append(found[place])

@@ -4,11 +4,13 @@ HellaSwag and WinoGrande are the paper's. Their validation sets can be files, of
 a definition then includes lm-eval's own and names the file.
 """
 
+import hashlib
+import json
 import logging
 import lzma
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +28,32 @@ class ValidationSet(NamedTuple):
         file: its name without .jsonl or .jsonl.xz.
         items: in it.
         definition: lm-eval's, below its tasks/.
+        fields: that the task reads.
+        sha256: of these, see `_sum`.
     """
 
     file: str
     items: int
     definition: str
+    fields: tuple[str, ...]
+    sha256: str
 
 
 SETS = {
-    "hellaswag": ValidationSet("hellaswag_validation", 10_042, "hellaswag/hellaswag.yaml"),
-    "winogrande": ValidationSet("winogrande_xl_validation", 1_267, "winogrande/default.yaml"),
+    "hellaswag": ValidationSet(
+        "hellaswag_validation",
+        10_042,
+        "hellaswag/hellaswag.yaml",
+        ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"),
+        "36e3f0e62544e3c058f4119fa6e89946b7eeec86e1ad9d2d9d60fab4c09df7ba",
+    ),
+    "winogrande": ValidationSet(
+        "winogrande_xl_validation",
+        1_267,
+        "winogrande/default.yaml",
+        ("sentence", "option1", "option2", "answer"),
+        "fb0e0cbbf2b63cf3c95f89ac3ab58eba8889cd7cdb7b1744c6e24e8572e37f36",
+    ),
 }
 
 WAYS = (
@@ -110,8 +128,12 @@ def load_tasks(name: str, folders: Sequence[Path], shots: int) -> dict[str, Any]
     for each, task in loaded["tasks"].items():
         if each in SETS:
             _check(len(task.eval_docs), each, str(file or "the hub"))
+            if (digest := _sum(task.dataset["validation"], SETS[each].fields)) != SETS[each].sha256:
+                raise TaskError(
+                    f"{file or 'the hub'} has other items than the validation set of {each} as it was published "
+                    f"(sha256 {digest[:12]}): get it again"
+                )
         task.set_config(key="num_fewshot", value=shots)
-        task.set_fewshot_seed(seed=EXAMPLES_SEED)
     return loaded
 
 
@@ -120,7 +142,8 @@ def quieten_libraries() -> None:
     import datasets
     from tqdm import tqdm
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
@@ -143,6 +166,14 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
         "training_split": None,
         "dataset_kwargs": {"data_files": {"validation": str(file.absolute())}},
     }
+
+
+def _sum(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
+    """Return the SHA-256 of the fields of items, a line of JSON each."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update((json.dumps([row.get(field) for field in fields], ensure_ascii=False) + "\n").encode())
+    return found.hexdigest()
 
 
 def _check(items: int, task: str, where: str) -> None:

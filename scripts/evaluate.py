@@ -3,6 +3,7 @@
 Each is kept as soon as it is known, in eval.json of the run folder; what is there is not done again.
 """
 
+import hashlib
 import logging
 import sys
 import time
@@ -15,27 +16,42 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+import yaml
 from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
-from evaluation.answers import Remembering
-from evaluation.scores import KEY, Scores, key_of, score_task
+from evaluation.answers import Answers, Remembering
+from evaluation.scores import Scores, key_of, score_task
+from evaluation.showing import show
 from evaluation.tasks import TaskError, data_folders, load_tasks
-from training.cli import command_line, reporting
+from training.checkpoint_files import fingerprint
+from training.cli import CANNOT_WRITE, command_line, reporting
 from training.config import ConfigError, check_folder, check_rules, shots_of
 from training.processes import RunError
-from training.rules import EVAL_RULES
+from training.rules import EVAL_RULES, Rule
 from training.streams import SECONDS_BETWEEN_LINES
 from training.trained import DTYPES, Trained
 from zclip.base import is_count
 
-#: What a score has beside its metrics.
-OTHERS = {"run", *KEY, "items", "task_version", "seconds", "versions", "date"}
+#: Endings of the files that make a Hugging Face model what it is.
+FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
+
+#: Of the keys beside eval; a run may be a list.
+_NAME = (lambda v: v is None or (isinstance(v, str) and v != ""), "a folder or name, or null")
+RULES: dict[str, Rule] = {
+    "run": (
+        lambda v: v is None or all(isinstance(each, str) and each for each in (v if isinstance(v, list) else [v])),
+        "a run folder, the folder of an experiment, or a list of such",
+    ),
+    "hf": _NAME,
+    "out": _NAME,
+    "paths.cache": (lambda v: isinstance(v, str) and v != "", "a folder"),
+}
 
 
 class Subject(NamedTuple):
@@ -44,13 +60,17 @@ class Subject(NamedTuple):
     Attributes:
         title: for people.
         step: of a run; `None` of other models.
+        model: tells one that is no run from others; `None` of runs.
         scores: where they are kept.
+        of: returns what tells its weights from others.
         load: makes lm-eval's model of it.
     """
 
     title: str
     step: int | None
+    model: str | None
     scores: Scores
+    of: Callable[[], str]
     load: Callable[[], Any]
 
 
@@ -64,16 +84,26 @@ def main(cfg: DictConfig) -> None:
         shots = check(cfg)
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
         try:
-            subjects = [hugging_face(cfg, device)] if cfg.hf else runs(cfg, device, console)
-            show(evaluate(cfg, subjects, shots, console), console)
+            failed: list[str] = []
+            subjects = [hugging_face(cfg, device)] if cfg.hf else runs(cfg, device, console, failed)
+            show(evaluate(cfg, subjects, shots, console, failed), console)
         except TaskError as error:
             raise ConfigError(str(error)) from error
+        if failed:
+            raise RunError(f"{len(failed)} of the runs were left out, see above")
 
 
 def check(cfg: DictConfig) -> list[int]:
     """Return the numbers of solved examples that are asked for, or raise `ConfigError` if anything makes no sense."""
     given = cfg.eval
-    check_rules(cfg, EVAL_RULES)
+    check_rules(cfg, EVAL_RULES | RULES)
+    for key in ("run", "step"):
+        if cfg.hf is not None and cfg[key] is not None:
+            raise ConfigError(f"{key}={cfg[key]} means nothing with hf={cfg.hf}: give one of them")
+    if cfg.hf is None and cfg.out is not None:
+        raise ConfigError(f"out={cfg.out} means nothing without hf: the scores of a run are in its eval.json")
+    if cfg.run is None and cfg.hf is None:
+        cfg.run = "runs/main"
     shots = shots_of(given)
     if given.data_dir is not None and not Path(given.data_dir).is_dir():
         raise ConfigError(f"eval.data_dir={given.data_dir} is not there: it must be a folder with the validation sets")
@@ -86,7 +116,7 @@ def check(cfg: DictConfig) -> list[int]:
     return shots
 
 
-def runs(cfg: DictConfig, device: torch.device, console: Console) -> list[Subject]:
+def runs(cfg: DictConfig, device: torch.device, console: Console, failed: list[str]) -> list[Subject]:
     """Return the runs that the configuration names, each folder of an experiment being all the runs in it."""
     given = list(cfg.run) if isinstance(cfg.run, ListConfig) else [cfg.run]
     folders: list[Path] = []
@@ -97,22 +127,39 @@ def runs(cfg: DictConfig, device: torch.device, console: Console) -> list[Subjec
         if not (path / "config.yaml").is_file() and not below:
             raise ConfigError(f"run={path} is not a run folder: it must be one, with a config.yaml in it, or hold such")
         folders += [path] if (path / "config.yaml").is_file() else below
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    names = [folder.resolve().name for folder in folders]
     subjects = []
-    for folder in dict.fromkeys(folders):
-        try:
+    for folder, name in zip(folders, names, strict=True):
+        with left_out(str(folder), len(folders), console, failed):
             trained = Trained(folder, cfg.step, say=console.print)
-        except (ConfigError, RunError) as error:
-            if len(folders) == 1:
-                raise
-            console.print(f"left out: {error}", style="yellow")
-            continue
-        if trained.step != trained.steps:
-            console.print(f"{folder} is not finished: this is {trained.told}", style="yellow")
-        load = partial(load_run, cfg, trained, device)
-        subjects.append(Subject(folder.name, trained.step, Scores(folder / "eval.json"), load))
+            check_folder("run", str(folder), folder)
+            if trained.step != trained.steps and cfg.step is None:
+                console.print(f"{folder} is not finished: this is {trained.told}", style="yellow")
+            title = name if names.count(name) == 1 else str(folder)
+            of = partial(fingerprint, trained.checkpoint)
+            load = partial(load_run, cfg, trained, device)
+            subjects.append(Subject(title, trained.step, None, Scores(folder / "eval.json"), of, load))
     if not subjects:
         raise ConfigError(f"run={cfg.run} is not possible: none of the {len(folders)} runs there can be evaluated")
     return subjects
+
+
+@contextmanager
+def left_out(title: str, many: int, console: Console, failed: list[str]) -> Iterator[None]:
+    """Of many, go on without one that cannot be evaluated, and say so."""
+    try:
+        yield
+    except (ConfigError, RunError, TaskError, OSError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise
+        reason = " ".join(str(error).split())
+        if not isinstance(error, ConfigError | RunError | TaskError):
+            error = ConfigError(f"run={title} cannot be read ({type(error).__name__}: {reason})")
+        if many == 1:
+            raise error from None
+        console.print(f"left out: {title}: {error}", style="yellow")
+        failed.append(title)
 
 
 def load_run(cfg: DictConfig, trained: Trained, device: torch.device) -> Any:
@@ -135,8 +182,11 @@ def hugging_face(cfg: DictConfig, device: torch.device) -> Subject:
         raise ConfigError(f"hf={name} is not there: it must be a folder, or a name on the Hugging Face hub")
     kept = Path(name) if local else Path(cfg.paths.cache, "eval", name.replace("/", "--"))
     path = kept / "eval.json" if cfg.out is None else Path(cfg.out)
+    if path.is_dir():
+        raise ConfigError(f"out={path} is a folder: it must be a file for the scores")
     check_folder("out" if cfg.out else "hf", str(path), path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
+    model = content(kept) if local else name
 
     def load() -> Any:
         from lm_eval.models.huggingface import HFLM
@@ -144,35 +194,58 @@ def hugging_face(cfg: DictConfig, device: torch.device) -> Subject:
         try:
             return HFLM(pretrained=name, device=str(device), dtype=cfg.dtype, batch_size=16)
         except Exception as error:  # of the hub, of what is in the folder
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"hf={name} cannot be loaded ({reason})") from error
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"hf={name} cannot be loaded ({reason[:200]})") from error
 
-    return Subject(name, None, Scores(path), load)
+    return Subject(name, None, model, Scores(path), lambda: model, load)
 
 
-def evaluate(cfg: DictConfig, subjects: list[Subject], shots: list[int], console: Console) -> list[dict[str, Any]]:
+def content(folder: Path) -> str:
+    """Return what tells the model and tokenizer in a folder from any other."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in FILES and path.name != "eval.json":
+            found.update(path.name.encode())
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
+def evaluate(
+    cfg: DictConfig, subjects: list[Subject], shots: list[int], console: Console, failed: list[str]
+) -> list[dict[str, Any]]:
     """Return the scores asked for, as rows of a table, those that are missing being found first."""
     given = cfg.eval
     folders = data_folders(given.data_dir, cfg.paths.cache)
-    tasks: dict[tuple[str, int], Any] = {}
+    wanted = [(name, number) for name in dict.fromkeys(given.tasks) for number in dict.fromkeys(shots)]
+
+    def key(subject: Subject, name: str, number: int) -> dict[str, Any]:
+        return key_of(name, number, given.limit, given.seed, subject.step, cfg.dtype, subject.model)
+
+    tasks = {
+        (name, number): load_tasks(name, folders, number)
+        for name, number in wanted
+        if any(subject.scores.find(key(subject, name, number)) is None for subject in subjects)
+    }
     rows: list[dict[str, Any]] = []
     for subject in subjects:
         model: Any = None
-        for name in given.tasks:
-            for number in shots:
-                key = key_of(name, number, given.limit, given.seed, subject.step, cfg.dtype)
-                found = subject.scores.find(key)
+        with left_out(subject.title, len(subjects), console, failed):
+            for name, number in wanted:
+                found = subject.scores.find(key(subject, name, number))
                 if found is None:
-                    if (name, number) not in tasks:
-                        tasks[name, number] = load_tasks(name, folders, number)
                     model = model or subject.load()
-                    answers = subject.scores.path.with_name(f".eval-{subject.step or 0}-{cfg.dtype}.jsonl")
+                    answers = Answers(subject.scores.answers(subject.step, cfg.dtype), f"{subject.of()} {cfg.dtype}")
                     began = time.monotonic()
+                    before = getattr(model, "asked", 0), getattr(model, "cut", 0)
                     with progress(f"{subject.title}: {name}, {number} shots", console) as told:
-                        remembering = Remembering(model, answers, told)
+                        remembering = Remembering(model, answers.known, answers.add, told)
                         found = score_task(remembering, name, tasks[name, number], given.limit, given.seed)
-                    found = subject.scores.add(key, {**found, "seconds": round(time.monotonic() - began, 1)})
-                    answers.unlink(missing_ok=True)
+                    if asked := getattr(model, "asked", 0) - before[0]:
+                        found["cut_share"] = round((model.cut - before[1]) / asked, 4)
+                    found["seconds"] = round(time.monotonic() - began, 1)
+                    found = subject.scores.add(key(subject, name, number), found)
+                    answers.forget()
                 rows.append({"run": subject.title, **found})
     return rows
 
@@ -196,38 +269,6 @@ def progress(title: str, console: Console) -> Iterator[Callable[[int, int], None
                 console.print(f"{title}: {done:,} of {total:,} answers")
 
         yield told
-
-
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the scores with their standard errors; shares in percent."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row if name not in OTHERS and "_stderr" not in name))
-    several = len({row["run"] for row in rows}) > 1
-    table = Table(title="± standard error" if several else f"{rows[0]['run']}, ± standard error", title_justify="left")
-    names = [f"{metric} %" if _is_share(metric) else metric for metric in metrics]
-    for column in (*(["run"] if several else []), "task", "shots", "items", *names):
-        table.add_column(column, justify="left" if column in ("run", "task") else "right", overflow="fold")
-    for row in rows:
-        drawn = row["limit"] is not None and row["items"] >= row["limit"]
-        table.add_row(
-            *([row["run"]] if several else []),
-            row["task"],
-            str(row["shots"]),
-            f"{row['items']:,}" + (" drawn" if drawn else ""),
-            *(_shown(row, metric) for metric in metrics),
-        )
-    console.print(table, soft_wrap=False)
-
-
-def _is_share(metric: str) -> bool:
-    return metric.startswith(("acc", "exact_match", "f1"))
-
-
-def _shown(row: dict[str, Any], metric: str) -> str:
-    if metric not in row:
-        return ""
-    times = 100 if _is_share(metric) else 1
-    error = row.get(f"{metric}_stderr")
-    return f"{times * row[metric]:.2f}" + ("" if error is None else f" ± {times * error:.2f}")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,10 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Save if it is time."""
+        self.save_if_due(trainer, pl_module)
+
+    def save_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save after a step, if it is time, or the run is to stop."""
         step = trainer.global_step
         if step != self._last and (step % self.every == 0 or trainer.should_stop or step == trainer.max_steps):
             self._last = step

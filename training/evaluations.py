@@ -1,12 +1,14 @@
 """Evaluations while a run trains: loss on held-out text, and tasks of lm-eval, each every so many steps.
 
 They are lines of evaluations.jsonl and scores in eval.json. One that is due at the step from which a run continues, and
-is not there, is done first. Training waits, and is not changed: nothing random is drawn, no gradient made.
+is not there, is done first. Training waits, and is not changed: nothing random is drawn, no gradient made. Told to stop
+while tasks are scored, a run saves this step; the answers so far are kept.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,14 +20,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data import TextEncoder
+from evaluation.answers import Abandoned, Answers, Remembering
 from evaluation.scores import Scores, key_of, score_task
 from evaluation.tasks import TaskError
-from training.config import ConfigError
+from training.checkpoints import Checkpoints
 from training.folder import RunFolder, write_whole
 from training.held_out import HeldOut, bits_per_byte
 from training.metrics import Metrics
 from training.module import PretrainingModule
-from training.processes import of_rank_0
+from training.processes import of_rank_0, rank
+from training.stopping import StopTogether
+from training.streams import SECONDS_BETWEEN_LINES
 
 
 class Tasks(NamedTuple):
@@ -52,6 +57,9 @@ class Evaluations(pl.Callback):
         held_out: to be evaluated every `test_every` steps; `None`: never.
         tasks: to be scored every `tasks_every` steps; `None`: never.
         tokenizer: of the model.
+        dtype: in which the model computes.
+        stopping: asked whether to stop.
+        checkpoints: save the step at which it does.
         listener: called on rank 0 with the numbers of an evaluation and its step.
         console: told the numbers.
     """
@@ -65,6 +73,9 @@ class Evaluations(pl.Callback):
         tasks: Tasks | None,
         tasks_every: int | None,
         tokenizer: TextEncoder,
+        dtype: str,
+        stopping: StopTogether,
+        checkpoints: Checkpoints,
         listener: Callable[[dict[str, float], int], None],
         console: Console,
     ) -> None:
@@ -75,9 +86,13 @@ class Evaluations(pl.Callback):
         self.tasks = tasks
         self.tasks_every = tasks_every
         self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.stopping = stopping
+        self.checkpoints = checkpoints
         self.listener = listener
         self.console = console
         self._bytes: int | None = None
+        self._answers: Answers | None = None  # on rank 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was found after the step from which the run goes on; do what is due there."""
@@ -85,12 +100,13 @@ class Evaluations(pl.Callback):
             kept = [row for row in self.folder.evaluations() if row["step"] <= trainer.global_step]
             if kept or self.folder.evaluated.exists():
                 write_whole(self.folder.evaluated, "".join(json.dumps(row) + "\n" for row in kept))
-            try:
-                Scores(self.folder.scores).forget_after(trainer.global_step)
-            except TaskError as error:
-                raise ConfigError(str(error)) from error
+            self._scores().forget_after(trainer.global_step)
         if trainer.global_step:
             self._evaluate(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the tasks after the last step, if the run was killed before that was done."""
+        self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
@@ -108,21 +124,27 @@ class Evaluations(pl.Callback):
         if not (test or score):
             return
         self.metrics.flush(trainer, pl_module)  # so that the steps before are on the disk, and told
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            if test and step not in of_rank_0(lambda: [row["step"] for row in self.folder.evaluations()]):
-                self._test(trainer, pl_module, step)
-            if score and self.tasks is not None:
-                with torch.compiler.set_stance("force_eager"):  # of as many shapes as there are batches
-                    self._score(pl_module, self.tasks, step)
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                if test and step not in of_rank_0(lambda: [row["step"] for row in self.folder.evaluations()]):
+                    self._test(trainer, pl_module, step)
+                if score and self.tasks is not None:
+                    with torch.compiler.set_stance("force_eager"):  # of as many shapes as there are batches
+                        self._score(pl_module, self.tasks, step)
+        except Abandoned:
+            trainer.should_stop = True
+            self.checkpoints.save_if_due(trainer, pl_module)
         if isinstance(pl_module.model, FSDPModule):
             pl_module.model.reshard()  # what a forward pass without a backward pass leaves gathered
         self.metrics.clock.mark("evaluation")
 
     def _test(self, trainer: pl.Trainer, module: PretrainingModule, step: int) -> None:
         """Find the loss on held-out text."""
+        loss = module.evaluate(self.held_out)
+        if rank() > 0:
+            return
         if self._bytes is None:
             self._bytes = self.held_out.bytes(self.tokenizer)
-        loss = module.evaluate(self.held_out)
         row: dict[str, Any] = {"step": step, "test_tokens": self.held_out.tokens}
         if math.isfinite(loss):
             row |= {
@@ -130,10 +152,11 @@ class Evaluations(pl.Callback):
                 "test_perplexity": math.exp(min(loss, 700.0)),
                 "test_bits_per_byte": bits_per_byte(loss, self.held_out.tokens, self._bytes),
             }
-        if self.metrics.writes:
-            with self._kept(), self.folder.evaluated.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self._tell({name: value for name, value in row.items() if name not in ("step", "test_tokens")}, step)
+        with self._kept(), self.folder.evaluated.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in row.items() if name not in ("step", "test_tokens")}
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+        self._tell(told or "test loss not finite", numbers, step)
 
     def _score(self, module: PretrainingModule, tasks: Tasks, step: int) -> None:
         """Find the scores on the tasks."""
@@ -141,22 +164,67 @@ class Evaluations(pl.Callback):
 
         model = RunModel(module.model, self.tokenizer, module.device, tasks.batch_tokens)
         for (name, shots), loaded in tasks.loaded.items():
-            key = key_of(name, shots, tasks.limit, tasks.seed, step, "training")
-            if of_rank_0(partial(self._known, key)):
+            key = key_of(name, shots, tasks.limit, tasks.seed, step, self.dtype)
+            known = of_rank_0(partial(self._known, key))
+            if known is None:
                 continue
+            remembering = Remembering(
+                model, known, self._keep, self._progress(f"after step {step}: {name}"), self.stopping.agree
+            )
             try:
-                found = score_task(model, name, loaded, tasks.limit, tasks.seed)
+                found = score_task(remembering, name, loaded, tasks.limit, tasks.seed)
             except TaskError as error:
                 self.console.print(f"after step {step}: {name}: {error}")
                 continue
-            if self.metrics.writes:
+            if rank() == 0:
                 with self._kept():
-                    Scores(self.folder.scores).add(key, found)
+                    self._scores().add(key, found)
+                    if self._answers is not None:
+                        self._answers.forget()
                 numbers = {metric: value for metric, value in found.items() if f"{metric}_stderr" in found}
-                self._tell({f"{name}/{metric}": value for metric, value in numbers.items()}, step)
+                told = ", ".join(
+                    f"{metric} {value:.4g} ± {found[f'{metric}_stderr']:.2g}" for metric, value in numbers.items()
+                )
+                named = {f"{name}/{metric}": value for metric, value in numbers.items()}
+                self._tell(f"{name} ({shots} shots, {found['items']:,} items): {told}", named, step)
 
-    def _known(self, key: dict[str, Any]) -> bool:
-        return Scores(self.folder.scores).find(key) is not None
+    def _known(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what is answered already; `None` if there is a score."""
+        scores = self._scores()
+        if scores.find(key) is not None:
+            return None
+        self._answers = None
+        with self._kept():
+            self._answers = Answers(scores.answers(key["step"], self.dtype), f"{self.folder.path.name} {key['step']}")
+        return {} if self._answers is None else self._answers.known
+
+    def _keep(self, found: Mapping[str, Any]) -> None:
+        if self._answers is not None:
+            with self._kept():
+                self._answers.add(found)
+
+    def _scores(self) -> Scores:
+        """Return the scores of the run; those in a damaged file are put aside."""
+        try:
+            return Scores(self.folder.scores)
+        except TaskError as error:
+            scores = Scores(self.folder.scores, damaged=True)
+            self.console.print(
+                f"{error}. It is put aside as {scores.put_aside().name}.", style="bold red", markup=False
+            )
+            return scores
+
+    def _progress(self, title: str) -> Callable[[int, int], None]:
+        """Return what tells now and then how many requests are answered."""
+        said = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                self.console.print(f"{title}: {done:,} of {total:,} answers")
+
+        return tell
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -167,7 +235,6 @@ class Evaluations(pl.Callback):
             said = f"AN EVALUATION COULD NOT BE KEPT: {error}. Training goes on."
             self.console.print(said, style="bold red", markup=False)
 
-    def _tell(self, numbers: dict[str, float], step: int) -> None:
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
-        self.console.print(f"after step {step}: {told or 'test loss not finite'}")
+    def _tell(self, said: str, numbers: dict[str, float], step: int) -> None:
+        self.console.print(f"after step {step}: {said}")
         self.listener(numbers, step)

@@ -73,10 +73,20 @@ class HeldOut:
             yield Share(Batch(self.sequences.batch(rows)), len(rows) * self.sequences.length if counts else 0)
 
     def bytes(self, tokenizer: TextEncoder) -> int:
-        """Return the length of the text of the tokens that are predicted, in UTF-8."""
-        length = self.sequences.length
-        texts = (self.sequences.batch(np.array([row]))[0, 1 : length + 1].tolist() for row in range(self.count))
-        return sum(len(tokenizer.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in texts)
+        """Return the length of the text of the tokens that are predicted, in UTF-8.
+
+        A sequence begins where the one before ends, within a character maybe: whole documents are decoded.
+        """
+        length, size = self.sequences.length, 0
+        ids: list[int] = []
+        for row in range(self.count):
+            ids += self.sequences.batch(np.array([row]))[0, 1 : length + 1].tolist()
+            last = row == self.count - 1
+            while ids and (last or tokenizer.end in ids):
+                end = ids.index(tokenizer.end) + 1 if tokenizer.end in ids else len(ids)
+                size += len(tokenizer.tokenizer.decode(ids[:end], skip_special_tokens=True).encode())
+                del ids[:end]
+        return size
 
 
 def bits_per_byte(loss: float, tokens: int, size: int) -> float:

@@ -42,7 +42,9 @@ EVAL_RULES: dict[str, Rule] = {
         "a list of tasks, as [hellaswag]",
     ),
     "eval.shots": (
-        lambda v: all(type(number) is int and number >= 0 for number in (v if isinstance(v, list) else [v])),
+        lambda v: (
+            v != [] and all(type(number) is int and number >= 0 for number in (v if isinstance(v, list) else [v]))
+        ),
         "integers from 0, as 0 or [0,5]",
     ),
     "eval.limit": _COUNT_OR_NULL,

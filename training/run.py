@@ -261,6 +261,9 @@ def _train(
         tasks_of(cfg),
         trainer_cfg.tasks_every,
         tokenizer,
+        "float32" if trainer_cfg.precision == "32-true" else "training",
+        stopping,
+        checkpoints,
         wandb_run.log if wandb_run is not None else lambda numbers, step: None,
         console,
     )
@@ -324,10 +327,10 @@ def _train(
         if wandb_run is not None:
             wandb_run.finish()
     evaluated = tokens.test.read(1, held_out.tokens + 1)
-    size = held_out.bytes(tokenizer)
+    bits = bits_per_byte(module.test_loss, held_out.tokens, held_out.bytes(tokenizer)) if rank() == 0 else None
     return {
         "test_loss": module.test_loss,
-        "test_bits_per_byte": bits_per_byte(module.test_loss, held_out.tokens, size),
+        "test_bits_per_byte": bits,
         "unigram_entropy": unigram_entropy(evaluated),
         "test_tokens": len(evaluated),
         "parameters": model.parameters,

@@ -36,6 +36,18 @@ class StopTogether(pl.Callback):
                 os.write(2, b"\nsaving after this step; Ctrl-C again quits at once\n")
         self.told = self.told or signum
 
+    def agree(self) -> bool:
+        """Return at once whether training is to end, the same in all processes, which must all ask.
+
+        For what takes long after a step: it is to leave off then.
+        """
+        self.agreed = self.told
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            told = torch.tensor([self.told])
+            dist.all_reduce(told, dist.ReduceOp.MAX, self._group)
+            self.agreed = int(told)
+        return self.agreed > 0
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a group of the processes for this alone."""
         if trainer.world_size > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from data import TextEncoder, load_tokenizer
 from models import LlamaConfig
 from training.checkpoint_files import step_of, undamaged, weights
-from training.config import ConfigError, model_config, section
+from training.config import ConfigError, model_config
 from training.folder import RunFolder
 
 #: In which weights can be given away.
@@ -76,5 +76,9 @@ class Trained:
         Raises:
             ConfigError: it is not there, or damaged.
         """
-        with section("run"):
+        try:
             return load_tokenizer(str(self.folder.tokenizer))
+        except ValueError as error:
+            raise ConfigError(
+                f"run={self.folder.path} has lost its tokenizer: {self.folder.tokenizer} is not there, or damaged"
+            ) from error

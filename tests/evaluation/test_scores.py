@@ -1,14 +1,17 @@
 """Scores through the whole path, of models that know the answers, know them wrong, or know nothing, and by hand."""
 
 import math
+import multiprocessing
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from evaluation.answers import Answers, Remembering
 from evaluation.language_model import RunModel
-from evaluation.scores import score_task
-from evaluation.tasks import load_tasks, sample
+from evaluation.scores import Scores, key_of, score_task
+from evaluation.tasks import TaskError, load_tasks, sample
 from models import Llama, LlamaConfig
 from tests.evaluation.conftest import items
 
@@ -131,7 +134,7 @@ def test_length_normalisation_and_partial_scoring_by_hand(sets, tokenizer):
                 assert seen[pair] == pytest.approx(by_hand, abs=1e-3)
             gold = hellaswag(item)[2] if task == "hellaswag" else winogrande(item)[2]
             right += max(range(len(sums)), key=sums.__getitem__) == gold
-            # Per byte of the ending without the space before it.
+            # Per character, as lm-eval has it, of the ending without the space before it.
             normed = [value / (len(pair[1]) - 1) for value, pair in zip(sums, asked, strict=True)]
             right_normed += max(range(len(sums)), key=normed.__getitem__) == gold
         assert found["acc"] == right / 2
@@ -165,3 +168,75 @@ def test_solved_examples_are_other_items(sets, tokenizer):
         assert len(solved) == 3 and sentences.issuperset(solved)
         assert not any(example.startswith(question) for example in solved)
     assert found["items"] == 20 and found["acc"] < 1
+
+
+def test_solved_examples_do_not_depend_on_what_was_scored_before(sets, tokenizer):
+    asked: list[list[str]] = []
+
+    class Noting(RunModel):
+        def loglikelihood(self, requests, **kwargs):
+            asked.append([request.args[0] for request in requests])
+            return super().loglikelihood(requests)
+
+    loaded = load_tasks("winogrande", [sets], 2)
+    for _ in range(2):
+        score_task(Noting(Uniform(tokenizer.size, []), tokenizer, CPU), "winogrande", loaded, 20, 0)
+    assert asked[0] == asked[1]
+    with pytest.raises(TaskError, match=r"eval.tasks=winogrande cannot be scored \(Sample larger than population"):
+        scores(Uniform(tokenizer.size, []), tokenizer, sets, "winogrande", shots=5000)
+
+
+def remembering(model, answers: Answers) -> Remembering:
+    return Remembering(model, answers.known, answers.add, lambda done, total: None)
+
+
+def test_answers_are_kept_for_the_same_weights_alone(sets, tokenizer, tmp_path):
+    loaded, path = load_tasks("winogrande", [sets], 0), tmp_path / ".eval-20-float32.jsonl"
+    uniform = RunModel(Uniform(tokenizer.size, []), tokenizer, CPU)
+    found = score_task(remembering(uniform, Answers(path, "these")), "winogrande", loaded, 20, 0)
+    assert uniform.asked == 40 and Answers(path, "these").known and uniform.cut == 0
+    with path.open("ab") as file:
+        file.write(b'[1]\n\0\0\n["half a li')
+    assert score_task(remembering(uniform, Answers(path, "these")), "winogrande", loaded, 20, 0) == found
+    assert uniform.asked == 40, "nothing is asked again"
+    assert Answers(path, "those").known == {} == Answers(path, "these").known
+
+
+def test_what_is_not_a_number_is_no_answer_of_any_model(sets, tokenizer, tmp_path):
+    class Diverged(Uniform):
+        def score(self, tokens, positions, mask, where, targets):
+            found, best = super().score(tokens, positions, mask, where, targets)
+            return found * float("nan"), best
+
+    answers = Answers(tmp_path / "answers", "these")
+    model = remembering(RunModel(Diverged(tokenizer.size, []), tokenizer, CPU), answers)
+    with pytest.raises(TaskError, match="the model's answers are not numbers: it has diverged, and has no score"):
+        score_task(model, "winogrande", load_tasks("winogrande", [sets], 0), 20, 0)
+    assert not answers.known
+
+
+def add_scores(path: Path, first: int) -> None:
+    for step in range(first, first + 20):
+        Scores(path).add(key_of("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
+
+
+def test_scores_of_two_processes_are_all_kept(tmp_path):
+    path = tmp_path / "eval.json"
+    both = [multiprocessing.get_context("spawn").Process(target=add_scores, args=(path, at)) for at in (0, 100)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert {score["step"] for score in Scores(path).all} == {*range(20), *range(100, 120)}
+    Scores(path).forget_after(10)
+    assert {score["step"] for score in Scores(path).all} == {*range(11)}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}'])
+def test_a_damaged_file_is_a_sentence_and_can_be_put_aside(text, tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text(text)
+    with pytest.raises(TaskError, match=r"eval.json is damaged \(.*\): remove it"):
+        Scores(path)
+    assert Scores(path, damaged=True).put_aside().read_text() == text and not path.exists()

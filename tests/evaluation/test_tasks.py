@@ -1,11 +1,13 @@
 """Where tasks and their data come from."""
 
+import json
 import lzma
 import shutil
 
 import pytest
 
 from evaluation.tasks import TaskError, data_file, load_tasks, sample
+from tests.evaluation.conftest import items
 
 
 def test_a_draw_is_the_same_for_every_model_and_from_all_items():
@@ -31,6 +33,18 @@ def test_sets_are_counted(sets, tmp_path):
     (tmp_path / "winogrande_xl_validation.jsonl.xz").write_bytes(b"no archive")
     with pytest.raises(TaskError, match="cannot be read"):
         data_file(tmp_path, "winogrande")
+
+
+@pytest.mark.parametrize("changed", ["answers", "repeated"])
+def test_items_are_those_that_were_published(changed, sets, tmp_path):
+    lines = [json.dumps(item) for item in items(sets, "winogrande")]
+    if changed == "answers":
+        lines[7] = lines[7].replace('"answer": "1"', '"answer": "3"').replace('"answer": "2"', '"answer": "1"')
+    else:
+        lines = lines[:1] * len(lines)
+    (tmp_path / "winogrande_xl_validation.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TaskError, match=r"has other items than the validation set of winogrande as it was published"):
+        load_tasks("winogrande", [tmp_path], 0)
 
 
 def test_a_task_that_is_not_known(tmp_path):

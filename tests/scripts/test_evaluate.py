@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import CHECKOUT, TINY, train
 from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
@@ -16,7 +18,7 @@ from tests.scripts.test_data_scripts import script
 
 @pytest.fixture(scope="module")
 def runs(corpus, cache, tmp_path_factory) -> Path:
-    """A folder with two finished runs, of which one was sharded, and one that has no checkpoint."""
+    """A folder with two finished runs, of which one was sharded, and some that have no score."""
     folder = tmp_path_factory.mktemp("runs")
     given = (
         *TINY,
@@ -29,9 +31,17 @@ def runs(corpus, cache, tmp_path_factory) -> Path:
     for more in (("name=one",), ("name=two", *two)):
         done = train(*given, *more, cwd=folder)
         assert done.returncode == 0, done.stderr
-    empty = folder / "runs" / "main" / "empty"
+    one = folder / "runs" / "main" / "one"
+    empty = one.with_name("empty")
     empty.mkdir()
-    shutil.copy(folder / "runs" / "main" / "one" / "config.yaml", empty)
+    shutil.copy(one / "config.yaml", empty)
+    for name in ("diverged", "lost"):
+        shutil.copytree(one, one.with_name(name))
+    shutil.rmtree(one.with_name("lost") / "tokenizer")
+    (path,) = one.with_name("diverged").glob("checkpoints/*20.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["state_dict"]["model.model.norm.weight"].fill_(float("nan"))
+    torch.save(checkpoint, path)
     return folder / "runs"
 
 
@@ -46,19 +56,24 @@ def numbers(score: dict) -> dict:
 def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # noqa: F811
     given = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
     done = script("evaluate.py", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert f"left out: run={runs}/main/empty has no checkpoint yet: train it first" in done.stdout
+    assert done.returncode == 3 and done.stderr == "3 of the runs were left out, see above\n", done.stderr
+    for name, why in (
+        ("empty", f"run={runs}/main/empty has no checkpoint yet: train it first"),
+        ("diverged", "the model's answers are not numbers: it has diverged, and has no score"),
+        ("lost", f"run={runs}/main/lost has lost its tokenizer: "),
+    ):
+        assert f"{name}: {why}" in done.stdout
     one = runs / "main" / "one" / "eval.json"
     (first,) = scores(one)
     assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["shots"] == 0
     assert 0 <= first["acc"] <= 1 and first["acc_stderr"] > 0 and first["versions"]["lm_eval"]
-    done = script("evaluate.py", *given, "eval.shots=[0,1]", cwd=tmp_path)
+    done = script("evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *given[1:], "eval.shots=[0,1]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert scores(one)[0] == first, "it was not scored again"
     assert [(s["task"], s["shots"]) for s in scores(one)] == [
         ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
     ]  # fmt: skip
-    assert done.stdout.count("60 drawn") == 8 and "acc_norm" in done.stdout
+    assert "items: hellaswag 60 drawn, winogrande 60 drawn" in done.stdout and "acc_norm" in done.stdout
     others = scores(runs / "main" / "two" / "eval.json")
     for score, other in zip(scores(one), others, strict=True):
         assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) < 0.1, "they differ by rounding"
@@ -73,6 +88,15 @@ def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noq
         assert done.returncode == 0, done.stderr
     ours = [numbers(score) for score in scores(runs / "main" / "one" / "eval.json") if score["seed"] == 4]
     assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "eval.json")]
+    weights = load_file(tmp_path / "exported" / "model.safetensors")
+    shutil.copytree(tmp_path / "exported", tmp_path / "other")
+    save_file(
+        {name: -tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
+    )
+    for model in ("exported", "other"):
+        done = script("evaluate.py", f"hf={model}", "out=both.json", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(scores(tmp_path / "both.json")) == 2, "of another model there is no score yet"
 
 
 def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
@@ -91,7 +115,7 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
     with answers.open("a") as file:
         file.write('["half a li')
     before = answers.read_bytes()
-    assert not (tmp_path / "killed" / "eval.json").exists() and before.count(b"\n") >= 1024
+    assert not (tmp_path / "killed" / "eval.json").exists() and before.count(b"\n") >= 513
     for name in ("whole", "killed"):
         done = script("evaluate.py", f"run={name}", *given, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -109,6 +133,9 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
         ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
         ("eval.shots=-1", "eval.shots=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("eval.data_dir=nowhere", "eval.data_dir=nowhere is not there: it must be a folder with the validation sets"),
+        ("eval.shots=[]", "eval.shots=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
+        ("run=5", "run=5 is not allowed: it must be a run folder, the folder of an experiment, or a list of such"),
+        ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its eval.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
         ("eval.task=[x]", "eval.task=[x] is not possible: there is no key eval.task; `--cfg job` lists all keys"),
