@@ -56,6 +56,8 @@ def main(cfg: DictConfig) -> None:
                 console.print(
                     "its text or tokenizer may have changed since, or have moved: this is the result from then"
                 )
+            if cfg.trainer.test_every or cfg.trainer.tasks_every:
+                console.print("evaluations while it trained are those of then; scripts/evaluate.py scores it now")
             if not folder.picture.exists() and rank() == 0:
                 draw(folder)
         elif world_size(cfg) > 1 and not launched():

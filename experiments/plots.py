@@ -58,7 +58,10 @@ def _loss(ax: Axes, run: Run) -> None:
         ax.axvline(bad, color="0.4", ls="--", lw=0.8, label=label, zorder=0)
     if finite := [row for row in run.evaluations if "test_loss" in row]:
         tested = [row["test_loss"] for row in finite]
-        ax.plot([row["step"] for row in finite], tested, "o-", color=BEFORE, ms=3, lw=1, label="on held-out text")
+        steps = [row["step"] for row in finite]
+        if run.result and run.result["test_loss"] is not None:
+            ax.plot([steps[-1], step[-1]], [tested[-1], run.result["test_loss"]], "-", color=BEFORE, lw=1)
+        ax.plot(steps, tested, "o-", color=BEFORE, ms=3, lw=1, label="on held-out text")
     if run.result and run.result["test_loss"] is not None:
         test, unigram = run.result["test_loss"], run.result["unigram_entropy"]
         ax.axhline(unigram, color="0.4", ls=":", lw=1, label=f"unigram entropy of the test text {unigram:.2f}")
