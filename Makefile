@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-slow test-slurm faults status bench-clip bench-data bench-train bench-eval lint format clean
+.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,23 @@ test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Deb
 
 faults: setup ## interrupt runs at random moments, and see that they end as those left alone (ten minutes)
 	$(BIN)/python scripts/faults.py $(ARGS)
+
+tables: setup ## the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
+	$(BIN)/python scripts/make_tables.py $(ARGS)
+
+figures: setup ## the paper's figures from our runs
+	$(BIN)/python scripts/make_figures.py $(ARGS)
+
+report: setup ## one page with verdicts, figures and tables
+	$(BIN)/python scripts/make_report.py $(ARGS)
+
+reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scores, table, figures, report (ten minutes)
+	$(BIN)/python scripts/eval_data.py
+	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
+	$(BIN)/python scripts/evaluate.py run=runs/evidence-micro eval.limit=100
+	$(BIN)/python scripts/make_tables.py experiment=table3 out=runs/reproduced
+	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7,figure9]" out=runs/reproduced
+	$(BIN)/python scripts/make_report.py out=runs/reproduced
 
 status: setup ## how the runs of an experiment are doing: ARGS="folder=runs/main"
 	@$(BIN)/python scripts/status.py $(ARGS)

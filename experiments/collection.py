@@ -96,10 +96,13 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         found.runs[key] = run
         if (run.result or {}).get("train_loss") is None or diverged(run.metrics["loss"]):
             found.diverged.add(key)
-    for folder in sorted({path.parent for path in paths}):
-        for other in sorted(folder.glob("*/config.yaml")):
-            if other.parent.resolve() not in paths:
-                found.others.append(_stranger(other.parent, expected, identity))
+    strangers = [
+        other.parent
+        for folder in sorted({path.parent for path in paths})
+        for other in sorted(folder.glob("*/config.yaml"))
+        if other.parent not in paths
+    ]
+    found.others.extend(filter(None, (_stranger(folder, expected, identity) for folder in strangers)))
     return found
 
 
@@ -113,12 +116,15 @@ def _settings(folder: Path, identity: Callable[[DictConfig], Mapping[str, Any]])
 
 def _stranger(
     folder: Path, expected: Mapping[Key, Expected], identity: Callable[[DictConfig], Mapping[str, Any]]
-) -> str:
-    """Say why a folder is left out."""
+) -> str | None:
+    """Say why a folder is left out; `None` if it is of another seed alone."""
     own = _settings(folder, identity)
     if own is None:
         return f"{folder.name} is left out: its config.yaml cannot be read"
     nearest = min(expected.values(), key=lambda each: len(_flat(own).items() ^ _flat(each.identity).items()))
+    seeds = {each.identity.get("seed") for each in expected.values()}
+    if own.get("seed") not in seeds and not _differences({**own, "seed": None}, {**nearest.identity, "seed": None}):
+        return None
     differs = _differences(own, nearest.identity)
     if not differs:
         return f"{folder.name} is left out: it is {nearest.path.name} again, under a name of its own"

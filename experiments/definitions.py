@@ -21,7 +21,7 @@ REACHED_WINDOW = 20
 #: Steps after a bad batch that its excursion is taken over.
 EXCURSION = 10
 #: Steps whose mean says whether a run has recovered, and within how many nats of the undisturbed run.
-RECOVERED_WINDOW, RECOVERED = 5, 0.02
+RECOVERED_WINDOW, RECOVERED = 5, 0.05
 
 
 class Spike(NamedTuple):
@@ -148,7 +148,7 @@ def excursion(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -
 def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
     """Return how many steps after a bad batch a loss is as if it had not been, on the mean over the bad batches.
 
-    It is where the mean of 5 steps is first within 0.02 nats of the undisturbed run's, counted to the first of them;
+    It is where the mean of 5 steps is first within 0.05 nats of the undisturbed run's, counted to the first of them;
     for a run that does not get there before the next bad batch, or its end, all the steps until then.
 
     Args:

@@ -90,7 +90,7 @@ def _lost(run: Run, undisturbed: Run | None) -> float | None:
 
 MEASURES = {
     "train_loss": Measure(_result("train_loss"), 3, "low", "the train loss is the mean of the last tenth of the steps"),
-    "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss that of held-out documents"),
+    "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss is that of held-out documents"),
     "spikes": Measure(
         lambda run, _: float(len(loss_spikes(run.metrics["loss"], left_out(run)))),
         1,

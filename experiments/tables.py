@@ -23,11 +23,13 @@ class Cell(NamedTuple):
         values: of the seeds whose run is done and has it.
         diverged: how many runs have diverged, those without a value included.
         decimals: to print.
+        counts: whether it is a whole number in each run.
     """
 
     values: Sequence[float]
     diverged: int
     decimals: int
+    counts: bool = False
 
     @property
     def mean(self) -> float | None:
@@ -40,10 +42,11 @@ class Cell(NamedTuple):
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     def text(self, between: str = " ± ") -> str:
-        """Return it as printed; empty if nothing was run."""
+        """Return it as printed; empty if nothing was run. A count of one run is a whole number."""
         if self.mean is None:
             return "diverged" if self.diverged else ""
-        shown = f"{self.mean:.{self.decimals}f}"
+        whole = self.counts and len(self.values) == 1
+        shown = f"{self.mean:.{0 if whole else self.decimals}f}"
         if self.deviation is not None:
             shown += f"{between}{self.deviation:.{self.decimals}f}"
         return shown + (f" ({self.diverged} diverged)" if self.diverged else "")
@@ -91,7 +94,7 @@ def _cell(row: Row, column: Column, found: Found) -> Cell:
         value = measure.of(run, found.runs.get((good, seed)) if good is not None else None)
         if value is not None and math.isfinite(value):
             values.append(value)
-    return Cell(values, gone, measure.decimals)
+    return Cell(values, gone, measure.decimals, column.measure == "spikes")
 
 
 def _labelled(table: Table) -> Iterator[tuple[str, Setting]]:
@@ -177,13 +180,13 @@ def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
         better = MEASURES[table.columns[places[0][1]].measure].better
         values = {(r, c): filled.paper[r][c] if of_paper else filled.cells[r][c].mean for r, c in places}
         known = [value for value in values.values() if value is not None]
-        if better and len(known) > 1:
+        if better and len(set(known)) > 1:
             top = min(known) if better == "low" else max(known)
             found |= {place for place, value in values.items() if value == top}
     return found
 
 
-def _grid(filled: Filled, bold: str, between: str) -> list[list[str]]:
+def grid(filled: Filled, bold: str, between: str) -> list[list[str]]:
     """Return headers and rows: behind each column that the paper has numbers of, a column with them.
 
     Args:
@@ -232,14 +235,14 @@ def below(filled: Filled) -> str:
 
 def markdown(filled: Filled) -> str:
     """Return a table in Markdown, with its title and the line below."""
-    header, *rows = _grid(filled, "**{}**", " ± ")
+    header, *rows = grid(filled, "**{}**", " ± ")
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
     return f"### {title(filled)}\n\n" + "\n".join(lines) + f"\n\n{below(filled)}\n"
 
 
 def latex(filled: Filled) -> str:
     """Return a table in LaTeX, for the package booktabs."""
-    header, *rows = _grid(filled, "\\textbf{{{}}}", " $\\pm$ ")
+    header, *rows = grid(filled, "\\textbf{{{}}}", " $\\pm$ ")
     lines = [" & ".join(_escaped(cell) for cell in cells) + " \\\\" for cells in (header, *rows)]
     return (
         "\\begin{table}\n\\centering\n"

@@ -4,8 +4,10 @@ Its jobs are those of a sweep over the overrides given, times the runs that the 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from experiments.catalogue import sets
@@ -38,6 +40,26 @@ class Declared(BasicSweeper):
                 for setting in settings
             ]
         ]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Do the jobs, or with plan=true say what they would take."""
+        assert self.config is not None and self.hydra_context is not None
+        if not self.config.plan:
+            return super().sweep(arguments)
+        from rich.console import Console
+
+        from training.plan import show_several
+        from training.sweep import compose
+
+        loader = self.hydra_context.config_loader
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        self.overrides = self.split_arguments(parsed, None)
+        jobs = [compose(loader, self.config, overrides) for overrides in self.get_job_batch()]
+        table, lines = show_several(jobs)
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        console.print(table, soft_wrap=False)
+        console.print("\n".join(lines))
+        return None
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
         """Return the jobs, those that are the same run once."""

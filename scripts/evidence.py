@@ -1,23 +1,31 @@
 """What make_tables.py, make_figures.py and make_report.py have in common: which runs they read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments.catalogue import Setting, sets
+from experiments.catalogue import ZCLIP, sets
 from experiments.collection import Expected, Found, collect
+from experiments.figures import NothingToDraw, clipping_functions, distributions, draw
 from training.config import CONFIGS, ConfigError, check_folder, identity
 from training.located import locate
+from zclip import ZClip
+from zclip.base import is_count
+
+#: Variants of the clipping function by their names in the paper.
+VARIANTS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
 
 
-def chosen(cfg: DictConfig) -> dict[str, list[Setting]]:
-    """Return the experiments that are asked for, with their runs, or raise `ConfigError` if anything makes no sense."""
-    known = sets()
+def chosen(cfg: DictConfig, known: Collection[str]) -> list[str]:
+    """Return which of some tables or figures are asked for, or raise `ConfigError` if anything makes no sense."""
     names = list(cfg.experiment) if isinstance(cfg.experiment, ListConfig) else [cfg.experiment]
     for name in names:
-        if name not in known:
-            raise ConfigError(f"experiment={name} is not known: it must be of {', '.join(known)}")
+        if name not in ("all", *known):
+            raise ConfigError(f"experiment={name} is not known here: it must be of {', '.join(known)}, or all")
     scales = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
     if cfg.scale not in scales:
         raise ConfigError(f"scale={cfg.scale} is not known: it must be one of {', '.join(scales)}")
@@ -25,12 +33,12 @@ def chosen(cfg: DictConfig) -> dict[str, list[Setting]]:
         raise ConfigError(f"seeds={cfg.seeds} is not allowed: it must be a list of integers, as [0,1,2]")
     if not Path(cfg.paths.runs).is_dir():
         raise ConfigError(f"paths.runs={cfg.paths.runs} is not there: it must be the folder with evidence-{cfg.scale}/")
-    return {name: settings for name, settings in known.items() if "all" in names or name in names}
+    return [name for name in known if "all" in names or name in names]
 
 
-def gather(cfg: DictConfig, wanted: Mapping[str, list[Setting]]) -> Found:
-    """Return what there is of the runs of some experiments."""
-    settings = list(dict.fromkeys(setting for some in wanted.values() for setting in some))
+def gather(cfg: DictConfig) -> Found:
+    """Return what there is of the runs of all experiments."""
+    settings = sets()["all"]
     base = ["experiment=evidence", f"scale={cfg.scale}", f"paths.runs={cfg.paths.runs}", *cfg.also]
     places = locate([[*base, *setting.overrides] for setting in settings], cfg.seeds)
     expected = {
@@ -47,3 +55,57 @@ def out_folder(cfg: DictConfig) -> Path:
     check_folder("out", str(out), out)
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def drawn(
+    names: Sequence[str], found: Found, windows: list[tuple[int, int]] | None
+) -> tuple[dict[str, Figure], list[str]]:
+    """Return figures by name, and the names of those without runs.
+
+    Args:
+        names: of the figures.
+        found: the runs.
+        windows: of Figure 9.
+    """
+    figures: dict[str, Figure] = {}
+    undrawn = []
+    for name in names:
+        try:
+            if name == "figure3":
+                figures[name] = figure3()
+            else:
+                figures[name] = distributions(found, windows) if name == "figure9" else draw(name, found)
+        except NothingToDraw:
+            undrawn.append(name)
+    return figures, undrawn
+
+
+def step_windows(cfg: DictConfig) -> list[tuple[int, int]] | None:
+    """Return the windows of Figure 9, or raise `ConfigError`."""
+    if cfg.windows is None:
+        return None
+    given = OmegaConf.to_container(cfg.windows) if OmegaConf.is_list(cfg.windows) else [cfg.windows]
+    assert isinstance(given, list)
+    if not given or any(
+        not isinstance(pair, list) or len(pair) != 2 or not all(map(is_count, pair)) or pair[1] - pair[0] < 2
+        for pair in given
+    ):
+        raise ConfigError(
+            f"windows={cfg.windows} is not allowed: it must be pairs of steps, as [[500,635],[3050,3185]]"
+        )
+    return [(first, last) for first, last in given]
+
+
+def figure3() -> Figure:
+    """Draw what each variant of ZClip makes of norms with a mean of 1 and a standard deviation of 1."""
+    curves = {}
+    for name, option in VARIANTS.items():
+        strategy = ZClip(clip_option=option, z_thresh=ZCLIP["z_thresh"], recovery_window=None)
+        state = strategy.initial_state(torch.zeros((), dtype=torch.float64))
+        state |= {"count": torch.tensor(strategy.warmup_steps), "mean": torch.ones_like(state["mean"])}
+        state["var"] = torch.ones_like(state["var"])
+        z = np.linspace(0, 10, 401)
+        norms = torch.from_numpy(1 + z)
+        kept = [float(norm.minimum(strategy.decide(norm, dict(state)).target)) - 1 for norm in norms]
+        curves[f"{name}, z_thresh {ZCLIP['z_thresh']:g}"] = (z, np.array(kept))
+    return clipping_functions(curves)

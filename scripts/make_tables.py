@@ -18,7 +18,6 @@ from experiments.catalogue import TABLES
 from experiments.tables import as_csv, fill, latex, markdown
 from scripts.evidence import chosen, gather, out_folder
 from training.cli import command_line, reporting
-from training.config import ConfigError
 from training.folder import write_whole
 
 
@@ -27,12 +26,10 @@ def main(cfg: DictConfig) -> None:
     """Write the tables, print them, and say which runs were left out."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = {name: settings for name, settings in chosen(cfg).items() if name in TABLES}
-        if not wanted:
-            raise ConfigError(f"experiment={cfg.experiment} is no table: the tables are {', '.join(TABLES)}")
+        wanted = chosen(cfg, TABLES)
         folder = out_folder(cfg) / "tables"
         folder.mkdir(exist_ok=True)
-        found = gather(cfg, wanted)
+        found = gather(cfg)
         for name in wanted:
             filled = fill(TABLES[name], found)
             for ending, text in (("md", markdown(filled)), ("tex", latex(filled)), ("csv", as_csv(filled))):

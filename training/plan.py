@@ -4,6 +4,8 @@ Activations are those that autograd keeps: a block runs on tensors that have a s
 is added up. Whatever else a device holds (kernels, fragmentation, communication buffers) is not in the table.
 """
 
+import shlex
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from models.parallel import KEPT
 from training.config import model_config
 from training.speed import flops_per_token, peak
 from training.split import micro_batches, sharded, shards, world_size
+from training.sweep import Job
 
 GIB = 2**30
 
@@ -104,6 +107,31 @@ def show(cfg: DictConfig) -> Table:
         table.add_row("time", f"{found.hours(devices, fastest, cfg.planned.mfu):,.3g} hours",
                       f"{rate:,.0f} tokens/s, {cfg.planned.mfu:.0%} MFU on {devices} {cfg.planned.device}")  # fmt: skip
     return table
+
+
+def show_several(jobs: Sequence[Job]) -> tuple[Table, list[str]]:
+    """Return the plans of the runs of a sweep as a table, and the lines that submit them to SLURM."""
+    first = jobs[0].cfg
+    total_tokens = total_hours = 0.0
+    fastest = peak(first.planned.device)
+    table = Table(title=f"{len(jobs)} runs, computed for {first.planned.mfu:.0%} MFU", title_justify="left")
+    for column in ("run", "tokens", f"hours of {first.planned.device}", "GiB on each"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    lines = []
+    for job in jobs:
+        found, devices = plan(job.cfg), world_size(job.cfg)
+        tokens = found.tokens_per_step * found.steps
+        hours = 0.0 if fastest is None else devices * found.hours(devices, fastest, job.cfg.planned.mfu)
+        total_tokens, total_hours = total_tokens + tokens, total_hours + hours
+        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{found.bytes / GIB:,.1f}")
+        trainer = job.cfg.trainer
+        each = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"]
+        each += [f"--gpus-per-node={trainer.devices}"] if trainer.accelerator == "gpu" else []
+        kept = [override for override in job.overrides if not override.lower().startswith("plan=")]
+        lines.append(shlex.join(["sbatch", *each, "scripts/slurm/train.sbatch", *kept]))
+    table.add_section()
+    table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
+    return table, lines
 
 
 def _remark(name: str, cfg: DictConfig) -> str:

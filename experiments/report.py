@@ -1,0 +1,101 @@
+"""The report: one page of HTML that needs nothing else, with what was run, verdicts, figures and tables."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiments.catalogue import TABLES
+from experiments.claims import __doc__ as how_judged
+from experiments.claims import verdicts
+from experiments.collection import Found
+from experiments.definitions import loss_spikes
+from experiments.runs import Run, bad_batches, left_out
+from experiments.tables import about, below, fill, grid, title
+
+LEAD = (
+    "What runs at this scale say of the paper's tables, figures and claims. The paper trained a model of a billion "
+    "parameters on 50 billion tokens; numbers at another scale are for the direction of differences, not their size."
+)
+
+
+def report(
+    found: Found, figures: Mapping[str, Figure], undrawn: Sequence[str], scale: str, commands: Sequence[str], made: str
+) -> str:
+    """Return the page.
+
+    Args:
+        found: the runs.
+        figures: by name, in order.
+        undrawn: names of figures without runs.
+        scale: of the runs.
+        commands: that make it again.
+        made: when and on what.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
+    runs = list(found.runs.values())
+    filled = [fill(table, found) for table in TABLES.values()]
+    shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
+    what = [f"{len(runs)} runs are done. {about(runs, found.seeds)}." if runs else "No run is done."]
+    if found.unfinished:
+        what.append(f"{len(found.unfinished)} runs are not finished, and not in these numbers.")
+    if said := _why(runs):
+        what.append(said)
+    versions = sorted({f"{name} {number}" for run in runs for name, number in run.environment["versions"].items()})
+    devices = sorted({str(run.environment["device"]) for run in runs})
+    return template.render(
+        title=f"ZClip (arXiv 2504.02507): the evidence at {scale} scale",
+        lead=LEAD,
+        what=what,
+        made=made,
+        verdicts=verdicts(found),
+        how_judged=" ".join((how_judged or "").replace("`", "").split()),
+        figures=[(name, _encoded(figure)) for name, figure in figures.items()],
+        undrawn=undrawn,
+        tables=[
+            {"name": each.table.name, "title": title(each), "header": header, "rows": rows, "below": below(each)}
+            for each in shown
+            for header, *rows in [grid(each, Markup("<b>{}</b>"), " ± ")]
+        ],
+        others=found.others,
+        commands=commands,
+        versions=f"Runs were made with {', '.join(versions)} on {' and '.join(devices)}." if runs else "",
+    )
+
+
+def _why(runs: Sequence[Run]) -> str:
+    """Say what makes the strategies differ where bad batches are put in; empty where none are."""
+    disturbed = [run for run in runs if bad_batches(run)]
+    calm = [run for run in runs if not bad_batches(run)]
+    if not disturbed:
+        return ""
+    times = []
+    for run in disturbed:
+        bad = sorted(left_out(run))
+        norms = run.metrics["grad_norm"]
+        times.append(float(np.nanmedian(norms[bad]) / np.nanmedian(np.delete(norms, bad))))
+    kinds = {str(run.config["data"]["bad_batches"]["kind"]) for run in disturbed}
+    said = (
+        f"Why the strategies differ here: bad batches ({', '.join(sorted(kinds))}) were put in on purpose, at the same "
+        f"steps of every run. Their gradients have a norm of {np.median(times):.0f} times the median of the other "
+        "steps (median over runs). What sets the strategies apart is how much of that reaches the weights and AdamW's "
+        "moments. This tests what a bad batch does, not what happens in a long run by itself."
+    )
+    if calm:
+        spikes = sum(len(loss_spikes(run.metrics["loss"])) for run in calm)
+        said += f" The {len(calm)} runs without bad batches have {spikes} loss spikes together."
+    return said
+
+
+def _encoded(figure: Figure) -> str:
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,43 @@
+"""The paper's figures from runs: `python scripts/make_figures.py scale=micro [experiment=figure5] [seeds=[0,1,2]]`.
+
+Each is drawn as SVG and PNG into `figures/` of the scale's results.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+import matplotlib.pyplot as plt
+from omegaconf import DictConfig
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)
+
+from experiments.figures import DRAWN
+from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
+from training.cli import command_line, reporting
+
+
+@hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
+def main(cfg: DictConfig) -> None:
+    """Draw the figures, and say which have no runs."""
+    with reporting():
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        wanted = chosen(cfg, ["figure3", *DRAWN])
+        windows = step_windows(cfg)
+        folder = out_folder(cfg) / "figures"
+        folder.mkdir(exist_ok=True)
+        found = gather(cfg)
+        figures, undrawn = drawn(wanted, found, windows)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
+        for name in undrawn:
+            console.print(f"{name} is not drawn: none of its runs is done", style="yellow")
+        console.print(f"figures  {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
