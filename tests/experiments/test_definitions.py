@@ -1,0 +1,97 @@
+"""Terms that the paper leaves open, on series worked out by hand."""
+
+import numpy as np
+import pytest
+
+from experiments.definitions import (
+    Spike,
+    diverged,
+    excursion,
+    loss_spikes,
+    recovery,
+    spike_score,
+    tokens_to_reach,
+)
+
+# Mean 1.1, standard deviation 0.1; median 1.1, median absolute deviation 0.1.
+CALM = [1.0, 1.2] * 25
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("loss", "left_out", "spikes"),
+    [
+        ([*CALM, 9.0, *CALM], {50}, []),
+        ([*CALM, 9.0, 3.0, 2.0, *CALM], {50}, [Spike(51, 2)]),
+        ([*CALM, 3.0, 9.0, 3.0, *CALM], {51}, [Spike(50, 3)]),
+        ([*CALM, 3.0, 9.0, 1.0, 3.0], {51}, [Spike(50, 1), Spike(53, 1)]),
+        ([*CALM, NAN, 1.0], {50}, []),
+    ],
+)
+def test_bad_batches_are_in_no_spike_and_end_none(loss, left_out, spikes):
+    assert loss_spikes(np.array(loss), left_out) == spikes
+
+
+@pytest.mark.parametrize(
+    ("values", "left_out", "score"),
+    [
+        (CALM, (), NAN),
+        ([*CALM, 1.1], (), 0.0),
+        ([*CALM, 1.79], (), 0.0),
+        ([*CALM, 1.81], (), 1.0),
+        ([*CALM, 0.39], (), 1.0),
+        ([*CALM, 1.81, 1.1], (), 0.5),
+        ([*CALM, NAN, 1.1], (), 0.5),
+        ([*CALM, 1.81, 1.1], (50,), 0.0),
+    ],
+)
+def test_spike_score(values, left_out, score):
+    assert spike_score(np.array(values), left_out) == pytest.approx(score, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gone"),
+    [
+        (list(np.linspace(7, 2, 100)), False),
+        ([*np.linspace(7, 2, 90), *[2.49] * 10], False),
+        ([*np.linspace(7, 2, 80), *[2.0] * 10, *[2.51] * 10], True),
+        ([*np.linspace(7, 2, 80), *[2.0] * 10, *[2.49] * 10], False),
+        ([*[2.0] * 99, NAN], True),
+        ([*[2.0] * 50, INF, *[2.0] * 49], False),
+        ([2.0], False),
+    ],
+)
+def test_a_run_has_diverged_half_a_nat_above_its_lowest_level(loss, gone):
+    assert diverged(np.array(loss)) is gone
+
+
+def test_tokens_to_reach_a_loss():
+    tokens = np.arange(1, 101) * 10.0
+    loss = np.array([5.0] * 40 + [3.0] * 60)
+    assert tokens_to_reach(loss, tokens, 5.0) == 200, "the first 20 steps"
+    assert tokens_to_reach(loss, tokens, 4.0) == 500, "ten of each"
+    assert tokens_to_reach(loss, tokens, 3.0) == 600
+    assert tokens_to_reach(loss, tokens, 2.9) is None
+    loss[45] = NAN
+    assert tokens_to_reach(loss, tokens, 3.0) == 660, "a loss that is not finite reaches nothing"
+    assert tokens_to_reach(np.array([2.0, 1.0]), np.array([1.0, 2.0]), 1.5) == 2, "of fewer steps all"
+
+
+def test_excursion_and_recovery():
+    calm = np.full(60, 2.0)
+    loss = calm.copy()
+    loss[10] = 9.0  # the bad batch itself
+    loss[11:16] += 0.4
+    assert excursion(loss, calm, {10}) == pytest.approx(0.2)
+    # Means of five from step 11 on: 0.4, 0.32, 0.24, 0.16, 0.08, 0.
+    assert recovery(loss, calm, {10}) == 5
+    assert recovery(calm, calm, {10}) == 0
+    loss[30] = 9.0
+    assert excursion(loss, calm, {10, 30}) == pytest.approx(0.1), "the mean over the bad batches"
+    assert recovery(loss, calm, {10, 30}) == 2.5
+    # Two in a row count as one: nothing is between them. The last has four steps to the end.
+    loss = calm.copy()
+    loss[[54, 55]] = 9.0
+    loss[56:] += 1.0
+    assert excursion(loss, calm, {54, 55}) == pytest.approx(1.0)
+    assert recovery(loss, calm, {54, 55}) == 4

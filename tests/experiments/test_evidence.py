@@ -1,0 +1,292 @@
+"""From run folders to tables, figures, verdicts and the report; folders that are not what they should be."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, sets
+from experiments.claims import LEAST_SEEDS, NOT_TESTABLE, SUPPORTED, paired, verdicts
+from experiments.collection import Expected, Found, collect
+from experiments.figures import DRAWN, NothingToDraw, draw, norm_windows
+from experiments.measures import MEASURES
+from experiments.report import report
+from experiments.tables import as_csv, fill, latex, markdown, paper_numbers
+from tests.conftest import CHECKOUT, train
+from tests.scripts.test_data_scripts import script
+from training.config import identity, run_path
+
+BAD = [80, 100, 120]
+SMALL = ("trainer.max_steps=140", f"evidence.bad_batches={BAD}", f"evidence.lab={BAD}")
+SEEDS = (0, 1, 2)
+
+
+def overrides(setting, runs: Path) -> list[str]:
+    return ["experiment=evidence", "scale=micro", *SMALL, *setting.overrides, f"paths.runs={runs}"]
+
+
+def expected(settings, runs: Path, seeds=SEEDS) -> dict:
+    found = {}
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        for setting in dict.fromkeys(settings):
+            cfg = compose("train", overrides(setting, runs))
+            for seed in seeds:
+                one = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+                one.seed = seed
+                found[setting, seed] = Expected(run_path(one), identity(one)), one
+    return found
+
+
+def write_run(path: Path, cfg, seed: int, bump: float = 0.0, done: bool = True, **result) -> None:
+    """Write a run whose loss falls from 6 to 5, and is higher by `bump` for five steps after bad batches."""
+    path.mkdir(parents=True)
+    OmegaConf.save(cfg, path / "config.yaml")
+    rng = np.random.default_rng(seed)
+    steps = cfg.trainer.max_steps
+    bad = set(cfg.data.bad_batches.steps)
+    loss = np.linspace(6, 5, steps) + rng.normal(0, 0.02, steps)
+    norm = rng.normal(0.36, 0.02, steps)
+    for step in bad:
+        loss[step - 1], norm[step - 1] = 9.0, 5.0
+        loss[step : step + 5] += bump
+    rows = [
+        {
+            "step": i + 1, "tokens": 2048 * (i + 1), "loss": loss[i], "grad_norm": norm[i], "clipped": 0.0,
+            "clipped_norm": min(norm[i], 1.0), "tokens_per_second": 1e4, "z": 0.0, "mean": 0.4, "std": 0.1,
+            "spike": 0.0,
+        }
+        for i in range(steps)
+    ]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = {"commit": "0123456789abcdef", "uncommitted_changes": False, "versions": {"torch": "2"}, "device": "a CPU"}
+    (path / "environment.json").write_text(json.dumps({"starts": [start]}))
+    if done:
+        numbers = {
+            "steps": steps, "tokens": 2048 * steps, "train_loss": 5.0 + bump, "test_loss": 4.9 + bump + seed / 100,
+            "parameters": 640_000, "data_fingerprint": "abcd", "clipped_share": 0.1, "clipped_by_z": 7,
+            "tokens_per_second": 1e4, "step_seconds": {"data": 0.0, "forward_backward": 0.98, "clip": 0.02},
+        }  # fmt: skip
+        (path / "result.json").write_text(json.dumps(numbers | result))
+
+
+def score(path: Path, task: str, items: int, **metrics: float) -> None:
+    file = path / "eval.json"
+    scores = json.loads(file.read_text())["scores"] if file.exists() else []
+    scores.append({"task": task, "shots": 0, "step": 140, "items": items, **metrics})
+    file.write_text(json.dumps({"scores": scores}))
+
+
+BUMPS = {"No clipping": 2.0, "Fixed 1.0": 0.3, "AutoClip": 0.1, "ZClip": 0.0}
+
+
+@pytest.fixture(scope="module")
+def table3(tmp_path_factory) -> tuple[Path, dict]:
+    """The runs of Table 3 with three seeds."""
+    runs = tmp_path_factory.mktemp("runs")
+    places = expected(STRATEGIES.values(), runs)
+    for label, setting in STRATEGIES.items():
+        for seed in SEEDS:
+            place, cfg = places[setting, seed]
+            write_run(place.path, cfg, seed, BUMPS[label])
+            score(place.path, "winogrande", 100, acc=0.5 + seed / 100)
+            score(place.path, "winogrande", 50, acc=0.1)
+            score(place.path, "hellaswag", 100, acc=0.3, acc_norm=0.25)
+    return runs, {key: place for key, (place, _) in places.items()}
+
+
+def test_table_3_to_the_letter(table3):
+    _, places = table3
+    filled = fill(TABLES["table3"], collect(places, identity))
+    assert markdown(filled) == Path(__file__).with_name("table3.md").read_text()
+    assert "No clipping & 3.0 $\\pm$ 0.0 & 12 &" in latex(filled) and "\\textbf{4.910 $\\pm$ 0.010}" in latex(filled)
+    rows = as_csv(filled).splitlines()
+    assert rows[0] == "table,row,column,paper,mean,std,runs,diverged"
+    assert "table3,No clipping,test loss,2.9,6.91,0.01,3,0" in rows
+
+
+def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
+    labels = list(STRATEGIES)
+    places = expected(STRATEGIES.values(), tmp_path, seeds=(0, 1))
+    folders = {(label, seed): places[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
+    for (label, seed), (place, cfg) in folders.items():
+        if (label, seed) == ("AutoClip", 1):
+            continue
+        gone = {"train_loss": None, "test_loss": None} if (label, seed) == ("No clipping", 1) else {}
+        write_run(place.path, cfg, seed, done=(label, seed) != ("Fixed 1.0", 1), **gone)
+    first, cfg = folders["ZClip", 0]
+    for name, change in (("again", {}), ("longer", {"trainer": {"max_steps": 400}}), ("other-seed", {"seed": 7})):
+        write_run(first.path.with_name(name), OmegaConf.merge(cfg, change, {"name": name}), 0)
+    broken = first.path.with_name("broken")
+    broken.mkdir()
+    (broken / "config.yaml").write_text("{")
+    changed, cfg = folders["ZClip", 1]
+    OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
+    found = collect({key: place for key, (place, _) in places.items()}, identity)
+    text = markdown(fill(TABLES["table3"], found))
+    assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1) after 140 steps." in text
+    assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged)" in text
+    assert sorted(found.others) == sorted(
+        [
+            f"again is left out: it is {first.path.name} again, under a name of its own",
+            "longer is left out: it is no run of these experiments (trainer.max_steps=400, not 140)",
+            "broken is left out: its config.yaml cannot be read",
+            f"{changed.path.name} is left out: its config.yaml was changed (clip.alpha=0.5, not 0.97)",
+        ]
+    )
+
+
+def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
+    places = {key: place for key, (place, _) in expected(STRATEGIES.values(), tmp_path).items()}
+    found = collect(places, identity)
+    for table in TABLES.values():
+        text = markdown(fill(table, found))
+        assert text.endswith("\n\nNo run of this table is done.\n")
+        assert all(not cell.values for row in fill(table, found).cells for cell in row)
+    for name in DRAWN:
+        with pytest.raises(NothingToDraw):
+            draw(name, found)
+    assert {verdict.verdict for verdict in verdicts(found)} == {NOT_TESTABLE}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Found:
+    """The runs of all experiments with three seeds, in which less reaches the weights the better a strategy clips."""
+    runs = tmp_path_factory.mktemp("all")
+    places = expected(sets()["all"], runs)
+    for (setting, seed), (place, cfg) in places.items():
+        if not place.path.exists():
+            bump = {"none": 0.8, "fixed": 0.3}.get(setting.clip, 0.05)
+            write_run(place.path, cfg, seed, bump if cfg.data.bad_batches.steps else 0.0)
+    return collect({key: place for key, (place, _) in places.items()}, identity)
+
+
+def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
+    for table in TABLES.values():
+        for row, cells in zip(table.rows, fill(table, everything).cells, strict=True):
+            for column, cell in zip(table.columns, cells, strict=True):
+                unscored = column.measure in ("hellaswag", "winogrande")
+                assert len(cell.values) == (0 if unscored else 3), (table.name, row.label, column.header)
+    figures = {name: draw(name, everything) for name in DRAWN}
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / f"{name}.png", dpi=30)
+        assert (tmp_path / f"{name}.png").stat().st_size > 2000
+    page = report(everything, figures, ["figure99"], "micro", ["make it so"], "Made today.")
+    assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
+    assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the median" in page
+
+
+def test_verdicts(everything):
+    found = {verdict.claim: verdict for verdict in verdicts(everything)}
+    assert found["Fixed clipping leaves spikes."].verdict == SUPPORTED
+    assert found["ZClip removes the spikes."].verdict == SUPPORTED
+    assert found["z_thresh = 2.5 is best."].verdict == "not supported", "all are the same"
+    normal = found["Gradient norms are about normally distributed in short windows."]
+    assert re.fullmatch(r"Shapiro-Wilk rejects a .* of norms in [0-6] of 6 windows \(p < 0.05\)", normal.numbers[0])
+    assert found["The overhead is negligible."].verdict == SUPPORTED
+    assert "+0.00 % of a step" in found["The overhead is negligible."].numbers[1]
+    two = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] < 2})
+    assert {verdict.verdict for verdict in verdicts(two)} - {NOT_TESTABLE} <= {SUPPORTED, "not supported"}
+    assert verdicts(two)[0].verdict == SUPPORTED or verdicts(two)[1].verdict == NOT_TESTABLE
+
+
+def test_paired_differences():
+    assert paired([1.0, 2.0], [0.0, 0.0]) is None and LEAST_SEEDS == 3
+    difference = paired([1.0, 2.0, 3.0], [2.0, 2.5, 4.5])
+    # Differences -1, -0.5, -1.5: mean -1, standard error 0.5 / sqrt(3), t = -3.4641 with two degrees of freedom.
+    assert difference is not None and difference.mean == -1 and difference.p == pytest.approx(0.07418, abs=1e-4)
+    same = paired([1.0] * 3, [1.0] * 3)
+    assert same is not None and same.p == 1
+
+
+def test_the_windows_of_figure_9_are_the_papers_in_a_run_of_its_length(everything):
+    run = next(iter(everything.runs.values()))
+    long = run._replace(metrics={"step": np.arange(1, 11_901)})
+    assert norm_windows(long) == [(500, 634), (3050, 3184)]
+    assert norm_windows(run) == [(50, 99), (100, 140)]
+
+
+def test_the_catalogue_is_whole():
+    known = sets()
+    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "evidence"}
+    for name, settings in known.items():
+        text = (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").read_text()
+        assert f"of: {name}\n" in text and f"{len(settings)} runs a seed" in text
+    assert {*TABLES, *FIGURES} < {*known}
+    for name, rows in paper_numbers().items():
+        table = TABLES[name]
+        assert set(rows) == {row.label for row in table.rows}
+        headers = {column.header for column in table.columns}
+        assert all(set(numbers) <= headers for numbers in rows.values())
+    for table in TABLES.values():
+        assert all(column.measure in MEASURES for column in table.columns)
+        assert all(column.group in row.settings for row in table.rows for column in table.columns)
+    assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
+
+
+def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
+    """The real thing, small: a sweep over a declared set, its table, and its mistakes."""
+    tiny = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
+    tiny += ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", f"data.path={corpus}")
+    tiny += (f"paths.cache={cache}", "evidence.bad_batches=[6]", "data.max_test_tokens=2048", "evidence.lab=[6]")
+    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "evidence-micro").iterdir())
+    assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
+    again = train("-m", "experiment=figure7", "scale=micro", *tiny, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 1, "it is shared with Table 5"
+    also = "also=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
+    made = script("make_tables.py", "experiment=table5", also, "out=here", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "here" / "tables" / "table5.md").read_text()
+    assert "seed 0, text embedded" in text and "bad batches of kind repeat put in at steps 6" in text
+    assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
+    other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
+    assert "is left out: it is no run of these experiments (" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("experiment=table3",), "experiment=table3 is a set of runs: add -m, and name one set at a time, or"),
+        (("-m", "experiment=table3", "clip=none"), "clip is not yours to set with experiment=table3, which sets clip,"),
+        (("-m", "experiment=table3", "lr=1e-3"), "lr is not yours to set with experiment=table3, which sets clip,"),
+        (("-m", "experiment=table3", "seed=-1"), "seed=-1 is not allowed: it must be an integer from 0 to"),
+        (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: add -m, and name one set at a time"),
+    ],
+)
+def test_mistakes_are_one_sentence(given, said, tmp_path):
+    done = train(*given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {said}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_of_a_set_says_what_it_takes(tmp_path):
+    done = train("-m", "experiment=table3", "scale=paper", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm/train.sbatch") == 4
+    assert "199.6B" in done.stdout and "plan=" not in done.stdout.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("make_tables.py", "experiment=figure1", "experiment=figure1 is not known here: it must be of table2,"),
+        ("make_figures.py", "windows=[[9,8]]", "windows=[[9, 8]] is not allowed: it must be pairs of steps, as"),
+        ("make_report.py", "seeds=3", "seeds=3 is not allowed: it must be a list of integers, as [0,1,2]"),
+        ("make_tables.py", "scale=huge", "scale=huge is not known: it must be one of main, micro, paper, proxy"),
+        (
+            "make_report.py",
+            "paths.runs=gone",
+            "paths.runs=gone is not there: it must be the folder with evidence-micro/",
+        ),
+    ],
+)
+def test_mistakes_of_the_readers_are_one_sentence(name, given, said, tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = script(name, given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {said}"), done.stderr
