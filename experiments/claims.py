@@ -130,7 +130,7 @@ def _spikes_of_fixed(found: Found) -> Verdict:
     assert above is not None
     numbers = [
         f"{sum(counts):.0f} spikes in {len(counts)} runs with fixed clipping, over all learning rates",
-        f"after bad batches its loss is {above.says()} nats from the undisturbed run's",
+        f"loss after bad batches minus the undisturbed run's, in nats: {above.says()}",
     ]
     left = sum(counts) > 0 or (above.mean > 0 and above.p < SIGNIFICANT)
     return Verdict(claim, SUPPORTED if left else NOT_SUPPORTED, numbers)

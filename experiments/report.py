@@ -40,10 +40,10 @@ def report(
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
-    runs = list(found.runs.values())
+    runs = list({run.path: run for run in found.runs.values()}.values())
     filled = [fill(table, found) for table in TABLES.values()]
     shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
-    what = [f"{len(runs)} runs are done. {about(runs, found.seeds)}." if runs else "No run is done."]
+    what = [f"{len(runs)} runs are done: {about(runs, found.seeds)}." if runs else "No run is done."]
     if found.unfinished:
         what.append(f"{len(found.unfinished)} runs are not finished, and not in these numbers.")
     if said := _why(runs):
