@@ -9,7 +9,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markdown import Markdown
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
@@ -34,7 +33,7 @@ def main(cfg: DictConfig) -> None:
             filled = fill(TABLES[name], found)
             for ending, text in (("md", markdown(filled)), ("tex", latex(filled)), ("csv", as_csv(filled))):
                 write_whole(folder / f"{name}.{ending}", text)
-            console.print(Markdown(markdown(filled)), soft_wrap=False)
+            console.print(markdown(filled))
         for said in found.others:
             console.print(said, style="yellow")
         console.print(f"tables   {folder}")
