@@ -14,7 +14,7 @@ from scipy import stats
 from experiments.catalogue import ALPHAS, LEARNING_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
 from experiments.collection import Found
 from experiments.definitions import REACHED_WINDOW, tokens_to_reach
-from experiments.figures import norm_windows, window_norms
+from experiments.distributions import norm_windows, window_norms
 from experiments.measures import MEASURES
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"

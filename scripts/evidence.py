@@ -10,7 +10,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.catalogue import ZCLIP, sets
 from experiments.collection import Expected, Found, collect
-from experiments.figures import NothingToDraw, clipping_functions, distributions, draw
+from experiments.distributions import distributions
+from experiments.drawing import NothingToDraw
+from experiments.figures import clipping_functions, draw
 from training.config import CONFIGS, ConfigError, check_folder, identity
 from training.located import locate
 from zclip import ZClip

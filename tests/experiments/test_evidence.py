@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, sets
 from experiments.claims import LEAST_SEEDS, NOT_TESTABLE, SUPPORTED, paired, verdicts
 from experiments.collection import Expected, Found, collect
-from experiments.figures import DRAWN, NothingToDraw, draw, norm_windows
+from experiments.distributions import norm_windows
+from experiments.drawing import NothingToDraw
+from experiments.figures import DRAWN, draw
 from experiments.measures import MEASURES
 from experiments.report import report
 from experiments.tables import as_csv, fill, latex, markdown, paper_numbers
@@ -178,6 +180,21 @@ def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the median" in page
+
+
+def test_runs_that_diverged_are_drawn_as_far_as_they_went(everything, tmp_path):
+    gone = {}
+    for key, run in everything.runs.items():
+        metrics = {name: column.copy() for name, column in run.metrics.items()}
+        for name in ("loss", "grad_norm", "clipped_norm"):
+            metrics[name][60:] = np.nan
+        gone[key] = run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
+    found = everything._replace(runs=gone, diverged=set(gone))
+    for name in DRAWN:
+        draw(name, found).savefig(tmp_path / f"{name}.png", dpi=30)
+    table3 = markdown(fill(TABLES["table3"], found))
+    assert "| diverged |" in table3 and "Diverged: No clipping (seed 0)" in table3
+    assert all(verdict.verdict != SUPPORTED for verdict in verdicts(found)[2:7])
 
 
 def test_verdicts(everything):

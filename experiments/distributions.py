@@ -1,0 +1,81 @@
+"""How gradient norms are distributed in short windows of a run: Figure 9."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from experiments.catalogue import FIGURES
+from experiments.collection import Found
+from experiments.drawing import COLOURS, NothingToDraw, finished, runs_of
+from experiments.runs import Run, bad_batches
+
+#: Windows of Figure 9, as shares of the run: the paper's steps 500 to 635 and 3050 to 3185 of 11,900.
+WINDOWS = ((500 / 11_900, 635 / 11_900), (3050 / 11_900, 3185 / 11_900))
+#: The least steps in such a window, so that runs of few steps have something to test; the first begins after warm-up.
+LEAST_STEPS = 50
+
+
+def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None) -> Figure:
+    """Draw Figure 9: how norms are distributed, as histogram with the fitted normal and Q-Q plot; logarithms too.
+
+    Args:
+        found: runs.
+        windows: first and last steps; `None`: those of `norm_windows`.
+
+    Raises:
+        NothingToDraw: its run is not done.
+    """
+    title = "Figure 9: how gradient norms are distributed in short windows"
+    runs = runs_of(found, FIGURES["figure9"]["ZClip"])
+    if not runs:
+        raise NothingToDraw(title)
+    run = runs[0]
+    windows = windows or norm_windows(run)
+    figure, axes = plt.subplots(
+        len(windows), 4, figsize=(13, 3.1 * len(windows) + 0.5), layout="constrained", squeeze=False
+    )
+    for row, (first, last) in zip(axes, windows, strict=True):
+        values = window_norms(run, first, last)
+        for pair, sample, name in ((row[:2], values, "norm"), (row[2:], np.log(values), "log norm")):
+            _distribution(pair, sample, name)
+        row[0].set_ylabel(f"steps {first} to {last}\ndensity")
+    return finished(figure, f"{title} (seed {run.config['seed']}, before clipping, without bad batches)")
+
+
+def norm_windows(run: Run) -> list[tuple[int, int]]:
+    """Return first and last steps of Figure 9's windows: the paper's places in the run, of 50 steps at least."""
+    steps = len(run.metrics["step"])
+    found: list[tuple[int, int]] = []
+    for begin, end in WINDOWS:
+        length = max(LEAST_STEPS, round((end - begin) * steps))
+        first = max(round(begin * steps), LEAST_STEPS)
+        if found:
+            first = max(first, found[-1][1] + 1)
+        found.append((first, min(first + length - 1, steps)))
+    return found
+
+
+def window_norms(run: Run, first: int, last: int) -> np.ndarray:
+    """Return the norms before clipping of some steps, without those of bad batches and those that are not finite."""
+    step = run.metrics["step"]
+    kept = (step >= first) & (step <= last) & ~np.isin(step, bad_batches(run))
+    values = run.metrics["grad_norm"][kept]
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def _distribution(axes: Sequence[Axes], sample: np.ndarray, name: str) -> None:
+    mean, deviation = sample.mean(), sample.std(ddof=1)
+    statistic, p = stats.shapiro(sample)
+    axes[0].hist(sample, bins="auto", density=True, color=COLOURS[4], edgecolor="white")
+    grid = np.linspace(*axes[0].get_xlim(), 200)
+    axes[0].plot(grid, stats.norm.pdf(grid, mean, deviation), color=COLOURS[1], lw=1.5)
+    axes[0].set_title(f"{name}: Shapiro-Wilk W = {statistic:.3f}, p = {p:.2g}", fontsize=9)
+    (theory, ordered), (slope, offset, _) = stats.probplot(sample)
+    axes[1].plot(theory, ordered, "o", ms=3, color=COLOURS[0])
+    axes[1].plot(theory, slope * theory + offset, color=COLOURS[1], lw=1.2)
+    axes[1].set_title(f"{name}: Q-Q", fontsize=9)
+    axes[1].set_xlabel("quantiles of the normal", fontsize=8)

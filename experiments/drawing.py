@@ -1,0 +1,86 @@
+"""How the paper's figures look: colours, dashes, smoothing, and lines of several seeds.
+
+Of several seeds a line is the mean, and a band goes from the lowest to the highest. Colours are told apart by the
+colour-blind, lines by their dashes too; the background is white everywhere. What is smoothed says so.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.catalogue import Setting
+from experiments.collection import Found
+from experiments.runs import Run, bad_batches, left_out
+
+#: Okabe and Ito's colours, but for the yellow; black last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
+
+#: Of the steps, the share whose mean is drawn for one.
+SMOOTHED = 1 / 60
+
+
+class NothingToDraw(ValueError):
+    """No run of a figure is done."""
+
+
+def runs_of(found: Found, setting: Setting) -> list[Run]:
+    """Return the runs of a setting that are done, by seed."""
+    return [run for (other, _), run in sorted(found.runs.items(), key=lambda pair: pair[0][1]) if other == setting]
+
+
+def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return means around each value over a number of steps, which is the other result; the ends have fewer."""
+    width = max(1, round(len(values) * SMOOTHED)) // 2 * 2 + 1
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same"), width
+
+
+def without_bad(run: Run, column: str) -> np.ndarray:
+    """Return a column with values at bad batches taken from the steps around them: they say nothing of the model."""
+    values = run.metrics[column].copy()
+    bad = sorted(left_out(run))
+    good = np.setdiff1d(np.arange(len(values)), bad)
+    values[bad] = np.interp(bad, good, values[good])
+    return values
+
+
+def line(ax: Axes, runs: Sequence[Run], column: str, label: str, number: int, smoothed: bool = True) -> str:
+    """Draw a column of some seeds, and return what was done to it."""
+    drawn, said = [], ""
+    for run in runs:
+        values = without_bad(run, column) if column == "loss" else run.metrics[column]
+        if smoothed:
+            values, width = smooth(values)
+            said = f"mean of {width} steps"
+        drawn.append(values)
+    length = min(map(len, drawn))
+    rows = np.array([values[:length] for values in drawn])
+    step = runs[0].metrics["step"][:length]
+    colour = COLOURS[number % len(COLOURS)]
+    if len(rows) > 1:
+        ax.fill_between(step, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, lw=0)
+    ax.plot(step, rows.mean(axis=0), color=colour, ls=DASHES[number % len(DASHES)], lw=1.3, label=label)
+    return said
+
+
+def mark_bad(ax: Axes, runs: Iterable[Run]) -> None:
+    """Mark the steps at which bad batches were put in."""
+    for number, step in enumerate(sorted({step for run in runs for step in bad_batches(run)})):
+        ax.axvline(step, color="0.55", lw=0.7, ls=":", zorder=0, label="bad batch put in" if number == 0 else None)
+
+
+def finished(figure: Figure, title: str, said: str = "") -> Figure:
+    """Give a figure its title, grid, and what its horizontal axis is."""
+    figure.suptitle(title, fontsize=11)
+    for ax in figure.axes:
+        ax.grid(alpha=0.25)
+        ax.margins(x=0.01)
+    if said:
+        figure.supxlabel(f"step ({said})" if not said.startswith("tokens") else said, fontsize=9)
+    return figure
