@@ -51,7 +51,6 @@ class Column(NamedTuple):
         header: as printed.
         measure: name of the number, see `measures.py`.
         group: whose run of the row it is; empty if a row has one.
-        note: what is special about it, for the line below.
     """
 
     header: str

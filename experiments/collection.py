@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.catalogue import Setting
 from experiments.definitions import diverged
-from experiments.runs import Run, read_run
+from experiments.runs import Run, left_out, read_run
 
 #: A setting, and a seed.
 Key = tuple[Setting, int]
@@ -93,8 +94,12 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         except (OSError, ValueError, KeyError) as error:
             found.others.append(f"{each.path.name} is left out: it cannot be read ({error})")
             continue
+        if len(run.metrics["step"]) != (run.result or {}).get("steps"):
+            found.others.append(f"{each.path.name} is left out: its metrics.jsonl and result.json are not of one run")
+            continue
         found.runs[key] = run
-        if (run.result or {}).get("train_loss") is None or diverged(run.metrics["loss"]):
+        loss = np.delete(run.metrics["loss"], sorted(left_out(run)))
+        if (run.result or {}).get("train_loss") is None or diverged(loss):
             found.diverged.add(key)
     strangers = [
         other.parent
@@ -103,7 +108,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         if other.parent not in paths
     ]
     found.others.extend(filter(None, (_stranger(folder, expected, identity) for folder in strangers)))
-    return found
+    return found._replace(others=list(dict.fromkeys(found.others)))
 
 
 def _settings(folder: Path, identity: Callable[[DictConfig], Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -13,10 +13,17 @@ from experiments.collection import Found
 from experiments.drawing import COLOURS, NothingToDraw, finished, runs_of
 from experiments.runs import Run, bad_batches
 
-#: Windows of Figure 9, as shares of the run: the paper's steps 500 to 635 and 3050 to 3185 of 11,900.
+#: Windows of Figure 9, as shares of the run: the paper's steps 500 to 635 and 3050 to 3185 of 11,900. Of short runs
+#: they are longer, and later.
 WINDOWS = ((500 / 11_900, 635 / 11_900), (3050 / 11_900, 3185 / 11_900))
 #: The least steps in such a window, so that runs of few steps have something to test; the first begins after warm-up.
 LEAST_STEPS = 50
+#: Norms that the test needs.
+LEAST_NORMS = 3
+
+
+class EmptyWindow(ValueError):
+    """A window has fewer than three norms."""
 
 
 def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None) -> Figure:
@@ -28,22 +35,30 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
 
     Raises:
         NothingToDraw: its run is not done.
+        EmptyWindow: a window has fewer than three norms.
     """
     title = "Figure 9: how gradient norms are distributed in short windows"
     runs = runs_of(found, FIGURES["figure9"]["ZClip"])
     if not runs:
         raise NothingToDraw(title)
     run = runs[0]
-    windows = windows or norm_windows(run)
+    given = windows is not None
+    windows = windows or [each for each in norm_windows(run) if len(window_norms(run, *each)) >= LEAST_NORMS]
+    if not windows:
+        raise NothingToDraw(title)
     figure, axes = plt.subplots(
         len(windows), 4, figsize=(13, 3.1 * len(windows) + 0.5), layout="constrained", squeeze=False
     )
     for row, (first, last) in zip(axes, windows, strict=True):
         values = window_norms(run, first, last)
+        if given and len(values) < LEAST_NORMS:
+            steps = len(run.metrics["step"])
+            plt.close(figure)
+            raise EmptyWindow(f"windows=[[{first},{last}]] is not allowed: it has {len(values)} norms of {steps} steps")
         for pair, sample, name in ((row[:2], values, "norm"), (row[2:], np.log(values), "log norm")):
             _distribution(pair, sample, name)
         row[0].set_ylabel(f"steps {first} to {last}\ndensity")
-    return finished(figure, f"{title} (seed {run.config['seed']}, before clipping, without bad batches)")
+    return finished(figure, f"{title} (before clipping, without bad batches)", "", [run])
 
 
 def norm_windows(run: Run) -> list[tuple[int, int]]:

@@ -59,9 +59,9 @@ def line(ax: Axes, runs: Sequence[Run], column: str, label: str, number: int, sm
             values, width = smooth(values)
             said = f"mean of {width} steps"
         drawn.append(values)
-    length = min(map(len, drawn))
-    rows = np.array([values[:length] for values in drawn])
-    step = runs[0].metrics["step"][:length]
+    length = max(map(len, drawn))
+    rows = np.array([np.pad(values, (0, length - len(values)), constant_values=np.nan) for values in drawn])
+    step = max((run.metrics["step"] for run in runs), key=len)
     colour = COLOURS[number % len(COLOURS)]
     if len(rows) > 1:
         ax.fill_between(step, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, lw=0)
@@ -75,12 +75,26 @@ def mark_bad(ax: Axes, runs: Iterable[Run]) -> None:
         ax.axvline(step, color="0.55", lw=0.7, ls=":", zorder=0, label="bad batch put in" if number == 0 else None)
 
 
-def finished(figure: Figure, title: str, said: str = "") -> Figure:
-    """Give a figure its title, grid, and what its horizontal axis is."""
+def finished(figure: Figure, title: str, said: str, runs: Sequence[Run]) -> Figure:
+    """Give a figure its title, grid, what its horizontal axis is, and a line on the runs that it shows."""
     figure.suptitle(title, fontsize=11)
     for ax in figure.axes:
         ax.grid(alpha=0.25)
         ax.margins(x=0.01)
-    if said:
-        figure.supxlabel(f"step ({said})" if not said.startswith("tokens") else said, fontsize=9)
+    axis = f"step ({said})\n" if said else ""
+    figure.supxlabel(axis + _about(runs), fontsize=8)
     return figure
+
+
+def _about(runs: Sequence[Run]) -> str:
+    """Say what the runs of a figure have in common."""
+    config = runs[0].config
+    seeds = sorted({run.config["seed"] for run in runs})
+    times = config["evidence"]["lr_times"]
+    said = f"{config['evidence']['scale']} scale, {config['model']['name']}, seed{'s' * (len(seeds) > 1)} "
+    said += ", ".join(map(str, seeds))
+    said += f"; learning rates are {times:g} times those named" if times != 1 else ""
+    said += "; a line is the mean over seeds, its band from lowest to highest" if len(seeds) > 1 else ""
+    if any(map(bad_batches, runs)):
+        said += "\nlosses of bad batches themselves are left out, and drawn through"
+    return said

@@ -1,6 +1,6 @@
 """Figures of the paper from runs: loss, norm before, norm after; one row a learning rate."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +24,9 @@ from experiments.drawing import (
 )
 from experiments.runs import Run
 
+#: What Figures 5 and 6 compare, by the groups of Table 2.
+COMPARED = {"fixed": "Fixed 1.0", "zclip": "ZClip"}
+
 
 def draw(name: str, found: Found) -> Figure:
     """Return a figure.
@@ -40,43 +43,42 @@ def _losses(title: str, shown: Mapping[str, Setting], found: Found) -> Figure:
     if not there:
         raise NothingToDraw(title)
     figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    said = ""
-    for number, (label, runs) in enumerate(there.items()):
-        said = line(ax, runs, "loss", label, number)
-    mark_bad(ax, [run for runs in there.values() for run in runs])
+    said, every = "", [run for runs in there.values() for run in runs]
+    for number, label in enumerate(shown):
+        if label in there:
+            said = line(ax, there[label], "loss", label, number)
+    mark_bad(ax, every)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
-    return finished(figure, title, said)
+    return finished(figure, title, said, every)
 
 
 def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     """Draw loss, norm before and norm after into three axes."""
     said = ""
-    for number, (label, runs) in enumerate(there.items()):
+    for label, runs in there.items():
+        number = list(COMPARED.values()).index(label)
         said = line(axes[0], runs, "loss", label, number)
         line(axes[1], runs, "grad_norm", label, number, smoothed=False)
         line(axes[2], runs, "clipped_norm", label, number, smoothed=False)
     every = [run for runs in there.values() for run in runs]
     for ax in axes:
         mark_bad(ax, every)
-    low = min(np.nanmin(run.metrics["clipped_norm"][run.metrics["clipped_norm"] > 0]) for run in every)
-    high = max(np.nanmax(run.metrics["grad_norm"]) for run in every)
+    norms = np.concatenate([run.metrics[column] for run in every for column in ("grad_norm", "clipped_norm")])
+    norms = norms[np.isfinite(norms) & (norms > 0)]
     for ax in axes[1:]:
         ax.set_yscale("log")
-        ax.set_ylim(low / 1.3, high * 1.3)
+        if len(norms):
+            ax.set_ylim(norms.min() / 1.3, norms.max() * 1.3)
     return said
 
 
-def _rates(title: str, rates: Sequence[float], found: Found) -> Figure:
+def _rates(title: str, rates: Collection[float], found: Found) -> Figure:
     """Draw Figure 5 or 6: a row for each learning rate."""
     rows = {row.label: row.settings for row in TABLES["table2"].rows}
-    labels = {f"{lr:.0e}".replace("e-0", "e-"): lr for lr in rates}
+    labels = [row.label for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True) if lr in rates]
     there = {
-        label: {
-            name: runs
-            for group, name in (("fixed", "Fixed 1.0"), ("zclip", "ZClip"))
-            if (runs := runs_of(found, rows[label][group]))
-        }
+        label: {name: runs for group, name in COMPARED.items() if (runs := runs_of(found, rows[label][group]))}
         for label in labels
     }
     there = {label: groups for label, groups in there.items() if groups}
@@ -92,11 +94,12 @@ def _rates(title: str, rates: Sequence[float], found: Found) -> Figure:
     for ax, heading in zip(axes[0], ("training loss", "gradient norm before", "gradient norm after"), strict=True):
         ax.set_title(heading, fontsize=10)
     axes[0][0].legend(fontsize=8)
-    return finished(figure, title, f"loss: {said}; norms as they are")
+    every = [run for groups in there.values() for runs in groups.values() for run in runs]
+    return finished(figure, title, f"loss: {said}; norms not smoothed", every)
 
 
 def _figure4(found: Found) -> Figure:
-    """Draw the loss over tokens, and where ZClip reaches what fixed clipping ends with."""
+    """Draw the losses, and where ZClip reaches what fixed clipping ends with."""
     title = "Figure 4: ZClip at 3e-3 and fixed clipping at 5e-4"
     fixed, zclip = (runs_of(found, setting) for setting in FIGURES["figure4"].values())
     if not fixed or not zclip:
@@ -118,7 +121,8 @@ def _figure4(found: Found) -> Figure:
     ax.plot([], [], " ", label=said)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
-    return finished(figure, title, f"a step is {each:,} tokens; mean of {smooth(fixed[0].metrics['loss'])[1]} steps")
+    said = f"a step is {each:,} tokens; mean of {smooth(fixed[0].metrics['loss'])[1]} steps"
+    return finished(figure, title, said, [*fixed, *zclip])
 
 
 def _figure7(found: Found) -> Figure:
@@ -135,7 +139,7 @@ def _figure7(found: Found) -> Figure:
         ax.set_yscale("log")
         ax.set_ylabel(f"norm {said}")
         ax.legend()
-    return finished(figure, title, "as they are")
+    return finished(figure, title, "not smoothed", runs)
 
 
 def _ema(found: Found) -> Figure:
@@ -146,15 +150,16 @@ def _ema(found: Found) -> Figure:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5.5), layout="constrained", sharex=True)
     for ax, column, name in zip(axes, ("mean", "std"), ("mean", "standard deviation"), strict=True):
-        for number, (label, runs) in enumerate(there.items()):
-            line(ax, runs, column, f"alpha {label}", number, smoothed=False)
+        for number, label in enumerate(ALPHAS):
+            if label in there:
+                line(ax, there[label], column, f"alpha {label}", number, smoothed=False)
         mark_bad(ax, [run for runs in there.values() for run in runs])
         ax.set_yscale("log")
         settled = np.concatenate([run.metrics[column][10:] for runs in there.values() for run in runs])
         ax.set_ylim(np.nanmin(settled) / 1.3, np.nanmax(settled) * 1.3)
         ax.set_ylabel(name)
     axes[0].legend(ncols=2, fontsize=8)
-    return finished(figure, title, "as they are")
+    return finished(figure, title, "not smoothed", [run for runs in there.values() for run in runs])
 
 
 def _spike_lab(found: Found) -> Figure:
@@ -191,7 +196,8 @@ def _spike_lab(found: Found) -> Figure:
     for ax in list(axes.flat)[len(there) :]:
         ax.set_axis_off()
     figure.supylabel("nats/token", fontsize=9)
-    return finished(figure, title, f"mean of {width} steps; dotted: bad batches")
+    every = [run for pairs in there.values() for run, _ in pairs]
+    return finished(figure, title, f"mean of {width} steps; dotted: bad batches", every)
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
@@ -206,14 +212,16 @@ def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
     ax.set_xlabel("z-score of the norm")
     ax.set_ylabel("z-score after clipping")
     ax.legend()
-    return finished(figure, "Figure 3: the clipping functions, as the strategies compute them")
+    ax.grid(alpha=0.25)
+    figure.suptitle("Figure 3: the clipping functions, as the strategies compute them", fontsize=11)
+    return figure
 
 
 DRAWN: dict[str, Callable[[Found], Figure]] = {
     "figure1": lambda found: _losses(
         "Figure 1: loss without clipping, with fixed clipping and with ZClip at 3e-3", FIGURES["figure1"], found
     ),
-    "figure2": lambda found: _losses("Figure 2: fixed clipping leaves spikes", FIGURES["figure2"], found),
+    "figure2": lambda found: _losses("Figure 2: fixed clipping at 1e-3", FIGURES["figure2"], found),
     "figure4": _figure4,
     "figure5": lambda found: _rates("Figure 5: high learning rates", HIGH_RATES, found),
     "figure6": lambda found: _rates(

@@ -63,9 +63,10 @@ def _clip_share(run: Run, _: Run | None) -> float | None:
 
 
 def _by_z(run: Run, _: Run | None) -> float | None:
-    result = run.result or {}
-    many = result.get("clipped_by_z")
-    return None if many is None else 100 * many / result["steps"]
+    """Return the percentage of steps that ZClip has clipped by the z-score, bad batches that were put in left out."""
+    if "spike" not in run.metrics:
+        return None
+    return 100 * float(np.nanmean(np.delete(run.metrics["spike"], sorted(left_out(run)))))
 
 
 def _beside(
@@ -96,7 +97,8 @@ MEASURES = {
         1,
         "low",
         f"a spike is a loss above {SPIKE_SIGMAS:g} robust standard deviations over the median of the last "
-        f"{SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted",
+        f"{SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted; "
+        f"none can be in the first {SPIKE_WINDOW} steps",
     ),
     "spike_score": Measure(
         lambda run, _: 100 * spike_score(run.metrics["loss"], left_out(run)),
@@ -111,7 +113,7 @@ MEASURES = {
         _result("tokens_per_second", 3600 / 1e6), 2, "high", "speeds are those of the median step"
     ),
     "clip_share": Measure(_clip_share, 2, "low"),
-    "clipped_by_z": Measure(_by_z, 1, ""),
+    "clipped_by_z": Measure(_by_z, 1, "", "of steps clipped by z-score, bad batches that were put in are left out"),
     "clipped": Measure(_result("clipped_share", 100), 1, "", "clipped at all counts max_grad_norm too"),
     "excursion": Measure(
         _beside(excursion),
@@ -124,7 +126,7 @@ MEASURES = {
         1,
         "low",
         f"a run has recovered where the mean of {RECOVERED_WINDOW} losses is within {RECOVERED:g} nats of the "
-        "undisturbed run's",
+        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then",
     ),
     "lost": Measure(_lost, 3, "low"),
 }

@@ -15,7 +15,7 @@ from experiments.catalogue import TABLES
 from experiments.claims import __doc__ as how_judged
 from experiments.claims import verdicts
 from experiments.collection import Found
-from experiments.definitions import loss_spikes
+from experiments.definitions import SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches, left_out
 from experiments.tables import about, below, fill, grid, title
 
@@ -45,11 +45,13 @@ def report(
     shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
     what = [f"{len(runs)} runs are done: {about(runs, found.seeds)}." if runs else "No run is done."]
     if found.unfinished:
-        what.append(f"{len(found.unfinished)} runs are not finished, and not in these numbers.")
+        what.append("Some runs are not finished, and not in these numbers.")
     if said := _why(runs):
         what.append(said)
-    versions = sorted({f"{name} {number}" for run in runs for name, number in run.environment["versions"].items()})
-    devices = sorted({str(run.environment["device"]) for run in runs})
+    versions = sorted(
+        {f"{name} {number}" for run in runs for name, number in run.environment.get("versions", {}).items()}
+    )
+    devices = sorted({str(run.environment.get("device", "a device that is not known")) for run in runs})
     return template.render(
         title=f"ZClip (arXiv 2504.02507): the evidence at {scale} scale",
         lead=LEAD,
@@ -83,14 +85,15 @@ def _why(runs: Sequence[Run]) -> str:
         times.append(float(np.nanmedian(norms[bad]) / np.nanmedian(np.delete(norms, bad))))
     kinds = {str(run.config["data"]["bad_batches"]["kind"]) for run in disturbed}
     said = (
-        f"Why the strategies differ here: bad batches ({', '.join(sorted(kinds))}) were put in on purpose, at the same "
+        f"Bad batches ({', '.join(sorted(kinds))}) were put in on purpose, at the same "
         f"steps of every run. Their gradients have a norm of {np.median(times):.0f} times the median of the other "
-        "steps (median over runs). What sets the strategies apart is how much of that reaches the weights and AdamW's "
-        "moments. This tests what a bad batch does, not what happens in a long run by itself."
+        "steps (median over runs). What the spike lab shows of a strategy, against the same run undisturbed, is what "
+        "it lets through of them. Differences between undisturbed runs are others, and can be larger: see its columns. "
+        "This tests what a bad batch does, not what happens in a long run by itself."
     )
     if calm:
         spikes = sum(len(loss_spikes(run.metrics["loss"])) for run in calm)
-        said += f" The {len(calm)} runs without bad batches have {spikes} loss spikes together."
+        said += f" The {len(calm)} runs without bad batches have {spikes} loss spikes after step {SPIKE_WINDOW}."
     return said
 
 

@@ -108,8 +108,8 @@ def _notes(table: Table, found: Found) -> list[str]:
     settings = {setting for _, setting in _labelled(table)}
     used = [run for (setting, _), run in found.runs.items() if setting in settings]
     if not used:
-        return ["no run of this table is done"]
-    notes = [about(used, found.seeds)]
+        return ["no run of this table is done", *found.notes(_labelled(table))]
+    notes = [about(used, sorted({seed for setting, seed in found.runs if setting in settings}))]
     measures = dict.fromkeys(column.measure for column in table.columns)
     notes += [MEASURES[name].says for name in measures if MEASURES[name].says]
     if {"hellaswag", "winogrande"} & set(measures):
@@ -165,7 +165,14 @@ def _items(runs: Sequence[Run]) -> str:
         for title in ("HellaSwag", "WinoGrande")
     }
     said = [f"{title} on {' or '.join(f'{count:,}' for count in found)}" for title, found in counts.items() if found]
-    return f"items: {', '.join(said)}" if said else "the tasks were not scored"
+    errors = [
+        100 * error
+        for run in runs
+        for task, metric in (("hellaswag", "acc_norm"), ("winogrande", "acc"))
+        if (score := run.score(task)) is not None and (error := score.get(f"{metric}_stderr")) is not None
+    ]
+    chance = f"; their standard error is up to {max(errors):.1f}, and chance 25 and 50" if errors else ""
+    return f"items: {', '.join(said)}{chance}" if said else "the tasks were not scored"
 
 
 def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
@@ -178,7 +185,8 @@ def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for places in groups.values():
         better = MEASURES[table.columns[places[0][1]].measure].better
-        values = {(r, c): filled.paper[r][c] if of_paper else filled.cells[r][c].mean for r, c in places}
+        ours = {(r, c): None if (cell := filled.cells[r][c]).diverged else cell.mean for r, c in places}
+        values = {(r, c): filled.paper[r][c] for r, c in places} if of_paper else ours
         known = [value for value in values.values() if value is not None]
         if better and len(set(known)) > 1:
             top = min(known) if better == "low" else max(known)

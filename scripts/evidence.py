@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.catalogue import ZCLIP, sets
 from experiments.collection import Expected, Found, collect
-from experiments.distributions import distributions
+from experiments.distributions import EmptyWindow, distributions
 from experiments.drawing import NothingToDraw
 from experiments.figures import clipping_functions, draw
 from training.config import CONFIGS, ConfigError, check_folder, identity
@@ -75,8 +75,12 @@ def drawn(
         try:
             if name == "figure3":
                 figures[name] = figure3()
+            elif name == "figure9":
+                figures[name] = distributions(found, windows)
             else:
-                figures[name] = distributions(found, windows) if name == "figure9" else draw(name, found)
+                figures[name] = draw(name, found)
+        except EmptyWindow as error:
+            raise ConfigError(str(error)) from error
         except NothingToDraw:
             undrawn.append(name)
     return figures, undrawn

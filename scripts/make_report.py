@@ -33,12 +33,13 @@ def main(cfg: DictConfig) -> None:
         figures, undrawn = drawn(wanted, found, windows)
         here = environment()
         seeds = ",".join(map(str, found.seeds or cfg.seeds))
-        also = " ".join(cfg.also)
+        where, also = f"paths.runs={cfg.paths.runs}", " ".join(cfg.also)
+        limit = " eval.limit=100" if cfg.scale == "micro" else ""
+        readers = f"scale={cfg.scale} seeds=[{seeds}] {where}" + (f" also=[{','.join(cfg.also)}]" if cfg.also else "")
         commands = [
-            f"python train.py -m experiment=all scale={cfg.scale} seed={seeds} {also}".strip(),
-            f"python scripts/evaluate.py run={cfg.paths.runs}/evidence-{cfg.scale} "
-            + ("eval.limit=100" if cfg.scale == "micro" else ""),
-            f'make tables figures report ARGS="scale={cfg.scale}"',
+            f"python train.py -m experiment=all scale={cfg.scale} seed={seeds} {where} {also}".strip(),
+            f"python scripts/evaluate.py run={cfg.paths.runs}/evidence-{cfg.scale}{limit}",
+            f'make tables figures report ARGS="{readers}"',
         ]
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
         write_whole(folder / "report.html", report(found, figures, undrawn, cfg.scale, commands, made))
