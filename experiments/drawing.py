@@ -94,7 +94,7 @@ def _about(runs: Sequence[Run]) -> str:
     said = f"{config['evidence']['scale']} scale, {config['model']['name']}, seed{'s' * (len(seeds) > 1)} "
     said += ", ".join(map(str, seeds))
     said += f"; learning rates are {times:g} times those named" if times != 1 else ""
-    said += "; a line is the mean over seeds, its band from lowest to highest" if len(seeds) > 1 else ""
+    rest = ["a line is the mean over seeds, its band from lowest to highest"] if len(seeds) > 1 else []
     if any(map(bad_batches, runs)):
-        said += "\nlosses of bad batches themselves are left out, and drawn through"
-    return said
+        rest.append("losses of bad batches are left out")
+    return f"{said}\n{'; '.join(rest)}" if rest else said
