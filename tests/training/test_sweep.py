@@ -50,7 +50,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(settings, tmp_path):
 
 
 def test_ctrl_c_stops_all_and_the_same_command_goes_on(settings, tmp_path):
-    given = ("-m", *settings, "seed=0,1,2", "trainer.max_steps=300")
+    given = ("-m", *settings, "seed=0,1,2", "trainer.max_steps=900")
     job = start(*given, cwd=tmp_path)
     while len([p for p in tmp_path.glob("runs/main/*/metrics.jsonl") if p.stat().st_size]) < 2:
         assert job.poll() is None, job.communicate()
@@ -63,7 +63,7 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     for log in tmp_path.glob("runs/main/*/log.txt"):
         steps = [json.loads(line)["step"] for line in (log.parent / "metrics.jsonl").open()]
-        assert steps == list(range(1, 301)), "each once"
+        assert steps == list(range(1, 901)), "each once"
 
 
 def test_mistakes_are_one_sentence(settings, tmp_path):
