@@ -94,8 +94,9 @@ TRAINED = (Column("train loss", "train_loss"), Column("spikes", "spikes"), Colum
 TESTED = (Column("spikes", "spikes"), Column("spike score %", "spike_score"), Column("test loss", "test_loss"))
 
 
-def _one(label: str, setting: Setting) -> Row:
-    return Row(label, {"": setting})
+def _rows(settings: Mapping[str, Setting]) -> list[Row]:
+    """Return a row for each of some settings, by their labels."""
+    return [Row(label, {"": setting}) for label, setting in settings.items()]
 
 
 STRATEGIES = {
@@ -150,49 +151,49 @@ TABLES = {
             "table3",
             "clipping strategies",
             "strategy",
-            [_one(label, setting) for label, setting in STRATEGIES.items()],
+            _rows(STRATEGIES),
             [*TESTED, *SCORES],
         ),
         Table(
             "table5",
             "variants of the clipping function",
             "variant",
-            [_one(label, setting) for label, setting in VARIANTS.items()],
+            _rows(VARIANTS),
             [*TESTED, *SCORES],
         ),
         Table(
             "table6",
             "the threshold of the z-score",
             "z_thresh",
-            [_one(label, setting) for label, setting in THRESHOLDS.items()],
+            _rows(THRESHOLDS),
             [*TRAINED, *SCORES],
         ),
         Table(
             "table7",
             "the smoothing of mean and variance",
             "alpha",
-            [_one(label, setting) for label, setting in ALPHAS.items()],
+            _rows(ALPHAS),
             [*TRAINED, *SCORES],
         ),
         Table(
             "throughput",
             "speed of training",
             "strategy",
-            [_one(label, setting) for label, setting in STRATEGIES.items()],
+            _rows(STRATEGIES),
             [Column("million tokens/hour", "tokens_per_hour"), Column("clipping, % of a step", "clip_share")],
         ),
         Table(
             "clip_rate",
             "share of steps that are clipped, by threshold",
             "z_thresh",
-            [_one(label, setting) for label, setting in THRESHOLDS.items()],
+            _rows(THRESHOLDS),
             [Column("clipped by z-score %", "clipped_by_z"), Column("clipped at all %", "clipped")],
         ),
         Table(
             "strategies",
             "beyond the paper: more strategies, and none with QK-norm",
             "strategy",
-            [_one(label, setting) for label, setting in (STRATEGIES | OTHERS).items()],
+            _rows(STRATEGIES | OTHERS),
             [Column("train loss", "train_loss"), *TESTED, *SCORES],
         ),
         Table(

@@ -17,7 +17,7 @@ from scipy import stats
 from experiments.catalogue import ALPHAS, HIGH_RATES, LEARNING_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
 from experiments.collection import Found
 from experiments.definitions import REACHED_WINDOW, SPIKE_WINDOW, tokens_to_reach
-from experiments.distributions import norm_windows, window_norms
+from experiments.distributions import LEAST_NORMS, norm_windows, window_norms
 from experiments.measures import MEASURES
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
@@ -288,7 +288,7 @@ def _normal(found: Found) -> Verdict:
             for first, last in norm_windows(run):
                 share = max(share, (last - first + 1) / len(run.metrics["step"]))
                 sample = window_norms(run, first, last)
-                if len(sample) >= 3:
+                if len(sample) >= LEAST_NORMS:
                     results["norms"].append(float(stats.shapiro(sample).pvalue))
                     results["log norms"].append(float(stats.shapiro(np.log(sample)).pvalue))
     if seeds < LEAST_SEEDS:

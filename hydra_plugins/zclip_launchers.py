@@ -206,15 +206,12 @@ class Slurm(_Launcher):
 
     def _submit(self, job: Any, queue: dict[str, str]) -> None:
         """Submit a job if it is not in the queue."""
-        from training.slurm import submit
+        from training.slurm import size, submit
 
         if job.folder.job() in queue:
             print(f"job {job.folder.job()} has {job.title} already")
             return
-        trainer = job.cfg.trainer
-        options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}", *self.options]
-        if trainer.accelerator == "gpu":
-            options.append(f"--gpus-per-node={trainer.devices}")
+        options = [*size(job.cfg.trainer), *self.options]
         job.folder.path.mkdir(parents=True, exist_ok=True)
         options.append(f"--output={str(job.folder.log.absolute()).replace('%', '%%')}")
         number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.searched])

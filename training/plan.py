@@ -19,6 +19,7 @@ from models.llama import Block
 from models.loss import rows_at_once
 from models.parallel import KEPT
 from training.config import model_config
+from training.slurm import size
 from training.speed import flops_per_token, peak
 from training.split import micro_batches, sharded, shards, world_size
 from training.sweep import Job
@@ -124,11 +125,8 @@ def show_several(jobs: Sequence[Job]) -> tuple[Table, list[str]]:
         hours = 0.0 if fastest is None else devices * found.hours(devices, fastest, job.cfg.planned.mfu)
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
         table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{found.bytes / GIB:,.1f}")
-        trainer = job.cfg.trainer
-        each = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"]
-        each += [f"--gpus-per-node={trainer.devices}"] if trainer.accelerator == "gpu" else []
         kept = [override for override in job.overrides if not override.lower().startswith("plan=")]
-        lines.append(shlex.join(["sbatch", *each, "scripts/slurm/train.sbatch", *kept]))
+        lines.append(shlex.join(["sbatch", *size(job.cfg.trainer), "scripts/slurm/train.sbatch", *kept]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
     return table, lines

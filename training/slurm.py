@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from training.config import ConfigError
 
 #: Signals by which SLURM, or who submitted a job, says that its time is nearly over.
@@ -66,6 +68,12 @@ def jobs() -> dict[str, str]:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ConfigError(f"squeue does not tell what is in the queue: {reason}")
     return dict(line.split() for line in done.stdout.splitlines())
+
+
+def size(trainer: DictConfig) -> list[str]:
+    """Return the options of sbatch that give a run its nodes, tasks and GPUs."""
+    options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"]
+    return options + ([f"--gpus-per-node={trainer.devices}"] if trainer.accelerator == "gpu" else [])
 
 
 def submit(options: list[str], overrides: list[str]) -> str:
