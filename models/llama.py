@@ -7,7 +7,7 @@ convention (the two halves of a head rotate together), so weights go over withou
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,61 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+class Packing(NamedTuple):
+    """Texts in one row of tokens, in which what several of them begin with, their stem, stands once.
+
+    Attributes:
+        positions: (seq,) of each token in its text.
+        stems: (stems, longest) indices in the row of each stem's tokens; it and the next two are filled up with any.
+        rests: (rests, longest) of the tokens of each text behind its stem; no rows where each stem is a text.
+        texts: (rests, longest) of the tokens of the same texts, from their beginnings.
+        visible: (rests, 1, longest rest, longest text), true where one of `rests` sees one of `texts`.
+        places: (seq,) of each token of the row the index in the flattened `stems` and, behind them, `rests`.
+        asked: (n,) indices in the row of the tokens whose hidden states are asked for.
+    """
+
+    positions: Tensor
+    stems: Tensor
+    rests: Tensor
+    texts: Tensor
+    visible: Tensor
+    places: Tensor
+    asked: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grouped: bool, asked_only: bool) -> Tensor:
+        """Return what each token of the row, or each that is asked for, sees of its text.
+
+        Args:
+            q: (1, heads, seq, head_dim), or n for seq.
+            k, v: (1, key-value heads, seq, head_dim).
+            grouped: whether there are fewer of these heads.
+            asked_only: whether q is of the tokens that are asked for.
+
+        Returns:
+            (1, seq, hidden), or (1, n, hidden).
+        """
+        stems, rests, places = self.stems, self.rests, self.places
+        if asked_only:
+            of_row = torch.zeros_like(places)
+            of_row[self.asked] = torch.arange(len(self.asked), device=places.device)
+            stems, rests, places = of_row[stems], of_row[rests], places[self.asked]
+        k_stems, v_stems = _at(k, self.stems), _at(v, self.stems)
+        seen = [F.scaled_dot_product_attention(_at(q, stems), k_stems, v_stems, is_causal=True, enable_gqa=grouped)]
+        if len(rests):
+            k_texts, v_texts = _at(k, self.texts), _at(v, self.texts)
+            seen.append(
+                F.scaled_dot_product_attention(_at(q, rests), k_texts, v_texts, self.visible, enable_gqa=grouped)
+            )
+        rows = torch.cat([each.transpose(1, 2).flatten(2).flatten(0, 1) for each in seen])
+        return rows.index_select(0, places).unsqueeze(0)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """Return (rows, heads, longest, head_dim) of x: (1, heads, seq, head_dim) and indices (rows, longest)."""
+    found = x.squeeze(0).transpose(0, 1).index_select(0, index.flatten())
+    return found.unflatten(0, index.shape).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped-query heads."""
 
@@ -94,16 +149,29 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, seq, hidden); cos, sin: (seq, head_dim), or with a mask as `Decoder` takes it theirs."""
-        batch, seq, hidden = x.shape
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing | None = None, asked_only: bool = False
+    ) -> Tensor:
+        """Return (batch, seq, hidden), or (1, n, hidden) of those that a packing asks for.
+
+        Args:
+            x: (batch, seq, hidden), where batch is 1 with a packing.
+            cos, sin: (seq, head_dim).
+            packing: of texts, which do not see each other; `None`: each sequence is a text.
+            asked_only: whether to compute what the packing asks for alone.
+        """
+        looking, (cos_q, sin_q) = x, (cos, sin)
+        if packing is not None and asked_only:
+            looking, cos_q, sin_q = x[:, packing.asked], cos[packing.asked], sin[packing.asked]
         q, k, v = (
-            proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+            for proj, tokens in ((self.q_proj, looking), (self.k_proj, x), (self.v_proj, x))
         )
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, hidden))
+        q, k = rotate(self.q_norm(q), cos_q, sin_q), rotate(self.k_norm(k), cos, sin)
+        if packing is not None:
+            return self.o_proj(packing.attend(q, k, v, self.grouped, asked_only))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -130,9 +198,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, seq, hidden); the others as in `Attention`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing | None = None, asked_only: bool = False
+    ) -> Tensor:
+        """Take and return what `Attention` does."""
+        seen = self.self_attn(self.input_layernorm(x), cos, sin, packing, asked_only)
+        x = seen + (x[:, packing.asked] if packing is not None and asked_only else x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -146,24 +217,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
         """Return the hidden states after the last block.
 
         Args:
-            tokens: (batch, seq) ids.
-            positions: (batch, seq) of each token in its text; `None`: in order.
-            mask: (batch, 1, seq, seq), true where a token (third) sees another (fourth); `None`: all up to itself.
+            tokens: (batch, seq) ids, where batch is 1 with a packing.
+            packing: of texts in the row; `None`: each sequence is a text.
 
         Returns:
-            (batch, seq, hidden).
+            (batch, seq, hidden), or (1, n, hidden) of those that the packing asks for.
         """
         x = self.embed_tokens(tokens)
         cos, sin = rotary(self.config, tokens.shape[1], x.device, x.dtype)
-        if positions is not None:
-            cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # (batch, 1, seq, head_dim)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
-        return self.norm(x)
+        if packing is not None:
+            cos, sin = cos[packing.positions], sin[packing.positions]
+        *others, last = self.layers
+        for layer in others:
+            x = layer(x, cos, sin, packing)
+        return self.norm(last(x, cos, sin, packing, asked_only=packing is not None))
 
 
 class Llama(nn.Module):
@@ -226,40 +297,39 @@ class Llama(nn.Module):
         return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
 
     @torch.no_grad()
-    def score(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, where: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, tokens: Tensor, packing: Packing, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return how likely some tokens are after others.
 
         Args:
-            tokens, positions, mask: as `Decoder` takes them.
-            where: (n,) indices into the flattened batch: what is followed.
+            tokens: (1, seq) ids.
+            packing: of texts in the row; what it asks for is followed.
             targets: (n,) ids of the tokens that follow.
 
         Returns:
             (n,) float32 logarithms of probabilities, and (n,) bool: whether no other token is more likely.
         """
-        hidden = self.model(tokens, positions, mask).flatten(0, 1)[where]
-        rows = rows_at_once(len(where), self.config.vocab_size, hidden.device.type)
+        hidden = self.model(tokens, packing).squeeze(0)
+        rows = rows_at_once(len(targets), self.config.vocab_size, hidden.device.type)
         found, best = [], []
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = self.lm_head(some).float()
-            below = logits.gather(1, wanted[:, None]) - (most := logits.amax(1, keepdim=True))
-            found.append((below - logits.sub_(most).exp_().sum(1, keepdim=True).log()).squeeze(1))
-            best.append(below.squeeze(1) == 0)
+            log_p = self.lm_head(some).float().log_softmax(1)
+            found.append(log_p.gather(1, wanted[:, None]).squeeze(1))
+            best.append(found[-1] == log_p.amax(1))
         return torch.cat(found), torch.cat(best)
 
 
 def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotation angles, each (seq, head_dim), computed in float32."""
+    """Return cosine and sine of the rotation angles as `rotate` takes them, each (seq, head_dim), made in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents
     angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x: (..., seq, head_dim) by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn each pair (i, i + head_dim / 2) of x: (..., seq, head_dim) by its position's angle.
+
+    The first of a pair takes from the second what the sine, negative there, says, and the second from the first.
+    """
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(sin))

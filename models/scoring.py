@@ -1,19 +1,22 @@
 """How likely continuations are: what several texts begin with is computed once.
 
-Texts that follow each other and begin alike make a tree: the common beginning, then the rest of each, which sees the
-beginning and itself. Trees of about the same size make a batch. Logits are made of what is scored alone.
+Texts that begin alike make a tree: the common beginning, then the rest of each, which sees the beginning and itself.
+Trees of about the same size make a batch. The last block and the logits are computed of what is scored alone.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.llama import Llama
+from models.llama import Llama, Packing
 
-#: Texts share their beginning if it is this part of the shorter one, at least.
+#: A text joins a tree if that saves as many tokens as this part of the shortest of them, at least.
 WORTH_SHARING = 0.25
+
+#: The texts of a tree have together no more tokens than so many of the longest: attention sees each whole.
+LARGEST = 4
 
 
 class Text(NamedTuple):
@@ -51,51 +54,59 @@ class Score(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """Texts that begin alike, laid out one behind the other.
+    """Texts that begin alike: their stem, and the rest of each; without their last tokens, which nothing follows.
 
     Attributes:
-        tokens: the common beginning, then the rest of each, without their last tokens, which nothing follows.
-        positions: of each token in its text.
-        branch: 0 for the beginning, then numbers from 1.
-        where: of each text, the indices of what its scored tokens follow.
+        stem: ids.
+        rests: ids of each text behind the stem.
         texts: numbers of the texts.
     """
 
-    tokens: list[int]
-    positions: list[int]
-    branch: list[int]
-    where: list[list[int]]
+    stem: list[int]
+    rests: list[list[int]]
     texts: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.stem) + sum(map(len, self.rests))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return len(self.stem) + max(map(len, self.rests))
 
 
 def trees(texts: Sequence[Text], longest: int, share: bool = True) -> list[Tree]:
     """Lay out texts.
 
     Args:
-        texts: those that may begin alike follow each other.
+        texts: in any order.
         longest: tokens that the model takes: of longer texts, whose last one it need not see, it sees the end.
         share: whether to share beginnings.
     """
-    found: list[Tree] = []
-    group: list[tuple[int, list[int], int]] = []
-    shared = 0
-    for number, text in enumerate(texts):
+    for text in texts:
         if not 0 < text.scored < len(text.tokens) or text.scored > longest:
             raise ValueError(
                 f"{text.scored} of {len(text.tokens)} tokens cannot be scored: there must be one at least, fewer than "
                 f"all, and no more than {longest}"
             )
-        seen = list(text.tokens[-longest - 1 : -1])
-        if group and share:
-            common = _common(group[0][1], seen, shared)
-            if common >= max(1.0, WORTH_SHARING * min(len(seen), *(len(each) for _, each, _ in group))):
-                shared = common
-                group.append((number, seen, text.scored))
+    seen = [list(text.tokens[-longest - 1 : -1]) for text in texts]
+    groups: list[tuple[list[int], int]] = []  # numbers of texts, and how many tokens they share
+    for number in sorted(range(len(texts)), key=seen.__getitem__):
+        if groups and share:
+            others, before = groups[-1]
+            lengths = [len(seen[each]) for each in (*others, number)]
+            shared = _common(seen[others[0]], seen[number], before)
+            saved = shared * len(others) - before * (len(others) - 1)
+            if saved >= max(1.0, WORTH_SHARING * min(lengths)) and sum(lengths) <= LARGEST * longest:
+                groups[-1] = [*others, number], shared
                 continue
-        if group:
-            found.append(_tree(group, shared))
-        group, shared = [(number, seen, text.scored)], len(seen)
-    return [*found, _tree(group, shared)] if group else []
+        groups.append(([number], len(seen[number])))
+    return [
+        Tree(seen[numbers[0]][:shared], [seen[number][shared:] for number in numbers], numbers)
+        for numbers, shared in groups
+    ]
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:
@@ -106,34 +117,23 @@ def _common(one: list[int], other: list[int], most: int) -> int:
     return min(most, len(one), len(other))
 
 
-def _tree(group: list[tuple[int, list[int], int]], shared: int) -> Tree:
-    tokens, branch = group[0][1][:shared], [0] * shared
-    positions = list(range(shared))
-    where = []
-    for number, (_, seen, scored) in enumerate(group, 1):
-        behind = len(tokens) - shared  # of a position in the text, for those that are not shared
-        first = len(seen) - scored
-        where.append([at if at < shared else at + behind for at in range(first, len(seen))])
-        tokens += seen[shared:]
-        positions += range(shared, len(seen))
-        branch += [number] * (len(seen) - shared)
-    return Tree(tokens, positions, branch, where, [number for number, _, _ in group])
-
-
 def batches(laid: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Return trees in batches of at most so many tokens, padding included, but of one tree at least.
+    """Return trees in batches of at most so many tokens, but of one tree at least; those with the longest texts first.
 
-    The longest come first. Those of a single text are by themselves, as they need no mask.
+    Trees of a single text, which is their stem, are by themselves. Attention sees texts filled up to the longest, each
+    with its stem: the places that it sees are limited too.
     """
     found: list[list[Tree]] = []
-    for shared in (True, False):
-        alike = [tree for tree in laid if (len(tree.texts) > 1) == shared]
-        first = len(found)
-        for tree in sorted(alike, key=lambda tree: -len(tree.tokens)):
-            if len(found) > first and (len(found[-1]) + 1) * len(found[-1][0].tokens) <= batch_tokens:
-                found[-1].append(tree)
-            else:
-                found.append([tree])
+    for alone in (False, True):
+        tokens = places = longest = 0
+        for tree in sorted((each for each in laid if (len(each.texts) == 1) == alone), key=lambda each: -each.longest):
+            tokens += tree.tokens
+            places += len(tree.texts) * longest
+            if not longest or tokens > batch_tokens or places > LARGEST * batch_tokens:
+                longest = tree.longest
+                tokens, places = tree.tokens, len(tree.texts) * longest
+                found.append([])
+            found[-1].append(tree)
     return found
 
 
@@ -152,7 +152,7 @@ def score(
 
     Args:
         model: in evaluation mode. Its `max_position_embeddings` is the most that it sees of a text.
-        texts: those that may begin alike follow each other.
+        texts: in any order.
         batch_tokens: tokens computed at once.
         device: of the model.
         share: whether to compute common beginnings once.
@@ -179,20 +179,50 @@ def score_batch(
     model: Llama, batch: Sequence[Tree], wanted: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[list[float], list[bool]]:
     """Return the logarithm of the probability of each wanted token, text after text, and whether none is likelier."""
-    width = max(len(tree.tokens) for tree in batch)
-
-    def padded(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
-
-    tokens = padded([tree.tokens for tree in batch], 0)
-    positions = padded([tree.positions for tree in batch], 0)
-    where = [row * width + at for row, tree in enumerate(batch) for some in tree.where for at in some]
-    mask = None
-    if any(len(tree.texts) > 1 for tree in batch):
-        branch = padded([tree.branch for tree in batch], -1)
-        before = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        mask = before & ((branch[:, None] == branch[:, :, None]) | (branch[:, None] == 0))
-        mask = mask.unsqueeze(1)
+    tokens, packing = pack(batch, [len(some) for some in wanted], device)
     targets = torch.tensor([token for some in wanted for token in some], device=device)
-    found, best = model.score(tokens, positions, mask, torch.tensor(where, device=device), targets)
+    found, best = model.score(tokens, packing, targets)
     return found.tolist(), best.tolist()
+
+
+def pack(batch: Sequence[Tree], scored: Sequence[int], device: torch.device) -> tuple[Tensor, Packing]:
+    """Return trees as one row of tokens, (1, seq), and how it is packed; asked for is what scored tokens follow."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    stems: list[list[int]] = []
+    rests: list[list[int]] = []
+    texts: list[list[int]] = []
+    asked: list[int] = []
+    left = iter(scored)
+    for tree in batch:
+        stem = [*range(len(tokens), len(tokens) + len(tree.stem))]
+        stems.append(stem)
+        tokens += tree.stem
+        positions += range(len(stem))
+        for ids in tree.rests:
+            rest = [*range(len(tokens), len(tokens) + len(ids))]
+            asked += [*stem, *rest][-next(left) :]
+            tokens += ids
+            positions += range(len(stem), len(stem) + len(rest))
+            if rest:
+                rests.append(rest)
+                texts.append([*stem, *rest])
+
+    def tensor(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    def filled(rows: list[list[int]]) -> Tensor:
+        longest = max(map(len, rows), default=0)
+        return tensor([row + [0] * (longest - len(row)) for row in rows]).view(len(rows), longest)
+
+    of_stems, of_rests, of_texts = filled(stems), filled(rests), filled(texts)
+    places = [0] * len(tokens)
+    for rows, longest, first in ((stems, of_stems.shape[1], 0), (rests, of_rests.shape[1], of_stems.numel())):
+        for number, row in enumerate(rows):
+            for column, token in enumerate(row):
+                places[token] = first + number * longest + column
+    behind = tensor([len(text) - len(rest) for text, rest in zip(texts, rests, strict=True)])
+    last = behind[:, None] + torch.arange(of_rests.shape[1], device=device)
+    visible = torch.arange(of_texts.shape[1], device=device) <= last[:, None, :, None]
+    packing = Packing(tensor(positions), of_stems, of_rests, of_texts, visible, tensor(places), tensor(asked))
+    return tensor([tokens]), packing

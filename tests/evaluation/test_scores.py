@@ -22,31 +22,34 @@ CPU = torch.device("cpu")
 class Knowing:
     """In place of a `Llama`: a token is likely where it goes on a text that it knows.
 
-    It sees what a token sees through positions and mask alone, so that these must be right.
+    It sees what a token sees through the packing alone, so that this must be right.
     """
 
     def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
         self.config = LlamaConfig(vocab_size, 2, 1, 1, 1, 1, 2048)
         self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
 
-    def score(self, tokens, positions, mask, where, targets):
-        seq = tokens.shape[1]
-        before = torch.ones(seq, seq, dtype=torch.bool).tril()
+    def score(self, tokens, packing, targets):
+        assert len(packing.asked) == len(targets)
+        stems = packing.stems.numel()
         found = []
-        for at, target in zip(where.tolist(), targets.tolist(), strict=True):
-            row, last = divmod(at, seq)
-            seen = before[last] if mask is None else mask[row, 0, last]
-            places = positions[row][seen].tolist()
-            assert places == list(range(len(places)))
-            found.append(0.0 if (*tokens[row][seen].tolist(), target) in self.known else -9.0)
+        for place, target in zip(packing.places[packing.asked].tolist(), targets.tolist(), strict=True):
+            if place < stems:
+                text, last = divmod(place, packing.stems.shape[1])
+                row = packing.stems[text, : last + 1]
+            else:
+                text, last = divmod(place - stems, packing.rests.shape[1])
+                row = packing.texts[text][packing.visible[text, 0, last]]
+            assert packing.positions[row].tolist() == list(range(len(row)))
+            found.append(0.0 if (*tokens[0, row].tolist(), target) in self.known else -9.0)
         return torch.tensor(found), torch.tensor([number == 0.0 for number in found])
 
 
 class Uniform(Knowing):
     """Every token is as likely as any other."""
 
-    def score(self, tokens, positions, mask, where, targets):
-        return torch.full((len(where),), -math.log(self.config.vocab_size)), torch.zeros(len(where), dtype=torch.bool)
+    def score(self, tokens, packing, targets):
+        return torch.full(targets.shape, -math.log(self.config.vocab_size)), torch.zeros(len(targets), dtype=torch.bool)
 
 
 def cleaned(text: str) -> str:
@@ -204,8 +207,8 @@ def test_answers_are_kept_for_the_same_weights_alone(sets, tokenizer, tmp_path):
 
 def test_what_is_not_a_number_is_no_answer_of_any_model(sets, tokenizer, tmp_path):
     class Diverged(Uniform):
-        def score(self, tokens, positions, mask, where, targets):
-            found, best = super().score(tokens, positions, mask, where, targets)
+        def score(self, tokens, packing, targets):
+            found, best = super().score(tokens, packing, targets)
             return found * float("nan"), best
 
     answers = Answers(tmp_path / "answers", "these")
