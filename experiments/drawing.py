@@ -4,6 +4,7 @@ Of several seeds a line is the mean, and a band goes from the lowest to the high
 colour-blind, lines by their dashes too; the background is white everywhere. What is smoothed says so.
 """
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -17,9 +18,14 @@ from experiments.catalogue import Setting
 from experiments.collection import Found
 from experiments.runs import Run, bad_batches, left_out
 
+matplotlib.rcParams["svg.hashsalt"] = "zclip"  # the same figure is the same file
+
 #: Okabe and Ito's colours, but for the yellow; black last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
+
+#: Of what stands below a figure, in an inch.
+CHARACTERS = 16
 
 #: Of the steps, the share whose mean is drawn for one.
 SMOOTHED = 1 / 60
@@ -75,14 +81,24 @@ def mark_bad(ax: Axes, runs: Iterable[Run]) -> None:
         ax.axvline(step, color="0.55", lw=0.7, ls=":", zorder=0, label="bad batch put in" if number == 0 else None)
 
 
-def finished(figure: Figure, title: str, said: str, runs: Sequence[Run]) -> Figure:
-    """Give a figure its title, grid, what its horizontal axis is, and a line on the runs that it shows."""
+def finished(figure: Figure, title: str, said: str, runs: Sequence[Run], notes: Sequence[str] = ()) -> Figure:
+    """Give a figure its title, grid, what its horizontal axis is, and lines on the runs that it shows.
+
+    Args:
+        figure: with its axes.
+        title: above it.
+        said: what was done to the values.
+        runs: that it shows.
+        notes: on runs that it should show, and does not; or that have diverged.
+    """
     figure.suptitle(title, fontsize=11)
     for ax in figure.axes:
         ax.grid(alpha=0.25)
         ax.margins(x=0.01)
     axis = f"step ({said})\n" if said else ""
-    figure.supxlabel(axis + _about(runs), fontsize=8)
+    width = round(figure.get_figwidth() * CHARACTERS)
+    lines = [textwrap.fill(line, width) for line in (*_about(runs).splitlines(), *notes)]
+    figure.supxlabel(axis + "\n".join(lines), fontsize=8)
     return figure
 
 

@@ -50,7 +50,7 @@ def _losses(title: str, shown: Mapping[str, Setting], found: Found) -> Figure:
     mark_bad(ax, every)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
-    return finished(figure, title, said, every)
+    return finished(figure, title, said, every, found.notes(shown.items()))
 
 
 def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
@@ -95,7 +95,10 @@ def _rates(title: str, rates: Collection[float], found: Found) -> Figure:
         ax.set_title(heading, fontsize=10)
     axes[0][0].legend(fontsize=8)
     every = [run for groups in there.values() for runs in groups.values() for run in runs]
-    return finished(figure, title, f"loss: {said}; norms not smoothed", every)
+    notes = found.notes(
+        (f"{name} at {label}", rows[label][group]) for label in labels for group, name in COMPARED.items()
+    )
+    return finished(figure, title, f"loss: {said}; norms not smoothed", every, notes)
 
 
 def _figure4(found: Found) -> Figure:
@@ -122,7 +125,7 @@ def _figure4(found: Found) -> Figure:
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
     said = f"a step is {each:,} tokens; mean of {smooth(fixed[0].metrics['loss'])[1]} steps"
-    return finished(figure, title, said, [*fixed, *zclip])
+    return finished(figure, title, said, [*fixed, *zclip], found.notes(FIGURES["figure4"].items()))
 
 
 def _figure7(found: Found) -> Figure:
@@ -139,7 +142,7 @@ def _figure7(found: Found) -> Figure:
         ax.set_yscale("log")
         ax.set_ylabel(f"norm {said}")
         ax.legend()
-    return finished(figure, title, "not smoothed", runs)
+    return finished(figure, title, "not smoothed", runs, found.notes(FIGURES["figure7"].items()))
 
 
 def _ema(found: Found) -> Figure:
@@ -159,7 +162,8 @@ def _ema(found: Found) -> Figure:
         ax.set_ylim(np.nanmin(settled) / 1.3, np.nanmax(settled) * 1.3)
         ax.set_ylabel(name)
     axes[0].legend(ncols=2, fontsize=8)
-    return finished(figure, title, "not smoothed", [run for runs in there.values() for run in runs])
+    every = [run for runs in there.values() for run in runs]
+    return finished(figure, title, "not smoothed", every, found.notes(FIGURES["ema"].items()))
 
 
 def _spike_lab(found: Found) -> Figure:
@@ -197,7 +201,12 @@ def _spike_lab(found: Found) -> Figure:
         ax.set_axis_off()
     figure.supylabel("nats/token", fontsize=9)
     every = [run for pairs in there.values() for run, _ in pairs]
-    return finished(figure, title, f"mean of {width} steps; dotted: bad batches", every)
+    notes = found.notes(
+        (f"{row.label}, {'with' if group == 'bad' else 'without'} bad batches", row.settings[group])
+        for row in TABLES["spike_lab"].rows
+        for group in ("bad", "good")
+    )
+    return finished(figure, title, f"mean of {width} steps; dotted: bad batches", every, notes)
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:

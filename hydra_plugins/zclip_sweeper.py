@@ -48,6 +48,7 @@ class Declared(BasicSweeper):
             return super().sweep(arguments)
         from rich.console import Console
 
+        from training.config import check
         from training.plan import show_several
         from training.sweep import compose
 
@@ -55,6 +56,8 @@ class Declared(BasicSweeper):
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         self.overrides = self.split_arguments(parsed, None)
         jobs = [compose(loader, self.config, overrides) for overrides in self.get_job_batch()]
+        for job in jobs:
+            check(job.cfg)
         table, lines = show_several(jobs)
         console = Console(soft_wrap=True, highlight=False, markup=False)
         console.print(table, soft_wrap=False)

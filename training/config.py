@@ -80,16 +80,21 @@ def check(cfg: DictConfig) -> None:
             f"trainer.checkpoint_every={trainer.checkpoint_every}, or null"
         )
     _check_processes(cfg)
-    if cfg.plan:  # for another machine, and without its data
-        return
-    _check_model(cfg)
-    _check_initial_weights(cfg)
     late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
     if late:
         raise ConfigError(
             f"data.bad_batches.steps={list(cfg.data.bad_batches.steps)} is not allowed: step {late[0]} is after the "
             f"last, trainer.max_steps={cfg.trainer.max_steps}"
         )
+    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
+            f"model.max_position_embeddings={cfg.model.max_position_embeddings}"
+        )
+    if cfg.plan:  # for another machine, and without its data
+        return
+    _check_model(cfg)
+    _check_initial_weights(cfg)
     corpus = check_data(cfg, cfg.data.sequence_length)
     with section("data"):
         if (ids := corpus.vocabulary()) > cfg.model.vocab_size:
@@ -98,11 +103,6 @@ def check(cfg: DictConfig) -> None:
                 f"{which} is larger than the model's vocabulary: it has {ids:,} ids, and must have at "
                 f"most model.vocab_size={cfg.model.vocab_size}"
             )
-    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
-            f"model.max_position_embeddings={cfg.model.max_position_embeddings}"
-        )
     if cfg.logger.name == "wandb":
         _check_wandb()
     if not (run_path(cfg) / "result.json").exists():

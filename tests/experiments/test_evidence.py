@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, sets
+from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
 from experiments.claims import LEAST_SEEDS, NOT_TESTABLE, SUPPORTED, paired, verdicts
 from experiments.collection import Expected, Found, collect
 from experiments.distributions import norm_windows
@@ -166,6 +167,12 @@ def everything(tmp_path_factory) -> Found:
     return collect({key: place for key, (place, _) in places.items()}, identity)
 
 
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close("all")
+
+
 def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     for table in TABLES.values():
         for row, cells in zip(table.rows, fill(table, everything).cells, strict=True):
@@ -180,6 +187,17 @@ def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
+
+
+def test_figures_name_the_runs_that_are_missing(everything):
+    gone = {(STRATEGIES["AutoClip"], 1), (STRATEGIES["ZClip"], 2)}
+    found = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in gone})
+    said = {name: draw(name, found).get_supxlabel() for name in DRAWN}
+    assert "not run: AutoClip (seed 1), ZClip (seed 2)" in said["table3"]
+    assert {name for name, line in said.items() if "not run" in line} == {
+        "table3", "figure5", "figure7", "figure8", "ema",
+    }  # fmt: skip
+    assert all("not run" not in draw(name, everything).get_supxlabel() for name in DRAWN)
 
 
 def test_runs_that_diverged_are_drawn_as_far_as_they_went(everything, tmp_path):
@@ -245,6 +263,8 @@ def test_the_catalogue_is_whole():
     for table in TABLES.values():
         assert all(column.measure in MEASURES for column in table.columns)
         assert all(column.group in row.settings for row in table.rows for column in table.columns)
+    clip = OmegaConf.load(CHECKOUT / "configs" / "clip" / "zclip.yaml")
+    assert ZCLIP == {key: clip[key] for key in ZCLIP}, "what is not set on top is what the option sets"
     assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
 
 
@@ -290,6 +310,12 @@ def test_a_plan_of_a_set_says_what_it_takes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm/train.sbatch") == 4
     assert "199.6B" in done.stdout and "plan=" not in done.stdout.lower()
+
+
+def test_a_plan_of_a_set_is_checked(tmp_path):
+    done = train("-m", "experiment=table3", "scale=paper", "plan=true", "data.sequence_length=4096", cwd=tmp_path)
+    assert done.returncode == 2 and "data.sequence_length=4096 is longer than the model's context" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize(
