@@ -264,7 +264,7 @@ def test_the_catalogue_is_whole():
         assert all(column.measure in MEASURES for column in table.columns)
         assert all(column.group in row.settings for row in table.rows for column in table.columns)
     clip = OmegaConf.load(CHECKOUT / "configs" / "clip" / "zclip.yaml")
-    assert ZCLIP == {key: clip[key] for key in ZCLIP}, "what is not set on top is what the option sets"
+    assert {key: clip[key] for key in ZCLIP} == ZCLIP, "what is not set on top is what the option sets"
     assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
 
 
