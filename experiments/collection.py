@@ -13,6 +13,11 @@ from experiments.catalogue import Setting
 from experiments.definitions import diverged
 from experiments.runs import Run, left_out, read_run
 
+#: Columns of metrics.jsonl, and numbers of result.json, that a run must have; and those that may be null.
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "clipped_norm")
+RESULTS = ("steps", "tokens", "parameters")
+RESULTS_OR_NULL = ("train_loss", "test_loss", "tokens_per_second", "clipped_share")
+
 #: A setting, and a seed.
 Key = tuple[Setting, int]
 
@@ -90,12 +95,9 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
             found.unfinished[key] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
             continue
         try:
-            run = read_run(each.path)
-        except (OSError, ValueError, KeyError) as error:
+            run = _checked(read_run(each.path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             found.others.append(f"{each.path.name} is left out: it cannot be read ({error})")
-            continue
-        if len(run.metrics["step"]) != (run.result or {}).get("steps"):
-            found.others.append(f"{each.path.name} is left out: its metrics.jsonl and result.json are not of one run")
             continue
         found.runs[key] = run
         loss = np.delete(run.metrics["loss"], sorted(left_out(run)))
@@ -108,14 +110,38 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         if other.parent not in paths
     ]
     found.others.extend(filter(None, (_stranger(folder, expected, identity) for folder in strangers)))
+    there = {seed for _, seed in [*found.runs, *found.unfinished]}
+    if gone := [str(seed) for seed in dict.fromkeys(seed for _, seed in expected) if seed not in there]:
+        found.others.append(f"there is no run of seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
     return found._replace(others=list(dict.fromkeys(found.others)))
+
+
+def _checked(run: Run) -> Run:
+    """Return a finished run, or raise `ValueError` if one of its files lacks what tables and figures need."""
+    if missing := [name for name in COLUMNS if name not in run.metrics]:
+        raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
+    result: Any = run.result
+    if not isinstance(result, dict):
+        raise ValueError("result.json holds no numbers")
+    for key in (*RESULTS, *(key for key in RESULTS_OR_NULL if result.get(key) is not None)):
+        if not isinstance(result.get(key), int | float):
+            raise ValueError(f"result.json has {key}={result.get(key)!r}, which is no number")
+    if not np.array_equal(run.metrics["step"], np.arange(1, result["steps"] + 1)):
+        raise ValueError("its metrics.jsonl and result.json are not of one run")
+    if not all(isinstance(start, dict) and isinstance(start.get("versions"), dict) for start in run.starts):
+        raise ValueError("environment.json holds no list of starts with their versions")
+    for score in run.scores:
+        numbers = [value for key, value in score.items() if key.startswith("acc") and value is not None]
+        if not {"task", "shots", "step", "items"} <= {*score} or not all(isinstance(each, float) for each in numbers):
+            raise ValueError(f"eval.json has a score that is none: {score}")
+    return run
 
 
 def _settings(folder: Path, identity: Callable[[DictConfig], Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return what makes a run what it is; `None` if its configuration cannot be read."""
     try:
         return identity(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
         return None
 
 

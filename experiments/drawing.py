@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.catalogue import Setting
 from experiments.collection import Found
-from experiments.runs import Run, bad_batches, left_out
+from experiments.runs import Run, bad_batches, without_bad
 
 matplotlib.rcParams["svg.hashsalt"] = "zclip"  # the same figure is the same file
 
@@ -45,15 +45,6 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
     width = max(1, round(len(values) * SMOOTHED)) // 2 * 2 + 1
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same"), width
-
-
-def without_bad(run: Run, column: str) -> np.ndarray:
-    """Return a column with values at bad batches taken from the steps around them: they say nothing of the model."""
-    values = run.metrics[column].copy()
-    bad = sorted(left_out(run))
-    good = np.setdiff1d(np.arange(len(values)), bad)
-    values[bad] = np.interp(bad, good, values[good])
-    return values
 
 
 def line(ax: Axes, runs: Sequence[Run], column: str, label: str, number: int, smoothed: bool = True) -> str:

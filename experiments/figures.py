@@ -20,9 +20,8 @@ from experiments.drawing import (
     mark_bad,
     runs_of,
     smooth,
-    without_bad,
 )
-from experiments.runs import Run
+from experiments.runs import Run, without_bad
 
 #: What Figures 5 and 6 compare, by the groups of Table 2.
 COMPARED = {"fixed": "Fixed 1.0", "zclip": "ZClip"}
@@ -111,9 +110,9 @@ def _figure4(found: Found) -> Figure:
     for number, (label, runs) in enumerate((("Fixed 1.0 at 5e-4", fixed), ("ZClip at 3e-3", zclip))):
         line(ax, runs, "loss", label, number)
     each = int(fixed[0].metrics["tokens"][0])
-    target = float(np.mean([run.metrics["loss"][-REACHED_WINDOW:].mean() for run in fixed]))
+    target = float(np.mean([without_bad(run, "loss")[-REACHED_WINDOW:].mean() for run in fixed]))
     ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
-    reached = [tokens_to_reach(run.metrics["loss"], run.metrics["tokens"], target) for run in zclip]
+    reached = [tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], target) for run in zclip]
     there = [tokens for tokens in reached if tokens is not None]
     if len(there) < len(reached):
         said = f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"

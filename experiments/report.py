@@ -43,7 +43,11 @@ def report(
     runs = list({run.path: run for run in found.runs.values()}.values())
     filled = [fill(table, found) for table in TABLES.values()]
     shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
-    what = [f"{len(runs)} runs are done: {about(runs, found.seeds)}." if runs else "No run is done."]
+    what = [
+        f"{len(runs)} runs are done: {about(runs, sorted({seed for _, seed in found.runs}))}."
+        if runs
+        else "No run is done."
+    ]
     if found.unfinished:
         what.append("Some runs are not finished, and not in these numbers.")
     if said := _why(runs):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ class Run(NamedTuple):
         metrics: column name -> (steps,) float64 array; NaN where the line has null or lacks the column.
         result: `result.json`, or `None` if the run is not done.
         evaluations: lines of `evaluations.jsonl`, on held-out text while the run trained.
-        environment: last entry of `environment.json`.
+        starts: entries of `environment.json`, one for each start.
         scores: of `eval.json`.
     """
 
@@ -28,14 +27,19 @@ class Run(NamedTuple):
     metrics: dict[str, np.ndarray]
     result: dict[str, Any] | None
     evaluations: Sequence[dict[str, Any]] = ()
-    environment: Mapping[str, Any] = MappingProxyType({})
+    starts: Sequence[Mapping[str, Any]] = ()
     scores: Sequence[dict[str, Any]] = ()
 
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Where it was started last."""
+        return self.starts[-1] if self.starts else {}
+
     def score(self, task: str) -> dict[str, Any] | None:
-        """Return the score of the last step on a task, without solved examples; of several, that of the most items."""
-        own = [score for score in self.scores if score["task"] == task and score["shots"] == 0]
-        last = [score for score in own if score["step"] == max(other["step"] for other in own)]
-        return max(last, key=lambda score: score["items"], default=None)
+        """Return the score of the finished run on a task, without solved examples; of several, that of most items."""
+        last = (self.result or {}).get("steps")
+        own = [each for each in self.scores if (each["task"], each["shots"], each["step"]) == (task, 0, last)]
+        return max(own, key=lambda score: score["items"], default=None)
 
 
 def bad_batches(run: Run) -> list[int]:
@@ -46,6 +50,15 @@ def bad_batches(run: Run) -> list[int]:
 def left_out(run: Run) -> set[int]:
     """Return the indices of those steps in the metrics."""
     return set(np.flatnonzero(np.isin(run.metrics["step"], bad_batches(run))).tolist())
+
+
+def without_bad(run: Run, column: str) -> np.ndarray:
+    """Return a column with values at bad batches taken from the steps around them: they say nothing of the model."""
+    values = run.metrics[column].copy()
+    bad = sorted(left_out(run))
+    good = np.setdiff1d(np.arange(len(values)), bad)
+    values[bad] = np.interp(bad, good, values[good])
+    return values
 
 
 def read_run(path: Path) -> Run:
@@ -64,5 +77,4 @@ def read_run(path: Path) -> Run:
     about, scored = path / "environment.json", path / "eval.json"
     starts = json.loads(about.read_text())["starts"] if about.exists() else []
     scores = json.loads(scored.read_text())["scores"] if scored.exists() else []
-    environment = starts[-1] if starts else {}
-    return Run(path, config, metrics, done, [json.loads(line) for line in lines], environment, scores)
+    return Run(path, config, metrics, done, [json.loads(line) for line in lines], starts, scores)

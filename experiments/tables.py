@@ -116,7 +116,7 @@ def _notes(table: Table, found: Found) -> list[str]:
         notes.append(_items(used))
     if any(key[0] in settings for key in found.diverged):
         notes.append(DIVERGED_SAYS)
-    if len(found.seeds) > 1:
+    if len({seed for setting, seed in found.runs if setting in settings}) > 1:
         notes.append("± is the standard deviation over seeds")
     return [note for note in notes if note] + found.notes(_labelled(table))
 
@@ -145,15 +145,16 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
     ]
     if bad and any(not bad_batches(run) for run in runs):
         parts.append("none in the undisturbed runs")
-    commits = sorted({str(run.environment.get("commit"))[:8] for run in runs})
-    changed = any(run.environment.get("uncommitted_changes") for run in runs)
+    starts = [start for run in runs for start in run.starts]
+    commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
+    changed = any(start.get("uncommitted_changes") for start in starts)
     parts.append(f"commit {said(commits)}" + (" with changes" if changed else ""))
     return ", ".join(parts)
 
 
 def _short(number: float) -> str:
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if float(f"{number:.3g}") >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:g}"
 

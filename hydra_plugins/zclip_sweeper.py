@@ -27,7 +27,7 @@ class Declared(BasicSweeper):
         name = given["experiment"].get_value_element_as_str()
         settings = sets()[name]
         own = {override.partition("=")[0] for setting in settings for override in setting.overrides}
-        for key in given:
+        for key in (given_key.lstrip("+~") for given_key in given):
             if key in own or (key == "lr" and "evidence.lr" in own):
                 _refuse(f"{key} is not yours to set with experiment={name}, which sets {', '.join(sorted(own))}")
         (combinations,) = BasicSweeper.split_arguments(

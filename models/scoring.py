@@ -93,16 +93,20 @@ def trees(texts: Sequence[Text], longest: int, share: bool = True) -> list[Tree]
             )
     seen = [list(text.tokens[-longest - 1 : -1]) for text in texts]
     groups: list[tuple[list[int], int]] = []  # numbers of texts, and how many tokens they share
+    tokens = shortest = 0  # of the last group's texts, each whole
     for number in sorted(range(len(texts)), key=seen.__getitem__):
+        length = len(seen[number])
+        tokens, shortest = tokens + length, min(shortest, length)
         if groups and share:
             others, before = groups[-1]
-            lengths = [len(seen[each]) for each in (*others, number)]
             shared = _common(seen[others[0]], seen[number], before)
             saved = shared * len(others) - before * (len(others) - 1)
-            if saved >= max(1.0, WORTH_SHARING * min(lengths)) and sum(lengths) <= LARGEST * longest:
-                groups[-1] = [*others, number], shared
+            if saved >= max(1.0, WORTH_SHARING * shortest) and tokens <= LARGEST * longest:
+                others.append(number)
+                groups[-1] = others, shared
                 continue
-        groups.append(([number], len(seen[number])))
+        groups.append(([number], length))
+        tokens = shortest = length
     return [
         Tree(seen[numbers[0]][:shared], [seen[number][shared:] for number in numbers], numbers)
         for numbers, shared in groups

@@ -28,18 +28,23 @@ def chosen(cfg: DictConfig, known: Collection[str]) -> list[str]:
     for name in names:
         if name not in ("all", *known):
             raise ConfigError(f"experiment={name} is not known here: it must be of {', '.join(known)}, or all")
-    scales = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
+    scales = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
     if cfg.scale not in scales:
         raise ConfigError(f"scale={cfg.scale} is not known: it must be one of {', '.join(scales)}")
-    if not isinstance(cfg.seeds, ListConfig) or not cfg.seeds or any(type(seed) is not int for seed in cfg.seeds):
-        raise ConfigError(f"seeds={cfg.seeds} is not allowed: it must be a list of integers, as [0,1,2]")
-    if not Path(cfg.paths.runs).is_dir():
+    if not isinstance(cfg.seeds, ListConfig) or not cfg.seeds or not all(is_count(seed, 0) for seed in cfg.seeds):
+        raise ConfigError(f"seeds={cfg.seeds} is not allowed: it must be a list of integers from 0, as [0,1,2]")
+    if not isinstance(cfg.also, ListConfig) or not all(isinstance(each, str) and "=" in each for each in cfg.also):
+        raise ConfigError(
+            f"also={cfg.also} is not allowed: it must be a list of settings in quotes, as "
+            """'also=["trainer.max_steps=400"]'"""
+        )
+    if not isinstance(cfg.paths.runs, str) or not Path(cfg.paths.runs).is_dir():
         raise ConfigError(f"paths.runs={cfg.paths.runs} is not there: it must be the folder with evidence-{cfg.scale}/")
     return [name for name in known if "all" in names or name in names]
 
 
 def gather(cfg: DictConfig) -> Found:
-    """Return what there is of the runs of all experiments."""
+    """Return what there is of the runs of all experiments; raise `ConfigError` if none is finished."""
     settings = sets()["all"]
     base = ["experiment=evidence", f"scale={cfg.scale}", f"paths.runs={cfg.paths.runs}", *cfg.also]
     places = locate([[*base, *setting.overrides] for setting in settings], cfg.seeds)
@@ -48,12 +53,19 @@ def gather(cfg: DictConfig) -> Found:
         for setting in settings
         for seed in cfg.seeds
     }
-    return collect(expected, identity)
+    found = collect(expected, identity)
+    if not found.runs:
+        why = "".join(f"; {said}" for said in found.others[:3])
+        raise ConfigError(
+            f"paths.runs={cfg.paths.runs} has no finished run of scale={cfg.scale} with seeds={cfg.seeds}"
+            f"{f' and also={cfg.also}' if cfg.also else ''}: nothing is written{why}"
+        )
+    return found
 
 
-def out_folder(cfg: DictConfig) -> Path:
-    """Return the folder to write into, made if need be."""
-    out = Path("experiments/results", cfg.scale) if cfg.out is None else Path(cfg.out)
+def out_folder(cfg: DictConfig, inside: str = "") -> Path:
+    """Return the folder to write into, or one inside it, made if need be."""
+    out = Path("experiments/results" if cfg.out is None else cfg.out, cfg.scale if cfg.out is None else "", inside)
     check_folder("out", str(out), out)
     out.mkdir(parents=True, exist_ok=True)
     return out

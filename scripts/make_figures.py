@@ -26,9 +26,8 @@ def main(cfg: DictConfig) -> None:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         wanted = chosen(cfg, ["figure3", *DRAWN])
         windows = step_windows(cfg)
-        folder = out_folder(cfg) / "figures"
-        folder.mkdir(exist_ok=True)
         found = gather(cfg)
+        folder = out_folder(cfg, "figures")
         figures, undrawn = drawn(wanted, found, windows)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=150)

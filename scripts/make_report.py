@@ -3,6 +3,8 @@
 It needs no network, and no other file.
 """
 
+import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -14,11 +16,20 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
+from evaluation.tasks import SETS
+from experiments.collection import Found
 from experiments.figures import DRAWN
 from experiments.report import report
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
 from training.folder import environment, write_whole
+
+
+def _limits(found: Found) -> list[str]:
+    """Return the setting of evaluate.py that the scores were made with; none for all items, or for no scores."""
+    scores = [score for run in found.runs.values() for task in SETS if (score := run.score(task)) is not None]
+    some = [score["items"] for score in scores if score["items"] < SETS[score["task"]].items]
+    return [f"eval.limit={min(some)}"] if some else []
 
 
 @hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
@@ -28,18 +39,24 @@ def main(cfg: DictConfig) -> None:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         wanted = chosen(cfg, ["figure3", *DRAWN])
         windows = step_windows(cfg)
-        folder = out_folder(cfg)
         found = gather(cfg)
+        folder = out_folder(cfg)
         figures, undrawn = drawn(wanted, found, windows)
         here = environment()
-        seeds = ",".join(map(str, found.seeds or cfg.seeds))
-        where, also = f"paths.runs={cfg.paths.runs}", " ".join(cfg.also)
-        limit = " eval.limit=100" if cfg.scale == "micro" else ""
-        readers = f"scale={cfg.scale} seeds=[{seeds}] {where}" + (f" also=[{','.join(cfg.also)}]" if cfg.also else "")
+        seeds = ",".join(map(str, found.seeds))
+        where = f"paths.runs={cfg.paths.runs}"
+        readers = [f"scale={cfg.scale}", f"seeds=[{seeds}]", where]
+        readers += [f"also=[{','.join(json.dumps(each) for each in cfg.also)}]"] if cfg.also else []
+        seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
         commands = [
-            f"python train.py -m experiment=all scale={cfg.scale} seed={seeds} {where} {also}".strip(),
-            f"python scripts/evaluate.py run={cfg.paths.runs}/evidence-{cfg.scale}{limit}",
-            f'make tables figures report ARGS="{readers}"',
+            shlex.join(each)
+            for each in (
+                ["python", "train.py", "-m", "experiment=all", f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also],
+                ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
+                ["python", "scripts/make_tables.py", *readers],
+                ["python", "scripts/make_figures.py", *readers, *seen],
+                ["python", "scripts/make_report.py", *readers, *seen],
+            )
         ]
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
         write_whole(folder / "report.html", report(found, figures, undrawn, cfg.scale, commands, made))

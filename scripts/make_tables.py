@@ -26,9 +26,8 @@ def main(cfg: DictConfig) -> None:
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
         wanted = chosen(cfg, TABLES)
-        folder = out_folder(cfg) / "tables"
-        folder.mkdir(exist_ok=True)
         found = gather(cfg)
+        folder = out_folder(cfg, "tables")
         for name in wanted:
             filled = fill(TABLES[name], found)
             for ending, text in (("md", markdown(filled)), ("tex", latex(filled)), ("csv", as_csv(filled))):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
-from experiments.claims import LEAST_SEEDS, NOT_TESTABLE, SUPPORTED, paired, verdicts
+from experiments.claims import NOT_TESTABLE, SUPPORTED, Untestable, paired, verdicts
 from experiments.collection import Expected, Found, collect
 from experiments.distributions import norm_windows
 from experiments.drawing import NothingToDraw
@@ -227,18 +228,121 @@ def test_verdicts(everything):
     assert "at most 0.00 % of a step" in found["The overhead is negligible."].numbers[1]
     two = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] < 2})
     assert {verdict.verdict for verdict in verdicts(two)} == {NOT_TESTABLE}
-    torn = everything._replace(runs={key: run for key, run in everything.runs.items() if hash(key) % 3})
+    torn = everything._replace(runs={key: run for at, (key, run) in enumerate(everything.runs.items()) if at % 3})
     assert len(verdicts(torn)) == 9, "whatever is missing"
 
 
+def changed(everything: Found, change) -> dict:
+    """The verdicts where losses and losses after bad batches are what `change` makes of (setting, seed, run)."""
+    runs = {key: change(*key, run) for key, run in everything.runs.items()}
+    return {verdict.claim: verdict for verdict in verdicts(everything._replace(runs=runs))}
+
+
+def after_bad(run, nats: float):
+    loss = run.metrics["loss"].copy()
+    for step in run.config["data"]["bad_batches"]["steps"]:
+        loss[step : step + 10] += nats
+    return run._replace(metrics={**run.metrics, "loss": loss})
+
+
+def test_spikes_are_removed_where_little_is_left_for_sure(everything):
+    """Not where what is left differs so much between seeds that it is no significant difference."""
+    lab = next(row.settings for row in TABLES["spike_lab"].rows if row.label == "ZClip")
+    clean = {seed: everything.runs[lab["good"], seed].metrics["loss"] for seed in SEEDS}
+
+    def left(by_seed):
+        def change(setting, seed, run):
+            if setting != lab["bad"]:
+                return run
+            return after_bad(run._replace(metrics={**run.metrics, "loss": clean[seed]}), by_seed[seed])
+
+        return changed(everything, change)["ZClip removes the spikes."]
+
+    assert left([0.0, 0.001, 0.002]).verdict == SUPPORTED
+    assert left([0.1, 0.11, 0.12]).verdict == "not supported"
+    noisy = left([0.0, 0.3, 2.5])
+    assert noisy.verdict == "not supported" and "p = 0.3" in noisy.numbers[1], noisy
+
+
+def test_what_diverged_supports_nothing(everything):
+    """Each run that has diverged by itself, and all runs of a strategy at other steps."""
+    zclip = next(row.settings for row in TABLES["spike_lab"].rows if row.label == "ZClip")["bad"]
+    one = everything._replace(diverged={(zclip, 2)})
+    said = {verdict.claim: verdict for verdict in verdicts(one)}["ZClip removes the spikes."]
+    assert said.verdict == NOT_TESTABLE and said.numbers[0].startswith(
+        "a run that is compared has diverged: clip=zclip"
+    )
+    assert said.numbers[0].endswith("seed=2")
+    for group in ("fixed", "zclip"):
+        gone = {(row.settings[group], seed) for row in TABLES["table2"].rows for seed in SEEDS}
+        for verdict in verdicts(everything._replace(diverged=gone))[1:4]:
+            assert verdict.verdict != SUPPORTED, verdict
+    everywhere = verdicts(everything._replace(diverged=gone))[2]
+    assert everywhere.numbers == ["clip=zclip has diverged at every learning rate with seed 0"]
+
+
+def test_settings_are_compared_on_the_same_seeds_and_the_same_text(everything):
+    def change(setting, seed, run):
+        better = 0.0 if setting == THRESHOLDS["2.5"] else (0.5 if setting == THRESHOLDS["1.5"] else -0.03)
+        loss = 5.0 + seed + better + seed * seed / 100 * (setting == THRESHOLDS["1.5"])
+        return run._replace(result={**run.result, "train_loss": loss})
+
+    runs = {key: change(*key, run) for key, run in everything.runs.items()}
+    others = [setting for label, setting in THRESHOLDS.items() if label not in ("1.5", "2.5")]
+    fewer = {key: run for key, run in runs.items() if not (key[0] in others and key[1] == 0)}
+    verdict = verdicts(everything._replace(runs=fewer))[5]
+    assert verdict.verdict == NOT_TESTABLE and "fewer than three seeds" in verdict.numbers[0], verdict
+    assert verdicts(everything._replace(runs=runs))[5].verdict == "not supported"
+    odd = next(iter(runs))
+    runs[odd] = runs[odd]._replace(result={**runs[odd].result, "data_fingerprint": "ffff"})
+    assert {each.verdict for each in verdicts(everything._replace(runs=runs))} == {NOT_TESTABLE}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
+        ("metrics.jsonl", "[1]\n", "cannot be read"),
+        ("metrics.jsonl", None, "not of one run"),
+        ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
+        ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
+        ("environment.json", "[]", "cannot be read"),
+        ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
+        ("eval.json", '{"scores": null}', "cannot be read"),
+        ("eval.json", '{"scores": [{}]}', "eval.json has a score that is none"),
+        ("config.yaml", "[1]", "cannot be read"),
+        ("config.yaml", "trainer: x", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, tmp_path):
+    runs, places = table3
+    shutil.copytree(runs, tmp_path / "runs")
+    key = (STRATEGIES["AutoClip"], 1)
+    moved = {
+        each: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for each, place in places.items()
+    }
+    damaged = moved[key].path / file
+    lines = damaged.read_text().splitlines(keepends=True) if text is None else []
+    damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
+    stranger = moved[key].path.with_name("stranger")
+    stranger.mkdir()
+    (stranger / "config.yaml").write_text("[1]")
+    found = collect(moved, identity)
+    assert key not in found.runs and len(found.runs) == 11
+    assert any(said in line and moved[key].path.name in line for line in found.others), found.others
+    assert "stranger is left out: its config.yaml cannot be read" in found.others
+
+
 def test_paired_differences():
-    assert paired([1.0, 2.0], [0.0, 0.0]) is None and LEAST_SEEDS == 3
+    with pytest.raises(Untestable, match="fewer than three seeds"):
+        paired([1.0, 2.0], [0.0, 0.0])
     difference = paired([1.0, 2.0, 3.0], [2.0, 2.5, 4.5])
     # Differences -1, -0.5, -1.5: mean -1, standard error 0.5 / sqrt(3), t = -3.4641 with two degrees of freedom.
-    assert difference is not None and difference.mean == -1 and difference.p == pytest.approx(0.07418, abs=1e-4)
+    assert difference.mean == -1 and difference.p == pytest.approx(0.07418, abs=1e-4)
+    assert difference.most == pytest.approx(-1 + 4.3027 * 0.5 / 3**0.5, abs=1e-4)
     for one, p in ((1.0, 1.0), (2.0, 0.25)):
         same = paired([one] * 3, [1.0] * 3)
-        assert same is not None and same.p == p, "the sign test"
+        assert same.p == p and same.most == same.mean, "the sign test"
 
 
 def test_the_windows_of_figure_9_are_the_papers_in_a_run_of_its_length(everything):
@@ -318,13 +422,28 @@ def test_a_plan_of_a_set_is_checked(tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_nothing_is_written_where_no_run_is_done(tmp_path):
+    """What was made of earlier runs stays."""
+    (tmp_path / "runs").mkdir()
+    kept = tmp_path / "experiments" / "results" / "micro" / "tables" / "table3.md"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("numbers")
+    for name in ("make_tables.py", "make_report.py"):
+        done = script(name, "seeds=[7]", cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "paths.runs=runs has no finished run of scale=micro with seeds=[7]: nothing is written" in done.stderr
+    assert kept.read_text() == "numbers" and [*kept.parent.parent.rglob("*.*")] == [kept]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
         ("make_tables.py", "experiment=figure1", "experiment=figure1 is not known here: it must be of table2,"),
         ("make_figures.py", "windows=[[9,8]]", "windows=[[9, 8]] is not allowed: it must be pairs of steps, as"),
-        ("make_report.py", "seeds=3", "seeds=3 is not allowed: it must be a list of integers, as [0,1,2]"),
-        ("make_tables.py", "scale=huge", "scale=huge is not known: it must be one of main, micro, paper, proxy"),
+        ("make_tables.py", "also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
+        ("make_tables.py", "seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
+        ("make_report.py", "seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
+        ("make_tables.py", "scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
         (
             "make_report.py",
             "paths.runs=gone",
