@@ -98,7 +98,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     """
     differences = np.subtract(one, other)
     if len(differences) < LEAST_SEEDS:
-        raise Untestable("fewer than three seeds have all the runs that are compared")
+        raise Untestable("it needs three seeds that have all the runs that are compared, and there are fewer")
     mean, seeds = float(differences.mean()), len(differences)
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
         return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean)

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from experiments.catalogue import TABLES
+from experiments.catalogue import Table
 from experiments.claims import __doc__ as how_judged
 from experiments.claims import verdicts
 from experiments.collection import Found
@@ -26,12 +26,19 @@ LEAD = (
 
 
 def report(
-    found: Found, figures: Mapping[str, Figure], undrawn: Sequence[str], scale: str, commands: Sequence[str], made: str
+    found: Found,
+    tables: Sequence[Table],
+    figures: Mapping[str, Figure],
+    undrawn: Sequence[str],
+    scale: str,
+    commands: Sequence[str],
+    made: str,
 ) -> str:
     """Return the page.
 
     Args:
         found: the runs.
+        tables: to show, where any run of theirs is done.
         figures: by name, in order.
         undrawn: names of figures without runs.
         scale: of the runs.
@@ -41,7 +48,7 @@ def report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
     runs = list({run.path: run for run in found.runs.values()}.values())
-    filled = [fill(table, found) for table in TABLES.values()]
+    filled = [fill(table, found) for table in tables]
     shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
     what = [
         f"{len(runs)} runs are done: {about(runs, sorted({seed for _, seed in found.runs}))}."

@@ -146,6 +146,10 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
     if bad and any(not bad_batches(run) for run in runs):
         parts.append("none in the undisturbed runs")
     starts = [start for run in runs for start in run.starts]
+    windows = {run.config["clip"].get("recovery_window") for run in runs} - {None}
+    parts += [
+        f"ZClip with a recovery window of {each} steps, which the paper's has not" for each in sorted(map(str, windows))
+    ]
     commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
     changed = any(start.get("uncommitted_changes") for start in starts)
     parts.append(f"commit {said(commits)}" + (" with changes" if changed else ""))
@@ -166,6 +170,8 @@ def _items(runs: Sequence[Run]) -> str:
         for title in ("HellaSwag", "WinoGrande")
     }
     said = [f"{title} on {' or '.join(f'{count:,}' for count in found)}" for title, found in counts.items() if found]
+    cut = max((score.get("cut_share") or 0.0 for run in runs for score in run.scores), default=0.0)
+    shortened = f"; up to {cut:.0%} of the texts are longer than the model sees, and cut" if cut >= 0.005 else ""
     errors = [
         100 * error
         for run in runs
@@ -173,7 +179,7 @@ def _items(runs: Sequence[Run]) -> str:
         if (score := run.score(task)) is not None and (error := score.get(f"{metric}_stderr")) is not None
     ]
     chance = f"; their standard error is up to {max(errors):.1f}, and chance 25 and 50" if errors else ""
-    return f"items: {', '.join(said)}{chance}" if said else "the tasks were not scored"
+    return f"items: {', '.join(said)}{chance}{shortened}" if said else "the tasks were not scored"
 
 
 def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """What make_tables.py, make_figures.py and make_report.py have in common: which runs they read."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +8,11 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments.catalogue import ZCLIP, sets
+from experiments.catalogue import TABLES, ZCLIP, sets
 from experiments.collection import Expected, Found, collect
 from experiments.distributions import EmptyWindow, distributions
 from experiments.drawing import NothingToDraw
-from experiments.figures import clipping_functions, draw
+from experiments.figures import DRAWN, clipping_functions, draw
 from training.config import CONFIGS, ConfigError, check_folder, identity
 from training.located import locate
 from zclip import ZClip
@@ -22,8 +22,9 @@ from zclip.base import is_count
 VARIANTS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
 
 
-def chosen(cfg: DictConfig, known: Collection[str]) -> list[str]:
-    """Return which of some tables or figures are asked for, or raise `ConfigError` if anything makes no sense."""
+def chosen(cfg: DictConfig) -> list[str]:
+    """Return which tables and figures are asked for, or raise `ConfigError` if anything makes no sense."""
+    known = list(dict.fromkeys([*TABLES, "figure3", *DRAWN]))
     names = list(cfg.experiment) if isinstance(cfg.experiment, ListConfig) else [cfg.experiment]
     for name in names:
         if name not in ("all", *known):
@@ -65,7 +66,8 @@ def gather(cfg: DictConfig) -> Found:
 
 def out_folder(cfg: DictConfig, inside: str = "") -> Path:
     """Return the folder to write into, or one inside it, made if need be."""
-    out = Path("experiments/results" if cfg.out is None else cfg.out, cfg.scale if cfg.out is None else "", inside)
+    out = Path(cfg.paths.runs, f"results-{cfg.scale}") if cfg.out is None else Path(cfg.out)
+    out = out / inside
     check_folder("out", str(out), out)
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -1,6 +1,6 @@
 """The paper's figures from runs: `python scripts/make_figures.py scale=micro [experiment=figure5] [seeds=[0,1,2]]`.
 
-Each is drawn as SVG and PNG into `figures/` of the scale's results.
+Each is drawn as SVG and PNG into `figures/` below `out`, runs/results-micro if it is not given.
 """
 
 import sys
@@ -14,6 +14,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
+from experiments.catalogue import TABLES
 from experiments.figures import DRAWN
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Draw the figures, and say which have no runs."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = chosen(cfg, ["figure3", *DRAWN])
+        wanted = [name for name in chosen(cfg) if name not in TABLES or name in DRAWN]
         windows = step_windows(cfg)
         found = gather(cfg)
         folder = out_folder(cfg, "figures")

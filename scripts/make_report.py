@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
 from evaluation.tasks import SETS
+from experiments.catalogue import TABLES
 from experiments.collection import Found
 from experiments.figures import DRAWN
 from experiments.report import report
@@ -37,11 +38,12 @@ def main(cfg: DictConfig) -> None:
     """Write the report, and say where it is."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = chosen(cfg, ["figure3", *DRAWN])
+        wanted = chosen(cfg)
         windows = step_windows(cfg)
         found = gather(cfg)
         folder = out_folder(cfg)
-        figures, undrawn = drawn(wanted, found, windows)
+        figures, undrawn = drawn([name for name in wanted if name not in TABLES or name in DRAWN], found, windows)
+        tables = [TABLES[name] for name in wanted if name in TABLES]
         here = environment()
         seeds = ",".join(map(str, found.seeds))
         where = f"paths.runs={cfg.paths.runs}"
@@ -59,7 +61,7 @@ def main(cfg: DictConfig) -> None:
             )
         ]
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-        write_whole(folder / "report.html", report(found, figures, undrawn, cfg.scale, commands, made))
+        write_whole(folder / "report.html", report(found, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")
         console.print(f"report   {folder / 'report.html'}")

@@ -1,6 +1,6 @@
 """The paper's tables with our numbers: `python scripts/make_tables.py scale=micro [experiment=table3] [seeds=[0,1,2]]`.
 
-Each is written as Markdown, LaTeX and CSV into `tables/` of the scale's results.
+Each is written as Markdown, LaTeX and CSV into `tables/` below `out`, runs/results-micro if it is not given.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Write the tables, print them, and say which runs were left out."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = chosen(cfg, TABLES)
+        wanted = [name for name in chosen(cfg) if name in TABLES]
         found = gather(cfg)
         folder = out_folder(cfg, "tables")
         for name in wanted:
