@@ -80,18 +80,8 @@ def check(cfg: DictConfig) -> None:
             f"trainer.checkpoint_every={trainer.checkpoint_every}, or null"
         )
     _check_processes(cfg)
-    late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
-    if late:
-        raise ConfigError(
-            f"data.bad_batches.steps={list(cfg.data.bad_batches.steps)} is not allowed: step {late[0]} is after the "
-            f"last, trainer.max_steps={cfg.trainer.max_steps}"
-        )
-    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
-            f"model.max_position_embeddings={cfg.model.max_position_embeddings}"
-        )
     if cfg.plan:  # for another machine, and without its data
+        _check_steps(cfg)
         return
     _check_model(cfg)
     _check_initial_weights(cfg)
@@ -103,11 +93,27 @@ def check(cfg: DictConfig) -> None:
                 f"{which} is larger than the model's vocabulary: it has {ids:,} ids, and must have at "
                 f"most model.vocab_size={cfg.model.vocab_size}"
             )
+    _check_steps(cfg)
     if cfg.logger.name == "wandb":
         _check_wandb()
     if not (run_path(cfg) / "result.json").exists():
         check_folder("paths.runs", cfg.paths.runs, run_path(cfg))
     check_folder("paths.cache", cfg.paths.cache, Path(cfg.paths.cache))
+
+
+def _check_steps(cfg: DictConfig) -> None:
+    """Raise `ConfigError` if a bad batch is after the last step, or a sequence longer than the model's context."""
+    late = [step for step in cfg.data.bad_batches.steps if step > cfg.trainer.max_steps]
+    if late:
+        raise ConfigError(
+            f"data.bad_batches.steps={list(cfg.data.bad_batches.steps)} is not allowed: step {late[0]} is after the "
+            f"last, trainer.max_steps={cfg.trainer.max_steps}"
+        )
+    if cfg.data.sequence_length > cfg.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={cfg.data.sequence_length} is longer than the model's context: it must be at most "
+            f"model.max_position_embeddings={cfg.model.max_position_embeddings}"
+        )
 
 
 def check_data(cfg: DictConfig, sequence_length: int) -> Corpus:
@@ -276,6 +282,9 @@ OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_s
 
 # Learning rates of configs/experiment/evidence.yaml.
 OmegaConf.register_new_resolver("times", lambda value, times: float(f"{value * times:.6g}"), replace=True)
+
+# Sequences of configs/scale/main.yaml, where a model's context may be shorter.
+OmegaConf.register_new_resolver("least", min, replace=True)
 
 
 def _check_initial_weights(cfg: DictConfig) -> None:
