@@ -60,6 +60,9 @@ class Untestable(Exception):
     """Runs say nothing of a claim; why."""
 
 
+TOO_FEW = "it needs three seeds that have all the runs that are compared, and there are fewer"
+
+
 class Difference(NamedTuple):
     """A paired difference.
 
@@ -98,7 +101,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     """
     differences = np.subtract(one, other)
     if len(differences) < LEAST_SEEDS:
-        raise Untestable("it needs three seeds that have all the runs that are compared, and there are fewer")
+        raise Untestable(TOO_FEW)
     mean, seeds = float(differences.mean()), len(differences)
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
         return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean)
@@ -296,7 +299,8 @@ def _best_of(settings: dict[str, Setting], claimed: str) -> Judge:
 def _normal(found: Found) -> Judged:
     results: dict[str, list[float]] = {"norms": [], "log norms": []}
     runs = [run for seed in found.seeds if (run := _healthy(found, STRATEGIES["ZClip"], seed)) is not None]
-    paired([0.0] * len(runs), [0.0] * len(runs))
+    if len(runs) < LEAST_SEEDS:
+        raise Untestable(TOO_FEW)
     share = 0.0
     for run in runs:
         for first, last in norm_windows(run):
@@ -305,6 +309,8 @@ def _normal(found: Found) -> Judged:
             if len(sample) >= LEAST_NORMS:
                 results["norms"].append(float(stats.shapiro(sample).pvalue))
                 results["log norms"].append(float(stats.shapiro(np.log(sample)).pvalue))
+    if not results["norms"]:
+        raise Untestable(f"no window has {LEAST_NORMS} norms")
     rejected = {name: sum(p < SIGNIFICANT for p in each) for name, each in results.items()}
     numbers = [
         f"Shapiro-Wilk rejects a normal distribution of {name} in {rejected[name]} of {len(each)} windows (p < 0.05)"
