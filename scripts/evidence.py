@@ -79,13 +79,13 @@ def drawn(
     """Return figures by name, and the names of those without runs.
 
     Args:
-        names: of the figures.
+        names: of tables and figures; tables that have no figure are passed over.
         found: the runs.
         windows: of Figure 9.
     """
     figures: dict[str, Figure] = {}
     undrawn = []
-    for name in names:
+    for name in (name for name in names if name not in TABLES or name in DRAWN):
         try:
             if name == "figure3":
                 figures[name] = figure3()

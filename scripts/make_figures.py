@@ -14,8 +14,6 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
-from experiments.catalogue import TABLES
-from experiments.figures import DRAWN
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
 
@@ -25,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     """Draw the figures, and say which have no runs."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = [name for name in chosen(cfg) if name not in TABLES or name in DRAWN]
+        wanted = chosen(cfg)
         windows = step_windows(cfg)
         found = gather(cfg)
         folder = out_folder(cfg, "figures")

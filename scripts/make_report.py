@@ -19,7 +19,6 @@ sys.path.pop(1)
 from evaluation.tasks import SETS
 from experiments.catalogue import TABLES
 from experiments.collection import Found
-from experiments.figures import DRAWN
 from experiments.report import report
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
@@ -42,7 +41,7 @@ def main(cfg: DictConfig) -> None:
         windows = step_windows(cfg)
         found = gather(cfg)
         folder = out_folder(cfg)
-        figures, undrawn = drawn([name for name in wanted if name not in TABLES or name in DRAWN], found, windows)
+        figures, undrawn = drawn(wanted, found, windows)
         tables = [TABLES[name] for name in wanted if name in TABLES]
         here = environment()
         seeds = ",".join(map(str, found.seeds))
