@@ -22,8 +22,8 @@ LEAST_STEPS = 50
 LEAST_NORMS = 3
 
 
-class EmptyWindow(ValueError):
-    """A window has fewer than three norms."""
+class UnfitWindow(ValueError):
+    """A window ends after the run, or has fewer than three norms."""
 
 
 def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None) -> Figure:
@@ -35,9 +35,9 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
 
     Raises:
         NothingToDraw: its run is not done.
-        EmptyWindow: a window has fewer than three norms.
+        UnfitWindow: a window that was given ends after the run, or has fewer than three norms.
     """
-    title = "Figure 9: how gradient norms are distributed in short windows"
+    title = "Figure 9: how gradient norms are distributed in short windows at 1e-3"
     runs = runs_of(found, FIGURES["figure9"]["ZClip"])
     if not runs:
         raise NothingToDraw(title)
@@ -46,15 +46,19 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
     windows = windows or [each for each in norm_windows(run) if len(window_norms(run, *each)) >= LEAST_NORMS]
     if not windows:
         raise NothingToDraw(title)
+    steps = len(run.metrics["step"])
+    for first, last in windows if given else ():
+        norms = len(window_norms(run, first, last))
+        if last > steps or norms < LEAST_NORMS:
+            why = (
+                f"the run has {steps} steps" if last > steps else f"it has {norms} norms, and {LEAST_NORMS} are needed"
+            )
+            raise UnfitWindow(f"windows=[[{first},{last}]] is not allowed: {why}")
     figure, axes = plt.subplots(
         len(windows), 4, figsize=(13, 3.1 * len(windows) + 0.5), layout="constrained", squeeze=False
     )
     for row, (first, last) in zip(axes, windows, strict=True):
         values = window_norms(run, first, last)
-        if given and len(values) < LEAST_NORMS:
-            steps = len(run.metrics["step"])
-            plt.close(figure)
-            raise EmptyWindow(f"windows=[[{first},{last}]] is not allowed: it has {len(values)} norms of {steps} steps")
         for pair, sample, name in ((row[:2], values, "norm"), (row[2:], np.log(values), "log norm")):
             _distribution(pair, sample, name)
         row[0].set_ylabel(f"steps {first} to {last}\ndensity")

@@ -1,7 +1,8 @@
 """How the paper's figures look: colours, dashes, smoothing, and lines of several seeds.
 
-Of several seeds a line is the mean, and a band goes from the lowest to the highest. Colours are told apart by the
-colour-blind, lines by their dashes too; the background is white everywhere. What is smoothed says so.
+Of several seeds a line is the mean, and a band goes from the lowest to the highest, where bands would not hide each
+other. Colours are told apart by the colour-blind, lines by their dashes too; the background is white everywhere. What
+is smoothed says so.
 """
 
 import textwrap
@@ -47,23 +48,38 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same"), width
 
 
-def line(ax: Axes, runs: Sequence[Run], column: str, label: str, number: int, smoothed: bool = True) -> str:
-    """Draw a column of some seeds, and return what was done to it."""
-    drawn, said = [], ""
-    for run in runs:
-        values = without_bad(run, column) if column == "loss" else run.metrics[column]
-        if smoothed:
-            values, width = smooth(values)
-            said = f"mean of {width} steps"
-        drawn.append(values)
-    length = max(map(len, drawn))
-    rows = np.array([np.pad(values, (0, length - len(values)), constant_values=np.nan) for values in drawn])
-    step = max((run.metrics["step"] for run in runs), key=len)
+def losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = True) -> str:
+    """Draw the losses of some seeds, those of bad batches left out, and return what was done to them."""
+    rows, widths = zip(*(smooth(without_bad(run, "loss")) for run in runs), strict=True)
+    over_seeds(ax, rows, label, number, band)
+    return f"mean of {widths[0]} steps"
+
+
+def differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
+    """Draw by how much one run's loss is above another's of the same seed, and return what was done to it."""
+    rows, widths = zip(
+        *(smooth(without_bad(run, "loss") - without_bad(other, "loss")) for run, other in pairs), strict=True
+    )
+    over_seeds(ax, rows, label, number)
+    return f"mean of {widths[0]} steps"
+
+
+def over_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, number: int, band: bool = True) -> None:
+    """Draw the mean of some seeds, and how far they are apart.
+
+    Args:
+        ax: where.
+        rows: (steps,) of each seed, from the first step on.
+        label: in the legend.
+        number: of the colour and the dashes.
+        band: whether to draw how far the seeds are apart.
+    """
+    values = np.array(rows)
+    step = np.arange(1, values.shape[1] + 1)
     colour = COLOURS[number % len(COLOURS)]
-    if len(rows) > 1:
-        ax.fill_between(step, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, lw=0)
-    ax.plot(step, rows.mean(axis=0), color=colour, ls=DASHES[number % len(DASHES)], lw=1.3, label=label)
-    return said
+    if band and len(values) > 1:
+        ax.fill_between(step, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, lw=0)
+    ax.plot(step, values.mean(axis=0), color=colour, ls=DASHES[number % len(DASHES)], lw=1.3, label=label)
 
 
 def mark_bad(ax: Axes, runs: Iterable[Run]) -> None:
@@ -72,7 +88,9 @@ def mark_bad(ax: Axes, runs: Iterable[Run]) -> None:
         ax.axvline(step, color="0.55", lw=0.7, ls=":", zorder=0, label="bad batch put in" if number == 0 else None)
 
 
-def finished(figure: Figure, title: str, said: str, runs: Sequence[Run], notes: Sequence[str] = ()) -> Figure:
+def finished(
+    figure: Figure, title: str, said: str, runs: Sequence[Run], notes: Sequence[str] = (), bands: bool = True
+) -> Figure:
     """Give a figure its title, grid, what its horizontal axis is, and lines on the runs that it shows.
 
     Args:
@@ -80,7 +98,8 @@ def finished(figure: Figure, title: str, said: str, runs: Sequence[Run], notes: 
         title: above it.
         said: what was done to the values.
         runs: that it shows.
-        notes: on runs that it should show, and does not; or that have diverged.
+        notes: on runs that it should show, and does not; or that have diverged; and what else to know.
+        bands: whether it shows how far seeds are apart.
     """
     figure.suptitle(title, fontsize=11)
     for ax in figure.axes:
@@ -88,20 +107,19 @@ def finished(figure: Figure, title: str, said: str, runs: Sequence[Run], notes: 
         ax.margins(x=0.01)
     axis = f"step ({said})\n" if said else ""
     width = round(figure.get_figwidth() * CHARACTERS)
-    lines = [textwrap.fill(line, width) for line in (*_about(runs).splitlines(), *notes)]
+    lines = [textwrap.fill(line, width) for line in (*_about(runs, bands), *notes)]
     figure.supxlabel(axis + "\n".join(lines), fontsize=8)
     return figure
 
 
-def _about(runs: Sequence[Run]) -> str:
-    """Say what the runs of a figure have in common."""
+def _about(runs: Sequence[Run], bands: bool) -> list[str]:
+    """Say what the runs of a figure have in common, in a line or two."""
     config = runs[0].config
     seeds = sorted({run.config["seed"] for run in runs})
     times = config["evidence"]["lr_times"]
     said = f"{config['evidence']['scale']} scale, {config['model']['name']}, seed{'s' * (len(seeds) > 1)} "
     said += ", ".join(map(str, seeds))
     said += f"; learning rates are {times:g} times those named" if times != 1 else ""
-    rest = ["a line is the mean over seeds, its band from lowest to highest"] if len(seeds) > 1 else []
-    if any(map(bad_batches, runs)):
-        rest.append("losses of bad batches are left out")
-    return f"{said}\n{'; '.join(rest)}" if rest else said
+    if len(seeds) < 2:
+        return [said]
+    return [said, "a line is the mean over seeds" + (", a band goes from the lowest to the highest" if bands else "")]

@@ -7,7 +7,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.catalogue import ALPHAS, FIGURES, HIGH_RATES, LEARNING_RATES, TABLES, VARIANTS, Setting
+from experiments.catalogue import (
+    ALPHAS,
+    FIGURES,
+    HIGH_RATES,
+    LEARNING_RATES,
+    STRATEGIES,
+    TABLES,
+    THRESHOLD_SAYS,
+    Setting,
+)
 from experiments.collection import Found
 from experiments.definitions import REACHED_WINDOW, tokens_to_reach
 from experiments.distributions import distributions
@@ -15,14 +24,17 @@ from experiments.drawing import (
     COLOURS,
     DASHES,
     NothingToDraw,
+    differences,
     finished,
-    line,
+    losses,
     mark_bad,
+    over_seeds,
     runs_of,
-    smooth,
 )
 from experiments.runs import Run, without_bad
 
+#: What stands below figures with losses.
+LEFT_OUT = "losses of bad batches left out"
 #: What Figures 5 and 6 compare, by the groups of Table 2.
 COMPARED = {"fixed": "Fixed 1.0", "zclip": "ZClip"}
 
@@ -36,20 +48,35 @@ def draw(name: str, found: Found) -> Figure:
     return DRAWN[name](found)
 
 
-def _losses(title: str, shown: Mapping[str, Setting], found: Found) -> Figure:
-    """Draw the losses of some settings over each other."""
+def _losses(title: str, shown: Mapping[str, Setting], found: Found, says: str = "") -> Figure:
+    """Draw the losses of some settings over each other, and below them what they are above the first one's."""
     there = {label: runs for label, setting in shown.items() if (runs := runs_of(found, setting))}
     if not there:
         raise NothingToDraw(title)
-    figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    said, every = "", [run for runs in there.values() for run in runs]
-    for number, label in enumerate(shown):
-        if label in there:
-            said = line(ax, there[label], "loss", label, number)
-    mark_bad(ax, every)
-    ax.set_ylabel("training loss (nats/token)")
-    ax.legend()
-    return finished(figure, title, said, every, found.notes(shown.items()))
+    numbers = {label: number for number, label in enumerate(shown)}
+    first, *others = there
+    rows = 2 if others else 1
+    figure, axes = plt.subplots(
+        rows, 1, figsize=(7.5, 2 + 2.4 * rows), layout="constrained", sharex=True, squeeze=False
+    )
+    top, every = axes[0][0], [run for runs in there.values() for run in runs]
+    for label, runs in there.items():
+        said = losses(top, runs, label, numbers[label], band=not others)
+    top.set_ylabel("training loss (nats/token)")
+    if others:
+        ax = axes[1][0]
+        of_first = {run.config["seed"]: run for run in there[first]}
+        for label in others:
+            pairs = [(run, of_first[seed]) for run in there[label] if (seed := run.config["seed"]) in of_first]
+            if pairs:
+                differences(ax, pairs, label, numbers[label])
+        ax.axhline(0, color=COLOURS[numbers[first]], lw=0.9)
+        ax.set_ylabel(f"minus {first}'s,\nsame seed", fontsize=9)
+    for (ax,) in axes:
+        mark_bad(ax, every)
+    top.legend()
+    notes = [says] if says else []
+    return finished(figure, title, f"{said}; {LEFT_OUT}", every, [*notes, *found.notes(shown.items())])
 
 
 def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
@@ -57,9 +84,9 @@ def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     said = ""
     for label, runs in there.items():
         number = list(COMPARED.values()).index(label)
-        said = line(axes[0], runs, "loss", label, number)
-        line(axes[1], runs, "grad_norm", label, number, smoothed=False)
-        line(axes[2], runs, "clipped_norm", label, number, smoothed=False)
+        said = losses(axes[0], runs, label, number)
+        for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
+            over_seeds(ax, [run.metrics[column] for run in runs], label, number)
     every = [run for runs in there.values() for run in runs]
     for ax in axes:
         mark_bad(ax, every)
@@ -72,7 +99,7 @@ def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     return said
 
 
-def _rates(title: str, rates: Collection[float], found: Found) -> Figure:
+def _rates(name: str, title: str, rates: Collection[float], found: Found, says: str = "") -> Figure:
     """Draw Figure 5 or 6: a row for each learning rate."""
     rows = {row.label: row.settings for row in TABLES["table2"].rows}
     labels = [row.label for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True) if lr in rates]
@@ -94,10 +121,8 @@ def _rates(title: str, rates: Collection[float], found: Found) -> Figure:
         ax.set_title(heading, fontsize=10)
     axes[0][0].legend(fontsize=8)
     every = [run for groups in there.values() for runs in groups.values() for run in runs]
-    notes = found.notes(
-        (f"{name} at {label}", rows[label][group]) for label in labels for group, name in COMPARED.items()
-    )
-    return finished(figure, title, f"loss: {said}; norms not smoothed", every, notes)
+    notes = [*([says] if says else []), *found.notes(FIGURES[name].items())]
+    return finished(figure, title, f"loss: {said}, {LEFT_OUT}; norms not smoothed", every, notes)
 
 
 def _figure4(found: Found) -> Figure:
@@ -107,8 +132,8 @@ def _figure4(found: Found) -> Figure:
     if not fixed or not zclip:
         raise NothingToDraw(title)
     figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for number, (label, runs) in enumerate((("Fixed 1.0 at 5e-4", fixed), ("ZClip at 3e-3", zclip))):
-        line(ax, runs, "loss", label, number)
+    for number, (label, runs) in enumerate(zip(FIGURES["figure4"], (fixed, zclip), strict=True)):
+        smoothed = losses(ax, runs, label, number)
     each = int(fixed[0].metrics["tokens"][0])
     target = float(np.mean([without_bad(run, "loss")[-REACHED_WINDOW:].mean() for run in fixed]))
     ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
@@ -123,8 +148,9 @@ def _figure4(found: Found) -> Figure:
     ax.plot([], [], " ", label=said)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
-    said = f"a step is {each:,} tokens; mean of {smooth(fixed[0].metrics['loss'])[1]} steps"
-    return finished(figure, title, said, [*fixed, *zclip], found.notes(FIGURES["figure4"].items()))
+    said = f"{each:,} tokens each; {smoothed}; {LEFT_OUT}"
+    notes = [THRESHOLD_SAYS, *found.notes(FIGURES["figure4"].items())]
+    return finished(figure, title, said, [*fixed, *zclip], notes)
 
 
 def _figure7(found: Found) -> Figure:
@@ -136,7 +162,7 @@ def _figure7(found: Found) -> Figure:
     for number, (ax, column, said) in enumerate(
         zip(axes, ("grad_norm", "clipped_norm"), ("before", "after"), strict=True)
     ):
-        line(ax, runs, column, f"norm {said}", number, smoothed=False)
+        over_seeds(ax, [run.metrics[column] for run in runs], f"norm {said}", number)
         mark_bad(ax, runs)
         ax.set_yscale("log")
         ax.set_ylabel(f"norm {said}")
@@ -146,23 +172,24 @@ def _figure7(found: Found) -> Figure:
 
 def _ema(found: Found) -> Figure:
     """Draw mean and standard deviation of the norm as ZClip follows them, by alpha."""
-    title = "Mean and standard deviation that ZClip keeps, by alpha"
+    title = "Mean and standard deviation that ZClip keeps, by alpha, at 1e-3"
     there = {label: runs for label, setting in ALPHAS.items() if (runs := runs_of(found, setting))}
     if not there:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5.5), layout="constrained", sharex=True)
+    every = [run for runs in there.values() for run in runs]
+    warmup = every[0].config["clip"]["warmup_steps"]
     for ax, column, name in zip(axes, ("mean", "std"), ("mean", "standard deviation"), strict=True):
         for number, label in enumerate(ALPHAS):
             if label in there:
-                line(ax, there[label], column, f"alpha {label}", number, smoothed=False)
-        mark_bad(ax, [run for runs in there.values() for run in runs])
+                rows = [np.where(run.metrics["step"] > warmup, run.metrics[column], np.nan) for run in there[label]]
+                over_seeds(ax, rows, f"alpha {label}", number, band=False)
+        mark_bad(ax, every)
         ax.set_yscale("log")
-        settled = np.concatenate([run.metrics[column][10:] for runs in there.values() for run in runs])
-        ax.set_ylim(np.nanmin(settled) / 1.3, np.nanmax(settled) * 1.3)
         ax.set_ylabel(name)
     axes[0].legend(ncols=2, fontsize=8)
-    every = [run for runs in there.values() for run in runs]
-    return finished(figure, title, "not smoothed", every, found.notes(FIGURES["ema"].items()))
+    said = f"after ZClip's {warmup} steps of warm-up; not smoothed"
+    return finished(figure, title, said, every, found.notes(FIGURES["ema"].items()), bands=False)
 
 
 def _spike_lab(found: Found) -> Figure:
@@ -179,20 +206,14 @@ def _spike_lab(found: Found) -> Figure:
             there[row.label] = pairs
     if not there:
         raise NothingToDraw(title)
-    columns = 3
+    columns = 4 if len(there) > 9 else 3
     figure, axes = plt.subplots(
         -(-len(there) // columns), columns, figsize=(11, 2.3 * -(-len(there) // columns) + 0.6), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
-    width = 1
+    said = ""
     for ax, (label, pairs) in zip(axes.flat, there.items(), strict=False):
-        rows = []
-        for run, undisturbed in pairs:
-            above, width = smooth(without_bad(run, "loss") - undisturbed.metrics["loss"])
-            rows.append(above)
-        step = pairs[0][0].metrics["step"]
-        ax.fill_between(step, np.min(rows, axis=0), np.max(rows, axis=0), color=COLOURS[0], alpha=0.2, lw=0)
-        ax.plot(step, np.mean(rows, axis=0), color=COLOURS[0], lw=1.3)
+        said = differences(ax, pairs, label, 0)
         ax.axhline(0, color="0.4", lw=0.8)
         mark_bad(ax, [run for run, _ in pairs])
         ax.set_title(label, fontsize=10)
@@ -205,7 +226,7 @@ def _spike_lab(found: Found) -> Figure:
         for row in TABLES["spike_lab"].rows
         for group in ("bad", "good")
     )
-    return finished(figure, title, f"mean of {width} steps; dotted: bad batches", every, notes)
+    return finished(figure, title, f"{said}; dotted: bad batches, whose own losses are left out", every, notes)
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
@@ -219,7 +240,7 @@ def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
         ax.plot(z, kept, color=COLOURS[number], ls=DASHES[number], lw=1.5, label=label)
     ax.set_xlabel("z-score of the norm")
     ax.set_ylabel("z-score after clipping")
-    ax.legend()
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
     ax.grid(alpha=0.25)
     figure.suptitle("Figure 3: the clipping functions, as the strategies compute them", fontsize=11)
     return figure
@@ -227,20 +248,23 @@ def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
 
 DRAWN: dict[str, Callable[[Found], Figure]] = {
     "figure1": lambda found: _losses(
-        "Figure 1: loss without clipping, with fixed clipping and with ZClip at 3e-3", FIGURES["figure1"], found
+        "Figure 1: loss without clipping, with fixed clipping and with ZClip at 3e-3",
+        FIGURES["figure1"],
+        found,
+        THRESHOLD_SAYS,
     ),
     "figure2": lambda found: _losses("Figure 2: fixed clipping at 1e-3", FIGURES["figure2"], found),
     "figure4": _figure4,
-    "figure5": lambda found: _rates("Figure 5: high learning rates", HIGH_RATES, found),
+    "figure5": lambda found: _rates("figure5", "Figure 5: high learning rates", HIGH_RATES, found, THRESHOLD_SAYS),
     "figure6": lambda found: _rates(
-        "Figure 6: low learning rates", [lr for lr in LEARNING_RATES if lr not in HIGH_RATES], found
+        "figure6", "Figure 6: low learning rates", [lr for lr in LEARNING_RATES if lr not in HIGH_RATES], found
     ),
     "figure7": _figure7,
-    "figure8": lambda found: _losses("Figure 8: variants of the clipping function at 1e-3", VARIANTS, found),
+    "figure8": lambda found: _losses("Figure 8: variants of the clipping function at 1e-3", FIGURES["figure8"], found),
     "figure9": distributions,
     "table3": lambda found: _losses(
         "Table 3's runs: clipping strategies at 1e-3",
-        {row.label: row.settings[""] for row in TABLES["table3"].rows},
+        STRATEGIES,
         found,
     ),
     "ema": _ema,

@@ -62,11 +62,17 @@ def _clip_share(run: Run, _: Run | None) -> float | None:
     return 100 * seconds["clip"] / sum(parts) if seconds.get("clip") is not None and sum(parts) > 0 else None
 
 
-def _by_z(run: Run, _: Run | None) -> float | None:
-    """Return the percentage of steps that ZClip has clipped by the z-score, bad batches that were put in left out."""
-    if "spike" not in run.metrics:
-        return None
-    return 100 * float(np.nanmean(np.delete(run.metrics["spike"], sorted(left_out(run)))))
+def _share(column: str) -> Callable[[Run, Run | None], float | None]:
+    """Find the percentage of steps at which a column is above 0, bad batches that were put in left out."""
+
+    def find(run: Run, _: Run | None) -> float | None:
+        if column not in run.metrics:
+            return None
+        there = (run.metrics[column] > 0) & np.isfinite(run.metrics["grad_norm"])
+        kept = np.delete(there, sorted(left_out(run)))
+        return 100 * float(np.mean(kept)) if len(kept) else None
+
+    return find
 
 
 def _beside(
@@ -90,7 +96,12 @@ def _lost(run: Run, undisturbed: Run | None) -> float | None:
 
 
 MEASURES = {
-    "train_loss": Measure(_result("train_loss"), 3, "low", "the train loss is the mean of the last tenth of the steps"),
+    "train_loss": Measure(
+        _result("train_loss"),
+        3,
+        "low",
+        "the train loss is the mean of the last tenth of the steps, bad batches left out",
+    ),
     "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss is that of held-out documents"),
     "spikes": Measure(
         lambda run, _: float(len(loss_spikes(run.metrics["loss"], left_out(run)))),
@@ -109,12 +120,10 @@ MEASURES = {
     ),
     "hellaswag": Measure(_score("hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"),
     "winogrande": Measure(_score("winogrande", "acc"), 2, "high"),
-    "tokens_per_hour": Measure(
-        _result("tokens_per_second", 3600 / 1e6), 2, "high", "speeds are those of the median step"
-    ),
-    "clip_share": Measure(_clip_share, 2, "low"),
-    "clipped_by_z": Measure(_by_z, 1, "", "of steps clipped by z-score, bad batches that were put in are left out"),
-    "clipped": Measure(_result("clipped_share", 100), 1, "", "clipped at all counts max_grad_norm too"),
+    "tokens_per_hour": Measure(_result("tokens_per_second", 3600 / 1e6), 2, "", "speeds are those of the median step"),
+    "clip_share": Measure(_clip_share, 2, "", "clipping includes finding the norm, as runs without clipping do too"),
+    "clipped_by_z": Measure(_share("spike"), 1, "", "bad batches that were put in are left out"),
+    "clipped": Measure(_share("clipped"), 1, "", "clipped at all counts max_grad_norm too"),
     "excursion": Measure(
         _beside(excursion),
         3,
@@ -126,7 +135,8 @@ MEASURES = {
         1,
         "low",
         f"a run has recovered where the mean of {RECOVERED_WINDOW} losses is within {RECOVERED:g} nats of the "
-        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then",
+        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then, "
+        "and no more",
     ),
     "lost": Measure(_lost, 3, "low"),
 }

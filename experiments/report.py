@@ -1,4 +1,7 @@
-"""The report: one page of HTML that needs nothing else, with what was run, verdicts, figures and tables."""
+"""The report: one page of HTML that needs nothing else, with what was run, verdicts, figures and tables.
+
+The verdicts are there in Markdown too, for those who read them where the page cannot be shown.
+"""
 
 import base64
 import io
@@ -12,8 +15,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.catalogue import Table
+from experiments.claims import Verdict, verdicts
 from experiments.claims import __doc__ as how_judged
-from experiments.claims import verdicts
 from experiments.collection import Found
 from experiments.definitions import SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches, left_out
@@ -64,12 +67,12 @@ def report(
     )
     devices = sorted({str(run.environment.get("device", "a device that is not known")) for run in runs})
     return template.render(
-        title=f"ZClip (arXiv 2504.02507): the evidence at {scale} scale",
+        title=_title(scale),
         lead=LEAD,
         what=what,
         made=made,
         verdicts=verdicts(found),
-        how_judged=" ".join((how_judged or "").replace("`", "").split()),
+        how_judged=_how_judged().replace("`", ""),
         figures=[(name, _encoded(figure)) for name, figure in figures.items()],
         undrawn=undrawn,
         tables=[
@@ -81,6 +84,27 @@ def report(
         commands=commands,
         versions=f"Runs were made with {', '.join(versions)} on {' and '.join(devices)}." if runs else "",
     )
+
+
+def verdicts_in_markdown(judged: Sequence[Verdict], scale: str) -> str:
+    """Return the paper's claims and what runs say of each.
+
+    Args:
+        judged: the verdicts.
+        scale: of the runs.
+    """
+    parts = [f"# {_title(scale)}, the paper's claims", _how_judged()]
+    for each in judged:
+        parts += [f"## {each.claim}", f"**{each.verdict}**", "\n".join(f"- {number}" for number in each.numbers)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(scale: str) -> str:
+    return f"ZClip (arXiv 2504.02507): the evidence at {scale} scale"
+
+
+def _how_judged() -> str:
+    return " ".join((how_judged or "").split())
 
 
 def _why(runs: Sequence[Run]) -> str:

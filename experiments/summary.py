@@ -17,7 +17,8 @@ PARTS = {"data": "data", "forward_backward": "forward and backward", "clip": "cl
 def summarise(run: Run) -> dict[str, Any]:
     """Return what metrics.jsonl says about a whole run.
 
-    `train_loss` is the mean over the last tenth of the steps, `None` if not finite; `clipped_share` the share of
+    `train_loss` is the mean over the last tenth of the steps that had no bad batch put in on purpose, `None` if not
+    finite or if all had one; `clipped_share` the share of
     steps whose gradients were scaled down; `skipped` the number of steps whose norm was not finite;
     `clipped_by_z` the number of ZClip's spikes, `None` for other strategies; `tokens_per_second`, `mfu` (`None`
     where the devices' peak is not known) and `step_seconds` (by what they go to) those of the median step, so that
@@ -28,12 +29,12 @@ def summarise(run: Run) -> dict[str, Any]:
     metrics = run.metrics
     bad = bad_batches(run)
     steps = len(metrics["step"])
-    tail = metrics["loss"][-max(1, steps // 10) :]
+    tail = np.delete(metrics["loss"], sorted(left_out(run)))[-max(1, steps // 10) :]
     rates = _rates(metrics)
     return {
         "steps": steps,
         "tokens": int(metrics["tokens"][-1]),
-        "train_loss": float(tail.mean()) if np.isfinite(tail).all() else None,
+        "train_loss": float(tail.mean()) if len(tail) and np.isfinite(tail).all() else None,
         "spikes": len(loss_spikes(metrics["loss"], left_out(run))),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
         "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),

@@ -111,7 +111,7 @@ def _notes(table: Table, found: Found) -> list[str]:
         return ["no run of this table is done", *found.notes(_labelled(table))]
     notes = [about(used, sorted({seed for setting, seed in found.runs if setting in settings}))]
     measures = dict.fromkeys(column.measure for column in table.columns)
-    notes += [MEASURES[name].says for name in measures if MEASURES[name].says]
+    notes += [table.says, *(MEASURES[name].says for name in measures)]
     if {"hellaswag", "winogrande"} & set(measures):
         notes.append(_items(used))
     if any(key[0] in settings for key in found.diverged):
@@ -148,7 +148,8 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
     starts = [start for run in runs for start in run.starts]
     windows = {run.config["clip"].get("recovery_window") for run in runs} - {None}
     parts += [
-        f"ZClip with a recovery window of {each} steps, which the paper's has not" for each in sorted(map(str, windows))
+        f"ZClip with recovery (the library's default; the paper has none) in windows of {each} steps"
+        for each in sorted(map(str, windows))
     ]
     commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
     changed = any(start.get("uncommitted_changes") for start in starts)

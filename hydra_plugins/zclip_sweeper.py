@@ -1,6 +1,7 @@
 """Hydra sweeper of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
 
-Its jobs are those of a sweep over the overrides given, times the runs that the experiment is declared to be made of.
+Its jobs are those of a sweep over the overrides given, times the runs that the experiment, or a list of several, is
+declared to be made of.
 """
 
 from collections.abc import Sequence
@@ -14,18 +15,22 @@ from experiments.catalogue import sets
 
 
 class Declared(BasicSweeper):
-    """Runs the set that `experiment=` names; runs that are the same by their settings once."""
+    """Runs the sets that `experiment=` names; runs that are the same by their settings once."""
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """Return the overrides of each job, in one batch.
 
         Raises:
-            ConfigError: an override is of what the experiment sets itself, or names no experiment.
+            ConfigError: an override is of what the experiment sets itself, or names no set of runs, or no scale.
         """
         given = {override.get_key_element(): override for override in overrides}
         name = given["experiment"].get_value_element_as_str()
-        settings = sets()[name]
+        known = sets()
+        names = name.strip("[]").split(",")
+        if strangers := [each for each in names if each not in known]:
+            _refuse(f"experiment={name} is not possible: {strangers[0]} is none of the sets {', '.join(sorted(known))}")
+        settings = list(dict.fromkeys(setting for each in names for setting in known[each]))
         own = {override.partition("=")[0] for setting in settings for override in setting.overrides}
         for key in (given_key.lstrip("+~") for given_key in given):
             if key in own or (key == "lr" and "evidence.lr" in own):

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.catalogue import TABLES, ZCLIP, sets
 from experiments.collection import Expected, Found, collect
-from experiments.distributions import EmptyWindow, distributions
+from experiments.distributions import UnfitWindow, distributions
 from experiments.drawing import NothingToDraw
 from experiments.figures import DRAWN, clipping_functions, draw
 from training.config import CONFIGS, ConfigError, check_folder, identity
@@ -93,7 +93,7 @@ def drawn(
                 figures[name] = distributions(found, windows)
             else:
                 figures[name] = draw(name, found)
-        except EmptyWindow as error:
+        except UnfitWindow as error:
             raise ConfigError(str(error)) from error
         except NothingToDraw:
             undrawn.append(name)

@@ -3,6 +3,7 @@
 Each is drawn as SVG and PNG into `figures/` below `out`, runs/results-micro if it is not given.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.pop(1)
 
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
+from training.folder import write_whole
 
 
 @hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
@@ -29,8 +31,10 @@ def main(cfg: DictConfig) -> None:
         folder = out_folder(cfg, "figures")
         figures, undrawn = drawn(wanted, found, windows)
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=150)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            for ending, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+                picture = io.BytesIO()
+                figure.savefig(picture, format=ending, **settings)
+                write_whole(folder / f"{name}.{ending}", picture.getvalue())
             plt.close(figure)
         for name in undrawn:
             console.print(f"{name} is not drawn: none of its runs is done", style="yellow")

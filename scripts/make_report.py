@@ -1,6 +1,6 @@
 """One page with what the runs say: `python scripts/make_report.py scale=micro [seeds=[0,1,2]]` writes report.html.
 
-It needs no network, and no other file.
+It needs no network, and no other file; its verdicts are in verdicts.md too.
 """
 
 import json
@@ -18,8 +18,9 @@ sys.path.pop(1)
 
 from evaluation.tasks import SETS
 from experiments.catalogue import TABLES
+from experiments.claims import verdicts
 from experiments.collection import Found
-from experiments.report import report
+from experiments.report import report, verdicts_in_markdown
 from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
 from training.folder import environment, write_whole
@@ -60,6 +61,7 @@ def main(cfg: DictConfig) -> None:
             )
         ]
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
+        write_whole(folder / "verdicts.md", verdicts_in_markdown(verdicts(found), cfg.scale))
         write_whole(folder / "report.html", report(found, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")

@@ -58,6 +58,8 @@ def test_summary(tmp_path):
     assert summary["steps"] == 100 and summary["tokens"] == 1000
     assert summary["train_loss"] == pytest.approx(np.mean(range(90, 100)))
     assert summary["clipped_share"] == 0.25
+    run.config["data"] = {"bad_batches": {"steps": [91, 100], "kind": "repeat"}}
+    assert summarise(run)["train_loss"] == pytest.approx(np.mean([88, 89, *range(91, 99)]))
     assert summary["tokens_per_second"] == 100
     assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None
     timed = write_run(tmp_path / "timed", [row(1, 1.0, 0.0) | {"mfu": 0.4, "data_seconds": 0.5, "peak_memory_gib": 2}])

@@ -1,0 +1,121 @@
+"""The declared sets of runs, on the command line."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
+from experiments.measures import MEASURES
+from experiments.tables import paper_numbers
+from tests.conftest import CHECKOUT, train
+from tests.scripts.test_data_scripts import script
+
+
+def test_the_catalogue_is_whole():
+    known = sets()
+    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "evidence"}
+    for name, settings in known.items():
+        text = (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").read_text()
+        assert f"of: {name}\n" in text and settings
+    assert {*TABLES, *FIGURES} < {*known}
+    for name, rows in paper_numbers().items():
+        table = TABLES[name]
+        assert set(rows) == {row.label for row in table.rows}
+        headers = {column.header for column in table.columns}
+        assert all(set(numbers) <= headers for numbers in rows.values())
+    for table in TABLES.values():
+        assert all(column.measure in MEASURES for column in table.columns)
+        assert all(column.group in row.settings for row in table.rows for column in table.columns)
+    clip = OmegaConf.load(CHECKOUT / "configs" / "clip" / "zclip.yaml")
+    assert {key: clip[key] for key in ZCLIP} == ZCLIP, "what is not set on top is what the option sets"
+    assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
+
+
+def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
+    """The real thing, small: a sweep over a declared set, its table, and its mistakes."""
+    tiny = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
+    tiny += ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", f"data.path={corpus}")
+    tiny += (f"paths.cache={cache}", "evidence.bad_batches=[6]", "data.max_test_tokens=2048", "evidence.lab=[6]")
+    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "evidence-micro").iterdir())
+    assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
+    again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 3, "they are shared with Table 5"
+    also = "also=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
+    made = script("make_tables.py", "experiment=table5", also, "out=here", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "here" / "tables" / "table5.md").read_text()
+    assert "seed 0, text embedded" in text and "bad batches of kind repeat put in at steps 6" in text
+    assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
+    other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
+    assert other.returncode == 2 and "nothing is written; nano-" in other.stderr
+    assert "is left out: it is no run of these experiments (" in other.stderr and not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m, and several are"),
+        (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
+        (("-m", "experiment=table3", "scale=micro", "++evidence.lr=1"), "evidence.lr is not yours to set with"),
+        (("-m", "experiment=table3", "clip=none"), "clip is not yours to set with experiment=table3, which sets clip,"),
+        (("-m", "experiment=table3", "lr=1e-3"), "lr is not yours to set with experiment=table3, which sets clip,"),
+        (
+            ("-m", "experiment=table3", "scale=micro", "seed=-1"),
+            "seed=-1 is not allowed: it must be an integer from 0 to",
+        ),
+        (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m, and several are"),
+        (("-m", "experiment=[table2,main]"), "experiment=[table2,main] is not possible: main is none of the sets all,"),
+    ],
+)
+def test_mistakes_are_one_sentence(given, said, tmp_path):
+    done = train(*given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {said}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_of_a_set_says_what_it_takes(tmp_path):
+    done = train("-m", "experiment=table3", "scale=paper", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm/train.sbatch") == 4
+    assert "199.6B" in done.stdout and "plan=" not in done.stdout.lower()
+
+
+def test_a_plan_of_a_set_is_checked(tmp_path):
+    done = train("-m", "experiment=table3", "scale=paper", "plan=true", "data.sequence_length=4096", cwd=tmp_path)
+    assert done.returncode == 2 and "data.sequence_length=4096 is longer than the model's context" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_nothing_is_written_where_no_run_is_done(tmp_path):
+    """What was made of earlier runs stays."""
+    kept = tmp_path / "runs" / "results-micro" / "tables" / "table3.md"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("numbers")
+    for name in ("make_tables.py", "make_report.py"):
+        done = script(name, "seeds=[7]", cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "paths.runs=runs has no finished run of scale=micro with seeds=[7]: nothing is written" in done.stderr
+    assert kept.read_text() == "numbers" and [*kept.parent.parent.rglob("*.*")] == [kept]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("make_tables.py", "experiment=figure10", "experiment=figure10 is not known here: it must be of table2,"),
+        ("make_figures.py", "windows=[[9,8]]", "windows=[[9, 8]] is not allowed: it must be pairs of steps, as"),
+        ("make_tables.py", "also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
+        ("make_tables.py", "seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
+        ("make_report.py", "seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
+        ("make_tables.py", "scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
+        (
+            "make_report.py",
+            "paths.runs=gone",
+            "paths.runs=gone is not there: it must be the folder with evidence-micro/",
+        ),
+    ],
+)
+def test_mistakes_of_the_readers_are_one_sentence(name, given, said, tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = script(name, given, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {said}"), done.stderr

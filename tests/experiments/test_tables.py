@@ -1,0 +1,110 @@
+"""From run folders to tables; folders that are not what they should be."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.catalogue import STRATEGIES, TABLES
+from experiments.claims import NOT_TESTABLE, verdicts
+from experiments.collection import collect
+from experiments.drawing import NothingToDraw
+from experiments.figures import DRAWN, draw
+from experiments.tables import as_csv, fill, latex, markdown
+from tests.experiments.conftest import expected, write_run
+from training.config import identity
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_table_to_the_letter(name, everything):
+    """The files were held against the runs by hand; what changes a table on purpose writes them again."""
+    assert markdown(fill(TABLES[name], everything)) == (Path(__file__).parent / "tables" / f"{name}.md").read_text()
+
+
+def test_latex_and_csv(table3):
+    _, places = table3
+    filled = fill(TABLES["table3"], collect(places, identity))
+    assert "No clipping & 3.0 $\\pm$ 0.0 & 12 &" in latex(filled) and "\\textbf{4.910 $\\pm$ 0.010}" in latex(filled)
+    rows = as_csv(filled).splitlines()
+    assert rows[0] == "table,row,column,paper,mean,std,runs,diverged"
+    assert "table3,No clipping,test loss,2.9,6.91,0.01,3,0" in rows
+
+
+def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
+    labels = list(STRATEGIES)
+    places = expected(STRATEGIES.values(), tmp_path, seeds=(0, 1))
+    folders = {(label, seed): places[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
+    for (label, seed), (place, cfg) in folders.items():
+        if (label, seed) == ("AutoClip", 1):
+            continue
+        gone = {"train_loss": None, "test_loss": None} if (label, seed) == ("No clipping", 1) else {}
+        write_run(place.path, cfg, seed, done=(label, seed) != ("Fixed 1.0", 1), **gone)
+    first, cfg = folders["ZClip", 0]
+    for name, change in (("again", {}), ("longer", {"trainer": {"max_steps": 400}}), ("other-seed", {"seed": 7})):
+        write_run(first.path.with_name(name), OmegaConf.merge(cfg, change, {"name": name}), 0)
+    broken = first.path.with_name("broken")
+    broken.mkdir()
+    (broken / "config.yaml").write_text("{")
+    changed, cfg = folders["ZClip", 1]
+    OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
+    found = collect({key: place for key, (place, _) in places.items()}, identity)
+    text = markdown(fill(TABLES["table3"], found))
+    assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1) after 140 steps." in text
+    assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged)" in text
+    assert sorted(found.others) == sorted(
+        [
+            f"again is left out: it is {first.path.name} again, under a name of its own",
+            "longer is left out: it is no run of these experiments (trainer.max_steps=400, not 140)",
+            "broken is left out: its config.yaml cannot be read",
+            f"{changed.path.name} is left out: its config.yaml was changed (clip.alpha=0.5, not 0.97)",
+        ]
+    )
+
+
+def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
+    places = {key: place for key, (place, _) in expected(STRATEGIES.values(), tmp_path).items()}
+    found = collect(places, identity)
+    for table in TABLES.values():
+        text = markdown(fill(table, found))
+        assert text.endswith("\n\nNo run of this table is done.\n")
+        assert all(not cell.values for row in fill(table, found).cells for cell in row)
+    for name in DRAWN:
+        with pytest.raises(NothingToDraw):
+            draw(name, found)
+    assert {verdict.verdict for verdict in verdicts(found)} == {NOT_TESTABLE}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
+        ("metrics.jsonl", "[1]\n", "cannot be read"),
+        ("metrics.jsonl", None, "not of one run"),
+        ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
+        ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
+        ("environment.json", "[]", "cannot be read"),
+        ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
+        ("eval.json", '{"scores": null}', "cannot be read"),
+        ("eval.json", '{"scores": [{}]}', "eval.json has a score that is none"),
+        ("config.yaml", "[1]", "cannot be read"),
+        ("config.yaml", "trainer: x", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, tmp_path):
+    runs, places = table3
+    shutil.copytree(runs, tmp_path / "runs")
+    key = (STRATEGIES["AutoClip"], 1)
+    moved = {
+        each: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for each, place in places.items()
+    }
+    damaged = moved[key].path / file
+    lines = damaged.read_text().splitlines(keepends=True) if text is None else []
+    damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
+    stranger = moved[key].path.with_name("stranger")
+    stranger.mkdir()
+    (stranger / "config.yaml").write_text("[1]")
+    found = collect(moved, identity)
+    assert key not in found.runs and len(found.runs) == 11
+    assert any(said in line and moved[key].path.name in line for line in found.others), found.others
+    assert "stranger is left out: its config.yaml cannot be read" in found.others
