@@ -48,6 +48,10 @@ def _zclip(lr: float = RATE, **changes: float) -> Setting:
     return Setting("zclip", lr, (NO_RECOVERY, *((f"clip.{key}", f"{value:g}") for key, value in others.items())))
 
 
+def _written(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
+
+
 class Column(NamedTuple):
     """A column of a table.
 
@@ -139,10 +143,7 @@ TABLES = {
             "table2",
             "fixed clipping and ZClip at each learning rate",
             "learning rate",
-            [
-                Row(f"{lr:.0e}".replace("e-0", "e-"), {"fixed": Setting("fixed", lr), "zclip": _zclip(lr)})
-                for lr in LEARNING_RATES
-            ],
+            [Row(_written(lr), {"fixed": Setting("fixed", lr), "zclip": _zclip(lr)}) for lr in LEARNING_RATES],
             [
                 Column(f"{header}, {label}", measure, group)
                 for header, measure in (
@@ -225,12 +226,16 @@ TABLES = {
 }
 
 
+#: What Figures 5 and 6 compare.
+COMPARED = ("Fixed 1.0", "ZClip")
+
+
 def _compared(rates: Sequence[float]) -> dict[str, Setting]:
-    """Return fixed clipping and ZClip at some learning rates."""
+    """Return both at some learning rates."""
     return {
-        f"{label} at {lr:.0e}".replace("e-0", "e-"): setting
+        f"{label} at {_written(lr)}": setting
         for lr in rates
-        for label, setting in (("Fixed 1.0", Setting("fixed", lr)), ("ZClip", _zclip(lr)))
+        for label, setting in zip(COMPARED, (Setting("fixed", lr), _zclip(lr)), strict=True)
     }
 
 

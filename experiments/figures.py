@@ -1,6 +1,6 @@
 """Figures of the paper from runs: loss, norm before, norm after; one row a learning rate."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from experiments.catalogue import (
     ALPHAS,
+    COMPARED,
     FIGURES,
-    HIGH_RATES,
-    LEARNING_RATES,
     STRATEGIES,
     TABLES,
     THRESHOLD_SAYS,
@@ -35,8 +34,6 @@ from experiments.runs import Run, without_bad
 
 #: What stands below figures with losses.
 LEFT_OUT = "losses of bad batches left out"
-#: What Figures 5 and 6 compare, by the groups of Table 2.
-COMPARED = {"fixed": "Fixed 1.0", "zclip": "ZClip"}
 
 
 def draw(name: str, found: Found) -> Figure:
@@ -83,7 +80,7 @@ def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     """Draw loss, norm before and norm after into three axes."""
     said = ""
     for label, runs in there.items():
-        number = list(COMPARED.values()).index(label)
+        number = COMPARED.index(label)
         said = losses(axes[0], runs, label, number)
         for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
             over_seeds(ax, [run.metrics[column] for run in runs], label, number)
@@ -99,24 +96,22 @@ def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     return said
 
 
-def _rates(name: str, title: str, rates: Collection[float], found: Found, says: str = "") -> Figure:
+def _rates(name: str, title: str, found: Found, says: str = "") -> Figure:
     """Draw Figure 5 or 6: a row for each learning rate."""
-    rows = {row.label: row.settings for row in TABLES["table2"].rows}
-    labels = [row.label for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True) if lr in rates]
-    there = {
-        label: {name: runs for group, name in COMPARED.items() if (runs := runs_of(found, rows[label][group]))}
-        for label in labels
-    }
-    there = {label: groups for label, groups in there.items() if groups}
+    there: dict[str, dict[str, list[Run]]] = {}
+    for label, setting in FIGURES[name].items():
+        strategy, _, rate = label.rpartition(" at ")
+        if runs := runs_of(found, setting):
+            there.setdefault(rate, {})[strategy] = runs
     if not there:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(
         len(there), 3, figsize=(11, 2.5 * len(there) + 0.6), layout="constrained", sharex=True, squeeze=False
     )
     said = ""
-    for row, (label, groups) in zip(axes, there.items(), strict=True):
+    for row, (rate, groups) in zip(axes, there.items(), strict=True):
         said = _norms(row, groups)
-        row[0].set_ylabel(f"learning rate {label}")
+        row[0].set_ylabel(f"learning rate {rate}")
     for ax, heading in zip(axes[0], ("training loss", "gradient norm before", "gradient norm after"), strict=True):
         ax.set_title(heading, fontsize=10)
     axes[0][0].legend(fontsize=8)
@@ -255,10 +250,8 @@ DRAWN: dict[str, Callable[[Found], Figure]] = {
     ),
     "figure2": lambda found: _losses("Figure 2: fixed clipping at 1e-3", FIGURES["figure2"], found),
     "figure4": _figure4,
-    "figure5": lambda found: _rates("figure5", "Figure 5: high learning rates", HIGH_RATES, found, THRESHOLD_SAYS),
-    "figure6": lambda found: _rates(
-        "figure6", "Figure 6: low learning rates", [lr for lr in LEARNING_RATES if lr not in HIGH_RATES], found
-    ),
+    "figure5": lambda found: _rates("figure5", "Figure 5: high learning rates", found, THRESHOLD_SAYS),
+    "figure6": lambda found: _rates("figure6", "Figure 6: low learning rates", found),
     "figure7": _figure7,
     "figure8": lambda found: _losses("Figure 8: variants of the clipping function at 1e-3", FIGURES["figure8"], found),
     "figure9": distributions,

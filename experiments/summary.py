@@ -10,6 +10,9 @@ from rich.text import Text
 from experiments.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches, left_out
 
+#: Settings that differ between the runs of a sweep have a column each, if they are no more than this.
+MOST_COLUMNS = 3
+
 #: Parts of a step's time, as metrics.jsonl and as the table name them.
 PARTS = {"data": "data", "forward_backward": "forward and backward", "clip": "clipping", "optimizer": "optimizer"}
 
@@ -71,18 +74,21 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
     """
     keys = dict.fromkeys(key for overrides, _ in jobs for key in overrides)
     varied = [key for key in keys if len({overrides.get(key) for overrides, _ in jobs}) > 1]
-    shown = Table(title="sweep", title_justify="left")
-    for column in varied:
-        shown.add_column(column)
+    several = len(varied) > MOST_COLUMNS
+    shown = Table(title="sweep", title_justify="left", show_lines=several, padding=(0, 0 if several else 1))
+    for column in ["settings"] if several else varied:
+        shown.add_column(column, min_width=25 if several else None, overflow="fold")
     for column in ("test loss", "train loss", "spikes", "clipped"):
         shown.add_column(column, justify="right")
     injected = any(result.get("bad_batches") for _, result in jobs)
     if injected:
-        shown.add_column("bad batches put in", justify="right")
+        shown.add_column("bad batches", justify="right")
     best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
     for overrides, result in jobs:
         losses = ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
-        cells = [overrides.get(key, "") for key in varied] + losses
+        own = {key: overrides[key] for key in varied if key in overrides}
+        cells = [" ".join(f"{key}={value}" for key, value in own.items())] if several else [*map(own.get, varied)]
+        cells += losses
         cells += [str(result["spikes"]), f"{result['clipped_share']:.1%}"]
         if injected:
             cells.append(_injected(result) or "none")

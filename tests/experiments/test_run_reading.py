@@ -97,6 +97,17 @@ def test_the_tables_show_the_numbers():
         assert shown in text
 
 
+def test_many_settings_of_a_sweep_can_be_read_in_a_narrow_terminal():
+    result = {"test_loss": 4.5, "train_loss": 4.6, "spikes": 0, "clipped_share": 0.1}
+    jobs = [({"clip": "zclip", "a": "1", "same": "0"}, result), ({"b": "2", "c": "3", "same": "0"}, result)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison(jobs))
+    text = console.export_text()
+    assert "clip=zclip a=1 " in text and "b=2 c=3 " in text and "same" not in text and "test loss" in text
+    console.print(comparison([job for job in jobs if "clip" in job[0]] + [({"clip": "fixed"}, result)]))
+    assert "=" not in console.export_text()
+
+
 def test_the_picture_shows_the_columns(tmp_path):
     rows = [row(i + 1, 5.0 - 0.01 * i, None if i < 20 else 4.0 * (i == 50), float(i == 50)) for i in range(80)]
     rows = [r | {"grad_norm": 2.0 + i, "clipped_norm": 1.0 + i} for i, r in enumerate(rows)]

@@ -1,13 +1,16 @@
 """The declared sets of runs, on the command line."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
 from experiments.measures import MEASURES
 from experiments.tables import paper_numbers
+from scripts.evidence import chosen, step_windows
 from tests.conftest import CHECKOUT, train
 from tests.scripts.test_data_scripts import script
+from training.config import ConfigError
 
 
 def test_the_catalogue_is_whole():
@@ -100,22 +103,23 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "said"),
+    ("given", "said"),
     [
-        ("make_tables.py", "experiment=figure10", "experiment=figure10 is not known here: it must be of table2,"),
-        ("make_figures.py", "windows=[[9,8]]", "windows=[[9, 8]] is not allowed: it must be pairs of steps, as"),
-        ("make_tables.py", "also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
-        ("make_tables.py", "seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
-        ("make_report.py", "seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
-        ("make_tables.py", "scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
-        (
-            "make_report.py",
-            "paths.runs=gone",
-            "paths.runs=gone is not there: it must be the folder with evidence-micro/",
-        ),
+        ("experiment=figure10", "experiment=figure10 is not known here: it must be of table2,"),
+        ("windows=[[9,8]]", "windows=[[9, 8]] is not allowed: it must be pairs of steps, as"),
+        ("also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
+        ("seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
+        ("seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
+        ("scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
+        ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with evidence-micro/"),
     ],
 )
-def test_mistakes_of_the_readers_are_one_sentence(name, given, said, tmp_path):
+def test_mistakes_of_the_readers_are_named(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    done = script(name, given, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {said}"), done.stderr
+    with initialize_config_dir(str(CHECKOUT / "configs" / "evidence"), version_base="1.3"):
+        cfg = compose("results", [given])
+    with pytest.raises(ConfigError) as error:
+        chosen(cfg)
+        step_windows(cfg)
+    assert str(error.value).startswith(said)
