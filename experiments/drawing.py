@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.catalogue import Setting
 from experiments.collection import Found
-from experiments.runs import Run, bad_batches, without_bad
+from experiments.runs import Run, bad_batches, loss_above, without_bad
 
 matplotlib.rcParams["svg.hashsalt"] = "zclip"  # the same figure is the same file
 
@@ -57,9 +57,7 @@ def losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = 
 
 def differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
     """Draw by how much one run's loss is above another's of the same seed, and return what was done to it."""
-    rows, widths = zip(
-        *(smooth(without_bad(run, "loss") - without_bad(other, "loss")) for run, other in pairs), strict=True
-    )
+    rows, widths = zip(*(smooth(loss_above(run, other)) for run, other in pairs), strict=True)
     over_seeds(ax, rows, label, number)
     return f"mean of {widths[0]} steps"
 

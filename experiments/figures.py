@@ -68,7 +68,7 @@ def _losses(title: str, shown: Mapping[str, Setting], found: Found, says: str = 
             if pairs:
                 differences(ax, pairs, label, numbers[label])
         ax.axhline(0, color=COLOURS[numbers[first]], lw=0.9)
-        ax.set_ylabel(f"minus {first}'s,\nsame seed", fontsize=9)
+        ax.set_ylabel(f'minus "{first}",\nsame seed', fontsize=9)
     for (ax,) in axes:
         mark_bad(ax, every)
     top.legend()
@@ -201,7 +201,7 @@ def _spike_lab(found: Found) -> Figure:
             there[row.label] = pairs
     if not there:
         raise NothingToDraw(title)
-    columns = 4 if len(there) > 9 else 3
+    columns = 5 if len(there) > 6 else 3
     figure, axes = plt.subplots(
         -(-len(there) // columns), columns, figsize=(11, 2.3 * -(-len(there) // columns) + 0.6), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
