@@ -53,7 +53,7 @@ figures: setup ## the paper's figures from our runs
 report: setup ## one page with verdicts, figures and tables
 	$(BIN)/python scripts/make_report.py $(ARGS)
 
-reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scores, table, figures, report (six minutes idle)
+reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scores, table, figures, report (eight minutes)
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
 	$(BIN)/python scripts/evaluate.py run=runs/evidence-micro eval.limit=100
