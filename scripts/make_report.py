@@ -50,10 +50,13 @@ def main(cfg: DictConfig) -> None:
         readers = [f"scale={cfg.scale}", f"seeds=[{seeds}]", where]
         readers += [f"also=[{','.join(json.dumps(each) for each in cfg.also)}]"] if cfg.also else []
         seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
+        on_cpus = all("CPU" in str(run.environment.get("device")) for run in found.runs.values())
+        side_by_side = ["hydra/launcher=local"] if on_cpus else []  # several at a time are faster
+        train = ["python", "train.py", "-m", "experiment=all", f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also]
         commands = [
             shlex.join(each)
             for each in (
-                ["python", "train.py", "-m", "experiment=all", f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also],
+                [*train, *side_by_side],
                 ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
                 ["python", "scripts/make_tables.py", *readers],
                 ["python", "scripts/make_figures.py", *readers, *seen],
