@@ -58,8 +58,8 @@ reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scor
 	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
 	$(BIN)/python scripts/evaluate.py run=runs/evidence-micro eval.limit=100
 	$(BIN)/python scripts/make_tables.py experiment=table3 out=runs/reproduced
-	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7,figure9]" out=runs/reproduced
-	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7,figure9]" out=runs/reproduced
+	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
+	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
 
 status: setup ## how the runs of an experiment are doing: ARGS="folder=runs/main"
 	@$(BIN)/python scripts/status.py $(ARGS)

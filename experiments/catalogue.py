@@ -18,7 +18,7 @@ ZCLIP = {"z_thresh": 2.5, "alpha": 0.97}
 #: The paper's ZClip never starts its statistics anew; the library's does, see `help(ZClip)`.
 NO_RECOVERY = ("clip.recovery_window", "null")
 #: What the paper says of its thresholds (Section 4).
-THRESHOLD_SAYS = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the others, as in the paper"
+THRESHOLD_SAYS = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the others (the paper's Section 4)"
 
 
 class Setting(NamedTuple):
@@ -50,6 +50,10 @@ def _zclip(lr: float = RATE, **changes: float) -> Setting:
 
 def _written(lr: float) -> str:
     return f"{lr:.0e}".replace("e-0", "e-")
+
+
+#: What the runs of a row are called, by its groups.
+GROUPS = {"fixed": "fixed", "zclip": "ZClip", "bad": "with bad batches", "good": "without bad batches"}
 
 
 class Column(NamedTuple):
@@ -248,7 +252,7 @@ FIGURES: dict[str, dict[str, Setting]] = {
     "figure6": _compared([lr for lr in LEARNING_RATES if lr not in HIGH_RATES]),
     "figure7": {"ZClip": _zclip()},
     "figure8": VARIANTS,
-    "figure9": {"ZClip": _zclip()},
+    "figure9": {"ZClip": _lab(_zclip(), "[]")},
     "ema": {f"alpha {label}": setting for label, setting in ALPHAS.items()},
 }
 

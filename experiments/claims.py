@@ -4,9 +4,10 @@ Runs of the same seed see the same batches, so strategies are compared seed by s
 the learning rates that are compared: the mean difference, and the two-sided paired t-test over seeds (where all seeds
 have the same difference, the sign test). A verdict needs three seeds that have all runs compared, on the same text. A
 difference counts with p < 0.05, and is absent where even the upper end of its 95 % interval is small; p-values are not
-corrected for their number. Where a run that is compared has diverged, a mean over the others would leave out the worst,
-and the claim is not testable. What else a verdict asks for stands with its numbers. `not supported` means that these
-runs do not show it, be it the other way round or within what seeds do.
+corrected for their number. A run that has diverged is never left out of a mean: it speaks against the strategy that it
+is of, or where it is what the strategy is measured by, the claim is not testable. What else a verdict asks for stands
+with its numbers. `not supported` means that these runs do not show it, be it the other way round or within what seeds
+do.
 """
 
 import math
@@ -16,12 +17,22 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.catalogue import ALPHAS, HIGH_RATES, LEARNING_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
+from experiments.catalogue import (
+    ALPHAS,
+    FIGURES,
+    HIGH_RATES,
+    LEARNING_RATES,
+    STRATEGIES,
+    TABLES,
+    THRESHOLDS,
+    VARIANTS,
+    Setting,
+)
 from experiments.collection import Found
 from experiments.definitions import REACHED_WINDOW, SPIKE_WINDOW, tokens_to_reach
 from experiments.distributions import LEAST_NORMS, norm_windows, window_norms
 from experiments.measures import MEASURES
-from experiments.runs import Run, without_bad
+from experiments.runs import without_bad
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
 
@@ -32,7 +43,9 @@ SIGNIFICANT = 0.05
 #: Percent of a step that is negligible.
 NEGLIGIBLE = 1.0
 #: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
-FEW_SPIKES, LITTLE = 0.1, 0.02
+FEW_SPIKES, LITTLE = 0.2, 0.02
+#: Seeds with which a sign test can be significant.
+SEEDS_OF_SIGNS = 6
 #: Share of a run that a short window is at most; the paper's are 1.1 %.
 SHORT = 0.05
 
@@ -124,23 +137,39 @@ def verdicts(found: Found) -> list[Verdict]:
     return judged
 
 
-def _healthy(found: Found, setting: Setting, seed: int) -> Run | None:
-    """Return a run, `None` if it is not done; raise `Untestable` if it has diverged."""
-    if (setting, seed) in found.diverged:
-        raise Untestable(f"a run that is compared has diverged: {' '.join(setting.overrides)} seed={seed}")
-    return found.runs.get((setting, seed))
+def _diverged(found: Found, setting: Setting) -> list[int]:
+    """Return the seeds with which a setting has diverged."""
+    return [seed for seed in found.seeds if (setting, seed) in found.diverged]
+
+
+def _named(setting: Setting, seeds: Sequence[int]) -> str:
+    """Name runs as on the command line."""
+    return f"{' '.join(setting.overrides)} seed={','.join(map(str, seeds))}"
+
+
+def _whole(found: Found, settings: Sequence[Setting]) -> None:
+    """Raise `Untestable` if a run of some settings has diverged."""
+    for setting in settings:
+        if gone := _diverged(found, setting):
+            raise Untestable(f"a run that others are measured by has diverged: {_named(setting, gone)}")
 
 
 def _by_seed(found: Found, measure: str, settings: Sequence[tuple[Setting, Setting | None]]) -> dict[int, float]:
-    """Return the mean of a number over settings, each with its undisturbed one, by seed, of seeds that have all."""
+    """Return the mean of a number over settings, each with its undisturbed one, by seed, of seeds that have all.
+
+    Raises:
+        Untestable: a number is not finite: a mean over the others would leave out the worst.
+    """
     values = {}
     for seed in found.seeds:
         own = []
         for setting, calm in settings:
-            run = _healthy(found, setting, seed)
-            other = None if calm is None else _healthy(found, calm, seed)
-            own.append(None if run is None else MEASURES[measure].of(run, other))
-        known = [value for value in own if value is not None and np.isfinite(value)]
+            run, other = found.runs.get((setting, seed)), None if calm is None else found.runs.get((calm, seed))
+            value = None if run is None else MEASURES[measure].of(run, other)
+            if value is not None and not math.isfinite(value):
+                raise Untestable(f"a run that is compared has no finite number: {_named(setting, [seed])}")
+            own.append(value)
+        known = [value for value in own if value is not None]
         if len(known) == len(settings):
             values[seed] = float(np.mean(known))
     return values
@@ -152,9 +181,18 @@ def _difference(one: dict[int, float], other: dict[int, float] | None = None) ->
     return paired([one[seed] for seed in seeds], [0.0 if other is None else other[seed] for seed in seeds])
 
 
-def _compare(found: Found, measure: str, one: Sequence[Setting], other: Sequence[Setting]) -> Difference:
-    first, second = (_by_seed(found, measure, [(setting, None) for setting in each]) for each in (one, other))
-    return _difference(first, second)
+def _losses(found: Found, measure: str, settings: Sequence[Setting]) -> dict[int, float]:
+    """Return the mean loss over settings by seed; raise `Untestable` if one has diverged."""
+    _whole(found, settings)
+    return _by_seed(found, measure, [(setting, None) for setting in settings])
+
+
+def _said(find: Callable[[], Difference], decimals: int = 3) -> str:
+    """Return a difference that no verdict hangs on, or why there is none."""
+    try:
+        return find().says(decimals)
+    except Untestable as why:
+        return str(why)
 
 
 def _rates() -> dict[float, Mapping[str, Setting]]:
@@ -163,43 +201,59 @@ def _rates() -> dict[float, Mapping[str, Setting]]:
 
 def _excursions(found: Found, label: str) -> dict[int, float]:
     settings = next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
+    _whole(found, [settings["good"]])
     return _by_seed(found, "excursion", [(settings["bad"], settings["good"])])
 
 
 def _spikes(found: Found, group: str) -> dict[int, float]:
-    """Return the spikes in a run, over all learning rates, by seed."""
+    """Return the spikes in a run, over all learning rates, by seed; also those of runs that have diverged."""
     return _by_seed(found, "spikes", [(row[group], None) for row in _rates().values()])
 
 
-def _left(found: Found, label: str, group: str) -> tuple[Difference, Difference, list[str]]:
-    """Return how many spikes a strategy leaves, how far its loss is above the undisturbed run's, and both in words."""
-    spikes, excursion = _difference(_spikes(found, group)), _difference(_excursions(found, label))
+def _left(found: Found, label: str, group: str) -> tuple[Difference, Difference, float, list[str]]:
+    """Return how many spikes a strategy leaves, how far its loss is above the undisturbed run's, and both in words.
+
+    The third number is the upper 95 % bound of the spikes in a run, of as many as there are in all (Poisson).
+    """
+    by_seed = _spikes(found, group)
+    spikes, excursion = _difference(by_seed), _difference(_excursions(found, label))
+    runs = len(by_seed) * len(LEARNING_RATES)
+    most = float(stats.chi2.ppf(0.95, 2 * round(spikes.mean * runs) + 2)) / 2 / runs
     numbers = [
-        f"{label}: spikes in a run, over all learning rates: {spikes.says(2)}; none can be in the first {SPIKE_WINDOW} "
-        "steps",
+        f"{label}: spikes in a run, over all learning rates: {spikes.says(2)}, at most {most:.2f} (95 %); the first "
+        f"{SPIKE_WINDOW} steps can only spike by not being finite",
         f"{label}: loss after bad batches minus the undisturbed run's, in nats: {excursion.says()}, at most "
         f"{excursion.most:.3f} (95 %)",
     ]
-    return spikes, excursion, numbers
+    return spikes, excursion, most, numbers
 
 
 def _spikes_of_fixed(found: Found) -> Judged:
-    spikes, excursion, numbers = _left(found, "Fixed 1.0", "fixed")
+    spikes, excursion, _, numbers = _left(found, "Fixed 1.0", "fixed")
     rule = "rule: a run has more than none on the mean of the learning rates, or its loss is above after bad batches"
     return SUPPORTED if spikes.above or excursion.above else NOT_SUPPORTED, [*numbers, rule]
 
 
 def _spikes_of_zclip(found: Found) -> Judged:
-    spikes, excursion, numbers = _left(found, "ZClip", "zclip")
+    of_fixed, after_fixed, _, _ = _left(found, "Fixed 1.0", "fixed")
+    if not of_fixed.above and not after_fixed.above:
+        raise Untestable("fixed clipping leaves none for sure, so that there is nothing to remove")
+    _, excursion, most, numbers = _left(found, "ZClip", "zclip")
     own = _excursions(found, "ZClip")
     for label in ("Fixed 1.0", "No clipping"):
-        numbers.append(f"that loss, ZClip minus {label}: {_difference(own, _excursions(found, label)).says()}")
+        less = _said(lambda: _difference(own, _excursions(found, label)))  # noqa: B023, called at once
+        numbers.append(f"that loss, ZClip minus {label}: {less}")
     fewer = _difference(_spikes(found, "zclip"), _spikes(found, "fixed"))
     numbers += [
         f"spikes in a run, ZClip minus fixed: {fewer.says(2)}",
-        f"rule: none are left, with 95 % at most {FEW_SPIKES:g} in a run and {LITTLE:g} nats after bad batches",
+        f"rule: none are left, with 95 % at most {FEW_SPIKES:g} in a run and {LITTLE:g} nats after bad batches, and no "
+        "run has diverged",
     ]
-    return SUPPORTED if spikes.most <= FEW_SPIKES and excursion.most <= LITTLE else NOT_SUPPORTED, numbers
+    lab = next(row.settings["bad"] for row in TABLES["spike_lab"].rows if row.label == "ZClip")
+    zclip = dict.fromkeys([*(row["zclip"] for row in _rates().values()), lab])
+    if gone := [_named(setting, seeds) for setting in zclip if (seeds := _diverged(found, setting))]:
+        return NOT_SUPPORTED, [f"diverged: {'; '.join(gone)}", *numbers]
+    return SUPPORTED if most <= FEW_SPIKES and excursion.most <= LITTLE else NOT_SUPPORTED, numbers
 
 
 def _loss(found: Found, setting: Setting, seed: int) -> float | None:
@@ -219,34 +273,56 @@ def _higher_rates(found: Found) -> Judged:
             if len(known) == len(losses):
                 if min(known.values()) == math.inf:
                     raise Untestable(f"clip={group} has diverged at every learning rate with seed {seed}")
-                rates[seed] = math.log10(min(known, key=known.__getitem__))
-    difference = _difference(best["zclip"], best["fixed"])
+                rates[seed] = min(known, key=known.__getitem__)
+    seeds = sorted(best["fixed"].keys() & best["zclip"].keys())
+    if len(seeds) < LEAST_SEEDS:
+        raise Untestable(TOO_FEW)
+    higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
+    lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
+    p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
     high = [row for lr, row in _rates().items() if lr in HIGH_RATES]
+
+    def at_high_rates() -> Difference:
+        one, other = (_losses(found, "train_loss", [row[group] for row in high]) for group in ("zclip", "fixed"))
+        return _difference(one, other)
+
     numbers = [
         "best learning rate by seed: "
         + "; ".join(
-            f"{name} {', '.join(f'{10**rate:.0e}' for rate in best[group].values())}"
+            f"{name} {', '.join(f'{best[group][seed]:.0e}' for seed in seeds)}"
             for name, group in (("fixed", "fixed"), ("ZClip", "zclip"))
         ),
-        f"logarithm of the best rate, ZClip minus fixed: {difference.says(2)}; a run that diverged is the worst",
+        f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a run "
+        "that diverged is the worst",
+        f"train loss on the mean of 1e-3 to 5e-3, ZClip minus fixed: {_said(at_high_rates)}",
+        "rule: the best rate is higher",
     ]
-    try:
-        lower = _compare(found, "train_loss", [row["zclip"] for row in high], [row["fixed"] for row in high]).says()
-    except Untestable as why:
-        lower = str(why)
-    numbers += [f"train loss on the mean of 1e-3 to 5e-3, ZClip minus fixed: {lower}", "rule: the best rate is higher"]
-    return SUPPORTED if difference.above else NOT_SUPPORTED, numbers
+    if higher > lower and p < SIGNIFICANT:
+        return SUPPORTED, numbers
+    if higher and not lower and len(seeds) < SEEDS_OF_SIGNS:
+        return NOT_TESTABLE, [*numbers, f"fewer than {SEEDS_OF_SIGNS} seeds cannot show it"]
+    return NOT_SUPPORTED, numbers
 
 
 def _saved(found: Found, fixed: Setting, zclip: Setting) -> dict[int, float]:
-    """Return the share of tokens that ZClip saves to reach the loss at the end of fixed clipping, by seed."""
+    """Return the share of tokens that ZClip saves to reach the loss at the end of fixed clipping, by seed.
+
+    Counted from where fixed clipping itself is first there, which a mean of few steps can be before its end. None are
+    saved by a run that does not get there, or has diverged.
+    """
+    _whole(found, [fixed])
     saved = {}
     for seed in found.seeds:
-        one, other = _healthy(found, fixed, seed), _healthy(found, zclip, seed)
+        one, other = found.runs.get((fixed, seed)), found.runs.get((zclip, seed))
         if one is not None and other is not None:
-            target = float(without_bad(one, "loss")[-REACHED_WINDOW:].mean())
+            loss = without_bad(one, "loss")
+            target = float(loss[-REACHED_WINDOW:].mean())
+            itself = tokens_to_reach(loss, one.metrics["tokens"], target)
             reached = tokens_to_reach(without_bad(other, "loss"), other.metrics["tokens"], target)
-            saved[seed] = 0.0 if reached is None else 1 - reached / float(one.metrics["tokens"][-1])
+            if itself is None or reached is None or (zclip, seed) in found.diverged:
+                saved[seed] = 0.0
+            else:
+                saved[seed] = 1 - reached / itself
     return saved
 
 
@@ -260,7 +336,7 @@ def _fewer_tokens(found: Found) -> Judged:
             if saved := _saved(found, row["fixed"], row["zclip"]):
                 equal.append(f"{lr:.0e} {np.mean(list(saved.values())):.0%}")
         except Untestable:
-            equal.append(f"{lr:.0e} diverged")
+            equal.append(f"{lr:.0e} fixed diverged")
     numbers = [
         f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {difference.mean:.0%} fewer tokens "
         f"({', '.join(f'{share:.0%}' for share in papers.values())} by seed; 0 % where it does not get there)",
@@ -270,35 +346,55 @@ def _fewer_tokens(found: Found) -> Judged:
     return SUPPORTED if difference.above and difference.mean >= 0.35 else NOT_SUPPORTED, numbers
 
 
+def _beats(
+    found: Found, measure: str, claimed: tuple[str, Setting], rivals: Mapping[str, Setting]
+) -> tuple[bool, list[str]]:
+    """Return whether a setting has a lower loss than each of others, and how much lower; who diverges is beaten."""
+    label, setting = claimed
+    if gone := _diverged(found, setting):
+        return False, [f"{label} has diverged: {_named(setting, gone)}"]
+    own, beaten, numbers = _losses(found, measure, [setting]), [], []
+    for name, rival in rivals.items():
+        if gone := _diverged(found, rival):
+            beaten.append(len(own) >= LEAST_SEEDS)
+            numbers.append(f"{name} has diverged: {_named(rival, gone)}")
+            continue
+        difference = _difference(own, _losses(found, measure, [rival]))
+        beaten.append(difference.below)
+        numbers.append(f"{label} minus {name}: {difference.says(4)}")
+    return all(beaten), numbers
+
+
 def _reciprocal(found: Found) -> Judged:
-    own = [VARIANTS["Reciprocal"]]
-    differences = {name: _compare(found, "test_loss", own, [VARIANTS[name]]) for name in ("Mean", "Max")}
-    numbers = [f"test loss, reciprocal minus {name.lower()}: {each.says(4)}" for name, each in differences.items()]
-    better = all(difference.below for difference in differences.values())
-    return SUPPORTED if better else NOT_SUPPORTED, [*numbers, "rule: it is below both"]
+    rivals = {name.lower(): VARIANTS[name] for name in ("Mean", "Max")}
+    better, numbers = _beats(found, "test_loss", ("reciprocal", VARIANTS["Reciprocal"]), rivals)
+    return SUPPORTED if better else NOT_SUPPORTED, [*numbers, "test losses; rule: it is below both"]
 
 
 def _best_of(settings: dict[str, Setting], claimed: str) -> Judge:
     def judge(found: Found) -> Judged:
-        every = {label: _by_seed(found, "train_loss", [(setting, None)]) for label, setting in settings.items()}
-        seeds = sorted(set.intersection(*(set(values) for values in every.values())))
-        values = {label: {seed: own[seed] for seed in seeds} for label, own in every.items()}
-        means = {label: float(np.mean([*own.values()])) if own else math.nan for label, own in values.items()}
-        rival = min((label for label in means if label != claimed), key=means.__getitem__)
-        difference = _difference(values[claimed], values[rival])
-        numbers = [
-            "mean train loss: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()),
-            f"{claimed} minus {rival}, the best of the others: {difference.says(4)}",
-            "rule: it is below the best of the others",
-        ]
-        return SUPPORTED if difference.below else NOT_SUPPORTED, numbers
+        healthy = {label: setting for label, setting in settings.items() if not _diverged(found, setting)}
+        every = {label: _losses(found, "train_loss", [setting]) for label, setting in healthy.items()}
+        seeds = sorted(set.intersection(*(set(values) for values in every.values()))) if every else []
+        if len(seeds) < LEAST_SEEDS:
+            raise Untestable(TOO_FEW)
+        means = {label: float(np.mean([values[seed] for seed in seeds])) for label, values in every.items()}
+        rivals = sorted((label for label in means if label != claimed), key=means.__getitem__)[:1]
+        rivals += [label for label in settings if label not in healthy and label != claimed]
+        better, numbers = _beats(
+            found, "train_loss", (claimed, settings[claimed]), {label: settings[label] for label in rivals}
+        )
+        shown = "mean train loss: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items())
+        return SUPPORTED if better else NOT_SUPPORTED, [shown, *numbers, "rule: it is below the best of the others"]
 
     return judge
 
 
 def _normal(found: Found) -> Judged:
     results: dict[str, list[float]] = {"norms": [], "log norms": []}
-    runs = [run for seed in found.seeds if (run := _healthy(found, STRATEGIES["ZClip"], seed)) is not None]
+    shown = FIGURES["figure9"]["ZClip"]
+    _whole(found, [shown])
+    runs = [run for seed in found.seeds if (run := found.runs.get((shown, seed))) is not None]
     if len(runs) < LEAST_SEEDS:
         raise Untestable(TOO_FEW)
     share = 0.0

@@ -13,10 +13,13 @@ from experiments.catalogue import Setting
 from experiments.definitions import diverged
 from experiments.runs import Run, left_out, read_run
 
-#: Columns of metrics.jsonl, and numbers of result.json, that a run must have; and those that may be null.
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "clipped_norm")
+#: Columns of metrics.jsonl that a run must have, those that one with ZClip must; numbers of result.json, and those that
+#: may be null; and sections of config.yaml.
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped")
+COLUMNS_OF_ZCLIP = ("mean", "std", "spike")
 RESULTS = ("steps", "tokens", "parameters")
-RESULTS_OR_NULL = ("train_loss", "test_loss", "tokens_per_second", "clipped_share")
+RESULTS_OR_NULL = ("train_loss", "test_loss", "tokens_per_second")
+SECTIONS = ("evidence", "data", "model", "clip")
 
 #: A setting, and a seed.
 Key = tuple[Setting, int]
@@ -84,6 +87,8 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
     paths = {each.path.resolve() for each in expected.values()}
     for key, each in expected.items():
         if not (each.path / "config.yaml").is_file():
+            if (each.path / "result.json").is_file():
+                found.others.append(f"{each.path.name} is left out: it has no config.yaml")
             continue
         own = _settings(each.path, identity)
         if own is None or (changed := _differences(own, each.identity)):
@@ -118,7 +123,10 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
 
 def _checked(run: Run) -> Run:
     """Return a finished run, or raise `ValueError` if one of its files lacks what tables and figures need."""
-    if missing := [name for name in COLUMNS if name not in run.metrics]:
+    if missing := [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]:
+        raise ValueError(f"config.yaml has no {', '.join(missing)}")
+    columns = COLUMNS + (COLUMNS_OF_ZCLIP if "z_thresh" in run.config["clip"] else ())
+    if missing := [name for name in columns if name not in run.metrics]:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
     result: Any = run.result
     if not isinstance(result, dict):
@@ -126,6 +134,10 @@ def _checked(run: Run) -> Run:
     for key in (*RESULTS, *(key for key in RESULTS_OR_NULL if result.get(key) is not None)):
         if not isinstance(result.get(key), int | float):
             raise ValueError(f"result.json has {key}={result.get(key)!r}, which is no number")
+    if not isinstance(result.get("data_fingerprint"), str):
+        raise ValueError("result.json has no data_fingerprint")
+    if not isinstance(result.get("step_seconds", {}), dict):
+        raise ValueError(f"result.json has step_seconds={result['step_seconds']!r}, which are no parts of a step")
     if not np.array_equal(run.metrics["step"], np.arange(1, result["steps"] + 1)):
         raise ValueError("its metrics.jsonl and result.json are not of one run")
     if not all(isinstance(start, dict) and isinstance(start.get("versions"), dict) for start in run.starts):

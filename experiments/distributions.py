@@ -62,7 +62,8 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
         for pair, sample, name in ((row[:2], values, "norm"), (row[2:], np.log(values), "log norm")):
             _distribution(pair, sample, name)
         row[0].set_ylabel(f"steps {first} to {last}\ndensity")
-    return finished(figure, f"{title} (before clipping, without bad batches)", "", [run])
+    shown = f"{title} (before clipping, no bad batches put in)"
+    return finished(figure, shown, "", [run], found.notes(FIGURES["figure9"].items()))
 
 
 def norm_windows(run: Run) -> list[tuple[int, int]]:

@@ -52,14 +52,14 @@ def losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = 
     """Draw the losses of some seeds, those of bad batches left out, and return what was done to them."""
     rows, widths = zip(*(smooth(without_bad(run, "loss")) for run in runs), strict=True)
     over_seeds(ax, rows, label, number, band)
-    return f"mean of {widths[0]} steps"
+    return f"mean of {widths[0]} steps around each"
 
 
 def differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
     """Draw by how much one run's loss is above another's of the same seed, and return what was done to it."""
     rows, widths = zip(*(smooth(loss_above(run, other)) for run, other in pairs), strict=True)
     over_seeds(ax, rows, label, number)
-    return f"mean of {widths[0]} steps"
+    return f"mean of {widths[0]} steps around each"
 
 
 def over_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, number: int, band: bool = True) -> None:

@@ -11,6 +11,7 @@ from experiments.catalogue import (
     ALPHAS,
     COMPARED,
     FIGURES,
+    GROUPS,
     STRATEGIES,
     TABLES,
     THRESHOLD_SAYS,
@@ -57,8 +58,9 @@ def _losses(title: str, shown: Mapping[str, Setting], found: Found, says: str = 
         rows, 1, figsize=(7.5, 2 + 2.4 * rows), layout="constrained", sharex=True, squeeze=False
     )
     top, every = axes[0][0], [run for runs in there.values() for run in runs]
+    most = max(map(len, there.values()))
     for label, runs in there.items():
-        said = losses(top, runs, label, numbers[label], band=not others)
+        said = losses(top, runs, _with_seeds(label, runs, most), numbers[label], band=not others)
     top.set_ylabel("training loss (nats/token)")
     if others:
         ax = axes[1][0]
@@ -76,11 +78,16 @@ def _losses(title: str, shown: Mapping[str, Setting], found: Found, says: str = 
     return finished(figure, title, f"{said}; {LEFT_OUT}", every, [*notes, *found.notes(shown.items())])
 
 
+def _with_seeds(label: str, runs: Sequence[Run], most: int) -> str:
+    """Return a label that says how many seeds a line is of, if another is of more."""
+    return label if len(runs) == most else f"{label} ({len(runs)} of {most} seeds)"
+
+
 def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
     """Draw loss, norm before and norm after into three axes."""
-    said = ""
+    said, most = "", max(map(len, there.values()))
     for label, runs in there.items():
-        number = COMPARED.index(label)
+        number, label = COMPARED.index(label), _with_seeds(label, runs, most)
         said = losses(axes[0], runs, label, number)
         for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
             over_seeds(ax, [run.metrics[column] for run in runs], label, number)
@@ -130,22 +137,31 @@ def _figure4(found: Found) -> Figure:
     for number, (label, runs) in enumerate(zip(FIGURES["figure4"], (fixed, zclip), strict=True)):
         smoothed = losses(ax, runs, label, number)
     each = int(fixed[0].metrics["tokens"][0])
-    target = float(np.mean([without_bad(run, "loss")[-REACHED_WINDOW:].mean() for run in fixed]))
-    ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
-    reached = [tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], target) for run in zclip]
-    there = [tokens for tokens in reached if tokens is not None]
-    if len(there) < len(reached):
-        said = f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"
-    else:
-        share = float(np.mean(there)) / float(fixed[0].metrics["tokens"][-1])
-        said = f"ZClip is there after {share:.0%} of the tokens"
-        ax.axvline(share * len(fixed[0].metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
+    said = _reached(ax, fixed, zclip)
+    mark_bad(ax, [*fixed, *zclip])
     ax.plot([], [], " ", label=said)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
     said = f"{each:,} tokens each; {smoothed}; {LEFT_OUT}"
     notes = [THRESHOLD_SAYS, *found.notes(FIGURES["figure4"].items())]
     return finished(figure, title, said, [*fixed, *zclip], notes)
+
+
+def _reached(ax: Axes, fixed: Sequence[Run], zclip: Sequence[Run]) -> str:
+    """Draw the loss at the end of fixed clipping, and say when ZClip is there, seed by seed."""
+    ends = {run.config["seed"]: float(without_bad(run, "loss")[-REACHED_WINDOW:].mean()) for run in fixed}
+    if not np.isfinite([*ends.values()]).all():
+        return "fixed clipping has diverged"
+    target = float(np.mean([*ends.values()]))
+    ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
+    pairs = [(run, ends[run.config["seed"]]) for run in zclip if run.config["seed"] in ends]
+    reached = [tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], end) for run, end in pairs]
+    there = [tokens for tokens in reached if tokens is not None]
+    if not there or len(there) < len(reached):
+        return f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"
+    share = float(np.mean(there)) / float(fixed[0].metrics["tokens"][-1])
+    ax.axvline(share * len(fixed[0].metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
+    return f"ZClip is there after {share:.0%} of the tokens"
 
 
 def _figure7(found: Found) -> Figure:
@@ -189,7 +205,7 @@ def _ema(found: Found) -> Figure:
 
 def _spike_lab(found: Found) -> Figure:
     """Draw the loss above that of the same seed undisturbed, a panel for each strategy."""
-    title = "The spike lab: loss above that of the same run without bad batches"
+    title = "The spike lab: loss above that of the same run without bad batches, at 1e-3"
     there = {}
     for row in TABLES["spike_lab"].rows:
         pairs = [
@@ -217,7 +233,7 @@ def _spike_lab(found: Found) -> Figure:
     figure.supylabel("nats/token", fontsize=9)
     every = [run for pairs in there.values() for run, _ in pairs]
     notes = found.notes(
-        (f"{row.label}, {'with' if group == 'bad' else 'without'} bad batches", row.settings[group])
+        (f"{row.label}, {GROUPS[group]}", row.settings[group])
         for row in TABLES["spike_lab"].rows
         for group in ("bad", "good")
     )

@@ -27,16 +27,19 @@ class Measure(NamedTuple):
     """A number of a run.
 
     Attributes:
-        of: finds it in a run that is done; of some, the undisturbed run is needed too. `None` where it is not known.
+        of: finds it in a run that is done; of some, the undisturbed run is needed too. `None` where it is not known,
+            not finite where losses that it is made of are not.
         decimals: to print.
         better: `low` or `high`; empty where neither is.
         says: what it is, if its name does not say it.
+        beside: whether the undisturbed run is needed.
     """
 
     of: Callable[[Run, Run | None], float | None]
     decimals: int
     better: str
     says: str = ""
+    beside: bool = False
 
 
 def _result(key: str, times: float = 1.0) -> Callable[[Run, Run | None], float | None]:
@@ -82,10 +85,15 @@ def _beside(
         bad = left_out(run)
         if undisturbed is None or not bad:
             return None
-        value = function(run.metrics["loss"], undisturbed.metrics["loss"], bad)
-        return value if np.isfinite(value) else None
+        return function(run.metrics["loss"], undisturbed.metrics["loss"], bad)
 
     return find
+
+
+def _spikes(run: Run, _: Run | None) -> float | None:
+    """Return the number of loss spikes; `None` for a run too short to have one."""
+    loss = run.metrics["loss"]
+    return float(len(loss_spikes(loss, left_out(run)))) if len(loss) > SPIKE_WINDOW else None
 
 
 def _lost(run: Run, undisturbed: Run | None) -> float | None:
@@ -104,12 +112,12 @@ MEASURES = {
     ),
     "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss is that of held-out documents"),
     "spikes": Measure(
-        lambda run, _: float(len(loss_spikes(run.metrics["loss"], left_out(run)))),
+        _spikes,
         1,
         "low",
-        f"a spike is a loss above {SPIKE_SIGMAS:g} robust standard deviations over the median of the last "
-        f"{SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted; "
-        f"none can be in the first {SPIKE_WINDOW} steps",
+        f"a spike is a loss that is not finite or {SPIKE_SIGMAS:g} robust standard deviations above the median of "
+        f"the last {SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted; "
+        f"in the first {SPIKE_WINDOW} steps only what is not finite",
     ),
     "spike_score": Measure(
         lambda run, _: 100 * spike_score(run.metrics["loss"], left_out(run)),
@@ -128,17 +136,19 @@ MEASURES = {
         _beside(excursion),
         3,
         "low",
-        f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad batch",
+        f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad "
+        "batch; where losses are not finite the run counts as diverged",
+        beside=True,
     ),
     "recovery": Measure(
         _beside(recovery),
         1,
         "low",
         f"a run has recovered where the mean of {RECOVERED_WINDOW} losses is within {RECOVERED:g} nats of the "
-        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then, "
-        "and no more",
+        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then",
+        beside=True,
     ),
-    "lost": Measure(_lost, 3, "low"),
+    "lost": Measure(_lost, 3, "low", beside=True),
 }
 
 #: For the line below tables with a diverged run.

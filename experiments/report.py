@@ -15,8 +15,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.catalogue import Table
-from experiments.claims import Verdict, verdicts
 from experiments.claims import __doc__ as how_judged
+from experiments.claims import verdicts
 from experiments.collection import Found
 from experiments.definitions import SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches, left_out
@@ -50,18 +50,9 @@ def report(
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
-    runs = list({run.path: run for run in found.runs.values()}.values())
+    runs = _runs(found)
     filled = [fill(table, found) for table in tables]
     shown = [each for each in filled if any(cell.values or cell.diverged for row in each.cells for cell in row)]
-    what = [
-        f"{len(runs)} runs are done: {about(runs, sorted({seed for _, seed in found.runs}))}."
-        if runs
-        else "No run is done."
-    ]
-    if found.unfinished:
-        what.append("Some runs are not finished, and not in these numbers.")
-    if said := _why(runs):
-        what.append(said)
     versions = sorted(
         {f"{name} {number}" for run in runs for name, number in run.environment.get("versions", {}).items()}
     )
@@ -69,7 +60,7 @@ def report(
     return template.render(
         title=_title(scale),
         lead=LEAD,
-        what=what,
+        what=_what(found),
         made=made,
         verdicts=verdicts(found),
         how_judged=_how_judged().replace("`", ""),
@@ -86,17 +77,31 @@ def report(
     )
 
 
-def verdicts_in_markdown(judged: Sequence[Verdict], scale: str) -> str:
+def verdicts_in_markdown(found: Found, scale: str) -> str:
     """Return the paper's claims and what runs say of each.
 
     Args:
-        judged: the verdicts.
+        found: the runs.
         scale: of the runs.
     """
-    parts = [f"# {_title(scale)}, the paper's claims", _how_judged()]
-    for each in judged:
+    parts = [f"# {_title(scale)}, the paper's claims", " ".join(_what(found)), _how_judged()]
+    for each in verdicts(found):
         parts += [f"## {each.claim}", f"**{each.verdict}**", "\n".join(f"- {number}" for number in each.numbers)]
     return "\n\n".join(parts) + "\n"
+
+
+def _runs(found: Found) -> list[Run]:
+    return list({run.path: run for run in found.runs.values()}.values())
+
+
+def _what(found: Found) -> list[str]:
+    """Say of what runs a report is, and what makes them differ, in a paragraph each."""
+    if not (runs := _runs(found)):
+        return ["No run is done."]
+    what = [f"{len(runs)} runs are done: {about(runs, sorted({seed for _, seed in found.runs}))}."]
+    if found.unfinished:
+        what.append("Some runs are not finished, and not in these numbers.")
+    return [*what, said] if (said := _why(runs)) else what
 
 
 def _title(scale: str) -> str:
@@ -120,8 +125,8 @@ def _why(runs: Sequence[Run]) -> str:
         times.append(float(np.nanmedian(norms[bad]) / np.nanmedian(np.delete(norms, bad))))
     kinds = {str(run.config["data"]["bad_batches"]["kind"]) for run in disturbed}
     said = (
-        f"Bad batches ({', '.join(sorted(kinds))}) were put in on purpose, at the same "
-        f"steps of every run. Their gradients have a norm of {np.median(times):.0f} times the median of the other "
+        f"Bad batches ({', '.join(sorted(kinds))}) were put in on purpose into {len(disturbed)} of these {len(runs)} "
+        f"runs. Their gradients have a norm of {np.median(times):.0f} times the median of the other "
         "steps (median over runs). What the spike lab shows of a strategy, against the same run undisturbed, is what "
         "it lets through of them. Differences between undisturbed runs are others, and can be larger: see its columns. "
         "This tests what a bad batch does, not what happens in a long run by itself."

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from experiments.catalogue import Column, Row, Setting, Table
+from experiments.catalogue import GROUPS, Column, Row, Setting, Table
 from experiments.collection import Found
+from experiments.definitions import recovery
 from experiments.measures import DIVERGED_SAYS, MEASURES
-from experiments.runs import Run, bad_batches
+from experiments.runs import Run, bad_batches, left_out
 
 
 class Cell(NamedTuple):
@@ -24,12 +25,14 @@ class Cell(NamedTuple):
         diverged: how many runs have diverged, those without a value included.
         decimals: to print.
         counts: whether it is a whole number in each run.
+        seeds: how many there are in the table.
     """
 
     values: Sequence[float]
     diverged: int
     decimals: int
     counts: bool = False
+    seeds: int = 0
 
     @property
     def mean(self) -> float | None:
@@ -42,14 +45,20 @@ class Cell(NamedTuple):
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     def text(self, between: str = " ± ") -> str:
-        """Return it as printed; empty if nothing was run. A count of one run is a whole number."""
+        """Return it as printed; empty if nothing was run. A count of one run is a whole number.
+
+        Where it is of fewer seeds than the table has, it says so.
+        """
         if self.mean is None:
             return "diverged" if self.diverged else ""
         whole = self.counts and len(self.values) == 1
         shown = f"{self.mean:.{0 if whole else self.decimals}f}"
         if self.deviation is not None:
             shown += f"{between}{self.deviation:.{self.decimals}f}"
-        return shown + (f" ({self.diverged} diverged)" if self.diverged else "")
+        said = [f"{self.diverged} diverged"] if self.diverged else []
+        if len(self.values) < self.seeds:
+            said.append(f"{len(self.values)} of {self.seeds} seeds")
+        return shown + (f" ({', '.join(said)})" if said else "")
 
 
 class Filled(NamedTuple):
@@ -77,31 +86,38 @@ def paper_numbers() -> Mapping[str, Mapping[str, Mapping[str, float]]]:
 def fill(table: Table, found: Found) -> Filled:
     """Return a table with the numbers of the runs that there are."""
     theirs = paper_numbers().get(table.name, {})
-    cells = [[_cell(row, column, found) for column in table.columns] for row in table.rows]
+    seeds = _seeds(table, found)
+    cells = [[_cell(row, column, found, len(seeds)) for column in table.columns] for row in table.rows]
     paper = [[theirs.get(row.label, {}).get(column.header) for column in table.columns] for row in table.rows]
     return Filled(table, cells, paper, _notes(table, found))
 
 
-def _cell(row: Row, column: Column, found: Found) -> Cell:
+def _seeds(table: Table, found: Found) -> list[int]:
+    """Return the seeds of which any run of a table is done."""
+    settings = {setting for _, setting in _labelled(table)}
+    return sorted({seed for setting, seed in found.runs if setting in settings})
+
+
+def _cell(row: Row, column: Column, found: Found, seeds: int) -> Cell:
     setting = row.settings[column.group]
     measure = MEASURES[column.measure]
     values, gone = [], 0
     for seed in found.seeds:
         if (run := found.runs.get((setting, seed))) is None:
             continue
-        gone += (setting, seed) in found.diverged
-        good = row.settings.get("good")
-        value = measure.of(run, found.runs.get((good, seed)) if good is not None else None)
-        if value is not None and math.isfinite(value):
+        other = row.settings.get("good") if measure.beside else None
+        value = measure.of(run, found.runs.get((other, seed)) if other is not None else None)
+        unfit = value is not None and not math.isfinite(value)
+        gone += unfit or (setting, seed) in found.diverged or (other, seed) in found.diverged
+        if value is not None and not unfit:
             values.append(value)
-    return Cell(values, gone, measure.decimals, column.measure == "spikes")
+    return Cell(values, gone, measure.decimals, column.measure == "spikes", seeds)
 
 
 def _labelled(table: Table) -> Iterator[tuple[str, Setting]]:
-    names = {column.group: column.header.rpartition(", ")[2] for column in table.columns}
     for row in table.rows:
         for group, setting in row.settings.items():
-            yield (f"{row.label}, {names[group]}" if len(row.settings) > 1 else row.label), setting
+            yield (f"{row.label}, {GROUPS[group]}" if group else row.label), setting
 
 
 def _notes(table: Table, found: Found) -> list[str]:
@@ -109,14 +125,20 @@ def _notes(table: Table, found: Found) -> list[str]:
     used = [run for (setting, _), run in found.runs.items() if setting in settings]
     if not used:
         return ["no run of this table is done", *found.notes(_labelled(table))]
-    notes = [about(used, sorted({seed for setting, seed in found.runs if setting in settings}))]
+    seeds = _seeds(table, found)
+    notes = [about(used, seeds)]
     measures = dict.fromkeys(column.measure for column in table.columns)
     notes += [table.says, *(MEASURES[name].says for name in measures)]
     if {"hellaswag", "winogrande"} & set(measures):
         notes.append(_items(used))
     if any(key[0] in settings for key in found.diverged):
         notes.append(DIVERGED_SAYS)
-    if len({seed for setting, seed in found.runs if setting in settings}) > 1:
+    if "recovery" in measures and (disturbed := [run for run in used if bad_batches(run)]):
+        most = recovery(np.full(len(disturbed[0].metrics["step"]), np.inf), np.zeros(1), left_out(disturbed[0]))
+        notes.append(f"the most steps to recover that there can be are {most:.{MEASURES['recovery'].decimals}f}")
+    if any(MEASURES[name].better for name in measures):
+        notes.append("the best are in bold, whatever their error")
+    if len(seeds) > 1:
         notes.append("± is the standard deviation over seeds")
     return [note for note in notes if note] + found.notes(_labelled(table))
 
@@ -128,7 +150,7 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
         return " and ".join(map(str, dict.fromkeys(values)))
 
     results = [run.result or {} for run in runs]
-    bad = {(*bad_batches(run), run.config["data"]["bad_batches"]["kind"]) for run in runs if bad_batches(run)}
+    bad = {(run.config["data"]["bad_batches"]["kind"], *bad_batches(run)) for run in runs if bad_batches(run)}
     times = {run.config["evidence"]["lr_times"] for run in runs}
     parts = [
         f"{said(run.config['evidence']['scale'] for run in runs)} scale",
@@ -139,9 +161,16 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
         f"text {said(run.config['data']['name'] for run in runs)} "
         f"(fingerprint {said(sorted({result['data_fingerprint'] for result in results}))})",
     ]
-    parts += [f"learning rates {each:g} times the paper's" for each in sorted(times) if each != 1]
+    rates = {float(run.config["evidence"]["lr"]) for run in runs}
+    if len(rates) == len(times) == 1:
+        rate = rates.pop()
+        parts.append(
+            f"learning rate {rate:g} of the paper" + "".join(f", here {rate * each:g}" for each in times if each != 1)
+        )
+    else:
+        parts += [f"learning rates {each:g} times the paper's, which are named" for each in sorted(times) if each != 1]
     parts += [
-        f"bad batches of kind {kind} put in at steps {', '.join(map(str, steps))}" for *steps, kind in sorted(bad)
+        f"bad batches of kind {kind} put in at steps {', '.join(map(str, steps))}" for kind, *steps in sorted(bad)
     ]
     if bad and any(not bad_batches(run) for run in runs):
         parts.append("none in the undisturbed runs")
@@ -184,7 +213,10 @@ def _items(runs: Sequence[Run]) -> str:
 
 
 def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
-    """Return which cells hold the best of their measure, in their column, or across the columns of their row."""
+    """Return which cells hold the best of their measure, in their column, or across the columns of their row.
+
+    Of ours, one of fewer seeds than others is not compared: its seeds may be the lucky ones.
+    """
     table = filled.table
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for r in range(len(table.rows)):
@@ -193,7 +225,11 @@ def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for places in groups.values():
         better = MEASURES[table.columns[places[0][1]].measure].better
-        ours = {(r, c): None if (cell := filled.cells[r][c]).diverged else cell.mean for r, c in places}
+        most = max(len(filled.cells[r][c].values) for r, c in places)
+        ours = {
+            (r, c): None if (cell := filled.cells[r][c]).diverged or len(cell.values) < most else cell.mean
+            for r, c in places
+        }
         values = {(r, c): filled.paper[r][c] for r, c in places} if of_paper else ours
         known = [value for value in values.values() if value is not None]
         if better and len(set(known)) > 1:

@@ -35,8 +35,10 @@ class Declared(BasicSweeper):
         for key in (given_key.lstrip("+~") for given_key in given):
             if key in own or (key == "lr" and "evidence.lr" in own):
                 _refuse(f"{key} is not yours to set with experiment={name}, which sets {', '.join(sorted(own))}")
-        if "scale" not in given or given["scale"].get_value_element_as_str() == "main":
-            _refuse(f"scale is not set: experiment={name} is run at scale=micro, scale=proxy or scale=paper")
+        scale = given["scale"].get_value_element_as_str() if "scale" in given else None
+        if scale in (None, "main"):
+            said = "scale is not set" if scale is None else "scale=main is not possible"
+            _refuse(f"{said}: experiment={name} is run at scale=micro, scale=proxy or scale=paper")
         (combinations,) = BasicSweeper.split_arguments(
             [override for override in overrides if override.get_key_element() != "experiment"], None
         )

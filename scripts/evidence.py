@@ -18,17 +18,30 @@ from training.located import locate
 from zclip import ZClip
 from zclip.base import is_count
 
+#: What has a picture, and what there is in all, in the order of the report.
+PICTURES = ("figure3", *DRAWN)
+EVERYTHING = tuple(dict.fromkeys([*TABLES, *PICTURES]))
+
 #: Variants of the clipping function by their names in the paper.
 VARIANTS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
 
 
-def chosen(cfg: DictConfig) -> list[str]:
-    """Return which tables and figures are asked for, or raise `ConfigError` if anything makes no sense."""
-    known = list(dict.fromkeys([*TABLES, "figure3", *DRAWN]))
+def chosen(cfg: DictConfig, kind: Sequence[str] = EVERYTHING) -> list[str]:
+    """Return which tables and figures are asked for, or raise `ConfigError` if anything makes no sense.
+
+    Args:
+        cfg: of configs/evidence.
+        kind: those that are made; the others that are asked for are passed over.
+    """
     names = list(cfg.experiment) if isinstance(cfg.experiment, ListConfig) else [cfg.experiment]
     for name in names:
-        if name not in ("all", *known):
-            raise ConfigError(f"experiment={name} is not known here: it must be of {', '.join(known)}, or all")
+        if name not in ("all", *EVERYTHING):
+            raise ConfigError(f"experiment={name} is not known here: it must be of {', '.join(EVERYTHING)}, or all")
+    wanted = [name for name in kind if "all" in names or name in names]
+    if not wanted:
+        raise ConfigError(f"experiment={cfg.experiment} is not made here: it must be of {', '.join(kind)}, or all")
+    if cfg.out is not None and not isinstance(cfg.out, str):
+        raise ConfigError(f"out={cfg.out} is not allowed: it must be a folder, or null")
     scales = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
     if cfg.scale not in scales:
         raise ConfigError(f"scale={cfg.scale} is not known: it must be one of {', '.join(scales)}")
@@ -39,15 +52,19 @@ def chosen(cfg: DictConfig) -> list[str]:
             f"also={cfg.also} is not allowed: it must be a list of settings in quotes, as "
             """'also=["trainer.max_steps=400"]'"""
         )
+    own = {override.partition("=")[0] for setting in sets()["all"] for override in setting.overrides}
+    for each in cfg.also:
+        if (key := each.partition("=")[0].lstrip("+~")) in (*own, "lr", "seed", "scale", "experiment"):
+            raise ConfigError(f"also={cfg.also} is not allowed: {key} is what the experiments set themselves")
     if not isinstance(cfg.paths.runs, str) or not Path(cfg.paths.runs).is_dir():
         raise ConfigError(f"paths.runs={cfg.paths.runs} is not there: it must be the folder with evidence-{cfg.scale}/")
-    return [name for name in known if "all" in names or name in names]
+    return wanted
 
 
 def gather(cfg: DictConfig) -> Found:
     """Return what there is of the runs of all experiments; raise `ConfigError` if none is finished."""
     settings = sets()["all"]
-    base = ["experiment=evidence", f"scale={cfg.scale}", f"paths.runs={cfg.paths.runs}", *cfg.also]
+    base = ["experiment=evidence", f"scale={cfg.scale}", f"paths.runs={_quoted(cfg.paths.runs)}", *cfg.also]
     places = locate([[*base, *setting.overrides] for setting in settings], cfg.seeds)
     expected = {
         (setting, seed): Expected(*places[(*base, *setting.overrides), seed])
@@ -64,6 +81,11 @@ def gather(cfg: DictConfig) -> Found:
     return found
 
 
+def _quoted(value: str) -> str:
+    """Return a value as Hydra takes it whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def out_folder(cfg: DictConfig, inside: str = "") -> Path:
     """Return the folder to write into, or one inside it, made if need be."""
     out = Path(cfg.paths.runs, f"results-{cfg.scale}") if cfg.out is None else Path(cfg.out)
@@ -74,13 +96,13 @@ def out_folder(cfg: DictConfig, inside: str = "") -> Path:
 
 
 def drawn(
-    names: Sequence[str], found: Found, windows: list[tuple[int, int]] | None
+    names: Sequence[str], found: Found | None, windows: list[tuple[int, int]] | None
 ) -> tuple[dict[str, Figure], list[str]]:
     """Return figures by name, and the names of those without runs.
 
     Args:
         names: of tables and figures; tables that have no figure are passed over.
-        found: the runs.
+        found: the runs; `None` for Figure 3 alone, which needs none.
         windows: of Figure 9.
     """
     figures: dict[str, Figure] = {}
@@ -89,7 +111,9 @@ def drawn(
         try:
             if name == "figure3":
                 figures[name] = figure3()
-            elif name == "figure9":
+                continue
+            assert found is not None
+            if name == "figure9":
                 figures[name] = distributions(found, windows)
             else:
                 figures[name] = draw(name, found)

@@ -15,7 +15,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
-from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
+from scripts.evidence import PICTURES, chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
 from training.folder import write_whole
 
@@ -25,9 +25,9 @@ def main(cfg: DictConfig) -> None:
     """Draw the figures, and say which have no runs."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = chosen(cfg)
+        wanted = chosen(cfg, PICTURES)
         windows = step_windows(cfg)
-        found = gather(cfg)
+        found = None if wanted == ["figure3"] else gather(cfg)
         folder = out_folder(cfg, "figures")
         figures, undrawn = drawn(wanted, found, windows)
         for name, figure in figures.items():
@@ -36,6 +36,8 @@ def main(cfg: DictConfig) -> None:
                 figure.savefig(picture, format=ending, **settings)
                 write_whole(folder / f"{name}.{ending}", picture.getvalue())
             plt.close(figure)
+        for said in found.others if found is not None else ():
+            console.print(said, style="yellow")
         for name in undrawn:
             console.print(f"{name} is not drawn: none of its runs is done", style="yellow")
         console.print(f"figures  {folder}")

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -18,10 +19,9 @@ sys.path.pop(1)
 
 from evaluation.tasks import SETS
 from experiments.catalogue import TABLES
-from experiments.claims import verdicts
 from experiments.collection import Found
 from experiments.report import report, verdicts_in_markdown
-from scripts.evidence import chosen, drawn, gather, out_folder, step_windows
+from scripts.evidence import EVERYTHING, PICTURES, chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting
 from training.folder import environment, write_whole
 
@@ -31,6 +31,32 @@ def _limits(found: Found) -> list[str]:
     scores = [score for run in found.runs.values() for task in SETS if (score := run.score(task)) is not None]
     some = [score["items"] for score in scores if score["items"] < SETS[score["task"]].items]
     return [f"eval.limit={min(some)}"] if some else []
+
+
+def _commands(cfg: DictConfig, found: Found, wanted: Sequence[str], windows: list[tuple[int, int]] | None) -> list[str]:
+    """Return the commands that make the runs, and what is made of them, again."""
+    seeds = ",".join(map(str, found.seeds))
+    where = f"paths.runs={cfg.paths.runs}"
+    everything = set(wanted) == {*EVERYTHING}
+    asked = "experiment=all" if everything else f"experiment=[{','.join(wanted)}]"
+    trained = (
+        "experiment=all" if everything else f"experiment=[{','.join(each for each in wanted if each != 'figure3')}]"
+    )
+    on_cpus = all("CPU" in str(run.environment.get("device")) for run in found.runs.values())
+    side_by_side = ["hydra/launcher=local"] if on_cpus else []  # several at a time are faster
+    readers = [asked, f"scale={cfg.scale}", f"seeds=[{seeds}]", where]
+    readers += [f"also=[{','.join(json.dumps(each) for each in cfg.also)}]"] if cfg.also else []
+    readers += [] if cfg.out is None else [f"out={cfg.out}"]
+    seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
+    commands = [
+        ["python", "train.py", "-m", trained, f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also, *side_by_side],
+        ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
+    ]
+    if any(name in TABLES for name in wanted):
+        commands.append(["python", "scripts/make_tables.py", *readers])
+    if any(name in PICTURES for name in wanted):
+        commands.append(["python", "scripts/make_figures.py", *readers, *seen])
+    return [shlex.join(each) for each in [*commands, ["python", "scripts/make_report.py", *readers, *seen]]]
 
 
 @hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
@@ -45,26 +71,9 @@ def main(cfg: DictConfig) -> None:
         figures, undrawn = drawn(wanted, found, windows)
         tables = [TABLES[name] for name in wanted if name in TABLES]
         here = environment()
-        seeds = ",".join(map(str, found.seeds))
-        where = f"paths.runs={cfg.paths.runs}"
-        readers = [f"scale={cfg.scale}", f"seeds=[{seeds}]", where]
-        readers += [f"also=[{','.join(json.dumps(each) for each in cfg.also)}]"] if cfg.also else []
-        seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
-        on_cpus = all("CPU" in str(run.environment.get("device")) for run in found.runs.values())
-        side_by_side = ["hydra/launcher=local"] if on_cpus else []  # several at a time are faster
-        train = ["python", "train.py", "-m", "experiment=all", f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also]
-        commands = [
-            shlex.join(each)
-            for each in (
-                [*train, *side_by_side],
-                ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
-                ["python", "scripts/make_tables.py", *readers],
-                ["python", "scripts/make_figures.py", *readers, *seen],
-                ["python", "scripts/make_report.py", *readers, *seen],
-            )
-        ]
+        commands = _commands(cfg, found, wanted, windows)
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-        write_whole(folder / "verdicts.md", verdicts_in_markdown(verdicts(found), cfg.scale))
+        write_whole(folder / "verdicts.md", verdicts_in_markdown(found, cfg.scale))
         write_whole(folder / "report.html", report(found, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")

@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Write the tables, print them, and say which runs were left out."""
     with reporting():
         console = Console(soft_wrap=True, highlight=False, markup=False)
-        wanted = [name for name in chosen(cfg) if name in TABLES]
+        wanted = chosen(cfg, tuple(TABLES))
         found = gather(cfg)
         folder = out_folder(cfg, "tables")
         for name in wanted:

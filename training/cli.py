@@ -18,7 +18,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig
@@ -131,7 +131,7 @@ def sentence(error: Exception) -> str:
     """Say in one line what was wrong with the input."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        known = ", ".join(error.options or ())
+        known = ", ".join(error.options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
         if known and group:
             return f"{group}={option} is not known: it must be one of {known}"
         return f"there is no configuration file {error.missing_cfg_file}.yaml in configs/"
@@ -141,7 +141,11 @@ def sentence(error: Exception) -> str:
     if match := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", message):
         return f"{match.group(1)} is not allowed: settings are given as KEY=VALUE"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", message):
-        return f"{match.group(1)} is several values: add -m to run a sweep, or quote the value"
+        sweeps = Path(sys.argv[0]).name == "train.py"
+        several = "add -m to run a sweep, or quote the value" if sweeps else "give a list, as KEY=[0,1]"
+        return f"{match.group(1)} is several values: {several}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: what is not plain is quoted, as 'also=[\"trainer.max_steps=400\"]'"
     if match := re.search(r"override must be a string or a list. Got (\w+)", message):
         groups = {file.parent.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("*.yaml")}
         wrong = [a for a in sys.argv[1:] if a.split("=")[0] in groups and not re.match(r"[a-z]", a.partition("=")[2])]

@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} means nothing: there is no such key")
     if cfg.evidence.of is not None:
         raise ConfigError(
-            f"experiment={cfg.evidence.of} is a set of runs: it needs -m, and several are experiment=[table2,table3]"
+            f"experiment={cfg.evidence.of} is a set of runs: it needs -m; several are a list, as [table2,table3]"
         )
     clipping_strategy(cfg)
     model_config(cfg)

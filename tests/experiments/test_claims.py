@@ -1,95 +1,276 @@
-"""What runs say of the paper's claims."""
+"""What runs say of the paper's claims: each verdict with runs that give it, and with runs that give another."""
 
-import re
-
+import numpy as np
 import pytest
 
-from experiments.catalogue import TABLES, THRESHOLDS
-from experiments.claims import NOT_TESTABLE, SUPPORTED, Untestable, paired, verdicts
+from experiments.catalogue import ALPHAS, FIGURES, LEARNING_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
+from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Untestable, Verdict, paired, verdicts
 from experiments.collection import Found
 from tests.experiments.conftest import SEEDS
 
+LEAVES, REMOVES, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS
+RATES = {lr: row.settings for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True)}
+LAB = {row.label: row.settings for row in TABLES["spike_lab"].rows}
 
-def test_verdicts(everything):
-    found = {verdict.claim: verdict for verdict in verdicts(everything)}
-    assert found["Fixed clipping leaves spikes."].verdict == SUPPORTED
-    assert found["ZClip removes the spikes."].verdict == "not supported", "it leaves a little of the bad batches"
-    assert found["z_thresh = 2.5 is best."].verdict == "not supported", "all are the same"
-    normal = found["Gradient norms are about normally distributed in short windows."]
-    assert normal.verdict == NOT_TESTABLE and "are not short" in normal.numbers[2]
-    assert re.fullmatch(r"Shapiro-Wilk rejects a .* of norms in [0-6] of 6 windows \(p < 0.05\)", normal.numbers[0])
-    assert found["The overhead is negligible."].verdict == SUPPORTED
-    assert "at most 0.00 % of a step" in found["The overhead is negligible."].numbers[1]
+
+def judged(found: Found, claim: str) -> Verdict:
+    return next(verdict for verdict in verdicts(found) if verdict.claim == claim)
+
+
+def changed(found: Found, change, diverged: set | None = None) -> Found:
+    """The runs as `change` makes them of (setting, seed, run)."""
+    runs = {key: change(*key, run) for key, run in found.runs.items()}
+    return found._replace(runs=runs, diverged=set(diverged or ()))
+
+
+def with_result(found: Found, numbers: dict[Setting, dict], diverged: set | None = None) -> Found:
+    """The runs with other numbers of result.json; a number may be a list, by seed."""
+
+    def change(setting, seed, run):
+        own = {
+            key: value[seed] if isinstance(value, list) else value for key, value in numbers.get(setting, {}).items()
+        }
+        return run._replace(result={**run.result, **own})
+
+    return changed(found, change, diverged)
+
+
+def with_loss(found: Found, losses: dict[Setting, object], diverged: set | None = None) -> Found:
+    """The runs with other losses, of a function of seed and steps."""
+
+    def change(setting, seed, run):
+        if setting not in losses:
+            return run
+        loss = losses[setting](seed, np.arange(len(run.metrics["loss"])), run.metrics["loss"])
+        return run._replace(metrics={**run.metrics, "loss": loss})
+
+    return changed(found, change, diverged)
+
+
+def after_bad(found: Found, label: str, nats: list[float]) -> Found:
+    """The runs with a strategy's losses in the lab so much above the undisturbed ones after bad batches, by seed."""
+
+    def losses(seed, steps, own):
+        run = found.runs[LAB[label]["bad"], seed]
+        loss = found.runs[LAB[label]["good"], seed].metrics["loss"].copy()
+        for step in run.config["data"]["bad_batches"]["steps"]:
+            loss[step : step + 10] += nats[seed]
+        return loss
+
+    return with_loss(found, {LAB[label]["bad"]: losses})
+
+
+def without(found: Found, *keys) -> Found:
+    return found._replace(runs={key: run for key, run in found.runs.items() if key not in keys})
+
+
+def test_verdicts_need_three_seeds_and_one_text_and_never_fail(everything):
     two = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] < 2})
     assert {verdict.verdict for verdict in verdicts(two)} == {NOT_TESTABLE}
     torn = everything._replace(runs={key: run for at, (key, run) in enumerate(everything.runs.items()) if at % 3})
     assert len(verdicts(torn)) == 9, "whatever is missing"
-
-
-def changed(everything: Found, change) -> dict:
-    """The verdicts where losses and losses after bad batches are what `change` makes of (setting, seed, run)."""
-    runs = {key: change(*key, run) for key, run in everything.runs.items()}
-    return {verdict.claim: verdict for verdict in verdicts(everything._replace(runs=runs))}
-
-
-def after_bad(run, nats: float):
-    loss = run.metrics["loss"].copy()
-    for step in run.config["data"]["bad_batches"]["steps"]:
-        loss[step : step + 10] += nats
-    return run._replace(metrics={**run.metrics, "loss": loss})
-
-
-def test_spikes_are_removed_where_little_is_left_for_sure(everything):
-    """Not where what is left differs so much between seeds that it is no significant difference."""
-    lab = next(row.settings for row in TABLES["spike_lab"].rows if row.label == "ZClip")
-    clean = {seed: everything.runs[lab["good"], seed].metrics["loss"] for seed in SEEDS}
-
-    def left(by_seed):
-        def change(setting, seed, run):
-            if setting != lab["bad"]:
-                return run
-            return after_bad(run._replace(metrics={**run.metrics, "loss": clean[seed]}), by_seed[seed])
-
-        return changed(everything, change)["ZClip removes the spikes."]
-
-    assert left([0.0, 0.001, 0.002]).verdict == SUPPORTED
-    assert left([0.1, 0.11, 0.12]).verdict == "not supported"
-    noisy = left([0.0, 0.3, 2.5])
-    assert noisy.verdict == "not supported" and "p = 0.3" in noisy.numbers[1], noisy
-
-
-def test_what_diverged_supports_nothing(everything):
-    """Each run that has diverged by itself, and all runs of a strategy at other steps."""
-    zclip = next(row.settings for row in TABLES["spike_lab"].rows if row.label == "ZClip")["bad"]
-    one = everything._replace(diverged={(zclip, 2)})
-    said = {verdict.claim: verdict for verdict in verdicts(one)}["ZClip removes the spikes."]
-    assert said.verdict == NOT_TESTABLE and said.numbers[0].startswith(
-        "a run that is compared has diverged: clip=zclip"
+    all_gone = everything._replace(diverged={*everything.runs})
+    assert len(verdicts(all_gone)) == 9 and all(
+        each.verdict != SUPPORTED for each in verdicts(all_gone) if each.claim not in (LEAVES, OVERHEAD)
     )
-    assert said.numbers[0].endswith("seed=2")
-    for group in ("fixed", "zclip"):
-        gone = {(row.settings[group], seed) for row in TABLES["table2"].rows for seed in SEEDS}
-        for verdict in verdicts(everything._replace(diverged=gone))[1:4]:
-            assert verdict.verdict != SUPPORTED, verdict
-    everywhere = verdicts(everything._replace(diverged=gone))[2]
-    assert everywhere.numbers == ["clip=zclip has diverged at every learning rate with seed 0"]
-
-
-def test_settings_are_compared_on_the_same_seeds_and_the_same_text(everything):
-    def change(setting, seed, run):
-        better = 0.0 if setting == THRESHOLDS["2.5"] else (0.5 if setting == THRESHOLDS["1.5"] else -0.03)
-        loss = 5.0 + seed + better + seed * seed / 100 * (setting == THRESHOLDS["1.5"])
-        return run._replace(result={**run.result, "train_loss": loss})
-
-    runs = {key: change(*key, run) for key, run in everything.runs.items()}
-    others = [setting for label, setting in THRESHOLDS.items() if label not in ("1.5", "2.5")]
-    fewer = {key: run for key, run in runs.items() if not (key[0] in others and key[1] == 0)}
-    verdict = verdicts(everything._replace(runs=fewer))[5]
-    assert verdict.verdict == NOT_TESTABLE and "it needs three seeds" in verdict.numbers[0], verdict
-    assert verdicts(everything._replace(runs=runs))[5].verdict == "not supported"
+    runs = dict(everything.runs)
     odd = next(iter(runs))
     runs[odd] = runs[odd]._replace(result={**runs[odd].result, "data_fingerprint": "ffff"})
     assert {each.verdict for each in verdicts(everything._replace(runs=runs))} == {NOT_TESTABLE}
+
+
+def test_fixed_clipping_leaves_spikes(everything):
+    """By the loss after bad batches, or by spikes alone; not where it leaves neither."""
+    assert judged(everything, LEAVES).verdict == SUPPORTED
+    clean = after_bad(everything, "Fixed 1.0", [0.0, 0.0, 0.0])
+    said = judged(clean, LEAVES)
+    assert said.verdict == NOT_SUPPORTED and "+0.000 (p = 1, 3 seeds)" in said.numbers[1]
+    high = [RATES[lr]["fixed"] for lr in (5e-3, 7e-4, 5e-4, 3e-4, 1e-4)]
+    some = {setting: lambda seed, steps, own: own + 9.0 * (steps == 60 + seed) for setting in high}
+    some[high[0]] = lambda seed, steps, own: own + 9.0 * ((steps == 60) | ((steps == 70) & (seed == 0)))
+    said = judged(with_loss(clean, some), LEAVES)
+    assert said.verdict == SUPPORTED and "fixed" not in said.numbers[0]
+    assert "Fixed 1.0: spikes in a run, over all learning rates: +0.76 (p = 0.0039" in said.numbers[0], said.numbers
+
+
+def test_zclip_removes_spikes_where_little_is_left_for_sure(everything):
+    """Not where what is left differs so much between seeds that it is no significant difference."""
+    assert judged(everything, REMOVES).verdict == NOT_SUPPORTED, "it leaves a little of the bad batches"
+    assert judged(after_bad(everything, "ZClip", [0.0, 0.001, 0.002]), REMOVES).verdict == SUPPORTED
+    assert judged(after_bad(everything, "ZClip", [0.1, 0.11, 0.12]), REMOVES).verdict == NOT_SUPPORTED
+    noisy = judged(after_bad(everything, "ZClip", [0.0, 0.3, 2.5]), REMOVES)
+    assert noisy.verdict == NOT_SUPPORTED and "p = 0.3" in noisy.numbers[1], noisy
+    clean = after_bad(everything, "ZClip", [0.0, 0.0, 0.0])
+    spiky = {RATES[5e-3]["zclip"]: lambda seed, steps, own: own + 9.0 * (steps == 60)}
+    said = judged(with_loss(clean, spiky), REMOVES)
+    # 3 spikes in 21 runs: 0.143 in a run, and up to 7.75 with 95 %.
+    assert said.verdict == NOT_SUPPORTED and "+0.14 (p = 0.25, 3 seeds), at most 0.37 (95 %)" in said.numbers[0]
+
+
+def test_where_there_are_no_spikes_none_are_removed(everything):
+    calm = everything
+    for label in LAB:
+        calm = after_bad(calm, label, [0.0, 0.0, 0.0])
+    said = judged(calm, REMOVES)
+    assert said.verdict == NOT_TESTABLE and "there is nothing to remove" in said.numbers[0]
+
+
+def test_a_zclip_that_diverged_removes_nothing(everything):
+    clean = after_bad(everything, "ZClip", [0.0, 0.0, 0.0])
+    for setting in (LAB["ZClip"]["bad"], RATES[5e-3]["zclip"]):
+        said = judged(clean._replace(diverged={(setting, 2)}), REMOVES)
+        assert said.verdict == NOT_SUPPORTED and said.numbers[0].startswith("diverged: clip=zclip"), said
+    said = judged(clean._replace(diverged={(RATES[5e-3]["fixed"], 1)}), REMOVES)
+    assert said.verdict == SUPPORTED, "its spikes are counted all the same"
+    said = judged(clean._replace(diverged={(LAB["ZClip"]["good"], 1)}), REMOVES)
+    assert said.verdict == NOT_TESTABLE and "others are measured by has diverged" in said.numbers[0]
+    broken = with_loss(
+        clean, {LAB["ZClip"]["bad"]: lambda seed, steps, own: np.where((steps == 83) & (seed == 2), np.nan, own)}
+    )
+    said = judged(broken, REMOVES)
+    assert said.verdict == NOT_TESTABLE and "has no finite number" in said.numbers[0] and "seed=2" in said.numbers[0]
+
+
+def rates_are_best(found: Found, fixed: list[float], zclip: list[float]) -> Found:
+    """The runs with the best learning rates of each by seed."""
+    best = {"fixed": fixed, "zclip": zclip}
+    return with_result(
+        found,
+        {
+            row[group]: {"train_loss": [4.0 if rates[seed] == lr else 5.0 for seed in range(len(rates))]}
+            for lr, row in RATES.items()
+            for group, rates in best.items()
+        },
+    )
+
+
+def six(found: Found) -> Found:
+    """The runs with three more seeds, which are the first ones again."""
+    return found._replace(runs=found.runs | {(setting, seed + 3): run for (setting, seed), run in found.runs.items()})
+
+
+def test_higher_learning_rates(everything):
+    """Three seeds cannot show it by signs, six can; where it is lower once, or the same, it is not."""
+    higher = rates_are_best(everything, [1e-4] * 3, [5e-3] * 3)
+    said = judged(higher, HIGHER)
+    assert said.verdict == NOT_TESTABLE and "fewer than 6 seeds" in said.numbers[-1]
+    assert "higher with 3 of 3 seeds, lower with 0 (sign test, p = 0.25)" in said.numbers[1]
+    assert judged(rates_are_best(six(everything), [1e-4] * 6, [5e-3] * 6), HIGHER).verdict == SUPPORTED
+    assert judged(rates_are_best(six(everything), [5e-3] * 6, [1e-4] * 6), HIGHER).verdict == NOT_SUPPORTED
+    assert judged(rates_are_best(everything, [1e-3] * 3, [1e-3] * 3), HIGHER).verdict == NOT_SUPPORTED
+    assert judged(rates_are_best(everything, [1e-3] * 3, [3e-3, 3e-3, 7e-4]), HIGHER).verdict == NOT_SUPPORTED
+    gone = {(row["fixed"], seed) for lr, row in RATES.items() for seed in SEEDS if lr > 1e-4}
+    said = judged(rates_are_best(everything, [5e-3] * 3, [5e-3] * 3)._replace(diverged=gone), HIGHER)
+    assert "higher with 3 of 3" in said.numbers[1], "a run that diverged is the worst"
+    gone = {(row["zclip"], seed) for row in RATES.values() for seed in SEEDS}
+    assert judged(higher._replace(diverged=gone), HIGHER).numbers == [
+        "clip=zclip has diverged at every learning rate with seed 0"
+    ]
+
+
+def test_fewer_tokens(everything):
+    """Fixed clipping is at its last loss after 140 steps; ZClip after as many as it takes a straight line."""
+    fixed, zclip = RATES[5e-4]["fixed"], RATES[3e-3]["zclip"]
+
+    def saves(steps_by_seed):
+        straight = {
+            fixed: lambda seed, steps, own: 6 - steps / 139,
+            zclip: lambda seed, steps, own: 6 - steps / steps_by_seed[seed],
+        }
+        return with_loss(everything, straight)
+
+    faster = saves([69.5, 60, 50])
+    said = judged(faster, FEWER)
+    # 20 steps of 6 - s / 139 end with a mean of 6 - 129.5 / 139. That of 20 steps of 6 - s / 69.5, the last of them
+    # number e, is as low from e = 75 on, after 76 of 140 steps; with 60 and 50 for 69.5 after 67 and 58.
+    assert said.verdict == SUPPORTED and "52% fewer tokens (46%, 52%, 59% by seed" in said.numbers[0]
+    assert judged(saves([110, 111, 112]), FEWER).verdict == NOT_SUPPORTED, "fewer, but not 35 %"
+    assert judged(saves([30, 139, 139]), FEWER).verdict == NOT_SUPPORTED, "not by chance"
+    assert "0% fewer tokens" in judged(saves([139, 139, 139]), FEWER).numbers[0]
+    gone = judged(faster._replace(diverged={(zclip, seed) for seed in SEEDS}), FEWER)
+    assert gone.verdict == NOT_SUPPORTED and "(0%, 0%, 0% by seed" in gone.numbers[0]
+    gone = judged(faster._replace(diverged={(fixed, 0)}), FEWER)
+    assert gone.verdict == NOT_TESTABLE and "others are measured by has diverged: clip=fixed" in gone.numbers[0]
+
+
+def test_reciprocal(everything):
+    def losses(reciprocal, mean, most):
+        shown = zip(("Reciprocal", "Mean", "Max"), (reciprocal, mean, most), strict=True)
+        return with_result(everything, {VARIANTS[name]: {"test_loss": loss} for name, loss in shown})
+
+    best = losses([4.0, 4.1, 4.2], [4.2, 4.31, 4.4], [4.5, 4.61, 4.7])
+    said = judged(best, RECIPROCAL)
+    assert said.verdict == SUPPORTED and said.numbers[0].startswith("reciprocal minus mean: -0.2033 (p = 0.00027")
+    assert judged(losses([4.0, 4.1, 4.2], [4.0, 4.1, 4.21], [4.5, 4.61, 4.7]), RECIPROCAL).verdict == NOT_SUPPORTED
+    assert judged(losses([4.5, 4.61, 4.7], [4.2, 4.31, 4.4], [4.0, 4.1, 4.2]), RECIPROCAL).verdict == NOT_SUPPORTED
+    said = judged(best._replace(diverged={(VARIANTS["Reciprocal"], 1)}), RECIPROCAL)
+    assert said.verdict == NOT_SUPPORTED and said.numbers[0].startswith("reciprocal has diverged: clip=zclip")
+    assert judged(best._replace(diverged={(VARIANTS["Max"], 1)}), RECIPROCAL).verdict == SUPPORTED, "it is beaten"
+
+
+@pytest.mark.parametrize(("claim", "settings", "own"), [(THRESHOLD, THRESHOLDS, "2.5"), (ALPHA, ALPHAS, "0.97")])
+def test_the_best_setting(claim, settings, own, everything):
+    def losses(own_losses, **others):
+        numbers = {setting: {"train_loss": [4.2, 4.31, 4.4]} for setting in settings.values()}
+        numbers |= {settings[own]: {"train_loss": own_losses}}
+        return with_result(
+            everything, numbers | {settings[label]: {"train_loss": loss} for label, loss in others.items()}
+        )
+
+    best = losses([4.0, 4.1, 4.2])
+    assert judged(best, claim).verdict == SUPPORTED
+    assert judged(losses([4.3, 4.4, 4.5]), claim).verdict == NOT_SUPPORTED, "worse"
+    assert judged(losses([4.2, 4.31, 4.4]), claim).verdict == NOT_SUPPORTED, "the same"
+    rival = next(label for label in settings if label != own)
+    said = judged(losses([4.0, 4.1, 4.2], **{rival: [4.01, 4.1, 4.2]}), claim)
+    assert said.verdict == NOT_SUPPORTED and f"{own} minus {rival}: -0.0033 (p = 0.42" in said.numbers[1], said
+    said = judged(best._replace(diverged={(settings[own], 0)}), claim)
+    assert said.verdict == NOT_SUPPORTED and f"{own} has diverged" in said.numbers[1]
+    said = judged(best._replace(diverged={(settings[rival], 0)}), claim)
+    assert said.verdict == SUPPORTED and f"{rival} has diverged" in said.numbers[2], "it is beaten"
+    fewer = without(best, *((setting, 0) for label, setting in settings.items() if label not in (own, rival)))
+    said = judged(fewer, claim)
+    assert said.verdict == NOT_TESTABLE and "it needs three seeds" in said.numbers[0], "the same seeds for all"
+
+
+def test_normal_norms(everything):
+    """In windows that are short; whether there are more rejections than of normal distributions."""
+
+    def norms(draw, steps=4000):
+        def change(setting, seed, run):
+            if setting != FIGURES["figure9"]["ZClip"]:
+                return run
+            column = draw(np.random.default_rng(seed), steps)
+            return run._replace(metrics={"step": np.arange(1, steps + 1), "grad_norm": column})
+
+        return Verdict(NORMAL, *CLAIMS[NORMAL](changed(everything, change)))
+
+    short = judged(everything, NORMAL)
+    assert short.verdict == NOT_TESTABLE and "are not short" in short.numbers[2]
+    normal = norms(lambda rng, steps: rng.normal(1, 0.1, steps))
+    assert normal.verdict == SUPPORTED and "of norms in 0 of 6 windows" in normal.numbers[0], normal
+    skew = norms(lambda rng, steps: rng.exponential(1, steps))
+    assert skew.verdict == NOT_SUPPORTED and "of norms in 6 of 6 windows" in skew.numbers[0], skew
+    lognormal = norms(lambda rng, steps: np.exp(rng.normal(0, 1, steps)))
+    assert "of norms in 6 of 6" in lognormal.numbers[0] and "of log norms in 0 of 6" in lognormal.numbers[1], lognormal
+
+
+def test_overhead(everything):
+    def shares(fixed, zclip):
+        parts = {STRATEGIES["Fixed 1.0"]: fixed, STRATEGIES["ZClip"]: zclip}
+        seconds = {
+            setting: {"step_seconds": [{"forward_backward": 1 - share, "clip": share} for share in by_seed]}
+            for setting, by_seed in parts.items()
+        }
+        return with_result(everything, seconds)
+
+    little = shares([0.01, 0.011, 0.012], [0.012, 0.0131, 0.0139])
+    said = judged(little, OVERHEAD)
+    assert said.verdict == SUPPORTED and "ZClip minus fixed clipping: +0.20 (p = 0.00083" in said.numbers[1], said
+    assert judged(shares([0.01, 0.011, 0.012], [0.04, 0.042, 0.041]), OVERHEAD).verdict == NOT_SUPPORTED
+    assert judged(shares([0.01, 0.01, 0.01], [0.01, 0.01, 0.03]), OVERHEAD).verdict == NOT_SUPPORTED, "not for sure"
+    gone = little._replace(diverged={(STRATEGIES["No clipping"], 0)})
+    assert judged(gone, OVERHEAD).verdict == SUPPORTED, "it is not compared"
 
 
 def test_paired_differences():

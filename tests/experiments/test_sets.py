@@ -45,8 +45,15 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.count("finished already") == 3, "they are shared with Table 5"
     also = "also=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
-    made = script("make_tables.py", "experiment=table5", also, "out=here", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    for name in ("make_tables.py", "make_figures.py", "make_report.py"):
+        made = script(name, "experiment=[table5,figure3,figure7]", also, "out=here", cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in (tmp_path / "here").rglob("figure*")) == [
+        "figure3.png", "figure3.svg", "figure7.png", "figure7.svg", "figures",
+    ]  # fmt: skip
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "python train.py -m &#39;experiment=[table5,figure7]&#39; scale=micro" in page
+    assert "**not testable here**" in (tmp_path / "here" / "verdicts.md").read_text()
     text = (tmp_path / "here" / "tables" / "table5.md").read_text()
     assert "seed 0, text embedded" in text and "bad batches of kind repeat put in at steps 6" in text
     assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
@@ -58,7 +65,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m, and several are"),
+        (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
         (("-m", "experiment=table3", "scale=micro", "++evidence.lr=1"), "evidence.lr is not yours to set with"),
         (("-m", "experiment=table3", "clip=none"), "clip is not yours to set with experiment=table3, which sets clip,"),
@@ -67,7 +74,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
             ("-m", "experiment=table3", "scale=micro", "seed=-1"),
             "seed=-1 is not allowed: it must be an integer from 0 to",
         ),
-        (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m, and several are"),
+        (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=[table2,main]"), "experiment=[table2,main] is not possible: main is none of the sets all,"),
     ],
 )
@@ -110,6 +117,9 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
         ("also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
         ("seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
         ("seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
+        ("experiment=[]", "experiment=[] is not made here: it must be of table2, table3,"),
+        ("out=2026", "out=2026 is not allowed: it must be a folder, or null"),
+        ("also=['clip=fixed']", "also=['clip=fixed'] is not allowed: clip is what the experiments set themselves"),
         ("scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
         ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with evidence-micro/"),
     ],

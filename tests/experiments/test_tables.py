@@ -11,7 +11,7 @@ from experiments.claims import NOT_TESTABLE, verdicts
 from experiments.collection import collect
 from experiments.drawing import NothingToDraw
 from experiments.figures import DRAWN, draw
-from experiments.tables import as_csv, fill, latex, markdown
+from experiments.tables import about, as_csv, fill, latex, markdown
 from tests.experiments.conftest import expected, write_run
 from training.config import identity
 
@@ -20,6 +20,44 @@ from training.config import identity
 def test_each_table_to_the_letter(name, everything):
     """The files were held against the runs by hand; what changes a table on purpose writes them again."""
     assert markdown(fill(TABLES[name], everything)) == (Path(__file__).parent / "tables" / f"{name}.md").read_text()
+
+
+def test_numbers_of_fewer_seeds_say_so_and_are_not_the_best(everything):
+    others = {(STRATEGIES["ZClip"], seed) for seed in (1, 2)}
+    found = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in others})
+    text = markdown(fill(TABLES["table3"], found))
+    assert "| 4.950 (1 of 3 seeds) |" in text and "**4.965 ± 0.015**" in text, text
+
+
+def test_an_undisturbed_run_that_diverged_is_no_measure(everything):
+    lab = {row.label: row.settings for row in TABLES["spike_lab"].rows}
+    gone = everything._replace(diverged={(lab["AutoClip"]["good"], 1)})
+    (row,) = (row for row in markdown(fill(TABLES["spike_lab"], gone)).splitlines() if row.startswith("| AutoClip |"))
+    assert row.count("(1 diverged)") == 4 and row.count("**") == 2, "the disturbed run's own loss is none of them"
+    key = (lab["ZClip"]["bad"], 1)
+    loss = everything.runs[key].metrics["loss"].copy()
+    loss[83] = float("nan")
+    runs = everything.runs | {
+        key: everything.runs[key]._replace(metrics={**everything.runs[key].metrics, "loss": loss})
+    }
+    text = markdown(fill(TABLES["spike_lab"], everything._replace(runs=runs)))
+    assert "| ZClip | 0.027 ± 0.004 (1 diverged, 2 of 3 seeds) |" in text and "where losses are not finite" in text
+    fewer = {other: run for other, run in everything.runs.items() if other != key}
+    assert "Not run: ZClip, with bad batches (seed 1)." in markdown(
+        fill(TABLES["spike_lab"], everything._replace(runs=fewer))
+    )
+
+
+def test_bad_batches_at_other_steps_in_the_lab(everything):
+    """One list of steps may begin as another."""
+    runs = dict(everything.runs)
+    key = next(key for key, run in runs.items() if run.config["data"]["bad_batches"]["steps"])
+    config = {
+        **runs[key].config,
+        "data": {**runs[key].config["data"], "bad_batches": {"steps": [80], "kind": "repeat"}},
+    }
+    said = about([runs[key], runs[key]._replace(config=config)], [0])
+    assert "put in at steps 80, bad batches of kind repeat put in at steps 80, 100, 120" in said
 
 
 def test_latex_and_csv(table3):
@@ -51,7 +89,7 @@ def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
     found = collect({key: place for key, (place, _) in places.items()}, identity)
     text = markdown(fill(TABLES["table3"], found))
     assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1) after 140 steps." in text
-    assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged)" in text
+    assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
     assert sorted(found.others) == sorted(
         [
             f"again is left out: it is {first.path.name} again, under a name of its own",
@@ -83,6 +121,12 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
         ("metrics.jsonl", None, "not of one run"),
         ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
         ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
+        ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1}', "result.json has no data_fingerprint"),
+        (
+            "result.json",
+            '{"steps": 140, "tokens": 1, "parameters": 1, "data_fingerprint": "x", "step_seconds": [1]}',
+            "step_seconds=[1], which are no parts",
+        ),
         ("environment.json", "[]", "cannot be read"),
         ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
         ("eval.json", '{"scores": null}', "cannot be read"),

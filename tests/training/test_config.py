@@ -56,7 +56,10 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         ("model", "hf"): "model.init_from=null is not possible with model=hf",
         ("scale", "proxy"): "torch sees no GPU" if not torch.cuda.is_available() else "",
         ("scale", "paper"): "torch sees (no|. GPU)",
-        **{("experiment", experiment): f"experiment={experiment} is a set of runs: add -m" for experiment in sets()},
+        **{
+            ("experiment", experiment): f"experiment={experiment} is a set of runs: it needs -m"
+            for experiment in sets()
+        },
     }
     if said := refused.get((group, name)):
         with pytest.raises(Exception, match=said):
