@@ -60,6 +60,9 @@ def command_line(main: Callable[[], Any]) -> int:
         cannot go on, for a reason reported there; 128 + the signal's number if interrupted.
     """
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
+    if sys.argv[1:2] in (["-m"], ["--multirun"]) and not _has_sweeps():
+        print(f"{Path(sys.argv[0]).name}: error: -m is not possible: only train.py has sweeps", file=sys.stderr)
+        return MISTAKE
     tie_to_launcher()
     make_unfailing()
     heed()
@@ -119,6 +122,10 @@ def reporting() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", file=sys.stderr)
 
 
+def _has_sweeps() -> bool:
+    return Path(sys.argv[0]).name == "train.py"
+
+
 def _raised_by_hydra(error: Exception) -> bool:
     """Whether Hydra itself failed, on an override or a folder of its own, and not what it was running."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -141,8 +148,7 @@ def sentence(error: Exception) -> str:
     if match := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", message):
         return f"{match.group(1)} is not allowed: settings are given as KEY=VALUE"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", message):
-        sweeps = Path(sys.argv[0]).name == "train.py"
-        several = "add -m to run a sweep, or quote the value" if sweeps else "give a list, as KEY=[0,1]"
+        several = "add -m to run a sweep, or quote the value" if _has_sweeps() else "give a list, as KEY=[0,1]"
         return f"{match.group(1)} is several values: {several}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: what is not plain is quoted, as 'also=[\"trainer.max_steps=400\"]'"

@@ -102,6 +102,14 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
     kept = tmp_path / "runs" / "results-micro" / "tables" / "table3.md"
     kept.parent.mkdir(parents=True)
     kept.write_text("numbers")
+    for given, said in (
+        (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
+        (("seeds=0,1",), "seeds=0,1 is several values: give a list, as KEY=[0,1]"),
+        (("also=[a=1]",), "also=[a=1] cannot be read: what is not plain is quoted, as 'also=["),
+    ):
+        done = script("make_tables.py", *given, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {said}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
     for name in ("make_tables.py", "make_report.py"):
         done = script(name, "seeds=[7]", cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
