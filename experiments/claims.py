@@ -29,17 +29,23 @@ from experiments.catalogue import (
     Setting,
 )
 from experiments.collection import Found
-from experiments.definitions import REACHED_WINDOW, SPIKE_WINDOW, tokens_to_reach
+from experiments.definitions import SPIKE_WINDOW
 from experiments.distributions import LEAST_NORMS, norm_windows, window_norms
-from experiments.measures import MEASURES
-from experiments.runs import without_bad
+from experiments.measures import MEASURES, last_loss_reached
+from experiments.paired import (
+    LEAST_SEEDS,
+    SIGNIFICANT,
+    TOO_FEW,
+    Difference,
+    Untestable,
+    difference,
+    most_events,
+    said,
+    signs,
+)
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
 
-#: Seeds that a verdict needs.
-LEAST_SEEDS = 3
-#: p below which a difference counts.
-SIGNIFICANT = 0.05
 #: Percent of a step that is negligible.
 NEGLIGIBLE = 1.0
 #: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
@@ -67,60 +73,6 @@ class Verdict(NamedTuple):
 #: A verdict and its numbers.
 Judged = tuple[str, list[str]]
 Judge = Callable[[Found], Judged]
-
-
-class Untestable(Exception):
-    """Runs say nothing of a claim; why."""
-
-
-TOO_FEW = "it needs three seeds that have all the runs that are compared, and there are fewer"
-
-
-class Difference(NamedTuple):
-    """A paired difference.
-
-    Attributes:
-        mean: of the differences.
-        p: of the two-sided paired t-test; of the sign test where all differences are the same, 1 where they are 0.
-        seeds: how many pairs there are.
-        most: upper end of the 95 % interval of the mean.
-    """
-
-    mean: float
-    p: float
-    seeds: int
-    most: float
-
-    def says(self, decimals: int = 3) -> str:
-        """Return it as a phrase."""
-        return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds)"
-
-    @property
-    def below(self) -> bool:
-        """Whether it is below zero, and not by chance."""
-        return self.mean < 0 and self.p < SIGNIFICANT
-
-    @property
-    def above(self) -> bool:
-        """Whether it is above zero, and not by chance."""
-        return self.mean > 0 and self.p < SIGNIFICANT
-
-
-def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """Return the difference of two samples, pair by pair.
-
-    Raises:
-        Untestable: there are fewer pairs than a verdict needs.
-    """
-    differences = np.subtract(one, other)
-    if len(differences) < LEAST_SEEDS:
-        raise Untestable(TOO_FEW)
-    mean, seeds = float(differences.mean()), len(differences)
-    if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
-        return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean)
-    error = float(stats.sem(differences))
-    p = float(stats.ttest_1samp(differences, 0).pvalue)
-    return Difference(mean, p, seeds, mean + float(stats.t.ppf(0.975, seeds - 1)) * error)
 
 
 def verdicts(found: Found) -> list[Verdict]:
@@ -175,32 +127,22 @@ def _by_seed(found: Found, measure: str, settings: Sequence[tuple[Setting, Setti
     return values
 
 
-def _difference(one: dict[int, float], other: dict[int, float] | None = None) -> Difference:
-    """Return how far numbers are above others, or above zero, seed by seed."""
-    seeds = sorted(one if other is None else one.keys() & other.keys())
-    return paired([one[seed] for seed in seeds], [0.0 if other is None else other[seed] for seed in seeds])
-
-
 def _losses(found: Found, measure: str, settings: Sequence[Setting]) -> dict[int, float]:
     """Return the mean loss over settings by seed; raise `Untestable` if one has diverged."""
     _whole(found, settings)
     return _by_seed(found, measure, [(setting, None) for setting in settings])
 
 
-def _said(find: Callable[[], Difference], decimals: int = 3) -> str:
-    """Return a difference that no verdict hangs on, or why there is none."""
-    try:
-        return find().says(decimals)
-    except Untestable as why:
-        return str(why)
-
-
 def _rates() -> dict[float, Mapping[str, Setting]]:
     return {lr: row.settings for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True)}
 
 
+def _in_lab(label: str) -> Mapping[str, Setting]:
+    return next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
+
+
 def _excursions(found: Found, label: str) -> dict[int, float]:
-    settings = next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
+    settings = _in_lab(label)
     _whole(found, [settings["good"]])
     return _by_seed(found, "excursion", [(settings["bad"], settings["good"])])
 
@@ -216,9 +158,8 @@ def _left(found: Found, label: str, group: str) -> tuple[Difference, Difference,
     The third number is the upper 95 % bound of the spikes in a run, of as many as there are in all (Poisson).
     """
     by_seed = _spikes(found, group)
-    spikes, excursion = _difference(by_seed), _difference(_excursions(found, label))
-    runs = len(by_seed) * len(LEARNING_RATES)
-    most = float(stats.chi2.ppf(0.95, 2 * round(spikes.mean * runs) + 2)) / 2 / runs
+    spikes, excursion = difference(by_seed), difference(_excursions(found, label))
+    most = most_events(spikes.mean, len(by_seed) * len(LEARNING_RATES))
     numbers = [
         f"{label}: spikes in a run, over all learning rates: {spikes.says(2)}, at most {most:.2f} (95 %); the first "
         f"{SPIKE_WINDOW} steps can only spike by not being finite",
@@ -241,16 +182,15 @@ def _spikes_of_zclip(found: Found) -> Judged:
     _, excursion, most, numbers = _left(found, "ZClip", "zclip")
     own = _excursions(found, "ZClip")
     for label in ("Fixed 1.0", "No clipping"):
-        less = _said(lambda: _difference(own, _excursions(found, label)))  # noqa: B023, called at once
+        less = said(lambda: difference(own, _excursions(found, label)))  # noqa: B023, called at once
         numbers.append(f"that loss, ZClip minus {label}: {less}")
-    fewer = _difference(_spikes(found, "zclip"), _spikes(found, "fixed"))
+    fewer = difference(_spikes(found, "zclip"), _spikes(found, "fixed"))
     numbers += [
         f"spikes in a run, ZClip minus fixed: {fewer.says(2)}",
         f"rule: none are left, with 95 % at most {FEW_SPIKES:g} in a run and {LITTLE:g} nats after bad batches, and no "
         "run has diverged",
     ]
-    lab = next(row.settings["bad"] for row in TABLES["spike_lab"].rows if row.label == "ZClip")
-    zclip = dict.fromkeys([*(row["zclip"] for row in _rates().values()), lab])
+    zclip = dict.fromkeys([*(row["zclip"] for row in _rates().values()), _in_lab("ZClip")["bad"]])
     if gone := [_named(setting, seeds) for setting in zclip if (seeds := _diverged(found, setting))]:
         return NOT_SUPPORTED, [f"diverged: {'; '.join(gone)}", *numbers]
     return SUPPORTED if most <= FEW_SPIKES and excursion.most <= LITTLE else NOT_SUPPORTED, numbers
@@ -279,12 +219,12 @@ def _higher_rates(found: Found) -> Judged:
         raise Untestable(TOO_FEW)
     higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
     lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
-    p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
+    p = signs(higher, lower)
     high = [row for lr, row in _rates().items() if lr in HIGH_RATES]
 
     def at_high_rates() -> Difference:
         one, other = (_losses(found, "train_loss", [row[group] for row in high]) for group in ("zclip", "fixed"))
-        return _difference(one, other)
+        return difference(one, other)
 
     numbers = [
         "best learning rate by seed: "
@@ -294,7 +234,7 @@ def _higher_rates(found: Found) -> Judged:
         ),
         f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a run "
         "that diverged is the worst",
-        f"train loss on the mean of 1e-3 to 5e-3, ZClip minus fixed: {_said(at_high_rates)}",
+        f"train loss on the mean of 1e-3 to 5e-3, ZClip minus fixed: {said(at_high_rates)}",
         "rule: the best rate is higher",
     ]
     if higher > lower and p < SIGNIFICANT:
@@ -307,29 +247,21 @@ def _higher_rates(found: Found) -> Judged:
 def _saved(found: Found, fixed: Setting, zclip: Setting) -> dict[int, float]:
     """Return the share of tokens that ZClip saves to reach the loss at the end of fixed clipping, by seed.
 
-    Counted from where fixed clipping itself is first there, which a mean of few steps can be before its end. None are
-    saved by a run that does not get there, or has diverged.
+    None are saved by a run that does not get there, or has diverged.
     """
     _whole(found, [fixed])
     saved = {}
     for seed in found.seeds:
         one, other = found.runs.get((fixed, seed)), found.runs.get((zclip, seed))
         if one is not None and other is not None:
-            loss = without_bad(one, "loss")
-            target = float(loss[-REACHED_WINDOW:].mean())
-            itself = tokens_to_reach(loss, one.metrics["tokens"], target)
-            reached = tokens_to_reach(without_bad(other, "loss"), other.metrics["tokens"], target)
-            if itself is None or reached is None or (zclip, seed) in found.diverged:
-                saved[seed] = 0.0
-            else:
-                saved[seed] = 1 - reached / itself
+            saved[seed] = 0.0 if (zclip, seed) in found.diverged else last_loss_reached(one, other).saved
     return saved
 
 
 def _fewer_tokens(found: Found) -> Judged:
     rates = _rates()
     papers = _saved(found, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
-    difference = _difference(papers)
+    fewer = difference(papers)
     equal = []
     for lr, row in rates.items():
         try:
@@ -338,12 +270,12 @@ def _fewer_tokens(found: Found) -> Judged:
         except Untestable:
             equal.append(f"{lr:.0e} fixed diverged")
     numbers = [
-        f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {difference.mean:.0%} fewer tokens "
+        f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {fewer.mean:.0%} fewer tokens "
         f"({', '.join(f'{share:.0%}' for share in papers.values())} by seed; 0 % where it does not get there)",
         f"at equal learning rates: {', '.join(equal)}",
         "rule: more than none, and 35 % at least on the mean",
     ]
-    return SUPPORTED if difference.above and difference.mean >= 0.35 else NOT_SUPPORTED, numbers
+    return SUPPORTED if fewer.above and fewer.mean >= 0.35 else NOT_SUPPORTED, numbers
 
 
 def _beats(
@@ -359,9 +291,9 @@ def _beats(
             beaten.append(len(own) >= LEAST_SEEDS)
             numbers.append(f"{name} has diverged: {_named(rival, gone)}")
             continue
-        difference = _difference(own, _losses(found, measure, [rival]))
-        beaten.append(difference.below)
-        numbers.append(f"{label} minus {name}: {difference.says(4)}")
+        lower = difference(own, _losses(found, measure, [rival]))
+        beaten.append(lower.below)
+        numbers.append(f"{label} minus {name}: {lower.says(4)}")
     return all(beaten), numbers
 
 
@@ -425,7 +357,7 @@ def _normal(found: Found) -> Judged:
 
 def _overhead(found: Found) -> Judged:
     shares = {label: _by_seed(found, "clip_share", [(setting, None)]) for label, setting in STRATEGIES.items()}
-    extra = _difference(shares["ZClip"], shares["Fixed 1.0"])
+    extra = difference(shares["ZClip"], shares["Fixed 1.0"])
     numbers = [
         "share of a step that goes to clipping, its norm included (which runs without clipping find too): "
         + ", ".join(f"{label} {np.mean(list(each.values())):.2f} %" for label, each in shares.items() if each),

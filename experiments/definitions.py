@@ -121,13 +121,16 @@ def diverged(loss: np.ndarray) -> bool:
 def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> float | None:
     """Return the tokens after which the loss, as the mean of 20 steps, is first at most a target; `None`: it never is.
 
+    Means of the same losses that differ by rounding are the same.
+
     Args:
         loss: (steps,) training loss of each step.
         tokens: (steps,) processed after each.
         target: in nats.
     """
     length = min(REACHED_WINDOW, len(loss))
-    reached = np.flatnonzero(_running_mean(np.where(np.isfinite(loss), loss, np.inf), length) <= target)
+    means = _running_mean(np.where(np.isfinite(loss), loss, np.inf), length)
+    reached = np.flatnonzero(means <= target + 1e-12 * abs(target))
     return float(tokens[reached[0] + length - 1]) if len(reached) else None
 
 

@@ -18,7 +18,6 @@ from experiments.catalogue import (
     Setting,
 )
 from experiments.collection import Found
-from experiments.definitions import REACHED_WINDOW, tokens_to_reach
 from experiments.distributions import distributions
 from experiments.drawing import (
     COLOURS,
@@ -31,7 +30,8 @@ from experiments.drawing import (
     over_seeds,
     runs_of,
 )
-from experiments.runs import Run, without_bad
+from experiments.measures import last_loss_reached
+from experiments.runs import Run
 
 #: What stands below figures with losses.
 LEFT_OUT = "losses of bad batches left out"
@@ -137,9 +137,9 @@ def _figure4(found: Found) -> Figure:
     for number, (label, runs) in enumerate(zip(FIGURES["figure4"], (fixed, zclip), strict=True)):
         smoothed = losses(ax, runs, label, number)
     each = int(fixed[0].metrics["tokens"][0])
-    said = _reached(ax, fixed, zclip)
+    there = _reached(ax, fixed, zclip)
     mark_bad(ax, [*fixed, *zclip])
-    ax.plot([], [], " ", label=said)
+    ax.plot([], [], " ", label=there)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
     said = f"{each:,} tokens each; {smoothed}; {LEFT_OUT}"
@@ -149,19 +149,21 @@ def _figure4(found: Found) -> Figure:
 
 def _reached(ax: Axes, fixed: Sequence[Run], zclip: Sequence[Run]) -> str:
     """Draw the loss at the end of fixed clipping, and say when ZClip is there, seed by seed."""
-    ends = {run.config["seed"]: float(without_bad(run, "loss")[-REACHED_WINDOW:].mean()) for run in fixed}
-    if not np.isfinite([*ends.values()]).all():
+    ends = {run.config["seed"]: run for run in fixed}
+    pairs = [(ends[seed], run) for run in zclip if (seed := run.config["seed"]) in ends]
+    if not pairs:
+        return "no seed has both"
+    reached = [last_loss_reached(one, run) for one, run in pairs]
+    target = float(np.mean([each.loss for each in reached]))
+    if not np.isfinite(target):
         return "fixed clipping has diverged"
-    target = float(np.mean([*ends.values()]))
     ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
-    pairs = [(run, ends[run.config["seed"]]) for run in zclip if run.config["seed"] in ends]
-    reached = [tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], end) for run, end in pairs]
-    there = [tokens for tokens in reached if tokens is not None]
-    if not there or len(there) < len(reached):
+    there = [each.tokens for each in reached if each.tokens is not None]
+    if len(there) < len(reached):
         return f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"
     share = float(np.mean(there)) / float(fixed[0].metrics["tokens"][-1])
     ax.axvline(share * len(fixed[0].metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
-    return f"ZClip is there after {share:.0%} of the tokens"
+    return f"ZClip is there with {np.mean([each.saved for each in reached]):.0%} fewer tokens"
 
 
 def _figure7(found: Found) -> Figure:

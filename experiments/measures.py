@@ -8,6 +8,7 @@ import numpy as np
 from experiments.definitions import (
     DIVERGED,
     EXCURSION,
+    REACHED_WINDOW,
     RECOVERED,
     RECOVERED_WINDOW,
     SCORE_LEAST,
@@ -19,8 +20,41 @@ from experiments.definitions import (
     loss_spikes,
     recovery,
     spike_score,
+    tokens_to_reach,
 )
-from experiments.runs import Run, bad_batches, left_out
+from experiments.runs import Run, bad_batches, left_out, without_bad
+
+
+class Reached(NamedTuple):
+    """Where a run is at the loss that another ends with.
+
+    Attributes:
+        loss: nats, the mean of the other's last 20 steps.
+        itself: tokens after which the other is there for the first time, which can be before its end.
+        tokens: after which the run is; `None` if it never is.
+    """
+
+    loss: float
+    itself: float
+    tokens: float | None
+
+    @property
+    def saved(self) -> float:
+        """Share of tokens that the run saves, 0 if it never is there."""
+        return 0.0 if self.tokens is None else 1 - self.tokens / self.itself
+
+
+def last_loss_reached(other: Run, run: Run) -> Reached:
+    """Find where a run is at the loss that another ends with; see `definitions.tokens_to_reach`.
+
+    Losses at bad batches are taken from the steps around them. If the other's loss is not finite at its end, so is
+    the loss to reach, and nothing is saved.
+    """
+    loss, tokens = without_bad(other, "loss"), other.metrics["tokens"]
+    end = float(loss[-REACHED_WINDOW:].mean())
+    itself = tokens_to_reach(loss, tokens, end)
+    there = tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], end)
+    return Reached(end, float(tokens[-1]) if itself is None else itself, there)
 
 
 class Measure(NamedTuple):

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.catalogue import Table
+from experiments.claims import Verdict
 from experiments.claims import __doc__ as how_judged
-from experiments.claims import verdicts
 from experiments.collection import Found
 from experiments.definitions import SPIKE_WINDOW, loss_spikes
 from experiments.runs import Run, bad_batches, left_out
@@ -30,6 +30,7 @@ LEAD = (
 
 def report(
     found: Found,
+    judged: Sequence[Verdict],
     tables: Sequence[Table],
     figures: Mapping[str, Figure],
     undrawn: Sequence[str],
@@ -41,6 +42,7 @@ def report(
 
     Args:
         found: the runs.
+        judged: the claims.
         tables: to show, where any run of theirs is done.
         figures: by name, in order.
         undrawn: names of figures without runs.
@@ -62,7 +64,7 @@ def report(
         lead=LEAD,
         what=_what(found),
         made=made,
-        verdicts=verdicts(found),
+        verdicts=judged,
         how_judged=_how_judged().replace("`", ""),
         figures=[(name, _encoded(figure)) for name, figure in figures.items()],
         undrawn=undrawn,
@@ -77,15 +79,16 @@ def report(
     )
 
 
-def verdicts_in_markdown(found: Found, scale: str) -> str:
+def verdicts_in_markdown(found: Found, judged: Sequence[Verdict], scale: str) -> str:
     """Return the paper's claims and what runs say of each.
 
     Args:
         found: the runs.
+        judged: the claims.
         scale: of the runs.
     """
     parts = [f"# {_title(scale)}, the paper's claims", " ".join(_what(found)), _how_judged()]
-    for each in verdicts(found):
+    for each in judged:
         parts += [f"## {each.claim}", f"**{each.verdict}**", "\n".join(f"- {number}" for number in each.numbers)]
     return "\n\n".join(parts) + "\n"
 

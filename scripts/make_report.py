@@ -19,6 +19,7 @@ sys.path.pop(1)
 
 from evaluation.tasks import SETS
 from experiments.catalogue import TABLES
+from experiments.claims import verdicts
 from experiments.collection import Found
 from experiments.report import report, verdicts_in_markdown
 from scripts.evidence import EVERYTHING, PICTURES, chosen, drawn, gather, out_folder, step_windows
@@ -73,8 +74,9 @@ def main(cfg: DictConfig) -> None:
         here = environment()
         commands = _commands(cfg, found, wanted, windows)
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-        write_whole(folder / "verdicts.md", verdicts_in_markdown(found, cfg.scale))
-        write_whole(folder / "report.html", report(found, tables, figures, undrawn, cfg.scale, commands, made))
+        judged = verdicts(found)
+        write_whole(folder / "verdicts.md", verdicts_in_markdown(found, judged, cfg.scale))
+        write_whole(folder / "report.html", report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")
         console.print(f"report   {folder / 'report.html'}")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from experiments.catalogue import ALPHAS, FIGURES, LEARNING_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
-from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Untestable, Verdict, paired, verdicts
+from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Verdict, verdicts
 from experiments.collection import Found
+from experiments.paired import Untestable, paired
 from tests.experiments.conftest import SEEDS
 
 LEAVES, REMOVES, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS

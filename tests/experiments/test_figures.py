@@ -26,11 +26,14 @@ def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=30)
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
-    page = report(everything, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today.")
+    judged = verdicts(everything)
+    page = report(
+        everything, judged, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today."
+    )
     assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
-    said = verdicts_in_markdown(everything, "micro")
+    said = verdicts_in_markdown(everything, judged, "micro")
     assert said.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in said
 
 
@@ -111,7 +114,7 @@ def test_figure_4_says_when_zclip_is_there(everything):
     }
     faster = everything._replace(runs=runs)
     labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
-    assert "ZClip is there after 48% of the tokens" in labels and "bad batch put in" in labels
+    assert "ZClip is there with 52% fewer tokens" in labels and "bad batch put in" in labels
     runs[fixed, 1] = runs[fixed, 1]._replace(metrics={**runs[fixed, 1].metrics, "loss": np.full(140, np.nan)})
     labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
     assert "fixed clipping has diverged" in labels
