@@ -5,6 +5,7 @@ says what a user needs; faults of the program keep their traceback. With HYDRA_F
 `CheckSweep` checks every job of a sweep before the first one starts.
 """
 
+import difflib
 import errno
 import os
 import re
@@ -165,7 +166,11 @@ def sentence(error: Exception) -> str:
         key = match.group(1)
         given = next((a for a in sys.argv[1:] if a.lstrip("+").split("=")[0] == key), key)
         lists = "hydra" if key.startswith("hydra.") else "job"
-        return f"{given} is not possible: there is no key {key}; `--cfg {lists}` lists all keys"
+        inside = getattr(error.__cause__, "parent_node", None)  # where it was looked for
+        last = str(getattr(error.__cause__, "key", key))
+        near = difflib.get_close_matches(last, map(str, inside), 1) if isinstance(inside, DictConfig) else []
+        meant = f" (the nearest is {key.removesuffix(last)}{near[0]})" if near and key.endswith(last) else ""
+        return f"{given} is not possible: there is no key {key}{meant}; `--cfg {lists}` lists all keys"
     return " ".join(message.split())
 
 

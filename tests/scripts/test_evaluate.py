@@ -138,7 +138,11 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its eval.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
-        ("eval.task=[x]", "eval.task=[x] is not possible: there is no key eval.task; `--cfg job` lists all keys"),
+        (
+            "eval.task=[x]",
+            "eval.task=[x] is not possible: there is no key eval.task (the nearest is eval.tasks); `--cfg job` lists "
+            "all keys",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(given, said, tmp_path):

@@ -107,7 +107,7 @@ BAD = {
     "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
     "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
-    "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa",
+    "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa (the nearest is clip.alpha)",
     "data.path=/nope": "data.sources.text.path=/nope does not exist: it must be a file, a folder or a pattern of",
     "data.sequence_length=100000000": "data.sequence_length=100000000 is longer than the text",
     "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's vocabulary: it has 8,192 ids, and",
