@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from data import Source
+from tests.programs import CHECKOUT, run
 
 # Tests run side by side: threads of each would only get in the way of the others'.
 os.environ["OMP_NUM_THREADS"] = "1"
-
-CHECKOUT = Path(__file__).parent.parent
 
 #: A run of a second or two; `corpus` gives it its text.
 TINY = (
@@ -55,14 +54,12 @@ def train(
     *overrides: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py to its end in the folder `cwd`."""
-    return subprocess.run(
-        train_command(*overrides),
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return run("train.py", *overrides, cwd=cwd, env=env, timeout=timeout)
+
+
+def script(name: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run one of scripts/ to its end in the folder `cwd`."""
+    return run(f"scripts/{name}", *arguments, cwd=cwd, env=env)
 
 
 def same(a, b) -> bool:

@@ -9,8 +9,7 @@ import pytest
 from data import TextEncoder
 from data.tokenizer import train_tokenizer
 from evaluation.tasks import SETS, data_file
-from tests.conftest import CHECKOUT
-from tests.scripts.test_data_scripts import script
+from tests.conftest import CHECKOUT, script
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "eval"
 

@@ -8,8 +8,7 @@ from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLD
 from experiments.measures import MEASURES
 from experiments.tables import paper_numbers
 from scripts.evidence import chosen, step_windows
-from tests.conftest import CHECKOUT, train
-from tests.scripts.test_data_scripts import script
+from tests.conftest import CHECKOUT, script, train
 from training.config import ConfigError
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.scripts.test_data_scripts import script
+from tests.conftest import script
 
 
 def test_our_contenders_are_timed(tmp_path):

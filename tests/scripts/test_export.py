@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY, train
-from tests.scripts.test_data_scripts import script
+from tests.conftest import TINY, script, train
 from training.checkpoint_files import weights
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, TINY, same, train
-from tests.scripts.test_data_scripts import script
+from tests.conftest import CHECKOUT, TINY, same, script, train
 from tests.slurm.cluster import Cluster, missing
 from tests.training.test_stopping import start
 from tests.training.test_trouble import rows

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from models import Llama
 from models.hugging_face import export
-from tests.conftest import CHECKOUT, TINY, train, train_command
-from tests.scripts.test_data_scripts import script
+from tests.conftest import CHECKOUT, TINY, script, train, train_command
 from tests.training.test_config import composed
 from tests.training.test_stopping import ranks
 from training.checkpoint_files import undamaged, weights

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from data.tokenizer import END_OF_TEXT, text_encoder
 from experiments.runs import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
+from tests.programs import run
 from training.clock import PARTS, TOLD
 from training.config import corpus_of, model_config
 
@@ -187,13 +187,12 @@ def test_killed_at_each_delicate_moment(settings, tmp_path):
     for folder in (whole, killed):
         folder.mkdir()
     assert train(*settings, cwd=whole).returncode == 0
-    script = str(Path(__file__).parent / "killed.py")
     moments = (
         "config", "environment", "line-before-checkpoint", "mid-save", "rewriting-metrics", "line", "after-save",
         "evaluation", "evaluation",
     )  # fmt: skip
     for moment in moments:
-        done = subprocess.run([sys.executable, script, moment, *settings], cwd=killed, capture_output=True, text=True)
+        done = run("tests/training/killed.py", moment, *settings, cwd=killed)
         assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stdout}{done.stderr}"
     assert train(*settings, cwd=killed).returncode == 0
     checkpoint, rows, test_loss = final(whole)

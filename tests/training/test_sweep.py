@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, train
-from tests.scripts.test_data_scripts import script
+from tests.conftest import TINY, script, train
 from tests.training.test_stopping import start
 
 
