@@ -377,9 +377,9 @@ def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     runs = list((tmp_path / "runs" / "main").iterdir())
     assert len(runs) == 2
-    for run in runs:
-        (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        assert run.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
+    for path in runs:
+        (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
+        assert path.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
 
 
 def test_bad_batches_are_put_in_and_told(settings, tmp_path):
