@@ -1,6 +1,6 @@
 """The runs that a table or figure is made of, found on disk; what is missing or does not belong is named."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,17 +63,25 @@ class Found(NamedTuple):
         Args:
             settings: each with its label.
         """
-        kinds: dict[str, list[str]] = {"not run": [], "unfinished": [], "diverged": []}
+        kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "unfinished": {}, "diverged": {}}
         for label, setting in dict.fromkeys(settings):
             for seed in self.seeds:
-                key, title = (setting, seed), f"{label} (seed {seed})"
+                key, said = (setting, seed), str(seed)
                 if key in self.unfinished:
-                    kinds["unfinished"].append(f"{title} after {self.unfinished[key]} steps")
+                    kind, said = "unfinished", f"{seed} after {self.unfinished[key]} steps"
                 elif key not in self.runs:
-                    kinds["not run"].append(title)
+                    kind = "not run"
                 elif key in self.diverged:
-                    kinds["diverged"].append(title)
-        return [f"{kind}: {', '.join(titles)}" for kind, titles in kinds.items() if titles]
+                    kind = "diverged"
+                else:
+                    continue
+                kinds[kind].setdefault(label, []).append(said)
+        return [
+            f"{kind}: "
+            + ", ".join(f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for label, seeds in there.items())
+            for kind, there in kinds.items()
+            if there
+        ]
 
 
 def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], Mapping[str, Any]]) -> Found:
@@ -84,16 +92,17 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         identity: the part of a run's configuration that makes it what it is.
     """
     found = Found({}, set(), {}, [])
+    left: dict[str, list[str]] = {}  # why, and which folders
     paths = {each.path.resolve() for each in expected.values()}
     for key, each in expected.items():
         if not (each.path / "config.yaml").is_file():
             if (each.path / "result.json").is_file():
-                found.others.append(f"{each.path.name} is left out: it has no config.yaml")
+                left.setdefault("no config.yaml", []).append(each.path.name)
             continue
         own = _settings(each.path, identity)
         if own is None or (changed := _differences(own, each.identity)):
             why = "cannot be read" if own is None else f"was changed ({changed})"
-            found.others.append(f"{each.path.name} is left out: its config.yaml {why}")
+            left.setdefault(f"config.yaml {why}", []).append(each.path.name)
             continue
         if not (each.path / "result.json").is_file():
             metrics = each.path / "metrics.jsonl"
@@ -102,7 +111,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         try:
             run = _checked(read_run(each.path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found.others.append(f"{each.path.name} is left out: it cannot be read ({error})")
+            left.setdefault(f"damaged ({error})", []).append(each.path.name)
             continue
         found.runs[key] = run
         loss = np.delete(run.metrics["loss"], sorted(left_out(run)))
@@ -114,11 +123,20 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         for other in sorted(folder.glob("*/config.yaml"))
         if other.parent not in paths
     ]
-    found.others.extend(filter(None, (_stranger(folder, expected, identity) for folder in strangers)))
+    for folder in strangers:
+        if stranger := _stranger(folder, expected, identity):
+            left.setdefault(stranger, []).append(folder.name)
+    found.others.extend(f"{_listed(names)} left out: {why}" for why, names in left.items())
     there = {seed for _, seed in [*found.runs, *found.unfinished]}
     if gone := [str(seed) for seed in dict.fromkeys(seed for _, seed in expected) if seed not in there]:
         found.others.append(f"there is no run of seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
-    return found._replace(others=list(dict.fromkeys(found.others)))
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Name the first three, and say how many more there are, with the verb."""
+    names = list(dict.fromkeys(names))
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} {'are' if names[1:] else 'is'}"
 
 
 def _checked(run: Run) -> Run:
@@ -165,15 +183,15 @@ def _stranger(
     """Say why a folder is left out; `None` if it is of another seed alone."""
     own = _settings(folder, identity)
     if own is None:
-        return f"{folder.name} is left out: its config.yaml cannot be read"
+        return "config.yaml cannot be read"
     nearest = min(expected.values(), key=lambda each: len(_flat(own).items() ^ _flat(each.identity).items()))
     seeds = {each.identity.get("seed") for each in expected.values()}
     if own.get("seed") not in seeds and not _differences({**own, "seed": None}, {**nearest.identity, "seed": None}):
         return None
     differs = _differences(own, nearest.identity)
     if not differs:
-        return f"{folder.name} is left out: it is {nearest.path.name} again, under a name of its own"
-    return f"{folder.name} is left out: it is no run of these experiments ({differs})"
+        return f"{nearest.path.name} again, under a name of its own"
+    return f"no run of these experiments ({differs})"
 
 
 def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ def test_runs_that_diverged_are_drawn_as_far_as_they_went(everything, tmp_path):
     for name in DRAWN:
         draw(name, found).savefig(tmp_path / f"{name}.png", dpi=30)
     table3 = markdown(fill(TABLES["table3"], found))
-    assert "| diverged |" in table3 and "Diverged: No clipping (seed 0)" in table3
+    assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
     assert all(verdict.verdict != SUPPORTED for verdict in verdicts(found)[2:7])
 
 

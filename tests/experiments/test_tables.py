@@ -88,14 +88,14 @@ def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
     OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
     found = collect({key: place for key, (place, _) in places.items()}, identity)
     text = markdown(fill(TABLES["table3"], found))
-    assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1) after 140 steps." in text
+    assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
     assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
     assert sorted(found.others) == sorted(
         [
-            f"again is left out: it is {first.path.name} again, under a name of its own",
-            "longer is left out: it is no run of these experiments (trainer.max_steps=400, not 140)",
-            "broken is left out: its config.yaml cannot be read",
-            f"{changed.path.name} is left out: its config.yaml was changed (clip.alpha=0.5, not 0.97)",
+            f"again is left out: {first.path.name} again, under a name of its own",
+            "longer is left out: no run of these experiments (trainer.max_steps=400, not 140)",
+            "broken is left out: config.yaml cannot be read",
+            f"{changed.path.name} is left out: config.yaml was changed (clip.alpha=0.5, not 0.97)",
         ]
     )
 
@@ -117,7 +117,7 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
     ("file", "text", "said"),
     [
         ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
-        ("metrics.jsonl", "[1]\n", "cannot be read"),
+        ("metrics.jsonl", "[1]\n", "damaged ("),
         ("metrics.jsonl", None, "not of one run"),
         ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
         ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
@@ -127,9 +127,9 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
             '{"steps": 140, "tokens": 1, "parameters": 1, "data_fingerprint": "x", "step_seconds": [1]}',
             "step_seconds=[1], which are no parts",
         ),
-        ("environment.json", "[]", "cannot be read"),
+        ("environment.json", "[]", "damaged ("),
         ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
-        ("eval.json", '{"scores": null}', "cannot be read"),
+        ("eval.json", '{"scores": null}', "damaged ("),
         ("eval.json", '{"scores": [{}]}', "eval.json has a score that is none"),
         ("config.yaml", "[1]", "cannot be read"),
         ("config.yaml", "trainer: x", "cannot be read"),
@@ -147,8 +147,20 @@ def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, 
     damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
     stranger = moved[key].path.with_name("stranger")
     stranger.mkdir()
-    (stranger / "config.yaml").write_text("[1]")
+    (stranger / "config.yaml").write_text("{")
     found = collect(moved, identity)
     assert key not in found.runs and len(found.runs) == 11
     assert any(said in line and moved[key].path.name in line for line in found.others), found.others
-    assert "stranger is left out: its config.yaml cannot be read" in found.others
+    (unread,) = [line for line in found.others if "stranger" in line]
+    assert unread.endswith(" left out: config.yaml cannot be read")
+
+
+def test_folders_left_out_for_one_reason_are_said_together(table3, tmp_path):
+    runs, places = table3
+    shutil.copytree(runs, tmp_path / "runs")
+    (folder,) = {tmp_path / "runs" / place.path.relative_to(runs).parent for place in places.values()}
+    for name in "edcba":
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text("{")
+    found = collect({key: place._replace(path=folder / place.path.name) for key, place in places.items()}, identity)
+    assert found.others == ["a, b, c and 2 more are left out: config.yaml cannot be read"]
