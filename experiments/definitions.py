@@ -20,6 +20,8 @@ DIVERGED = 0.5
 REACHED_WINDOW = 20
 #: Steps after a bad batch that its excursion is taken over.
 EXCURSION = 10
+#: Steps whose slope says what a lost batch costs.
+SLOPE_WINDOW = 50
 #: Steps whose mean says whether a run has recovered, and within how many nats of the undisturbed run.
 RECOVERED_WINDOW, RECOVERED = 5, 0.05
 
@@ -51,21 +53,14 @@ def loss_spikes(
     Returns:
         The spikes in order.
     """
-    normal: list[float] = []
     spikes: list[Spike] = []
     last = -2
+    limits = _limits(loss, left_out, window, sigmas)
     for step, value in enumerate(loss.tolist()):
         if step in left_out:
             last += last == step - 1
             continue
-        recent = np.array(normal[-window:])
-        high = not np.isfinite(value)
-        if not high and len(recent) == window:
-            median = np.median(recent)
-            deviation = 1.4826 * np.median(np.abs(recent - median))
-            high = value > median + sigmas * deviation
-        if not high:
-            normal.append(value)
+        if np.isfinite(value) and value <= limits[step]:
             continue
         if spikes and last == step - 1:
             spikes[-1] = Spike(spikes[-1].start, step + 1 - spikes[-1].start)
@@ -73,6 +68,37 @@ def loss_spikes(
             spikes.append(Spike(step, 1))
         last = step
     return spikes
+
+
+def least_spike(loss: np.ndarray, left_out: Collection[int] = ()) -> float:
+    """Return by how many nats a loss has to jump to be a spike: what it is below the limit, at the median step.
+
+    Args:
+        loss, left_out: see `loss_spikes`.
+
+    Returns:
+        NaN for a run too short to be judged.
+    """
+    limits = _limits(loss, left_out, SPIKE_WINDOW, SPIKE_SIGMAS)
+    room = limits - loss
+    normal = [step for step in range(len(loss)) if np.isfinite(room[step]) and room[step] >= 0 and step not in left_out]
+    return float(np.median(room[normal])) if normal else float("nan")
+
+
+def _limits(loss: np.ndarray, left_out: Collection[int], window: int, sigmas: float) -> np.ndarray:
+    """Return the highest loss of each step that is no spike; infinite where too few steps came before to judge."""
+    normal: list[float] = []
+    limits = np.full(len(loss), np.inf)
+    for step, value in enumerate(loss.tolist()):
+        if step in left_out:
+            continue
+        recent = np.array(normal[-window:])
+        if len(recent) == window:
+            median = np.median(recent)
+            limits[step] = median + sigmas * 1.4826 * np.median(np.abs(recent - median))
+        if np.isfinite(value) and value <= limits[step]:
+            normal.append(value)
+    return limits
 
 
 def spike_score(values: np.ndarray, left_out: Collection[int] = ()) -> float:
@@ -146,6 +172,27 @@ def excursion(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -
     ends = _until(bad, len(loss))
     means = [float(np.mean((loss - undisturbed)[at + 1 : min(at + 1 + EXCURSION, end)])) for at, end in ends]
     return float(np.mean(means))
+
+
+def lost_batches(undisturbed: np.ndarray, bad: Collection[int]) -> float:
+    """Return the excursion of a run that ignored bad batches: it has learnt from fewer, and its loss is where it was.
+
+    After the n-th bad batch it is n steps behind, each of which lowers the loss by the slope of a straight line through
+    the 50 steps around (from 25 before to 24 after, as far as there are any), or not at all where that rises. It is
+    the mean over the same bad batches as that of `excursion`. Part of the slope can be the learning rate's decay, which
+    such a run would not be behind in: the cost is rather less.
+
+    Args:
+        undisturbed: (steps,) loss of the run without bad batches.
+        bad: indices of the bad batches' steps.
+    """
+    costs = []
+    for at, _ in _until(bad, len(undisturbed)):
+        first = max(0, at - SLOPE_WINDOW // 2)
+        around = undisturbed[first : at + SLOPE_WINDOW // 2]
+        slope = float(np.polyfit(np.arange(len(around)), around, 1)[0])
+        costs.append(max(0.0, -slope) * sum(step <= at for step in bad))
+    return float(np.mean(costs))
 
 
 def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:

@@ -32,16 +32,22 @@ class Reached(NamedTuple):
         loss: nats, the mean of the other's last 20 steps.
         itself: tokens after which the other is there for the first time, which can be before its end.
         tokens: after which the run is; `None` if it never is.
+        above: nats by which the run's own last loss is above.
     """
 
     loss: float
     itself: float
     tokens: float | None
+    above: float
 
     @property
     def saved(self) -> float:
-        """Share of tokens that the run saves, 0 if it never is there."""
-        return 0.0 if self.tokens is None else 1 - self.tokens / self.itself
+        """Share of tokens that the run saves; 0 if it is there later, or never."""
+        return 0.0 if self.tokens is None else max(0.0, 1 - self.tokens / self.itself)
+
+    def says(self) -> str:
+        """Return the share as printed."""
+        return "never" if self.tokens is None else f"{self.saved:.0%}"
 
 
 def last_loss_reached(other: Run, run: Run) -> Reached:
@@ -53,8 +59,10 @@ def last_loss_reached(other: Run, run: Run) -> Reached:
     loss, tokens = without_bad(other, "loss"), other.metrics["tokens"]
     end = float(loss[-REACHED_WINDOW:].mean())
     itself = tokens_to_reach(loss, tokens, end)
-    there = tokens_to_reach(without_bad(run, "loss"), run.metrics["tokens"], end)
-    return Reached(end, float(tokens[-1]) if itself is None else itself, there)
+    own = without_bad(run, "loss")
+    there = tokens_to_reach(own, run.metrics["tokens"], end)
+    above = float(own[-REACHED_WINDOW:].mean()) - end
+    return Reached(end, float(tokens[-1]) if itself is None else itself, there, above)
 
 
 class Measure(NamedTuple):
@@ -92,11 +100,16 @@ def _score(task: str, metric: str) -> Callable[[Run, Run | None], float | None]:
     return find
 
 
+def clip_and_step(run: Run) -> tuple[float, float] | None:
+    """Return the seconds of the median step that clipping takes, and those of the step; `None` if not known."""
+    seconds = (run.result or {}).get("step_seconds") or {}
+    whole = sum(value for value in seconds.values() if value is not None)
+    return (seconds["clip"], whole) if seconds.get("clip") is not None and whole > 0 else None
+
+
 def _clip_share(run: Run, _: Run | None) -> float | None:
     """Return the percentage of the median step's time that clipping takes."""
-    seconds = (run.result or {}).get("step_seconds") or {}
-    parts = [value for value in seconds.values() if value is not None]
-    return 100 * seconds["clip"] / sum(parts) if seconds.get("clip") is not None and sum(parts) > 0 else None
+    return None if (spent := clip_and_step(run)) is None else 100 * spent[0] / spent[1]
 
 
 def _share(column: str) -> Callable[[Run, Run | None], float | None]:
@@ -171,7 +184,7 @@ MEASURES = {
         3,
         "low",
         f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad "
-        "batch; where losses are not finite the run counts as diverged",
+        "batch, with what earlier ones have left; where losses are not finite the run counts as diverged",
         beside=True,
     ),
     "recovery": Measure(

@@ -25,12 +25,13 @@ class Difference(NamedTuple):
         mean: of the differences.
         p: of the two-sided paired t-test; of the sign test where all differences are the same, 1 where they are 0.
         seeds: how many pairs there are.
-        most: upper end of the 95 % interval of the mean.
+        least, most: ends of the 95 % interval of the mean.
     """
 
     mean: float
     p: float
     seeds: int
+    least: float
     most: float
 
     def says(self, decimals: int = 3) -> str:
@@ -59,10 +60,10 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
         raise Untestable(TOO_FEW)
     mean, seeds = float(differences.mean()), len(differences)
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
-        return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean)
-    error = float(stats.sem(differences))
+        return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean, mean)
+    error = float(stats.sem(differences)) * float(stats.t.ppf(0.975, seeds - 1))
     p = float(stats.ttest_1samp(differences, 0).pvalue)
-    return Difference(mean, p, seeds, mean + float(stats.t.ppf(0.975, seeds - 1)) * error)
+    return Difference(mean, p, seeds, mean - error, mean + error)
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float] | None = None) -> Difference:
@@ -88,6 +89,22 @@ def signs(higher: int, lower: int) -> float:
     return float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
 
-def most_events(mean: float, runs: int) -> float:
-    """Return the upper 95 % bound of events in a run, where so many runs have so many on the mean (Poisson)."""
-    return float(stats.chi2.ppf(0.95, 2 * round(mean * runs) + 2)) / 2 / runs
+class Rate(NamedTuple):
+    """How many events there are in a run.
+
+    Attributes:
+        events: in all.
+        runs: there are.
+        least, most: ends of the 95 % interval of events in a run (Poisson, exact).
+    """
+
+    events: int
+    runs: int
+    least: float
+    most: float
+
+
+def rate(events: int, runs: int) -> Rate:
+    """Return how many events there are in a run, of as many as there are in some runs."""
+    least = float(stats.chi2.ppf(0.025, 2 * events)) / 2 if events else 0.0
+    return Rate(events, runs, least / runs, float(stats.chi2.ppf(0.975, 2 * events + 2)) / 2 / runs)

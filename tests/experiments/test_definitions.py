@@ -7,7 +7,9 @@ from experiments.definitions import (
     Spike,
     diverged,
     excursion,
+    least_spike,
     loss_spikes,
+    lost_batches,
     recovery,
     spike_score,
     tokens_to_reach,
@@ -30,6 +32,21 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_bad_batches_are_in_no_spike_and_end_none(loss, left_out, spikes):
     assert loss_spikes(np.array(loss), left_out) == spikes
+
+
+def test_a_spike_is_five_robust_deviations_above_the_median():
+    """1.1 + 5 * 1.4826 * 0.1 = 1.8413; spikes are not what is normal, however long they last."""
+    assert loss_spikes(np.array([*CALM, 1.84])) == []
+    assert loss_spikes(np.array([*CALM, 1.85])) == [Spike(50, 1)]
+    assert loss_spikes(np.array([*CALM, *[9.0] * 60, 1.85, 1.1])) == [Spike(50, 61)]
+    assert least_spike(np.array([*CALM, 1.1])) == pytest.approx(0.7413)
+    # With the 1.1 in the median's window it is 1.15 with a deviation of 0.05, then 1.05: limits 1.52065 and 1.42065.
+    assert least_spike(np.array([*CALM, 9.0, 1.1, 1.0, 1.2]), {50}) == pytest.approx(0.52065)
+    assert np.isnan(least_spike(np.array(CALM)))
+
+
+def test_a_spike_score_looks_back_a_thousand_steps():
+    assert spike_score(np.array([*[5.0, -5.0] * 50, *CALM * 20, 1.81])) == pytest.approx(1 / 1051)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +92,20 @@ def test_tokens_to_reach_a_loss():
     loss[45] = NAN
     assert tokens_to_reach(loss, tokens, 3.0) == 660, "a loss that is not finite reaches nothing"
     assert tokens_to_reach(np.array([2.0, 1.0]), np.array([1.0, 2.0]), 1.5) == 2, "of fewer steps all"
+
+
+def test_lost_batches():
+    """The loss falls by 0.01 a step: after one it is a step behind, after three in a row three."""
+    falling = 6 - 0.01 * np.arange(60)
+    assert lost_batches(falling, {10}) == pytest.approx(0.01)
+    assert lost_batches(falling, {10, 11, 12}) == pytest.approx(0.03)
+    assert lost_batches(falling, {10, 30}) == pytest.approx(0.015), "one, and two"
+    assert lost_batches(-falling, {10}) == 0
+
+
+def test_a_loss_below_the_undisturbed_one():
+    calm = np.full(60, 2.0)
+    assert excursion(calm - 0.1, calm, {10}) == pytest.approx(-0.1) and recovery(calm - 0.1, calm, {10}) == 0
 
 
 def test_excursion_and_recovery():

@@ -1,0 +1,68 @@
+"""What verdicts on claims have in common: the words, and the numbers of runs by seed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from experiments.catalogue import LEARNING_RATES, TABLES, Setting
+from experiments.collection import Found
+from experiments.measures import MEASURES
+from experiments.paired import Untestable
+
+SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
+
+#: A verdict and its numbers.
+Judged = tuple[str, list[str]]
+Judge = Callable[[Found], Judged]
+
+
+def diverged_seeds(found: Found, setting: Setting) -> list[int]:
+    """Return the seeds with which a setting has diverged."""
+    return [seed for seed in found.seeds if (setting, seed) in found.diverged]
+
+
+def named(setting: Setting, seeds: Sequence[int]) -> str:
+    """Name runs as on the command line."""
+    return f"{' '.join(setting.overrides)} seed={','.join(map(str, seeds))}"
+
+
+def require_whole(found: Found, settings: Sequence[Setting]) -> None:
+    """Raise `Untestable` if a run of some settings has diverged."""
+    for setting in settings:
+        if gone := diverged_seeds(found, setting):
+            raise Untestable(f"a run that others are measured by has diverged: {named(setting, gone)}")
+
+
+def by_seed(found: Found, measure: str, settings: Sequence[tuple[Setting, Setting | None]]) -> dict[int, float]:
+    """Return the mean of a number over settings, each with its undisturbed one, by seed, of seeds that have all.
+
+    Raises:
+        Untestable: a run that is done has no such number, or it is not finite: a mean over the others would leave out
+            the worst.
+    """
+    values = {}
+    for seed in found.seeds:
+        own = []
+        for setting, calm in settings:
+            run, other = found.runs.get((setting, seed)), None if calm is None else found.runs.get((calm, seed))
+            if run is None or (calm is not None and other is None):
+                break
+            value = MEASURES[measure].of(run, other)
+            if value is None or not math.isfinite(value):
+                raise Untestable(f"a run that is compared has no finite {measure}: {named(setting, [seed])}")
+            own.append(value)
+        else:
+            values[seed] = float(np.mean(own))
+    return values
+
+
+def losses_by_seed(found: Found, measure: str, settings: Sequence[Setting]) -> dict[int, float]:
+    """Return the mean loss over settings by seed; raise `Untestable` if one has diverged."""
+    require_whole(found, settings)
+    return by_seed(found, measure, [(setting, None) for setting in settings])
+
+
+def at_rates() -> dict[float, Mapping[str, Setting]]:
+    """Return the settings of Table 2, by the paper's learning rate and the strategy's name."""
+    return {lr: row.settings for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True)}

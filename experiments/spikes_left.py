@@ -1,0 +1,162 @@
+"""What runs say of spikes: whether fixed clipping leaves them, and whether ZClip removes them.
+
+Both are measured alike. Spikes are left where a run has diverged or has a loss that is not finite after bad batches, or
+where the 95 % interval of the spikes in a run, or of the loss after bad batches, is above what is as good as none; and
+none are left where no run has, and both intervals are within it. In between, neither is shown. The loss after bad
+batches is that above the undisturbed run's, beyond what a run that ignored them would have lost by learning from fewer.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.catalogue import TABLES, Setting
+from experiments.collection import Found
+from experiments.definitions import SPIKE_WINDOW, least_spike, lost_batches
+from experiments.judging import NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Judged, at_rates, by_seed, named, require_whole
+from experiments.measures import MEASURES
+from experiments.paired import LEAST_SEEDS, TOO_FEW, Difference, Rate, Untestable, difference, rate, said
+from experiments.runs import left_out
+
+#: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
+FEW_SPIKES, LITTLE = 0.2, 0.02
+
+
+def _in_lab(label: str) -> Mapping[str, Setting]:
+    return next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
+
+
+def _excursions(found: Found, label: str) -> dict[int, float]:
+    settings = _in_lab(label)
+    require_whole(found, [settings["good"]])
+    return by_seed(found, "excursion", [(settings["bad"], settings["good"])])
+
+
+def _lost_batches(found: Found, label: str) -> dict[int, float]:
+    """Return the excursion by seed that a strategy would have which ignored bad batches: it has learnt from fewer."""
+    settings = _in_lab(label)
+    costs = {}
+    for seed in found.seeds:
+        run, calm = (found.runs.get((settings[group], seed)) for group in ("bad", "good"))
+        if run is not None and calm is not None:
+            costs[seed] = lost_batches(calm.metrics["loss"], left_out(run))
+    return costs
+
+
+class Left(NamedTuple):
+    """What a strategy leaves of spikes.
+
+    Attributes:
+        gone: its runs that have diverged, or have no finite loss after bad batches.
+        spikes: in its runs over all learning rates; `None` if none is done.
+        beyond: the loss after bad batches above the undisturbed run's, beyond what the lost batches cost; `None` if it
+            is not known, or a run of the lab is gone.
+        numbers: all of it in words.
+    """
+
+    gone: list[str]
+    spikes: Rate | None
+    beyond: Difference | None
+    numbers: list[str]
+
+    @property
+    def some(self) -> bool:
+        """Whether spikes are left for sure."""
+        return bool(
+            self.gone
+            or (self.spikes is not None and self.spikes.least > FEW_SPIKES)
+            or (self.beyond is not None and self.beyond.least > LITTLE)
+        )
+
+    @property
+    def none(self) -> bool:
+        """Whether none are left for sure."""
+        return (
+            not self.gone
+            and (self.spikes is not None and self.spikes.most <= FEW_SPIKES)
+            and (self.beyond is not None and self.beyond.most <= LITTLE)
+        )
+
+
+#: As good as none.
+FEW = f"{FEW_SPIKES:g} spikes in a run, {{}} {LITTLE:g} nats beyond what the lost batches cost"
+
+
+def _left(found: Found, label: str, group: str) -> Left:
+    """Return what a strategy leaves of spikes.
+
+    Raises:
+        Untestable: there are fewer seeds than a verdict needs, or its undisturbed run has diverged.
+    """
+    if len(found.seeds) < LEAST_SEEDS:
+        raise Untestable(TOO_FEW)
+    lab = _in_lab(label)
+    require_whole(found, [lab["good"]])
+    over_rates = [row[group] for row in at_rates().values()]
+    broken = {
+        setting: [seed for seed in found.seeds if _is_gone(found, setting, seed)]
+        for setting in dict.fromkeys([*over_rates, lab["bad"]])
+    }
+    gone = [named(setting, seeds) for setting, seeds in broken.items() if seeds]
+    numbers = [f"{label}: diverged, or with a loss that is not finite: {'; '.join(gone)}"] if gone else []
+    runs = [
+        found.runs[setting, seed] for setting in over_rates for seed in found.seeds if (setting, seed) in found.runs
+    ]
+    counts = [count for run in runs if (count := MEASURES["spikes"].of(run, None)) is not None]
+    spikes = rate(round(sum(counts)), len(counts)) if counts else None
+    if spikes is None:
+        numbers.append(f"{label}: none of its runs over the learning rates is done, or long enough to count spikes")
+    else:
+        room = float(np.nanmedian([least_spike(run.metrics["loss"], left_out(run)) for run in runs]))
+        numbers.append(
+            f"{label}: {spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.least:.2f} to "
+            f"{spikes.most:.2f} in a run (95 %); the first {SPIKE_WINDOW} steps can only spike by not being finite, "
+            f"and after that a loss has to jump by {room:.2f} nats (median)"
+        )
+    beyond = None
+    if not broken[lab["bad"]]:
+        try:
+            above, costs = _excursions(found, label), _lost_batches(found, label)
+            beyond = difference(above, costs)
+            numbers.append(
+                f"{label}: loss after bad batches minus the undisturbed run's, in nats: {difference(above).says()}, of "
+                f"which the lost batches cost about {np.mean(list(costs.values())):.3f}; beyond that "
+                f"{beyond.least:.3f} to {beyond.most:.3f} (95 %)"
+            )
+        except Untestable as why:
+            numbers.append(f"{label}: loss after bad batches: {why}")
+    return Left(gone, spikes, beyond, numbers)
+
+
+def _is_gone(found: Found, setting: Setting, seed: int) -> bool:
+    """Whether a run has diverged, or has a loss that is not finite after its first bad batch."""
+    if (run := found.runs.get((setting, seed))) is None:
+        return False
+    bad = left_out(run)
+    after = np.delete(run.metrics["loss"], sorted(bad))[min(bad, default=len(run.metrics["loss"])) :]
+    return (setting, seed) in found.diverged or not bool(np.isfinite(after).all())
+
+
+def fixed_leaves_spikes(found: Found) -> Judged:
+    """Judge whether fixed clipping leaves some."""
+    left = _left(found, "Fixed 1.0", "fixed")
+    if not left.some and (left.beyond is None or left.spikes is None):
+        return NOT_TESTABLE, left.numbers
+    rule = f"rule: with 95 % it is above {FEW.format('or above')}, or a run has diverged"
+    return SUPPORTED if left.some else NOT_SUPPORTED, [*left.numbers, rule]
+
+
+def zclip_removes_spikes(found: Found) -> Judged:
+    """Judge whether ZClip leaves none, where fixed clipping leaves some."""
+    if not _left(found, "Fixed 1.0", "fixed").some:
+        raise Untestable("fixed clipping leaves none for sure, so that there is nothing to remove")
+    left = _left(found, "ZClip", "zclip")
+    numbers = list(left.numbers)
+    for label in ("Fixed 1.0", "No clipping"):
+        less = said(lambda: difference(_excursions(found, "ZClip"), _excursions(found, label)))  # noqa: B023, at once
+        numbers.append(f"that loss, ZClip minus {label}: {less}")
+    numbers.append(f"rule: with 95 % it is within {FEW.format('and within')}, and no run has diverged")
+    if not left.gone and (left.beyond is None or left.spikes is None):
+        return NOT_TESTABLE, numbers
+    return SUPPORTED if left.none else NOT_SUPPORTED, numbers
