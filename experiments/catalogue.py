@@ -220,6 +220,7 @@ TABLES = {
             ],
             [
                 Column("excursion (nats)", "excursion", "bad"),
+                Column("ignoring them costs", "lost_batches", "bad"),
                 Column("steps to recover", "recovery", "bad"),
                 Column("test loss, disturbed", "test_loss", "bad"),
                 Column("undisturbed", "test_loss", "good"),

@@ -228,7 +228,7 @@ def _overhead(found: Found) -> Judged:
     numbers = [
         "share of a step that goes to clipping, its norm included (which runs without clipping find too): "
         + ", ".join(f"{label} {np.mean(each):.2f} %" for label, each in shares.items() if each),
-        f"ZClip minus fixed clipping, of a step with fixed clipping: {over.says(2)} percent, {over.least:.2f} to "
+        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {over.says(2)}, {over.least:.2f} to "
         f"{over.most:.2f} (95 %)",
         f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine are no measure of it",
     ]

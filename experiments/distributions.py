@@ -37,7 +37,7 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
         NothingToDraw: its run is not done.
         UnfitWindow: a window that was given ends after the run, or has fewer than three norms.
     """
-    title = "Figure 9: how gradient norms are distributed in short windows at 1e-3"
+    title = "Figure 9: how gradient norms are distributed in windows of steps at 1e-3"
     runs = runs_of(found, FIGURES["figure9"]["ZClip"])
     if not runs:
         raise NothingToDraw(title)
@@ -63,7 +63,9 @@ def distributions(found: Found, windows: Sequence[tuple[int, int]] | None = None
             _distribution(pair, sample, name)
         row[0].set_ylabel(f"steps {first} to {last}\ndensity")
     shown = f"{title} (before clipping, no bad batches put in)"
-    return finished(figure, shown, "", [run], found.notes(FIGURES["figure9"].items()))
+    share = max(last - first + 1 for first, last in windows) / steps
+    notes = [f"a window is up to {share:.0%} of the run", *found.notes(FIGURES["figure9"].items())]
+    return finished(figure, shown, "", [run], notes)
 
 
 def norm_windows(run: Run) -> list[tuple[int, int]]:

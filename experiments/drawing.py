@@ -5,8 +5,9 @@ other. Colours are told apart by the colour-blind, lines by their dashes too; th
 is smoothed says so.
 """
 
+import itertools
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import matplotlib
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.catalogue import Setting
 from experiments.collection import Found
-from experiments.runs import Run, bad_batches, loss_above, without_bad
+from experiments.runs import Run, bad_batches, left_out
 
 matplotlib.rcParams["svg.hashsalt"] = "zclip"  # the same figure is the same file
 
@@ -41,23 +42,35 @@ def runs_of(found: Found, setting: Setting) -> list[Run]:
     return [run for (other, _), run in sorted(found.runs.items(), key=lambda pair: pair[0][1]) if other == setting]
 
 
-def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return means around each value over a number of steps, which is the other result; the ends have fewer."""
+def smooth(values: np.ndarray, left_out: Collection[int] = ()) -> tuple[np.ndarray, int]:
+    """Return means around each value over a number of steps, which is the other result.
+
+    The ends have fewer, and so have both sides of what is left out, where there is no value: no mean is of steps before
+    a bad batch and of such after it.
+    """
     width = max(1, round(len(values) * SMOOTHED)) // 2 * 2 + 1
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same"), width
+    smoothed = np.full(len(values), np.nan)
+    edges = [-1, *sorted(left_out), len(values)]
+    for before, after in itertools.pairwise(edges):
+        if own := len(values[before + 1 : after]):
+            kernel = np.ones(min(width, 2 * own - 1))
+            counts = np.convolve(np.ones(own), kernel)
+            centre = slice(len(kernel) // 2, len(kernel) // 2 + own)
+            smoothed[before + 1 : after] = (np.convolve(values[before + 1 : after], kernel) / counts)[centre]
+    return smoothed, width
 
 
 def losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = True) -> str:
     """Draw the losses of some seeds, those of bad batches left out, and return what was done to them."""
-    rows, widths = zip(*(smooth(without_bad(run, "loss")) for run in runs), strict=True)
+    rows, widths = zip(*(smooth(run.metrics["loss"], left_out(run)) for run in runs), strict=True)
     over_seeds(ax, rows, label, number, band)
     return f"mean of {widths[0]} steps around each"
 
 
 def differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
     """Draw by how much one run's loss is above another's of the same seed, and return what was done to it."""
-    rows, widths = zip(*(smooth(loss_above(run, other)) for run, other in pairs), strict=True)
+    above = [(run.metrics["loss"] - other.metrics["loss"], left_out(run) | left_out(other)) for run, other in pairs]
+    rows, widths = zip(*(smooth(values, bad) for values, bad in above), strict=True)
     over_seeds(ax, rows, label, number)
     return f"mean of {widths[0]} steps around each"
 

@@ -14,10 +14,12 @@ from experiments.definitions import (
     SCORE_LEAST,
     SCORE_SIGMAS,
     SCORE_WINDOW,
+    SLOPE_WINDOW,
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
     excursion,
     loss_spikes,
+    lost_batches,
     recovery,
     spike_score,
     tokens_to_reach,
@@ -185,6 +187,14 @@ MEASURES = {
         "low",
         f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad "
         "batch, with what earlier ones have left; where losses are not finite the run counts as diverged",
+        beside=True,
+    ),
+    "lost_batches": Measure(
+        _beside(lambda _, undisturbed, bad: lost_batches(undisturbed, bad)),
+        3,
+        "",
+        "ignoring bad batches would cost what is learnt from as many others, by the slope of the undisturbed loss over "
+        f"{SLOPE_WINDOW} steps",
         beside=True,
     ),
     "recovery": Measure(

@@ -18,7 +18,7 @@ from experiments.catalogue import Table
 from experiments.claims import Verdict
 from experiments.claims import __doc__ as how_judged
 from experiments.collection import Found
-from experiments.definitions import SPIKE_WINDOW, loss_spikes
+from experiments.definitions import loss_spikes
 from experiments.runs import Run, bad_batches, left_out
 from experiments.tables import about, below, fill, grid, title
 
@@ -125,18 +125,24 @@ def _why(runs: Sequence[Run]) -> str:
     for run in disturbed:
         bad = sorted(left_out(run))
         norms = run.metrics["grad_norm"]
-        times.append(float(np.nanmedian(norms[bad]) / np.nanmedian(np.delete(norms, bad))))
+        if bad and np.isfinite(norms[bad]).any():
+            times.append(float(np.nanmedian(norms[bad]) / np.nanmedian(np.delete(norms, bad))))
     kinds = {str(run.config["data"]["bad_batches"]["kind"]) for run in disturbed}
+    large = (
+        f"Their gradients have a norm of {np.median(times):.0f} times the median of the other steps (median over "
+        "runs). "
+        if times
+        else ""
+    )
     said = (
         f"Bad batches ({', '.join(sorted(kinds))}) were put in on purpose into {len(disturbed)} of these {len(runs)} "
-        f"runs. Their gradients have a norm of {np.median(times):.0f} times the median of the other "
-        "steps (median over runs). What the spike lab shows of a strategy, against the same run undisturbed, is what "
+        f"runs. {large}What the spike lab shows of a strategy, against the same run undisturbed, is what "
         "it lets through of them. Differences between undisturbed runs are others, and can be larger: see its columns. "
         "This tests what a bad batch does, not what happens in a long run by itself."
     )
     if calm:
         spikes = sum(len(loss_spikes(run.metrics["loss"])) for run in calm)
-        said += f" The {len(calm)} runs without bad batches have {spikes} loss spikes after step {SPIKE_WINDOW}."
+        said += f" The {len(calm)} runs without bad batches have {spikes} loss spikes."
     return said
 
 

@@ -54,17 +54,7 @@ def left_out(run: Run) -> set[int]:
 
 def without_bad(run: Run, column: str) -> np.ndarray:
     """Return a column with values at bad batches taken from the steps around them: they say nothing of the model."""
-    return _bridged(run.metrics[column], left_out(run))
-
-
-def loss_above(run: Run, other: Run) -> np.ndarray:
-    """Return by how much a run's loss is above another's, at bad batches of either taken from the steps around them."""
-    return _bridged(run.metrics["loss"] - other.metrics["loss"], left_out(run) | left_out(other))
-
-
-def _bridged(values: np.ndarray, bad: set[int]) -> np.ndarray:
-    """Return values with those at some indices interpolated between the others."""
-    at = sorted(bad)
+    values, at = run.metrics[column], sorted(left_out(run))
     good = np.setdiff1d(np.arange(len(values)), at)
     found = values.copy()
     found[at] = np.interp(at, good, values[good])

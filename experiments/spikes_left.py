@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.catalogue import TABLES, Setting
 from experiments.collection import Found
-from experiments.definitions import SPIKE_WINDOW, least_spike, lost_batches
+from experiments.definitions import SPIKE_WINDOW, least_spike
 from experiments.judging import NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Judged, at_rates, by_seed, named, require_whole
 from experiments.measures import MEASURES
 from experiments.paired import LEAST_SEEDS, TOO_FEW, Difference, Rate, Untestable, difference, rate, said
@@ -27,21 +27,11 @@ def _in_lab(label: str) -> Mapping[str, Setting]:
     return next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
 
 
-def _excursions(found: Found, label: str) -> dict[int, float]:
+def _after_bad(found: Found, label: str, measure: str = "excursion") -> dict[int, float]:
+    """Return a number of a strategy's run with bad batches beside its undisturbed one, by seed."""
     settings = _in_lab(label)
     require_whole(found, [settings["good"]])
-    return by_seed(found, "excursion", [(settings["bad"], settings["good"])])
-
-
-def _lost_batches(found: Found, label: str) -> dict[int, float]:
-    """Return the excursion by seed that a strategy would have which ignored bad batches: it has learnt from fewer."""
-    settings = _in_lab(label)
-    costs = {}
-    for seed in found.seeds:
-        run, calm = (found.runs.get((settings[group], seed)) for group in ("bad", "good"))
-        if run is not None and calm is not None:
-            costs[seed] = lost_batches(calm.metrics["loss"], left_out(run))
-    return costs
+    return by_seed(found, measure, [(settings["bad"], settings["good"])])
 
 
 class Left(NamedTuple):
@@ -117,7 +107,7 @@ def _left(found: Found, label: str, group: str) -> Left:
     beyond = None
     if not broken[lab["bad"]]:
         try:
-            above, costs = _excursions(found, label), _lost_batches(found, label)
+            above, costs = _after_bad(found, label), _after_bad(found, label, "lost_batches")
             beyond = difference(above, costs)
             numbers.append(
                 f"{label}: loss after bad batches minus the undisturbed run's, in nats: {difference(above).says()}, of "
@@ -154,7 +144,7 @@ def zclip_removes_spikes(found: Found) -> Judged:
     left = _left(found, "ZClip", "zclip")
     numbers = list(left.numbers)
     for label in ("Fixed 1.0", "No clipping"):
-        less = said(lambda: difference(_excursions(found, "ZClip"), _excursions(found, label)))  # noqa: B023, at once
+        less = said(lambda: difference(_after_bad(found, "ZClip"), _after_bad(found, label)))  # noqa: B023, at once
         numbers.append(f"that loss, ZClip minus {label}: {less}")
     numbers.append(f"rule: with 95 % it is within {FEW.format('and within')}, and no run has diverged")
     if not left.gone and (left.beyond is None or left.spikes is None):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from experiments.catalogue import GROUPS, Column, Row, Setting, Table
 from experiments.collection import Found
-from experiments.definitions import recovery
+from experiments.definitions import least_spike, recovery
 from experiments.measures import DIVERGED_SAYS, MEASURES
 from experiments.runs import Run, bad_batches, left_out
 
@@ -129,6 +129,9 @@ def _notes(table: Table, found: Found) -> list[str]:
     notes = [about(used, seeds)]
     measures = dict.fromkeys(column.measure for column in table.columns)
     notes += [table.says, *(MEASURES[name].says for name in measures)]
+    if "spikes" in measures and (room := [least_spike(run.metrics["loss"], left_out(run)) for run in used]):
+        jump = float(np.median([each for each in room if np.isfinite(each)] or [np.nan]))
+        notes.append(f"at the median step of these runs a loss has to jump by {jump:.2f} nats to be a spike")
     if {"hellaswag", "winogrande"} & set(measures):
         notes.append(_items(used))
     if any(key[0] in settings for key in found.diverged):
@@ -176,8 +179,10 @@ def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
         parts.append("none in the undisturbed runs")
     starts = [start for run in runs for start in run.starts]
     windows = {run.config["clip"].get("recovery_window") for run in runs} - {None}
+    recovering = sum(run.config["clip"].get("recovery_window") is not None for run in runs)
     parts += [
         f"ZClip with recovery (the library's default; the paper has none) in windows of {each} steps"
+        + (f" in {recovering} of the {len(runs)} runs" if recovering < len(runs) else "")
         for each in sorted(map(str, windows))
     ]
     commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
@@ -215,7 +220,8 @@ def _items(runs: Sequence[Run]) -> str:
 def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
     """Return which cells hold the best of their measure, in their column, or across the columns of their row.
 
-    Of ours, one of fewer seeds than others is not compared: its seeds may be the lucky ones.
+    Of ours, one of fewer seeds than others is not compared: its seeds may be the lucky ones; and where more than half
+    are equal to the best, none is.
     """
     table = filled.table
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
@@ -234,7 +240,8 @@ def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
         known = [value for value in values.values() if value is not None]
         if better and len(set(known)) > 1:
             top = min(known) if better == "low" else max(known)
-            found |= {place for place, value in values.items() if value == top}
+            winners = {place for place, value in values.items() if value == top}
+            found |= winners if of_paper or 2 * len(winners) <= len(known) else set()
     return found
 
 

@@ -89,8 +89,15 @@ def test_batches_are_passed_over_once(loader):
     assert [batch.tokens[:, 0].tolist() for batch in more] == every[12:26]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("prepared", marks=pytest.mark.slow), "stream"])
-def test_killed_twenty_times_on_one_to_four_ranks_nothing_is_lost_or_repeated(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "times"),
+    [
+        ("stream", 5),
+        pytest.param("stream", 20, marks=pytest.mark.slow),
+        pytest.param("prepared", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated(mode, times, tmp_path):
     """Real processes, killed at random moments, each time continued on another number of ranks."""
     if mode == "prepared":
         token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3)
@@ -108,13 +115,13 @@ def test_killed_twenty_times_on_one_to_four_ranks_nothing_is_lost_or_repeated(mo
         command = [sys.executable, "-m", "tests.data.consume", str(tmp_path), str(world), str(micro), str(steps)]
         before, more = done(), draw.randint(1, most)
         job = subprocess.Popen(command, cwd=CHECKOUT)
-        while job.poll() is None and (kills >= 20 or done() < before + more):
+        while job.poll() is None and (kills >= times or done() < before + more):
             time.sleep(0.001)
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             kills += 1
         job.wait()
-    assert kills == 20 and done() == steps
+    assert kills == times and done() == steps
 
     whole = iter(consume.loader(tmp_path, steps, 8))
     for step in range(steps):

@@ -10,6 +10,7 @@ from experiments.catalogue import FIGURES, STRATEGIES, TABLES
 from experiments.claims import SUPPORTED, verdicts
 from experiments.collection import Found
 from experiments.distributions import UnfitWindow, distributions, norm_windows
+from experiments.drawing import smooth
 from experiments.figures import DRAWN, draw
 from experiments.report import report, verdicts_in_markdown
 from experiments.tables import fill, markdown
@@ -61,7 +62,7 @@ def test_losses_are_compared_seed_by_seed(everything):
     zclip = next(line for line in minus.lines if line.get_label() == "ZClip")
     step, difference = zclip.get_data()
     assert difference[step == 83] == pytest.approx(0.055 - 0.88) and difference[step == 70] == pytest.approx(0)
-    band = minus.collections[-1].get_paths()[0].vertices
+    band = np.concatenate([path.vertices for path in minus.collections[-1].get_paths()])
     assert sorted(set(band[band[:, 0] == 83][:, 1].round(3))) == [-0.9, -0.75]
     assert len(draw("figure2", everything).axes) == 1, "with nothing to compare"
 
@@ -175,3 +176,14 @@ def test_the_windows_of_figure_9_are_the_papers_in_a_run_of_its_length(everythin
 def test_windows_that_do_not_fit_are_refused(window, said, everything):
     with pytest.raises(UnfitWindow, match=rf"windows=\[\[{window[0]},{window[1]}\]\] is not allowed: {said}"):
         distributions(everything, [window])
+
+
+def test_no_mean_is_of_steps_before_a_bad_batch_and_after_it():
+    """Of 180 steps the mean of three; alone between two bad batches a step is itself."""
+    values = np.arange(180.0)
+    smoothed, width = smooth(np.where(values >= 91, values + 900, values), {88, 90})
+    assert width == 3 and np.isnan(smoothed[[88, 90]]).all()
+    assert smoothed[:3].tolist() == [0.5, 1.0, 2.0] and smoothed[[86, 87, 89]].tolist() == [86.0, 86.5, 89.0]
+    assert smoothed[[91, 92, 179]].tolist() == [991.5, 992.0, 1078.5]
+    first, _ = smooth(values, {0})
+    assert np.isnan(first[0]) and first[1] == 1.5
