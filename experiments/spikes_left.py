@@ -6,7 +6,7 @@ none are left where no run has, and both intervals are within it. In between, ne
 batches is that above the undisturbed run's, beyond what a run that ignored them would have lost by learning from fewer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,10 +69,6 @@ class Left(NamedTuple):
         )
 
 
-#: As good as none.
-FEW = f"{FEW_SPIKES:g} spikes in a run, {{}} {LITTLE:g} nats beyond what the lost batches cost"
-
-
 def _left(found: Found, label: str, group: str) -> Left:
     """Return what a strategy leaves of spikes.
 
@@ -89,34 +85,40 @@ def _left(found: Found, label: str, group: str) -> Left:
         for setting in dict.fromkeys([*over_rates, lab["bad"]])
     }
     gone = [named(setting, seeds) for setting, seeds in broken.items() if seeds]
-    numbers = [f"{label}: diverged, or with a loss that is not finite: {'; '.join(gone)}"] if gone else []
-    runs = [
-        found.runs[setting, seed] for setting in over_rates for seed in found.seeds if (setting, seed) in found.runs
-    ]
+    numbers = [f"diverged, or with a loss that is not finite: {'; '.join(gone)}"] if gone else []
+    spikes, counted = _counted(found, over_rates)
+    beyond, compared = (None, []) if broken[lab["bad"]] else _beyond(found, label)
+    return Left(gone, spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
+
+
+def _counted(found: Found, settings: Sequence[Setting]) -> tuple[Rate | None, str]:
+    """Return the spikes in runs, those that have diverged included, and the number in words."""
+    keys = [(setting, seed) for setting in settings for seed in found.seeds]
+    runs = [found.runs[key] for key in keys if key in found.runs]
     counts = [count for run in runs if (count := MEASURES["spikes"].of(run, None)) is not None]
-    spikes = rate(round(sum(counts)), len(counts)) if counts else None
-    if spikes is None:
-        numbers.append(f"{label}: none of its runs over the learning rates is done, or long enough to count spikes")
-    else:
-        room = float(np.nanmedian([least_spike(run.metrics["loss"], left_out(run)) for run in runs]))
-        numbers.append(
-            f"{label}: {spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.least:.2f} to "
-            f"{spikes.most:.2f} in a run (95 %); the first {SPIKE_WINDOW} steps can only spike by not being finite, "
-            f"and after that a loss has to jump by {room:.2f} nats (median)"
-        )
-    beyond = None
-    if not broken[lab["bad"]]:
-        try:
-            above, costs = _after_bad(found, label), _after_bad(found, label, "lost_batches")
-            beyond = difference(above, costs)
-            numbers.append(
-                f"{label}: loss after bad batches minus the undisturbed run's, in nats: {difference(above).says()}, of "
-                f"which the lost batches cost about {np.mean(list(costs.values())):.3f}; beyond that "
-                f"{beyond.least:.3f} to {beyond.most:.3f} (95 %)"
-            )
-        except Untestable as why:
-            numbers.append(f"{label}: loss after bad batches: {why}")
-    return Left(gone, spikes, beyond, numbers)
+    if not counts:
+        return None, "none of its runs over the learning rates is done, or long enough to count spikes"
+    spikes = rate(round(sum(counts)), len(counts))
+    jump = float(np.nanmedian([least_spike(run.metrics["loss"], left_out(run)) for run in runs]))
+    return spikes, (
+        f"{spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.least:.2f} to "
+        f"{spikes.most:.2f} in a run (95 %); the first {SPIKE_WINDOW} steps can only spike by not being finite, and "
+        f"after that a loss has to jump by {jump:.2f} nats (median)"
+    )
+
+
+def _beyond(found: Found, label: str) -> tuple[Difference | None, list[str]]:
+    """Return the loss after bad batches beyond what the lost batches cost, and the number in words."""
+    try:
+        above, costs = _after_bad(found, label), _after_bad(found, label, "lost_batches")
+        beyond = difference(above, costs)
+    except Untestable as why:
+        return None, [f"loss after bad batches: {why}"]
+    return beyond, [
+        f"loss after bad batches minus the undisturbed run's, in nats: {difference(above).says()}, of which the lost "
+        f"batches cost about {np.mean(list(costs.values())):.3f}; beyond that {beyond.least:.3f} to {beyond.most:.3f} "
+        "(95 %)"
+    ]
 
 
 def _is_gone(found: Found, setting: Setting, seed: int) -> bool:
@@ -133,7 +135,10 @@ def fixed_leaves_spikes(found: Found) -> Judged:
     left = _left(found, "Fixed 1.0", "fixed")
     if not left.some and (left.beyond is None or left.spikes is None):
         return NOT_TESTABLE, left.numbers
-    rule = f"rule: with 95 % it is above {FEW.format('or above')}, or a run has diverged"
+    rule = (
+        f"rule: with 95 % there are more than {FEW_SPIKES:g} spikes in a run, or more than {LITTLE:g} nats beyond what "
+        "the lost batches cost, or a run has diverged"
+    )
     return SUPPORTED if left.some else NOT_SUPPORTED, [*left.numbers, rule]
 
 
@@ -146,7 +151,10 @@ def zclip_removes_spikes(found: Found) -> Judged:
     for label in ("Fixed 1.0", "No clipping"):
         less = said(lambda: difference(_after_bad(found, "ZClip"), _after_bad(found, label)))  # noqa: B023, at once
         numbers.append(f"that loss, ZClip minus {label}: {less}")
-    numbers.append(f"rule: with 95 % it is within {FEW.format('and within')}, and no run has diverged")
+    numbers.append(
+        f"rule: with 95 % there are at most {FEW_SPIKES:g} spikes in a run, and at most {LITTLE:g} nats beyond what "
+        "the lost batches cost, and no run has diverged"
+    )
     if not left.gone and (left.beyond is None or left.spikes is None):
         return NOT_TESTABLE, numbers
     return SUPPORTED if left.none else NOT_SUPPORTED, numbers
