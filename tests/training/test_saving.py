@@ -58,7 +58,7 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in (only_run(folder) / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("how", ["one", SLOW("one, beside"), SLOW("sharded"), "sharded, beside"])
+@pytest.mark.parametrize("how", ["one", SLOW("one, beside"), SLOW("sharded"), SLOW("sharded, beside")])
 def test_training_goes_on_over_a_full_disk(how, settings, small_disk, tmp_path):
     """Until there is room again; and where there is none to the end, the run continues later. The end is the same."""
     given = (*settings, "trainer.checkpoint_every=10", "trainer.log_every=2", "trainer.max_steps=120")

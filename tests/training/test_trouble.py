@@ -47,7 +47,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mode", [(), FSDP])
+@pytest.mark.parametrize("mode", [(), SLOW(FSDP)])
 def test_a_run_goes_back_and_past_the_bad_batches(mode, fragile, tmp_path):
     settings, env = fragile
     done = train(*settings, *mode, "trainer.nonfinite=rewind", cwd=tmp_path, env=env)
