@@ -25,6 +25,8 @@ class Declared(BasicSweeper):
             ConfigError: an override is of what the experiment sets itself, or names no set of runs, or no scale.
         """
         given = {override.get_key_element(): override for override in overrides}
+        if "experiment" not in given:
+            _refuse("hydra/sweeper=declared is not possible without experiment=, which sets it: it names a set of runs")
         name = given["experiment"].get_value_element_as_str()
         known = sets()
         names = name.strip("[]").split(",")

@@ -73,6 +73,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
             ("-m", "experiment=table3", "scale=micro", "seed=-1"),
             "seed=-1 is not allowed: it must be an integer from 0 to",
         ),
+        (("-m", "hydra/sweeper=declared"), "hydra/sweeper=declared is not possible without experiment=, which sets it"),
         (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=[table2,main]"), "experiment=[table2,main] is not possible: main is none of the sets all,"),
     ],
