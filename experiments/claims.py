@@ -149,15 +149,17 @@ def _fewer_tokens(found: Found) -> Judged:
         f"{saved.least:.0%} to {saved.most:.0%} (95 %); its last loss is "
         f"{np.mean([each.above for each in papers.values()]):+.2f} nats from fixed clipping's",
         f"at equal learning rates: {', '.join(equal)}",
-        "rule: with 95 % it is 35 % at least",
+        "rule: more than none, and with 95 % it is 35 % at least",
     ]
-    return SUPPORTED if saved.least >= 0.35 else NOT_SUPPORTED, numbers
+    return SUPPORTED if saved.above and saved.least >= 0.35 else NOT_SUPPORTED, numbers
 
 
 def _lowest(measure: str, settings: Mapping[str, Setting], claimed: str) -> Judge:
     """Judge whether a setting has the lowest loss: it is below each of the others, on the same seeds."""
 
     def judge(found: Found) -> Judged:
+        if sum((settings[claimed], seed) in found.runs for seed in found.seeds) < LEAST_SEEDS:
+            raise Untestable(TOO_FEW)
         if gone := diverged_seeds(found, settings[claimed]):
             return NOT_SUPPORTED, [f"{claimed} has diverged: {named(settings[claimed], gone)}"]
         beaten = {label: seeds for label, setting in settings.items() if (seeds := diverged_seeds(found, setting))}

@@ -4,6 +4,7 @@ The test loss, the other one, is the mean cross entropy in nats over the held-ou
 """
 
 from collections.abc import Collection
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,8 @@ def loss_spikes(
 
     The loss of a bad batch that was put in says nothing about the model: it is in no spike, and ends none.
 
+    Noise alone makes such steps too, the more the longer a run and the heavier its tails: see `loss_dips`.
+
     Args:
         loss: (steps,) training loss of each step.
         left_out: indices of steps to pass over, those of bad batches.
@@ -68,6 +71,19 @@ def loss_spikes(
             spikes.append(Spike(step, 1))
         last = step
     return spikes
+
+
+def loss_dips(loss: np.ndarray, left_out: Collection[int] = ()) -> int:
+    """Return how often a loss is as far below what is normal as it is above in a spike.
+
+    Spikes go up only: where noise is as likely to go either way, there are as many of its own among them. As the loss
+    falls, below is nearer than above, so that there are rather more.
+
+    Args:
+        loss, left_out: see `loss_spikes`.
+    """
+    spiked = {at for spike in loss_spikes(loss, left_out) for at in range(spike.start, spike.start + spike.length)}
+    return len(loss_spikes(-loss, {*left_out, *spiked}))
 
 
 def least_spike(loss: np.ndarray, left_out: Collection[int] = ()) -> float:
@@ -169,7 +185,7 @@ def excursion(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -
         loss, undisturbed: (steps,) of runs that see the same batches but for the bad ones.
         bad: indices of the bad batches' steps.
     """
-    ends = _until(bad, len(loss))
+    ends = followed(bad, len(loss))
     means = [float(np.mean((loss - undisturbed)[at + 1 : min(at + 1 + EXCURSION, end)])) for at, end in ends]
     return float(np.mean(means))
 
@@ -178,21 +194,24 @@ def lost_batches(undisturbed: np.ndarray, bad: Collection[int]) -> float:
     """Return the excursion of a run that ignored bad batches: it has learnt from fewer, and its loss is where it was.
 
     After the n-th bad batch it is n steps behind, each of which lowers the loss by the slope of a straight line through
-    the 50 steps around (from 25 before to 24 after, as far as there are any), or not at all where that rises. It is
-    the mean over the same bad batches as that of `excursion`. Part of the slope can be the learning rate's decay, which
-    such a run would not be behind in: the cost is rather less.
+    the 50 steps around (from 25 before to 24 after, as far as there are any). It is the mean over the same bad batches
+    as that of `excursion`, or 0 where the loss rises. Part of the slope can be the learning rate's decay, which such a
+    run would not be behind in: the cost is rather less.
 
     Args:
         undisturbed: (steps,) loss of the run without bad batches.
         bad: indices of the bad batches' steps.
+
+    Returns:
+        Nats; NaN where a loss around is not finite.
     """
     costs = []
-    for at, _ in _until(bad, len(undisturbed)):
+    for at, _ in followed(bad, len(undisturbed)):
         first = max(0, at - SLOPE_WINDOW // 2)
         around = undisturbed[first : at + SLOPE_WINDOW // 2]
-        slope = float(np.polyfit(np.arange(len(around)), around, 1)[0])
-        costs.append(max(0.0, -slope) * sum(step <= at for step in bad))
-    return float(np.mean(costs))
+        slope = float(np.polyfit(np.arange(len(around)), around, 1)[0]) if np.isfinite(around).all() else np.nan
+        costs.append(-slope * sum(step <= at for step in bad))
+    return float(np.maximum(0.0, np.mean(costs)))
 
 
 def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
@@ -205,7 +224,7 @@ def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) ->
         loss, undisturbed, bad: see `excursion`.
     """
     steps = []
-    for at, end in _until(bad, len(loss)):
+    for at, end in followed(bad, len(loss)):
         above = (loss - undisturbed)[at + 1 : end]
         length = min(RECOVERED_WINDOW, len(above))
         there = np.flatnonzero(_running_mean(above, length) <= RECOVERED)
@@ -213,10 +232,9 @@ def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) ->
     return float(np.mean(steps))
 
 
-def _until(bad: Collection[int], steps: int) -> list[tuple[int, int]]:
+def followed(bad: Collection[int], steps: int) -> list[tuple[int, int]]:
     """Return of each bad batch that steps follow its index, and that of the next one, or the number of steps."""
-    ordered = sorted(bad)
-    return [(at, end) for at, end in zip(ordered, [*ordered[1:], steps], strict=True) if end > at + 1]
+    return [(at, end) for at, end in pairwise([*sorted(bad), steps]) if end > at + 1]
 
 
 def _running_mean(values: np.ndarray, length: int) -> np.ndarray:

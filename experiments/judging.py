@@ -24,7 +24,7 @@ def diverged_seeds(found: Found, setting: Setting) -> list[int]:
 
 def named(setting: Setting, seeds: Sequence[int]) -> str:
     """Name runs as on the command line."""
-    return f"{' '.join(setting.overrides)} seed={','.join(map(str, seeds))}"
+    return " ".join([*setting.overrides, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])])
 
 
 def require_whole(found: Found, settings: Sequence[Setting]) -> None:
@@ -50,7 +50,8 @@ def by_seed(found: Found, measure: str, settings: Sequence[tuple[Setting, Settin
                 break
             value = MEASURES[measure].of(run, other)
             if value is None or not math.isfinite(value):
-                raise Untestable(f"a run that is compared has no finite {measure}: {named(setting, [seed])}")
+                beside = "" if calm is None else f", beside {named(calm, [])}"
+                raise Untestable(f"a run that is compared has no finite {measure}: {named(setting, [seed])}{beside}")
             own.append(value)
         else:
             values[seed] = float(np.mean(own))

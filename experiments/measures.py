@@ -18,6 +18,7 @@ from experiments.definitions import (
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
     excursion,
+    followed,
     loss_spikes,
     lost_batches,
     recovery,
@@ -132,7 +133,7 @@ def _beside(
 ) -> Callable[[Run, Run | None], float | None]:
     def find(run: Run, undisturbed: Run | None) -> float | None:
         bad = left_out(run)
-        if undisturbed is None or not bad:
+        if undisturbed is None or not followed(bad, len(run.metrics["loss"])):
             return None
         return function(run.metrics["loss"], undisturbed.metrics["loss"], bad)
 
@@ -141,8 +142,8 @@ def _beside(
 
 def _spikes(run: Run, _: Run | None) -> float | None:
     """Return the number of loss spikes; `None` for a run too short to have one."""
-    loss = run.metrics["loss"]
-    return float(len(loss_spikes(loss, left_out(run)))) if len(loss) > SPIKE_WINDOW else None
+    loss, bad = run.metrics["loss"], left_out(run)
+    return float(len(loss_spikes(loss, bad))) if len(loss) - len(bad) > SPIKE_WINDOW else None
 
 
 def _lost(run: Run, undisturbed: Run | None) -> float | None:

@@ -1,9 +1,10 @@
 """What runs say of spikes: whether fixed clipping leaves them, and whether ZClip removes them.
 
 Both are measured alike. Spikes are left where a run has diverged or has a loss that is not finite after bad batches, or
-where the 95 % interval of the spikes in a run, or of the loss after bad batches, is above what is as good as none; and
-none are left where no run has, and both intervals are within it. In between, neither is shown. The loss after bad
-batches is that above the undisturbed run's, beyond what a run that ignored them would have lost by learning from fewer.
+where the 95 % interval of the spikes in a run beyond as many dips, or of the loss after bad batches, is above what is
+as good as none; and none are left where no run has, and both intervals are within it. In between, neither is shown. The
+loss after bad batches is that above the undisturbed run's, beyond what a run that ignored them would have lost by
+learning from fewer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ import numpy as np
 
 from experiments.catalogue import TABLES, Setting
 from experiments.collection import Found
-from experiments.definitions import SPIKE_WINDOW, least_spike
+from experiments.definitions import SPIKE_WINDOW, least_spike, loss_dips
 from experiments.judging import NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Judged, at_rates, by_seed, named, require_whole
 from experiments.measures import MEASURES
-from experiments.paired import LEAST_SEEDS, TOO_FEW, Difference, Rate, Untestable, difference, rate, said
+from experiments.paired import LEAST_SEEDS, TOO_FEW, Difference, Untestable, difference, rate, said
 from experiments.runs import left_out
 
 #: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
@@ -34,21 +35,33 @@ def _after_bad(found: Found, label: str, measure: str = "excursion") -> dict[int
     return by_seed(found, measure, [(settings["bad"], settings["good"])])
 
 
+class Rates(NamedTuple):
+    """How many more spikes than dips there are in a run: ends of an interval of 95 % at least."""
+
+    least: float
+    most: float
+
+
 class Left(NamedTuple):
     """What a strategy leaves of spikes.
 
     Attributes:
         gone: its runs that have diverged, or have no finite loss after bad batches.
-        spikes: in its runs over all learning rates; `None` if none is done.
+        spikes: more than dips, in its runs over all learning rates; `None` if fewer than three seeds have all.
         beyond: the loss after bad batches above the undisturbed run's, beyond what the lost batches cost; `None` if it
             is not known, or a run of the lab is gone.
         numbers: all of it in words.
     """
 
     gone: list[str]
-    spikes: Rate | None
+    spikes: Rates | None
     beyond: Difference | None
     numbers: list[str]
+
+    @property
+    def known(self) -> bool:
+        """Whether both were found."""
+        return self.spikes is not None and self.beyond is not None
 
     @property
     def some(self) -> bool:
@@ -73,37 +86,42 @@ def _left(found: Found, label: str, group: str) -> Left:
     """Return what a strategy leaves of spikes.
 
     Raises:
-        Untestable: there are fewer seeds than a verdict needs, or its undisturbed run has diverged.
+        Untestable: its undisturbed run has diverged.
     """
-    if len(found.seeds) < LEAST_SEEDS:
-        raise Untestable(TOO_FEW)
     lab = _in_lab(label)
     require_whole(found, [lab["good"]])
     over_rates = [row[group] for row in at_rates().values()]
-    broken = {
-        setting: [seed for seed in found.seeds if _is_gone(found, setting, seed)]
-        for setting in dict.fromkeys([*over_rates, lab["bad"]])
+    gone = {
+        found.runs[setting, seed].path: named(setting, [seed])
+        for setting in (*over_rates, lab["bad"])
+        if sum((setting, seed) in found.runs for seed in found.seeds) >= LEAST_SEEDS
+        for seed in found.seeds
+        if _is_gone(found, setting, seed)
     }
-    gone = [named(setting, seeds) for setting, seeds in broken.items() if seeds]
-    numbers = [f"diverged, or with a loss that is not finite: {'; '.join(gone)}"] if gone else []
+    numbers = [f"diverged, or with a loss that is not finite: {'; '.join(gone.values())}"] if gone else []
     spikes, counted = _counted(found, over_rates)
-    beyond, compared = (None, []) if broken[lab["bad"]] else _beyond(found, label)
-    return Left(gone, spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
+    in_lab = any(_is_gone(found, lab["bad"], seed) for seed in found.seeds)
+    beyond, compared = (None, []) if in_lab else _beyond(found, label)
+    return Left([*gone.values()], spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
 
 
-def _counted(found: Found, settings: Sequence[Setting]) -> tuple[Rate | None, str]:
-    """Return the spikes in runs, those that have diverged included, and the number in words."""
-    keys = [(setting, seed) for setting in settings for seed in found.seeds]
-    runs = [found.runs[key] for key in keys if key in found.runs]
-    counts = [count for run in runs if (count := MEASURES["spikes"].of(run, None)) is not None]
-    if not counts:
-        return None, "none of its runs over the learning rates is done, or long enough to count spikes"
-    spikes = rate(round(sum(counts)), len(counts))
+def _counted(found: Found, settings: Sequence[Setting]) -> tuple[Rates | None, str]:
+    """Return the spikes in runs, those that have diverged included, of seeds that have all; and that in words."""
+    whole = [seed for seed in found.seeds if all((setting, seed) in found.runs for setting in settings)]
+    runs = [found.runs[setting, seed] for setting in settings for seed in whole]
+    counts = [MEASURES["spikes"].of(run, None) for run in runs]
+    if len(whole) < LEAST_SEEDS or None in counts:
+        why = "runs are too short to have any" if None in counts else TOO_FEW
+        return None, f"spikes over all learning rates: {why}"
+    up = rate(round(sum(count or 0 for count in counts)), len(runs))
+    down = rate(sum(loss_dips(run.metrics["loss"], left_out(run)) for run in runs), len(runs))
+    spikes = Rates(up.least - down.most, up.most - down.least)
     jump = float(np.nanmedian([least_spike(run.metrics["loss"], left_out(run)) for run in runs]))
     return spikes, (
-        f"{spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.least:.2f} to "
-        f"{spikes.most:.2f} in a run (95 %); the first {SPIKE_WINDOW} steps can only spike by not being finite, and "
-        f"after that a loss has to jump by {jump:.2f} nats (median)"
+        f"{up.events} spikes in {up.runs} runs over all learning rates, {up.least:.2f} to {up.most:.2f} in a run "
+        f"(95 %, Poisson, as if runs of a seed were independent), and as far down {down.events} times, which noise can "
+        f"do: {spikes.least:.2f} to {spikes.most:.2f} more spikes than dips; the first {SPIKE_WINDOW} steps can only "
+        f"spike by not being finite, and after that a loss has to jump by {jump:.2f} nats (median)"
     )
 
 
@@ -133,28 +151,30 @@ def _is_gone(found: Found, setting: Setting, seed: int) -> bool:
 def fixed_leaves_spikes(found: Found) -> Judged:
     """Judge whether fixed clipping leaves some."""
     left = _left(found, "Fixed 1.0", "fixed")
-    if not left.some and (left.beyond is None or left.spikes is None):
+    if not left.some and not left.known:
         return NOT_TESTABLE, left.numbers
     rule = (
-        f"rule: with 95 % there are more than {FEW_SPIKES:g} spikes in a run, or more than {LITTLE:g} nats beyond what "
-        "the lost batches cost, or a run has diverged"
+        f"rule: with 95 % there are more than {FEW_SPIKES:g} spikes in a run beyond dips, or more than {LITTLE:g} nats "
+        "beyond what the lost batches cost, or a run has diverged or a loss that is not finite"
     )
     return SUPPORTED if left.some else NOT_SUPPORTED, [*left.numbers, rule]
 
 
 def zclip_removes_spikes(found: Found) -> Judged:
     """Judge whether ZClip leaves none, where fixed clipping leaves some."""
-    if not _left(found, "Fixed 1.0", "fixed").some:
-        raise Untestable("fixed clipping leaves none for sure, so that there is nothing to remove")
+    fixed = _left(found, "Fixed 1.0", "fixed")
+    if not fixed.some:
+        known = "it is not shown that" if fixed.known else "it is not known whether"
+        raise Untestable(f"{known} fixed clipping leaves any that could be removed")
     left = _left(found, "ZClip", "zclip")
     numbers = list(left.numbers)
     for label in ("Fixed 1.0", "No clipping"):
         less = said(lambda: difference(_after_bad(found, "ZClip"), _after_bad(found, label)))  # noqa: B023, at once
         numbers.append(f"that loss, ZClip minus {label}: {less}")
     numbers.append(
-        f"rule: with 95 % there are at most {FEW_SPIKES:g} spikes in a run, and at most {LITTLE:g} nats beyond what "
-        "the lost batches cost, and no run has diverged"
+        f"rule: with 95 % there are at most {FEW_SPIKES:g} spikes in a run beyond dips, and at most {LITTLE:g} nats "
+        "beyond what the lost batches cost, and no run has diverged or a loss that is not finite"
     )
-    if not left.gone and (left.beyond is None or left.spikes is None):
+    if not left.some and not left.known:
         return NOT_TESTABLE, numbers
     return SUPPORTED if left.none else NOT_SUPPORTED, numbers

@@ -136,7 +136,7 @@ def _notes(table: Table, found: Found) -> list[str]:
         notes.append(_items(used))
     if any(key[0] in settings for key in found.diverged):
         notes.append(DIVERGED_SAYS)
-    if "recovery" in measures and (disturbed := [run for run in used if bad_batches(run)]):
+    if "recovery" in measures and (disturbed := [run for run in used if left_out(run)]):
         most = recovery(np.full(len(disturbed[0].metrics["step"]), np.inf), np.zeros(1), left_out(disturbed[0]))
         notes.append(f"the most steps to recover that there can be are {most:.{MEASURES['recovery'].decimals}f}")
     if any(MEASURES[name].better for name in measures):

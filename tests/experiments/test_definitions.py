@@ -7,7 +7,9 @@ from experiments.definitions import (
     Spike,
     diverged,
     excursion,
+    followed,
     least_spike,
+    loss_dips,
     loss_spikes,
     lost_batches,
     recovery,
@@ -43,6 +45,14 @@ def test_a_spike_is_five_robust_deviations_above_the_median():
     # With the 1.1 in the median's window it is 1.15 with a deviation of 0.05, then 1.05: limits 1.52065 and 1.42065.
     assert least_spike(np.array([*CALM, 9.0, 1.1, 1.0, 1.2]), {50}) == pytest.approx(0.52065)
     assert np.isnan(least_spike(np.array(CALM)))
+
+
+def test_dips_are_spikes_downwards():
+    """1.1 - 0.7413 = 0.3587; what is no number, and what is in a spike, is neither."""
+    assert loss_dips(np.array([*CALM, 0.36])) == 0 and loss_dips(np.array([*CALM, 0.35])) == 1
+    assert loss_dips(np.array([*CALM, 0.35, 0.3, 1.1, NAN, 0.3])) == 2
+    assert loss_dips(np.array([*CALM, *[9.0] * 60, *CALM])) == 0, "a loss that comes back from a spike"
+    assert loss_dips(np.array([*CALM, 0.1, 1.0]), {50}) == 0
 
 
 def test_a_spike_score_looks_back_a_thousand_steps():
@@ -101,6 +111,17 @@ def test_lost_batches():
     assert lost_batches(falling, {10, 11, 12}) == pytest.approx(0.03)
     assert lost_batches(falling, {10, 30}) == pytest.approx(0.015), "one, and two"
     assert lost_batches(-falling, {10}) == 0
+    bent = np.where(np.arange(200) < 100, 0.0, -0.01 * (np.arange(200) - 100.0))
+    assert lost_batches(bent, {75}) == 0 and lost_batches(bent, {125}) == pytest.approx(0.01)
+    # Of 25 steps before and 25 from it on, with time t from -24.5 to 24.5: the sum of t * max(0, t - 0.5) over t * t.
+    t = np.arange(50) - 24.5
+    assert lost_batches(bent, {100}) == pytest.approx(0.01 * (t @ np.maximum(0, t - 0.5)) / (t @ t))
+    assert np.isnan(lost_batches(np.where(np.arange(60) == 20, NAN, falling), {10}))
+
+
+def test_bad_batches_that_no_step_follows():
+    assert followed({59}, 60) == followed({58, 59}, 60) == followed(set(), 60) == []
+    assert followed({10, 11, 30}, 60) == [(11, 30), (30, 60)]
 
 
 def test_a_loss_below_the_undisturbed_one():
