@@ -45,12 +45,14 @@ class Found(NamedTuple):
         diverged: which of them have diverged.
         unfinished: of those that are not done, the steps they have.
         others: sentences about folders that were left out.
+        refused: which of the runs these are.
     """
 
     runs: dict[Key, Run]
     diverged: set[Key]
     unfinished: dict[Key, int]
     others: list[str]
+    refused: frozenset[Key] = frozenset()
 
     @property
     def seeds(self) -> list[int]:
@@ -63,12 +65,14 @@ class Found(NamedTuple):
         Args:
             settings: each with its label.
         """
-        kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "unfinished": {}, "diverged": {}}
+        kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "left out": {}, "unfinished": {}, "diverged": {}}
         for label, setting in dict.fromkeys(settings):
             for seed in self.seeds:
                 key, said = (setting, seed), str(seed)
                 if key in self.unfinished:
                     kind, said = "unfinished", f"{seed} after {self.unfinished[key]} steps"
+                elif key in self.refused:
+                    kind = "left out"
                 elif key not in self.runs:
                     kind = "not run"
                 elif key in self.diverged:
@@ -93,6 +97,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
     """
     found = Found({}, set(), {}, [])
     left: dict[str, list[str]] = {}  # why, and which folders
+    refused: set[Key] = set()
     paths = {each.path.resolve() for each in expected.values()}
     for key, each in expected.items():
         if not (each.path / "config.yaml").is_file():
@@ -103,6 +108,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         if own is None or (changed := _differences(own, each.identity)):
             why = "cannot be read" if own is None else f"was changed ({changed})"
             left.setdefault(f"config.yaml {why}", []).append(each.path.name)
+            refused.add(key)
             continue
         if not (each.path / "result.json").is_file():
             metrics = each.path / "metrics.jsonl"
@@ -112,10 +118,12 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
             run = _checked(read_run(each.path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             left.setdefault(f"damaged ({error})", []).append(each.path.name)
+            refused.add(key)
             continue
         found.runs[key] = run
         loss = np.delete(run.metrics["loss"], sorted(left_out(run)))
-        if (run.result or {}).get("train_loss") is None or diverged(loss):
+        ends = [(run.result or {}).get(name) for name in ("train_loss", "test_loss")]
+        if any(end is None or not np.isfinite(end) for end in ends) or diverged(loss):
             found.diverged.add(key)
     strangers = [
         other.parent
@@ -130,7 +138,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
     there = {seed for _, seed in [*found.runs, *found.unfinished]}
     if gone := [str(seed) for seed in dict.fromkeys(seed for _, seed in expected) if seed not in there]:
         found.others.append(f"there is no run of seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
-    return found
+    return found._replace(refused=frozenset(refused))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -66,15 +66,36 @@ def read_run(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: it has no `config.yaml` or no `metrics.jsonl`.
+        ValueError: a file is damaged; which, and where.
     """
     config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))  # type: ignore[assignment]
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = _json_lines(path / "metrics.jsonl")
     names = list(dict.fromkeys(name for row in rows for name in row))
     metrics = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
     result, evaluated = path / "result.json", path / "evaluations.jsonl"
-    lines = evaluated.read_text().splitlines() if evaluated.exists() else []
-    done = json.loads(result.read_text()) if result.exists() else None
+    done = _json(result) if result.exists() else None
     about, scored = path / "environment.json", path / "eval.json"
-    starts = json.loads(about.read_text())["starts"] if about.exists() else []
-    scores = json.loads(scored.read_text())["scores"] if scored.exists() else []
-    return Run(path, config, metrics, done, [json.loads(line) for line in lines], starts, scores)
+    starts = _json(about)["starts"] if about.exists() else []
+    scores = _json(scored)["scores"] if scored.exists() else []
+    return Run(path, config, metrics, done, _json_lines(evaluated) if evaluated.exists() else [], starts, scores)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _json_lines(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text().splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path.name}, line {number}: {error}") from error
+    return rows

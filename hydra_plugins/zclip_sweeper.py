@@ -33,10 +33,13 @@ class Declared(BasicSweeper):
         if strangers := [each for each in names if each not in known]:
             _refuse(f"experiment={name} is not possible: {strangers[0]} is none of the sets {', '.join(sorted(known))}")
         settings = list(dict.fromkeys(setting for each in names for setting in known[each]))
-        own = {override.partition("=")[0] for setting in settings for override in setting.overrides}
+        own = {override.partition("=")[0] for setting in known["all"] for override in setting.overrides}
         for key in (given_key.lstrip("+~") for given_key in given):
             if key in own or (key == "lr" and "evidence.lr" in own):
-                _refuse(f"{key} is not yours to set with experiment={name}, which sets {', '.join(sorted(own))}")
+                steps = "; give the steps as evidence.bad_batches" if key == "data.bad_batches.steps" else ""
+                _refuse(
+                    f"{key} is not yours to set with experiment={name}: the sets set {', '.join(sorted(own))}{steps}"
+                )
         scale = given["scale"].get_value_element_as_str() if "scale" in given else None
         if scale in (None, "main"):
             said = "scale is not set" if scale is None else "scale=main is not possible"

@@ -1,6 +1,7 @@
 """One page with what the runs say: `python scripts/make_report.py scale=micro [seeds=[0,1,2]]` writes report.html.
 
-It needs no network, and no other file; its verdicts are in verdicts.md too.
+It needs no network, and no other file; its verdicts are in verdicts.md too. Of some tables and figures alone it is
+report-table3-figure2.html, beside that of all.
 """
 
 import json
@@ -51,6 +52,7 @@ def _commands(cfg: DictConfig, found: Found, wanted: Sequence[str], windows: lis
     seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
     commands = [
         ["python", "train.py", "-m", trained, f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also, *side_by_side],
+        ["python", "scripts/eval_data.py"],
         ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
     ]
     if any(name in TABLES for name in wanted):
@@ -76,10 +78,11 @@ def main(cfg: DictConfig) -> None:
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
         judged = verdicts(found)
         write_whole(folder / "verdicts.md", verdicts_in_markdown(found, judged, cfg.scale))
-        write_whole(folder / "report.html", report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
+        name = "report.html" if set(wanted) == {*EVERYTHING} else f"report-{'-'.join(wanted)}.html"
+        write_whole(folder / name, report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")
-        console.print(f"report   {folder / 'report.html'}")
+        console.print(f"report   {folder / name}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     assert sorted(path.name for path in (tmp_path / "here").rglob("figure*")) == [
         "figure3.png", "figure3.svg", "figure7.png", "figure7.svg", "figures",
     ]  # fmt: skip
-    page = (tmp_path / "here" / "report.html").read_text()
+    page = (tmp_path / "here" / "report-table5-figure3-figure7.html").read_text()
     assert "python train.py -m &#39;experiment=[table5,figure7]&#39; scale=micro" in page
     assert "**not testable here**" in (tmp_path / "here" / "verdicts.md").read_text()
     text = (tmp_path / "here" / "tables" / "table5.md").read_text()
@@ -67,11 +67,18 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
         (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
         (("-m", "experiment=table3", "scale=micro", "++evidence.lr=1"), "evidence.lr is not yours to set with"),
-        (("-m", "experiment=table3", "clip=none"), "clip is not yours to set with experiment=table3, which sets clip,"),
-        (("-m", "experiment=table3", "lr=1e-3"), "lr is not yours to set with experiment=table3, which sets clip,"),
+        (
+            ("-m", "experiment=table3", "clip=none"),
+            "clip is not yours to set with experiment=table3: the sets set clip,",
+        ),
+        (("-m", "experiment=table3", "lr=1e-3"), "lr is not yours to set with experiment=table3: the sets set clip,"),
         (
             ("-m", "experiment=table3", "scale=micro", "seed=-1"),
             "seed=-1 is not allowed: it must be an integer from 0 to",
+        ),
+        (
+            ("-m", "experiment=figure2", "scale=micro", "data.bad_batches.steps=[5]"),
+            "data.bad_batches.steps is not yours to set with experiment=figure2: the sets set",
         ),
         (("-m", "hydra/sweeper=declared"), "hydra/sweeper=declared is not possible without experiment=, which sets it"),
         (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),

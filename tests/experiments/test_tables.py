@@ -88,7 +88,9 @@ def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
     OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
     found = collect({key: place for key, (place, _) in places.items()}, identity)
     text = markdown(fill(TABLES["table3"], found))
-    assert "Not run: AutoClip (seed 1), ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
+    assert (
+        "Not run: AutoClip (seed 1). Left out: ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
+    )
     assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
     assert sorted(found.others) == sorted(
         [
@@ -118,6 +120,9 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
     [
         ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
         ("metrics.jsonl", "[1]\n", "damaged ("),
+        ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 2: "),
+        ("result.json", "{", "damaged (result.json: "),
+        ("eval.json", "{", "damaged (eval.json: "),
         ("metrics.jsonl", None, "not of one run"),
         ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
         ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
