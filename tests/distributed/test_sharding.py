@@ -325,7 +325,7 @@ def test_sharded_training_is_unsharded_training(case, world, settings, tmp_path)
 
 @pytest.mark.parametrize(
     ("case", "world"),
-    [(nobody_has_gradients, 2), (bad_rank, 2), (fsdp1_agc, 2), (every_strategy, 4)],
+    [(nobody_has_gradients, 2), (bad_rank, 2), (fsdp1_agc, 2), pytest.param(every_strategy, 4, marks=pytest.mark.slow)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_all_ranks_act_alike(case, world, tmp_path):

@@ -148,7 +148,7 @@ def test_impossible_splits_are_refused_with_the_arithmetic(given, said, settings
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("how", ["tied", "from a folder"])
+@pytest.mark.parametrize("how", [SLOW("tied"), "from a folder"])
 def test_sharded_runs_start_from_the_weights_of_one_process(how, runs, settings, tmp_path):
     given = [*settings, "trainer.max_steps=6"]
     if how == "tied":
