@@ -1,7 +1,8 @@
 """Reading a run folder."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,22 +81,25 @@ def read_run(path: Path) -> Run:
     return Run(path, config, metrics, done, _json_lines(evaluated) if evaluated.exists() else [], starts, scores)
 
 
-def _json(path: Path) -> Any:
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Say where a damaged file is damaged."""
     try:
-        return json.loads(path.read_text())
+        yield
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    with _reading(path.name):
+        return json.loads(path.read_text())
 
 
 def _json_lines(path: Path) -> list[Any]:
-    try:
+    with _reading(path.name):
         lines = path.read_text().splitlines()
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
+        with _reading(f"{path.name}, line {number}"):
             rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path.name}, line {number}: {error}") from error
     return rows

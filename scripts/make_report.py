@@ -35,11 +35,15 @@ def _limits(found: Found) -> list[str]:
     return [f"eval.limit={min(some)}"] if some else []
 
 
+def _is_all(wanted: Sequence[str]) -> bool:
+    return set(wanted) == {*EVERYTHING}
+
+
 def _commands(cfg: DictConfig, found: Found, wanted: Sequence[str], windows: list[tuple[int, int]] | None) -> list[str]:
     """Return the commands that make the runs, and what is made of them, again."""
     seeds = ",".join(map(str, found.seeds))
     where = f"paths.runs={cfg.paths.runs}"
-    everything = set(wanted) == {*EVERYTHING}
+    everything = _is_all(wanted)
     asked = "experiment=all" if everything else f"experiment=[{','.join(wanted)}]"
     trained = (
         "experiment=all" if everything else f"experiment=[{','.join(each for each in wanted if each != 'figure3')}]"
@@ -78,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
         judged = verdicts(found)
         write_whole(folder / "verdicts.md", verdicts_in_markdown(found, judged, cfg.scale))
-        name = "report.html" if set(wanted) == {*EVERYTHING} else f"report-{'-'.join(wanted)}.html"
+        name = "report.html" if _is_all(wanted) else f"report-{'-'.join(wanted)}.html"
         write_whole(folder / name, report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")

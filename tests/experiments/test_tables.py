@@ -31,9 +31,14 @@ def test_numbers_of_fewer_seeds_say_so_and_are_not_the_best(everything):
 
 def test_an_undisturbed_run_that_diverged_is_no_measure(everything):
     lab = {row.label: row.settings for row in TABLES["spike_lab"].rows}
-    gone = everything._replace(diverged={(lab["AutoClip"]["good"], 1)})
+    runs = everything.runs | {
+        (lab["AutoClip"]["bad"], seed): run._replace(result={**run.result, "test_loss": 4.0})
+        for seed in (0, 1, 2)
+        for run in (everything.runs[lab["AutoClip"]["bad"], seed],)
+    }
+    gone = everything._replace(runs=runs, diverged={(lab["AutoClip"]["good"], 1)})
     (row,) = (row for row in markdown(fill(TABLES["spike_lab"], gone)).splitlines() if row.startswith("| AutoClip |"))
-    assert row.count("(1 diverged)") == 5, "the disturbed run's own loss is none of them"
+    assert row.count("(1 diverged)") == 5 and row.count("**") == 2, "the disturbed run's own loss is none of them"
     key = (lab["ZClip"]["bad"], 1)
     loss = everything.runs[key].metrics["loss"].copy()
     loss[83] = float("nan")
@@ -152,7 +157,7 @@ def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, 
     damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
     stranger = moved[key].path.with_name("stranger")
     stranger.mkdir()
-    (stranger / "config.yaml").write_text("{")
+    (stranger / "config.yaml").write_text("[1]")
     found = collect(moved, identity)
     assert key not in found.runs and len(found.runs) == 11
     assert any(said in line and moved[key].path.name in line for line in found.others), found.others
