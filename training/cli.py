@@ -40,7 +40,7 @@ from training.processes import (
     report_failure,
     tie_to_launcher,
 )
-from training.signals import Interrupted, begin, heed, say
+from training.signals import Interrupted, begin, end, heed, insist, say
 from training.streams import close, make_unfailing
 from training.sweep import check_job, compose
 
@@ -82,6 +82,7 @@ def _run(main: Callable[[], Any]) -> int:
         with reporting():
             main()
     except Interrupted as stop:
+        end()
         if rank() > 0 and slurm.started_by_srun():
             return 0  # any other status would have srun end rank 0, which may be saving
         if rank() == 0:
@@ -102,6 +103,7 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        insist()
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             where = error.filename or "a file"
             error = RunError(f"{where} cannot be written ({error.strerror}): once it can, the same command continues")

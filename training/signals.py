@@ -2,6 +2,8 @@
 
 While a run trains, a signal sets a flag and nothing else: see stopping.py. At any other time everything on the disk is
 whole already, and a signal ends the program where it is, or as soon as it is loaded. A second Ctrl-C does so at once.
+Where it is may be a library that swallows every exception: fsspec, for one, then says that a file is not there. So
+what a signal has raised is raised again by `insist`, before such an error is told, before training, at the next signal.
 """
 
 import os
@@ -18,7 +20,7 @@ MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the program; those that come from now on do not, but for Ctrl-C.
+    """A signal ends the program; those that come from now on do not but for Ctrl-C, unless this one was swallowed.
 
     Args:
         signum: which.
@@ -26,11 +28,11 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        global _react
+        global _react, _ending
         super().__init__(signum)
         self.signum = signum
         self.step = step
-        _react = _leave
+        _react, _ending = _leave, self
 
 
 def _end(signum: int) -> None:
@@ -40,6 +42,22 @@ def _end(signum: int) -> None:
 def _leave(signum: int) -> None:
     if signum == signal.SIGINT:
         os._exit(128 + signum)
+    insist()
+
+
+def insist() -> None:
+    """Raise again what ends the program, if it was swallowed: if it is not being handled where this is called."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    if error is None and _ending is not None:
+        raise _ending
+
+
+def end() -> None:
+    """Take note that it has arrived: nothing is raised any more while the program ends."""
+    global _ending
+    _ending = None
 
 
 def _remember(signum: int) -> None:
@@ -48,6 +66,7 @@ def _remember(signum: int) -> None:
 
 
 _react: Callable[[int], None] = _remember
+_ending: Interrupted | None = None
 _interrupts = 0
 _early = 0
 
@@ -80,8 +99,13 @@ def begin() -> None:
 
 @contextmanager
 def reacting(react: Callable[[int], None]) -> Iterator[None]:
-    """Call `react` with a signal's number, in place of ending the program, until the block ends."""
+    """Call `react` with a signal's number, in place of ending the program, until the block ends.
+
+    Raises:
+        Interrupted: a signal had been to end it before.
+    """
     global _react, _interrupts
+    insist()
     before, _react, _interrupts = _react, react, 0
     try:
         yield

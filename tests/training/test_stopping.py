@@ -127,6 +127,25 @@ def test_a_signal_while_the_program_loads_ends_it_when_that_is_done(settings, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("swallowing", ["fsspec", "strategy"])
+def test_a_signal_that_a_library_swallows_ends_the_program_all_the_same(swallowing, settings, tmp_path):
+    """It says then that a file is not there, or goes on as if nothing had been: neither is told, nor trained."""
+    (tmp_path / "unlucky.py").write_text(
+        "import os\nimport signal\n\nfrom fsspec.implementations.local import LocalFileSystem\n\n"
+        "from zclip import ZClip\n\nlook = LocalFileSystem.info\n\n"
+        "def told(self, path, **kwargs):\n    LocalFileSystem.info = look\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n    return look(self, path, **kwargs)\n\n"
+        "class Fsspec(ZClip):\n    LocalFileSystem.info = told if os.environ['UNLUCKY'] == 'fsspec' else look\n\n"
+        "class Strategy(ZClip):\n    def __init__(self, **kwargs):\n        super().__init__(**kwargs)\n"
+        "        try:\n            os.kill(os.getpid(), signal.SIGUSR1)\n        except:\n            pass\n"
+    )
+    given = (*settings, f"clip._target_=unlucky.{swallowing.title()}", f"paths.cache={tmp_path}/cache")
+    done = train(*given, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "UNLUCKY": swallowing})
+    assert done.returncode == 128 + signal.SIGUSR1, done.stderr
+    assert done.stderr == "interrupted: the same command goes on\n"
+    assert not list(tmp_path.glob("runs/main/*/metrics.jsonl"))
+
+
 def test_a_failing_process_ends_the_run_with_its_traceback_first(settings, tmp_path):
     (tmp_path / "unlucky.py").write_text(
         "import os\nfrom zclip import ZClip\n\nclass Unlucky(ZClip):\n    steps = 0\n\n"
