@@ -4,6 +4,7 @@ The test loss, the other one, is the mean cross entropy in nats over the held-ou
 """
 
 from collections.abc import Collection
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -102,10 +103,19 @@ def least_spike(loss: np.ndarray, left_out: Collection[int] = ()) -> float:
 
 
 def _limits(loss: np.ndarray, left_out: Collection[int], window: int, sigmas: float) -> np.ndarray:
-    """Return the highest loss of each step that is no spike; infinite where too few steps came before to judge."""
+    """Return the highest loss of each step that is no spike; infinite where too few steps came before to judge.
+
+    Spikes, dips, and how far a loss has to jump are asked for by several tables and verdicts: what was found is kept.
+    """
+    return _limits_of(np.asarray(loss, dtype=np.float64).tobytes(), frozenset(left_out), window, sigmas)
+
+
+@lru_cache(maxsize=1 << 9)
+def _limits_of(loss: bytes, left_out: frozenset[int], window: int, sigmas: float) -> np.ndarray:
+    values = np.frombuffer(loss).tolist()
     normal: list[float] = []
-    limits = np.full(len(loss), np.inf)
-    for step, value in enumerate(loss.tolist()):
+    limits = np.full(len(values), np.inf)
+    for step, value in enumerate(values):
         if step in left_out:
             continue
         recent = np.array(normal[-window:])
@@ -114,6 +124,7 @@ def _limits(loss: np.ndarray, left_out: Collection[int], window: int, sigmas: fl
             limits[step] = median + sigmas * 1.4826 * np.median(np.abs(recent - median))
         if np.isfinite(value) and value <= limits[step]:
             normal.append(value)
+    limits.flags.writeable = False
     return limits
 
 

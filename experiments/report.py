@@ -66,7 +66,7 @@ def report(
         made=made,
         verdicts=judged,
         how_judged=_how_judged().replace("`", ""),
-        figures=[(name, _encoded(figure)) for name, figure in figures.items()],
+        figures=[(name, figure.get_suptitle(), _encoded(figure)) for name, figure in figures.items()],
         undrawn=undrawn,
         tables=[
             {"name": each.table.name, "title": title(each), "header": header, "rows": rows, "below": below(each)}

@@ -3,12 +3,20 @@
 The same items, in turns, in one process; the scores must be the same. `hf` gets the fastest of some batch sizes.
 """
 
-import statistics
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)  # scripts/: see evaluate.py
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
+import statistics
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +24,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)  # scripts/: see evaluate.py
 
 from evaluation.language_model import RunModel
 from evaluation.scores import score_task

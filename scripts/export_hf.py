@@ -4,17 +4,22 @@ The folder has weights, configuration and tokenizer, and is what `AutoModelForCa
 `AutoTokenizer.from_pretrained` load.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import logging
 import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from models.hugging_face import export
 from training.cli import command_line, reporting

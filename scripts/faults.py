@@ -10,25 +10,30 @@ left behind.
 Prints a table of what was tried; exits with 1 if anything differs.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Source
 from training.checkpoint_files import contents

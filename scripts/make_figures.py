@@ -3,17 +3,22 @@
 Each is drawn as SVG and PNG into `figures/` below `out`, runs/results-micro if it is not given.
 """
 
-import io
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
+import io
 
 import hydra
 import matplotlib.pyplot as plt
 from omegaconf import DictConfig
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)
 
 from scripts.evidence import PICTURES, chosen, drawn, gather, out_folder, step_windows
 from training.cli import command_line, reporting

@@ -4,19 +4,24 @@ It needs no network, and no other file; its verdicts are in verdicts.md too. Of 
 report-table3-figure2.html, beside that of all.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)
 
 from evaluation.tasks import SETS
 from experiments.catalogue import TABLES

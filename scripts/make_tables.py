@@ -6,12 +6,16 @@ Each is written as Markdown, LaTeX and CSV into `tables/` below `out`, runs/resu
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(1)
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)
 
 from experiments.catalogue import TABLES
 from experiments.tables import as_csv, fill, latex, markdown

@@ -7,12 +7,16 @@ is there: every file of finished tokens is compared with its checksum. Interrupt
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import open_tokens, prepare
 from training.cli import command_line, reporting

@@ -3,13 +3,17 @@
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from training.cli import command_line, reporting
 from training.config import ConfigError

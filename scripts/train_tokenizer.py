@@ -4,16 +4,21 @@ The folder then works as `data.tokenizer=FOLDER` and in transformers' `AutoToken
 the training documents only: those that `data.test_fraction` holds out are left out here too.
 """
 
-import math
-import shutil
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from training.signals import heed
+
+heed()  # first: what follows takes seconds to load
+
+import math
+import shutil
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import corpus_tokenizer
 from training.cli import command_line, reporting

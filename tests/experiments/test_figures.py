@@ -32,6 +32,7 @@ def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
         everything, judged, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today."
     )
     assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
+    assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
     said = verdicts_in_markdown(everything, judged, "micro")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, same, train, train_command
+from tests.conftest import CHECKOUT, TINY, same, train
 from tests.training.test_run import final, only_run
 
 TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
@@ -22,10 +22,10 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
     return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.log_every=1", "experiment=main")
 
 
-def start(*settings: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start a run as a terminal would: with signals that nobody has ignored."""
+def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> subprocess.Popen[str]:
+    """Start a run, or a script, as a terminal would: with signals that nobody has ignored."""
     return subprocess.Popen(
-        train_command(*settings),
+        [sys.executable, str(CHECKOUT / program), *settings],
         cwd=cwd,
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
@@ -125,6 +125,11 @@ def test_a_signal_while_the_program_loads_ends_it_when_that_is_done(settings, tm
         _, said = job.communicate(timeout=60)
         assert job.returncode == 128 + signum and said == "interrupted: the same command goes on\n"
     assert not (tmp_path / "runs").exists()
+    script = start(cwd=tmp_path, program="scripts/make_tables.py")
+    time.sleep(0.3)
+    script.send_signal(signal.SIGINT)
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 130 and said == "interrupted: the same command goes on\n"
 
 
 @pytest.mark.parametrize("swallowing", ["fsspec", "strategy"])
