@@ -60,7 +60,7 @@ class Job:
         return len(file.read_text().splitlines()) if file.exists() else 0
 
     def wait_for_steps(self, steps: int) -> None:
-        self.cluster.wait(lambda: self.steps() >= steps or self.cluster.finished(self.number), 120)
+        self.cluster.wait(lambda: self.steps() >= steps or self.cluster.finished(self.number), 240)
         assert not self.cluster.finished(self.number), self.said()
 
     def end(self, seconds: float = 240) -> dict[str, str]:
@@ -101,7 +101,7 @@ def test_two_nodes_and_two_requeues_end_as_the_run_left_alone(cluster, settings,
     for number, signal in enumerate(("USR1", "USR2"), 1):
         job.wait_for_steps(60 * number)
         cluster.ask("scancel", f"--signal={signal}", job.number)
-        cluster.wait(lambda number=number: int(cluster.job(job.number)["Restarts"]) == number, 60)
+        cluster.wait(lambda number=number: int(cluster.job(job.number)["Restarts"]) == number, 180)
     assert job.end()["JobState"] == "COMPLETED", job.said()
     said = job.said()
     assert len(re.findall(r"interrupted after step \d+: the job is in the queue again and continues", said)) == 2
@@ -186,7 +186,7 @@ def test_told_to_stop_while_the_text_is_prepared(cluster, settings, tmp_path):
     job = Job(cluster, tmp_path, "x", *given, f"paths.cache={tmp_path}/cache", "trainer.max_steps=10")
     cluster.wait(lambda: any(tmp_path.glob("cache/*/*")) or cluster.finished(job.number), 120)
     cluster.ask("scancel", "--signal=USR1", job.number)
-    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1" or cluster.finished(job.number), 60)
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1" or cluster.finished(job.number), 180)
     assert "interrupted: the job is in the queue again and goes on" in job.said()
     assert job.end()["JobState"] == "COMPLETED", job.said()
     assert job.steps() == 10
