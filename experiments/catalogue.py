@@ -4,7 +4,7 @@ Declared here only: `python train.py -m experiment=table3` runs what `sets()` sa
 runs. A run is named by what it sets on top of `experiment=evidence`; runs that several share are the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 #: The paper's learning rates (Table 2).
@@ -17,7 +17,7 @@ RATE = 1e-3
 ZCLIP = {"z_thresh": 2.5, "alpha": 0.97}
 #: The paper's ZClip never starts its statistics anew; the library's does, see `help(ZClip)`.
 NO_RECOVERY = ("clip.recovery_window", "null")
-#: What the paper says of its thresholds (Section 4). Its caption of Figure 1 says 2.5 at 3e-3; these are Table 2's runs.
+#: What the paper says of its thresholds (Section 4). The caption of Figure 1 says 2.5, of a run of Table 2.
 THRESHOLD_SAYS = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the others (the paper's Section 4)"
 
 
@@ -101,6 +101,12 @@ class Table(NamedTuple):
     columns: Sequence[Column]
     across: bool = False
     says: str = ""
+
+    def labelled(self) -> Iterator[tuple[str, Setting]]:
+        """Yield the settings of each row with what they are called, as "ZClip, with bad batches"."""
+        for row in self.rows:
+            for group, setting in row.settings.items():
+                yield (f"{row.label}, {GROUPS[group]}" if group else row.label), setting
 
 
 SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.catalogue import ALPHAS, FIGURES, HIGH_RATES, STRATEGIES, THRESHOLDS, VARIANTS, Setting
+from experiments.catalogue import ALPHAS, FIGURES, HIGH_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
 from experiments.collection import Found
 from experiments.distributions import LEAST_NORMS, norm_windows, window_norms
 from experiments.judging import (
@@ -27,12 +27,14 @@ from experiments.judging import (
     Judge,
     Judged,
     at_rates,
+    by_seed,
     diverged_seeds,
     losses_by_seed,
     named,
+    reached_by_seed,
     require_whole,
 )
-from experiments.measures import MEASURES, Reached, clip_and_step, last_loss_reached
+from experiments.measures import MEASURES, clip_and_step
 from experiments.paired import LEAST_SEEDS, SIGNIFICANT, TOO_FEW, Difference, Untestable, difference, said, signs
 from experiments.spikes_left import fixed_leaves_spikes, zclip_removes_spikes
 
@@ -58,18 +60,42 @@ class Verdict(NamedTuple):
     numbers: Sequence[str]
 
 
+class Claim(NamedTuple):
+    """How a claim is judged.
+
+    Attributes:
+        judge: finds the verdict.
+        settings: of the runs that it looks at, each with its label.
+    """
+
+    judge: Judge
+    settings: Sequence[tuple[str, Setting]]
+
+
 def verdicts(found: Found) -> list[Verdict]:
     """Return what the runs say of each claim."""
+    return [verdict(found, claim) for claim in CLAIMS]
+
+
+def verdict(found: Found, claim: str) -> Verdict:
+    """Return what the runs say of a claim, and which of its runs are lacking.
+
+    One that is unfinished or left out may say otherwise: what the others support is not testable then.
+    """
     texts = sorted({str((run.result or {}).get("data_fingerprint")) for run in found.runs.values()})
-    judged = []
-    for claim, judge in CLAIMS.items():
-        try:
-            if len(texts) > 1:
-                raise Untestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
-            judged.append(Verdict(claim, *judge(found)))
-        except Untestable as why:
-            judged.append(Verdict(claim, NOT_TESTABLE, [str(why)]))
-    return judged
+    judge, settings = CLAIMS[claim]
+    begun = {setting for setting, _ in [*found.runs, *found.unfinished, *found.refused]}
+    lacking = found.notes([pair for pair in settings if pair[1] in begun], diverged=False)
+    try:
+        if len(texts) > 1:
+            raise Untestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
+        said, numbers = judge(found)
+    except Untestable as why:
+        said, numbers = NOT_TESTABLE, [str(why)]
+    unread = {setting for setting, _ in [*found.unfinished, *found.refused]}
+    if said == SUPPORTED and any(setting in unread for _, setting in settings):
+        said, numbers = NOT_TESTABLE, [*numbers, "supported, but for runs that are unfinished or left out"]
+    return Verdict(claim, said, [*numbers, *lacking])
 
 
 def _loss(found: Found, setting: Setting, seed: int) -> float | None:
@@ -119,26 +145,14 @@ def _higher_rates(found: Found) -> Judged:
     return NOT_SUPPORTED, numbers
 
 
-def _reached(found: Found, fixed: Setting, zclip: Setting) -> dict[int, Reached]:
-    """Return where ZClip is at the loss that fixed clipping ends with, by seed; nowhere if it has diverged."""
-    require_whole(found, [fixed])
-    reached = {}
-    for seed in found.seeds:
-        one, other = found.runs.get((fixed, seed)), found.runs.get((zclip, seed))
-        if one is not None and other is not None:
-            there = last_loss_reached(one, other)
-            reached[seed] = there._replace(tokens=None) if (zclip, seed) in found.diverged else there
-    return reached
-
-
 def _fewer_tokens(found: Found) -> Judged:
     rates = at_rates()
-    papers = _reached(found, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
+    papers = reached_by_seed(found, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
     saved = difference({seed: each.saved for seed, each in papers.items()})
     equal = []
     for lr, row in rates.items():
         try:
-            if there := [each.saved for each in _reached(found, row["fixed"], row["zclip"]).values()]:
+            if there := [each.saved for each in reached_by_seed(found, row["fixed"], row["zclip"]).values()]:
                 fewer = f" ({len(there)} of {len(found.seeds)} seeds)" if len(there) < len(found.seeds) else ""
                 equal.append(f"{lr:.0e} {np.mean(there):.0%}{fewer}")
         except Untestable:
@@ -158,17 +172,22 @@ def _lowest(measure: str, settings: Mapping[str, Setting], claimed: str) -> Judg
     """Judge whether a setting has the lowest loss: it is below each of the others, on the same seeds."""
 
     def judge(found: Found) -> Judged:
-        if sum((settings[claimed], seed) in found.runs for seed in found.seeds) < LEAST_SEEDS:
+        seeds = [seed for seed in found.seeds if all((each, seed) in found.runs for each in settings.values())]
+        if len(seeds) < LEAST_SEEDS:
             raise Untestable(TOO_FEW)
         if gone := diverged_seeds(found, settings[claimed]):
             return NOT_SUPPORTED, [f"{claimed} has diverged: {named(settings[claimed], gone)}"]
-        beaten = {label: seeds for label, setting in settings.items() if (seeds := diverged_seeds(found, setting))}
-        healthy = {label: setting for label, setting in settings.items() if label not in beaten}
-        every = {label: losses_by_seed(found, measure, [setting]) for label, setting in healthy.items()}
-        seeds = sorted(set.intersection(*(set(values) for values in every.values())))
-        if len(seeds) < LEAST_SEEDS:
-            raise Untestable(TOO_FEW)
-        same = {label: {seed: values[seed] for seed in seeds} for label, values in every.items()}
+        whole = found._replace(runs={key: run for key, run in found.runs.items() if key[1] in seeds})
+        beaten = {
+            label: gone
+            for label, setting in settings.items()
+            if (gone := [seed for seed in seeds if (setting, seed) in found.diverged])
+        }
+        same = {
+            label: by_seed(whole, measure, [(setting, None)])
+            for label, setting in settings.items()
+            if label not in beaten
+        }
         name = MEASURES[measure].says.partition(" is ")[0].removeprefix("the ")
         means = ", ".join(f"{label} {np.mean(list(values.values())):.3f}" for label, values in same.items())
         lower = {label: difference(same[claimed], values) for label, values in same.items() if label != claimed}
@@ -230,23 +249,32 @@ def _overhead(found: Found) -> Judged:
     numbers = [
         "share of a step that goes to clipping, its norm included (which runs without clipping find too): "
         + ", ".join(f"{label} {np.mean(each):.2f} %" for label, each in shares.items() if each),
-        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {over.says(2)}, {over.least:.2f} to "
-        f"{over.most:.2f} (95 %)",
+        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {over.says(2)}",
         f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine are no measure of it",
     ]
     return SUPPORTED if over.most < NEGLIGIBLE else NOT_SUPPORTED, numbers
 
 
-CLAIMS: Mapping[str, Judge] = {
-    "Fixed clipping leaves spikes.": fixed_leaves_spikes,
-    "ZClip removes the spikes.": zclip_removes_spikes,
-    "ZClip allows higher learning rates.": _higher_rates,
-    "ZClip reaches the baseline's loss with 35 % fewer tokens.": _fewer_tokens,
-    "Reciprocal clipping beats clipping to the mean and to the maximum.": _lowest(
-        "test_loss", {name.lower(): VARIANTS[name] for name in ("Reciprocal", "Mean", "Max")}, "reciprocal"
+def _in_lab(*labels: str) -> list[tuple[str, Setting]]:
+    """Return the settings of strategies in the spike lab, with their labels."""
+    return [pair for pair in TABLES["spike_lab"].labelled() if pair[0].rpartition(", ")[0] in labels]
+
+
+_RATES = [*TABLES["table2"].labelled()]
+
+CLAIMS: Mapping[str, Claim] = {
+    "Fixed clipping leaves spikes.": Claim(
+        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_in_lab("Fixed 1.0")]
     ),
-    "z_thresh = 2.5 is best.": _lowest("train_loss", THRESHOLDS, "2.5"),
-    "alpha = 0.97 is best.": _lowest("train_loss", ALPHAS, "0.97"),
-    "Gradient norms are about normally distributed in short windows.": _normal,
-    "The overhead is negligible.": _overhead,
+    "ZClip removes the spikes.": Claim(zclip_removes_spikes, [*_RATES, *_in_lab("Fixed 1.0", "ZClip", "No clipping")]),
+    "ZClip allows higher learning rates.": Claim(_higher_rates, _RATES),
+    "ZClip reaches the baseline's loss with 35 % fewer tokens.": Claim(_fewer_tokens, _RATES),
+    "Reciprocal clipping beats clipping to the mean and to the maximum.": Claim(
+        _lowest("test_loss", {name.lower(): VARIANTS[name] for name in ("Reciprocal", "Mean", "Max")}, "reciprocal"),
+        [*VARIANTS.items()],
+    ),
+    "z_thresh = 2.5 is best.": Claim(_lowest("train_loss", THRESHOLDS, "2.5"), [*THRESHOLDS.items()]),
+    "alpha = 0.97 is best.": Claim(_lowest("train_loss", ALPHAS, "0.97"), [*ALPHAS.items()]),
+    "Gradient norms are about normally distributed in short windows.": Claim(_normal, [*FIGURES["figure9"].items()]),
+    "The overhead is negligible.": Claim(_overhead, [*STRATEGIES.items()]),
 }

@@ -56,14 +56,15 @@ class Found(NamedTuple):
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of which there is any run."""
-        return sorted({seed for _, seed in [*self.runs, *self.unfinished]})
+        """Seeds of which there is any run, be it one that was left out."""
+        return sorted({seed for _, seed in [*self.runs, *self.unfinished, *self.refused]})
 
-    def notes(self, settings: Iterable[tuple[str, Setting]]) -> list[str]:
+    def notes(self, settings: Iterable[tuple[str, Setting]], diverged: bool = True) -> list[str]:
         """Return a sentence for each kind of run that is missing, unfinished or diverged, by their labels.
 
         Args:
             settings: each with its label.
+            diverged: whether those that have diverged are named too.
         """
         kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "left out": {}, "unfinished": {}, "diverged": {}}
         for label, setting in dict.fromkeys(settings):
@@ -84,7 +85,7 @@ class Found(NamedTuple):
             f"{kind}: "
             + ", ".join(f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for label, seeds in there.items())
             for kind, there in kinds.items()
-            if there
+            if there and (diverged or kind != "diverged")
         ]
 
 
@@ -103,6 +104,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         if not (each.path / "config.yaml").is_file():
             if (each.path / "result.json").is_file():
                 left.setdefault("no config.yaml", []).append(each.path.name)
+                refused.add(key)
             continue
         own = _settings(each.path, identity)
         if own is None or (changed := _differences(own, each.identity)):
@@ -135,10 +137,11 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         if stranger := _stranger(folder, expected, identity):
             left.setdefault(stranger, []).append(folder.name)
     found.others.extend(f"{_listed(names)} left out: {why}" for why, names in left.items())
-    there = {seed for _, seed in [*found.runs, *found.unfinished]}
+    found = found._replace(refused=frozenset(refused))
+    there = found.seeds
     if gone := [str(seed) for seed in dict.fromkeys(seed for _, seed in expected) if seed not in there]:
         found.others.append(f"there is no run of seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
-    return found._replace(refused=frozenset(refused))
+    return found
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -46,7 +46,8 @@ def loss_spikes(
 
     The loss of a bad batch that was put in says nothing about the model: it is in no spike, and ends none.
 
-    Noise alone makes such steps too, the more the longer a run and the heavier its tails: see `loss_dips`.
+    Noise alone makes such steps too, the more the longer a run and the heavier its tails: see `loss_dips`. A loss that
+    rises and stays there is in one spike to its end, which hides later ones; half a nat of it is divergence.
 
     Args:
         loss: (steps,) training loss of each step.
@@ -77,14 +78,14 @@ def loss_spikes(
 def loss_dips(loss: np.ndarray, left_out: Collection[int] = ()) -> int:
     """Return how often a loss is as far below what is normal as it is above in a spike.
 
-    Spikes go up only: where noise is as likely to go either way, there are as many of its own among them. As the loss
-    falls, below is nearer than above, so that there are rather more.
+    Spikes go up only: where noise is as likely to go either way, there are as many of its own among them. The run is
+    read from its end, upside down: so read, a loss that falls still does, and dips are no nearer than spikes.
 
     Args:
         loss, left_out: see `loss_spikes`.
     """
     spiked = {at for spike in loss_spikes(loss, left_out) for at in range(spike.start, spike.start + spike.length)}
-    return len(loss_spikes(-loss, {*left_out, *spiked}))
+    return len(loss_spikes(-loss[::-1], {len(loss) - 1 - at for at in {*left_out, *spiked}}))
 
 
 def least_spike(loss: np.ndarray, left_out: Collection[int] = ()) -> float:

@@ -29,8 +29,8 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8
 #: Of what stands below a figure, in an inch.
 CHARACTERS = 16
 
-#: Of the steps, the share whose mean is drawn for one.
-SMOOTHED = 1 / 60
+#: Of the steps, the share whose mean is drawn for one, and how many steps that are at most: a spike is a few steps.
+SMOOTHED, SMOOTHED_STEPS = 1 / 60, 9
 
 
 class NothingToDraw(ValueError):
@@ -48,7 +48,7 @@ def smooth(values: np.ndarray, left_out: Collection[int] = ()) -> tuple[np.ndarr
     The ends have fewer, and so have both sides of what is left out, where there is no value: no mean is of steps before
     a bad batch and of such after it.
     """
-    width = max(1, round(len(values) * SMOOTHED)) // 2 * 2 + 1
+    width = min(SMOOTHED_STEPS, max(1, round(len(values) * SMOOTHED)) // 2 * 2 + 1)
     smoothed = np.full(len(values), np.nan)
     edges = [-1, *sorted(left_out), len(values)]
     for before, after in itertools.pairwise(edges):

@@ -11,7 +11,6 @@ from experiments.catalogue import (
     ALPHAS,
     COMPARED,
     FIGURES,
-    GROUPS,
     STRATEGIES,
     TABLES,
     THRESHOLD_SAYS,
@@ -30,7 +29,8 @@ from experiments.drawing import (
     over_seeds,
     runs_of,
 )
-from experiments.measures import last_loss_reached
+from experiments.judging import reached_by_seed
+from experiments.paired import Untestable
 from experiments.runs import Run
 
 #: What stands below figures with losses.
@@ -137,7 +137,7 @@ def _figure4(found: Found) -> Figure:
     for number, (label, runs) in enumerate(zip(FIGURES["figure4"], (fixed, zclip), strict=True)):
         smoothed = losses(ax, runs, label, number)
     each = int(fixed[0].metrics["tokens"][0])
-    there = _reached(ax, fixed, zclip)
+    there = _reached(ax, found, fixed[0])
     mark_bad(ax, [*fixed, *zclip])
     ax.plot([], [], " ", label=there)
     ax.set_ylabel("training loss (nats/token)")
@@ -147,22 +147,22 @@ def _figure4(found: Found) -> Figure:
     return finished(figure, title, said, [*fixed, *zclip], notes)
 
 
-def _reached(ax: Axes, fixed: Sequence[Run], zclip: Sequence[Run]) -> str:
-    """Draw the loss at the end of fixed clipping, and say when ZClip is there, seed by seed."""
-    ends = {run.config["seed"]: run for run in fixed}
-    pairs = [(ends[seed], run) for run in zclip if (seed := run.config["seed"]) in ends]
-    if not pairs:
-        return "no seed has both"
-    reached = [last_loss_reached(one, run) for one, run in pairs]
-    target = float(np.mean([each.loss for each in reached]))
-    if not np.isfinite(target):
+def _reached(ax: Axes, found: Found, run: Run) -> str:
+    """Draw the loss at the end of fixed clipping, of which a run is given, and say when ZClip is there, by seed."""
+    fixed, zclip = FIGURES["figure4"].values()
+    try:
+        reached = [*reached_by_seed(found, fixed, zclip).values()]
+    except Untestable:
         return "fixed clipping has diverged"
+    if not reached:
+        return "no seed has both"
+    target = float(np.mean([each.loss for each in reached]))
     ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
     there = [each.tokens for each in reached if each.tokens is not None]
     if len(there) < len(reached):
         return f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"
-    share = float(np.mean(there)) / float(fixed[0].metrics["tokens"][-1])
-    ax.axvline(share * len(fixed[0].metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
+    share = float(np.mean(there)) / float(run.metrics["tokens"][-1])
+    ax.axvline(share * len(run.metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
     return f"ZClip is there with {np.mean([each.saved for each in reached]):.0%} fewer tokens"
 
 
@@ -234,11 +234,7 @@ def _spike_lab(found: Found) -> Figure:
         ax.set_axis_off()
     figure.supylabel("nats/token", fontsize=9)
     every = [run for pairs in there.values() for run, _ in pairs]
-    notes = found.notes(
-        (f"{row.label}, {GROUPS[group]}", row.settings[group])
-        for row in TABLES["spike_lab"].rows
-        for group in ("bad", "good")
-    )
+    notes = found.notes(TABLES["spike_lab"].labelled())
     return finished(figure, title, f"{said}; dotted: bad batches, whose own losses are left out", every, notes)
 
 

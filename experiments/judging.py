@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.catalogue import LEARNING_RATES, TABLES, Setting
 from experiments.collection import Found
-from experiments.measures import MEASURES
+from experiments.measures import MEASURES, Reached, last_loss_reached
 from experiments.paired import Untestable
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
@@ -62,6 +62,22 @@ def losses_by_seed(found: Found, measure: str, settings: Sequence[Setting]) -> d
     """Return the mean loss over settings by seed; raise `Untestable` if one has diverged."""
     require_whole(found, settings)
     return by_seed(found, measure, [(setting, None) for setting in settings])
+
+
+def reached_by_seed(found: Found, fixed: Setting, zclip: Setting) -> dict[int, Reached]:
+    """Return where ZClip is at the loss that fixed clipping ends with, by seed; nowhere if it has diverged.
+
+    Raises:
+        Untestable: fixed clipping has diverged.
+    """
+    require_whole(found, [fixed])
+    reached = {}
+    for seed in found.seeds:
+        one, other = found.runs.get((fixed, seed)), found.runs.get((zclip, seed))
+        if one is not None and other is not None:
+            there = last_loss_reached(one, other)
+            reached[seed] = there._replace(tokens=None) if (zclip, seed) in found.diverged else there
+    return reached
 
 
 def at_rates() -> dict[float, Mapping[str, Setting]]:

@@ -167,7 +167,8 @@ MEASURES = {
         "low",
         f"a spike is a loss that is not finite or {SPIKE_SIGMAS:g} robust standard deviations above the median of "
         f"the last {SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted; "
-        f"in the first {SPIKE_WINDOW} steps only what is not finite",
+        f"in the first {SPIKE_WINDOW} steps only what is not finite; noise makes some too, and verdicts count those "
+        "beyond as many dips",
     ),
     "spike_score": Measure(
         lambda run, _: 100 * spike_score(run.metrics["loss"], left_out(run)),

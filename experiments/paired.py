@@ -35,8 +35,9 @@ class Difference(NamedTuple):
     most: float
 
     def says(self, decimals: int = 3) -> str:
-        """Return it as a phrase."""
-        return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds)"
+        """Return it as a phrase, with its interval."""
+        least, most = f"{self.least:.{decimals}f}", f"{self.most:.{decimals}f}"
+        return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds, 95 %: {least} to {most})"
 
     @property
     def below(self) -> bool:

@@ -3,14 +3,14 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from experiments.catalogue import GROUPS, Column, Row, Setting, Table
+from experiments.catalogue import Column, Row, Table
 from experiments.collection import Found
 from experiments.definitions import least_spike, recovery
 from experiments.measures import DIVERGED_SAYS, MEASURES
@@ -21,18 +21,23 @@ class Cell(NamedTuple):
     """A number of ours.
 
     Attributes:
-        values: of the seeds whose run is done and has it.
+        by_seed: of the seeds whose run is done and has it.
         diverged: how many runs have diverged, those without a value included.
         decimals: to print.
         counts: whether it is a whole number in each run.
         seeds: how many there are in the table.
     """
 
-    values: Sequence[float]
+    by_seed: Mapping[int, float]
     diverged: int
     decimals: int
     counts: bool = False
     seeds: int = 0
+
+    @property
+    def values(self) -> list[float]:
+        """The numbers alone."""
+        return list(self.by_seed.values())
 
     @property
     def mean(self) -> float | None:
@@ -47,10 +52,11 @@ class Cell(NamedTuple):
     def text(self, between: str = " ± ") -> str:
         """Return it as printed; empty if nothing was run. A count of one run is a whole number.
 
-        Where it is of fewer seeds than the table has, it says so.
+        Where it is of fewer seeds than the table has, it says so, and how many diverged where not all have.
         """
         if self.mean is None:
-            return "diverged" if self.diverged else ""
+            some = f"{self.diverged} " if self.diverged < self.seeds else ""
+            return f"{some}diverged" if self.diverged else ""
         whole = self.counts and len(self.values) == 1
         shown = f"{self.mean:.{0 if whole else self.decimals}f}"
         if self.deviation is not None:
@@ -94,14 +100,14 @@ def fill(table: Table, found: Found) -> Filled:
 
 def _seeds(table: Table, found: Found) -> list[int]:
     """Return the seeds of which any run of a table is done."""
-    settings = {setting for _, setting in _labelled(table)}
+    settings = {setting for _, setting in table.labelled()}
     return sorted({seed for setting, seed in found.runs if setting in settings})
 
 
 def _cell(row: Row, column: Column, found: Found, seeds: int) -> Cell:
     setting = row.settings[column.group]
     measure = MEASURES[column.measure]
-    values, gone = [], 0
+    values, gone = {}, 0
     for seed in found.seeds:
         if (run := found.runs.get((setting, seed))) is None:
             continue
@@ -110,27 +116,22 @@ def _cell(row: Row, column: Column, found: Found, seeds: int) -> Cell:
         unfit = value is not None and not math.isfinite(value)
         gone += unfit or (setting, seed) in found.diverged or (other, seed) in found.diverged
         if value is not None and not unfit:
-            values.append(value)
+            values[seed] = value
     return Cell(values, gone, measure.decimals, column.measure == "spikes", seeds)
 
 
-def _labelled(table: Table) -> Iterator[tuple[str, Setting]]:
-    for row in table.rows:
-        for group, setting in row.settings.items():
-            yield (f"{row.label}, {GROUPS[group]}" if group else row.label), setting
-
-
 def _notes(table: Table, found: Found) -> list[str]:
-    settings = {setting for _, setting in _labelled(table)}
+    settings = {setting for _, setting in table.labelled()}
     used = [run for (setting, _), run in found.runs.items() if setting in settings]
     if not used:
-        return ["no run of this table is done", *found.notes(_labelled(table))]
+        return ["no run of this table is done", *found.notes(table.labelled())]
     seeds = _seeds(table, found)
     notes = [about(used, seeds)]
     measures = dict.fromkeys(column.measure for column in table.columns)
     notes += [table.says, *(MEASURES[name].says for name in measures)]
-    if "spikes" in measures and (room := [least_spike(run.metrics["loss"], left_out(run)) for run in used]):
-        jump = float(np.median([each for each in room if np.isfinite(each)] or [np.nan]))
+    room = [least_spike(run.metrics["loss"], left_out(run)) for run in used] if "spikes" in measures else []
+    if known := [each for each in room if np.isfinite(each)]:
+        jump = float(np.median(known))
         notes.append(f"at the median step of these runs a loss has to jump by {jump:.2f} nats to be a spike")
     if {"hellaswag", "winogrande"} & set(measures):
         notes.append(_items(used))
@@ -143,7 +144,7 @@ def _notes(table: Table, found: Found) -> list[str]:
         notes.append("the best are in bold, whatever their error")
     if len(seeds) > 1:
         notes.append("± is the standard deviation over seeds")
-    return [note for note in notes if note] + found.notes(_labelled(table))
+    return [note for note in notes if note] + found.notes(table.labelled())
 
 
 def about(runs: Sequence[Run], seeds: Sequence[int]) -> str:
@@ -220,8 +221,8 @@ def _items(runs: Sequence[Run]) -> str:
 def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
     """Return which cells hold the best of their measure, in their column, or across the columns of their row.
 
-    Of ours, one of fewer seeds than others is not compared: its seeds may be the lucky ones; and where more than half
-    are equal to the best, none is.
+    Of ours, one that lacks a seed that another has is not compared: its own may be the lucky ones; and where more than
+    half are equal to the best, none is.
     """
     table = filled.table
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
@@ -231,9 +232,9 @@ def best(filled: Filled, of_paper: bool) -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for places in groups.values():
         better = MEASURES[table.columns[places[0][1]].measure].better
-        most = max(len(filled.cells[r][c].values) for r, c in places)
+        seeds = {seed for r, c in places for seed in filled.cells[r][c].by_seed}
         ours = {
-            (r, c): None if (cell := filled.cells[r][c]).diverged or len(cell.values) < most else cell.mean
+            (r, c): None if (cell := filled.cells[r][c]).diverged or seeds - {*cell.by_seed} else cell.mean
             for r, c in places
         }
         values = {(r, c): filled.paper[r][c] for r, c in places} if of_paper else ours

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.catalogue import LEARNING_RATES, TABLES, Setting
-from experiments.claims import Verdict, verdicts
+from experiments.claims import Verdict, verdict
 from experiments.collection import Found
 
 #: The settings of Table 2 by learning rate, and those of the spike lab by strategy.
@@ -12,7 +12,7 @@ LAB = {row.label: row.settings for row in TABLES["spike_lab"].rows}
 
 
 def judged(found: Found, claim: str) -> Verdict:
-    return next(verdict for verdict in verdicts(found) if verdict.claim == claim)
+    return verdict(found, claim)
 
 
 def changed(found: Found, change, diverged: set | None = None) -> Found:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, THRESHOLDS, VARIANTS
-from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Verdict, verdicts
+from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, verdicts
 from experiments.collection import Found
+from experiments.judging import by_seed
 from experiments.measures import last_loss_reached
 from experiments.paired import TOO_FEW, Untestable, paired, rate
 from tests.experiments.altered import RATES, changed, judged, with_loss, with_result, without
@@ -27,6 +28,35 @@ def test_verdicts_need_three_seeds_and_one_text_and_never_fail(everything):
     odd = next(iter(runs))
     runs[odd] = runs[odd]._replace(result={**runs[odd].result, "data_fingerprint": "ffff"})
     assert {each.verdict for each in verdicts(everything._replace(runs=runs))} == {NOT_TESTABLE}
+
+
+def test_a_run_that_cannot_be_read_supports_nothing(everything):
+    """And each that is lacking is named."""
+    assert judged(everything, OVERHEAD).verdict == SUPPORTED
+    key = (STRATEGIES["AutoClip"], 1)
+    torn = without(everything, key)
+    for lacking, said in (
+        (torn._replace(refused=frozenset({key})), "left out: AutoClip (seed 1)"),
+        (torn._replace(unfinished={key: 7}), "unfinished: AutoClip (seed 1 after 7 steps)"),
+    ):
+        found = judged(lacking, OVERHEAD)
+        assert found.verdict == NOT_TESTABLE and found.numbers[-1] == said
+        assert found.numbers[-2] == "supported, but for runs that are unfinished or left out"
+        assert judged(lacking, RECIPROCAL).numbers == judged(everything, RECIPROCAL).numbers, "it is none of its runs"
+    found = judged(torn, OVERHEAD)
+    assert found.verdict == SUPPORTED and found.numbers[-1] == "not run: AutoClip (seed 1)"
+    never = without(everything, *((STRATEGIES["AutoClip"], seed) for seed in SEEDS))
+    assert "AutoClip (" not in "".join(judged(never, OVERHEAD).numbers), "a part of the runs is a part"
+
+
+def test_a_mean_over_settings_is_of_seeds_that_have_all(everything):
+    settings = [(RATES[lr]["fixed"], None) for lr in (1e-3, 3e-3, 5e-3)]
+    numbers = {
+        setting: {"train_loss": [each, each + 1, each + 2]}
+        for (setting, _), each in zip(settings, (1.0, 2.0, 6.0), strict=True)
+    }
+    found = without(with_result(everything, numbers), (RATES[3e-3]["fixed"], 1))
+    assert by_seed(found, "train_loss", settings) == {0: 3.0, 2: 5.0}
 
 
 def rates_are_best(found: Found, fixed: list[float], zclip: list[float]) -> Found:
@@ -69,7 +99,7 @@ def test_higher_learning_rates(everything):
     low = with_result(everything, {RATES[lr]["zclip"]: {"train_loss": [4.0, 4.1, 4.2]} for lr in (1e-3, 3e-3, 5e-3)})
     assert "ZClip minus fixed: -" in judged(low, HIGHER).numbers[2]
     said = judged(without(six(low), *((RATES[1e-3]["zclip"], seed) for seed in range(4))), HIGHER)
-    assert said.numbers == [TOO_FEW]
+    assert said.numbers == [TOO_FEW, "not run: 1e-3, ZClip (seeds 0, 1, 2, 3)"]
     said = judged(low._replace(diverged={(RATES[3e-3]["fixed"], 2)}), HIGHER)
     assert "others are measured by has diverged: clip=fixed" in said.numbers[2]
 
@@ -153,6 +183,13 @@ def test_the_best_setting(claim, settings, own, everything):
     assert judged(two, claim).verdict == NOT_TESTABLE, "two seeds beat nobody"
     gone = two._replace(diverged={(settings[own], 0)})
     assert judged(gone, claim).verdict == NOT_TESTABLE, "and are beaten by nobody"
+    lost = best._replace(runs=best.runs | {(settings[rival], 3): best.runs[settings[rival], 0]})
+    better = with_result(lost, {settings[rival]: {"train_loss": [3.0, 3.1, 3.2, 3.3]}})
+    said = judged(better._replace(diverged={(settings[rival], 3)}), claim)
+    assert said.verdict == NOT_SUPPORTED, "with a seed that the others lack it beats nobody, and is not beaten"
+    others = {(setting, seed) for label, setting in settings.items() if label != own for seed in (1, 2)}
+    said = judged(without(best, *others)._replace(diverged={(s, 0) for s, _ in others}), claim)
+    assert said.verdict == NOT_TESTABLE and said.numbers[0] == TOO_FEW, "nothing is compared with three seeds"
     fewer = without(best, *((setting, 0) for label, setting in settings.items() if label not in (own, rival)))
     said = judged(fewer, claim)
     assert said.verdict == NOT_TESTABLE and "it needs three seeds" in said.numbers[0], "the same seeds for all"
@@ -168,7 +205,7 @@ def test_normal_norms(everything):
             column = draw(np.random.default_rng(seed), steps)
             return run._replace(metrics={"step": np.arange(1, steps + 1), "grad_norm": column})
 
-        return Verdict(NORMAL, *CLAIMS[NORMAL](changed(everything, change)))
+        return judged(changed(everything, change), NORMAL)
 
     short = judged(everything, NORMAL)
     assert short.verdict == NOT_TESTABLE and "are not short" in short.numbers[2]

@@ -45,14 +45,30 @@ def test_a_spike_is_five_robust_deviations_above_the_median():
     # With the 1.1 in the median's window it is 1.15 with a deviation of 0.05, then 1.05: limits 1.52065 and 1.42065.
     assert least_spike(np.array([*CALM, 9.0, 1.1, 1.0, 1.2]), {50}) == pytest.approx(0.52065)
     assert np.isnan(least_spike(np.array(CALM)))
+    # Steps in spikes, of which there are more than others here, are not asked.
+    assert least_spike(np.array([*CALM, 1.1, *[9.0] * 5])) == pytest.approx(0.7413)
 
 
 def test_dips_are_spikes_downwards():
     """1.1 - 0.7413 = 0.3587; what is no number, and what is in a spike, is neither."""
-    assert loss_dips(np.array([*CALM, 0.36])) == 0 and loss_dips(np.array([*CALM, 0.35])) == 1
-    assert loss_dips(np.array([*CALM, 0.35, 0.3, 1.1, NAN, 0.3])) == 2
+    assert loss_dips(np.array([0.36, *CALM])) == 0 and loss_dips(np.array([0.35, *CALM])) == 1
+    assert loss_dips(np.array([*CALM, 0.35])) == 0, "read from the end the first fifty are not judged"
+    assert loss_dips(np.array([*CALM, 0.35, 0.3, 1.1, NAN, 0.3, *CALM])) == 2
     assert loss_dips(np.array([*CALM, *[9.0] * 60, *CALM])) == 0, "a loss that comes back from a spike"
-    assert loss_dips(np.array([*CALM, 0.1, 1.0]), {50}) == 0
+    assert loss_dips(np.array([*CALM, 0.1, 1.0, *CALM]), {50}) == 0
+
+
+def test_a_loss_that_falls_has_no_more_dips_than_spikes():
+    """Upwards and downwards it is as far to what is normal."""
+    rng = np.random.default_rng(0)
+    up = down = 0
+    for _ in range(12):
+        loss = np.linspace(4, 2.8, 1000) + 0.05 * rng.standard_t(3, 1000)
+        up, down = up + len(loss_spikes(loss)), down + loss_dips(loss)
+    assert (up, down) == (55, 54), "read from its beginning it has 104 dips"
+    later = np.where(np.arange(400) < 200, 4.0, 2.0) + 0.1 * np.sin(np.arange(400))
+    later[[260, 300]] = 1.0
+    assert loss_dips(later) == 2, "those after it has fallen to another level"
 
 
 def test_a_spike_score_looks_back_a_thousand_steps():
@@ -111,6 +127,8 @@ def test_lost_batches():
     assert lost_batches(falling, {10, 11, 12}) == pytest.approx(0.03)
     assert lost_batches(falling, {10, 30}) == pytest.approx(0.015), "one, and two"
     assert lost_batches(-falling, {10}) == 0
+    both = np.concatenate([falling, falling[-1] + 0.02 * np.arange(60)])
+    assert lost_batches(both, {20, 100}) == 0, "0.01, and two times -0.02: none on the mean"
     bent = np.where(np.arange(200) < 100, 0.0, -0.01 * (np.arange(200) - 100.0))
     assert lost_batches(bent, {75}) == 0 and lost_batches(bent, {125}) == pytest.approx(0.01)
     # Of 25 steps before and 25 from it on, with time t from -24.5 to 24.5: the sum of t * max(0, t - 0.5) over t * t.

@@ -1,5 +1,6 @@
 """From run folders to tables; folders that are not what they should be."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from experiments.collection import collect
 from experiments.drawing import NothingToDraw
 from experiments.figures import DRAWN, draw
 from experiments.tables import about, as_csv, fill, latex, markdown
-from tests.experiments.conftest import expected, write_run
+from tests.experiments.conftest import BAD, expected, write_run
 from training.config import identity
 
 
@@ -27,6 +28,28 @@ def test_numbers_of_fewer_seeds_say_so_and_are_not_the_best(everything):
     found = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in others})
     text = markdown(fill(TABLES["table3"], found))
     assert "| 4.950 (1 of 3 seeds) |" in text and "**4.965 ± 0.015**" in text, text
+
+
+def test_the_best_is_of_the_same_seeds(everything):
+    """Fixed clipping lacks the worst seed, and ZClip the best: neither is compared."""
+    gone = {(STRATEGIES["Fixed 1.0"], 2), (STRATEGIES["ZClip"], 0)}
+    losses = {"No clipping": 7.0, "Fixed 1.0": 4.1, "AutoClip": 6.0, "ZClip": 4.0}
+    runs = {key: run for key, run in everything.runs.items() if key not in gone}
+    for label, loss in losses.items():
+        for seed in (0, 1, 2):
+            if (key := (STRATEGIES[label], seed)) in runs:
+                runs[key] = runs[key]._replace(result={**runs[key].result, "test_loss": loss + seed})
+    text = markdown(fill(TABLES["table3"], everything._replace(runs=runs)))
+    assert "| 4.600 ± 0.707 (2 of 3 seeds) |" in text and "| **7.000 ± 1.000** |" in text, text
+
+
+def test_where_some_have_diverged_and_others_have_no_number(everything):
+    runs = {key: run._replace(scores=()) for key, run in everything.runs.items()}
+    table = TABLES["table3"]
+    for gone, said in (((1,), "| 1 diverged | "), ((0, 1, 2), "| diverged | ")):
+        found = everything._replace(runs=runs, diverged={(STRATEGIES["AutoClip"], seed) for seed in gone})
+        (row,) = (row for row in markdown(fill(table, found)).splitlines() if row.startswith("| AutoClip |"))
+        assert row.count(said) == 2, row
 
 
 def test_an_undisturbed_run_that_diverged_is_no_measure(everything):
@@ -107,6 +130,50 @@ def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
     )
 
 
+def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
+    """By its losses, where they are finite too; those of bad batches do not count, nor an end that was not found."""
+    runs, places = table3
+    shutil.copytree(runs, tmp_path / "runs")
+    moved = {
+        key: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for key, place in places.items()
+    }
+
+    def write(label, seed, loss=None, **numbers):
+        path = moved[STRATEGIES[label], seed].path
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        if loss is not None:
+            rows = [row | {"loss": loss(row)} for row in rows]
+            (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = json.loads((path / "result.json").read_text())
+        (path / "result.json").write_text(json.dumps(result | numbers))
+
+    write("ZClip", 0, lambda row: 5.0 if row["step"] < 120 else 5.7)
+    write("ZClip", 1, lambda row: 5.0 if row["step"] < 120 else 5.3)
+    write("ZClip", 2, lambda row: 2.0 if row["step"] in BAD else 5.0)
+    write("Fixed 1.0", 0, test_loss=float("inf"))
+    write("Fixed 1.0", 1, train_loss=None)
+    found = collect(moved, identity)
+    assert len(found.runs) == 12
+    assert found.diverged == {(STRATEGIES["ZClip"], 0), (STRATEGIES["Fixed 1.0"], 0), (STRATEGIES["Fixed 1.0"], 1)}
+
+
+def test_seeds_that_are_not_there_are_named_and_those_left_out_are_not_said_to_be_missing(table3, tmp_path):
+    runs, places = table3
+    shutil.copytree(runs, tmp_path / "runs")
+    moved = {
+        key: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for key, place in places.items()
+    }
+    for (_, seed), place in moved.items():
+        if seed == 1:
+            (place.path / "config.yaml").unlink()
+        if seed == 2:
+            shutil.rmtree(place.path)
+    found = collect(moved, identity)
+    assert found.seeds == [0, 1] and found.refused == {key for key in moved if key[1] == 1}
+    assert found.others[-1] == "there is no run of seed 2" and found.others[0].endswith("left out: no config.yaml")
+    assert "Left out: No clipping (seed 1), Fixed 1.0 (seed 1)" in markdown(fill(TABLES["table3"], found))
+
+
 def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
     places = {key: place for key, (place, _) in expected(STRATEGIES.values(), tmp_path).items()}
     found = collect(places, identity)
@@ -159,7 +226,7 @@ def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, 
     stranger.mkdir()
     (stranger / "config.yaml").write_text("[1]")
     found = collect(moved, identity)
-    assert key not in found.runs and len(found.runs) == 11
+    assert key not in found.runs and len(found.runs) == 11 and found.refused == {key}
     assert any(said in line and moved[key].path.name in line for line in found.others), found.others
     (unread,) = [line for line in found.others if "stranger" in line]
     assert unread.endswith(" left out: config.yaml cannot be read")
