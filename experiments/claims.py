@@ -5,9 +5,10 @@ the learning rates that are compared: the mean difference, its 95 % interval, an
 (where all seeds have the same difference, the sign test). A verdict needs three seeds that have all runs compared, on
 the same text. A difference counts with p < 0.05, or where its whole interval is beyond what a claim asks for; p-values
 are not corrected for their number. A run that has diverged is never left out of a mean: it speaks against the strategy
-that it is of, or where it is what the strategy is measured by, the claim is not testable. What else a verdict asks for
-stands with its numbers. `not supported` means that these runs do not show it, be it the other way round or within what
-seeds do.
+that it is of, or where it is what the strategy is measured by, the claim is not testable. Nor is one that runs support
+but for some that are unfinished or left out; those, and seeds that were not run, are named. What else a verdict asks
+for stands with its numbers. `not supported` means that these runs do not show it, be it the other way round or within
+what seeds do.
 """
 
 import math
