@@ -4,7 +4,7 @@ Composes the configuration, checks it, and leaves a run folder. The same command
 run and shows the result of a finished one.
 """
 
-from training.signals import heed
+from training.signals import heed, insist
 
 heed()  # first: what follows takes seconds to load
 
@@ -112,6 +112,7 @@ def run(cfg: DictConfig, folder: RunFolder, console: Console, start: Origin | No
         try:
             evaluation = train(cfg, folder, tokens, console, start=start)
         except Exception as error:
+            insist()
             if not isinstance(error, ConfigError):  # no mistake of the user's
                 folder.write_failure(error)
             raise

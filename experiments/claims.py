@@ -86,7 +86,8 @@ def verdict(found: Found, claim: str) -> Verdict:
     texts = sorted({str((run.result or {}).get("data_fingerprint")) for run in found.runs.values()})
     judge, settings = CLAIMS[claim]
     begun = {setting for setting, _ in [*found.runs, *found.unfinished, *found.refused]}
-    lacking = found.notes([pair for pair in settings if pair[1] in begun], diverged=False)
+    some = any(setting in begun for _, setting in settings)
+    lacking = found.notes(settings, diverged=False) if some else []
     try:
         if len(texts) > 1:
             raise Untestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")

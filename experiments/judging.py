@@ -68,7 +68,7 @@ def reached_by_seed(found: Found, fixed: Setting, zclip: Setting) -> dict[int, R
     """Return where ZClip is at the loss that fixed clipping ends with, by seed; nowhere if it has diverged.
 
     Raises:
-        Untestable: fixed clipping has diverged.
+        Untestable: fixed clipping has diverged, or a loss that is not finite at its end.
     """
     require_whole(found, [fixed])
     reached = {}
@@ -76,6 +76,10 @@ def reached_by_seed(found: Found, fixed: Setting, zclip: Setting) -> dict[int, R
         one, other = found.runs.get((fixed, seed)), found.runs.get((zclip, seed))
         if one is not None and other is not None:
             there = last_loss_reached(one, other)
+            if not math.isfinite(there.loss):
+                raise Untestable(
+                    f"a run that others are measured by has no finite loss at its end: {named(fixed, [seed])}"
+                )
             reached[seed] = there._replace(tokens=None) if (zclip, seed) in found.diverged else there
     return reached
 

@@ -89,7 +89,7 @@ def verdicts_in_markdown(found: Found, judged: Sequence[Verdict], scale: str) ->
     """
     parts = [f"# {_title(scale)}, the paper's claims", " ".join(_what(found)), _how_judged()]
     if found.others:
-        parts.append("\n".join(["Left out:", "", *(f"- {said}" for said in found.others)]))
+        parts.append("\n".join(f"- {said}" for said in found.others))
     for each in judged:
         parts += [f"## {each.claim}", f"**{each.verdict}**", "\n".join(f"- {number}" for number in each.numbers)]
     return "\n\n".join(parts) + "\n"

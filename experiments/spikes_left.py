@@ -23,6 +23,8 @@ from experiments.runs import left_out
 #: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
 FEW_SPIKES, LITTLE = 0.2, 0.02
 
+NO_END = "diverged, or with a loss that is not finite"
+
 
 def _in_lab(label: str) -> Mapping[str, Setting]:
     return next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
@@ -93,10 +95,14 @@ def _left(found: Found, label: str, group: str) -> Left:
         for seed in found.seeds
         if _is_gone(found, setting, seed)
     }
-    numbers = [f"diverged, or with a loss that is not finite: {'; '.join(gone.values())}"] if gone else []
+    numbers = [f"{NO_END}: {'; '.join(gone.values())}"] if gone else []
     spikes, counted = _counted(found, over_rates)
-    in_lab = any(_is_gone(found, setting, seed) for setting in lab.values() for seed in found.seeds)
-    beyond, compared = (None, []) if in_lab else _beyond(found, label)
+    in_lab = [
+        named(setting, [seed]) for setting in lab.values() for seed in found.seeds if _is_gone(found, setting, seed)
+    ]
+    beyond, compared = (
+        (None, [f"loss after bad batches: {NO_END}: {'; '.join(in_lab)}"]) if in_lab else _beyond(found, label)
+    )
     return Left([*gone.values()], spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
-from training.signals import heed
+from training.signals import heed, insist
 
 heed()  # first: what follows takes seconds to load
 
@@ -156,6 +156,7 @@ def left_out(title: str, many: int, console: Console, failed: list[str]) -> Iter
     try:
         yield
     except (ConfigError, RunError, TaskError, OSError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
+        insist()
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise
         reason = " ".join(str(error).split())
@@ -239,6 +240,7 @@ def evaluate(
             for name, number in wanted:
                 found = subject.scores.find(key(subject, name, number))
                 if found is None:
+                    insist()
                     model = model or subject.load()
                     answers = Answers(subject.scores.answers(subject.step, cfg.dtype), f"{subject.of()} {cfg.dtype}")
                     began = time.monotonic()

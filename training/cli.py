@@ -102,8 +102,10 @@ def reporting() -> Iterator[None]:
     """Report a mistake in the configuration as one sentence; the other jobs of a sweep go on."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         insist()
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             where = error.filename or "a file"
             error = RunError(f"{where} cannot be written ({error.strerror}): once it can, the same command continues")

@@ -3,7 +3,8 @@
 While a run trains, a signal sets a flag and nothing else: see stopping.py. At any other time everything on the disk is
 whole already, and a signal ends the program where it is, or as soon as it is loaded. A second Ctrl-C does so at once.
 Where it is may be a library that swallows every exception: fsspec, for one, then says that a file is not there. So
-what a signal has raised is raised again by `insist`, before such an error is told, before training, at the next signal.
+what a signal has raised is raised again by `insist`: before such an error is told, before what takes long is begun, at
+the next signal.
 """
 
 import os

@@ -65,7 +65,9 @@ def test_a_loss_that_falls_has_no_more_dips_than_spikes():
     for _ in range(12):
         loss = np.linspace(4, 2.8, 1000) + 0.05 * rng.standard_t(3, 1000)
         up, down = up + len(loss_spikes(loss)), down + loss_dips(loss)
-    assert (up, down) == (55, 54), "read from its beginning it has 104 dips"
+    assert up > 30 and abs(up - down) < 3 * (up + down) ** 0.5, (
+        "read from its beginning it has about twice as many dips"
+    )
     later = np.where(np.arange(400) < 200, 4.0, 2.0) + 0.1 * np.sin(np.arange(400))
     later[[260, 300]] = 1.0
     assert loss_dips(later) == 2, "those after it has fallen to another level"

@@ -124,6 +124,9 @@ def test_figure_4_says_when_zclip_is_there(everything):
         figure = draw("figure4", faster._replace(diverged={gone}))
         labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert said in labels, "as the verdict has it"
+    runs[fixed, 1] = runs[fixed, 1]._replace(metrics={**runs[fixed, 1].metrics, "loss": np.full(140, np.nan)})
+    labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
+    assert "fixed clipping has diverged" in labels
 
 
 def test_lines_of_fewer_seeds_say_so(everything):

@@ -64,6 +64,9 @@ def test_fixed_clipping_leaves_spikes(everything):
     alone = without(clean, (LAB["Fixed 1.0"]["bad"], 0), *((RATES[5e-3]["fixed"], seed) for seed in (0, 1)))
     alone = alone._replace(diverged={(RATES[5e-3]["fixed"], 2)})
     assert judged(alone, LEAVES).verdict == NOT_TESTABLE, "one run that diverged is no three seeds"
+    alone = without(clean, *((LAB["Fixed 1.0"]["good"], seed) for seed in (0, 1)))
+    said = judged(alone._replace(diverged={(LAB["Fixed 1.0"]["good"], 2)}), LEAVES)
+    assert said.verdict == NOT_TESTABLE and "bad_batches.steps=[] seed=2" in said.numbers[1], "but it is named"
 
 
 def test_a_fixed_clipping_that_diverged_leaves_spikes(everything):
@@ -85,7 +88,7 @@ def test_a_fixed_clipping_that_diverged_leaves_spikes(everything):
     odd = with_loss(clean, {calm: lambda seed, steps, own: np.where((steps == 112) & (seed == 2), np.nan, own)})
     said = judged(odd, LEAVES)
     assert said.verdict == SUPPORTED and said.numbers[0].count("bad_batches.steps=[]") == 1, "without bad batches too"
-    assert len(said.numbers) == 3, "the loss after bad batches is not asked for"
+    assert "loss after bad batches: diverged, or with a loss" in said.numbers[2] and len(said.numbers) == 4
     said = judged(clean._replace(diverged={(calm, 1)}), LEAVES)
     assert said.verdict == SUPPORTED and "bad_batches.steps=[] seed=1" in said.numbers[0]
 
@@ -148,7 +151,7 @@ def test_a_zclip_that_diverged_removes_nothing(everything):
     assert said.verdict == SUPPORTED, "fixed clipping is worse still"
     said = judged(clean._replace(diverged={(LAB["ZClip"]["good"], 1)}), REMOVES)
     assert said.verdict == NOT_SUPPORTED and "bad_batches.steps=[] seed=1" in said.numbers[0]
-    assert "others are measured by has diverged" in said.numbers[2], "and is no measure"
+    assert "others are measured by has diverged" in said.numbers[3], "and is no measure"
     for diverged, nans in ((None, [83]), ({(bad, 2)}, range(83, 140))):
         broken = with_loss(
             clean,
