@@ -126,7 +126,9 @@ def test_dips_take_from_both_ends_of_what_is_left(everything):
     clean = after_bad(everything, "ZClip", [0.0, 0.0, 0.0])
     spikes = spiky(clean, "zclip", [2, 1, 1])
     assert judged(spikes, REMOVES).verdict == NOT_SUPPORTED
-    dips = {row["zclip"]: lambda seed, steps, own: own - 3.0 * np.isin(steps, [66, 79]) for row in RATES.values()}
+    dips = {
+        row["zclip"]: lambda seed, steps, own: own - 3.0 * (steps == 66) - 9.0 * (steps == 79) for row in RATES.values()
+    }
     said = judged(with_loss(spikes, dips), REMOVES)
     assert "as far down 21 times" in said.numbers[0], said
     assert said.verdict == SUPPORTED and ": -1.48 to -0.13 more spikes" in said.numbers[0], said

@@ -149,7 +149,7 @@ def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
 
     write("ZClip", 0, lambda row: 5.0 if row["step"] < 120 else 5.7)
     write("ZClip", 1, lambda row: 5.0 if row["step"] < 120 else 5.3)
-    write("ZClip", 2, lambda row: 2.0 if row["step"] in BAD else 5.0)
+    write("ZClip", 2, lambda row: -5.0 if row["step"] in BAD else 5.0)
     write("Fixed 1.0", 0, test_loss=float("inf"))
     write("Fixed 1.0", 1, train_loss=None)
     found = collect(moved, identity)
