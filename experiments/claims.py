@@ -5,10 +5,10 @@ the learning rates that are compared: the mean difference, its 95 % interval, an
 (where all seeds have the same difference, the sign test). A verdict needs three seeds that have all runs compared, on
 the same text. A difference counts with p < 0.05, or where its whole interval is beyond what a claim asks for; p-values
 are not corrected for their number. A run that has diverged is never left out of a mean: it speaks against the strategy
-that it is of, or where it is what the strategy is measured by, the claim is not testable. Nor is one that runs support
-but for some that are unfinished or left out; those, and seeds that were not run, are named. What else a verdict asks
-for stands with its numbers. `not supported` means that these runs do not show it, be it the other way round or within
-what seeds do.
+that it is of, or where it is what the strategy is measured by, the claim is not testable. While any of a claim's runs
+is unfinished or left out, the others do not support it; those, and seeds that were not run, are named. What else a
+verdict asks for stands with its numbers. `not supported` means that these runs do not show it, be it the other way
+round or within what seeds do.
 """
 
 import math
@@ -87,7 +87,7 @@ def verdict(found: Found, claim: str) -> Verdict:
     judge, settings = CLAIMS[claim]
     begun = {setting for setting, _ in [*found.runs, *found.unfinished, *found.refused]}
     some = any(setting in begun for _, setting in settings)
-    lacking = found.notes(settings, diverged=False) if some else []
+    lacking = found.notes(settings, diverged=False) if some else ["none of its runs has begun"]
     try:
         if len(texts) > 1:
             raise Untestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
@@ -249,7 +249,7 @@ def _overhead(found: Found) -> Judged:
     extra = {seed: 100 * (zclip[seed][0] - fixed[seed][0]) / fixed[seed][1] for seed in zclip.keys() & fixed.keys()}
     over = difference(extra)
     numbers = [
-        "share of a step that goes to clipping, its norm included (which runs without clipping find too): "
+        "share of their own steps that goes to clipping, its norm included (which runs without clipping find too): "
         + ", ".join(f"{label} {np.mean(each):.2f} %" for label, each in shares.items() if each),
         f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {over.says(2)}",
         f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine are no measure of it",

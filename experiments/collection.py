@@ -119,7 +119,7 @@ def collect(expected: Mapping[Key, Expected], identity: Callable[[DictConfig], M
         try:
             run = _checked(read_run(each.path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            left.setdefault(f"damaged ({error})", []).append(each.path.name)
+            left.setdefault(f"damaged ({error}); a folder that is removed is trained again", []).append(each.path.name)
             refused.add(key)
             continue
         found.runs[key] = run

@@ -135,7 +135,8 @@ def step_windows(cfg: DictConfig) -> list[tuple[int, int]] | None:
         for pair in given
     ):
         raise ConfigError(
-            f"windows={cfg.windows} is not allowed: it must be pairs of steps, as [[500,635],[3050,3185]]"
+            f"windows={cfg.windows} is not allowed: it must be pairs of the first and last of three steps or more, as "
+            "[[500,635],[3050,3185]]"
         )
     return [(first, last) for first, last in given]
 
