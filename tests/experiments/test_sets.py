@@ -130,7 +130,7 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
         ("experiment=figure10", "experiment=figure10 is not known here: it must be of table2,"),
         (
             "windows=[[9,8]]",
-            "windows=[[9, 8]] is not allowed: it must be pairs of first and last steps, three at least",
+            "windows=[[9, 8]] is not allowed: it must be pairs of the first and last of three steps or more",
         ),
         ("also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
         ("seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
