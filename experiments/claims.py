@@ -34,6 +34,7 @@ from experiments.judging import (
     named,
     reached_by_seed,
     require_whole,
+    seeds_with_all,
 )
 from experiments.measures import MEASURES, clip_and_step
 from experiments.paired import LEAST_SEEDS, SIGNIFICANT, TOO_FEW, Difference, Untestable, difference, said, signs
@@ -174,17 +175,16 @@ def _lowest(measure: str, settings: Mapping[str, Setting], claimed: str) -> Judg
     """Judge whether a setting has the lowest loss: it is below each of the others, on the same seeds."""
 
     def judge(found: Found) -> Judged:
-        seeds = [seed for seed in found.seeds if all((each, seed) in found.runs for each in settings.values())]
+        seeds = seeds_with_all(found, settings.values())
         if len(seeds) < LEAST_SEEDS:
             raise Untestable(TOO_FEW)
         if gone := diverged_seeds(found, settings[claimed]):
             return NOT_SUPPORTED, [f"{claimed} has diverged: {named(settings[claimed], gone)}"]
-        whole = found._replace(runs={key: run for key, run in found.runs.items() if key[1] in seeds})
-        beaten = {
-            label: gone
-            for label, setting in settings.items()
-            if (gone := [seed for seed in seeds if (setting, seed) in found.diverged])
-        }
+        whole = found._replace(
+            runs={key: run for key, run in found.runs.items() if key[1] in seeds},
+            diverged={key for key in found.diverged if key[1] in seeds},
+        )
+        beaten = {label: gone for label, setting in settings.items() if (gone := diverged_seeds(whole, setting))}
         same = {
             label: by_seed(whole, measure, [(setting, None)])
             for label, setting in settings.items()
@@ -257,7 +257,7 @@ def _overhead(found: Found) -> Judged:
     return SUPPORTED if over.most < NEGLIGIBLE else NOT_SUPPORTED, numbers
 
 
-def _in_lab(*labels: str) -> list[tuple[str, Setting]]:
+def _lab_of(*labels: str) -> list[tuple[str, Setting]]:
     """Return the settings of strategies in the spike lab, with their labels."""
     return [pair for pair in TABLES["spike_lab"].labelled() if pair[0].rpartition(", ")[0] in labels]
 
@@ -266,9 +266,9 @@ _RATES = [*TABLES["table2"].labelled()]
 
 CLAIMS: Mapping[str, Claim] = {
     "Fixed clipping leaves spikes.": Claim(
-        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_in_lab("Fixed 1.0")]
+        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_lab_of("Fixed 1.0")]
     ),
-    "ZClip removes the spikes.": Claim(zclip_removes_spikes, [*_RATES, *_in_lab("Fixed 1.0", "ZClip", "No clipping")]),
+    "ZClip removes the spikes.": Claim(zclip_removes_spikes, [*_RATES, *_lab_of("Fixed 1.0", "ZClip", "No clipping")]),
     "ZClip allows higher learning rates.": Claim(_higher_rates, _RATES),
     "ZClip reaches the baseline's loss with 35 % fewer tokens.": Claim(_fewer_tokens, _RATES),
     "Reciprocal clipping beats clipping to the mean and to the maximum.": Claim(

@@ -1,7 +1,7 @@
 """What verdicts on claims have in common: the words, and the numbers of runs by seed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,11 @@ Judge = Callable[[Found], Judged]
 def diverged_seeds(found: Found, setting: Setting) -> list[int]:
     """Return the seeds with which a setting has diverged."""
     return [seed for seed in found.seeds if (setting, seed) in found.diverged]
+
+
+def seeds_with_all(found: Found, settings: Iterable[Setting]) -> list[int]:
+    """Return the seeds of which the runs of all settings are done."""
+    return sorted(set.intersection(*({seed for own, seed in found.runs if own == setting} for setting in settings)))
 
 
 def named(setting: Setting, seeds: Sequence[int]) -> str:

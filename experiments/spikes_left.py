@@ -15,7 +15,17 @@ import numpy as np
 from experiments.catalogue import TABLES, Setting
 from experiments.collection import Found
 from experiments.definitions import SPIKE_WINDOW, least_spike, loss_dips
-from experiments.judging import NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, Judged, at_rates, by_seed, named, require_whole
+from experiments.judging import (
+    NOT_SUPPORTED,
+    NOT_TESTABLE,
+    SUPPORTED,
+    Judged,
+    at_rates,
+    by_seed,
+    named,
+    require_whole,
+    seeds_with_all,
+)
 from experiments.measures import MEASURES
 from experiments.paired import LEAST_SEEDS, TOO_FEW, Difference, Untestable, difference, rate, said
 from experiments.runs import left_out
@@ -23,7 +33,7 @@ from experiments.runs import left_out
 #: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
 FEW_SPIKES, LITTLE = 0.2, 0.02
 
-NO_END = "diverged, or with a loss that is not finite"
+GONE = "diverged, or with a loss that is not finite"
 
 
 def _in_lab(label: str) -> Mapping[str, Setting]:
@@ -95,20 +105,20 @@ def _left(found: Found, label: str, group: str) -> Left:
         for seed in found.seeds
         if _is_gone(found, setting, seed)
     }
-    numbers = [f"{NO_END}: {'; '.join(gone.values())}"] if gone else []
+    numbers = [f"{GONE}: {'; '.join(gone.values())}"] if gone else []
     spikes, counted = _counted(found, over_rates)
     in_lab = [
         named(setting, [seed]) for setting in lab.values() for seed in found.seeds if _is_gone(found, setting, seed)
     ]
     beyond, compared = (
-        (None, [f"loss after bad batches: {NO_END}: {'; '.join(in_lab)}"]) if in_lab else _beyond(found, label)
+        (None, [f"loss after bad batches: {GONE}: {'; '.join(in_lab)}"]) if in_lab else _beyond(found, label)
     )
     return Left([*gone.values()], spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
 
 
 def _counted(found: Found, settings: Sequence[Setting]) -> tuple[Rates | None, str]:
     """Return the spikes in runs, those that have diverged included, of seeds that have all; and that in words."""
-    whole = [seed for seed in found.seeds if all((setting, seed) in found.runs for setting in settings)]
+    whole = seeds_with_all(found, settings)
     runs = [found.runs[setting, seed] for setting in settings for seed in whole]
     counts = [MEASURES["spikes"].of(run, None) for run in runs]
     if len(whole) < LEAST_SEEDS or None in counts:

@@ -46,8 +46,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def train_command(*overrides: str) -> list[str]:
-    return [sys.executable, str(CHECKOUT / "train.py"), *overrides]
+def train_command(*overrides: str, program: str = "train.py") -> list[str]:
+    return [sys.executable, str(CHECKOUT / program), *overrides]
 
 
 def train(

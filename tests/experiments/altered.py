@@ -1,18 +1,14 @@
-"""Runs with other numbers than those they were written with, and what is said of a claim with them."""
+"""Runs with other numbers than those they were written with."""
 
 import numpy as np
 
-from experiments.catalogue import LEARNING_RATES, TABLES, Setting
-from experiments.claims import Verdict, verdict
+from experiments.catalogue import TABLES, Setting
 from experiments.collection import Found
+from experiments.judging import at_rates
 
 #: The settings of Table 2 by learning rate, and those of the spike lab by strategy.
-RATES = {lr: row.settings for lr, row in zip(LEARNING_RATES, TABLES["table2"].rows, strict=True)}
+RATES = at_rates()
 LAB = {row.label: row.settings for row in TABLES["spike_lab"].rows}
-
-
-def judged(found: Found, claim: str) -> Verdict:
-    return verdict(found, claim)
 
 
 def changed(found: Found, change, diverged: set | None = None) -> Found:

@@ -5,11 +5,12 @@ import pytest
 
 from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, THRESHOLDS, VARIANTS
 from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, verdicts
+from experiments.claims import verdict as judged
 from experiments.collection import Found
 from experiments.judging import by_seed
 from experiments.measures import last_loss_reached
 from experiments.paired import TOO_FEW, Untestable, paired, rate
-from tests.experiments.altered import RATES, changed, judged, with_loss, with_result, without
+from tests.experiments.altered import RATES, changed, with_loss, with_result, without
 from tests.experiments.conftest import SEEDS
 
 LEAVES, _, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS

@@ -3,8 +3,9 @@
 import numpy as np
 
 from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED
+from experiments.claims import verdict as judged
 from experiments.collection import Found
-from tests.experiments.altered import LAB, RATES, after_bad, judged, with_loss, without
+from tests.experiments.altered import LAB, RATES, after_bad, with_loss, without
 from tests.experiments.conftest import SEEDS
 
 LEAVES, REMOVES = [*CLAIMS][:2]

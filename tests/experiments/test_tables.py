@@ -130,13 +130,16 @@ def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
     )
 
 
+def moved_to(folder: Path, table3: tuple[Path, dict]) -> dict:
+    """Copy the runs of Table 3, and return where each is then."""
+    runs, places = table3
+    shutil.copytree(runs, folder / "runs")
+    return {key: place._replace(path=folder / "runs" / place.path.relative_to(runs)) for key, place in places.items()}
+
+
 def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
     """By its losses, where they are finite too; those of bad batches do not count, nor an end that was not found."""
-    runs, places = table3
-    shutil.copytree(runs, tmp_path / "runs")
-    moved = {
-        key: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for key, place in places.items()
-    }
+    moved = moved_to(tmp_path, table3)
 
     def write(label, seed, loss=None, **numbers):
         path = moved[STRATEGIES[label], seed].path
@@ -158,11 +161,7 @@ def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
 
 
 def test_seeds_that_are_not_there_are_named_and_those_left_out_are_not_said_to_be_missing(table3, tmp_path):
-    runs, places = table3
-    shutil.copytree(runs, tmp_path / "runs")
-    moved = {
-        key: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for key, place in places.items()
-    }
+    moved = moved_to(tmp_path, table3)
     for (_, seed), place in moved.items():
         if seed == 1:
             (place.path / "config.yaml").unlink()
@@ -213,12 +212,7 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
     ],
 )
 def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, tmp_path):
-    runs, places = table3
-    shutil.copytree(runs, tmp_path / "runs")
-    key = (STRATEGIES["AutoClip"], 1)
-    moved = {
-        each: place._replace(path=tmp_path / "runs" / place.path.relative_to(runs)) for each, place in places.items()
-    }
+    moved, key = moved_to(tmp_path, table3), (STRATEGIES["AutoClip"], 1)
     damaged = moved[key].path / file
     lines = damaged.read_text().splitlines(keepends=True) if text is None else []
     damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
@@ -234,11 +228,10 @@ def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, 
 
 
 def test_folders_left_out_for_one_reason_are_said_together(table3, tmp_path):
-    runs, places = table3
-    shutil.copytree(runs, tmp_path / "runs")
-    (folder,) = {tmp_path / "runs" / place.path.relative_to(runs).parent for place in places.values()}
+    moved = moved_to(tmp_path, table3)
+    (folder,) = {place.path.parent for place in moved.values()}
     for name in "edcba":
         (folder / name).mkdir()
         (folder / name / "config.yaml").write_text("{")
-    found = collect({key: place._replace(path=folder / place.path.name) for key, place in places.items()}, identity)
+    found = collect(moved, identity)
     assert found.others == ["a, b, c and 2 more are left out: config.yaml cannot be read"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, TINY, same, train
+from tests.conftest import CHECKOUT, TINY, same, train, train_command
 from tests.training.test_run import final, only_run
 
 TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
@@ -26,7 +26,7 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
 def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> subprocess.Popen[str]:
     """Start a run, or a script, as a terminal would: with signals that nobody has ignored."""
     return subprocess.Popen(
-        [sys.executable, str(CHECKOUT / program), *settings],
+        train_command(*settings, program=program),
         cwd=cwd,
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
