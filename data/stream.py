@@ -31,7 +31,7 @@ from data.corpus import (
     too_long,
 )
 from data.encoding import ahead, batches
-from data.sequences import Sequences, Shuffled
+from data.sequences import ShuffledDataset, TokenDataset
 from data.sources import Document, Mixture, SourceError
 from data.tokenizer import TextEncoder, load_tokenizer
 from data.tokens import TokenArray
@@ -44,7 +44,7 @@ MOST_AHEAD = 16
 def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     """Prepare what must be there before a text can be streamed: the tokenizer and the held-out documents.
 
-    The held-out documents are those among the first 32 MiB of text whose draw is below `test_fraction`, or below a
+    The held-out documents are those among the first 32 MiB of text whose draw is below `val_fraction`, or below a
     greater number, at most 0.1, that makes them half a MiB; if there is none, reading goes on to the first. Of a text
     that ends sooner they are those that `prepare` would hold out, if `max_tokens` does not end it sooner still.
 
@@ -53,7 +53,7 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     """
     console.print("reading the first documents, to hold some out")
     recipe, commits = corpus.recipe(), corpus.commits()
-    most = max(corpus.test_fraction, MOST_HELD_OUT)
+    most = max(corpus.val_fraction, MOST_HELD_OUT)
     candidates: list[Document] = []  # what could be held out
     seen, size, least, greatest = 0, 0, 1.0, 0.0
     mixture = iter(Mixture(corpus.at(commits).sources))
@@ -68,7 +68,7 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     by_draw = sorted((d.draw, d.size) for d in candidates if d.draw < most)
     sizes = itertools.accumulate(size for _, size in by_draw)
     enough = next((draw for (draw, _), size in zip(by_draw, sizes, strict=True) if size >= HELD_OUT_BYTES), most)
-    threshold = max(corpus.test_fraction, math.nextafter(least if ended else enough, 1))
+    threshold = max(corpus.val_fraction, math.nextafter(least if ended else enough, 1))
     threshold = min(threshold, greatest) if ended else threshold
     if corpus.tokenizer is None:
         encoder = corpus_tokenizer(corpus.at(commits), console, HEAD_BYTES, threshold)
@@ -87,7 +87,7 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
 
 
 class _Block(NamedTuple):
-    """Sequences that are shuffled together.
+    """TokenDataset that are shuffled together.
 
     Attributes:
         place: where it begins, as a checkpoint holds it: `block`, its number; `first`, the sequences of the run before
@@ -97,7 +97,7 @@ class _Block(NamedTuple):
     """
 
     place: dict[str, Any]
-    shuffled: Shuffled
+    shuffled: ShuffledDataset
 
     @property
     def number(self) -> int:
@@ -108,7 +108,7 @@ class _Block(NamedTuple):
         return self.place["first"]
 
 
-class Streamed:
+class StreamingDataset:
     """The training sequences of a streamed corpus, in the order of a run.
 
     Args:
@@ -133,7 +133,7 @@ class Streamed:
         self._go_to({"block": 0, "first": 0, "source": None, "given": 0, "skip": 0})
 
     def take(self, first: int, rows: int, documents: bool = False) -> Batch:
-        """Return the sequences at positions first to first + rows - 1 of the run, see `Shuffled.take`.
+        """Return the sequences at positions first to first + rows - 1 of the run, see `ShuffledDataset.take`.
 
         Raises:
             SourceError: a source cannot be read, or was not what it was when the block was made.
@@ -225,7 +225,7 @@ class Streamed:
         ends = np.concatenate([encoded.ends + start for encoded, start in zip(held, starts, strict=False)]) - skip
         array = TokenArray.in_memory(ids, ends[(ends > 0) & (ends <= len(ids))])
         place = {"block": number, "first": first, "source": begins.source, "given": begins.given, "skip": skip}
-        return _Block(place, Shuffled(Sequences(array, self.length), self.seed))
+        return _Block(place, ShuffledDataset(TokenDataset(array, self.length), self.seed))
 
     def _encoded(self, place: dict[str, Any]) -> "Iterator[_Encoded | None]":
         """Yield the training tokens from the documents on at which a block begins, and `None` where an epoch ends."""

@@ -24,7 +24,7 @@ BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 10}
 MOST_WRITTEN = 256
 
 
-class RunModel(TemplateLM):
+class LlamaLM(TemplateLM):
     """A `Llama` with its tokenizer.
 
     Where several processes have the model, all must ask it the same; each computes its share, and has all answers.

@@ -18,7 +18,7 @@ PACKAGES = ("lm_eval", "datasets", "torch", "transformers", "tokenizers")
 KEY = ("task", "shots", "limit", "seed", "step", "dtype", "model")
 
 
-def key_of(
+def score_key(
     task: str, shots: int, limit: int | None, seed: int, step: int | None, dtype: str, model: str | None = None
 ) -> dict[str, Any]:
     """Return what tells a score from another; the seed does where items are drawn, the model where it is no run."""
@@ -66,7 +66,7 @@ class Scores:
     """The scores of a model, in a file.
 
     Args:
-        path: eval.json.
+        path: task_scores.json.
         damaged: whether the file is known to be, and is not read.
 
     Raises:

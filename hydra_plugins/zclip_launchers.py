@@ -24,15 +24,15 @@ class _Launcher(Launcher):
     """What both have in common."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from training.sweep import searched
+        from training.launch.sweep import config_search_overrides
 
         self.loader = hydra_context.config_loader
         self.config = config
-        self.searched = searched(config.hydra)
+        self.search_overrides = config_search_overrides(config.hydra)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from training.processes import RunError
-        from training.sweep import compose
+        from common.errors import RunError
+        from training.launch.sweep import compose
 
         jobs = [compose(self.loader, self.config, overrides) for overrides in job_overrides]
         left = [job for job in jobs if not job.finish()]
@@ -64,9 +64,9 @@ def _tell_failed(job: Any, said: str) -> None:
 
 
 def _refuse(said: str) -> None:
-    from training.config import ConfigError
+    from common.errors import UserError
 
-    raise ConfigError(said)
+    raise UserError(said)
 
 
 class Local(_Launcher):
@@ -82,8 +82,8 @@ class Local(_Launcher):
 
     def run(self, jobs: list[Any]) -> list[str]:
         """Do them, each with its output in log.txt of its run folder. Signals are passed on to them."""
-        from training.processes import child_environment
-        from training.signals import Interrupted, reacting
+        from training.runtime.distributed import child_environment
+        from training.runtime.signals import Interrupted, override_handler
 
         running: list[tuple[Any, subprocess.Popen[bytes]]] = []
         failed: list[str] = []
@@ -95,14 +95,14 @@ class Local(_Launcher):
                 process.send_signal(signum)
 
         left = list(jobs)
-        with reacting(pass_on):
+        with override_handler(pass_on):
             while running or (left and not told):
                 if left and not told and len(running) < self.n_jobs:
                     job = left.pop(0)
                     job.folder.path.mkdir(parents=True, exist_ok=True)
                     with job.folder.log.open("ab") as log:
                         process = subprocess.Popen(
-                            [sys.executable, "-u", sys.argv[0], *job.overrides, *self.searched],
+                            [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides],
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             env=child_environment(self.n_jobs),
@@ -165,9 +165,9 @@ class Slurm(_Launcher):
 
     def run(self, jobs: list[Any]) -> list[str]:
         """Submit those that are not in the queue, wait for all, and return those that have not finished."""
-        from training.config import ConfigError
-        from training.slurm import jobs as queue
-        from training.sweep import status
+        from common.errors import UserError
+        from training.launch.sweep import status
+        from training.runtime.slurm import jobs as queue
 
         there = queue()
         left = sorted(jobs, key=lambda job: job.folder.job() not in there)
@@ -185,7 +185,7 @@ class Slurm(_Launcher):
             time.sleep(self.poll_seconds)
             try:
                 there = queue()
-            except ConfigError:  # the controller may be starting again
+            except UserError:  # the controller may be starting again
                 if time.monotonic() - answered > PATIENCE:
                     raise
                 continue
@@ -206,7 +206,7 @@ class Slurm(_Launcher):
 
     def _submit(self, job: Any, queue: dict[str, str]) -> None:
         """Submit a job if it is not in the queue."""
-        from training.slurm import size, submit
+        from training.runtime.slurm import size, submit
 
         if job.folder.job() in queue:
             print(f"job {job.folder.job()} has {job.title} already")
@@ -214,6 +214,6 @@ class Slurm(_Launcher):
         options = [*size(job.cfg.trainer), *self.options]
         job.folder.path.mkdir(parents=True, exist_ok=True)
         options.append(f"--output={str(job.folder.log.absolute()).replace('%', '%%')}")
-        number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.searched])
+        number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.search_overrides])
         job.folder.write_job(number)
         print(f"job {number}: {job.title}")

@@ -11,10 +11,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from experiments.catalogue import sets
+from experiments.paper.suites import sets
 
 
-class Declared(BasicSweeper):
+class SuiteSweeper(BasicSweeper):
     """Runs the sets that `experiment=` names; runs that are the same by their settings once."""
 
     @staticmethod
@@ -22,11 +22,11 @@ class Declared(BasicSweeper):
         """Return the overrides of each job, in one batch.
 
         Raises:
-            ConfigError: an override is of what the experiment sets itself, or names no set of runs, or no scale.
+            UserError: an override is of what the experiment sets itself, or names no set of runs, or no scale.
         """
         given = {override.get_key_element(): override for override in overrides}
         if "experiment" not in given:
-            _refuse("hydra/sweeper=declared is not possible without experiment=, which sets it: it names a set of runs")
+            _refuse("hydra/sweeper=suite is not possible without experiment=, which sets it: it names a set of runs")
         name = given["experiment"].get_value_element_as_str()
         known = sets()
         names = name.strip("[]").split(",")
@@ -35,8 +35,8 @@ class Declared(BasicSweeper):
         settings = list(dict.fromkeys(setting for each in names for setting in known[each]))
         own = {override.partition("=")[0] for setting in known["all"] for override in setting.overrides}
         for key in (given_key.lstrip("+~") for given_key in given):
-            if key in own or (key == "lr" and "evidence.lr" in own):
-                steps = "; give the steps as evidence.bad_batches" if key == "data.bad_batches.steps" else ""
+            if key in own or (key == "lr" and "paper.lr" in own):
+                steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
                 _refuse(
                     f"{key} is not yours to set with experiment={name}: the sets set {', '.join(sorted(own))}{steps}"
                 )
@@ -49,7 +49,7 @@ class Declared(BasicSweeper):
         )
         return [
             [
-                ["experiment=evidence", *setting.overrides, *combination]
+                ["experiment=paper", *setting.overrides, *combination]
                 for combination in combinations or [[]]
                 for setting in settings
             ]
@@ -62,9 +62,9 @@ class Declared(BasicSweeper):
             return super().sweep(arguments)
         from rich.console import Console
 
-        from training.config import check
-        from training.plan import show_several
-        from training.sweep import compose
+        from training.config.checks import check
+        from training.launch.plan import show_several
+        from training.launch.sweep import compose
 
         loader = self.hydra_context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
@@ -80,7 +80,7 @@ class Declared(BasicSweeper):
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
         """Return the jobs, those that are the same run once."""
-        from training.sweep import compose
+        from training.launch.sweep import compose
 
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
@@ -89,6 +89,6 @@ class Declared(BasicSweeper):
 
 
 def _refuse(said: str) -> None:
-    from training.config import ConfigError
+    from common.errors import UserError
 
-    raise ConfigError(said)
+    raise UserError(said)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.loss import linear_cross_entropy, rows_at_once
+from models.loss import chunk_rows, linear_cross_entropy
 
 _ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
     int: ((int,), "an integer from 1"),
@@ -79,7 +79,7 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-class Packing(NamedTuple):
+class PrefixTree(NamedTuple):
     """Texts in one row of tokens, in which what several of them begin with, their stem, stands once.
 
     Attributes:
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing | None = None, asked_only: bool = False
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: PrefixTree | None = None, asked_only: bool = False
     ) -> Tensor:
         """Return (batch, seq, hidden), or (1, n, hidden) of those that a packing asks for.
 
@@ -199,7 +199,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing | None = None, asked_only: bool = False
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: PrefixTree | None = None, asked_only: bool = False
     ) -> Tensor:
         """Take and return what `Attention` does."""
         seen = self.self_attn(self.input_layernorm(x), cos, sin, packing, asked_only)
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, packing: PrefixTree | None = None) -> Tensor:
         """Return the hidden states after the last block.
 
         Args:
@@ -297,7 +297,7 @@ class Llama(nn.Module):
         return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, packing: Packing, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, tokens: Tensor, packing: PrefixTree, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return how likely some tokens are after others.
 
         Args:
@@ -309,7 +309,7 @@ class Llama(nn.Module):
             (n,) float32 logarithms of probabilities, and (n,) bool: whether no other token is more likely.
         """
         hidden = self.model(tokens, packing).squeeze(0)
-        rows = rows_at_once(len(targets), self.config.vocab_size, hidden.device.type)
+        rows = chunk_rows(len(targets), self.config.vocab_size, hidden.device.type)
         found, best = [], []
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
             log_p = self.lm_head(some).float().log_softmax(1)

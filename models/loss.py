@@ -20,7 +20,7 @@ LEAST_ROWS = 128
 Slopes = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
-def rows_at_once(tokens: int, vocabulary: int, device: str) -> int:
+def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
     """Return of how many tokens the logits are made at once."""
     return min(tokens, max(LEAST_ROWS, ELEMENTS.get(device, ELEMENTS["cuda"]) // vocabulary))
 
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cross_entropy = torch.zeros((), dtype=torch.float32, device=x.device)
         squares = torch.zeros_like(cross_entropy)
         count = torch.full((), float(len(x)), device=x.device)
-        tokens, rows = len(x), rows_at_once(len(x), len(w), device)
+        tokens, rows = len(x), chunk_rows(len(x), len(w), device)
         with torch.autocast(device, enabled=False):
             for first in range(0, tokens, rows):
                 part, wanted = x[first : first + rows], targets[first : first + rows, None]

@@ -28,7 +28,7 @@ KEPT = {
 }
 
 
-def checkpoint_activations(model: Llama, how: str) -> None:
+def apply_activation_checkpointing(model: Llama, how: str) -> None:
     """Make activations of the blocks again in the backward pass instead of keeping them.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.llama import Llama, Packing
+from models.llama import Llama, PrefixTree
 
 #: A text joins a tree if that saves as many tokens as this part of the shortest of them, at least.
 WORTH_SHARING = 0.25
@@ -189,7 +189,7 @@ def score_batch(
     return found.tolist(), best.tolist()
 
 
-def pack(batch: Sequence[Tree], scored: Sequence[int], device: torch.device) -> tuple[Tensor, Packing]:
+def pack(batch: Sequence[Tree], scored: Sequence[int], device: torch.device) -> tuple[Tensor, PrefixTree]:
     """Return trees as one row of tokens, (1, seq), and how it is packed; asked for is what scored tokens follow."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -228,5 +228,5 @@ def pack(batch: Sequence[Tree], scored: Sequence[int], device: torch.device) -> 
     behind = tensor([len(text) - len(rest) for text, rest in zip(texts, rests, strict=True)])
     last = behind[:, None] + torch.arange(of_rests.shape[1], device=device)
     visible = torch.arange(of_texts.shape[1], device=device) <= last[:, None, :, None]
-    packing = Packing(tensor(positions), of_stems, of_rests, of_texts, visible, tensor(places), tensor(asked))
+    packing = PrefixTree(tensor(positions), of_stems, of_rests, of_texts, visible, tensor(places), tensor(asked))
     return tensor([tokens]), packing

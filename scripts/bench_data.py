@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (
     Corpus,
     Mixture,
-    SequenceLoader,
-    Sequences,
-    Shuffled,
+    ShuffledDataset,
     Source,
-    Streamed,
+    StreamingDataset,
     TokenArray,
+    TokenDataset,
+    TrainLoader,
     corpus_tokenizer,
     open_tokens,
     prepare,
@@ -100,7 +100,7 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
 
     def stream() -> None:
         corpus = Corpus(source, tokenizer=str(folder / "tokenizer"), streamed=True)
-        streamed = Streamed(corpus, encoder, corpus.test_fraction, SEQUENCE, seed=0, block_tokens=8_000_000)
+        streamed = StreamingDataset(corpus, encoder, corpus.val_fraction, SEQUENCE, seed=0, block_tokens=8_000_000)
         for first in range(0, sequences, BATCH):
             streamed.take(first, min(BATCH, sequences - first))
         streamed.close()
@@ -121,7 +121,7 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     ours()
     (folder_made,) = (folder / "cache").glob("tokens-*")
-    sequences = len(Sequences(open_tokens(folder_made).train, SEQUENCE))  # of one epoch
+    sequences = len(TokenDataset(open_tokens(folder_made).train, SEQUENCE))  # of one epoch
     contenders = {
         "tokens prepared": ours,
         "an epoch streamed": stream,
@@ -142,13 +142,13 @@ def reading(cfg: OmegaConf, folder: Path) -> Table:
     for i in range(parts):
         np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 65_536, PART_TOKENS, dtype=np.uint16))
     files = [folder / f"{i}.npy" for i in range(parts)]
-    sequences = Sequences(TokenArray(files, [PART_TOKENS] * parts, np.uint16), SEQUENCE)
-    one_part = Sequences(TokenArray(files[:1], [PART_TOKENS], np.uint16), SEQUENCE)
+    sequences = TokenDataset(TokenArray(files, [PART_TOKENS] * parts, np.uint16), SEQUENCE)
+    one_part = TokenDataset(TokenArray(files[:1], [PART_TOKENS], np.uint16), SEQUENCE)
     whole = sequences.tokens.read(0, len(sequences.tokens))
     tokens = batches * BATCH * (SEQUENCE + 1)
 
-    def batches_of(source: Sequences) -> Callable[[], None]:
-        loader = iter(SequenceLoader(Shuffled(source, seed=0), "", 10**6, BATCH, BATCH))
+    def batches_of(source: TokenDataset) -> Callable[[], None]:
+        loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BATCH, BATCH))
         return lambda: [next(loader) for _ in range(batches)] and None
 
     def copying() -> None:
@@ -188,7 +188,7 @@ def opening(cfg: OmegaConf, folder: Path) -> Table:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     opened = open_tokens(sparse)
-    sequences = Sequences(opened.train, SEQUENCE)
+    sequences = TokenDataset(opened.train, SEQUENCE)
     opened_in, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     start = time.perf_counter()
     step, global_batch = 11_000, 2048

@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: see evaluate.py
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import statistics
 import tempfile
@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from evaluation.language_model import RunModel
+from common.errors import UserError
+from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
 from evaluation.tasks import TaskError, load_tasks
 from models import Llama
 from models.hugging_face import export
-from training.cli import command_line, reporting
-from training.config import ConfigError
-from training.folder import environment
-from training.trained import Trained
+from training.checkpoint.load import RunCheckpoint
+from training.launch.cli import command_line, reporting
+from training.run_dir import environment
 
 SETTINGS = {"run": None, "limit": 400, "rounds": 3, "data_dir": "cache/eval", "tasks": ["hellaswag", "winogrande"]}
 BATCH_SIZES = (4, 16, 64)
@@ -66,19 +66,19 @@ def main() -> None:
     with reporting():
         cfg = OmegaConf.merge(SETTINGS, OmegaConf.from_cli(sys.argv[1:]))
         if unknown := set(map(str, cfg)) - set(SETTINGS):
-            raise ConfigError(f"{', '.join(sorted(unknown))} is not known: there are {', '.join(SETTINGS)}")
+            raise UserError(f"{', '.join(sorted(unknown))} is not known: there are {', '.join(SETTINGS)}")
         if cfg.run is None:
-            raise ConfigError("run is not set: it must be a run folder, as run=runs/main/NAME")
+            raise UserError("run is not set: it must be a run folder, as run=runs/main/NAME")
         from lm_eval.models.huggingface import HFLM
 
         console = Console(highlight=False)
         warnings.filterwarnings("ignore")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trained = Trained(Path(cfg.run), None, say=console.print)
+        trained = RunCheckpoint(Path(cfg.run), None, say=console.print)
         tokenizer, weights = trained.tokenizer(), trained.weights()
         model = Llama(trained.config).eval().to(device)
         model.load_state_dict(weights)
-        ours = RunModel(model, tokenizer, device)
+        ours = LlamaLM(model, tokenizer, device)
         with tempfile.TemporaryDirectory() as folder:
             export(weights, trained.config, Path(folder), tokenizer.end)
             tokenizer.save(Path(folder))
@@ -92,7 +92,7 @@ def main() -> None:
             try:
                 loaded = load_tasks(task, [Path(cfg.data_dir)], 0)
             except TaskError as error:
-                raise ConfigError(str(error)) from error
+                raise UserError(str(error)) from error
             tried = {}
             for size in BATCH_SIZES:
                 theirs.batch_size_per_gpu = size

@@ -1,6 +1,6 @@
 """How fast training is, beside others: `python scripts/bench_train.py [model=micro] [batch=16] [length=128] ...`.
 
-The same model on the same batches, each contender in a process of its own (bench_contenders.py), a round of `steps`
+The same model on the same batches, each contender in a process of its own (bench_worker.py), a round of `steps`
 optimizer steps each in turn: `train.py` with ZClip, metrics and all; our model in a bare loop; transformers'
 LlamaForCausalLM in the same loop; litgpt's GPT with litgpt's loop. Each as it is and with torch.compile. Prints medians
 and the ratio of speeds, round by round, and which share of the rate of a matrix product, measured between the rounds,
@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import json
 import statistics
@@ -36,11 +36,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data import SequenceLoader
-from training.cli import command_line
-from training.config import ConfigError, check, model_config
+from common.errors import UserError
+from data import TrainLoader
+from training.config.checks import check, model_config
+from training.launch.cli import command_line
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
-from training.speed import flops_per_token
+from training.runtime.hardware import flops_per_token
 from zclip.base import is_count
 
 GPU = torch.cuda.is_available()
@@ -62,7 +63,7 @@ NAMES = {
     "litgpt": "litgpt, its loop",
 }
 PEERS = ("transformers==5.3.0", "litgpt==0.5.13")
-WORKER = Path(__file__).with_name("bench_contenders.py")
+WORKER = Path(__file__).with_name("bench_worker.py")
 DEVICE = "cuda" if GPU else "cpu"
 
 
@@ -120,15 +121,15 @@ def main() -> None:
     given = OmegaConf.to_container(OmegaConf.from_cli())
     assert isinstance(given, dict)
     if unknown := given.keys() - DEFAULTS.keys():
-        raise ConfigError(f"{unknown.pop()} is not a key: there are {', '.join(DEFAULTS)}")
+        raise UserError(f"{unknown.pop()} is not a key: there are {', '.join(DEFAULTS)}")
     cfg = DEFAULTS | given
     names = str(cfg["only"]).split(",") if cfg["only"] else list(NAMES)
     if strange := [name for name in names if name not in NAMES]:
-        raise ConfigError(f"only={strange[0]} is not allowed: it must be of {', '.join(NAMES)}")
+        raise UserError(f"only={strange[0]} is not allowed: it must be of {', '.join(NAMES)}")
     for key in ("length", "batch", "steps", "rounds"):
         if not is_count(cfg[key]) or (key == "steps" and cfg[key] % LOG_EVERY):
             allowed = f"a multiple of {LOG_EVERY}" if key == "steps" else "an integer from 1"
-            raise ConfigError(f"{key}={cfg[key]} is not allowed: it must be {allowed}")
+            raise UserError(f"{key}={cfg[key]} is not allowed: it must be {allowed}")
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -139,7 +140,7 @@ def main() -> None:
         elif {"transformers", "litgpt"} & set(names):
             python = cfg["peers"] or environment_of_peers(console)
         if not names:
-            raise ConfigError(f"only={cfg['only']} is not possible with peers=none: they are peers")
+            raise UserError(f"only={cfg['only']} is not possible with peers=none: they are peers")
         kinds = [False, True] if cfg["compile"] is None else [bool(cfg["compile"])]
         contenders = [
             Contender(name, kind, sys.executable if name in ("ours", "bare") else python, spec, folder)
@@ -174,7 +175,7 @@ def specification(cfg: dict[str, Any], folder: Path, console: Console) -> dict[s
         run = compose("train", overrides=overrides)
     check(run)
     tokens = prepare_tokens(run, console)
-    loader = SequenceLoader(training_sequences(run, tokens), tokens.fingerprint, 50, cfg["batch"], cfg["batch"])
+    loader = TrainLoader(training_sequences(run, tokens), tokens.fingerprint, 50, cfg["batch"], cfg["batch"])
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
     config = model_config(run)
     return {
@@ -204,7 +205,7 @@ def environment_of_peers(console: Console) -> str:
         console.print(f"making an environment for {', '.join(PEERS)} in {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         if subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=False).returncode:
-            raise ConfigError(
+            raise UserError(
                 f"peers=null is not possible: pip cannot install {' '.join(wanted)}; give a Python, or none"
             )
         made.write_text("\n".join(wanted))

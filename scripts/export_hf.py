@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import logging
 import shutil
@@ -21,10 +21,11 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from common.errors import UserError
 from models.hugging_face import export
-from training.cli import command_line, reporting
-from training.config import ConfigError, check_folder
-from training.trained import DTYPES, Trained
+from training.checkpoint.load import DTYPES, RunCheckpoint
+from training.config.checks import check_folder
+from training.launch.cli import command_line, reporting
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export_hf")
@@ -36,10 +37,10 @@ def main(cfg: DictConfig) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it reads without
         out = Path(cfg.out)
         if cfg.dtype not in DTYPES:
-            raise ConfigError(f"dtype={cfg.dtype} is not allowed: it must be one of {', '.join(DTYPES)}")
-        trained = Trained(Path(cfg.run), cfg.step, say=console.print)
+            raise UserError(f"dtype={cfg.dtype} is not allowed: it must be one of {', '.join(DTYPES)}")
+        trained = RunCheckpoint(Path(cfg.run), cfg.step, say=console.print)
         if out.exists():
-            raise ConfigError(f"out={cfg.out} is there already: remove it, or choose another folder")
+            raise UserError(f"out={cfg.out} is there already: remove it, or choose another folder")
         check_folder("out", cfg.out, out)
         state = {name: tensor.to(DTYPES[cfg.dtype]) for name, tensor in trained.weights().items()}
         aside = out.with_name(f".{out.name}.tmp")

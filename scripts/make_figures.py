@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import io
 
@@ -20,12 +20,12 @@ import matplotlib.pyplot as plt
 from omegaconf import DictConfig
 from rich.console import Console
 
-from scripts.evidence import PICTURES, chosen, drawn, gather, out_folder, step_windows
-from training.cli import command_line, reporting
-from training.folder import write_whole
+from common.files import write_atomic
+from scripts.paper_runs import PICTURES, chosen, drawn, gather, out_folder, step_windows
+from training.launch.cli import command_line, reporting
 
 
-@hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
+@hydra.main(version_base="1.3", config_path="../configs/paper", config_name="results")
 def main(cfg: DictConfig) -> None:
     """Draw the figures, and say which have no runs."""
     with reporting():
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
             for ending, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
                 picture = io.BytesIO()
                 figure.savefig(picture, format=ending, **settings)
-                write_whole(folder / f"{name}.{ending}", picture.getvalue())
+                write_atomic(folder / f"{name}.{ending}", picture.getvalue())
             plt.close(figure)
         for said in found.others if found is not None else ():
             console.print(said, style="yellow")

@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import json
 import shlex
@@ -23,14 +23,15 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from common.files import write_atomic
 from evaluation.tasks import SETS
-from experiments.catalogue import TABLES
-from experiments.claims import verdicts
-from experiments.collection import Found
-from experiments.report import report, verdicts_in_markdown
-from scripts.evidence import EVERYTHING, PICTURES, chosen, drawn, gather, out_folder, step_windows
-from training.cli import command_line, reporting
-from training.folder import environment, write_whole
+from experiments.paper.claims import verdicts
+from experiments.paper.collect import Found
+from experiments.paper.report import report, verdicts_in_markdown
+from experiments.paper.suites import TABLES
+from scripts.paper_runs import EVERYTHING, PICTURES, chosen, drawn, gather, out_folder, step_windows
+from training.launch.cli import command_line, reporting
+from training.run_dir import environment
 
 
 def _limits(found: Found) -> list[str]:
@@ -56,13 +57,23 @@ def _commands(cfg: DictConfig, found: Found, wanted: Sequence[str], windows: lis
     on_cpus = all("CPU" in str(run.environment.get("device")) for run in found.runs.values())
     side_by_side = ["hydra/launcher=local"] if on_cpus else []  # several at a time are faster
     readers = [asked, f"scale={cfg.scale}", f"seeds=[{seeds}]", where]
-    readers += [f"also=[{','.join(json.dumps(each) for each in cfg.also)}]"] if cfg.also else []
+    readers += [f"overrides=[{','.join(json.dumps(each) for each in cfg.overrides)}]"] if cfg.overrides else []
     readers += [] if cfg.out is None else [f"out={cfg.out}"]
     seen = [f"windows={json.dumps(windows)}".replace(" ", "")] if windows else []
     commands = [
-        ["python", "train.py", "-m", trained, f"scale={cfg.scale}", f"seed={seeds}", where, *cfg.also, *side_by_side],
+        [
+            "python",
+            "train.py",
+            "-m",
+            trained,
+            f"scale={cfg.scale}",
+            f"seed={seeds}",
+            where,
+            *cfg.overrides,
+            *side_by_side,
+        ],
         ["python", "scripts/eval_data.py"],
-        ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/evidence-{cfg.scale}", *_limits(found)],
+        ["python", "scripts/evaluate.py", f"run={cfg.paths.runs}/paper-{cfg.scale}", *_limits(found)],
     ]
     if any(name in TABLES for name in wanted):
         commands.append(["python", "scripts/make_tables.py", *readers])
@@ -71,7 +82,7 @@ def _commands(cfg: DictConfig, found: Found, wanted: Sequence[str], windows: lis
     return [shlex.join(each) for each in [*commands, ["python", "scripts/make_report.py", *readers, *seen]]]
 
 
-@hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
+@hydra.main(version_base="1.3", config_path="../configs/paper", config_name="results")
 def main(cfg: DictConfig) -> None:
     """Write the report, and say where it is."""
     with reporting():
@@ -86,9 +97,9 @@ def main(cfg: DictConfig) -> None:
         commands = _commands(cfg, found, wanted, windows)
         made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
         judged = verdicts(found)
-        write_whole(folder / "verdicts.md", verdicts_in_markdown(found, judged, cfg.scale))
+        write_atomic(folder / "verdicts.md", verdicts_in_markdown(found, judged, cfg.scale))
         name = "report.html" if _is_all(wanted) else f"report-{'-'.join(wanted)}.html"
-        write_whole(folder / name, report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
+        write_atomic(folder / name, report(found, judged, tables, figures, undrawn, cfg.scale, commands, made))
         for said in found.others:
             console.print(said, style="yellow")
         console.print(f"report   {folder / name}")

@@ -9,22 +9,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.pop(1)
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from experiments.catalogue import TABLES
-from experiments.tables import as_csv, fill, latex, markdown
-from scripts.evidence import chosen, gather, out_folder
-from training.cli import command_line, reporting
-from training.folder import write_whole
+from common.files import write_atomic
+from experiments.paper.suites import TABLES
+from experiments.paper.tables import as_csv, fill, latex, markdown
+from scripts.paper_runs import chosen, gather, out_folder
+from training.launch.cli import command_line, reporting
 
 
-@hydra.main(version_base="1.3", config_path="../configs/evidence", config_name="results")
+@hydra.main(version_base="1.3", config_path="../configs/paper", config_name="results")
 def main(cfg: DictConfig) -> None:
     """Write the tables, print them, and say which runs were left out."""
     with reporting():
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
         for name in wanted:
             filled = fill(TABLES[name], found)
             for ending, text in (("md", markdown(filled)), ("tex", latex(filled)), ("csv", as_csv(filled))):
-                write_whole(folder / f"{name}.{ending}", text)
+                write_atomic(folder / f"{name}.{ending}", text)
             console.print(markdown(filled))
         for said in found.others:
             console.print(said, style="yellow")

@@ -9,18 +9,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from common.errors import UserError
 from data import open_tokens, prepare
-from training.cli import command_line, reporting
-from training.config import ConfigError, check_data, check_folder, section
+from training.config.checks import check_data, check_folder, section
+from training.launch.cli import command_line, reporting
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare_data")
@@ -31,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         cache = Path(cfg.paths.cache)
         check_folder("paths.cache", cfg.paths.cache, cache)
         if cfg.data.mode == "stream":
-            raise ConfigError("data.mode=stream keeps no tokens: to prepare them it must be prepared")
+            raise UserError("data.mode=stream keeps no tokens: to prepare them it must be prepared")
         corpus = check_data(cfg, sequence_length=1)
         with section("data"):
             tokens = open_tokens(prepare(corpus, cache, 1, console).folder, verify=True)

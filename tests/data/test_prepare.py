@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from data import Corpus, Mixture, SequenceLoader, Sequences, Shuffled, Source, open_tokens, prepare
+from data import Corpus, Mixture, ShuffledDataset, Source, TokenDataset, TrainLoader, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT
 from tests.conftest import CHECKOUT
 
 
 def corpus_of(path: Path, **settings) -> Corpus:
-    return Corpus((Source("text", path=str(path)),), **{"vocab_size": 300, "test_fraction": 0.2, **settings})
+    return Corpus((Source("text", path=str(path)),), **{"vocab_size": 300, "val_fraction": 0.2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_every_document_is_there_whole_wherever_parts_end(lines, part_tokens, tm
         assert places.tolist() == ends.tolist()
         assert facts["documents"] == len(wanted) and facts["tokens"] == len(ids)
         assert facts["bytes"] == sum(len(text.encode()) for text in wanted)
-        sequences = Sequences(array, 50)
+        sequences = TokenDataset(array, 50)
         numbers = np.cumsum(np.concatenate([[0], ids == encoder.end]))  # of the document at each place
         for i in range(len(sequences)):
             mine = numbers[i * 50 : (i + 1) * 50]
@@ -90,7 +90,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from data import Corpus, Source, prepare
-corpus = Corpus((Source("text", path=sys.argv[1]),), vocab_size=300, test_fraction=0.2, drop_duplicates=True)
+corpus = Corpus((Source("text", path=sys.argv[1]),), vocab_size=300, val_fraction=0.2, deduplicate=True)
 prepare(corpus, Path(sys.argv[2]), 16, Console(force_terminal=False), part_tokens=int(sys.argv[3]))
 """
 
@@ -101,7 +101,7 @@ def start(path: Path, cache: Path, part_tokens: int = 2000, before: str = "") ->
 
 
 def test_killed_again_and_again_it_ends_as_if_it_never_was(lines, tmp_path):
-    whole = prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "whole", 16, part_tokens=2000)
+    whole = prepare(corpus_of(lines, deduplicate=True), tmp_path / "whole", 16, part_tokens=2000)
     assert whole.facts["duplicates"] == 100 and len(whole.facts["train"]["parts"]) > 10
     draw, continued = random.Random(0), 0
     for _ in range(12):
@@ -117,7 +117,7 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(lines, tmp_path):
         if process.returncode == 0:
             break
         assert process.returncode == -9, err
-    tokens = prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "killed", 16, part_tokens=2000)
+    tokens = prepare(corpus_of(lines, deduplicate=True), tmp_path / "killed", 16, part_tokens=2000)
     assert continued >= 2
     assert tokens.fingerprint == whole.fingerprint and same(tokens, whole)
     assert {k: v for k, v in tokens.facts.items() if k != "recipe"} == {
@@ -130,7 +130,7 @@ def test_continued_after_each_part_it_ends_as_if_in_one_go(lines, corpus, tmp_pa
     rare = tmp_path / "rare.jsonl"
     rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
     sources = (Source("lines", path=str(lines), weight=200), Source("rare", path=str(rare)))
-    settings = Corpus(sources, vocab_size=300, test_fraction=0.2)
+    settings = Corpus(sources, vocab_size=300, val_fraction=0.2)
     whole = prepare(settings, tmp_path / "whole", 16, part_tokens=3000)
     room, stops = sys.modules["data.prepare"], 0
     write, replace, stopping = room.write_part, room.replace, [False]
@@ -176,8 +176,8 @@ def test_a_full_disk_is_one_sentence_and_it_goes_on_when_there_is_room(lines, tm
     _, err = full.communicate()
     assert full.returncode == 1
     assert "cannot be written (File too large): what is whole is kept, and the same command continues" in err
-    tokens = prepare(corpus_of(lines, drop_duplicates=True), tmp_path, 16, part_tokens=2000)
-    assert same(tokens, prepare(corpus_of(lines, drop_duplicates=True), tmp_path / "other", 16, part_tokens=2000))
+    tokens = prepare(corpus_of(lines, deduplicate=True), tmp_path, 16, part_tokens=2000)
+    assert same(tokens, prepare(corpus_of(lines, deduplicate=True), tmp_path / "other", 16, part_tokens=2000))
 
 
 def test_a_file_that_breaks_off_leaves_the_parts_before_it(lines, tmp_path):
@@ -235,7 +235,7 @@ def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
     (tmp_path / "text").mkdir()
     for i, text in enumerate(texts):
         (tmp_path / "text" / f"{i}.txt").write_text(text)
-    tokens = prepare(corpus_of(tmp_path / "text", test_fraction=fraction), tmp_path / "cache", 4)
+    tokens = prepare(corpus_of(tmp_path / "text", val_fraction=fraction), tmp_path / "cache", 4)
     assert (tokens.facts["test"]["documents"], tokens.facts["train"]["documents"]) == (held_out, 3 - held_out)
     documents = sorted(Mixture([Source("s", path=str(tmp_path / "text"))]), key=lambda document: document.draw)
     encoder = load_tokenizer(str(tokens.folder))
@@ -251,8 +251,8 @@ def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
 def test_documents_travel_with_the_tokens(lines, tmp_path):
     tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=3000)
     end = tokens.facts["end_of_text"]
-    sequences = Shuffled(Sequences(tokens.train, 64), seed=0)
-    loader = SequenceLoader(sequences, tokens.fingerprint, 3, 8, 4, documents=True)
+    sequences = ShuffledDataset(TokenDataset(tokens.train, 64), seed=0)
+    loader = TrainLoader(sequences, tokens.fingerprint, 3, 8, 4, documents=True)
     for batch in loader:
         ended = torch.cumsum(batch.tokens[:, :-1].long() == end, dim=1)
         assert batch.documents[:, 1:].tolist() == ended[:, :-1].tolist()

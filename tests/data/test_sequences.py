@@ -1,4 +1,4 @@
-"""Sequences of a token array, and their order."""
+"""TokenDataset of a token array, and their order."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Sequences, unigram_entropy
+from data import TokenDataset, unigram_entropy
 from data.sequences import Order, order
 from tests.data.arrays import token_array
 
@@ -37,7 +37,7 @@ def test_the_order_is_well_mixed():
 
 @pytest.mark.parametrize("lengths", [(), (500,), (13, 1, 2, 400, 5, 5), (10, 10, 10)])
 def test_every_token_but_the_first_is_predicted_once(lengths, tmp_path):
-    sequences = Sequences(token_array(tmp_path, np.arange(1001, dtype=np.uint16), *lengths), 10)
+    sequences = TokenDataset(token_array(tmp_path, np.arange(1001, dtype=np.uint16), *lengths), 10)
     batch = sequences.batch(np.arange(len(sequences)))
     assert batch.shape == (100, 11)
     assert batch[:, 1:].flatten().tolist() == list(range(1, 1001))

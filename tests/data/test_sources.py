@@ -64,7 +64,7 @@ def test_formats_and_compressions(kind, packed, tmp_path):
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_how_much_text_there_is_can_be_told_before_reading_it(kind, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("data.files.SAMPLE", 200_000)
-    texts = [document.text for _, document in zip(range(40), Mixture([Source("embedded")]), strict=False)]
+    texts = [document.text for _, document in zip(range(40), Mixture([Source("sotu")]), strict=False)]
     source = Source("s", path=str(write(tmp_path, kind, packed, texts)))
     assert source.estimate() == pytest.approx(
         sum(len(text.encode()) for text in texts), rel=0.3
@@ -222,7 +222,7 @@ REFUSED = {
     "path=5": ({"path": 5}, r"sources\.s\.path=5 is not allowed: it must be a text, or null"),
     "column=null": ({"column": None}, r"sources\.s\.column=null is not allowed: it must be a name"),
     "neither": ({"hub": None}, r"sources\.s\.path=null is not allowed: the source must have a path or a hub"),
-    "unknown": ({"wieght": 1}, r"sources\.s\.wieght=1 means nothing: a source has column, embedded, hub, path"),
+    "unknown": ({"wieght": 1}, r"sources\.s\.wieght=1 means nothing: a source has column, hub, path"),
 }
 
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import data.stream
-from data import Corpus, Mixture, SequenceLoader, Sequences, Shuffled, Source, SourceError, Streamed, prepare
+from data import (
+    Corpus,
+    Mixture,
+    ShuffledDataset,
+    Source,
+    SourceError,
+    StreamingDataset,
+    TokenDataset,
+    TrainLoader,
+    prepare,
+)
 from data.tokenizer import load_tokenizer
 
 LENGTH = 16
@@ -32,13 +42,13 @@ def corpus(tmp_path_factory, corpus) -> Corpus:
         (folder / "a" / f"{i}.jsonl").write_text("\n".join(rows[i * 300 : (i + 1) * 300]))
     (folder / "b.jsonl").write_text("\n".join(rows[900:]))
     sources = (Source("a", path=str(folder / "a"), weight=3), Source("b", path=str(folder / "b.jsonl")))
-    given = prepare(Corpus(sources, vocab_size=400, test_fraction=0.1), folder / "cache", LENGTH)
-    return Corpus(sources, tokenizer=str(given.folder), test_fraction=0.1)
+    given = prepare(Corpus(sources, vocab_size=400, val_fraction=0.1), folder / "cache", LENGTH)
+    return Corpus(sources, tokenizer=str(given.folder), val_fraction=0.1)
 
 
-def streamed(corpus: Corpus, block_tokens: int = 1 << 20, **changes) -> Streamed:
+def streamed(corpus: Corpus, block_tokens: int = 1 << 20, **changes) -> StreamingDataset:
     corpus = Corpus(**{**vars(corpus), "streamed": True, **changes})
-    return Streamed(corpus, load_tokenizer(corpus.tokenizer), corpus.test_fraction, LENGTH, 7, block_tokens)
+    return StreamingDataset(corpus, load_tokenizer(corpus.tokenizer), corpus.val_fraction, LENGTH, 7, block_tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +61,7 @@ def few_documents_at_a_time(monkeypatch):
 def test_a_text_of_one_block_gives_the_batches_of_the_prepared_tokens(corpus, max_tokens, tmp_path):
     corpus = Corpus(**{**vars(corpus), "max_tokens": max_tokens})
     tokens = prepare(corpus, tmp_path, LENGTH)
-    prepared = Shuffled(Sequences(tokens.train, LENGTH), seed=7)
+    prepared = ShuffledDataset(TokenDataset(tokens.train, LENGTH), seed=7)
     stream = streamed(corpus)
     for first in range(0, 2 * len(prepared) + 40, 40):
         ours, theirs = stream.take(first, 40, documents=True), prepared.take(first, 40, documents=True)
@@ -61,7 +71,7 @@ def test_a_text_of_one_block_gives_the_batches_of_the_prepared_tokens(corpus, ma
 
 
 def test_each_block_gives_its_sequences_once(corpus, tmp_path):
-    whole = Sequences(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
+    whole = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
     stream, block = streamed(corpus, 50 * LENGTH), 50
     before: list[list[int]] = []
     for epoch in range(2):
@@ -80,7 +90,7 @@ def test_each_block_gives_its_sequences_once(corpus, tmp_path):
     stream.close()
 
 
-def rows_of(loaders: list[SequenceLoader]) -> list[list[list[int]]]:
+def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
     """The rows of each step, over all ranks."""
     per_step = loaders[0].global_batch_size // loaders[0].per_forward
     found = [[row for batch in batches for row in batch.tokens.tolist()] for batches in zip(*loaders, strict=True)]
@@ -132,7 +142,7 @@ def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
     ):
         for name in "abc":
             (tmp_path / "text" / f"{name}.jsonl").write_text(lines)
-        stream = streamed(corpus, 50 * LENGTH, sources=source, test_fraction=0.0)
+        stream = streamed(corpus, 50 * LENGTH, sources=source, val_fraction=0.0)
         stream.take(0, 1)
         change()
         place = stream.state()
@@ -147,7 +157,7 @@ def test_text_that_changes_within_an_epoch_is_told_with_the_next_block(tmp_path,
     (tmp_path / "text").mkdir()
     for name in "abcd":
         (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": "some words here"}\n' * 5000)
-    stream = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), test_fraction=0.0)
+    stream = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), val_fraction=0.0)
     stream.take(0, 1)
     (tmp_path / "text" / "d.jsonl").write_text('{"text": "other words here"}\n' * 5000)
     stream.take(1, 1)
@@ -160,7 +170,7 @@ def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for i in range(60):
         (tmp_path / "text" / f"{i:02}.txt").write_text(f"{i} words without an end " * 100)
-    corpus = Corpus((Source("s", path=str(tmp_path / "text")),), vocab_size=300, test_fraction=1e-4, streamed=True)
+    corpus = Corpus((Source("s", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=1e-4, streamed=True)
     head = prepare(corpus, tmp_path / "cache", 16)
     assert head.facts["threshold"] <= 0.11 and head.facts["test"]["documents"] >= 1
 
@@ -168,11 +178,11 @@ def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
 def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
     steps, batch = 120, 24  # of 1,700 sequences: more than an epoch, and batches that lie in two blocks
 
-    def loaders(world: int = 1, micro: int = batch, state: str | None = None) -> list[SequenceLoader]:
+    def loaders(world: int = 1, micro: int = batch, state: str | None = None) -> list[TrainLoader]:
         made = []
         for rank in range(world):
             sequences = streamed(corpus, 37 * LENGTH)
-            made.append(SequenceLoader(sequences, "f", steps, batch, micro, rank, world))
+            made.append(TrainLoader(sequences, "f", steps, batch, micro, rank, world))
             if state:
                 made[-1].load_state_dict(json.loads(state))
         return made
@@ -212,7 +222,7 @@ def test_held_out_documents_are_those_of_a_preparation_and_never_trained_on(corp
 def test_of_a_long_text_enough_is_held_out(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(data.stream, "HEAD_BYTES", 60_000)
     monkeypatch.setattr(data.stream, "HELD_OUT_BYTES", 4_000)
-    head = prepare(Corpus(**{**vars(corpus), "streamed": True, "test_fraction": 1e-4}), tmp_path, LENGTH)
+    head = prepare(Corpus(**{**vars(corpus), "streamed": True, "val_fraction": 1e-4}), tmp_path, LENGTH)
     threshold = head.facts["threshold"]
     assert 0.01 < threshold < 0.1 and 4_000 <= head.facts["test"]["bytes"] < 4_500
     texts, size = [], 0
@@ -231,7 +241,7 @@ def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
     for i in range(3):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i} little words make up a document " * 3)
     for fraction in (1e-6, 0.5, 1 - 1e-6):
-        corpus = Corpus((Source("text", path=str(tmp_path / "text")),), vocab_size=300, test_fraction=fraction)
+        corpus = Corpus((Source("text", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=fraction)
         prepared = prepare(corpus, tmp_path / "cache", 4)
         head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path / "cache", 4)
         assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
@@ -242,17 +252,17 @@ def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
 
 
 def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
-    with pytest.raises(ValueError, match="drop_duplicates=true is not possible with data"):
-        Corpus(**{**vars(corpus), "streamed": True, "drop_duplicates": True}).check(tmp_path, LENGTH)
+    with pytest.raises(ValueError, match="deduplicate=true is not possible with data"):
+        Corpus(**{**vars(corpus), "streamed": True, "deduplicate": True}).check(tmp_path, LENGTH)
     with pytest.raises(ValueError, match="sequence_length=100000 is longer than the text: the test text has"):
         prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, 100_000)
-    everything_held_out = streamed(corpus, test_fraction=1.0)
+    everything_held_out = streamed(corpus, val_fraction=1.0)
     with pytest.raises(SourceError, match="sequence_length=16 is longer than the text: the training text has 0 tokens"):
         everything_held_out.take(0, 1)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text('{"text": "some words here"}\n' * 3000)
     (tmp_path / "text" / "b.jsonl").write_text('{"text": "some words here"}\n' * 10 + '{"text": ')
-    broken = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), test_fraction=0.0)
+    broken = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), val_fraction=0.0)
     broken.take(0, 1)
     with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text cannot be read: .*b.jsonl: "):
         broken.take(4000, 1)
@@ -267,7 +277,7 @@ def test_of_few_documents_the_same_are_held_out_as_when_prepared(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     sources = (Source("s", path=str(tmp_path / "text.jsonl")),)
     heads = [
-        prepare(Corpus(sources, vocab_size=300, test_fraction=0.01, streamed=streamed), tmp_path / "cache", 8)
+        prepare(Corpus(sources, vocab_size=300, val_fraction=0.01, streamed=streamed), tmp_path / "cache", 8)
         for streamed in (False, True)
     ]
     prepared, streamed = (head.facts["test"] for head in heads)

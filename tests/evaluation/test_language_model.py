@@ -5,7 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from evaluation.language_model import RunModel
+from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
 from evaluation.tasks import load_tasks
 from models import Llama, LlamaConfig
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=[96, 1024])
-def both(request, tokenizer, tmp_path_factory) -> tuple[RunModel, HFLM]:
+def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
     """The same weights twice, with a context that many items exceed, and one that none does."""
     torch.manual_seed(0)
     config = LlamaConfig(tokenizer.size, 48, 96, 2, 4, 2, request.param, initializer_range=0.2)
@@ -23,7 +23,7 @@ def both(request, tokenizer, tmp_path_factory) -> tuple[RunModel, HFLM]:
     folder = tmp_path_factory.mktemp("exported")
     export(model.state_dict(), config, folder, tokenizer.end)
     tokenizer.save(folder)
-    return RunModel(model, tokenizer, CPU), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
+    return LlamaLM(model, tokenizer, CPU), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "winogrande"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.answers import Answers, Remembering
-from evaluation.language_model import RunModel
-from evaluation.scores import Scores, key_of, score_task
+from evaluation.language_model import LlamaLM
+from evaluation.response_cache import Answers, CachedLM
+from evaluation.scores import Scores, score_key, score_task
 from evaluation.tasks import TaskError, load_tasks, sample
 from models import Llama, LlamaConfig
 from tests.evaluation.conftest import items
@@ -79,7 +79,7 @@ def texts(task: str, item: dict, right: bool) -> list[str]:
 
 
 def scores(model, tokenizer, sets, task: str, shots: int = 0, limit: int | None = LIMIT) -> dict:
-    return score_task(RunModel(model, tokenizer, CPU), task, load_tasks(task, [sets], shots), limit, seed=0)
+    return score_task(LlamaLM(model, tokenizer, CPU), task, load_tasks(task, [sets], shots), limit, seed=0)
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
@@ -117,7 +117,7 @@ def test_length_normalisation_and_partial_scoring_by_hand(sets, tokenizer):
 
     seen: dict[tuple[str, str], float] = {}
 
-    class Noting(RunModel):
+    class Noting(LlamaLM):
         def loglikelihood(self, requests, **kwargs):
             answers = super().loglikelihood(requests)
             seen.update({request.args: answer[0] for request, answer in zip(requests, answers, strict=True)})
@@ -159,7 +159,7 @@ def test_solved_examples_are_other_items(sets, tokenizer):
     model = Knowing(tokenizer.size, known)
     asked: list[str] = []
 
-    class Noting(RunModel):
+    class Noting(LlamaLM):
         def loglikelihood(self, requests, **kwargs):
             asked.extend(request.args[0] for request in requests)
             return super().loglikelihood(requests)
@@ -176,7 +176,7 @@ def test_solved_examples_are_other_items(sets, tokenizer):
 def test_solved_examples_do_not_depend_on_what_was_scored_before(sets, tokenizer):
     asked: list[list[str]] = []
 
-    class Noting(RunModel):
+    class Noting(LlamaLM):
         def loglikelihood(self, requests, **kwargs):
             asked.append([request.args[0] for request in requests])
             return super().loglikelihood(requests)
@@ -189,13 +189,13 @@ def test_solved_examples_do_not_depend_on_what_was_scored_before(sets, tokenizer
         scores(Uniform(tokenizer.size, []), tokenizer, sets, "winogrande", shots=5000)
 
 
-def remembering(model, answers: Answers) -> Remembering:
-    return Remembering(model, answers.known, answers.add, lambda done, total: None)
+def remembering(model, answers: Answers) -> CachedLM:
+    return CachedLM(model, answers.known, answers.add, lambda done, total: None)
 
 
 def test_answers_are_kept_for_the_same_weights_alone(sets, tokenizer, tmp_path):
     loaded, path = load_tasks("winogrande", [sets], 0), tmp_path / ".eval-20-float32.jsonl"
-    uniform = RunModel(Uniform(tokenizer.size, []), tokenizer, CPU)
+    uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     found = score_task(remembering(uniform, Answers(path, "these")), "winogrande", loaded, 20, 0)
     assert uniform.asked == 40 and Answers(path, "these").known and uniform.cut == 0
     with path.open("ab") as file:
@@ -212,7 +212,7 @@ def test_what_is_not_a_number_is_no_answer_of_any_model(sets, tokenizer, tmp_pat
             return found * float("nan"), best
 
     answers = Answers(tmp_path / "answers", "these")
-    model = remembering(RunModel(Diverged(tokenizer.size, []), tokenizer, CPU), answers)
+    model = remembering(LlamaLM(Diverged(tokenizer.size, []), tokenizer, CPU), answers)
     with pytest.raises(TaskError, match="the model's answers are not numbers: it has diverged, and has no score"):
         score_task(model, "winogrande", load_tasks("winogrande", [sets], 0), 20, 0)
     assert not answers.known
@@ -220,11 +220,11 @@ def test_what_is_not_a_number_is_no_answer_of_any_model(sets, tokenizer, tmp_pat
 
 def add_scores(path: Path, first: int) -> None:
     for step in range(first, first + 20):
-        Scores(path).add(key_of("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
+        Scores(path).add(score_key("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
 
 
 def test_scores_of_two_processes_are_all_kept(tmp_path):
-    path = tmp_path / "eval.json"
+    path = tmp_path / "task_scores.json"
     both = [multiprocessing.get_context("spawn").Process(target=add_scores, args=(path, at)) for at in (0, 100)]
     for process in both:
         process.start()
@@ -238,8 +238,8 @@ def test_scores_of_two_processes_are_all_kept(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}'])
 def test_a_damaged_file_is_a_sentence_and_can_be_put_aside(text, tmp_path):
-    path = tmp_path / "eval.json"
+    path = tmp_path / "task_scores.json"
     path.write_text(text)
-    with pytest.raises(TaskError, match=r"eval.json is damaged \(.*\): remove it"):
+    with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
         Scores(path)
     assert Scores(path, damaged=True).put_aside().read_text() == text and not path.exists()

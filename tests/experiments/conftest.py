@@ -9,20 +9,20 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.catalogue import STRATEGIES, sets
-from experiments.collection import Expected, Found, collect
+from experiments.paper.collect import Expected, Found, collect
+from experiments.paper.suites import STRATEGIES, sets
 from tests.conftest import CHECKOUT
-from training.config import identity, run_path
+from training.config.checks import identity, run_path
 
 BAD = [80, 100, 120]
-SMALL = ("trainer.max_steps=140", f"evidence.bad_batches={BAD}", f"evidence.lab={BAD}")
+SMALL = ("trainer.max_steps=140", f"paper.corruption_steps={BAD}", f"paper.lab_steps={BAD}")
 SEEDS = (0, 1, 2)
 #: By how much the loss of Table 3's strategies is higher after a bad batch.
 BUMPS = {"No clipping": 2.0, "Fixed 1.0": 0.3, "AutoClip": 0.1, "ZClip": 0.0}
 
 
 def overrides(setting, runs: Path) -> list[str]:
-    return ["experiment=evidence", "scale=micro", *SMALL, *setting.overrides, f"paths.runs={runs}"]
+    return ["experiment=paper", "scale=micro", *SMALL, *setting.overrides, f"paths.runs={runs}"]
 
 
 def expected(settings, runs: Path, seeds=SEEDS) -> dict:
@@ -43,7 +43,7 @@ def write_run(path: Path, cfg, seed: int, bump: float = 0.0, done: bool = True, 
     OmegaConf.save(cfg, path / "config.yaml")
     rng = np.random.default_rng(seed)
     steps = cfg.trainer.max_steps
-    bad = set(cfg.data.bad_batches.steps)
+    bad = set(cfg.data.corruption.steps)
     loss = np.linspace(6, 5, steps) + rng.normal(0, 0.02, steps)
     norm = rng.normal(0.36, 0.02, steps)
     for step in bad:
@@ -71,7 +71,7 @@ def write_run(path: Path, cfg, seed: int, bump: float = 0.0, done: bool = True, 
 
 
 def score(path: Path, task: str, items: int, **metrics: float) -> None:
-    file = path / "eval.json"
+    file = path / "task_scores.json"
     scores = json.loads(file.read_text())["scores"] if file.exists() else []
     scores.append({"task": task, "shots": 0, "step": 140, "items": items, **metrics})
     file.write_text(json.dumps({"scores": scores}))
@@ -100,7 +100,7 @@ def everything(tmp_path_factory) -> Found:
     for (setting, seed), (place, cfg) in places.items():
         if not place.path.exists():
             bump = {"none": 0.8, "fixed": 0.3}.get(setting.clip, 0.05)
-            bump = bump * (1 + seed / 10) if cfg.data.bad_batches.steps else 0.0
+            bump = bump * (1 + seed / 10) if cfg.data.corruption.steps else 0.0
             loss = 5.0 + bump + cfg.clip.get("z_thresh", 0) / 100 + cfg.clip.get("alpha", 0) / 10
             write_run(place.path, cfg, seed, bump, train_loss=loss)
             score(place.path, "hellaswag", 100, acc=0.1, acc_norm=cfg.lr + seed / 100, acc_norm_stderr=0.04)

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, THRESHOLDS, VARIANTS
-from experiments.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, verdicts
-from experiments.claims import verdict as judged
-from experiments.collection import Found
-from experiments.judging import by_seed
-from experiments.measures import last_loss_reached
-from experiments.paired import TOO_FEW, Untestable, paired, rate
-from tests.experiments.altered import RATES, changed, with_loss, with_result, without
+from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, verdicts
+from experiments.paper.claims import verdict as judged
+from experiments.paper.collect import Found
+from experiments.paper.judging import by_seed
+from experiments.paper.measures import last_loss_reached
+from experiments.paper.statistics import TOO_FEW, NotTestable, paired, rate
+from experiments.paper.suites import ALPHAS, FIGURES, STRATEGIES, THRESHOLDS, VARIANTS
 from tests.experiments.conftest import SEEDS
+from tests.experiments.modified_runs import RATES, changed, with_loss, with_result, without
 
 LEAVES, _, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS
 
@@ -251,7 +251,7 @@ def test_overhead(everything):
 
 
 def test_paired_differences():
-    with pytest.raises(Untestable, match="it needs three seeds"):
+    with pytest.raises(NotTestable, match="it needs three seeds"):
         paired([1.0, 2.0], [0.0, 0.0])
     difference = paired([1.0, 2.0, 3.0], [2.0, 2.5, 4.5])
     # Differences -1, -0.5, -1.5: mean -1, standard error 0.5 / sqrt(3), t = -3.4641 with two degrees of freedom.
@@ -273,13 +273,13 @@ def test_bad_batches_count_towards_no_loss_that_is_reached(everything):
     """A batch that is easy, or hard, on purpose."""
     key = (RATES[1e-3]["fixed"], 0)
     run = everything.runs[key]
-    bad = run.config["data"]["bad_batches"]["steps"]
+    bad = run.config["data"]["corruption"]["steps"]
     loss = 6 - np.arange(140) / 139
     easy = loss.copy()
     easy[np.array(bad) - 1] = -100.0
     one, other = (run._replace(metrics={**run.metrics, "loss": each}) for each in (loss, easy))
     assert last_loss_reached(one, other).saved == 0 and last_loss_reached(other, one).saved == 0
-    late = run._replace(config={**run.config, "data": {"bad_batches": {"steps": [139]}}})
+    late = run._replace(config={**run.config, "data": {"corruption": {"steps": [139]}}})
     hard = loss.copy()
     hard[138] = 900.0
     reached = last_loss_reached(late._replace(metrics={**run.metrics, "loss": hard}), one)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.definitions import (
+from experiments.run.definitions import (
     Spike,
     diverged,
     excursion,
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("loss", "left_out", "spikes"),
+    ("loss", "corrupted_rows", "spikes"),
     [
         ([*CALM, 9.0, *CALM], {50}, []),
         ([*CALM, 9.0, 3.0, 2.0, *CALM], {50}, [Spike(51, 2)]),
@@ -32,8 +32,8 @@ NAN, INF = float("nan"), float("inf")
         ([*CALM, NAN, 1.0], {50}, []),
     ],
 )
-def test_bad_batches_are_in_no_spike_and_end_none(loss, left_out, spikes):
-    assert loss_spikes(np.array(loss), left_out) == spikes
+def test_bad_batches_are_in_no_spike_and_end_none(loss, corrupted_rows, spikes):
+    assert loss_spikes(np.array(loss), corrupted_rows) == spikes
 
 
 def test_a_spike_is_five_robust_deviations_above_the_median():
@@ -78,7 +78,7 @@ def test_a_spike_score_looks_back_a_thousand_steps():
 
 
 @pytest.mark.parametrize(
-    ("values", "left_out", "score"),
+    ("values", "corrupted_rows", "score"),
     [
         (CALM, (), NAN),
         ([*CALM, 1.1], (), 0.0),
@@ -90,8 +90,8 @@ def test_a_spike_score_looks_back_a_thousand_steps():
         ([*CALM, 1.81, 1.1], (50,), 0.0),
     ],
 )
-def test_spike_score(values, left_out, score):
-    assert spike_score(np.array(values), left_out) == pytest.approx(score, nan_ok=True)
+def test_spike_score(values, corrupted_rows, score):
+    assert spike_score(np.array(values), corrupted_rows) == pytest.approx(score, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.catalogue import FIGURES, STRATEGIES, TABLES
-from experiments.claims import SUPPORTED, verdicts
-from experiments.collection import Found
-from experiments.distributions import UnfitWindow, distributions, norm_windows
-from experiments.drawing import smooth
-from experiments.figures import DRAWN, draw
-from experiments.report import report, verdicts_in_markdown
-from experiments.tables import fill, markdown
-from scripts.evidence import figure3
+from experiments.paper.claims import SUPPORTED, verdicts
+from experiments.paper.collect import Found
+from experiments.paper.distributions import UnfitWindow, distributions, norm_windows
+from experiments.paper.drawing import smooth
+from experiments.paper.figures import DRAWN, draw
+from experiments.paper.report import report, verdicts_in_markdown
+from experiments.paper.suites import FIGURES, STRATEGIES, TABLES
+from experiments.paper.tables import fill, markdown
+from scripts.paper_runs import figure3
 from tests.experiments.conftest import SEEDS
 
 
@@ -150,7 +150,7 @@ def test_figure_9_is_of_norms_without_bad_batches(everything):
     axes = draw("figure9", everything).axes
     assert [ax.get_ylabel() for ax in axes[::4]] == ["steps 50 to 99\ndensity", "steps 100 to 140\ndensity"]
     calm = everything.runs[FIGURES["figure9"]["ZClip"], 0]
-    assert not calm.config["data"]["bad_batches"]["steps"]
+    assert not calm.config["data"]["corruption"]["steps"]
     ordered = np.sort(calm.metrics["grad_norm"][49:99])
     for ax, values in ((axes[1], ordered), (axes[3], np.log(ordered))):
         assert np.allclose(ax.lines[0].get_ydata(), values)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.definitions import Spike, loss_spikes
-from experiments.plots import draw_run, plot_run
-from experiments.runs import read_run
-from experiments.summary import PARTS, comparison, summarise, table
+from experiments.run.definitions import Spike, loss_spikes
+from experiments.run.plot import draw_run, plot_run
+from experiments.run.read import read_run
+from experiments.run.summary import PARTS, comparison, summarise, table
 
 # Alternating 1.0 and 1.2: median 1.1, median absolute deviation 0.1, so 5 sigma is 1.1 + 0.7413.
 CALM = [1.0, 1.2] * 25
@@ -58,7 +58,7 @@ def test_summary(tmp_path):
     assert summary["steps"] == 100 and summary["tokens"] == 1000
     assert summary["train_loss"] == pytest.approx(np.mean(range(90, 100)))
     assert summary["clipped_share"] == 0.25
-    run.config["data"] = {"bad_batches": {"steps": [91, 100], "kind": "repeat"}}
+    run.config["data"] = {"corruption": {"steps": [91, 100], "kind": "repeat"}}
     assert summarise(run)["train_loss"] == pytest.approx(np.mean([88, 89, *range(91, 99)]))
     assert summary["tokens_per_second"] == 100
     assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None

@@ -4,17 +4,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.catalogue import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
-from experiments.measures import MEASURES
-from experiments.tables import paper_numbers
-from scripts.evidence import chosen, step_windows
+from common.errors import UserError
+from experiments.paper.measures import MEASURES
+from experiments.paper.suites import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
+from experiments.paper.tables import paper_numbers
+from scripts.paper_runs import chosen, step_windows
 from tests.conftest import CHECKOUT, script, train
-from training.config import ConfigError
 
 
 def test_the_catalogue_is_whole():
     known = sets()
-    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "evidence"}
+    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "paper"}
     for name, settings in known.items():
         text = (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").read_text()
         assert f"of: {name}\n" in text and settings
@@ -36,14 +36,14 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     """The real thing, small: a sweep over a declared set, its table, and its mistakes."""
     tiny = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
     tiny += ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", f"data.path={corpus}")
-    tiny += (f"paths.cache={cache}", "evidence.bad_batches=[6]", "data.max_test_tokens=2048", "evidence.lab=[6]")
+    tiny += (f"paths.cache={cache}", "paper.corruption_steps=[6]", "data.max_val_tokens=2048", "paper.lab_steps=[6]")
     done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "evidence-micro").iterdir())
+    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").iterdir())
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
     again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.count("finished already") == 3, "they are shared with Table 5"
-    also = "also=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
+    also = "overrides=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
     for name in ("make_tables.py", "make_figures.py", "make_report.py"):
         made = script(name, "experiment=[table5,figure3,figure7]", also, "out=here", cwd=tmp_path)
         assert made.returncode == 0, made.stderr
@@ -66,7 +66,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     [
         (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
-        (("-m", "experiment=table3", "scale=micro", "++evidence.lr=1"), "evidence.lr is not yours to set with"),
+        (("-m", "experiment=table3", "scale=micro", "++paper.lr=1"), "paper.lr is not yours to set with"),
         (
             ("-m", "experiment=table3", "clip=none"),
             "clip is not yours to set with experiment=table3: the sets set clip,",
@@ -77,10 +77,10 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
             "seed=-1 is not allowed: it must be an integer from 0 to",
         ),
         (
-            ("-m", "experiment=figure2", "scale=micro", "data.bad_batches.steps=[5]"),
-            "data.bad_batches.steps is not yours to set with experiment=figure2: the sets set",
+            ("-m", "experiment=figure2", "scale=micro", "data.corruption.steps=[5]"),
+            "data.corruption.steps is not yours to set with experiment=figure2: the sets set",
         ),
-        (("-m", "hydra/sweeper=declared"), "hydra/sweeper=declared is not possible without experiment=, which sets it"),
+        (("-m", "hydra/sweeper=suite"), "hydra/sweeper=suite is not possible without experiment=, which sets it"),
         (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=[table2,main]"), "experiment=[table2,main] is not possible: main is none of the sets all,"),
     ],
@@ -112,7 +112,7 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
     for given, said in (
         (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
         (("seeds=0,1",), "seeds=0,1 is several values: give a list, as KEY=[0,1]"),
-        (("also=[a=1]",), "also=[a=1] cannot be read: what is not plain is quoted, as 'also=["),
+        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: what is not plain is quoted, as 'overrides=["),
     ):
         done = script("make_tables.py", *given, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {said}"), done.stderr
@@ -132,22 +132,25 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
             "windows=[[9,8]]",
             "windows=[[9, 8]] is not allowed: it must be pairs of the first and last of three steps or more",
         ),
-        ("also=[3]", "also=[3] is not allowed: it must be a list of settings in quotes, as"),
+        ("overrides=[3]", "overrides=[3] is not allowed: it must be a list of settings in quotes, as"),
         ("seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
         ("seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
         ("experiment=[]", "experiment=[] is not made here: it must be of table2, table3,"),
         ("out=2026", "out=2026 is not allowed: it must be a folder, or null"),
-        ("also=['clip=fixed']", "also=['clip=fixed'] is not allowed: clip is what the experiments set themselves"),
+        (
+            "overrides=['clip=fixed']",
+            "overrides=['clip=fixed'] is not allowed: clip is what the experiments set themselves",
+        ),
         ("scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
-        ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with evidence-micro/"),
+        ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with paper-micro/"),
     ],
 )
 def test_mistakes_of_the_readers_are_named(given, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with initialize_config_dir(str(CHECKOUT / "configs" / "evidence"), version_base="1.3"):
+    with initialize_config_dir(str(CHECKOUT / "configs" / "paper"), version_base="1.3"):
         cfg = compose("results", [given])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         chosen(cfg)
         step_windows(cfg)
     assert str(error.value).startswith(said)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.catalogue import STRATEGIES, TABLES
-from experiments.claims import NOT_TESTABLE, verdicts
-from experiments.collection import collect
-from experiments.drawing import NothingToDraw
-from experiments.figures import DRAWN, draw
-from experiments.tables import about, as_csv, fill, latex, markdown
+from experiments.paper.claims import NOT_TESTABLE, verdicts
+from experiments.paper.collect import collect
+from experiments.paper.drawing import NothingToDraw
+from experiments.paper.figures import DRAWN, draw
+from experiments.paper.suites import STRATEGIES, TABLES
+from experiments.paper.tables import about, as_csv, fill, latex, markdown
 from tests.experiments.conftest import BAD, expected, write_run
-from training.config import identity
+from training.config.checks import identity
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -79,10 +79,10 @@ def test_an_undisturbed_run_that_diverged_is_no_measure(everything):
 def test_bad_batches_at_other_steps_in_the_lab(everything):
     """One list of steps may begin as another."""
     runs = dict(everything.runs)
-    key = next(key for key, run in runs.items() if run.config["data"]["bad_batches"]["steps"])
+    key = next(key for key, run in runs.items() if run.config["data"]["corruption"]["steps"])
     config = {
         **runs[key].config,
-        "data": {**runs[key].config["data"], "bad_batches": {"steps": [80], "kind": "repeat"}},
+        "data": {**runs[key].config["data"], "corruption": {"steps": [80], "kind": "repeat"}},
     }
     said = about([runs[key], runs[key]._replace(config=config)], [0])
     assert "put in at steps 80, bad batches of kind repeat put in at steps 80, 100, 120" in said
@@ -193,7 +193,7 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
         ("metrics.jsonl", "[1]\n", "damaged ("),
         ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 2: "),
         ("result.json", "{", "damaged (result.json: "),
-        ("eval.json", "{", "damaged (eval.json: "),
+        ("task_scores.json", "{", "damaged (task_scores.json: "),
         ("metrics.jsonl", None, "not of one run"),
         ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
         ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
@@ -205,8 +205,8 @@ def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
         ),
         ("environment.json", "[]", "damaged ("),
         ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
-        ("eval.json", '{"scores": null}', "damaged ("),
-        ("eval.json", '{"scores": [{}]}', "eval.json has a score that is none"),
+        ("task_scores.json", '{"scores": null}', "damaged ("),
+        ("task_scores.json", '{"scores": [{}]}', "task_scores.json has a score that is none"),
         ("config.yaml", "[1]", "cannot be read"),
         ("config.yaml", "trainer: x", "cannot be read"),
     ],

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import models.loss
-from models.loss import linear_cross_entropy, rows_at_once, slopes
+from models.loss import chunk_rows, linear_cross_entropy, slopes
 
 TOKENS, HIDDEN, VOCABULARY = 300, 32, 500
 
@@ -31,7 +31,7 @@ def differentiated(function, dtype, autocast=False):
 @pytest.mark.parametrize("rows", [1, 7, 100, 300, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_loss_and_gradients_are_the_plain_ones(rows, z_loss, monkeypatch):
-    monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: rows)
+    monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: rows)
     expected = differentiated(lambda *given: plain(*given, z_loss), torch.float32)
     found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
     for a, b in zip(found, expected, strict=True):
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_the_plain_ones(rows, z_loss, monkeypatch):
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_compiled_it_is_the_same(z_loss, monkeypatch):
-    monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: 100)
+    monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 100)
     expected = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
     between = torch.compile(slopes, dynamic=False)
     found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss, between)[0], torch.float32)
@@ -50,7 +50,7 @@ def test_compiled_it_is_the_same(z_loss, monkeypatch):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bfloat16_they_are_as_near_to_float32_as_the_plain_ones(autocast, monkeypatch):
-    monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: 50)
+    monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 50)
     dtype = torch.float32 if autocast else torch.bfloat16
     exact = differentiated(plain, torch.float32)
     theirs = differentiated(plain, dtype, autocast)
@@ -72,8 +72,8 @@ def test_a_third_of_the_loss_has_a_third_of_the_gradient_in_bfloat16():
 
 
 def test_rows_at_once_are_few_on_a_cpu_and_enough_for_a_matrix_product():
-    assert rows_at_once(2048, 4096, "cpu") == 256 and rows_at_once(100, 4096, "cpu") == 100
-    assert rows_at_once(2048, 65536, "cpu") == 128 and rows_at_once(16384, 65536, "cuda") == 512
+    assert chunk_rows(2048, 4096, "cpu") == 256 and chunk_rows(100, 4096, "cpu") == 100
+    assert chunk_rows(2048, 65536, "cpu") == 128 and chunk_rows(16384, 65536, "cuda") == 512
 
 
 def test_the_cross_entropy_is_told_apart_from_the_z_loss():
@@ -89,7 +89,7 @@ def test_the_cross_entropy_is_told_apart_from_the_z_loss():
 
 def test_all_logits_are_never_there(monkeypatch):
     """No tensor of the whole loss, forward and backward, is as large as the logits."""
-    monkeypatch.setattr(models.loss, "rows_at_once", lambda *_: 10)
+    monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 10)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

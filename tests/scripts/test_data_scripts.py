@@ -39,7 +39,7 @@ def test_mistakes_are_one_sentence(corpus, tmp_path):
         ("train_tokenizer.py", ("vocab_size=100",), "data.vocab_size=100 is not allowed: it must be at least 257"),
         ("train_tokenizer.py", ("max_bytes=no",), "max_bytes=no is not allowed"),
         ("prepare_data.py", ("data.path=/nope",), "data.sources.text.path=/nope does not exist"),
-        ("prepare_data.py", ("data.test_fraction=2",), "data.test_fraction=2 is not allowed"),
+        ("prepare_data.py", ("data.val_fraction=2",), "data.val_fraction=2 is not allowed"),
         ("prepare_data.py", ("data.tokenizer=/nope",), "data.tokenizer=/nope is not there"),
         ("prepare_data.py", ("data=smollm",), "data.sources.cosmopedia.hub=HuggingFaceTB/smollm-corpus cannot be"),
         ("prepare_data.py", ("dta=smollm",), "dta=smollm is not possible"),
@@ -63,7 +63,7 @@ def test_smollm_from_local_files(corpus, tmp_path):
         for name in ("cosmopedia", "fineweb_edu")
         for key in ("hub=null", f"path={name}.parquet")
     ]
-    done = script("prepare_data.py", "data=smollm", *local, "data.test_fraction=0.1", cwd=tmp_path)
+    done = script("prepare_data.py", "data=smollm", *local, "data.val_fraction=0.1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (manifest,) = (tmp_path / "cache").glob("tokens-*/tokens.json")
     facts = json.loads(manifest.read_text())

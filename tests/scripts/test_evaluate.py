@@ -62,18 +62,20 @@ def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # no
         ("lost", f"run={runs}/main/lost has lost its tokenizer: "),
     ):
         assert f"{name}: {why}" in done.stdout
-    one = runs / "main" / "one" / "eval.json"
+    one = runs / "main" / "one" / "task_scores.json"
     (first,) = scores(one)
     assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["shots"] == 0
     assert 0 <= first["acc"] <= 1 and first["acc_stderr"] > 0 and first["versions"]["lm_eval"]
-    done = script("evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *given[1:], "eval.shots=[0,1]", cwd=tmp_path)
+    done = script(
+        "evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *given[1:], "eval.num_fewshot=[0,1]", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert scores(one)[0] == first, "it was not scored again"
     assert [(s["task"], s["shots"]) for s in scores(one)] == [
         ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
     ]  # fmt: skip
     assert "items: hellaswag 60 drawn, winogrande 60 drawn" in done.stdout and "acc_norm" in done.stdout
-    others = scores(runs / "main" / "two" / "eval.json")
+    others = scores(runs / "main" / "two" / "task_scores.json")
     for score, other in zip(scores(one), others, strict=True):
         assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) < 0.1, "they differ by rounding"
     assert not list(runs.rglob(".eval-*"))
@@ -85,8 +87,8 @@ def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noq
     for subject in ("hf=exported", f"run={runs}/main/one"):
         done = script("evaluate.py", subject, *given, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    ours = [numbers(score) for score in scores(runs / "main" / "one" / "eval.json") if score["seed"] == 4]
-    assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "eval.json")]
+    ours = [numbers(score) for score in scores(runs / "main" / "one" / "task_scores.json") if score["seed"] == 4]
+    assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "task_scores.json")]
     weights = load_file(tmp_path / "exported" / "model.safetensors")
     shutil.copytree(tmp_path / "exported", tmp_path / "other")
     save_file(
@@ -101,7 +103,7 @@ def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noq
 def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
     for name in ("whole", "killed"):
         shutil.copytree(runs / "main" / "one", tmp_path / name)
-        (tmp_path / name / "eval.json").unlink(missing_ok=True)
+        (tmp_path / name / "task_scores.json").unlink(missing_ok=True)
     given = (f"eval.data_dir={sets}", "eval.limit=600", "eval.tasks=[hellaswag]")
     command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *given]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -114,11 +116,11 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
     with answers.open("a") as file:
         file.write('["half a li')
     before = answers.read_bytes()
-    assert not (tmp_path / "killed" / "eval.json").exists() and before.count(b"\n") >= 513
+    assert not (tmp_path / "killed" / "task_scores.json").exists() and before.count(b"\n") >= 513
     for name in ("whole", "killed"):
         done = script("evaluate.py", f"run={name}", *given, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    whole, killed = (scores(tmp_path / name / "eval.json") for name in ("whole", "killed"))
+    whole, killed = (scores(tmp_path / name / "task_scores.json") for name in ("whole", "killed"))
     assert [numbers(score) for score in whole] == [numbers(score) for score in killed]
 
 
@@ -130,11 +132,11 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
         ("hf=./nothing", "hf=./nothing is not there: it must be a folder, or a name on the Hugging Face hub"),
         ("eval.tasks=hellaswag", "eval.tasks=hellaswag is not allowed: it must be a list of tasks, as [hellaswag]"),
         ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
-        ("eval.shots=-1", "eval.shots=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
+        ("eval.num_fewshot=-1", "eval.num_fewshot=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("eval.data_dir=nowhere", "eval.data_dir=nowhere is not there: it must be a folder with the validation sets"),
-        ("eval.shots=[]", "eval.shots=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
+        ("eval.num_fewshot=[]", "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("run=5", "run=5 is not allowed: it must be a run folder, the folder of an experiment, or a list of such"),
-        ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its eval.json"),
+        ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
         (

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import TINY, script, train
-from training.checkpoint_files import weights
+from training.checkpoint.format import weights
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.conftest import CHECKOUT, TINY, same, script, train
 from tests.slurm.cluster import Cluster, missing
 from tests.training.test_stopping import start
 from tests.training.test_trouble import rows
-from training.checkpoint_files import weights
+from training.checkpoint.format import weights
 
 pytestmark = pytest.mark.slurm
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.catalogue import sets
+from experiments.paper.suites import sets
 from tests.conftest import CHECKOUT, train
-from training.config import check, clipping_strategy, run_name
+from training.config.checks import check, clipping_strategy, run_name
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -17,7 +17,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 OPTIONS = sorted(
     (file.parent.relative_to(CONFIGS).as_posix(), file.stem)
     for file in CONFIGS.rglob("*.yaml")
-    if file.parent.name not in ("configs", "evidence")
+    if file.parent.name not in ("configs", "paper")
 )
 
 
@@ -29,9 +29,9 @@ def composed(*overrides: str):
 def test_the_promised_options_are_there():
     promised = {
         "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
-        "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"embedded", "smollm"},
-        "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "optim": {"adamw"}, "logger": {"local", "wandb"},
-        "scale": {"main", "micro", "proxy", "paper"}, "experiment": {"main", "evidence", *sets()},
+        "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"sotu", "smollm"},
+        "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "optim": {"adamw"}, "logger": {"jsonl", "wandb"},
+        "scale": {"main", "micro", "proxy", "paper"}, "experiment": {"main", "paper", *sets()},
     }  # fmt: skip
     for group, names in promised.items():
         assert names <= {name for g, name in OPTIONS if g == group}
@@ -133,9 +133,9 @@ BAD = {
     "+foo=1": "foo=1 means nothing",
     "data.path=": "data.path= is not allowed",
     "data.sources.text.path=x data.path=y": "data.path=y means nothing to the sources text",
-    "data.bad_batches.kind=evil": "data.bad_batches.kind=evil is not allowed: it must be one of random, repeat",
-    "data.bad_batches.steps=[0]": "data.bad_batches.steps=[0] is not allowed: it must be a list of different steps",
-    "data.bad_batches.steps=[301]": "data.bad_batches.steps=[301] is not allowed: step 301 is after the last",
+    "data.corruption.kind=evil": "data.corruption.kind=evil is not allowed: it must be one of random, repeat",
+    "data.corruption.steps=[0]": "data.corruption.steps=[0] is not allowed: it must be a list of different steps",
+    "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",
     "model.vocab_size=100": "data.vocab_size=100 is not allowed: it must be at least 257",
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
     "logger=wandb": "logger=wandb needs to know who you are",
@@ -173,7 +173,7 @@ def test_a_sweep_with_one_bad_job_starts_none(overrides, said, tmp_path):
 def test_hydra_full_error_shows_the_traceback(tmp_path):
     done = train("lr=-1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
     assert done.returncode == 2
-    assert "Traceback" in done.stderr and "ConfigError: lr=-1 is not allowed" in done.stderr
+    assert "Traceback" in done.stderr and "UserError: lr=-1 is not allowed" in done.stderr
 
 
 def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from models import Llama
 from tests.conftest import CHECKOUT
-from training.clock import PARTS, TOLD, Clock, seconds
-from training.config import model_config, settings_of
+from training.config.checks import model_config, settings_of
 from training.module import PretrainingModule
-from training.progress import ProgressDisplay
+from training.monitor.progress import ProgressDisplay
+from training.monitor.step_timer import PARTS, TOLD, StepTimer, seconds
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def busy(device: str) -> None:
 def test_the_clock_tells_what_time_went_to(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    clock = Clock(torch.device(device))
+    clock = StepTimer(torch.device(device))
     clock.mark("data")
     for part in ("forward_backward", "saving", "clip", "forward_backward"):
         busy(device)

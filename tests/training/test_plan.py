@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from models import Llama, LlamaConfig
-from models.parallel import checkpoint_activations
+from models.parallel import apply_activation_checkpointing
 from tests.conftest import train
 from tests.training.test_config import composed
-from training.plan import _activations, plan, tight
-from training.speed import PEAKS, flops_per_token, peak
+from training.launch.plan import _activations, plan, tight
+from training.runtime.hardware import PEAK_FLOPS, flops_per_token, peak
 
 SMALL = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -18,7 +18,7 @@ SMALL = LlamaConfig(
 
 def saved_bytes(model: Llama, how: str, autocast: bool = False) -> int:
     """Bytes of storages, weights and their copies aside, that forward of the blocks leaves for backward."""
-    checkpoint_activations(model, how)
+    apply_activation_checkpointing(model, how)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -65,7 +65,7 @@ def test_the_papers_run():
     assert found.tokens_per_step == 4_194_304 and found.steps * found.tokens_per_step == pytest.approx(49.9e9, rel=1e-2)
     assert found.flops / (found.steps * found.tokens_per_step) == pytest.approx(6.43e9, rel=1e-3)
     assert found.memory["weights"] == 4 * 1_071_712_256 / 8 and found.memory["optimizer"] == 8 * 1_071_712_256 / 8
-    assert found.hours(8, PEAKS["H100"], 0.4) == pytest.approx(28.2, abs=0.1)
+    assert found.hours(8, PEAK_FLOPS["H100"], 0.4) == pytest.approx(28.2, abs=0.1)
     alone = plan(composed("model=1b", "plan=true"))
     assert alone.memory["gradients"] == alone.memory["weights"] == 4 * 1_071_712_256
 
@@ -90,8 +90,8 @@ def test_a_plan_is_shown_and_leaves_nothing(tmp_path):
     for said in ("1b: 1,071,712,256 parameters", "does not fit 80 GiB", "operations a token", "40% MFU on 8 H100"):
         assert said in done.stdout, done.stdout
     assert "fits 80 GiB" in train(*settings, "trainer.activation_checkpointing=full", cwd=tmp_path).stdout
-    wrong = train(*settings, "planned.device=H800", cwd=tmp_path)
-    assert wrong.returncode == 2 and "planned.device=H800 is not allowed: it must be one of H200" in wrong.stderr
+    wrong = train(*settings, "hardware.device=H800", cwd=tmp_path)
+    assert wrong.returncode == 2 and "hardware.device=H800 is not allowed: it must be one of H200" in wrong.stderr
     assert not list(tmp_path.iterdir())
 
 

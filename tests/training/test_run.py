@@ -16,14 +16,14 @@ import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models
 
-from data import Sequences, prepare, unigram_entropy
+from data import TokenDataset, prepare, unigram_entropy
 from data.tokenizer import END_OF_TEXT, text_encoder
-from experiments.runs import read_run
+from experiments.run.read import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
-from tests.programs import run
-from training.clock import PARTS, TOLD
-from training.config import corpus_of, model_config
+from tests.process_pool import run
+from training.config.checks import corpus_of, model_config
+from training.monitor.step_timer import PARTS, TOLD
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_killed_at_each_delicate_moment(settings, tmp_path):
         "evaluation", "evaluation",
     )  # fmt: skip
     for moment in moments:
-        done = run("tests/training/killed.py", moment, *settings, cwd=killed)
+        done = run("tests/training/fault_injection.py", moment, *settings, cwd=killed)
         assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stdout}{done.stderr}"
     assert train(*settings, cwd=killed).returncode == 0
     checkpoint, rows, test_loss = final(whole)
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path):
 
 
 def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(settings, tmp_path):
-    settings = (*settings, "trainer.keep_checkpoints=1")
+    settings = (*settings, "trainer.keep_last=1")
     given = ("trainer.checkpoint_every=8", "trainer.keep_every=8")
     assert train(*settings, *given, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
@@ -276,13 +276,13 @@ def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
 
 @pytest.mark.parametrize("most", [None, 2000])
 def test_the_test_loss_is_that_of_the_held_out_tokens(most, settings, corpus, cache, tmp_path):
-    given = () if most is None else (f"data.max_test_tokens={most}",)
+    given = () if most is None else (f"data.max_val_tokens={most}",)
     assert train(*settings, *given, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     result = json.loads((path / "result.json").read_text())
     cfg = OmegaConf.load(path / "config.yaml")
     tokens = prepare(corpus_of(cfg), cache, 64)
-    sequences = Sequences(tokens.test, 64)
+    sequences = TokenDataset(tokens.test, 64)
     count = len(sequences) if most is None else most // 64
     model = Llama(model_config(cfg))
     state = torch.load(path / "checkpoints" / "step-00000040.ckpt", weights_only=False)["state_dict"]
@@ -383,14 +383,14 @@ def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
 
 
 def test_bad_batches_are_put_in_and_told(settings, tmp_path):
-    bad = ("data.bad_batches.steps=[20,30]", "data.bad_batches.kind=random")
+    bad = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
     done = train(*settings, *bad, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"bad batches\s+│ 2 random", done.stdout)
     rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
     loss = [row["loss"] for row in rows]
     assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
-    sweep = train("-m", *settings, "data.bad_batches.steps=[],[20]", cwd=tmp_path)
+    sweep = train("-m", *settings, "data.corruption.steps=[],[20]", cwd=tmp_path)
     assert sweep.returncode == 0, sweep.stderr
     assert "1 random" in sweep.stdout and "none" in sweep.stdout
 
@@ -399,10 +399,10 @@ def test_a_tokenizer_without_the_letters_of_bad_batches_is_told_before_the_run(s
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
     text_encoder(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
-    given = ("data.tokenizer=tokenizer", "data.bad_batches.steps=[2]", "data.bad_batches.kind=script")
+    given = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=script")
     done = train(*settings, *given, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
-        "train.py: error: data.bad_batches.kind=script is not possible: the tokenizer leaves out letters of other "
+        "train.py: error: data.corruption.kind=script is not possible: the tokenizer leaves out letters of other "
         "scripts\n"
     )
     assert not (tmp_path / "runs").exists()

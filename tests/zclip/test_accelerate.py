@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tests.zclip.loops import STEPS, assert_same, batch, build, plain
+from tests.zclip.reference_loop import STEPS, assert_same, batch, build, plain
 from zclip import ZClip
 
 

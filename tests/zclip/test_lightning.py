@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
 from tests.conftest import same
-from tests.zclip.loops import STEPS, assert_same, batch, build, free_port, plain
+from tests.zclip.reference_loop import STEPS, assert_same, batch, build, free_port, plain
 from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 
 

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.zclip.loops import STEPS, assert_same, batch, build, free_port, plain
+from tests.zclip.reference_loop import STEPS, assert_same, batch, build, free_port, plain
 from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
 
 

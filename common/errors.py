@@ -1,0 +1,69 @@
+"""Errors whose message is one sentence for the user, and the exit statuses that go with them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+#: Exit statuses: the user asked for something that is not possible; a run cannot continue. A program fault is 1.
+EXIT_USER_ERROR, EXIT_CANNOT_CONTINUE = 2, 3
+
+
+class UserError(ValueError):
+    """The user asked for something that is not possible; the message is one sentence."""
+
+
+class ConfigError(UserError):
+    """A setting has a value that is not allowed; the message is one sentence that names both.
+
+    Args:
+        field: dotted key of the setting, such as `trainer.max_steps`.
+        value: its value.
+        allowed: what is allowed, such as "an integer from 1".
+        problem: what is wrong and what to do, for messages that are not "is not allowed: it must be `allowed`".
+    """
+
+    def __init__(self, field: str, value: Any, allowed: str = "", problem: str = "") -> None:
+        self.field = field
+        self.value = value
+        self.problem = problem or f"is not allowed: it must be {allowed}"
+        super().__init__(f"{field}={shown(value)} {self.problem}")
+
+    def within(self, section: str) -> "ConfigError":
+        """Return the same error for a setting of a section."""
+        return ConfigError(f"{section}.{self.field}", self.value, problem=self.problem)
+
+
+class RunError(RuntimeError):
+    """A run cannot continue, though no code is at fault; the message is one sentence."""
+
+
+@contextmanager
+def prefix_errors(section: str) -> Iterator[None]:
+    """Put a section's name in front of the key that an error of the block names.
+
+    Args:
+        section: such as `data`.
+
+    Raises:
+        ConfigError: an error of the block that has a `field`, a `value` and a `problem`, as `ConfigError` and
+            `zclip.ArgumentError` do.
+        UserError: any other `ValueError`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(error, "field"):
+            raise ConfigError(f"{section}.{error.field}", error.value, problem=error.problem) from error  # type: ignore[attr-defined]
+        raise UserError(f"{section}: {error}") from error
+
+
+def shown(value: Any) -> Any:
+    """Return a value as the command line takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else value
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Return an error's message as one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]

@@ -1,0 +1,124 @@
+"""Files that are complete or absent, locks that the system releases, and JSON that is checked when it is read."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from common.errors import UserError
+
+
+def tmp_path(path: Path) -> Path:
+    """Return the temporary name under which a file or folder is written before it gets its own."""
+    return path.with_name(f".saving-{path.name}")
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path`, complete and on the disk, when the block ends; if it fails, nothing changes."""
+    temporary = tmp_path(path)
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there complete or not at all, whatever happens meanwhile."""
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Give a file or folder its final name once the disk holds it. A folder of that name is replaced."""
+    for written in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        sync(written)
+    if path.is_dir():  # folders are not replaced
+        remove(path)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, such that no part of it is taken for the whole meanwhile."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(path.with_name(f".removing-{path.name}")))
+    else:
+        path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive_lock(path: Path, seconds: float = -1.0, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock file until the block ends. The system releases it however the process ends.
+
+    Args:
+        path: the lock file; made if need be.
+        seconds: how long to wait for another process; negative: until it releases the lock.
+        waiting: called once before waiting.
+
+    Raises:
+        TimeoutError: another process still holds it.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout as error:
+            raise TimeoutError(f"another process holds {path}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine, or on one that shares locks with it, holds a lock file. Makes no file."""
+    if not path.exists():
+        return False
+    try:
+        with exclusive_lock(path, seconds=0):
+            return False
+    except TimeoutError:
+        return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: it is not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not an object): remove it, and the same command makes it again")
+    return content

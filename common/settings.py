@@ -1,0 +1,142 @@
+"""Typed settings: the base of every configuration section, and what makes a sentence of a validation error.
+
+A package owns the section that configures it, as a subclass of `Settings`. Each key is declared once, with its type,
+default, bounds and a docstring that says what it means; `docs/reference` is generated from that.
+"""
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
+
+from common.errors import ConfigError, UserError
+from common.text import nearest
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a type allows, in words, such as "an integer from 1": metadata of an `Annotated` type."""
+
+    words: str
+
+
+#: Types of settings. Each says what is allowed in the words of the error message.
+Count = Annotated[int, Field(ge=1, lt=2**31), Allowed("an integer from 1")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number above 0")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a number from 0")]
+Fraction = Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), Allowed("a number from 1")]
+Flag = Annotated[bool, Allowed("true or false")]
+Folder = Annotated[str, StringConstraints(min_length=1), Allowed("a folder")]
+FolderName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"),
+    Allowed("a folder name of letters, digits and . _ = , + -"),
+]
+
+
+class Settings(BaseModel):
+    """A section of the configuration: types are strict, keys known, values fixed once they are parsed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
+    """Return a section with these values.
+
+    Args:
+        section: the class.
+        values: plain values by key, nested for sections within.
+        prefix: dotted key of the section, for messages.
+
+    Raises:
+        ConfigError: a value is not allowed; only the first is named.
+        UserError: a key is unknown, or has no value.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise _sentence(section, error, values, prefix) from None
+
+
+def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any], prefix: str) -> UserError:
+    """Return the first of pydantic's errors as one of ours."""
+    errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
+    first = errors[0]
+    path = _settings_path(section, first["loc"])
+    key = ".".join([*([prefix] if prefix else []), *path])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause.within(key) if key else cause
+    if first["type"] == "extra_forbidden":
+        owner = section_at(section, path[:-1])
+        near = nearest(path[-1], owner.model_fields) if owner is not None else None
+        meant = f" (the nearest is {key.removesuffix(path[-1])}{near})" if near else ""
+        return ConfigError(key, first["input"], problem=f"is not possible: there is no key {key}{meant}")
+    if first["type"] == "missing":
+        return UserError(f"{key} is not set: give it as {key}=...")
+    owner = section_at(section, path[:-1])
+    if isinstance(cause, ValueError) or owner is None:
+        return UserError(f"{key}: {cause or first['msg']}")
+    field = owner.model_fields[path[-1]]
+    value: Any = values
+    for name in path:  # the whole value is named, of a list too
+        value = value[name]
+    return ConfigError(key, value, allowed_words(field.annotation, field.metadata))
+
+
+def _settings_path(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """Return the part of an error's location that is keys of sections."""
+    path: list[str] = []
+    owner: type[BaseModel] | None = section
+    for name in map(str, loc):
+        if owner is None:
+            break
+        path.append(name)
+        owner = section_at(owner, [name])
+    return path
+
+
+def section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """Return the class of the section at a path of keys; `None` if there is none."""
+    for name in path:
+        field = section.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        section = field.annotation
+    return section
+
+
+def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Return what a type allows, in words."""
+    for one in metadata:
+        if isinstance(one, Allowed):
+            return one.words
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return allowed_words(inner, more)
+    if get_origin(annotation) is Literal:
+        *others, last = map(str, get_args(annotation))
+        return f"one of {', '.join([*others, last])}" if len(others) > 2 else f"{', '.join(others)} or {last}"
+    if get_origin(annotation) in (Union, types.UnionType):
+        words = ["null" if each is type(None) else allowed_words(each) for each in get_args(annotation)]
+        return ", or ".join(words)
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return names.get(annotation, "of the right kind")
+
+
+def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every key of a section and of those within it, dotted, with its declaration."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = section_at(section, [name])
+        if inner is not None:
+            yield from fields_of(inner, f"{key}.")
+        else:
+            yield key, field

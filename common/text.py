@@ -1,0 +1,31 @@
+"""Small things done to text and nested settings."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Seconds between two progress lines where the output is not a terminal.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their keys, joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a misspelt one is most like; `None` if there is none."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+
+
+def overrides_dict(overrides: Iterable[str]) -> dict[str, str]:
+    """Return command-line overrides (`key=value`, `+key=value`, `~key`) by their keys."""
+    return {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
+
+
+def quoted(value: str) -> str:
+    """Return a text as Hydra's command line takes it, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

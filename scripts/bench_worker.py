@@ -1,0 +1,190 @@
+"""One contender of bench_train.py, in a process of its own: `python scripts/bench_worker.py NAME SPEC.json`.
+
+A contender trains on given batches and is stopped between rounds: it says on its standard output, in a line of JSON,
+that it has warmed up, and after each line it then reads how long the next round took. Beside torch and numpy it imports
+its own libraries only, so that peers run in an environment that knows nothing of this project.
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path[0] = str(Path(__file__).parent.parent)
+
+
+class Rounds:
+    """Stops a loop between rounds and tells how long each took.
+
+    Args:
+        steps: of a round; as many are done first, to warm up.
+        device: that must be done when a round ends.
+    """
+
+    def __init__(self, steps: int, device: str) -> None:
+        self.steps = steps
+        self.device = device
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print goes to the log
+        self.done = 0
+        self._since = 0.0
+
+    def step_done(self, loss: Any) -> None:
+        """Count a step; at the end of a round report it, and wait for the next, or for the end of the process."""
+        self.done += 1
+        if self.done % self.steps:
+            return
+        loss = float(loss)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resident_peak()
+        took = time.perf_counter() - self._since
+        self.out.write(json.dumps({"seconds": took, "loss": loss, "memory": memory}) + "\n")
+        self.out.flush()
+        if not sys.stdin.readline():
+            os._exit(0)
+        self._since = time.perf_counter()
+
+
+def resident_peak() -> int:
+    """Return the most bytes that this program has had; what getrusage says begins with the peak of who started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def batches(spec: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield (batch, length + 1) int64 tokens on the device, again and again."""
+    stored = np.load(spec["batches"], mmap_mode="r")
+    while True:
+        for batch in stored:
+            tokens = torch.from_numpy(batch.astype(np.int64))
+            yield tokens.pin_memory().to("cuda", non_blocking=True) if spec["device"] == "cuda" else tokens
+
+
+def plain_loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], spec: dict[str, Any]) -> None:
+    """Train with nothing but the model and AdamW, until the process is ended."""
+    rounds = Rounds(spec["steps"], spec["device"])
+    model.train().to(spec["device"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], fused=True)
+    mixed = torch.autocast("cuda", torch.bfloat16) if spec["device"] == "cuda" else nullcontext()
+    for tokens in batches(spec):
+        with mixed:
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rounds.step_done(loss.detach())
+
+
+def ours(spec: dict[str, Any]) -> None:
+    """Train as `train.py` does."""
+    from hydra import compose, initialize_config_dir
+    from rich.console import Console
+
+    from training.config.checks import check, run_path
+    from training.run import prepare_tokens, train
+    from training.run_dir import RunDir
+
+    rounds = Rounds(spec["steps"], spec["device"])
+    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides=[*spec["overrides"], f"trainer.compile={spec['compile']}"])
+    check(cfg)
+    console = Console(quiet=True)
+    tokens = prepare_tokens(cfg, console)
+    folder = RunDir(run_path(cfg))
+    with folder.owned(cfg, tokens):
+        train(cfg, folder, tokens, console, listeners=[lambda row: rounds.step_done(row["loss"])])
+
+
+def bare(spec: dict[str, Any]) -> None:
+    """Train our model in a plain loop."""
+    from models import Llama, LlamaConfig
+    from models.parallel import compile_model
+
+    model = Llama(LlamaConfig(**spec["model"]))
+    if spec["compile"]:
+        compile_model(model)
+    plain_loop(model, lambda tokens, targets: model(tokens, targets)[0], spec)
+
+
+def transformers(spec: dict[str, Any]) -> None:
+    """Train transformers' LLaMA in a plain loop."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {name: value for name, value in spec["model"].items() if name not in ("qk_norm", "rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": spec["model"]["rope_theta"]}
+    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, use_cache=False, attn_implementation="sdpa"))
+    check_size(model, spec)
+    run = torch.compile(model) if spec["compile"] else model
+    plain_loop(model, lambda tokens, targets: run(tokens, labels=targets, shift_labels=targets).loss, spec)
+
+
+def litgpt(spec: dict[str, Any]) -> None:
+    """Train litgpt's GPT with litgpt's loop, which clips by a fixed norm."""
+    import lightning
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.pretrain import fit, initialize_weights
+
+    rounds, shape = Rounds(spec["steps"], spec["device"]), spec["model"]
+    config = Config(
+        block_size=spec["length"], n_layer=shape["num_hidden_layers"], n_embd=shape["hidden_size"],
+        vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"], norm_class_name="RMSNorm",
+        norm_eps=shape["rms_norm_eps"], parallel_residual=False, n_head=shape["num_attention_heads"],
+        n_query_groups=shape["num_key_value_heads"], rope_base=int(shape["rope_theta"]), rotary_percentage=1.0,
+        intermediate_size=shape["intermediate_size"], bias=False, mlp_class_name="LLaMAMLP",
+    )  # fmt: skip
+    precision = "bf16-mixed" if spec["device"] == "cuda" else "32-true"
+    fabric = lightning.Fabric(accelerator=spec["device"], devices=1, precision=precision)
+    fabric.launch()
+    model = GPT(config)
+    check_size(model, spec)
+    initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
+    prepared = fabric.setup(torch.compile(model) if spec["compile"] else model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=spec["lr"], fused=True))
+    losses = [float("nan")]
+    fabric.log_dict = lambda metrics, step: losses.append(metrics["loss"])  # type: ignore[method-assign]
+
+    def feed() -> Iterator[Tensor]:
+        source = batches(spec)
+        yield next(source)
+        for tokens in source:
+            rounds.step_done(losses[-1])
+            yield tokens
+
+    most = 10**12
+    fit(
+        fabric=fabric, devices=1, state={"model": prepared, "optimizer": optimizer, "iter_num": 0, "step_count": 0},
+        train_dataloader=feed(), val_dataloader=[next(batches(spec))], out_dir=Path(spec["folder"]),
+        tokenizer_dir=None, eval=EvalArgs(interval=most, max_iters=1, final_validation=False),
+        train=TrainArgs(save_interval=None, log_interval=spec["log_every"], global_batch_size=spec["batch"],
+                        micro_batch_size=spec["batch"], lr_warmup_steps=1, max_tokens=most, max_norm=1.0),
+    )  # fmt: skip
+
+
+def check_size(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a peer has as many parameters as we have."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count != spec["parameters"]:
+        raise ValueError(f"this model has {count:,} parameters, ours {spec['parameters']:,}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    {"ours": ours, "bare": bare, "transformers": transformers, "litgpt": litgpt}[sys.argv[1]](
+        json.loads(Path(sys.argv[2]).read_text())
+    )

@@ -1,0 +1,85 @@
+"""Bad batches are those of their steps, the same on any ranks, and nothing else changes."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from data import KINDS, BatchCorruption, ShuffledDataset, TokenDataset, TrainLoader
+from data.tokenizer import END_OF_TEXT, text_encoder, train_tokenizer
+from tests.data.arrays import token_array
+
+STEPS, LENGTH = 6, 40
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return train_tokenizer(["the quick brown fox jumps over the lazy dog " * 40], 300)
+
+
+@pytest.fixture
+def loader(tmp_path, encoder):
+    ids = np.concatenate(encoder.encode([f"the lazy dog jumps over fox number {i} " for i in range(400)]))
+    sequences = TokenDataset(token_array(tmp_path, ids), LENGTH)
+
+    def make(kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1) -> TrainLoader:
+        bad = BatchCorruption([2, 5], kind, seed, encoder) if kind else None
+        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, 8, micro, rank, world, bad)
+
+    return make
+
+
+def steps(*loaders: TrainLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of each global batch, over all ranks."""
+    micro = [batch for batches in zip(*loaders, strict=True) for batch in batches]
+    per_step = len(micro) // STEPS
+    targets = [batch.tokens[:, 1:] if batch.targets is None else batch.targets for batch in micro]
+    return [
+        (
+            torch.cat([batch.tokens[:, :-1] for batch in micro[i : i + per_step]]).long(),
+            torch.cat(targets[i : i + per_step]).long(),
+        )
+        for i in range(0, len(micro), per_step)
+    ]
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_chosen_steps_change_and_on_all_ranks_alike(loader, kind):
+    good, bad = steps(loader(None)), steps(loader(kind))
+    assert [same(a, b) for a, b in zip(good, bad, strict=True)] == [True, False, True, True, False, True]
+    for world, micro in ((1, 2), (2, 4), (4, 1)):
+        assert all(map(same, bad, steps(*(loader(kind, rank, world, micro) for rank in range(world)))))
+    late = loader(kind)
+    late.load_state_dict({"sequences_consumed": 32, "fingerprint": "f"})
+    assert torch.equal(next(iter(late)).tokens[:, :-1].long(), bad[4][0])
+    assert not same(bad[1], steps(loader(kind, seed=2))[1])
+
+
+def test_a_tokenizer_without_other_scripts_is_told():
+    plain = Tokenizer(models.BPE({"a": 0, "b": 1, END_OF_TEXT: 2}, []))
+    with pytest.raises(ValueError, match=r"corruption.kind=script is not possible: the tokenizer leaves out letters"):
+        BatchCorruption([1], "script", 0, text_encoder(plain, end=2))
+    BatchCorruption([1], "random", 0, text_encoder(plain, end=2))
+
+
+def test_what_each_kind_is(loader, encoder):
+    good = steps(loader(None))[1]
+    made = {kind: steps(loader(kind))[1] for kind in KINDS}
+    inputs, targets = made["random"]
+    assert len(inputs.unique()) > 150 and inputs.max() < encoder.size
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    inputs, targets = made["repeat"]
+    assert (inputs == inputs[:, :1]).all() and (targets == inputs).all() and len(inputs[:, 0].unique()) > 3
+    inputs, targets = made["labels"]
+    assert torch.equal(inputs, good[0]) and not torch.equal(targets, good[1])
+    assert torch.equal(targets.sort(dim=1).values, good[1].sort(dim=1).values)
+    for row in made["script"][0]:
+        letters = encoder.tokenizer.decode(row.tolist()).strip("\ufffd")
+        assert len({unicodedata.name(letter).split()[0] for letter in letters}) == 1
+        assert unicodedata.name(letters[0]).split()[0] in {"GREEK", "CYRILLIC", "ARABIC", "DEVANAGARI", "CJK", "HANGUL"}

@@ -1,0 +1,32 @@
+"""The states of the random number generators of a process, to be kept and restored."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def rng_states() -> dict[str, Any]:
+    """Return the states of the generators of Python, NumPy and torch, on the CPU and on this process's GPU.
+
+    They are of types that `torch.load` takes from anyone.
+    """
+    state: Any = np.random.get_state()  # noqa: NPY002 - what libraries use
+    kind, keys, *rest = state
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.tensor(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Restore what `rng_states` returned."""
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
