@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.llama import Llama, LlamaConfig
+from common.settings import parse
+from models.config import LlamaConfig
+from models.llama import Llama
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -46,7 +48,7 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-        **{name: value for name, value in vars(config).items() if name not in ("qk_norm", "rope_theta")},
+        **{name: value for name, value in config.shape.items() if name not in ("qk_norm", "rope_theta")},
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,  # where transformers 4 looks; transformers 5 looks below
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -82,13 +84,14 @@ def config_of(folder: Path) -> LlamaConfig:
     if kind not in _ARCHITECTURES:
         strange = {"model_type": kind}
     else:
-        values = {name: facts[name] for name in LlamaConfig.__dataclass_fields__ if name in facts}
+        values = {name: facts[name] for name in LlamaConfig.model_fields if name in facts}
         values["rope_theta"] = rope.get("rope_theta", facts.get("rope_theta", 10000.0))
         values["num_key_value_heads"] = facts.get("num_key_value_heads") or facts.get("num_attention_heads")
-        try:
-            config = LlamaConfig(**{n: _number(n, value) for n, value in values.items()}, qk_norm=kind == "qwen3")
-        except TypeError as error:
-            raise ValueError(f"init_from={folder} cannot be read ({CONFIG} is incomplete: {_said(error)})") from error
+        values["qk_norm"] = kind == "qwen3"
+        for name, field in LlamaConfig.model_fields.items():
+            if field.is_required() and values.get(name) is None:
+                raise ValueError(f"init_from={folder} cannot be read ({CONFIG} is incomplete: it has no {name})")
+        config = parse(LlamaConfig, values)
         if facts.get("head_dim") not in (None, config.head_dim):
             strange["head_dim"] = facts["head_dim"]
         if not strange:
@@ -158,10 +161,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _is_tied(name: str, config: LlamaConfig) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
-
-
-def _number(name: str, value: Any) -> Any:
-    return float(value) if LlamaConfig.__dataclass_fields__[name].type is float else value
 
 
 def _said(error: Exception) -> str:

@@ -6,77 +6,14 @@ convention (the two halves of a head rotate together), so weights go over withou
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.config import LlamaConfig
 from models.loss import chunk_rows, linear_cross_entropy
-
-_ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "an integer from 1"),
-    float: ((int, float), "a number above 0"),
-    bool: ((bool,), "true or false"),
-}
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`.
-
-    `qk_norm` is no LLaMA's: it normalises queries and keys head by head, as Qwen3 does (a `Qwen3ForCausalLM` with the
-    same names), against the growth of attention logits that can end in spikes (arXiv 2302.05442, 2309.14322).
-
-    Raises:
-        ValueError: a size is not positive, or the heads do not divide.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds, allowed = _ALLOWED[field.type]
-            if type(value) not in kinds or (field.type is not bool and not 0 < value < float("inf")):
-                raise ValueError(f"{field.name}={value} is not allowed: it must be {allowed}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % (2 * heads):
-            raise ValueError(
-                f"num_attention_heads={heads} is not allowed: hidden_size={self.hidden_size} must be a "
-                "multiple of twice the number of heads"
-            )
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads={kv_heads} is not allowed: it must divide num_attention_heads={heads}"
-            )
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        kv_width = self.num_key_value_heads * self.head_dim
-        attention = 2 * self.hidden_size * (self.hidden_size + kv_width)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 class PrefixTree(NamedTuple):

@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -187,7 +186,7 @@ def specification(cfg: dict[str, Any], folder: Path, console: Console) -> dict[s
         "log_every": LOG_EVERY,
         "batches": str(folder / "batches.npy"),
         "folder": str(folder),
-        "model": asdict(config),
+        "model": config.shape,
         "parameters": config.parameters,
         "overrides": overrides,
         "flops": flops_per_token(config, cfg["length"]),

@@ -26,7 +26,15 @@ class Knowing:
     """
 
     def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
-        self.config = LlamaConfig(vocab_size, 2, 1, 1, 1, 1, 2048)
+        self.config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=2,
+            intermediate_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            max_position_embeddings=2048,
+        )
         self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
 
     def score(self, tokens, packing, targets):
@@ -107,7 +115,18 @@ def test_who_knows_nothing_is_at_chance(sets, tokenizer):
 def test_length_normalisation_and_partial_scoring_by_hand(sets, tokenizer):
     """Two items of each, with a real model and its logits, without anything of the path."""
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(tokenizer.size, 32, 48, 2, 4, 2, 512, initializer_range=0.3)).eval()
+    model = Llama(
+        LlamaConfig(
+            vocab_size=tokenizer.size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+        )
+    ).eval()
 
     def likelihood(context: str, continuation: str) -> float:
         whole, before = (tokenizer.tokenizer.encode(text).ids for text in (context + continuation, context))

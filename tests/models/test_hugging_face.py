@@ -89,7 +89,7 @@ def test_what_is_no_llama_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is another architecture \(model_type=gpt2\)"):
         config_of(tmp_path / "gpt")
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(config.json is incomplete: .*'vocab_size'"):
+    with pytest.raises(ValueError, match=r"cannot be read \(config.json is incomplete: it has no vocab_size"):
         config_of(tmp_path / "gpt")
     with pytest.raises(
         ValueError, match=r"init_from=\S+none cannot be read .*: it must be a folder with a config.json"

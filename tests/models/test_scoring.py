@@ -15,7 +15,17 @@ LONGEST = 24
 @pytest.fixture(scope="module", params=[False, True])
 def model(request) -> Llama:
     torch.manual_seed(0)
-    shape = LlamaConfig(97, 32, 48, 2, 4, 2, LONGEST, qk_norm=request.param, initializer_range=0.3)
+    shape = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LONGEST,
+        qk_norm=request.param,
+        initializer_range=0.3,
+    )
     return Llama(shape).eval()
 
 

@@ -22,6 +22,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from common.errors import UserError
+from common.settings import parse
 from data import Corpus, sources_of
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
@@ -259,9 +260,7 @@ def model_config(cfg: DictConfig) -> LlamaConfig:
     """Return the model's shape, or raise `UserError`."""
     settings = settings_of(cfg.model)
     settings.pop("init_from", None)
-    _check_names("model", settings, LlamaConfig)
-    with section("model"):
-        return LlamaConfig(**settings)
+    return parse(LlamaConfig, settings, "model")
 
 
 @lru_cache
