@@ -32,10 +32,10 @@ class _Launcher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from common.errors import RunError
-        from training.launch.sweep import compose
+        from training.launch.sweep import compose_job
 
-        jobs = [compose(self.loader, self.config, overrides) for overrides in job_overrides]
-        left = [job for job in jobs if not job.finish()]
+        jobs = [compose_job(self.loader, self.config, overrides) for overrides in job_overrides]
+        left = [job for job in jobs if not job.collect_result()]
         if len(jobs) > len(left):
             print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already")
         failed = self.run(left)
@@ -60,7 +60,7 @@ def _end(status: int) -> str:
 
 
 def _tell_failed(job: Any, said: str) -> None:
-    print(f"failed {said}" + ("" if (reason := job.folder.reason()) is None else f": {reason}"))
+    print(f"failed {said}" + ("" if (reason := job.run_dir.failure_reason()) is None else f": {reason}"))
 
 
 def _refuse(said: str) -> None:
@@ -99,8 +99,8 @@ class Local(_Launcher):
             while running or (left and not told):
                 if left and not told and len(running) < self.n_jobs:
                     job = left.pop(0)
-                    job.folder.path.mkdir(parents=True, exist_ok=True)
-                    with job.folder.log.open("ab") as log:
+                    job.run_dir.path.mkdir(parents=True, exist_ok=True)
+                    with job.run_dir.log_file.open("ab") as log:
                         process = subprocess.Popen(
                             [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides],
                             stdout=log,
@@ -111,14 +111,14 @@ class Local(_Launcher):
                     running.append((job, process))
                     if told:  # meanwhile
                         process.send_signal(told[-1])
-                    print(f"started {job.title} ({job.folder.log})")
+                    print(f"started {job.title} ({job.run_dir.log_file})")
                 time.sleep(0.1)
                 for job, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((job, process))
-                    if job.finish():
+                    if job.collect_result():
                         print(f"finished {job.title}, {len(left) + len(running)} left")
                     elif not told:
-                        failed.append(f"{job.title} ({_end(process.returncode)}, {job.folder.log})")
+                        failed.append(f"{job.title} ({_end(process.returncode)}, {job.run_dir.log_file})")
                         _tell_failed(job, failed[-1])
         if told:
             raise Interrupted(told[0])
@@ -170,7 +170,7 @@ class Slurm(_Launcher):
         from training.runtime.slurm import jobs as queue
 
         there = queue()
-        left = sorted(jobs, key=lambda job: job.folder.job() not in there)
+        left = sorted(jobs, key=lambda job: job.run_dir.slurm_job() not in there)
         submitted: list[Any] = []
         failed: list[str] = []
         before: dict[str, str] = {}
@@ -191,13 +191,13 @@ class Slurm(_Launcher):
                 continue
             answered = time.monotonic()
             for job in list(submitted):
-                state = status(job.folder, there)
+                state = status(job.run_dir, there)
                 if state.job is None:
                     submitted.remove(job)
-                    if job.finish():
+                    if job.collect_result():
                         print(f"finished {job.title}, {len(left) + len(submitted)} left")
                     else:
-                        failed.append(f"{job.title} (job {job.folder.job()}, {job.folder.log})")
+                        failed.append(f"{job.title} (job {job.run_dir.slurm_job()}, {job.run_dir.log_file})")
                         _tell_failed(job, failed[-1])
                 elif before.get(job.title) != state.state:
                     before[job.title] = state.state
@@ -206,14 +206,14 @@ class Slurm(_Launcher):
 
     def _submit(self, job: Any, queue: dict[str, str]) -> None:
         """Submit a job if it is not in the queue."""
-        from training.runtime.slurm import size, submit
+        from training.runtime.slurm import sbatch_resources, submit
 
-        if job.folder.job() in queue:
-            print(f"job {job.folder.job()} has {job.title} already")
+        if job.run_dir.slurm_job() in queue:
+            print(f"job {job.run_dir.slurm_job()} has {job.title} already")
             return
-        options = [*size(job.cfg.trainer), *self.options]
-        job.folder.path.mkdir(parents=True, exist_ok=True)
-        options.append(f"--output={str(job.folder.log.absolute()).replace('%', '%%')}")
+        options = [*sbatch_resources(job.config.trainer), *self.options]
+        job.run_dir.path.mkdir(parents=True, exist_ok=True)
+        options.append(f"--output={str(job.run_dir.log_file.absolute()).replace('%', '%%')}")
         number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.search_overrides])
-        job.folder.write_job(number)
+        job.run_dir.write_slurm_job(number)
         print(f"job {number}: {job.title}")

@@ -39,8 +39,8 @@ def main(cfg: DictConfig) -> None:
         if not folder.is_dir():
             raise UserError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
         runs = [RunDir(path) for path in sorted(folder.iterdir())]
-        runs = [run for run in runs if run.config.is_file() or run.submitted.is_file()]
-        queue = jobs() if any(run.submitted.is_file() for run in runs) else {}
+        runs = [run for run in runs if run.config_file.is_file() or run.job_file.is_file()]
+        queue = jobs() if any(run.job_file.is_file() for run in runs) else {}
         table = Table(title=str(folder), title_justify="left")
         for column in ("run", "state", "step", "loss", "tokens/s", "job"):
             table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")

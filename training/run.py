@@ -12,11 +12,10 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
-from common.errors import UserError
+from common.errors import UserError, prefix_errors
 from data import (
     BatchCorruption,
     ShuffledDataset,
@@ -25,6 +24,7 @@ from data import (
     TokenDataset,
     Tokens,
     TrainLoader,
+    corpus_from,
     load_tokenizer,
     prepare,
     unigram_entropy,
@@ -35,9 +35,11 @@ from models.parallel import apply_activation_checkpointing, assign, compile_mode
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import step_of
 from training.checkpoint.manager import Checkpoints
-from training.config.checks import clipping_strategy, corpus_of, fewshot_list, model_config, section, settings_of
-from training.config.parallelism import micro_batches, sharded, shards, world_size
-from training.launch.plan import tight
+from training.checkpoint.resume import resume_checkpoint
+from training.config.checks import clipping_strategy
+from training.config.schema import Config
+from training.config.strategy import clipping_strategy
+from training.launch.plan import memory_warning
 from training.module import PretrainingModule
 from training.monitor.metrics import ClipCallback, Metrics, Row
 from training.monitor.nonfinite import Nonfinite, RestartFromCheckpoint
@@ -45,99 +47,98 @@ from training.monitor.progress import ProgressDisplay
 from training.run_dir import RunDir
 from training.runtime.coordinated_stop import CoordinatedStop
 from training.runtime.distributed import broadcast_from_rank0, connect, is_distributed, rank
-from training.runtime.hardware import flops_per_token, peak
-from training.runtime.memory import available_memory
+from training.runtime.hardware import available_memory, flops_per_token, peak_flops
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.evaluations import Evaluations, Tasks
 from training.validation.validation_set import ValidationSet, bits_per_byte
 
 
-def prepare_tokens(cfg: DictConfig, console: Console) -> Tokens:
-    """Return the tokens of `cfg.data`, prepared if they are not in the cache yet."""
-    with section("data"):
-        tokens = prepare(corpus_of(cfg), Path(cfg.paths.cache), cfg.data.sequence_length, console)
-        batch_corruption(cfg, tokens)  # whether they are possible depends on the tokenizer
+def prepare_tokens(config: Config, console: Console) -> Tokens:
+    """Return the tokens of `config.data`, prepared if they are not in the cache yet."""
+    with prefix_errors("data"):
+        tokens = prepare(corpus_from(config.data), Path(config.paths.cache), config.data.sequence_length, console)
+        batch_corruption(config, tokens)  # whether they are possible depends on the tokenizer
         return tokens
 
 
-def batch_corruption(cfg: DictConfig, tokens: Tokens) -> BatchCorruption | None:
+def batch_corruption(config: Config, tokens: Tokens) -> BatchCorruption | None:
     """Return what replaces batches in this run, if anything does."""
-    steps = list(cfg.data.corruption.steps)
+    steps = list(config.data.corruption.steps)
     if not steps:
         return None
-    return BatchCorruption(steps, cfg.data.corruption.kind, cfg.seed, load_tokenizer(str(tokens.folder)))
+    return BatchCorruption(steps, config.data.corruption.kind, config.seed, load_tokenizer(str(tokens.folder)))
 
 
-def training_sequences(cfg: DictConfig, tokens: Tokens) -> ShuffledDataset | StreamingDataset:
+def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | StreamingDataset:
     """Return the sequences of a run in their order, read from the prepared tokens or tokenized on the way."""
-    data = cfg.data
+    data = config.data
     if data.mode == "prepared":
-        return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), cfg.seed)
+        return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), config.seed)
     return StreamingDataset(
-        corpus_of(cfg).at(tokens.facts["commits"]),
+        corpus_from(config.data).at(tokens.facts["commits"]),
         load_tokenizer(str(tokens.folder)),
         threshold=tokens.facts["threshold"],
         length=data.sequence_length,
-        seed=cfg.seed,
+        seed=config.seed,
         block_tokens=int(data.shuffle_tokens),
     )
 
 
-def lightning_strategy(cfg: DictConfig) -> Any:
-    """Return what the Trainer takes for `cfg.trainer.strategy`."""
-    if sharded(cfg):
+def lightning_strategy(config: Config) -> Any:
+    """Return what the Trainer takes for `config.trainer.strategy`."""
+    if config.trainer.sharded:
         # Lightning checks the product of the two sizes only; the mesh is made in `prepare_model`.
-        return ModelParallelStrategy(cfg.trainer.dp_replicate, shards(cfg))
-    return DDPStrategy(gradient_as_bucket_view=True) if cfg.trainer.strategy == "ddp" else "auto"
+        return ModelParallelStrategy(config.trainer.dp_replicate, config.trainer.dp_shard)
+    return DDPStrategy(gradient_as_bucket_view=True) if config.trainer.strategy == "ddp" else "auto"
 
 
-def prepare_model(cfg: DictConfig, model: Llama, fresh: bool) -> None:
+def prepare_model(config: Config, model: Llama, fresh: bool) -> None:
     """Make of a model what the configuration says that it must be: recomputing, compiled, sharded, with weights.
 
     Args:
-        cfg: checked configuration.
+        config: checked configuration.
         model: on the meta device. If it is sharded, no process ever holds more than one of its weights whole.
         fresh: whether it needs weights to start from; else those of a checkpoint will be loaded.
     """
-    trainer = cfg.trainer
+    trainer = config.trainer
     apply_activation_checkpointing(model, trainer.activation_checkpointing)
     if trainer.compile:
         torch.compiler.reset()  # of an earlier run of a sweep
         compile_model(model)
     device = torch.device("cpu")  # from which Lightning moves a model that is whole
-    if sharded(cfg):
-        sizes = (trainer.dp_replicate, shards(cfg))
+    if config.trainer.sharded:
+        sizes = (trainer.dp_replicate, config.trainer.dp_shard)
         names = ("replicate", "shard")
         device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
     materialize(model, device)
-    if fresh and cfg.model.init_from is None:
-        torch.manual_seed(cfg.seed)
+    if fresh and config.model.init_from is None:
+        torch.manual_seed(config.seed)
         model.init_weights(assign)
     elif fresh:
-        with section("model"):
-            load(model, Path(cfg.model.init_from), assign)
+        with prefix_errors("model"):
+            load(model, Path(config.model.init_from), assign)
 
 
 def train(
-    cfg: DictConfig,
+    config: Config,
     folder: RunDir,
     tokens: Tokens,
     console: Console,
     listeners: Sequence[Callable[[Row], None]] = (),
-    start: ForkSource | None = None,
+    fork: ForkSource | None = None,
 ) -> dict[str, Any]:
     """Train, continuing from the folder's last checkpoint, and evaluate.
 
     Args:
-        cfg: checked configuration.
+        config: checked configuration.
         folder: run folder, owned by this process.
         tokens: prepared tokens.
         console: where to show progress.
         listeners: called on rank 0 with each row of metrics.jsonl once it is written.
-        start: of another run, from which to start.
+        fork: step of another run from which to start.
 
     Returns:
         `test_loss` and `unigram_entropy` (nats per token), `test_bits_per_byte`, `test_tokens`, `parameters`, and the
@@ -146,13 +147,13 @@ def train(
     quieten_libraries()
     while True:
         try:
-            return _train(cfg, folder, tokens, console, listeners, start)
+            return _train(config, folder, tokens, console, listeners, fork)
         except RestartFromCheckpoint:
             pass
 
 
 def _train(
-    cfg: DictConfig,
+    config: Config,
     folder: RunDir,
     tokens: Tokens,
     console: Console,
@@ -164,9 +165,9 @@ def _train(
     Raises:
         RestartFromCheckpoint: it is.
     """
-    pl.seed_everything(cfg.seed, verbose=False)
-    trainer_cfg = cfg.trainer
-    model = model_config(cfg)
+    pl.seed_everything(config.seed, verbose=False)
+    trainer_cfg = config.trainer
+    model = config.model.llama
     connect(trainer_cfg.accelerator == "gpu")
     resumed = start
     checkpoint, skipped_batches, start = broadcast_from_rank0(partial(_beginning, folder, start, console))
@@ -175,13 +176,13 @@ def _train(
         llama = Llama(model)
     module = PretrainingModule(
         llama,
-        lr=cfg.lr,
+        lr=config.lr,
         steps=trainer_cfg.max_steps,
-        **settings_of(cfg.optim),
-        prepare_model=lambda built: prepare_model(cfg, built, fresh=checkpoint is None),
-        micro_batches=micro_batches(cfg),
+        **config.optim.model_dump(exclude={"name"}),
+        prepare_model=lambda built: prepare_model(config, built, fresh=checkpoint is None),
+        micro_batches=config.trainer.grad_accum_steps,
     )
-    sequences = training_sequences(cfg, tokens)
+    sequences = training_sequences(config, tokens)
     loader = TrainLoader(
         sequences,
         fingerprint=tokens.fingerprint,
@@ -189,8 +190,8 @@ def _train(
         global_batch_size=trainer_cfg.global_batch_size,
         micro_batch_size=trainer_cfg.micro_batch_size,
         rank=rank(),
-        world_size=world_size(cfg),
-        corruption=batch_corruption(cfg, tokens),
+        world_size=config.trainer.world_size,
+        corruption=batch_corruption(config, tokens),
         skipped_batches=skipped_batches,
     )
     anew = start is not None and not start.same_clipping
@@ -204,23 +205,23 @@ def _train(
         passes = loader.total / len(sequences) if isinstance(sequences, ShuffledDataset) else 0.0
         console.print(
             f"training {folder.path}: {model.parameters / 1e6:.2f}M parameters, {trainer_cfg.max_steps} steps of "
-            f"{trainer_cfg.global_batch_size} x {cfg.data.sequence_length} tokens"
+            f"{trainer_cfg.global_batch_size} x {config.data.sequence_length} tokens"
             + (f", {passes:.1f} passes over the text" if passes > 1 else "")
         )
 
-    if said := tight(cfg, available_memory(cfg)):
+    if said := memory_warning(config, available_memory(config.trainer.accelerator, config.trainer.devices)):
         console.print(said)
-    if checkpoint is None and cfg.model.init_from is not None:
-        console.print(f"starting from the weights in {cfg.model.init_from}")
+    if checkpoint is None and config.model.init_from is not None:
+        console.print(f"starting from the weights in {config.model.init_from}")
 
-    strategy = clipping_strategy(cfg)
+    strategy = clipping_strategy(config.clip)
     strategy.max_consecutive_nonfinite = None  # a run that diverges is a result too, and ends like any other
-    wandb_run = _wandb_run(cfg, folder, console)
+    wandb_run = _wandb_run(config, folder, console)
     metrics = Metrics(
         folder,
         strategy,
-        tokens_per_step=trainer_cfg.global_batch_size * cfg.data.sequence_length,
-        peak_tokens_per_second=peak_tokens_per_second(cfg),
+        tokens_per_step=trainer_cfg.global_batch_size * config.data.sequence_length,
+        peak_tokens_per_second=peak_tokens_per_second(config),
         log_every=trainer_cfg.log_every,
         max_consecutive_nonfinite=trainer_cfg.max_consecutive_nonfinite,
         listeners=list(listeners),
@@ -237,8 +238,8 @@ def _train(
     checkpoints = Checkpoints(
         folder,
         metrics,
-        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-        sharded=sharded(cfg),
+        config=config.model_dump(mode="json", by_alias=True),
+        sharded=config.trainer.sharded,
         every=trainer_cfg.checkpoint_every,
         keep=trainer_cfg.keep_last,
         keep_every=trainer_cfg.keep_every,
@@ -249,9 +250,9 @@ def _train(
     evaluations = Evaluations(
         folder,
         metrics,
-        held_out_text(cfg, tokens, console, trainer_cfg.val_tokens),
+        held_out_text(config, tokens, console, trainer_cfg.val_tokens),
         trainer_cfg.val_every,
-        tasks_of(cfg),
+        tasks_of(config),
         trainer_cfg.eval_every,
         tokenizer,
         "float32" if trainer_cfg.precision == "32-true" else "training",
@@ -264,10 +265,10 @@ def _train(
         accelerator=trainer_cfg.accelerator,
         devices=trainer_cfg.devices,
         num_nodes=trainer_cfg.nodes,
-        strategy=lightning_strategy(cfg),
-        precision="32-true" if sharded(cfg) else trainer_cfg.precision,  # FSDP2 sees to it
+        strategy=lightning_strategy(config),
+        precision="32-true" if config.trainer.sharded else trainer_cfg.precision,  # FSDP2 sees to it
         max_steps=trainer_cfg.max_steps,
-        accumulate_grad_batches=micro_batches(cfg),
+        accumulate_grad_batches=config.trainer.grad_accum_steps,
         callbacks=[
             ClipCallback(strategy, metrics, anew),
             metrics,
@@ -293,7 +294,7 @@ def _train(
         metrics.listeners.append(wandb_run)
     display = ProgressDisplay(trainer_cfg.max_steps, done, console)
     metrics.listeners.append(display)
-    held_out = held_out_text(cfg, tokens, console, cfg.data.max_val_tokens)
+    held_out = held_out_text(config, tokens, console, config.data.max_val_tokens)
     try:
         # Checkpoints are our own files, and hold more than tensors.
         with override_handler(stopping.tell):
@@ -331,29 +332,29 @@ def _train(
     }
 
 
-def held_out_text(cfg: DictConfig, tokens: Tokens, console: Console, most_tokens: float | None) -> ValidationSet:
+def held_out_text(config: Config, tokens: Tokens, console: Console, most_tokens: float | None) -> ValidationSet:
     """Return what this process evaluates of the held-out text."""
     return ValidationSet(
-        TokenDataset(tokens.test, cfg.data.sequence_length),
-        4 * cfg.trainer.micro_batch_size,
+        TokenDataset(tokens.test, config.data.sequence_length),
+        4 * config.trainer.micro_batch_size,
         most_tokens,
         console,
         rank(),
-        world_size(cfg),
+        config.trainer.world_size,
     )
 
 
-def tasks_of(cfg: DictConfig) -> Tasks | None:
+def tasks_of(config: Config) -> Tasks | None:
     """Return the tasks that are scored while the run trains, with their data; `None` if none are."""
-    if cfg.trainer.eval_every is None:
+    if config.trainer.eval_every is None:
         return None
     from evaluation.tasks import TaskError, data_folders, load_tasks
 
-    given = cfg.eval
-    folders = data_folders(given.data_dir, cfg.paths.cache)
+    given = config.eval
+    folders = data_folders(given.data_dir, config.paths.cache)
     try:
         loaded = {
-            (name, number): load_tasks(name, folders, number) for name in given.tasks for number in fewshot_list(given)
+            (name, number): load_tasks(name, folders, number) for name in given.tasks for number in given.fewshot_list
         }
     except TaskError as error:
         raise UserError(str(error)) from error
@@ -364,27 +365,29 @@ def _beginning(
     folder: RunDir, start: ForkSource | None, console: Console
 ) -> tuple[Path | None, int, ForkSource | None]:
     """Return the checkpoint from which a run goes on, the batches left out by then, and the other run it is of."""
-    checkpoint = folder.last_checkpoint(say=console.print, start=0 if start is None else start.step)
+    checkpoint = resume_checkpoint(folder, console.print, start=0 if start is None else start.step)
     if checkpoint is None and start is not None:
-        start.begin(folder)
+        start.copy_history(folder)
         return start.checkpoint, folder.skipped_batches(start.step), start
     return checkpoint, folder.skipped_batches(step_of(checkpoint) if checkpoint else 0), None
 
 
-def _wandb_run(cfg: DictConfig, folder: RunDir, console: Console) -> Any:
+def _wandb_run(config: Config, folder: RunDir, console: Console) -> Any:
     """Return the run's listener that logs to wandb, on rank 0 if that is chosen."""
-    if cfg.logger.name != "wandb" or rank() > 0:
+    if config.logger.name != "wandb" or rank() > 0:
         return None
     from training.monitor.wandb_run import WandbRun
 
-    return WandbRun(cfg, folder.path, console)
+    return WandbRun(config, folder.path, console)
 
 
-def peak_tokens_per_second(cfg: DictConfig) -> float | None:
+def peak_tokens_per_second(config: Config) -> float | None:
     """Return the tokens that the devices of a run would process if they did nothing but multiply, if that is known."""
-    each = peak(torch.cuda.get_device_name()) if cfg.trainer.accelerator == "gpu" else None
+    each = peak_flops(torch.cuda.get_device_name()) if config.trainer.accelerator == "gpu" else None
     return (
-        None if each is None else world_size(cfg) * each / flops_per_token(model_config(cfg), cfg.data.sequence_length)
+        None
+        if each is None
+        else config.trainer.world_size * each / flops_per_token(config.model, config.data.sequence_length)
     )
 
 

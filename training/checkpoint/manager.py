@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from common.errors import RunError
-from training.checkpoint.format import publish, remove, write
+from common.files import remove
+from training.checkpoint.format import publish, write
 from training.monitor.metrics import Metrics
 from training.run_dir import RunDir
 from training.runtime.rng import rng_states, set_rng_states
@@ -179,7 +180,7 @@ class Checkpoints(pl.Callback):
 
     def _tidy(self, step: int) -> None:
         """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""
-        past = [other for other in self.folder.steps() if other <= step]
+        past = [other for other in self.folder.checkpoint_steps() if other <= step]
         healthy = [other for other in past if self.metrics.health.at(other)]
         stay = {*past[-self.keep :], *healthy[-1:], *[other for other in healthy if other % self.every == 0][-1:]}
         for other in past:

@@ -22,12 +22,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
-from training.config.checks import CONFIGS
-from training.launch.sweep import check_job, compose
+from training.config.compose import CONFIGS
+from training.launch.sweep import compose_job
 from training.runtime import slurm
 from training.runtime.distributed import (
     PATIENCE,
@@ -172,7 +172,7 @@ def sentence(error: Exception) -> str:
         lists = "hydra" if key.startswith("hydra.") else "job"
         inside = getattr(error.__cause__, "parent_node", None)  # where it was looked for
         last = str(getattr(error.__cause__, "key", key))
-        near = difflib.get_close_matches(last, map(str, inside), 1) if isinstance(inside, DictConfig) else []
+        near = difflib.get_close_matches(last, map(str, inside), 1) if OmegaConf.is_dict(inside) else []
         meant = f" (the nearest is {key.removesuffix(last)}{near[0]})" if near and key.endswith(last) else ""
         return f"{given} is not possible: there is no key {key}{meant}; `--cfg {lists}` lists all keys"
     return " ".join(message.split())
@@ -181,7 +181,7 @@ def sentence(error: Exception) -> str:
 class CheckSweep(Callback):
     """Hydra callback: compose and check all jobs of a sweep, so that a bad one stops it before any work."""
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Check each combination of the sweep's overrides; leave with status 2 at the first mistake."""
         with reporting():
             loader: Any = GlobalHydra.instance().config_loader()
@@ -191,14 +191,14 @@ class CheckSweep(Callback):
             if not jobs:
                 raise UserError(f"{' '.join(config.hydra.overrides.task)} makes no job: a value must match something")
             seen: dict[Path, list[str]] = {}
-            for job in (compose(loader, config, given) for given in jobs):
-                check_job(job)
-                path = job.folder.path
-                if path in seen and job.cfg.name is None and config.paper.suite is None:
+            for job in (compose_job(loader, config, overrides) for overrides in jobs):
+                job.check()
+                path = job.run_dir.path
+                if path in seen and job.config.name is None and config.paper.suite is None:
                     raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
-                if path in seen and job.cfg.name is not None:
+                if path in seen and job.config.name is not None:
                     raise UserError(
-                        f"name={job.cfg.name} would be shared by the jobs ({' '.join(seen[path])}) and "
+                        f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
                         f"({' '.join(job.overrides)}): leave the name out, and each has its own"
                     )
                 seen[path] = job.overrides

@@ -24,7 +24,7 @@ from training.monitor.divergence import DivergenceDetector
 from training.monitor.step_timer import Spans, StepTimer, seconds
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0
-from training.runtime.memory import peak_memory, reset_peak_memory
+from training.runtime.hardware import peak_memory, reset_peak_memory
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
 
@@ -91,10 +91,10 @@ class Metrics(pl.Callback):
         for loss in broadcast_from_rank0(lambda: list(self.folder.losses(trainer.global_step))):
             self._count(loss)
         if trainer.is_global_zero:
-            kept = self.folder.lines(trainer.global_step)
-            write_atomic(self.folder.metrics, "".join(line + "\n" for line in kept))
-            self._file = self.folder.metrics.open("ab", buffering=0)
-            self._step, self._length = len(kept), self.folder.metrics.stat().st_size
+            kept = self.folder.metrics_lines(trainer.global_step)
+            write_atomic(self.folder.metrics_file, "".join(line + "\n" for line in kept))
+            self._file = self.folder.metrics_file.open("ab", buffering=0)
+            self._step, self._length = len(kept), self.folder.metrics_file.stat().st_size
         self._since = time.perf_counter()
         reset_peak_memory(pl_module.device)
         self.clock = StepTimer(pl_module.device)
@@ -185,7 +185,7 @@ class Metrics(pl.Callback):
         except OSError as error:
             if self._failure is None:
                 self.console.print(
-                    f"{self.folder.metrics} CANNOT BE WRITTEN: {error.strerror}. Training goes on, and tries again; "
+                    f"{self.folder.metrics_file} CANNOT BE WRITTEN: {error.strerror}. Training goes on, and tries again; "
                     "nothing is saved meanwhile.",
                     style="bold red",
                     markup=False,
@@ -200,7 +200,7 @@ class Metrics(pl.Callback):
     def assert_flushed_to(self, step: int) -> None:
         """Raise `OSError` unless the lines up to a step are on the disk."""
         if self._step < step:
-            raise OSError(f"{self.folder.metrics} ends with step {self._step}: {self._failure}")
+            raise OSError(f"{self.folder.metrics_file} ends with step {self._step}: {self._failure}")
 
     @property
     def writes(self) -> bool:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from common.errors import RunError
+from training.checkpoint.resume import rewind
 from training.monitor.metrics import Metrics
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0
@@ -73,7 +74,7 @@ class Nonfinite(pl.Callback):
             )
         if rewinds >= self.max_rewinds:
             raise RunError(f"{said}, after {rewinds} rewinds (trainer.max_rewinds): the run ends here")
-        broadcast_from_rank0(lambda: folder.rewind(healthy, step))
+        broadcast_from_rank0(lambda: rewind(folder, healthy, step))
         console.print(
             f"{said}: going back to step {healthy}, and past the {step - healthy} batches since", style="bold red"
         )
@@ -81,5 +82,5 @@ class Nonfinite(pl.Callback):
 
     def _healthy(self, folder: RunDir) -> int | None:
         """Return the last step to which the run can go back, and at which it was healthy."""
-        there = [step for step in folder.steps() if step % self.checkpoint_every == 0]
+        there = [step for step in folder.checkpoint_steps() if step % self.checkpoint_every == 0]
         return max((step for step in [self.start, *there] if self.metrics.health.at(step)), default=None)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from training.config.checks import run_name
+from training.config.identity import run_name
+from training.config.schema import Config
 from training.monitor.metrics import Row
 
 #: Seconds to wait for the server where nothing else happens meanwhile: at the start, and at the end.
@@ -20,41 +20,41 @@ class WandbRun:
     Where the server cannot be reached, the run is kept in the folder, for `wandb sync`.
 
     Args:
-        cfg: checked configuration.
+        config: checked configuration.
         folder: run folder.
         console: told if anything goes wrong.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path, console: Console) -> None:
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
         import wandb
 
         self.folder = folder
         self.console = console
         try:
-            self.logger = self._open(cfg, offline=False)
+            self.logger = self._open(config, offline=False)
         except (wandb.errors.CommError, TimeoutError, OSError) as error:
             self._warn(error, "its records stay")
             wandb.teardown()
-            self.logger = self._open(cfg, offline=True)
+            self.logger = self._open(config, offline=True)
         self._lost = False
 
-    def _open(self, cfg: DictConfig, offline: bool) -> WandbLogger:
+    def _open(self, config: Config, offline: bool) -> WandbLogger:
         import wandb
 
-        name = run_name(cfg)
+        name = run_name(config)
         logger = WandbLogger(
-            project=cfg.logger.project,
-            entity=cfg.logger.entity,
-            tags=list(cfg.logger.tags),
-            group=cfg.experiment,
+            project=config.logger.project,
+            entity=config.logger.entity,
+            tags=list(config.logger.tags),
+            group=config.experiment,
             name=name,
-            id=f"{cfg.experiment}-{name}"[-128:],
+            id=f"{config.experiment}-{name}"[-128:],
             resume="allow",
             save_dir=self.folder,
             offline=offline,
             settings=wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
         )
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        logger.log_hyperparams(config.model_dump(mode="json", by_alias=True))
         return logger
 
     def __call__(self, row: Row) -> None:

@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from common.errors import UserError
 
@@ -70,7 +69,7 @@ def jobs() -> dict[str, str]:
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def size(trainer: DictConfig) -> list[str]:
+def sbatch_resources(trainer: Any) -> list[str]:
     """Return the options of sbatch that give a run its nodes, tasks and GPUs."""
     options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"]
     return options + ([f"--gpus-per-node={trainer.devices}"] if trainer.accelerator == "gpu" else [])

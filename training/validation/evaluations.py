@@ -98,9 +98,9 @@ class Evaluations(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was found after the step from which the run goes on; do what is due there."""
         if trainer.is_global_zero:
-            kept = [row for row in self.folder.evaluations() if row["step"] <= trainer.global_step]
-            if kept or self.folder.evaluated.exists():
-                write_atomic(self.folder.evaluated, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in self.folder.val_metrics() if row["step"] <= trainer.global_step]
+            if kept or self.folder.val_metrics_file.exists():
+                write_atomic(self.folder.val_metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
             self._scores().forget_after(trainer.global_step)
         if trainer.global_step:
             self._evaluate(trainer, pl_module)
@@ -128,7 +128,7 @@ class Evaluations(pl.Callback):
         try:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 if test and step not in broadcast_from_rank0(
-                    lambda: [row["step"] for row in self.folder.evaluations()]
+                    lambda: [row["step"] for row in self.folder.val_metrics()]
                 ):
                     self._test(trainer, pl_module, step)
                 if score and self.tasks is not None:
@@ -155,7 +155,7 @@ class Evaluations(pl.Callback):
                 "test_perplexity": math.exp(min(loss, 700.0)),
                 "test_bits_per_byte": bits_per_byte(loss, self.held_out.tokens, self._bytes),
             }
-        with self._kept(), self.folder.evaluated.open("a") as file:
+        with self._kept(), self.folder.val_metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {name: value for name, value in row.items() if name not in ("step", "test_tokens")}
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
@@ -209,9 +209,9 @@ class Evaluations(pl.Callback):
     def _scores(self) -> Scores:
         """Return the scores of the run; those in a damaged file are put aside."""
         try:
-            return Scores(self.folder.scores)
+            return Scores(self.folder.scores_file)
         except TaskError as error:
-            scores = Scores(self.folder.scores, damaged=True)
+            scores = Scores(self.folder.scores_file, damaged=True)
             self.console.print(
                 f"{error}. It is put aside as {scores.put_aside().name}.", style="bold red", markup=False
             )
