@@ -132,7 +132,7 @@ BAD = {
     "+optim.foo=1": "optim.foo=1 means nothing",
     "+foo=1": "foo=1 means nothing",
     "data.path=": "data.path= is not allowed",
-    "data.sources.text.path=x data.path=y": "data.path=y means nothing to the sources text",
+    "data.sources.text.path=x data.path=y": "data.path=y is not read by any of the sources text",
     "data.corruption.kind=evil": "data.corruption.kind=evil is not allowed: it must be one of random, repeat",
     "data.corruption.steps=[0]": "data.corruption.steps=[0] is not allowed: it must be a list of different steps",
     "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",

@@ -21,8 +21,9 @@ from typing import Any, Unpack, get_args, get_origin
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from common.errors import UserError
-from data import Corpus, sources_of
+from common.errors import ConfigError, UserError
+from common.settings import parse
+from data import Corpus, DataConfig, corpus_from
 from models import LlamaConfig
 from models.hugging_face import check_weights, config_of
 from training.config.parallelism import shards, world_size
@@ -147,20 +148,7 @@ def corpus_of(cfg: DictConfig) -> Corpus:
     Raises:
         ValueError: a source has a setting that is unknown or not allowed.
     """
-    data = cfg.data
-    sources = sources_of(OmegaConf.to_container(data.sources, resolve=True))  # type: ignore[arg-type]
-    if data.path is not None and data.path not in [source.path for source in sources]:
-        names = ", ".join(source.name for source in sources)
-        raise ValueError(f"path={data.path} means nothing to the sources {names}: set sources.NAME.path, and hub=null")
-    return Corpus(
-        sources=tuple(sources),
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        val_fraction=data.val_fraction,
-        deduplicate=data.deduplicate,
-        max_tokens=None if data.max_tokens is None else int(data.max_tokens),
-        streamed=data.mode == "stream",
-    )
+    return corpus_from(parse(DataConfig, OmegaConf.to_container(cfg.data, resolve=True)))  # type: ignore[arg-type]
 
 
 def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -240,6 +228,8 @@ def section(name: str) -> Iterator[None]:
     """Turn a `ValueError` about `field=value` into a `UserError` about `name.field=value`."""
     try:
         yield
+    except ConfigError as error:
+        raise error.within(name) from error
     except UserError:
         raise
     except ValueError as error:
