@@ -147,7 +147,7 @@ BAD = {
     "+foo=1": "foo=1 is not possible: there is no key foo",
     "+trainer.max_stpes=1": "there is no key trainer.max_stpes (the nearest is trainer.max_steps)",
     "data.path=": "data.path= is not allowed",
-    "data.sources.text.path=x data.path=y": "data.path=y means nothing to the sources text",
+    "data.sources.text.path=x data.path=y": "data.path=y is not read by any of the sources text",
     "data.corruption.kind=evil": "data.corruption.kind=evil is not allowed: it must be one of random, repeat",
     "data.corruption.steps=[0]": "data.corruption.steps=[0] is not allowed: it must be a list of different steps",
     "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",
