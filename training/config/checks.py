@@ -8,7 +8,7 @@ import torch
 
 from common.errors import ConfigError, UserError, prefix_errors
 from data import Corpus, DataConfig, corpus_from
-from models import ModelConfig
+from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from training.config.identity import run_path
 from training.config.schema import Config, TrainerConfig

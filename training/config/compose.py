@@ -9,7 +9,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError, UserError, prefix_errors
 from common.settings import S, parse
@@ -156,6 +155,3 @@ def resolve_runs(
 def saved_identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of a run by the content of its config.yaml, see `training.config.identity.identity`."""
     return identity(parse(Config, plain))
-
-
-__all__ = ["CONFIGS", "OmegaConfBaseException", "load_config", "read_config", "resolve_runs", "saved_identity"]

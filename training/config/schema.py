@@ -6,14 +6,14 @@ the machine is checked when a `Config` is made; `training.config.checks` does th
 
 from typing import Annotated, Any, Literal, Self
 
-from data.config import CorruptionKind, Steps
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Flag, Folder, FolderName, Fraction, NotNegative, Positive, Settings
-from data import CORRUPTION_KINDS, DataConfig
+from data import DataConfig
+from data.config import CorruptionKind, Steps
 from evaluation.config import EvalConfig
-from models import ModelConfig
+from models.config import ModelConfig
 from training.runtime.hardware import PEAK_FLOPS, peak_flops
 
 #: Parallelism of a run: one process; a full model in each; sharded over all; sharded within each replica.
@@ -280,6 +280,3 @@ def check_batch(trainer: TrainerConfig) -> None:
             problem=f"is not allowed: {processes} process{'es' * (processes > 1)} x {size} = {at_once} sequences at "
             f"once must divide trainer.global_batch_size={trainer.global_batch_size}",
         )
-
-
-__all__ = ["CORRUPTION_KINDS", "Config", "STRATEGIES"]

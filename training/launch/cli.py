@@ -170,7 +170,7 @@ def sentence(error: Exception) -> str:
         key = match.group(1)
         given = next((a for a in sys.argv[1:] if a.lstrip("+").split("=")[0] == key), key)
         lists = "hydra" if key.startswith("hydra.") else "job"
-        inside = getattr(error.__cause__, "parent_node", None)  # where it was looked for
+        inside: Any = getattr(error.__cause__, "parent_node", None)  # where it was looked for
         last = str(getattr(error.__cause__, "key", key))
         near = difflib.get_close_matches(last, map(str, inside), 1) if OmegaConf.is_dict(inside) else []
         meant = f" (the nearest is {key.removesuffix(last)}{near[0]})" if near and key.endswith(last) else ""
