@@ -21,7 +21,7 @@ from typing import Any, Unpack, get_args, get_origin
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.settings import parse
 from data import Corpus, sources_of
 from models import LlamaConfig
@@ -241,6 +241,8 @@ def section(name: str) -> Iterator[None]:
     """Turn a `ValueError` about `field=value` into a `UserError` about `name.field=value`."""
     try:
         yield
+    except ConfigError as error:
+        raise error.within(name) from error
     except UserError:
         raise
     except ValueError as error:
