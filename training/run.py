@@ -51,7 +51,7 @@ from training.monitor.nonfinite import Nonfinite, RestartFromCheckpoint
 from training.monitor.progress import ProgressDisplay
 from training.run_dir import RunDir
 from training.runtime.coordinated_stop import CoordinatedStop
-from training.runtime.distributed import broadcast_from_rank0, connect, is_distributed, rank
+from training.runtime.distributed import broadcast_from_rank0, init_process_group, is_distributed, rank
 from training.runtime.hardware import available_memory, flops_per_token, peak_flops
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.evaluations import Evaluations, Tasks
@@ -173,7 +173,7 @@ def _train(
     pl.seed_everything(config.seed, verbose=False)
     trainer_cfg = config.trainer
     model = config.model.llama
-    connect(trainer_cfg.accelerator == "gpu")
+    init_process_group(trainer_cfg.accelerator == "gpu")
     resumed = start
     checkpoint, skipped_batches, start = broadcast_from_rank0(partial(_beginning, folder, start, console))
     done = step_of(checkpoint) if checkpoint else 0
