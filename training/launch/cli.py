@@ -146,7 +146,7 @@ def sentence(error: Exception) -> str:
             return f"{group}={option} is not known: it must be one of {known}"
         return f"there is no configuration file {error.missing_cfg_file}.yaml in configs/"
     message = str(error)
-    if isinstance(error.__cause__, UserError):  # of what Hydra has made, as a launcher
+    if not isinstance(error, UserError) and isinstance(error.__cause__, UserError):  # of what Hydra made, as a launcher
         return str(error.__cause__)
     if match := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", message):
         return f"{match.group(1)} is not allowed: settings are given as KEY=VALUE"
