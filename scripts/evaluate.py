@@ -29,6 +29,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from training.config.rules import EVAL_RULES, Rule
 
 from common.errors import RunError, UserError
 from common.text import SECONDS_BETWEEN_LINES
@@ -39,7 +40,6 @@ from evaluation.tasks import TaskError, data_folders, load_tasks
 from training.checkpoint.format import fingerprint
 from training.checkpoint.load import DTYPES, RunCheckpoint
 from training.config.checks import check_folder, check_rules, fewshot_list
-from training.config.rules import EVAL_RULES, Rule
 from training.launch.cli import CANNOT_WRITE, command_line, reporting
 from zclip.base import is_count
 
