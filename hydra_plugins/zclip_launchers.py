@@ -1,7 +1,7 @@
 """Hydra launchers of a sweep: several runs at a time on this machine, or each run as a SLURM job.
 
-Every run is `train.py` with its overrides, in a process or job of its own. A finished run is not repeated. A run that is
-already in SLURM's queue is not submitted again. Hydra loads this file with every command, so slow imports are local.
+Every run is `train.py` with its overrides, in a process or job of its own. Finished runs are not repeated, and jobs in
+SLURM's queue are not submitted again. Hydra loads this file with every command, so slow imports are local.
 """
 
 import signal

@@ -31,7 +31,13 @@ from data import (
 )
 from models import Llama
 from models.hugging_face import load
-from models.parallel import apply_activation_checkpointing, assign, compile_model, materialize, shard
+from models.parallel import (
+    apply_activation_checkpointing,
+    apply_fsdp,
+    compile_model,
+    copy_full_weight,
+    materialize,
+)
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import step_of
 from training.checkpoint.manager import Checkpoints
@@ -111,14 +117,14 @@ def prepare_model(config: Config, model: Llama, fresh: bool) -> None:
         device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-        shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+        apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
     materialize(model, device)
     if fresh and config.model.init_from is None:
         torch.manual_seed(config.seed)
-        model.init_weights(assign)
+        model.init_weights(copy_full_weight)
     elif fresh:
         with prefix_errors("model"):
-            load(model, Path(str(config.model.init_from)), assign)
+            load(model, Path(str(config.model.init_from)), copy_full_weight)
 
 
 def train(

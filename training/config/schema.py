@@ -264,19 +264,4 @@ class Config(Settings):
                 problem="is longer than the model's context: it must be at most "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}",
             )
-        if not self.plan:  # a plan takes the next batch size that is possible
-            check_batch(self.trainer)
         return self
-
-
-def check_batch(trainer: TrainerConfig) -> None:
-    """Raise `ConfigError` unless the global batch can be dealt out to the processes."""
-    processes, size = trainer.world_size, trainer.micro_batch_size
-    at_once = processes * size
-    if trainer.global_batch_size % at_once:
-        raise ConfigError(
-            "trainer.micro_batch_size",
-            size,
-            problem=f"is not allowed: {processes} process{'es' * (processes > 1)} x {size} = {at_once} sequences at "
-            f"once must divide trainer.global_batch_size={trainer.global_batch_size}",
-        )
