@@ -30,9 +30,10 @@ from training.config.compose import load_config, read_config, resumed_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
+from training.launch.processes import launch
 from training.launch.sweep import completed_jobs, config_search_overrides
 from training.run_dir import RunDir
-from training.runtime.distributed import is_distributed, launch, rank
+from training.runtime.distributed import is_distributed, rank
 from training.runtime.signals import reraise_pending
 from training.runtime.slurm import has_local_launcher
 

@@ -1,11 +1,14 @@
 """Settings of the model: the shape of a LLaMA, and the section `model` of a configuration."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints, model_validator
 
 from common.errors import ConfigError
 from common.settings import Allowed, Count, Flag, FolderName, Positive, Settings
+
+#: Name of a data type that weights are computed or written in.
+WeightDtype = Annotated[Literal["float32", "bfloat16", "float16"], Allowed("one of float32, bfloat16, float16")]
 
 
 class LlamaConfig(Settings):

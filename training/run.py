@@ -35,12 +35,18 @@ from data import (
 )
 from models import Llama
 from models.hugging_face import load
-from models.parallel import apply_activation_checkpointing, assign, compile_model, materialize, shard
+from models.parallel import (
+    apply_activation_checkpointing,
+    apply_fsdp,
+    compile_model,
+    copy_full_weight,
+    materialize,
+)
 from training.callback import ClipCallback, RunCallback
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import step_of
 from training.checkpoint.manager import CheckpointManager
-from training.checkpoint.resume import resume_checkpoint
+from training.checkpoint.resume import resume_checkpoint, rewind
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
@@ -52,7 +58,7 @@ from training.monitor.nonfinite import NonFiniteGuard, RestartFromCheckpoint
 from training.monitor.progress import ProgressDisplay
 from training.run_dir import RunDir
 from training.runtime.coordinated_stop import CoordinatedStop
-from training.runtime.distributed import broadcast_from_rank0, connect, is_distributed, rank
+from training.runtime.distributed import broadcast_from_rank0, init_process_group, is_distributed, rank
 from training.runtime.hardware import available_memory, flops_per_token, peak_flops
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.loss import LossValidator
@@ -140,7 +146,7 @@ def train(
     quiet_libraries()
     while True:
         pl.seed_everything(config.seed, verbose=False)
-        connect(config.trainer.accelerator == "gpu")
+        init_process_group(config.trainer.accelerator == "gpu")
         start = broadcast_from_rank0(partial(find_start, run_dir, fork, console))
         try:
             return _train_from(start, config, run_dir, tokens, console, listeners)
@@ -224,7 +230,9 @@ def build_run(
         console=console,
     )
     divergence = DivergenceDetector()
-    guard = NonFiniteGuard(run_dir, config.trainer, start.fork_step, divergence.is_healthy, console)
+    guard = NonFiniteGuard(
+        run_dir, config.trainer, start.fork_step, divergence.is_healthy, partial(rewind, run_dir), console
+    )
     stop = CoordinatedStop()
     checkpoints = CheckpointManager(run_dir, config, divergence.is_healthy, metrics.assert_flushed_to, console)
 
@@ -302,16 +310,16 @@ def _prepare_model(config: Config, fresh: bool, model: Llama) -> None:
         sizes, names = (trainer.dp_replicate, trainer.dp_shard), ("replicate", "shard")
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-        shard(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+        apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
     materialize(model, device)
     if not fresh:
         return
     if config.model.init_from is None:
         torch.manual_seed(config.seed)
-        model.init_weights(assign)
+        model.init_weights(copy_full_weight)
     else:
         with prefix_errors("model"):
-            load(model, Path(config.model.init_from), assign)
+            load(model, Path(config.model.init_from), copy_full_weight)
 
 
 def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainLoader:

@@ -37,7 +37,7 @@ def check(config: Config) -> None:
 
 
 def check_processes(trainer: TrainerConfig, plan: bool) -> None:
-    """Raise `UserError` unless this machine has the devices, and as many processes were started as are configured."""
+    """Raise `UserError` unless there are the devices and the processes, and the processes can share the global batch."""
     if trainer.accelerator == "gpu" and not plan:
         if not torch.cuda.is_available():
             raise UserError(
@@ -52,6 +52,14 @@ def check_processes(trainer: TrainerConfig, plan: bool) -> None:
         raise UserError(
             f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices} are {processes} processes, but "
             f"{started} were started"
+        )
+    at_once = processes * trainer.micro_batch_size
+    if trainer.global_batch_size % at_once and not plan:  # a plan takes the next batch size that is possible
+        raise ConfigError(
+            "trainer.micro_batch_size",
+            trainer.micro_batch_size,
+            problem=f"is not allowed: {processes} process{'es' * (processes > 1)} x {trainer.micro_batch_size} = "
+            f"{at_once} sequences at once must divide trainer.global_batch_size={trainer.global_batch_size}",
         )
 
 

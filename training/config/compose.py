@@ -46,9 +46,8 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         OmegaConfBaseException: a mandatory value is missing, or an interpolation fails.
     """
-    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    plain.pop("hydra", None)
-    return plain
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def load_config(cfg: DictConfig) -> Config:

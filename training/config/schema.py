@@ -223,11 +223,11 @@ class Config(Settings):
     lr: Positive
     """Peak learning rate."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Allowed("an integer from 0 to 2**32 - 1")]
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     name: FolderName | None
     """Name of the run folder; null: <model>-<clip>-lr<lr>-seed<seed>-<hash of the settings>."""
     experiment: FolderName
-    """Folder of the run folder."""
+    """Folder in `paths.runs` that groups runs."""
     resume: Annotated[str | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
     resume_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
@@ -264,19 +264,4 @@ class Config(Settings):
                 problem="is longer than the model's context: it must be at most "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}",
             )
-        if not self.plan:  # a plan takes the next batch size that is possible
-            check_batch(self.trainer)
         return self
-
-
-def check_batch(trainer: TrainerConfig) -> None:
-    """Raise `ConfigError` unless the global batch can be dealt out to the processes."""
-    processes, size = trainer.world_size, trainer.micro_batch_size
-    at_once = processes * size
-    if trainer.global_batch_size % at_once:
-        raise ConfigError(
-            "trainer.micro_batch_size",
-            size,
-            problem=f"is not allowed: {processes} process{'es' * (processes > 1)} x {size} = {at_once} sequences at "
-            f"once must divide trainer.global_batch_size={trainer.global_batch_size}",
-        )

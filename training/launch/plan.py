@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import LlamaConfig
 from models.llama import Block
 from models.loss import chunk_rows
-from models.parallel import KEPT
+from models.parallel import SAVED_OPS
 from training.config.schema import Config
+from training.launch.slurm import sbatch_resources
 from training.launch.sweep import Job
 from training.runtime.hardware import flops_per_token, peak_flops
-from training.runtime.slurm import sbatch_resources
 
 GIB = 2**30
 
@@ -202,7 +202,7 @@ class _Results(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
             storage = out.untyped_storage()
             self.weights[storage._cdata] = storage  # held, so that no other gets its number
-        if function in KEPT:
+        if function in SAVED_OPS:
             found = out if isinstance(out, tuple) else (out,)
             self.bytes += sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
         return out

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 
 from common.errors import RunError
-from training.checkpoint.resume import rewind
 from training.config.schema import TrainerConfig
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0
@@ -31,6 +30,7 @@ class NonFiniteGuard:
             to multiples of the last, never to the checkpoint of an interruption.
         fork_step: step of the other run that this one was forked from; 0: none.
         is_healthy: whether the run was healthy after a step.
+        rewind_run: rewinds the run folder to the first step from the second; only rank 0 calls it.
         console: reports a rewind.
 
     Attributes:
@@ -43,12 +43,14 @@ class NonFiniteGuard:
         trainer: TrainerConfig,
         fork_step: int,
         is_healthy: Callable[[int], bool],
+        rewind_run: Callable[[int, int], None],
         console: Console,
     ) -> None:
         self.run_dir = run_dir
         self.trainer = trainer
         self.fork_step = fork_step
         self.is_healthy = is_healthy
+        self.rewind_run = rewind_run
         self.console = console
         self.limit_reached_at: tuple[int, int] | None = None
         self._consecutive = 0
@@ -90,7 +92,7 @@ class NonFiniteGuard:
             )
         if rewinds >= self.trainer.max_rewinds:
             raise RunError(f"{reason}, after {rewinds} rewinds (trainer.max_rewinds): the run ends here")
-        broadcast_from_rank0(lambda: rewind(self.run_dir, healthy, step))
+        broadcast_from_rank0(lambda: self.rewind_run(healthy, step))
         self.console.print(
             f"{reason}: rewinding to step {healthy} and skipping the {step - healthy} batches since", style="bold red"
         )

