@@ -223,11 +223,11 @@ class Config(Settings):
     lr: Positive
     """Peak learning rate."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Allowed("an integer from 0 to 2**32 - 1")]
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     name: FolderName | None
     """Name of the run folder; null: <model>-<clip>-lr<lr>-seed<seed>-<hash of the settings>."""
     experiment: FolderName
-    """Folder of the run folder."""
+    """Folder in `paths.runs` that groups runs."""
     resume: Annotated[str | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
     resume_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
