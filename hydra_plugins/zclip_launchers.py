@@ -49,7 +49,7 @@ class _Launcher(Launcher):
 
 
 def _check_n_jobs(n_jobs: Any) -> None:
-    from zclip.base import is_count
+    from zclip.arguments import is_count
 
     if not is_count(n_jobs):
         _refuse(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")

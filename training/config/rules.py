@@ -7,7 +7,7 @@ from typing import Any
 from data import KINDS
 from models.parallel import ACTIVATION_CHECKPOINTING
 from training.runtime.hardware import PEAK_FLOPS, peak
-from zclip.base import is_count, is_number
+from zclip.arguments import is_count, is_number
 
 
 def _positive(value: Any) -> bool:
