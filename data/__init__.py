@@ -14,7 +14,7 @@ from data.prepare import prepare
 from data.sequences import ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Document, Mixture, Source, SourceError
 from data.stream import StreamingDataset
-from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
     "SourceConfig",
     "SourceError",
     "StreamingDataset",
-    "TextEncoder",
     "TokenArray",
     "TokenDataset",
+    "Tokenizer",
     "Tokens",
     "TrainLoader",
     "corpus_from",

@@ -74,7 +74,7 @@ def training_sequences(cfg: DictConfig, tokens: Tokens) -> ShuffledDataset | Str
     if data.mode == "prepared":
         return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), cfg.seed)
     return StreamingDataset(
-        corpus_of(cfg).at(tokens.facts["commits"]),
+        corpus_of(cfg).pinned_to(tokens.facts["commits"]),
         load_tokenizer(str(tokens.folder)),
         threshold=tokens.facts["threshold"],
         length=data.sequence_length,

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from common.errors import UserError
-from data import TextEncoder, load_tokenizer
+from data import Tokenizer, load_tokenizer
 from models import LlamaConfig
 from training.checkpoint.format import is_valid, step_of, weights
 from training.config.checks import model_config
@@ -71,7 +71,7 @@ class RunCheckpoint:
         """Return the weights, whole and on the CPU, under the names of `Llama.state_dict()`."""
         return weights(self.checkpoint)
 
-    def tokenizer(self) -> TextEncoder:
+    def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run.
 
         Raises:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.files import write_atomic
 from common.text import SECONDS_BETWEEN_LINES
-from data import TextEncoder
+from data import Tokenizer
 from evaluation.response_cache import Answers, CachedLM, EvaluationInterrupted
 from evaluation.scores import Scores, score_key, score_task
 from evaluation.tasks import TaskError
@@ -73,7 +73,7 @@ class Evaluations(pl.Callback):
         val_every: int | None,
         tasks: Tasks | None,
         eval_every: int | None,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         dtype: str,
         stopping: CoordinatedStop,
         checkpoints: Checkpoints,

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from common.text import SECONDS_BETWEEN_LINES
-from data import Batch, TextEncoder, TokenDataset
+from data import Batch, TokenDataset, Tokenizer
 
 
 class Share(NamedTuple):
@@ -72,7 +72,7 @@ class ValidationSet:
             rows = np.arange(first, min(first + self.batch_size, self.count))
             yield Share(Batch(self.sequences.batch(rows)), len(rows) * self.sequences.length if counts else 0)
 
-    def bytes(self, tokenizer: TextEncoder) -> int:
+    def bytes(self, tokenizer: Tokenizer) -> int:
         """Return the length of the text of the tokens that are predicted, in UTF-8.
 
         A sequence begins where the one before ends, within a character maybe: whole documents are decoded.
