@@ -1,8 +1,8 @@
 """Sources of documents: local files or datasets on the hub, read as streams and mixed by weight.
 
-The `datasets` library reads the files in its streaming mode. It knows the formats, the compressions and the hub, and its
-streams can be resumed. This module adds a digest to each document, mixes several streams into one, and names the file
-in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its share
+The `datasets` library reads the files in its streaming mode. It supports the formats, the compressions and the hub, and
+its streams can be resumed. This module adds a digest to each document, mixes several streams into one, and names the
+file in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its share
 of the bytes. Its state is the number of bytes read from each source and the state of each stream.
 """
 
@@ -97,7 +97,7 @@ class Source(SourceConfig):
         return files
 
     def plain_bytes(self) -> int | None:
-        """Return the size of the files, an upper bound on the bytes of text; `None` if they are compressed or remote."""
+        """Return the size of the files, a bound on the bytes of text; `None` if they are compressed or on the hub."""
         if self.hub is not None:
             return None
         files = self.files()
