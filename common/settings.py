@@ -79,7 +79,7 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
         near = nearest(path[-1], owner.model_fields) if owner is not None else None
         meant = f" (the nearest is {key.removesuffix(path[-1])}{near})" if near else ""
         return ConfigError(key, first["input"], problem=f"is not possible: there is no key {key}{meant}")
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == len(path):
         return UserError(f"{key} is not set: give it as {key}=...")
     if isinstance(cause, ValueError) or not path:
         return UserError(f"{key}: {cause or first['msg']}")

@@ -6,7 +6,7 @@ sequences consumed, and for a stream also on its block size.
 """
 
 from data.batch import Batch
-from data.config import CorruptionConfig, DataConfig, SourceConfig
+from data.config import CacheConfig, CorruptionConfig, DataConfig, SourceConfig
 from data.corpus import Corpus, corpus_from, corpus_tokenizer
 from data.corruption import KINDS, BatchCorruption
 from data.loader import TrainLoader
@@ -22,6 +22,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "Batch",
     "BatchCorruption",
+    "CacheConfig",
     "Corpus",
     "CorruptionConfig",
     "DataConfig",

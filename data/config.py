@@ -7,14 +7,14 @@ from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError
-from common.settings import Allowed, AtLeastOne, Count, Flag, FolderName, Positive, Settings
+from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, Positive, Settings
 
 CorruptionKind = Literal["random", "repeat", "foreign_script", "labels"]
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TextOrNull = Annotated[_Text | None, Allowed("a text, or null")]
 _Name = Annotated[_Text, Allowed("a name")]
-_Steps = Annotated[
+Steps = Annotated[
     tuple[Count, ...],
     BeforeValidator(lambda steps: tuple(steps) if isinstance(steps, list) else steps),
     Predicate(lambda steps: len(set(steps)) == len(steps)),
@@ -25,7 +25,7 @@ _Steps = Annotated[
 class CorruptionConfig(Settings):
     """Batches that are corrupted on purpose, to study spikes of the loss."""
 
-    steps: _Steps = ()
+    steps: Steps = ()
     """Optimizer steps, counted from 1, whose batches are replaced."""
 
     kind: CorruptionKind = "random"
@@ -124,3 +124,10 @@ class DataConfig(Settings):
 
     corruption: CorruptionConfig = CorruptionConfig()
     """Batches that are corrupted on purpose."""
+
+
+class CacheConfig(Settings):
+    """Folders of a program that only prepares data."""
+
+    cache: Folder
+    """Folder of prepared tokens and trained tokenizers."""

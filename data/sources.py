@@ -2,8 +2,8 @@
 
 The `datasets` library reads the files in its streaming mode. It supports the formats, the compressions and the hub, and
 its streams can be resumed. This module adds a digest to each document, mixes several streams into one, and names the
-file in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its share
-of the bytes. Its state is the number of bytes read from each source and the state of each stream.
+file in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its
+share of the bytes. Its state is the number of bytes read from each source and the state of each stream.
 """
 
 import glob

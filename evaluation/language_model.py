@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 
 from data import Tokenizer
 from models import Llama
-from models.scoring import Score, Text, in_parts, score
+from models.scoring import Score, Text, score, split_long
 
 #: Tokens computed at once, by device.
 BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 10}
@@ -102,11 +102,11 @@ class LlamaLM(TemplateLM):
         """Return the scores of texts, in order; what the model cannot see at once is scored in parts."""
         self.asked += len(texts)
         self.cut += sum(len(text.tokens) > self.max_length + 1 for text in texts)
-        parts = [(number, part) for number, text in enumerate(texts) for part in in_parts(text, self.max_length)]
+        parts = [(number, part) for number, text in enumerate(texts) for part in split_long(text, self.max_length)]
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         asked = [part for _, part in parts]
         found: dict[int, Score] = {}
-        for some in score(self.model, asked, self.batch_tokens, self.device, rank=rank, processes=processes):
+        for some in score(self.model, asked, self.batch_tokens, self.device, rank=rank, world_size=processes):
             found.update(some)
         if processes > 1:
             shares: list[Any] = [None] * processes

@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from training.config.checks import check, model_config
 from training.launch.cli import command_line
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
-from zclip.base import is_count
+from zclip.arguments import is_count
 
 GPU = torch.cuda.is_available()
 LOG_EVERY = 5
@@ -187,7 +186,7 @@ def specification(cfg: dict[str, Any], folder: Path, console: Console) -> dict[s
         "log_every": LOG_EVERY,
         "batches": str(folder / "batches.npy"),
         "folder": str(folder),
-        "model": asdict(config),
+        "model": config.shape,
         "parameters": config.parameters,
         "overrides": overrides,
         "flops": flops_per_token(config, cfg["length"]),

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from training.config.rules import EVAL_RULES, Rule
 
 from common.errors import RunError, UserError
 from common.text import SECONDS_BETWEEN_LINES
@@ -39,9 +40,8 @@ from evaluation.tasks import TaskError, data_folders, load_tasks
 from training.checkpoint.format import fingerprint
 from training.checkpoint.load import DTYPES, RunCheckpoint
 from training.config.checks import check_folder, check_rules, fewshot_list
-from training.config.rules import EVAL_RULES, Rule
 from training.launch.cli import CANNOT_WRITE, command_line, reporting
-from zclip.base import is_count
+from zclip.arguments import is_count
 
 #: Endings of the files that make a Hugging Face model what it is.
 FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
@@ -137,10 +137,10 @@ def runs(cfg: DictConfig, device: torch.device, console: Console, failed: list[s
     subjects = []
     for folder, name in zip(folders, names, strict=True):
         with tolerate_failures(str(folder), len(folders), console, failed):
-            trained = RunCheckpoint(folder, cfg.step, say=console.print)
+            trained = RunCheckpoint(folder, cfg.step, console.print)
             check_folder("run", str(folder), folder)
-            if trained.step != trained.steps and cfg.step is None:
-                console.print(f"{folder} is not finished: this is {trained.told}", style="yellow")
+            if trained.step != trained.max_steps and cfg.step is None:
+                console.print(f"{folder} is not finished: this is {trained.description}", style="yellow")
             title = name if names.count(name) == 1 else str(folder)
             of = partial(fingerprint, trained.checkpoint)
             load = partial(load_run, cfg, trained, device)
@@ -177,7 +177,7 @@ def load_run(cfg: DictConfig, trained: RunCheckpoint, device: torch.device) -> A
         model = Llama(trained.config)
     model.to_empty(device=device)
     model.tie_weights()
-    model.load_state_dict(trained.weights())
+    model.load_state_dict(trained.model_state())
     return LlamaLM(model.to(DTYPES[cfg.dtype]).eval(), trained.tokenizer(), device, cfg.eval.batch_tokens)
 
 

@@ -18,7 +18,16 @@ CPU = torch.device("cpu")
 def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
     """The same weights twice, with a context that many items exceed, and one that none does."""
     torch.manual_seed(0)
-    config = LlamaConfig(tokenizer.size, 48, 96, 2, 4, 2, request.param, initializer_range=0.2)
+    config = LlamaConfig(
+        vocab_size=tokenizer.size,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=request.param,
+        initializer_range=0.2,
+    )
     model = Llama(config).eval()
     folder = tmp_path_factory.mktemp("exported")
     export(model.state_dict(), config, folder, tokenizer.end)

@@ -26,21 +26,29 @@ class Knowing:
     """
 
     def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
-        self.config = LlamaConfig(vocab_size, 2, 1, 1, 1, 1, 2048)
+        self.config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=2,
+            intermediate_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            max_position_embeddings=2048,
+        )
         self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
 
-    def score(self, tokens, packing, targets):
-        assert len(packing.asked) == len(targets)
-        stems = packing.stems.numel()
+    def score(self, tokens, tree, targets):
+        assert len(tree.query_index) == len(targets)
+        stems = tree.prefixes.numel()
         found = []
-        for place, target in zip(packing.places[packing.asked].tolist(), targets.tolist(), strict=True):
+        for place, target in zip(tree.gather_index[tree.query_index].tolist(), targets.tolist(), strict=True):
             if place < stems:
-                text, last = divmod(place, packing.stems.shape[1])
-                row = packing.stems[text, : last + 1]
+                text, last = divmod(place, tree.prefixes.shape[1])
+                row = tree.prefixes[text, : last + 1]
             else:
-                text, last = divmod(place - stems, packing.rests.shape[1])
-                row = packing.texts[text][packing.visible[text, 0, last]]
-            assert packing.positions[row].tolist() == list(range(len(row)))
+                text, last = divmod(place - stems, tree.suffixes.shape[1])
+                row = tree.sequences[text][tree.visible[text, 0, last]]
+            assert tree.positions[row].tolist() == list(range(len(row)))
             found.append(0.0 if (*tokens[0, row].tolist(), target) in self.known else -9.0)
         return torch.tensor(found), torch.tensor([number == 0.0 for number in found])
 
@@ -48,7 +56,7 @@ class Knowing:
 class Uniform(Knowing):
     """Every token is as likely as any other."""
 
-    def score(self, tokens, packing, targets):
+    def score(self, tokens, tree, targets):
         return torch.full(targets.shape, -math.log(self.config.vocab_size)), torch.zeros(len(targets), dtype=torch.bool)
 
 
@@ -107,7 +115,18 @@ def test_who_knows_nothing_is_at_chance(sets, tokenizer):
 def test_length_normalisation_and_partial_scoring_by_hand(sets, tokenizer):
     """Two items of each, with a real model and its logits, without anything of the path."""
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(tokenizer.size, 32, 48, 2, 4, 2, 512, initializer_range=0.3)).eval()
+    model = Llama(
+        LlamaConfig(
+            vocab_size=tokenizer.size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+        )
+    ).eval()
 
     def likelihood(context: str, continuation: str) -> float:
         whole, before = (tokenizer.tokenizer.encode(text).ids for text in (context + continuation, context))
@@ -207,8 +226,8 @@ def test_answers_are_kept_for_the_same_weights_alone(sets, tokenizer, tmp_path):
 
 def test_what_is_not_a_number_is_no_answer_of_any_model(sets, tokenizer, tmp_path):
     class Diverged(Uniform):
-        def score(self, tokens, packing, targets):
-            found, best = super().score(tokens, packing, targets)
+        def score(self, tokens, tree, targets):
+            found, best = super().score(tokens, tree, targets)
             return found * float("nan"), best
 
     answers = Answers(tmp_path / "answers", "these")

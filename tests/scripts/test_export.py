@@ -24,7 +24,7 @@ def losses(folder) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_exported_and_another_starts_from_it(run, corpus, cache, tmp_path):
+def test_exported_run_starts_another_run(run, corpus, cache, tmp_path):
     done = script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert re.fullmatch(r"step 40, [\d,]+ parameters in float32: there\n", done.stdout), done.stdout
@@ -49,14 +49,14 @@ def test_a_run_is_exported_and_another_starts_from_it(run, corpus, cache, tmp_pa
     assert started[0] < losses(run)[0] - 0.5 and abs(started[0] - losses(run)[-1]) < 0.5
 
 
-def test_a_given_step_and_dtype(run, tmp_path):
+def test_step_and_dtype_of_the_export(run, tmp_path):
     done = script("export_hf.py", f"run={run}", "out=there", "step=40", "dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
     assert theirs.dtype == torch.bfloat16
 
 
-def test_mistakes_are_one_sentence(run, tmp_path):
+def test_export_and_init_from_mistakes_are_one_sentence(run, tmp_path):
     assert script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path).returncode == 0
     cases = [
         (script, "export_hf.py", [], "run is not set: give it as run=..."),
@@ -69,13 +69,13 @@ def test_mistakes_are_one_sentence(run, tmp_path):
         (train, "", ["model.init_from=there"], "model.vocab_size=4096 is not allowed: there has 512; model=hf takes"),
         (train, "", ["model=hf", "model.init_from=there"], "data.tokenizer=null is not possible with model.init_from"),
     ]  # fmt: skip
-    for command, name, arguments, said in cases:
+    for command, name, arguments, message in cases:
         done = command(*([name] if name else []), *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_weights_are_not_loaded_again_when_a_run_continues(run, corpus, cache, tmp_path):
+def test_resumed_run_does_not_load_initial_weights_again(run, corpus, cache, tmp_path):
     done = script("export_hf.py", f"run={run}", "out=there", cwd=tmp_path)
     settings = [
         *TINY, f"data.path={corpus}", f"paths.cache={cache}", "model.init_from=there", "data.tokenizer=there", "name=x",
