@@ -13,7 +13,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from data import TextEncoder
+from data import Tokenizer
 from models import Llama
 from models.scoring import Score, Text, score, split_long
 
@@ -43,7 +43,7 @@ class LlamaLM(TemplateLM):
     def __init__(
         self,
         model: Llama,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         device: torch.device,
         batch_tokens: int | None = None,
     ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import TextEncoder
+from data import Tokenizer
 from data.tokenizer import train_tokenizer
 from evaluation.tasks import SETS, data_file
 from tests.conftest import CHECKOUT, script
@@ -35,6 +35,6 @@ def items(folder: Path, task: str) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(sets: Path) -> TextEncoder:
+def tokenizer(sets: Path) -> Tokenizer:
     """A byte-level BPE of the sentences of WinoGrande."""
     return train_tokenizer((item["sentence"] for item in items(sets, "winogrande")), 2000)

@@ -13,7 +13,7 @@ import torch
 
 from common.errors import UserError
 from common.text import SECONDS_BETWEEN_LINES
-from data import TextEncoder
+from data import Tokenizer
 from evaluation.config import EvalConfig
 from evaluation.response_cache import Answers, CachedLM
 from evaluation.scores import Scores, score_key, score_task
@@ -68,7 +68,7 @@ class TaskEvaluator:
         trainer: TrainerConfig,
         settings: EvalConfig,
         tasks: LoadedTasks,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         should_stop: Callable[[], bool],
         report: EvaluationReport,
     ) -> None:
