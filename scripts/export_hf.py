@@ -12,7 +12,6 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -38,7 +37,7 @@ class ExportConfig(Settings):
     """Folder that is written. It must not exist."""
 
 
-def main(values: dict[str, Any]) -> None:
+def main(values: _entry.Values) -> None:
     """Export the checkpoint that the configuration names."""
     config = parse(ExportConfig, values)
     console = Console(soft_wrap=True, highlight=False)

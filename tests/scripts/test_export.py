@@ -29,31 +29,31 @@ def test_exported_run_starts_another_run(run, corpus, cache, tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert re.fullmatch(r"step 40, [\d,]+ parameters in float32: there\n", done.stdout), done.stdout
     assert len({file.stat().st_mode for file in (tmp_path / "there").iterdir()}) == 1
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
     ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]
     saved = weights(max((run / "checkpoints").glob("step-*.ckpt")))
-    assert theirs.state_dict().keys() == saved.keys()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in theirs.state_dict().items())
-    assert theirs.config.eos_token_id == tokenizer.eos_token_id and ids.max() < theirs.config.vocab_size
-    assert theirs.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    assert exported.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in exported.state_dict().items())
+    assert exported.config.eos_token_id == tokenizer.eos_token_id and ids.max() < exported.config.vocab_size
+    assert exported.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
 
     shape = [setting for setting in TINY if not setting.startswith("model.")]
     settings = [*shape, f"data.path={corpus}", f"paths.cache={cache}", "trainer.max_steps=3", "lr=1e-5"]
     on = [*settings, "model.init_from=there", "data.tokenizer=there"]
-    for name, more in (("shape", ["model=hf", *on]), ("given", [*TINY, *on])):
+    for name, more in (("shape", ["model=hf", *on]), ("explicit", [*TINY, *on])):
         done = train(*more, f"name={name}", cwd=tmp_path)
         assert done.returncode == 0 and "starting from the weights in there" in done.stdout, done.stderr
     started = losses(tmp_path / "runs" / "main" / "shape")
-    assert started == losses(tmp_path / "runs" / "main" / "given")
+    assert started == losses(tmp_path / "runs" / "main" / "explicit")
     assert started[0] < losses(run)[0] - 0.5 and abs(started[0] - losses(run)[-1]) < 0.5
 
 
 def test_step_and_dtype_of_the_export(run, tmp_path):
     done = script("export_hf.py", f"run={run}", "out=there", "step=40", "dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
-    assert theirs.dtype == torch.bfloat16
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
+    assert exported.dtype == torch.bfloat16
 
 
 def test_export_and_init_from_mistakes_are_one_sentence(run, tmp_path):

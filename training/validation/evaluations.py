@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from common.files import write_atomic
 from common.text import SECONDS_BETWEEN_LINES
 from data import TextEncoder
-from evaluation.response_cache import Answers, CachedLM, EvaluationInterrupted
+from evaluation.response_cache import ResponseCache, CachedLM, EvaluationInterrupted
 from evaluation.scores import Scores, score_key, score_task
 from evaluation.tasks import TaskError
 from training.checkpoint.manager import Checkpoints
@@ -93,7 +93,7 @@ class Evaluations(pl.Callback):
         self.listener = listener
         self.console = console
         self._bytes: int | None = None
-        self._answers: Answers | None = None  # on rank 0
+        self._answers: ResponseCache | None = None  # on rank 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was found after the step from which the run goes on; do what is due there."""
@@ -101,7 +101,7 @@ class Evaluations(pl.Callback):
             kept = [row for row in self.folder.evaluations() if row["step"] <= trainer.global_step]
             if kept or self.folder.evaluated.exists():
                 write_atomic(self.folder.evaluated, "".join(json.dumps(row) + "\n" for row in kept))
-            self._scores().forget_after(trainer.global_step)
+            self._scores().remove_after(trainer.global_step)
         if trainer.global_step:
             self._evaluate(trainer, pl_module)
 
@@ -183,7 +183,7 @@ class Evaluations(pl.Callback):
                 with self._kept():
                     self._scores().add(key, found)
                     if self._answers is not None:
-                        self._answers.forget()
+                        self._answers.delete()
                 numbers = {metric: value for metric, value in found.items() if f"{metric}_stderr" in found}
                 told = ", ".join(
                     f"{metric} {value:.4g} ± {found[f'{metric}_stderr']:.2g}" for metric, value in numbers.items()
@@ -198,8 +198,8 @@ class Evaluations(pl.Callback):
             return None
         self._answers = None
         with self._kept():
-            self._answers = Answers(scores.answers(key["step"], self.dtype), f"{self.folder.path.name} {key['step']}")
-        return {} if self._answers is None else self._answers.known
+            self._answers = ResponseCache(scores.response_cache_path(key["step"], self.dtype), f"{self.folder.path.name} {key['step']}")
+        return {} if self._answers is None else self._answers.responses
 
     def _keep(self, found: Mapping[str, Any]) -> None:
         if self._answers is not None:
@@ -213,7 +213,7 @@ class Evaluations(pl.Callback):
         except TaskError as error:
             scores = Scores(self.folder.scores, damaged=True)
             self.console.print(
-                f"{error}. It is put aside as {scores.put_aside().name}.", style="bold red", markup=False
+                f"{error}. It is put aside as {scores.quarantine().name}.", style="bold red", markup=False
             )
             return scores
 
