@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from data.sources import Document, Mixture, Source, Stream
+from common.errors import ConfigError
+from data.config import DataConfig
+from data.sources import Document, Mixture, Source, SourceError, Stream
 from data.tokenizer import (
     END_OF_TEXT,
     SMALLEST_VOCABULARY,
@@ -85,7 +87,10 @@ class Corpus:
 
     def at(self, commits: Mapping[str, str]) -> "Corpus":
         """Return the corpus as it was at some commits: what is begun is finished with the same text."""
-        return replace(self, sources=tuple(replace(s, revision=commits.get(s.name, s.revision)) for s in self.sources))
+        return replace(
+            self,
+            sources=tuple(s.model_copy(update={"revision": commits.get(s.name, s.revision)}) for s in self.sources),
+        )
 
     def folder(self, cache: Path) -> Path:
         """Return where its tokens are or will be."""
@@ -118,21 +123,22 @@ class Corpus:
                 small. Sources of tokens that are prepared already are not read.
         """
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
-            allowed = f"it must be at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
-            raise ValueError(f"vocab_size={self.vocab_size} is not allowed: {allowed}")
+            allowed = f"at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
+            raise ConfigError("vocab_size", self.vocab_size, allowed)
         if self.streamed and self.deduplicate:
-            raise ValueError("deduplicate=true is not possible with data.mode=stream: it needs data.mode=prepared")
+            problem = "is not possible with data.mode=stream: it needs data.mode=prepared"
+            raise ConfigError("deduplicate", True, problem=problem)
         if (self.folder(cache) / MANIFEST).exists():
             return
         size = self.size()
         if size is not None and sequence_length >= size:
-            raise ValueError(too_long(sequence_length, f"the text has {size:,} bytes"))
+            raise too_long(sequence_length, f"the text has {size:,} bytes")
         for source in self.sources:
             first = list(itertools.islice(Stream(source), 2))
             if not first:
-                raise ValueError(f"{source.place} holds no text")
+                raise source.error("holds no text")
             if len(first) + len(self.sources) == 2:
-                raise ValueError(f"{source.place} is one document: {ONE_MORE}")
+                raise source.error(f"is one document: {ONE_MORE}")
 
 
 def corpus_tokenizer(
@@ -152,12 +158,34 @@ def corpus_tokenizer(
     return train_tokenizer(_up_to(documents, max_bytes), corpus.vocab_size, progress=console.is_terminal)
 
 
-def too_long(sequence_length: int, held: str) -> str:
-    """Say that a text is too short for one sequence."""
-    return (
-        f"sequence_length={sequence_length} is longer than the text: {held}, "
-        "and one sequence needs sequence_length + 1 tokens"
+def corpus_from(config: DataConfig) -> Corpus:
+    """Return the corpus that a configuration describes.
+
+    Raises:
+        ConfigError: `path` is set, but none of the sources reads it.
+    """
+    sources = [
+        Source(name=name, **settings.model_dump()) for name, settings in config.sources.items() if settings is not None
+    ]
+    if config.path is not None and config.path not in [source.path for source in sources]:
+        names = ", ".join(source.name for source in sources)
+        problem = f"is not read by any of the sources {names}: set sources.NAME.path, and hub=null"
+        raise ConfigError("path", config.path, problem=problem)
+    return Corpus(
+        sources=tuple(sources),
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        val_fraction=config.val_fraction,
+        deduplicate=config.deduplicate,
+        max_tokens=None if config.max_tokens is None else int(config.max_tokens),
+        streamed=config.mode == "stream",
     )
+
+
+def too_long(sequence_length: int, held: str) -> SourceError:
+    """Return the error about a text that is too short for one sequence."""
+    problem = f"is longer than the text: {held}, and one sequence needs sequence_length + 1 tokens"
+    return SourceError("sequence_length", sequence_length, problem=problem)
 
 
 def _up_to(documents: Iterable[Document], size: int) -> Iterator[str]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from common.errors import ConfigError
 from data.batch import Batch
+from data.config import CorruptionKind
 from data.tokenizer import TextEncoder
 
-#: Starts and sizes of the Unicode blocks that `script` writes in: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
+#: (first code point, size) of the Unicode blocks of `foreign_script`: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
 SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 0x5000), (0xAC00, 0x2BA0))
 
 
@@ -21,7 +23,7 @@ class BatchCorruption:
 
     - `random`: every token drawn uniformly from the vocabulary.
     - `repeat`: one token, another in each row, repeated.
-    - `script`: letters of a script the corpus hardly has, at random; another script in each row.
+    - `foreign_script`: letters of a script the corpus hardly has, at random; another script in each row.
     - `labels`: the text is as it was, what is to be predicted is shuffled within the row.
 
     Args:
@@ -31,16 +33,15 @@ class BatchCorruption:
         encoder: the tokenizer.
 
     Raises:
-        ValueError: the tokenizer has no tokens for the letters of `script`.
+        ValueError: the tokenizer has no tokens for the letters of `foreign_script`.
     """
 
-    def __init__(self, steps: list[int], kind: str, seed: int, encoder: TextEncoder) -> None:
-        if kind == "script":
+    def __init__(self, steps: list[int], kind: CorruptionKind, seed: int, encoder: TextEncoder) -> None:
+        if kind == "foreign_script":
             letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
             if min(map(len, encoder.encode(letters))) == 1:
-                raise ValueError(
-                    "corruption.kind=script is not possible: the tokenizer leaves out letters of other scripts"
-                )
+                problem = "is not possible: the tokenizer leaves out letters of other scripts"
+                raise ConfigError("corruption.kind", kind, problem=problem)
         self.steps = frozenset(steps)
         self.make = KINDS[kind]
         self.seed = seed
@@ -73,7 +74,7 @@ def _repeat(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) ->
     return np.full(len(row), draw.integers(0, encoder.size))
 
 
-def _script(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
+def _foreign_script(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
     start, size = SCRIPTS[draw.integers(len(SCRIPTS))]
     ids: list[int] = []
     while len(ids) < len(row):  # a tokenizer may have one token for several letters
@@ -87,9 +88,9 @@ def _labels(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) ->
 
 
 #: By name, what makes a row of (length + 1) tokens; `labels` makes (length) targets.
-KINDS: dict[str, Callable[[np.ndarray, np.random.Generator, TextEncoder], np.ndarray]] = {
+KINDS: dict[CorruptionKind, Callable[[np.ndarray, np.random.Generator, TextEncoder], np.ndarray]] = {
     "random": _random,
     "repeat": _repeat,
-    "script": _script,
+    "foreign_script": _foreign_script,
     "labels": _labels,
 }

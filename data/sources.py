@@ -9,19 +9,20 @@ share of the bytes, so it is the same in every run, and its place is a number of
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import ConfigError
+from data.config import SourceConfig
 from data.files import FORMATS, format_of, has_column, is_empty, json_object, matching, sotu_folder, text_ratio
 
 ROWS_WITHOUT = 1000  # at the beginning, and the column is said not to be there
 ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
 
 
-class SourceError(ValueError):
-    """A source cannot be read; the message is one sentence that names it."""
+class SourceError(ConfigError):
+    """A source cannot be read, or its text is too short; the message is one sentence that names the setting."""
 
 
 class Document(NamedTuple):
@@ -37,58 +38,16 @@ class Document(NamedTuple):
         return int.from_bytes(self.digest[:6]) / 256**6
 
 
-@dataclass(frozen=True)
-class Source:
-    """One place that documents come from. With neither `path` nor `hub` it is the embedded corpus.
-
-    The embedded corpus is the text of the package `sotu`: the State of the Union addresses since 1790, a file each.
-
-    Attributes:
-        name: by which it is configured.
-        path: a file, a folder (searched recursively) or a glob pattern of files of one format: `.txt` (one document
-            each), `.jsonl` or `.parquet` (one a row). Text and JSON lines may be compressed: `.gz`, `.zst`, `.xz`.
-        hub: a dataset's name on the Hugging Face hub.
-        subset: its configuration, if it has several.
-        split: its split.
-        revision: its commit, tag or branch; `None`: the newest when tokens are prepared or first streamed.
-        column: that holds the text; means nothing for `.txt`.
-        weight: share of the bytes, relative to the other sources.
-
-    Raises:
-        ValueError: an attribute is not of its kind.
-    """
+class Source(SourceConfig):
+    """One place that documents come from, with the settings of `SourceConfig`."""
 
     name: str
-    path: str | None = None
-    hub: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    column: str = "text"
-    weight: float = 1.0
+    """Name by which it is configured."""
 
-    def __post_init__(self) -> None:
-        for field in ("path", "hub", "subset", "revision"):
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{self._key(field)} is not allowed: it must be a text, or null")
-        for field in ("split", "column"):
-            if not isinstance(getattr(self, field), str) or not getattr(self, field):
-                raise ValueError(f"{self._key(field)} is not allowed: it must be a name")
-        weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise ValueError(f"{self._key('weight')} is not allowed: it must be a number above 0")
-        if self.path is not None and self.hub is not None:
-            raise ValueError(f"{self._key('hub')} is not allowed: the source has a path already, set one of them null")
-
-    def _key(self, field: str) -> str:
-        value = getattr(self, field)
-        return f"sources.{self.name}.{field}={'null' if value is None else value}"
-
-    @property
-    def place(self) -> str:
-        """What it is, for messages."""
-        return self._key("hub") if self.hub else self._key("path")
+    def error(self, problem: str, field: str | None = None) -> SourceError:
+        """Return an error about one of the settings; by default about the path or the dataset on the hub."""
+        field = field or ("hub" if self.hub else "path")
+        return SourceError(f"sources.{self.name}.{field}", getattr(self, field), problem=problem)
 
     def files(self) -> list[Path]:
         """Return the local files that hold anything, in order of their names.
@@ -97,21 +56,24 @@ class Source:
             ValueError: there are none, or they are of several formats.
         """
         if self.path is None:
-            return sorted(sotu_folder().rglob("*.txt"))
+            try:
+                return sorted(sotu_folder().rglob("*.txt"))
+            except ModuleNotFoundError as error:
+                raise self.error(str(error)) from error
         root = Path(self.path)
         found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else matching(root)
         files = sorted(file for file in found if file.is_file() and (root.is_file() or format_of(file)))
         if not files:
             found_nothing = "holds no such file" if root.is_dir() else "does not exist"
-            raise ValueError(f"{self.place} {found_nothing}: {ALLOWED}")
+            raise self.error(f"{found_nothing}: {ALLOWED}")
         formats = {format_of(file) for file in files}
         if None in formats:
-            raise ValueError(f"{self.place} is of no format that is known: {ALLOWED}")
+            raise self.error(f"is of no format that is known: {ALLOWED}")
         if len(formats) > 1:
-            raise ValueError(f"{self.place} holds files of several formats: give each a source of its own")
+            raise self.error("holds files of several formats: give each a source of its own")
         files = [file for file in files if not is_empty(file)]
         if not files:
-            raise ValueError(f"{self.place} holds nothing but empty files: {ALLOWED}")
+            raise self.error(f"holds nothing but empty files: {ALLOWED}")
         return files
 
     def size(self) -> int | None:
@@ -134,7 +96,7 @@ class Source:
         try:
             return int(sum(file.stat().st_size for file in files) * text_ratio(files[0], self.column))
         except Exception as error:  # each format and compression has its own
-            raise SourceError(f"{self.place} cannot be read: {files[0]}: {_reason(error)}") from error
+            raise self.error(f"cannot be read: {files[0]}: {_reason(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this text from another without reading it: files' names, sizes and times, or a revision."""
@@ -160,7 +122,7 @@ class Source:
         try:
             return HfApi().dataset_info(self.hub, revision=self.revision).sha
         except Exception as error:
-            raise SourceError(f"{self.place} cannot be opened ({_reason(error)})") from error
+            raise self.error(f"cannot be opened ({_reason(error)})") from error
 
     def open(self) -> Any:
         """Return the `datasets.IterableDataset` of this source's rows.
@@ -190,7 +152,7 @@ class Source:
             names = [glob.escape(str(file.resolve())) for file in files]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
         except Exception as error:
-            raise SourceError(f"{self.place} cannot be opened ({_reason(error)})") from error
+            raise self.error(f"cannot be opened ({_reason(error)})") from error
 
 
 class Stream:
@@ -231,7 +193,7 @@ class Stream:
                     raise self._no_column(without[0]) from None
                 return
             except Exception as error:  # each format and compression has its own
-                raise SourceError(f"{self.source.place} cannot be read: {self._file()}{_reason(error)}") from error
+                raise self.source.error(f"cannot be read: {self._file()}{_reason(error)}") from error
             if not row:
                 continue
             if self.column not in row:
@@ -243,12 +205,12 @@ class Stream:
             text, seen = row[self.column], True
             without.clear()
             if text is not None and not isinstance(text, str):
-                raise SourceError(f"{self.source._key('column')} holds {str(text)[:50]!r}, which is no text")
+                raise self.source.error(f"holds {str(text)[:50]!r}, which is no text", "column")
             if text and (text := text.strip()):
                 try:
                     encoded = text.encode()
                 except UnicodeEncodeError as error:
-                    raise SourceError(f"{self.source.place} cannot be read: {self._file()}{error}") from error
+                    raise self.source.error(f"cannot be read: {self._file()}{error}") from error
                 yield Document(text, hashlib.sha256(encoded).digest(), len(encoded))
 
     def state(self) -> dict[str, Any]:
@@ -257,10 +219,9 @@ class Stream:
 
     def _no_column(self, row: Iterable[str]) -> SourceError:
         """Say that there is no such column in any row seen, of which this is one."""
-        return SourceError(
-            f"{self.source._key('column')} is not there: the rows of {self.source.place} have "
-            f"{', '.join(map(str, row)) or 'no columns'}"
-        )
+        columns = ", ".join(map(str, row)) or "no columns"
+        where = self.source.hub or self.source.path
+        return self.source.error(f"is not there: the rows of {where} have {columns}", "column")
 
     def _file(self) -> str:
         """The file being read, for messages; nothing if it is not known."""
@@ -300,36 +261,6 @@ class Mixture:
     def state(self) -> dict[str, Any]:
         """Return the place after the last document, as JSON holds it."""
         return {"given": dict(self.given), "streams": {name: stream.state() for name, stream in self.streams.items()}}
-
-
-def sources_of(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Source]:
-    """Return the sources that a configuration names; those set to null are left out.
-
-    A source with neither path nor hub must have `embedded: true`, to be the embedded corpus.
-
-    Raises:
-        ValueError: there is none, or one has a setting that is unknown or not allowed.
-    """
-    known = (Source.__dataclass_fields__.keys() - {"name"}) | {"sotu"}
-    sources = []
-    for name, settings in configured.items():
-        if settings is None:
-            continue
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"sources.{name}={settings} is not allowed: it must have {', '.join(sorted(known))}")
-        for unknown in settings.keys() - known:
-            raise ValueError(
-                f"sources.{name}.{unknown}={settings[unknown]} means nothing: a source has {', '.join(sorted(known))}"
-            )
-        given = dict(settings)
-        embedded = given.pop("sotu", False)
-        source = Source(name=name, **given)
-        if not embedded and source.path is None and source.hub is None:
-            raise ValueError(f"sources.{name}.path=null is not allowed: the source must have a path or a hub")
-        sources.append(source)
-    if not sources:
-        raise ValueError("sources={} is not allowed: it must name at least one source")
-    return sources
 
 
 def _shard(state: Any) -> int | None:

@@ -10,7 +10,7 @@ on another number of them. A text that fits one block is dealt out in the order 
 import itertools
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from common.errors import UserError
 from data.batch import Batch
 from data.corpus import (
     ALL_THE_SAME,
@@ -32,7 +33,7 @@ from data.corpus import (
 )
 from data.encoding import ahead, batches
 from data.sequences import ShuffledDataset, TokenDataset
-from data.sources import Document, Mixture, SourceError
+from data.sources import Document, Mixture, Source, SourceError
 from data.tokenizer import TextEncoder, load_tokenizer
 from data.tokens import TokenArray
 from data.writing import keep_tokenizer, write_manifest, write_part
@@ -64,7 +65,7 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
             candidates.append(document)
     ended = size < HEAD_BYTES or next(mixture, None) is None
     if ended and least >= greatest:
-        raise ValueError(ALL_THE_SAME if seen > 1 else f"the text is one document: {ONE_MORE}")
+        raise UserError(ALL_THE_SAME if seen > 1 else f"the text is one document: {ONE_MORE}")
     by_draw = sorted((d.draw, d.size) for d in candidates if d.draw < most)
     sizes = itertools.accumulate(size for _, size in by_draw)
     enough = next((draw for (draw, _), size in zip(by_draw, sizes, strict=True) if size >= HELD_OUT_BYTES), most)
@@ -213,7 +214,7 @@ class StreamingDataset:
                 yield self._cut(held, skip, count * self.length, number, first)
                 number, first = number + 1, first + count
             if number == begun:
-                raise SourceError(too_long(self.length, f"the training text has {there:,} tokens"))
+                raise too_long(self.length, f"the training text has {there:,} tokens")
             held.clear()
             skip, there, begun = 0, 0, number
 
@@ -253,26 +254,26 @@ class StreamingDataset:
     def _mixture(self, source: dict[str, Any] | None) -> Mixture:
         """Return the documents from a place on."""
         self._check_unchanged()
-        with _as_source_error():
+        with _as_source_error(self.corpus.sources):
             return Mixture(self.corpus.sources, source)
 
     def _check_unchanged(self) -> None:
         """Raise `SourceError` unless the sources are what they were."""
-        with _as_source_error():
+        with _as_source_error(self.corpus.sources):
             for own in self.corpus.sources:
                 if own.identity() != self._identity[own.name]:
-                    raise SourceError(f"{own.place} has changed since the stream was opened: it must stay as it is")
+                    raise own.error("has changed since the stream was opened: it must stay as it is")
 
 
 @contextmanager
-def _as_source_error() -> Iterator[None]:
+def _as_source_error(sources: Sequence[Source]) -> Iterator[None]:
     """Raise what files that are gone cause as `SourceError`."""
     try:
         yield
     except SourceError:
         raise
     except (ValueError, OSError) as error:
-        raise SourceError(str(error)) from error
+        raise SourceError("sources", [source.name for source in sources], problem=f"cannot be read: {error}") from error
 
 
 class _Encoded(NamedTuple):

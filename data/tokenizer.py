@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common.errors import ConfigError, UserError
+
 END_OF_TEXT = "<|endoftext|>"
 
 #: Of a folder that holds a tokenizer, in the order in which they are written.
@@ -99,14 +101,15 @@ def load_tokenizer(name: str) -> TextEncoder:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare exceptions
-        raise ValueError(f"tokenizer={name} cannot be read ({error})") from error
+        raise _error(name, f"cannot be read ({error})") from error
     end = _read(config).get("eos_token", END_OF_TEXT) if config else END_OF_TEXT
     end = end.get("content") if isinstance(end, dict) else end
     identity = tokenizer.token_to_id(end) if isinstance(end, str) else None
     if identity is None:
-        raise ValueError(
-            f"tokenizer={name} does not say which token ends a text: it must come with a tokenizer_config.json whose "
-            f"eos_token is in its vocabulary, or have a token {END_OF_TEXT}"
+        raise _error(
+            name,
+            "does not say which token ends a text: it must come with a tokenizer_config.json whose "
+            f"eos_token is in its vocabulary, or have a token {END_OF_TEXT}",
         )
     return text_encoder(tokenizer, identity)
 
@@ -123,6 +126,10 @@ def tokenizer_identity(name: str) -> Any:
     return [_read(file), _read(config) if config else None]
 
 
+def _error(name: str, problem: str) -> ConfigError:
+    return ConfigError("tokenizer", name, problem=problem)
+
+
 def _is_path(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1
 
@@ -134,7 +141,7 @@ def _files(name: str) -> tuple[Path, Path | None]:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             allowed = "it must be a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub"
-            raise ValueError(f"tokenizer={name} is not there: {allowed}")
+            raise _error(name, f"is not there: {allowed}")
         config = file.with_name("tokenizer_config.json")
         return file, config if config.is_file() else None
     from huggingface_hub import hf_hub_download
@@ -148,11 +155,11 @@ def _files(name: str) -> tuple[Path, Path | None]:
             return file, None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"tokenizer={name} cannot be had from the Hugging Face hub ({reason})") from error
+        raise _error(name, f"cannot be had from the Hugging Face hub ({reason})") from error
 
 
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error})") from error
+        raise UserError(f"{file} cannot be read ({error})") from error

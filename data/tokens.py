@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.errors import UserError
+
 SPLITS = ("train", "test")
 MANIFEST = "tokens.json"
 #: Of the files `*.documents.npy`.
@@ -190,7 +192,7 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
                     if found_sum != expected["sha256"]:
                         raise ValueError(f"{name} does not have the checksum it was written with")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
+        raise UserError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
     return Tokens(arrays["train"], arrays["test"], facts["fingerprint"], folder, facts)
 
 

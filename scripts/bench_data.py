@@ -82,14 +82,14 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
     texts: list[str] = []
     size, wanted = 0, cfg.megabytes * 1e6
     while size < wanted:
-        for document in Mixture([Source("text", path=cfg.path)]):
+        for document in Mixture([Source(name="text", path=cfg.path)]):
             texts.append(document.text)
             size += len(document.text.encode())
             if size >= wanted:
                 break
     file = folder / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    source = (Source("text", path=str(file)),)
+    source = (Source(name="text", path=str(file)),)
     encoder = corpus_tokenizer(Corpus(source, vocab_size=32_768), QUIET)
     (folder / "tokenizer").mkdir()
     encoder.save(folder / "tokenizer")

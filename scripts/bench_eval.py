@@ -27,7 +27,7 @@ from evaluation.tasks import load_tasks
 from models import Llama
 from models.hugging_face import export
 from training.checkpoint.load import RunCheckpoint
-from training.run_dir import environment
+from training.runtime.environment import environment
 
 BATCH_SIZES = (4, 16, 64)
 
@@ -58,7 +58,7 @@ def main(values: _entry.Values) -> None:
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = RunCheckpoint(Path(config.run), None, console.print)
-    tokenizer, weights = checkpoint.tokenizer(), checkpoint.weights()
+    tokenizer, weights = checkpoint.tokenizer(), checkpoint.model_state()
     model = Llama(checkpoint.config).eval().to(device)
     model.load_state_dict(weights)
     llama_lm = LlamaLM(model, tokenizer, device)

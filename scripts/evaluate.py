@@ -145,8 +145,8 @@ def run_model(config: EvaluateConfig, folder: Path, title: str, console: Console
     """Return the model of a run."""
     checkpoint = RunCheckpoint(folder, config.step, console.print)
     check_folder("run", str(folder), folder)
-    if checkpoint.step != checkpoint.steps and config.step is None:
-        console.print(f"{folder} is not finished: this is {checkpoint.told}", style="yellow")
+    if checkpoint.step != checkpoint.max_steps and config.step is None:
+        console.print(f"{folder} is not finished: this is {checkpoint.description}", style="yellow")
 
     def load() -> Any:
         from evaluation.language_model import LlamaLM
@@ -156,7 +156,7 @@ def run_model(config: EvaluateConfig, folder: Path, title: str, console: Console
         with torch.device("meta"):
             model = Llama(checkpoint.config)
         materialize(model, config.torch_device)
-        model.load_state_dict(checkpoint.weights())
+        model.load_state_dict(checkpoint.model_state())
         model = model.to(DTYPES[config.dtype]).eval()
         return LlamaLM(model, checkpoint.tokenizer(), config.torch_device, config.eval.batch_tokens)
 

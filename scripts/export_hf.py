@@ -44,18 +44,18 @@ def main(values: _entry.Values) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # huggingface_hub reports the temporary folder
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading needs none
     out = Path(config.out)
-    checkpoint = RunCheckpoint(Path(config.run), config.step, say=console.print)
+    checkpoint = RunCheckpoint(Path(config.run), config.step, console.print)
     if out.exists():
         raise UserError(f"out={out} is there already: remove it, or choose another folder")
     check_folder("out", config.out, out)
-    state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.weights().items()}
+    state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
     temporary = tmp_path(out)
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer = checkpoint.tokenizer()
     export(state, checkpoint.config, temporary, tokenizer.end)
     tokenizer.save(temporary)
     temporary.rename(out)
-    console.print(f"{checkpoint.told}, {checkpoint.config.parameters:,} parameters in {config.dtype}: {out}")
+    console.print(f"{checkpoint.description}, {checkpoint.config.parameters:,} parameters in {config.dtype}: {out}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def summarise(run: Run) -> dict[str, Any]:
     where the devices' peak is not known) and `step_seconds` (by what they go to) those of the median step, so that
     compiling, saving and pauses do not count; `saving_seconds` those of the run in which training waited for a
     checkpoint; `peak_memory_gib` the most that a process took; `bad_batches` how many
-    steps had one put in on purpose, and `bad_batch_kind` of which kind.
+    steps had one put in on purpose, and `corruption_kind` of which kind.
     """
     metrics = run.metrics
     bad = corrupted_steps(run)
@@ -99,7 +99,7 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
 def _injected(result: dict[str, Any]) -> str:
     """Say which bad batches a run was given on purpose; empty if none."""
     many = result.get("corrupted_batches")
-    return f"{many} {result['bad_batch_kind']}" if many else ""
+    return f"{many} {result['corruption_kind']}" if many else ""
 
 
 def _bits(result: dict[str, Any]) -> str:

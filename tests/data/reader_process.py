@@ -31,7 +31,7 @@ GLOBAL_BATCH = 8
 def sequences(folder: Path) -> ShuffledDataset | StreamingDataset:
     if (folder / "text").exists():
         encoder = load_tokenizer(str(folder / "tokenizer"))
-        corpus = Corpus((Source("text", path=str(folder / "text")),), tokenizer=str(folder / "tokenizer"))
+        corpus = Corpus((Source(name="text", path=str(folder / "text")),), tokenizer=str(folder / "tokenizer"))
         return StreamingDataset(corpus, encoder, threshold=0.05, length=10, seed=1, block_tokens=370)
     array = TokenArray([folder / f"{i}.npy" for i in range(3)], [207, 3, 291], np.uint16)
     return ShuffledDataset(TokenDataset(array, 10), seed=1)

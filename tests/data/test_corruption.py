@@ -63,8 +63,10 @@ def test_only_the_chosen_steps_change_and_on_all_ranks_alike(loader, kind):
 
 def test_a_tokenizer_without_other_scripts_is_told():
     plain = Tokenizer(models.BPE({"a": 0, "b": 1, END_OF_TEXT: 2}, []))
-    with pytest.raises(ValueError, match=r"corruption.kind=script is not possible: the tokenizer leaves out letters"):
-        BatchCorruption([1], "script", 0, text_encoder(plain, end=2))
+    with pytest.raises(
+        ValueError, match=r"corruption.kind=foreign_script is not possible: the tokenizer leaves out letters"
+    ):
+        BatchCorruption([1], "foreign_script", 0, text_encoder(plain, end=2))
     BatchCorruption([1], "random", 0, text_encoder(plain, end=2))
 
 
@@ -79,7 +81,7 @@ def test_what_each_kind_is(loader, encoder):
     inputs, targets = made["labels"]
     assert torch.equal(inputs, good[0]) and not torch.equal(targets, good[1])
     assert torch.equal(targets.sort(dim=1).values, good[1].sort(dim=1).values)
-    for row in made["script"][0]:
+    for row in made["foreign_script"][0]:
         letters = encoder.tokenizer.decode(row.tolist()).strip("\ufffd")
         assert len({unicodedata.name(letter).split()[0] for letter in letters}) == 1
         assert unicodedata.name(letters[0]).split()[0] in {"GREEK", "CYRILLIC", "ARABIC", "DEVANAGARI", "CJK", "HANGUL"}

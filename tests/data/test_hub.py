@@ -36,7 +36,7 @@ def smollm(folder: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def texts(corpus) -> list[str]:
-    words = " ".join(document.text for document in Mixture([Source("s", path=str(corpus))])).split()
+    words = " ".join(document.text for document in Mixture([Source(name="s", path=str(corpus))])).split()
     draw = random.Random(0)
     return [" ".join(words[i : i + draw.randint(5, 60)]) for i in draw.sample(range(len(words) - 60), 300)]
 
@@ -79,7 +79,7 @@ def test_a_tokenizer_from_a_hub_is_the_one_its_files_are(hub, corpus, tmp_path):
     _, environment = hub
     files = tmp_path / "served" / "somebody" / "tokenizer" / "main"
     files.mkdir(parents=True)
-    train_tokenizer([document.text for document in Mixture([Source("s", path=str(corpus))])], 500).save(files)
+    train_tokenizer([document.text for document in Mixture([Source(name="s", path=str(corpus))])], 500).save(files)
     fingerprints = []
     for name in ("somebody/tokenizer", str(files)):
         command = [sys.executable, str(CHECKOUT / "scripts" / "prepare_data.py"), f"data.path={corpus}"]

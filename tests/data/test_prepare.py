@@ -20,7 +20,7 @@ from tests.conftest import CHECKOUT
 
 
 def corpus_of(path: Path, **settings) -> Corpus:
-    return Corpus((Source("text", path=str(path)),), **{"vocab_size": 300, "val_fraction": 0.2, **settings})
+    return Corpus((Source(name="text", path=str(path)),), **{"vocab_size": 300, "val_fraction": 0.2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_every_document_is_there_whole_wherever_parts_end(lines, part_tokens, tm
     tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=part_tokens)
     encoder = load_tokenizer(str(tokens.folder))
     texts = {split: [] for split in ("train", "test")}
-    for document in Mixture([Source("text", path=str(lines))]):
+    for document in Mixture([Source(name="text", path=str(lines))]):
         texts["test" if document.draw < 0.2 else "train"].append(document.text)
     for split, wanted in texts.items():
         array, facts = getattr(tokens, split), tokens.facts[split]
@@ -90,7 +90,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from data import Corpus, Source, prepare
-corpus = Corpus((Source("text", path=sys.argv[1]),), vocab_size=300, val_fraction=0.2, deduplicate=True)
+corpus = Corpus((Source(name="text", path=sys.argv[1]),), vocab_size=300, val_fraction=0.2, deduplicate=True)
 prepare(corpus, Path(sys.argv[2]), 16, Console(force_terminal=False), part_tokens=int(sys.argv[3]))
 """
 
@@ -129,7 +129,7 @@ def test_continued_after_each_part_it_ends_as_if_in_one_go(lines, corpus, tmp_pa
     """With sources of which some give nothing to a part: stopped after every part, and continued."""
     rare = tmp_path / "rare.jsonl"
     rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
-    sources = (Source("lines", path=str(lines), weight=200), Source("rare", path=str(rare)))
+    sources = (Source(name="lines", path=str(lines), weight=200), Source(name="rare", path=str(rare)))
     settings = Corpus(sources, vocab_size=300, val_fraction=0.2)
     whole = prepare(settings, tmp_path / "whole", 16, part_tokens=3000)
     room, stops = sys.modules["data.prepare"], 0
@@ -237,7 +237,7 @@ def test_of_few_documents_one_is_on_either_side(fraction, held_out, tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_text(text)
     tokens = prepare(corpus_of(tmp_path / "text", val_fraction=fraction), tmp_path / "cache", 4)
     assert (tokens.facts["test"]["documents"], tokens.facts["train"]["documents"]) == (held_out, 3 - held_out)
-    documents = sorted(Mixture([Source("s", path=str(tmp_path / "text"))]), key=lambda document: document.draw)
+    documents = sorted(Mixture([Source(name="s", path=str(tmp_path / "text"))]), key=lambda document: document.draw)
     encoder = load_tokenizer(str(tokens.folder))
     found = encoder.tokenizer.decode(tokens.test.read(0, len(tokens.test)).tolist())
     assert all((document.text in found) == (i < held_out) for i, document in enumerate(documents))
@@ -300,6 +300,6 @@ def test_a_damaged_journal_is_told(lines, tmp_path, monkeypatch):
 )
 def test_too_few_documents_are_told(texts, limit, said, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = Source("s", path=str(tmp_path / "text.jsonl"))
+    source = Source(name="s", path=str(tmp_path / "text.jsonl"))
     with pytest.raises(ValueError, match=said):
         prepare(Corpus((source,), vocab_size=300, max_tokens=limit), tmp_path / "cache", 4)

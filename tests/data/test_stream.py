@@ -41,7 +41,7 @@ def corpus(tmp_path_factory, corpus) -> Corpus:
     for i in range(3):
         (folder / "a" / f"{i}.jsonl").write_text("\n".join(rows[i * 300 : (i + 1) * 300]))
     (folder / "b.jsonl").write_text("\n".join(rows[900:]))
-    sources = (Source("a", path=str(folder / "a"), weight=3), Source("b", path=str(folder / "b.jsonl")))
+    sources = (Source(name="a", path=str(folder / "a"), weight=3), Source(name="b", path=str(folder / "b.jsonl")))
     given = prepare(Corpus(sources, vocab_size=400, val_fraction=0.1), folder / "cache", LENGTH)
     return Corpus(sources, tokenizer=str(given.folder), val_fraction=0.1)
 
@@ -130,7 +130,7 @@ def test_its_threads_end_when_it_is_closed(corpus):
 
 def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
     (tmp_path / "text").mkdir()
-    source = (Source("c", path=str(tmp_path / "text")),)
+    source = (Source(name="c", path=str(tmp_path / "text")),)
     lines = '{"text": "some words here"}\n' * 500
     for change, said in (
         (lambda: (tmp_path / "text" / "b.jsonl").write_text(""), "has changed since the stream was opened: it must"),
@@ -157,7 +157,7 @@ def test_text_that_changes_within_an_epoch_is_told_with_the_next_block(tmp_path,
     (tmp_path / "text").mkdir()
     for name in "abcd":
         (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": "some words here"}\n' * 5000)
-    stream = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), val_fraction=0.0)
+    stream = streamed(corpus, 50 * LENGTH, sources=(Source(name="c", path=str(tmp_path / "text")),), val_fraction=0.0)
     stream.take(0, 1)
     (tmp_path / "text" / "d.jsonl").write_text('{"text": "other words here"}\n' * 5000)
     stream.take(1, 1)
@@ -170,7 +170,7 @@ def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for i in range(60):
         (tmp_path / "text" / f"{i:02}.txt").write_text(f"{i} words without an end " * 100)
-    corpus = Corpus((Source("s", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=1e-4, streamed=True)
+    corpus = Corpus((Source(name="s", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=1e-4, streamed=True)
     head = prepare(corpus, tmp_path / "cache", 16)
     assert head.facts["threshold"] <= 0.11 and head.facts["test"]["documents"] >= 1
 
@@ -241,7 +241,7 @@ def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
     for i in range(3):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i} little words make up a document " * 3)
     for fraction in (1e-6, 0.5, 1 - 1e-6):
-        corpus = Corpus((Source("text", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=fraction)
+        corpus = Corpus((Source(name="text", path=str(tmp_path / "text")),), vocab_size=300, val_fraction=fraction)
         prepared = prepare(corpus, tmp_path / "cache", 4)
         head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path / "cache", 4)
         assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
@@ -262,7 +262,7 @@ def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text('{"text": "some words here"}\n' * 3000)
     (tmp_path / "text" / "b.jsonl").write_text('{"text": "some words here"}\n' * 10 + '{"text": ')
-    broken = streamed(corpus, 50 * LENGTH, sources=(Source("c", path=str(tmp_path / "text")),), val_fraction=0.0)
+    broken = streamed(corpus, 50 * LENGTH, sources=(Source(name="c", path=str(tmp_path / "text")),), val_fraction=0.0)
     broken.take(0, 1)
     with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text cannot be read: .*b.jsonl: "):
         broken.take(4000, 1)
@@ -275,7 +275,7 @@ def test_of_few_documents_the_same_are_held_out_as_when_prepared(tmp_path):
     late = sorted((text for text in texts if draw[text] > 0.12), key=draw.__getitem__)[:6]
     rows = [late[3], late[0], *late[1:], late[0], late[0]]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    sources = (Source("s", path=str(tmp_path / "text.jsonl")),)
+    sources = (Source(name="s", path=str(tmp_path / "text.jsonl")),)
     heads = [
         prepare(Corpus(sources, vocab_size=300, val_fraction=0.01, streamed=streamed), tmp_path / "cache", 8)
         for streamed in (False, True)

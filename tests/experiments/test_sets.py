@@ -17,7 +17,7 @@ def test_the_catalogue_is_whole():
     assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "paper"}
     for name, settings in known.items():
         text = (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").read_text()
-        assert f"of: {name}\n" in text and settings
+        assert f"suite: {name}\n" in text and settings
     assert {*TABLES, *FIGURES} < {*known}
     for name, rows in paper_numbers().items():
         table = TABLES[name]
@@ -54,7 +54,7 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     assert "python train.py -m &#39;experiment=[table5,figure7]&#39; scale=micro" in page
     assert "**not testable here**" in (tmp_path / "here" / "verdicts.md").read_text()
     text = (tmp_path / "here" / "tables" / "table5.md").read_text()
-    assert "seed 0, text embedded" in text and "bad batches of kind repeat put in at steps 6" in text
+    assert "seed 0, text sotu" in text and "bad batches of kind repeat put in at steps 6" in text
     assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
     other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
     assert other.returncode == 2 and "nothing is written; nano-" in other.stderr
@@ -111,8 +111,8 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
     kept.write_text("numbers")
     for given, said in (
         (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
-        (("seeds=0,1",), "seeds=0,1 is several values: give a list, as KEY=[0,1]"),
-        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: what is not plain is quoted, as 'overrides=["),
+        (("seeds=0,1",), "seeds=0,1 has several values: give a list, as KEY=[0,1]"),
+        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: special characters must be quoted, as 'overrides=["),
     ):
         done = script("make_tables.py", *given, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {said}"), done.stderr

@@ -53,7 +53,7 @@ def test_mistakes_are_one_sentence(corpus, tmp_path):
 
 def test_smollm_from_local_files(corpus, tmp_path):
     """The columns of SmolLM-corpus's two parts, mixed by their weights."""
-    texts = [document.text[:2000] for document in Mixture([Source("s", path=str(corpus))])]
+    texts = [document.text[:2000] for document in Mixture([Source(name="s", path=str(corpus))])]
     texts = [text[i : i + 500] for text in texts for i in range(0, 2000, 500)]
     for name, extra in (("cosmopedia", "prompt"), ("fineweb_edu", "id")):
         rows = [{extra: "x", "text": f"{name} {text}", "token_length": 5} for text in texts]

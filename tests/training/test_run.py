@@ -399,10 +399,10 @@ def test_a_tokenizer_without_the_letters_of_bad_batches_is_told_before_the_run(s
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
     text_encoder(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
-    given = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=script")
+    given = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
     done = train(*settings, *given, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
-        "train.py: error: data.corruption.kind=script is not possible: the tokenizer leaves out letters of other "
+        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer leaves out letters of other "
         "scripts\n"
     )
     assert not (tmp_path / "runs").exists()
