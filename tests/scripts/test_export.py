@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import TINY, script, train
-from training.checkpoint.format import weights
+from training.checkpoint.format import load_model_state
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_exported_run_starts_another_run(run, corpus, cache, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
     ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]
-    saved = weights(max((run / "checkpoints").glob("step-*.ckpt")))
+    saved = load_model_state(max((run / "checkpoints").glob("step-*.ckpt")))
     assert exported.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in exported.state_dict().items())
     assert exported.config.eos_token_id == tokenizer.eos_token_id and ids.max() < exported.config.vocab_size
