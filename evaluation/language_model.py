@@ -20,7 +20,7 @@ from models.scoring import Score, Text, score, split_long
 #: Tokens computed at once, by device.
 BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 10}
 
-#: Tokens generated at most if the task sets no limit, as in lm-eval's `hf`.
+#: Default limit of generated tokens, as in lm-eval's `hf`.
 MAX_GEN_TOKENS = 256
 
 

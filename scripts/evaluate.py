@@ -58,7 +58,7 @@ class EvaluateConfig(Settings):
     step: Count | None
     """Step of a run's checkpoint; null: the last one."""
     out: _Name
-    """File for the scores of `hf`; null: task_scores.json in its folder, or for a name in the cache."""
+    """File for the scores of `hf`; null: task_scores.json in its folder, or for a name in <cache>/eval."""
     device: str
     """cpu or cuda; auto: cuda if torch sees a GPU."""
     dtype: WeightDtype

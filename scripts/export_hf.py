@@ -46,7 +46,7 @@ def main(values: _entry.Values) -> None:
     out = Path(config.out)
     checkpoint = RunCheckpoint(Path(config.run), config.step, console.print)
     if out.exists():
-        raise UserError(f"out={out} is there already: remove it, or choose another folder")
+        raise UserError(f"out={out} exists already: remove it, or choose another folder")
     check_folder("out", config.out, out)
     state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
     temporary = tmp_path(out)

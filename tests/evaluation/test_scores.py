@@ -129,10 +129,10 @@ def test_metrics_equal_those_computed_by_hand(sets, tokenizer):
     ).eval()
 
     def likelihood(context: str, continuation: str) -> float:
-        whole, before = (tokenizer.tokenizer.encode(text).ids for text in (context + continuation, context))
+        full, before = (tokenizer.tokenizer.encode(text).ids for text in (context + continuation, context))
         with torch.no_grad():
-            log_p = model(torch.tensor([whole]))[0].log_softmax(-1)
-        return sum(float(log_p[at - 1, whole[at]]) for at in range(len(before), len(whole)))
+            log_p = model(torch.tensor([full]))[0].log_softmax(-1)
+        return sum(float(log_p[at - 1, full[at]]) for at in range(len(before), len(full)))
 
     responses: dict[tuple[str, str], float] = {}
 

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py on runs and exported models, in processes of its own, one of them killed."""
+"""scripts/evaluate.py on runs and exported models; one evaluation is killed and resumes."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
 
 @pytest.fixture(scope="module")
 def runs(corpus, cache, tmp_path_factory) -> Path:
-    """A folder with two finished runs, of which one was sharded, and some that have no score."""
+    """A folder with two finished runs, one of them sharded, and three runs that cannot be scored."""
     folder = tmp_path_factory.mktemp("runs")
     settings = (
         *TINY,
@@ -99,7 +99,7 @@ def test_exported_run_has_the_same_scores(runs, sets, tmp_path):  # noqa: F811
     for model in ("exported", "other"):
         done = script("evaluate.py", f"hf={model}", "out=both.json", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert len(scores(tmp_path / "both.json")) == 2, "of another model there is no score yet"
+    assert len(scores(tmp_path / "both.json")) == 2, "the scores of two models in one file"
 
 
 def test_killed_evaluation_resumes(runs, sets, tmp_path):  # noqa: F811
