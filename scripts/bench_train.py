@@ -41,7 +41,7 @@ from training.config.checks import check, model_config
 from training.launch.cli import command_line
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
-from zclip.base import is_count
+from zclip.arguments import is_count
 
 GPU = torch.cuda.is_available()
 LOG_EVERY = 5

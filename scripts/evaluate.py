@@ -41,7 +41,7 @@ from training.checkpoint.format import fingerprint
 from training.checkpoint.load import DTYPES, RunCheckpoint
 from training.config.checks import check_folder, check_rules, fewshot_list
 from training.launch.cli import CANNOT_WRITE, command_line, reporting
-from zclip.base import is_count
+from zclip.arguments import is_count
 
 #: Endings of the files that make a Hugging Face model what it is.
 FILES = (".safetensors", ".bin", ".json", ".model", ".txt")

@@ -24,7 +24,7 @@ from common.errors import UserError
 from data import corpus_tokenizer
 from training.config.checks import check_data, check_folder, section
 from training.launch.cli import command_line, reporting
-from zclip.base import is_number
+from zclip.arguments import is_number
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_tokenizer")
