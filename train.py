@@ -4,7 +4,7 @@ Composes the configuration, checks it, and leaves a run folder. The same command
 run and shows the result of a finished one.
 """
 
-from training.runtime.signals import install_handlers, reraise_pending
+from training.runtime.signals import install_handlers
 
 install_handlers()  # first: what follows takes seconds to load
 
@@ -19,128 +19,145 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from common.errors import UserError
 from common.files import write_atomic
 from common.text import overrides_dict
-from training.checkpoint.fork import ForkSource, origin
-from training.config.checks import check, corpus_of, run_path
-from training.config.parallelism import world_size
+from data import corpus_from
+from training.checkpoint.fork import ForkSource, find_fork_source
+from training.config.checks import check
+from training.config.compose import load_config, read_config, resumed_config
+from training.config.identity import run_path
+from training.config.schema import Config
 from training.launch.cli import command_line, reporting
-from training.launch.sweep import config_search_overrides, finished
+from training.launch.processes import launch
+from training.launch.sweep import completed_jobs, config_search_overrides
 from training.run_dir import RunDir
-from training.runtime.distributed import is_distributed, launch, rank
+from training.runtime.distributed import is_distributed, rank
+from training.runtime.signals import reraise_pending
 from training.runtime.slurm import has_local_launcher
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run the job that the configuration describes."""
+def main(cfg: DictConfig) -> float | None:
+    """Run the job that the configuration describes; return its test loss, for sweepers that minimise it."""
+    result: dict | None = None
     with reporting():
-        check(cfg)
         hydra_cfg = HydraConfig.get()
+        config, run_dir = configured(cfg, list(hydra_cfg.overrides.task))
+        check(config)
         launcher = hydra_cfg.runtime.choices["hydra/launcher"]
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
-        if cfg.plan:
-            Console().print(plan_of(cfg))
-            return
-        console = Console(soft_wrap=True, highlight=False, markup=False, quiet=rank() > 0)
-        folder = RunDir(run_path(cfg))
-        if cfg.print_run_dir:
-            print(folder.path)
-            return
-        folder.check_same_run(cfg)
-        start = None if folder.result.exists() else origin(cfg)
-        if (result := folder.read_result()) is not None:
-            console.print(f"finished already: {folder.path} (remove the folder to train it again)")
-            if folder.data_folder() not in (None, corpus_of(cfg).folder(Path(cfg.paths.cache)).name):
-                console.print(
-                    "its text or tokenizer may have changed since, or have moved: this is the result from then"
-                )
-            if cfg.trainer.val_every or cfg.trainer.eval_every:
-                console.print("evaluations while it trained are those of then; scripts/evaluate.py scores it now")
-            if not folder.picture.exists() and rank() == 0:
-                draw(folder)
-        elif world_size(cfg) > 1 and not is_distributed():
-            result = run_in_processes(cfg, folder, console)
+        if config.plan:
+            from training.launch.plan import plan_table
+
+            Console().print(plan_table(config))
+        elif config.print_run_dir:
+            print(run_dir.path)
         else:
-            result = run(cfg, folder, console, start)
-        if has_local_launcher() or rank() > 0:
-            return
-        show(result, folder, console)
-        finished.append((overrides_dict(HydraConfig.get().overrides.task), result))
+            result = run_or_show(config, run_dir)
+    return None if result is None else result["test_loss"]
 
 
-def plan_of(cfg: DictConfig) -> Table:
-    """Return what a run needs, as a table."""
-    from training.launch.plan import show
-
-    return show(cfg)
-
-
-def draw(folder: RunDir) -> None:
-    """Draw a run that is finished."""
-    from experiments.run.plot import plot_run
-    from experiments.run.read import read_run
-
-    plot_run(read_run(folder.path))
+def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
+    """Return the configuration and folder of the run that the command line names."""
+    config = load_config(cfg)
+    if config.resume is None:
+        run_dir = RunDir(run_path(config))
+        run_dir.check_same_run(config)
+        return config, run_dir
+    run_dir = RunDir(Path(config.resume))
+    if not run_dir.config_file.is_file():
+        raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
+    return resumed_config(config, read_config(run_dir.config_file), overrides), run_dir
 
 
-def run_in_processes(cfg: DictConfig, folder: RunDir, console: Console) -> dict:
-    """Prepare the tokens, and have several processes do the run."""
+def run_or_show(config: Config, run_dir: RunDir) -> dict:
+    """Return the result of a run, which is trained unless it is finished, and print it."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=rank() > 0)
+    result = run_dir.read_result()
+    if result is not None:
+        report_finished(config, run_dir, console)
+    else:
+        fork = find_fork_source(config)
+        if config.trainer.world_size > 1 and not is_distributed():
+            result = run_in_processes(config, run_dir, console)
+        else:
+            result = run(config, run_dir, console, fork)
+    if not (has_local_launcher() or rank() > 0):
+        show(result, run_dir, console)
+        completed_jobs.append((overrides_dict(HydraConfig.get().overrides.task), result))
+    return result
+
+
+def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
+    """Say that a run is finished, and what its result may lack; draw it if its plot is missing."""
+    console.print(f"finished already: {run_dir.path} (remove the folder to train it again)")
+    if run_dir.data_folder() not in (None, corpus_from(config.data).folder(Path(config.paths.cache)).name):
+        console.print("the text or tokenizer differs from this run's, or has moved: this is the stored result")
+    if config.trainer.val_every or config.trainer.eval_every:
+        console.print("evaluations during training are not repeated; scripts/evaluate.py scores the run now")
+    if not run_dir.plot.exists() and rank() == 0:
+        from experiments.run.plot import plot_run
+        from experiments.run.read import read_run
+
+        plot_run(read_run(run_dir.path))
+
+
+def run_in_processes(config: Config, run_dir: RunDir, console: Console) -> dict:
+    """Prepare the tokens, and start the processes of the run on this machine."""
     from training.run import prepare_tokens
 
-    if cfg.trainer.nodes > 1:
+    if config.trainer.nodes > 1:
         raise UserError(
-            f"trainer.nodes={cfg.trainer.nodes} is more than this machine: start each node's processes with torchrun"
+            f"trainer.nodes={config.trainer.nodes} is more than this machine: start each node's processes with torchrun"
         )
-    prepare_tokens(cfg, console)
-    launch(world_size(cfg), [*HydraConfig.get().overrides.task, *config_search_overrides(HydraConfig.get())])
-    result = folder.read_result()
+    prepare_tokens(config, console)
+    launch(config.trainer.world_size, [*HydraConfig.get().overrides.task, *config_search_overrides(HydraConfig.get())])
+    result = run_dir.read_result()
     assert result is not None
     return result
 
 
-def run(cfg: DictConfig, folder: RunDir, console: Console, start: ForkSource | None) -> dict:
-    """Train, from the start of another run if one is given, evaluate, summarise and draw; `result.json` comes last."""
+def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | None) -> dict:
+    """Train, from a step of another run if `fork` is given, evaluate, summarise and draw; `result.json` comes last."""
     from experiments.run.plot import plot_run
     from experiments.run.read import read_run
     from experiments.run.summary import summarise
     from training.run import prepare_tokens, train
 
-    tokens = prepare_tokens(cfg, console)
-    with folder.owned(cfg, tokens) if rank() == 0 else nullcontext():
+    tokens = prepare_tokens(config, console)
+    with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
-            evaluation = train(cfg, folder, tokens, console, start=start)
+            evaluation = train(config, run_dir, tokens, console, fork=fork)
         except Exception as error:
             reraise_pending()
-            if not isinstance(error, UserError):  # no mistake of the user's
-                folder.write_failure(error)
+            if not isinstance(error, UserError):
+                run_dir.write_failure(error)
             raise
         if rank() > 0:
             return evaluation
-        unfinished = read_run(folder.path)
+        unfinished = read_run(run_dir.path)
         result = summarise(unfinished) | evaluation
         result = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
         plot_run(unfinished._replace(result=result))
-        write_atomic(folder.result, json.dumps(result, indent=1))
+        write_atomic(run_dir.result_file, json.dumps(result, indent=1))
     return result
 
 
-def show(result: dict, folder: RunDir, console: Console) -> None:
+def show(result: dict, run_dir: RunDir, console: Console) -> None:
     """Print the final table and where everything is."""
     from experiments.run.summary import table
 
     console.print(table(result, title="result"), soft_wrap=False)
-    console.print(f"picture  {folder.picture}\nfolder   {folder.path}")
+    console.print(f"picture  {run_dir.plot}\nfolder   {run_dir.path}")
 
 
 if __name__ == "__main__":
     status = command_line(main)
-    if len(finished) > 1:
+    if len(completed_jobs) > 1:
         from experiments.run.summary import comparison
 
-        Console().print(comparison(finished))
+        Console().print(comparison(completed_jobs))
     sys.exit(status)

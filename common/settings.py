@@ -79,38 +79,67 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
         near = nearest(path[-1], owner.model_fields) if owner is not None else None
         meant = f" (the nearest is {key.removesuffix(path[-1])}{near})" if near else ""
         return ConfigError(key, first["input"], problem=f"is not possible: there is no key {key}{meant}")
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == len(path):
         return UserError(f"{key} is not set: give it as {key}=...")
-    owner = section_at(section, path[:-1])
-    if isinstance(cause, ValueError) or owner is None:
+    if isinstance(cause, ValueError) or not path:
         return UserError(f"{key}: {cause or first['msg']}")
-    field = owner.model_fields[path[-1]]
     value: Any = values
     for name in path:  # the whole value is named, of a list too
         value = value[name]
+    inner, owner = section_at(section, path), section_at(section, path[:-1])
+    if inner is not None or owner is None:
+        fields = sorted(inner.model_fields) if inner else ["keys"]
+        return ConfigError(key, value, problem=f"is not allowed: it must have {', '.join(fields)}")
+    field = owner.model_fields[path[-1]]
     return ConfigError(key, value, allowed_words(field.annotation, field.metadata))
 
 
 def _settings_path(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Return the part of an error's location that is keys of sections."""
+    """Return the part of an error's location that is keys of sections, or of mappings of sections."""
     path: list[str] = []
-    owner: type[BaseModel] | None = section
+    annotation: Any = section
     for name in map(str, loc):
-        if owner is None:
+        if not _has_keys(annotation):
             break
         path.append(name)
-        owner = section_at(owner, [name])
+        annotation = _type_within(annotation, name)
     return path
 
 
 def section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """Return the class of the section at a path of keys; `None` if there is none."""
+    """Return the class of the section at a path of keys, those of mappings included; `None` if there is none."""
+    annotation: Any = section
     for name in path:
-        field = section.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return None
-        section = field.annotation
-    return section
+        annotation = _type_within(annotation, name)
+    return next((option for option in _options(annotation) if _is_section(option)), None)
+
+
+def _options(annotation: Any) -> Sequence[Any]:
+    """Return the members of a union; a type that is no union is its only member."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _has_keys(annotation: Any) -> bool:
+    """Whether a type is a section, or a mapping of sections by name."""
+    for option in _options(annotation):
+        if _is_section(option) or (get_origin(option) is dict and _has_keys(get_args(option)[1])):
+            return True
+    return False
+
+
+def _type_within(annotation: Any, name: str) -> Any:
+    """Return the type of the value at a key of a section, or of a mapping; `None` if there is no such key."""
+    for option in _options(annotation):
+        if _is_section(option):
+            field = option.model_fields.get(name)
+            return field.annotation if field else None
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+    return None
 
 
 def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -1,7 +1,7 @@
-"""Hydra launchers of a sweep: several runs at a time on this machine, or each as a job of SLURM.
+"""Hydra launchers of a sweep: several runs at a time on this machine, or each run as a SLURM job.
 
-Every run is `train.py` with its overrides, in a process or job of its own. What is done is not run again; what runs or
-waits already is waited for. Hydra loads this file with every command: what takes time is imported where it is used.
+Every run is `train.py` with its overrides, in a process or job of its own. Finished runs are not repeated, and jobs in
+SLURM's queue are not submitted again. Hydra loads this file with every command, so slow imports are local.
 """
 
 import signal
@@ -9,19 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-#: Seconds for which SLURM may not answer while a sweep waits.
-PATIENCE = 600
+#: Seconds for which squeue may fail while a sweep waits: SLURM's controller may be restarting.
+SQUEUE_TIMEOUT = 600
 
 
-class _Launcher(Launcher):
-    """What both have in common."""
+class _SweepLauncher(Launcher):
+    """Base of both launchers."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from training.launch.sweep import config_search_overrides
@@ -32,48 +33,51 @@ class _Launcher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from common.errors import RunError
-        from training.launch.sweep import compose
+        from training.launch.sweep import compose_job
 
-        jobs = [compose(self.loader, self.config, overrides) for overrides in job_overrides]
-        left = [job for job in jobs if not job.finish()]
-        if len(jobs) > len(left):
-            print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already")
-        failed = self.run(left)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # sweepers may write there
+        jobs = [compose_job(self.loader, self.config, overrides) for overrides in job_overrides]
+        unfinished = [job for job in jobs if not job.collect_result()]
+        if len(jobs) > len(unfinished):
+            print(f"{len(jobs) - len(unfinished)} of {len(jobs)} are finished already")
+        failed = self.run(unfinished)
         if failed:
             raise RunError(f"{len(failed)} of {len(jobs)} runs have not finished: {', '.join(failed)}")
-        return []
+        return [_job_return(job) for job in jobs]
 
     def run(self, jobs: list[Any]) -> list[str]:
-        """Do the jobs, and return what to say of those that have not finished."""
+        """Run the jobs, and return a description of each that has not finished."""
         raise NotImplementedError
 
 
+def _job_return(job: Any) -> JobReturn:
+    """Return what `train.py`'s main returns: the test loss, or `None` if the run was submitted only."""
+    result = job.run_dir.read_result()
+    value = None if result is None else result["test_loss"]
+    return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=value)
+
+
 def _check_n_jobs(n_jobs: Any) -> None:
-    from zclip.base import is_count
+    from common.errors import ConfigError
 
-    if not is_count(n_jobs):
-        _refuse(f"hydra.launcher.n_jobs={n_jobs} is not allowed: it must be an integer from 1")
+    if type(n_jobs) is not int or n_jobs < 1:
+        raise ConfigError("hydra.launcher.n_jobs", n_jobs, "an integer from 1")
 
 
-def _end(status: int) -> str:
+def _exit_reason(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
-def _tell_failed(job: Any, said: str) -> None:
-    print(f"failed {said}" + ("" if (reason := job.folder.reason()) is None else f": {reason}"))
+def _print_failure(job: Any, description: str) -> None:
+    reason = job.run_dir.failure_reason()
+    print(f"failed {description}" + ("" if reason is None else f": {reason}"))
 
 
-def _refuse(said: str) -> None:
-    from common.errors import UserError
-
-    raise UserError(said)
-
-
-class Local(_Launcher):
-    """Runs on this machine, some at a time.
+class Local(_SweepLauncher):
+    """Runs on this machine, several at a time.
 
     Args:
-        n_jobs: at a time.
+        n_jobs: number of runs at a time.
     """
 
     def __init__(self, n_jobs: int) -> None:
@@ -81,62 +85,66 @@ class Local(_Launcher):
         self.n_jobs = n_jobs
 
     def run(self, jobs: list[Any]) -> list[str]:
-        """Do them, each with its output in log.txt of its run folder. Signals are passed on to them."""
-        from training.runtime.distributed import child_environment
+        """Run the jobs, each with its output in log.txt of its run folder. Signals are forwarded to them."""
         from training.runtime.signals import Interrupted, override_handler
 
         running: list[tuple[Any, subprocess.Popen[bytes]]] = []
         failed: list[str] = []
-        told: list[int] = []
+        received: list[int] = []
 
-        def pass_on(signum: int) -> None:
-            told.append(signum)
+        def forward(signum: int) -> None:
+            received.append(signum)
             for _, process in running:
                 process.send_signal(signum)
 
-        left = list(jobs)
-        with override_handler(pass_on):
-            while running or (left and not told):
-                if left and not told and len(running) < self.n_jobs:
-                    job = left.pop(0)
-                    job.folder.path.mkdir(parents=True, exist_ok=True)
-                    with job.folder.log.open("ab") as log:
-                        process = subprocess.Popen(
-                            [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides],
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env=child_environment(self.n_jobs),
-                            start_new_session=True,
-                        )
+        waiting = list(jobs)
+        with override_handler(forward):
+            while running or (waiting and not received):
+                if waiting and not received and len(running) < self.n_jobs:
+                    job = waiting.pop(0)
+                    process = self._start(job)
                     running.append((job, process))
-                    if told:  # meanwhile
-                        process.send_signal(told[-1])
-                    print(f"started {job.title} ({job.folder.log})")
+                    if received:  # the signal came before the process was in the list
+                        process.send_signal(received[-1])
+                    print(f"started {job.title} ({job.run_dir.log_file})")
                 time.sleep(0.1)
                 for job, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((job, process))
-                    if job.finish():
-                        print(f"finished {job.title}, {len(left) + len(running)} left")
-                    elif not told:
-                        failed.append(f"{job.title} ({_end(process.returncode)}, {job.folder.log})")
-                        _tell_failed(job, failed[-1])
-        if told:
-            raise Interrupted(told[0])
+                    if job.collect_result():
+                        print(f"finished {job.title}, {len(waiting) + len(running)} left")
+                    elif not received:
+                        failed.append(f"{job.title} ({_exit_reason(process.returncode)}, {job.run_dir.log_file})")
+                        _print_failure(job, failed[-1])
+        if received:
+            raise Interrupted(received[0])
         return failed
 
+    def _start(self, job: Any) -> subprocess.Popen[bytes]:
+        from training.launch.processes import child_environment
 
-class Slurm(_Launcher):
-    """Each run as a job of scripts/slurm/train.sbatch, on its `trainer.nodes` with `trainer.devices` tasks each.
+        job.run_dir.path.mkdir(parents=True, exist_ok=True)
+        with job.run_dir.log_file.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=child_environment(self.n_jobs),
+                start_new_session=True,
+            )
+
+
+class Slurm(_SweepLauncher):
+    """Each run as a job of scripts/slurm/train.sbatch, on `trainer.nodes` nodes with `trainer.devices` tasks each.
 
     Args:
-        time: limit of a job, as sbatch takes it; it goes back into the queue before, and continues.
-        signal_seconds: how long before.
-        partition, account, qos: of the jobs; `None`: the cluster's default.
-        cpus_per_task: of a task; `None`: the cluster's default.
-        options: more of sbatch's, as `[--constraint=h100]`.
-        n_jobs: in the queue at a time; `None`: all.
+        time: time limit of a job, as sbatch takes it. Before it, the run saves and the job is requeued.
+        signal_seconds: seconds between the signal to save and the time limit.
+        partition, account, qos: options of sbatch; `None`: the cluster's default.
+        cpus_per_task: CPUs of each task; `None`: the cluster's default.
+        options: further options of sbatch, such as `[--constraint=h100]`.
+        n_jobs: number of jobs in the queue at a time; `None`: all.
         wait: whether to wait for the jobs.
-        poll_seconds: how often to look.
+        poll_seconds: seconds between two calls of squeue.
     """
 
     def __init__(
@@ -152,68 +160,71 @@ class Slurm(_Launcher):
         wait: bool,
         poll_seconds: float,
     ) -> None:
+        from common.errors import ConfigError
+
         if n_jobs is not None:
             _check_n_jobs(n_jobs)
         if n_jobs is not None and not wait:
-            _refuse(f"hydra.launcher.n_jobs={n_jobs} is not possible with hydra.launcher.wait=false: it must be null")
-        given = {"partition": partition, "account": account, "qos": qos, "cpus-per-task": cpus_per_task, "time": time}
-        self.options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+            problem = "is not possible with hydra.launcher.wait=false: it must be null"
+            raise ConfigError("hydra.launcher.n_jobs", n_jobs, problem=problem)
+        values = {"partition": partition, "account": account, "qos": qos, "cpus-per-task": cpus_per_task, "time": time}
+        self.options = [f"--{name}={value}" for name, value in values.items() if value is not None]
         self.options += [f"--signal=USR1@{signal_seconds}", *options]
         self.n_jobs = n_jobs
         self.wait = wait
         self.poll_seconds = poll_seconds
 
     def run(self, jobs: list[Any]) -> list[str]:
-        """Submit those that are not in the queue, wait for all, and return those that have not finished."""
+        """Submit the jobs that are not in the queue, wait for all, and describe those that have not finished."""
         from common.errors import UserError
+        from training.launch.slurm import queued_jobs
         from training.launch.sweep import status
-        from training.runtime.slurm import jobs as queue
 
-        there = queue()
-        left = sorted(jobs, key=lambda job: job.folder.job() not in there)
+        queue = queued_jobs()
+        waiting = sorted(jobs, key=lambda job: job.run_dir.slurm_job() not in queue)
         submitted: list[Any] = []
         failed: list[str] = []
-        before: dict[str, str] = {}
+        printed: dict[str, str] = {}
         answered = time.monotonic()
-        while left or submitted:
-            while left and (self.n_jobs is None or len(submitted) < self.n_jobs):
-                submitted.append(left.pop(0))
-                self._submit(submitted[-1], there)
+        while waiting or submitted:
+            while waiting and (self.n_jobs is None or len(submitted) < self.n_jobs):
+                submitted.append(waiting.pop(0))
+                self._submit(submitted[-1], queue)
             if not self.wait:
-                print("make status tells how they are doing")
+                print("run make status to see their states")
                 break
             time.sleep(self.poll_seconds)
             try:
-                there = queue()
-            except UserError:  # the controller may be starting again
-                if time.monotonic() - answered > PATIENCE:
+                queue = queued_jobs()
+            except UserError:
+                if time.monotonic() - answered > SQUEUE_TIMEOUT:
                     raise
                 continue
             answered = time.monotonic()
             for job in list(submitted):
-                state = status(job.folder, there)
+                state = status(job.run_dir, queue)
                 if state.job is None:
                     submitted.remove(job)
-                    if job.finish():
-                        print(f"finished {job.title}, {len(left) + len(submitted)} left")
+                    if job.collect_result():
+                        print(f"finished {job.title}, {len(waiting) + len(submitted)} left")
                     else:
-                        failed.append(f"{job.title} (job {job.folder.job()}, {job.folder.log})")
-                        _tell_failed(job, failed[-1])
-                elif before.get(job.title) != state.state:
-                    before[job.title] = state.state
+                        failed.append(f"{job.title} (job {job.run_dir.slurm_job()}, {job.run_dir.log_file})")
+                        _print_failure(job, failed[-1])
+                elif printed.get(job.title) != state.state:
+                    printed[job.title] = state.state
                     print(f"{state.state} {job.title}, job {state.job}")
         return failed
 
     def _submit(self, job: Any, queue: dict[str, str]) -> None:
-        """Submit a job if it is not in the queue."""
-        from training.runtime.slurm import size, submit
+        """Submit a job, unless it is in the queue."""
+        from training.launch.slurm import sbatch_resources, submit
 
-        if job.folder.job() in queue:
-            print(f"job {job.folder.job()} has {job.title} already")
+        if job.run_dir.slurm_job() in queue:
+            print(f"job {job.run_dir.slurm_job()} has {job.title} already")
             return
-        options = [*size(job.cfg.trainer), *self.options]
-        job.folder.path.mkdir(parents=True, exist_ok=True)
-        options.append(f"--output={str(job.folder.log.absolute()).replace('%', '%%')}")
+        options = [*sbatch_resources(job.config.trainer), *self.options]
+        job.run_dir.path.mkdir(parents=True, exist_ok=True)
+        options.append(f"--output={str(job.run_dir.log_file.absolute()).replace('%', '%%')}")
         number = submit([*options, f"--job-name={job.title}"], [*job.overrides, *self.search_overrides])
-        job.folder.write_job(number)
+        job.run_dir.write_slurm_job(number)
         print(f"job {number}: {job.title}")

@@ -119,16 +119,16 @@ class SuiteSweeper(BasicSweeper):
         from rich.console import Console
 
         from training.config.checks import check
-        from training.launch.plan import show_several
-        from training.launch.sweep import compose
+        from training.launch.plan import sweep_table
+        from training.launch.sweep import compose_job
 
         loader = self.hydra_context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         self.overrides = self.split_arguments(parsed, None)
-        jobs = [compose(loader, self.config, overrides) for overrides in self.get_job_batch()]
+        jobs = [compose_job(loader, self.config, overrides) for overrides in self.get_job_batch()]
         for job in jobs:
-            check(job.cfg)
-        table, lines = show_several(jobs)
+            check(job.config)
+        table, lines = sweep_table(jobs)
         console = Console(soft_wrap=True, highlight=False, markup=False)
         console.print(table, soft_wrap=False)
         console.print("\n".join(lines))
@@ -136,9 +136,9 @@ class SuiteSweeper(BasicSweeper):
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
         """Return the jobs, without duplicates of the same run."""
-        from training.launch.sweep import compose
+        from training.launch.sweep import compose_job
 
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
-        jobs = [compose(loader, self.config, overrides) for overrides in super().get_job_batch()]
-        return list({job.folder.path: job.overrides for job in reversed(jobs)}.values())[::-1]
+        jobs = [compose_job(loader, self.config, overrides) for overrides in super().get_job_batch()]
+        return list({job.run_dir.path: job.overrides for job in reversed(jobs)}.values())[::-1]

@@ -1,5 +1,6 @@
-"""The LLaMA architecture. torch only; takes token ids, returns logits or loss."""
+"""The LLaMA architecture, its scoring, and its exchange with Hugging Face. It takes token ids, and knows no text."""
 
-from models.llama import Llama, LlamaConfig
+from models.config import LlamaConfig, ModelConfig
+from models.llama import Llama
 
-__all__ = ["Llama", "LlamaConfig"]
+__all__ = ["Llama", "LlamaConfig", "ModelConfig"]

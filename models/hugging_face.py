@@ -1,6 +1,6 @@
-"""To and from folders that Hugging Face's `from_pretrained` reads: safetensors and config.json.
+"""Export to and import from folders that Hugging Face's `from_pretrained` reads: safetensors and config.json.
 
-Our parameters have the names that transformers gives them, so nothing is renamed. A model with `qk_norm` is a
+Parameters have the names that transformers gives them, so none is renamed. A model with `qk_norm` is a
 `Qwen3ForCausalLM` there, every other a `LlamaForCausalLM`.
 """
 
@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.llama import Llama, LlamaConfig
+from common.errors import ConfigError, one_line
+from common.settings import parse
+from models.config import LlamaConfig
+from models.llama import Llama
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-#: What must hold of a config.json beside the shape, and the value if it is not said.
-_FIXED = {
+#: Values that config.json must have besides the shape; also the values of keys that it lacks.
+_REQUIRED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -35,22 +38,22 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
 
     Args:
         state: `Llama.state_dict()`, in the dtype to be written.
-        config: of the model.
-        folder: made if it is not there.
+        config: shape of the model.
+        folder: made if it does not exist.
         end_of_text: id of the token that ends a text.
     """
     from huggingface_hub import save_torch_state_dict
 
-    kind = "qwen3" if config.qk_norm else "llama"
-    facts = {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
+    model_type = "qwen3" if config.qk_norm else "llama"
+    content = {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-        **{name: value for name, value in vars(config).items() if name not in ("qk_norm", "rope_theta")},
+        **{name: value for name, value in config.shape.items() if name not in ("qk_norm", "rope_theta")},
         "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,  # where transformers 4 looks; transformers 5 looks below
+        "rope_theta": config.rope_theta,  # read by transformers 4; transformers 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        **{name: value for name, value in _FIXED.items() if name != "rope_type"},
+        **{name: value for name, value in _REQUIRED.items() if name != "rope_type"},
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "pad_token_id": None,
@@ -58,77 +61,75 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor for name, tensor in state.items() if not _is_tied(name, config)}
     save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
-    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     for file in folder.glob("*.safetensors"):
-        shutil.copymode(folder / CONFIG, file)  # it was made for its owner only
+        shutil.copymode(folder / CONFIG, file)  # safetensors makes files that only their owner can read
 
 
 def config_of(folder: Path) -> LlamaConfig:
     """Return the shape of the model in a folder.
 
     Raises:
-        ValueError: there is none, or it is of an architecture that is not ours.
+        ConfigError: `init_from` is not such a folder, its model has another architecture, or its shape is not allowed.
     """
-    file = folder / CONFIG
     try:
-        facts = json.loads(file.read_text())
-        kind = facts["model_type"]
+        content = json.loads((folder / CONFIG).read_text())
+        model_type = content["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"init_from={folder} cannot be read ({_said(error)}): it must be a folder with a {CONFIG} and "
-                         "safetensors") from error  # fmt: skip
-    rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    said = {**facts, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    strange = {name: said[name] for name, value in _FIXED.items() if said.get(name, value) != value}
-    if kind not in _ARCHITECTURES:
-        strange = {"model_type": kind}
-    else:
-        values = {name: facts[name] for name in LlamaConfig.__dataclass_fields__ if name in facts}
-        values["rope_theta"] = rope.get("rope_theta", facts.get("rope_theta", 10000.0))
-        values["num_key_value_heads"] = facts.get("num_key_value_heads") or facts.get("num_attention_heads")
-        try:
-            config = LlamaConfig(**{n: _number(n, value) for n, value in values.items()}, qk_norm=kind == "qwen3")
-        except TypeError as error:
-            raise ValueError(f"init_from={folder} cannot be read ({CONFIG} is incomplete: {_said(error)})") from error
-        if facts.get("head_dim") not in (None, config.head_dim):
-            strange["head_dim"] = facts["head_dim"]
-        if not strange:
-            return config
-    found = ", ".join(f"{name}={value}" for name, value in strange.items())
-    raise ValueError(
-        f"init_from={folder} is another architecture ({found}): it must be a LLaMA, or a Qwen3 whose heads make up "
-        "hidden_size, without biases and with plain rotary positions"
-    )
+        allowed = f"it must be a folder with a {CONFIG} and safetensors"
+        raise ConfigError("init_from", folder, problem=f"{_cannot_be_read(error)}: {allowed}") from error
+    if model_type not in _ARCHITECTURES:
+        raise _other_architecture(folder, {"model_type": model_type})
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    values = {name: content[name] for name in LlamaConfig.model_fields if name in content}
+    values["rope_theta"] = rope.get("rope_theta", content.get("rope_theta", 10000.0))
+    values["num_key_value_heads"] = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    values["qk_norm"] = model_type == "qwen3"
+    for name, field in LlamaConfig.model_fields.items():
+        if field.is_required() and values.get(name) is None:
+            problem = f"cannot be read ({CONFIG} is incomplete: it has no {name})"
+            raise ConfigError("init_from", folder, problem=problem)
+    config = parse(LlamaConfig, values)
+    content["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    required = {**_REQUIRED, "head_dim": config.head_dim}
+    if content.get("head_dim") is None:
+        del required["head_dim"]
+    different = {name: content[name] for name, value in required.items() if content.get(name, value) != value}
+    if different:
+        raise _other_architecture(folder, different)
+    return config
 
 
-def load(model: Llama, folder: Path, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+def load(model: Llama, folder: Path, copy_weight: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """Copy the weights in a folder into a model, in the model's dtype.
 
     Args:
-        model: to be filled.
-        folder: with the weights.
-        assign: puts a whole weight, on the CPU, into a parameter.
+        model: its parameters are overwritten.
+        folder: with safetensors.
+        copy_weight: called with a parameter and its full weight on the CPU, which it copies into the parameter.
 
     Raises:
-        ValueError: a weight is missing, unknown, or of another shape, or cannot be read.
+        ConfigError: a weight of `init_from` is missing, unknown, or of another shape, or cannot be read.
     """
-    own = model.state_dict()
-    for name, tensor in _weights(folder, model.config, whole=True):
+    parameters = model.state_dict()
+    for name, weight in _weights(folder, model.config, read=True):
         with torch.no_grad():
-            assign(own[name], tensor)
+            copy_weight(parameters[name], weight)
 
 
 def check_weights(folder: Path, config: LlamaConfig) -> None:
-    """Raise what `load` would raise for a model of this shape, as far as the files' headers tell."""
-    for _ in _weights(folder, config, whole=False):
+    """Raise what `load` would raise for a model of this shape. Reads only the headers of the files."""
+    for _ in _weights(folder, config, read=False):
         pass
 
 
-def _weights(folder: Path, config: LlamaConfig, whole: bool) -> Iterator[tuple[str, Any]]:
-    """Yield each weight of a folder once, or without reading it its shape."""
+def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each weight in a folder once, with the weight, or `None` if only headers are read."""
     from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in Llama(config).state_dict().items() if not _is_tied(name, config)}
+        state = Llama(config).state_dict()
+    missing = {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_tied(name, config)}
     try:
         for file in _weight_files(folder):
             with safe_open(file, "pt") as weights:
@@ -136,16 +137,16 @@ def _weights(folder: Path, config: LlamaConfig, whole: bool) -> Iterator[tuple[s
                     if _is_tied(name, config) or name.endswith("rotary_emb.inv_freq"):
                         continue
                     shape = tuple(weights.get_slice(name).get_shape())
-                    if wanted.get(name) != shape:
+                    if missing.get(name) != shape:
                         raise ValueError(
-                            f"{name} is {shape} in {file}, and {wanted.get(name, 'not in the model')} here"
+                            f"{name} is {shape} in {file}, and {missing.get(name, 'not in the model')} here"
                         )
-                    del wanted[name]
-                    yield name, weights.get_tensor(name) if whole else shape
-        if wanted:
-            raise ValueError(f"{len(wanted)} weights are missing, {min(wanted)} among them")
+                    del missing[name]
+                    yield name, weights.get_tensor(name) if read else None
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ValueError(f"init_from={folder} cannot be read ({_said(error)})") from error
+        raise ConfigError("init_from", folder, problem=_cannot_be_read(error)) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -160,9 +161,15 @@ def _is_tied(name: str, config: LlamaConfig) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
-def _number(name: str, value: Any) -> Any:
-    return float(value) if LlamaConfig.__dataclass_fields__[name].type is float else value
+def _cannot_be_read(error: Exception) -> str:
+    return f"cannot be read ({one_line(error, 200)})"
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _other_architecture(folder: Path, different: Mapping[str, Any]) -> ConfigError:
+    differences = ", ".join(f"{name}={value}" for name, value in different.items())
+    return ConfigError(
+        "init_from",
+        folder,
+        problem=f"is another architecture ({differences}): it must be a LLaMA, or a Qwen3 whose heads make up "
+        "hidden_size, without biases and with plain rotary positions",
+    )

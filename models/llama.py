@@ -1,137 +1,20 @@
-"""LLaMA: the paper's architecture (Table 4), small or large by its config alone.
+"""LLaMA, the architecture of the paper (Table 4). `LlamaConfig` sets its size.
 
 Pre-norm blocks of rotary attention with grouped-query heads and SwiGLU, RMSNorm throughout, no biases.
-Modules and parameters carry the names of Hugging Face's `LlamaForCausalLM`, and the rotary embedding its
-convention (the two halves of a head rotate together), so weights go over without a change.
+Modules and parameters have the names of Hugging Face's `LlamaForCausalLM`, and the rotary embedding has its
+convention (the two halves of a head rotate together), so weights are exchanged without conversion.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.config import LlamaConfig
 from models.loss import chunk_rows, linear_cross_entropy
-
-_ALLOWED: dict[object, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "an integer from 1"),
-    float: ((int, float), "a number above 0"),
-    bool: ((bool,), "true or false"),
-}
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`.
-
-    `qk_norm` is no LLaMA's: it normalises queries and keys head by head, as Qwen3 does (a `Qwen3ForCausalLM` with the
-    same names), against the growth of attention logits that can end in spikes (arXiv 2302.05442, 2309.14322).
-
-    Raises:
-        ValueError: a size is not positive, or the heads do not divide.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds, allowed = _ALLOWED[field.type]
-            if type(value) not in kinds or (field.type is not bool and not 0 < value < float("inf")):
-                raise ValueError(f"{field.name}={value} is not allowed: it must be {allowed}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % (2 * heads):
-            raise ValueError(
-                f"num_attention_heads={heads} is not allowed: hidden_size={self.hidden_size} must be a "
-                "multiple of twice the number of heads"
-            )
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads={kv_heads} is not allowed: it must divide num_attention_heads={heads}"
-            )
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        kv_width = self.num_key_value_heads * self.head_dim
-        attention = 2 * self.hidden_size * (self.hidden_size + kv_width)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-
-class PrefixTree(NamedTuple):
-    """Texts in one row of tokens, in which what several of them begin with, their stem, stands once.
-
-    Attributes:
-        positions: (seq,) of each token in its text.
-        stems: (stems, longest) indices in the row of each stem's tokens; it and the next two are filled up with any.
-        rests: (rests, longest) of the tokens of each text behind its stem; no rows where each stem is a text.
-        texts: (rests, longest) of the tokens of the same texts, from their beginnings.
-        visible: (rests, 1, longest rest, longest text), true where one of `rests` sees one of `texts`.
-        places: (seq,) of each token of the row the index in the flattened `stems` and, behind them, `rests`.
-        asked: (n,) indices in the row of the tokens whose hidden states are asked for.
-    """
-
-    positions: Tensor
-    stems: Tensor
-    rests: Tensor
-    texts: Tensor
-    visible: Tensor
-    places: Tensor
-    asked: Tensor
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grouped: bool, asked_only: bool) -> Tensor:
-        """Return what each token of the row, or each that is asked for, sees of its text.
-
-        Args:
-            q: (1, heads, seq, head_dim), or n for seq.
-            k, v: (1, key-value heads, seq, head_dim).
-            grouped: whether there are fewer of these heads.
-            asked_only: whether q is of the tokens that are asked for.
-
-        Returns:
-            (1, seq, hidden), or (1, n, hidden).
-        """
-        stems, rests, places = self.stems, self.rests, self.places
-        if asked_only:
-            of_row = torch.zeros_like(places)
-            of_row[self.asked] = torch.arange(len(self.asked), device=places.device)
-            stems, rests, places = of_row[stems], of_row[rests], places[self.asked]
-        k_stems, v_stems = _at(k, self.stems), _at(v, self.stems)
-        seen = [F.scaled_dot_product_attention(_at(q, stems), k_stems, v_stems, is_causal=True, enable_gqa=grouped)]
-        if len(rests):
-            k_texts, v_texts = _at(k, self.texts), _at(v, self.texts)
-            seen.append(
-                F.scaled_dot_product_attention(_at(q, rests), k_texts, v_texts, self.visible, enable_gqa=grouped)
-            )
-        rows = torch.cat([each.transpose(1, 2).flatten(2).flatten(0, 1) for each in seen])
-        return rows.index_select(0, places).unsqueeze(0)
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    """Return (rows, heads, longest, head_dim) of x: (1, heads, seq, head_dim) and indices (rows, longest)."""
-    found = x.squeeze(0).transpose(0, 1).index_select(0, index.flatten())
-    return found.unflatten(0, index.shape).transpose(1, 2)
+from models.prefix_tree import PrefixTree
 
 
 class Attention(nn.Module):
@@ -150,26 +33,26 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: PrefixTree | None = None, asked_only: bool = False
+        self, x: Tensor, cos: Tensor, sin: Tensor, tree: PrefixTree | None = None, queries_only: bool = False
     ) -> Tensor:
-        """Return (batch, seq, hidden), or (1, n, hidden) of those that a packing asks for.
+        """Return the attention output, (batch, seq, hidden), or (1, n, hidden) with `queries_only`.
 
         Args:
-            x: (batch, seq, hidden), where batch is 1 with a packing.
-            cos, sin: (seq, head_dim).
-            packing: of texts, which do not see each other; `None`: each sequence is a text.
-            asked_only: whether to compute what the packing asks for alone.
+            x: (batch, seq, hidden); batch is 1 with a tree.
+            cos, sin: (seq, head_dim), see `rotary`.
+            tree: layout of several sequences in the row; `None`: each row is one sequence.
+            queries_only: whether to compute only the tokens at the tree's `query_index`.
         """
-        looking, (cos_q, sin_q) = x, (cos, sin)
-        if packing is not None and asked_only:
-            looking, cos_q, sin_q = x[:, packing.asked], cos[packing.asked], sin[packing.asked]
+        x_q, cos_q, sin_q = x, cos, sin
+        if tree is not None and queries_only:
+            x_q, cos_q, sin_q = x[:, tree.query_index], cos[tree.query_index], sin[tree.query_index]
         q, k, v = (
-            proj(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, seq, head_dim)
-            for proj, tokens in ((self.q_proj, looking), (self.k_proj, x), (self.v_proj, x))
+            proj(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+            for proj, inputs in ((self.q_proj, x_q), (self.k_proj, x), (self.v_proj, x))
         )
         q, k = rotate(self.q_norm(q), cos_q, sin_q), rotate(self.k_norm(k), cos, sin)
-        if packing is not None:
-            return self.o_proj(packing.attend(q, k, v, self.grouped, asked_only))
+        if tree is not None:
+            return self.o_proj(tree.attend(q, k, v, self.grouped, queries_only))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -189,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+    """Transformer block: attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -199,16 +82,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: PrefixTree | None = None, asked_only: bool = False
+        self, x: Tensor, cos: Tensor, sin: Tensor, tree: PrefixTree | None = None, queries_only: bool = False
     ) -> Tensor:
-        """Take and return what `Attention` does."""
-        seen = self.self_attn(self.input_layernorm(x), cos, sin, packing, asked_only)
-        x = seen + (x[:, packing.asked] if packing is not None and asked_only else x)
+        """Return the hidden states after the block; arguments and shapes are those of `Attention.forward`."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, tree, queries_only)
+        x = attended + (x[:, tree.query_index] if tree is not None and queries_only else x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
+    """Embedding, blocks and final norm (`model` in Hugging Face's names)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -217,31 +100,34 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, packing: PrefixTree | None = None) -> Tensor:
-        """Return the hidden states after the last block.
+    def forward(self, tokens: Tensor, tree: PrefixTree | None = None) -> Tensor:
+        """Return the normalized hidden states of the last block.
 
         Args:
-            tokens: (batch, seq) ids, where batch is 1 with a packing.
-            packing: of texts in the row; `None`: each sequence is a text.
+            tokens: (batch, seq) token ids; batch is 1 with a tree.
+            tree: layout of several sequences in the row; `None`: each row is one sequence.
 
         Returns:
-            (batch, seq, hidden), or (1, n, hidden) of those that the packing asks for.
+            (batch, seq, hidden), or with a tree (1, n, hidden) at its `query_index`.
         """
         x = self.embed_tokens(tokens)
         cos, sin = rotary(self.config, tokens.shape[1], x.device, x.dtype)
-        if packing is not None:
-            cos, sin = cos[packing.positions], sin[packing.positions]
-        *others, last = self.layers
-        for layer in others:
-            x = layer(x, cos, sin, packing)
-        return self.norm(last(x, cos, sin, packing, asked_only=packing is not None))
+        if tree is not None:
+            cos, sin = cos[tree.positions], sin[tree.positions]
+        *layers, last = self.layers
+        for layer in layers:
+            x = layer(x, cos, sin, tree)
+        return self.norm(last(x, cos, sin, tree, queries_only=tree is not None))
 
 
 class Llama(nn.Module):
     """A LLaMA language model.
 
-    Weights start from a normal distribution of standard deviation `initializer_range`, norms from 1. With
+    Initial weights are normal with standard deviation `initializer_range`; norms start at 1. With the default of
     0.02 the untrained 1B model has a loss of 11.5 (ln 65536 + hidden_size 0.02^2 / 2).
+
+    Args:
+        config: its shape.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -255,23 +141,23 @@ class Llama(nn.Module):
             self.init_weights()
 
     def tie_weights(self) -> None:
-        """Have embedding and head share their weight, if they are to."""
+        """Make embedding and head share their weight if `tie_word_embeddings` is set."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def init_weights(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Draw the weights anew from torch's global generator.
+    def init_weights(self, copy_weight: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw the weights from torch's global CPU generator.
 
         Args:
-            assign: puts a whole weight, made on the CPU, into a parameter.
+            copy_weight: called with a parameter and its full weight on the CPU, which it copies into the parameter.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 weight = torch.empty(module.weight.shape, device="cpu")
-                assign(module.weight, weight.normal_(std=self.config.initializer_range))
+                copy_weight(module.weight, weight.normal_(std=self.config.initializer_range))
             elif isinstance(module, nn.RMSNorm):
-                assign(module.weight, torch.ones(module.weight.shape, device="cpu"))
+                copy_weight(module.weight, torch.ones(module.weight.shape, device="cpu"))
 
     @overload
     def forward(self, tokens: Tensor) -> Tensor: ...
@@ -280,16 +166,16 @@ class Llama(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits, or the loss where targets are given.
+        """Return logits, or the loss if there are targets.
 
         Args:
             tokens: (batch, seq) token ids.
-            targets: (batch, seq) ids of the tokens that follow.
+            targets: (batch, seq) ids of the next tokens.
             z_loss: see `linear_cross_entropy`.
 
         Returns:
-            (batch, seq, vocab) logits; with targets what is to be minimised, and the mean cross entropy in nats, which
-            has no gradient: equal without z-loss, both 0-dim float32.
+            (batch, seq, vocab) logits. With targets: the loss to minimise, and the mean cross entropy in nats without
+            gradient; both 0-dim float32, and equal without z-loss.
         """
         hidden = self.model(tokens)
         if targets is None:
@@ -297,29 +183,29 @@ class Llama(nn.Module):
         return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, packing: PrefixTree, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how likely some tokens are after others.
+    def score(self, tokens: Tensor, tree: PrefixTree, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of target tokens.
 
         Args:
-            tokens: (1, seq) ids.
-            packing: of texts in the row; what it asks for is followed.
-            targets: (n,) ids of the tokens that follow.
+            tokens: (1, seq) token ids.
+            tree: layout of the sequences in the row; the targets follow the tokens at its `query_index`.
+            targets: (n,) ids.
 
         Returns:
-            (n,) float32 logarithms of probabilities, and (n,) bool: whether no other token is more likely.
+            (n,) float32 log-probabilities in nats, and (n,) bool: whether no other token is more likely.
         """
-        hidden = self.model(tokens, packing).squeeze(0)
+        hidden = self.model(tokens, tree).squeeze(0)
         rows = chunk_rows(len(targets), self.config.vocab_size, hidden.device.type)
-        found, best = [], []
-        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            log_p = self.lm_head(some).float().log_softmax(1)
-            found.append(log_p.gather(1, wanted[:, None]).squeeze(1))
-            best.append(found[-1] == log_p.amax(1))
-        return torch.cat(found), torch.cat(best)
+        target_log_probs, greedy = [], []
+        for chunk, chunk_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
+            log_probs = self.lm_head(chunk).float().log_softmax(1)
+            target_log_probs.append(log_probs.gather(1, chunk_targets[:, None]).squeeze(1))
+            greedy.append(target_log_probs[-1] == log_probs.amax(1))
+        return torch.cat(target_log_probs), torch.cat(greedy)
 
 
 def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotation angles as `rotate` takes them, each (seq, head_dim), made in float32."""
+    """Return cosine and signed sine of the rotation angles for `rotate`, each (seq, head_dim), computed in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents
     angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies)
@@ -328,8 +214,8 @@ def rotary(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dty
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x: (..., seq, head_dim) by its position's angle.
+    """Rotate each pair (i, i + head_dim / 2) of x: (..., seq, head_dim) by its position's angle.
 
-    The first of a pair takes from the second what the sine, negative there, says, and the second from the first.
+    The sine is negative in the first half: x_i cos - x_j sin there, and x_j cos + x_i sin in the second half.
     """
     return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(sin))

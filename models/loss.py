@@ -1,8 +1,8 @@
-"""Cross entropy of a language model without its logits: (tokens x vocabulary) never exists whole in float32.
+"""Cross entropy of a language model without the full logits: (tokens x vocabulary) is never materialized.
 
-Some rows of logits are made at a time, and their share of the gradients is taken at once, while they are there; the
-backward pass then only scales. torch's own `linear_cross_entropy` works the same way, but returns the loss of bfloat16
-inputs in bfloat16, two decimal digits of it, and has no z-loss.
+The forward pass computes logits chunk by chunk, and with each chunk its part of the gradients; the backward pass only
+scales them. torch's own `linear_cross_entropy` works the same way, but returns the loss of bfloat16 inputs in bfloat16,
+which is two decimal digits, and has no z-loss.
 """
 
 from collections.abc import Callable
@@ -11,64 +11,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Logits made at once, by device: on a GPU their float32 copy and their logarithms of probabilities take 128 MiB each,
-#: on a CPU 4 MiB, which stay in its cache; and not fewer rows than make a matrix product worth it.
-ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 20}
-LEAST_ROWS = 128
+#: Logits in a chunk, by device. On a GPU the float32 logits and their log-probabilities take 128 MiB each; on a CPU
+#: they take 4 MiB and stay in its cache.
+MAX_LOGITS = {"cuda": 1 << 25, "cpu": 1 << 20}
 
+#: Minimum number of rows in a chunk: with fewer, matrix products are slow.
+MIN_ROWS = 128
 
-Slopes = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+#: `logit_grads`, or a compiled version of it.
+ChunkFn = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
-    """Return of how many tokens the logits are made at once."""
-    return min(tokens, max(LEAST_ROWS, ELEMENTS.get(device, ELEMENTS["cuda"]) // vocabulary))
+    """Return the number of tokens in a chunk of logits."""
+    return min(tokens, max(MIN_ROWS, MAX_LOGITS.get(device, MAX_LOGITS["cuda"]) // vocabulary))
 
 
-def slopes(logits: Tensor, wanted: Tensor, tokens: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of some rows the gradient of the mean loss by their logits, and their sums of -log p and of log Z squared.
+def logit_grads(logits: Tensor, targets: Tensor, num_tokens: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of the mean loss with respect to a chunk of logits, and the chunk's part of the loss.
 
     Args:
         logits: (rows, vocab).
-        wanted: (rows, 1) ids.
-        tokens: in the mean, 0-dim float32.
+        targets: (rows, 1) ids.
+        num_tokens: tokens in the mean, 0-dim float32.
         z_loss: see `linear_cross_entropy`.
+
+    Returns:
+        (rows, vocab) gradient in the dtype of the logits; the sums over rows of -log p and of (log Z)^2.
     """
-    exact = logits.float()
-    log_p = exact.log_softmax(-1)
-    log_p_wanted = log_p.gather(1, wanted)
-    log_z = exact.gather(1, wanted) - log_p_wanted
-    # By the logits, the sum has softmax (1 + 2 z log Z), less 1 at the target.
-    slope = log_p.exp_()
+    logits_fp32 = logits.float()
+    log_probs = logits_fp32.log_softmax(-1)
+    target_log_probs = log_probs.gather(1, targets)
+    log_z = logits_fp32.gather(1, targets) - target_log_probs
+    # The gradient of the summed loss is softmax (1 + 2 z log Z), minus 1 at the target.
+    grad = log_probs.exp_()
     if z_loss:
-        slope *= 1 + 2 * z_loss * log_z
-    slope.scatter_add_(1, wanted, torch.full_like(log_z, -1.0))
-    return slope.div_(tokens).to(logits.dtype), -log_p_wanted.sum(), log_z.square().sum()
+        grad *= 1 + 2 * z_loss * log_z
+    grad.scatter_add_(1, targets, torch.full_like(log_z, -1.0))
+    return grad.div_(num_tokens).to(logits.dtype), -target_log_probs.sum(), log_z.square().sum()
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, between: Slopes = slopes
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk_fn: ChunkFn = logit_grads
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of logits `hidden @ weight.T`, and the cross entropy in it.
 
     Args:
         hidden: (tokens, hidden).
-        weight: (vocab, hidden), used in the dtype of autocast, if it is on, else in that of `hidden`.
+        weight: (vocab, hidden). It is used in autocast's dtype if autocast is on, otherwise in the dtype of `hidden`.
         targets: (tokens,) ids.
         z_loss: weight of the mean square of log Z, the logarithm of the softmax's denominator (PaLM, section 5).
-        between: what is done between the matrix products: `slopes`, or that compiled.
+        chunk_fn: computes what is between the matrix products: `logit_grads`, or a compiled version of it.
 
     Returns:
-        what is to be minimised, and the mean cross entropy in nats, which has no gradient; both 0-dim float32.
+        The loss to minimise, and the mean cross entropy in nats without gradient; both 0-dim float32.
     """
-    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, between)
+    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_fn)
     return loss, cross_entropy
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, between: Slopes
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_fn: ChunkFn
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -77,31 +82,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if differentiate else None
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if differentiate else None
         cross_entropy = torch.zeros((), dtype=torch.float32, device=x.device)
-        squares = torch.zeros_like(cross_entropy)
-        count = torch.full((), float(len(x)), device=x.device)
+        log_z_squared = torch.zeros_like(cross_entropy)
+        num_tokens = torch.full((), float(len(x)), device=x.device)
         tokens, rows = len(x), chunk_rows(len(x), len(w), device)
         with torch.autocast(device, enabled=False):
-            for first in range(0, tokens, rows):
-                part, wanted = x[first : first + rows], targets[first : first + rows, None]
-                slope, entropy, square = between(part @ w.T, wanted, count, z_loss)
-                cross_entropy += entropy
-                squares += square
+            for start in range(0, tokens, rows):
+                chunk, chunk_targets = x[start : start + rows], targets[start : start + rows, None]
+                grad, chunk_entropy, chunk_squares = chunk_fn(chunk @ w.T, chunk_targets, num_tokens, z_loss)
+                cross_entropy += chunk_entropy
+                log_z_squared += chunk_squares
                 if grad_x is None or grad_w is None:
                     continue
-                torch.mm(slope, w, out=grad_x[first : first + rows])
+                torch.mm(grad, w, out=grad_x[start : start + rows])
                 if dtype == torch.float32:
-                    grad_w.addmm_(slope.T, part)
+                    grad_w.addmm_(grad.T, chunk)
                 else:
-                    grad_w += slope.T @ part
+                    grad_w += grad.T @ chunk
         if grad_x is not None and grad_w is not None:
             ctx.save_for_backward(grad_x.to(hidden.dtype), grad_w.to(weight.dtype))
         cross_entropy /= tokens
-        loss = cross_entropy + z_loss * squares / tokens
+        loss = cross_entropy + z_loss * log_z_squared / tokens
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        # In float32: in bfloat16 the factor itself, such as the third of three micro-batches, would be rounded.
+        # In float32, because bfloat16 would round the factor, such as 1/3 with three micro-batches.
         return *((grad.float() * grads[0]).to(grad.dtype) for grad in (grad_x, grad_w)), None, None, None

@@ -1,4 +1,4 @@
-"""What is done to a LLaMA for speed and size, from outside: it stays the module that it is, under the same names."""
+"""Activation checkpointing, torch.compile and FSDP2, applied to a LLaMA in place. Parameter names stay the same."""
 
 from functools import partial
 from typing import Any
@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.llama import Llama
-from models.loss import linear_cross_entropy, slopes
+from models.loss import linear_cross_entropy, logit_grads
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
-#: Results that "selective" keeps: those of matrix products and of attention, which are the slow ones to make again.
-KEPT = {
+#: Operations whose outputs "selective" saves: matrix products and attention, which are slow to recompute.
+SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -28,35 +28,35 @@ KEPT = {
 }
 
 
-def apply_activation_checkpointing(model: Llama, how: str) -> None:
-    """Make activations of the blocks again in the backward pass instead of keeping them.
+def apply_activation_checkpointing(model: Llama, mode: str) -> None:
+    """Recompute the activations of the blocks in the backward pass instead of saving them.
 
     Args:
-        model: whose blocks are wrapped.
-        how: `full`: only the blocks' inputs are kept; `selective`: also the results of matrix products and attention;
-            `none`: everything.
+        model: its blocks are wrapped.
+        mode: `full` saves the inputs of the blocks only, `selective` also the outputs of `SAVED_OPS`, and `none` all
+            activations.
     """
-    if how == "none":
+    if mode == "none":
         return
-    options: dict[str, Any] = {"context_fn": _selective} if how == "selective" else {}
+    options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
     for i, block in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
 
 def compile_model(model: Llama) -> None:
-    """Compile each block by itself, and the loss, with torch.compile: as the blocks are alike, one is compiled."""
+    """Compile the blocks and the loss with torch.compile. The blocks are alike, so that torch compiles one of them."""
     for block in model.model.layers:
         block.compile()
-    model.loss = partial(linear_cross_entropy, between=torch.compile(slopes, dynamic=False))
+    model.loss = partial(linear_cross_entropy, chunk_fn=torch.compile(logit_grads, dynamic=False))
 
 
-def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> None:
-    """Shard the model with FSDP2: each block is gathered when its turn comes, embeddings, last norm and head together.
+def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> None:
+    """Shard the model with FSDP2: each block is a unit; embeddings, final norm and head are another.
 
     Args:
-        model: moved to the mesh's device as it is sharded, unless it is on the meta device.
-        mesh: of one dimension, along which parameters are sharded; of two, replicated along the first (HSDP).
-        dtype: in which weights are gathered and used; gradients are reduced, and weights kept, in float32.
+        model: sharded and moved to the mesh's device, unless it is on the meta device.
+        mesh: of one dimension, along which parameters are sharded; of two (HSDP), replicated along the first.
+        dtype: of the gathered weights. Gradients are reduced, and sharded weights stored, in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
     options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
@@ -67,27 +67,27 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
 
 
 def materialize(model: Llama, device: torch.device) -> None:
-    """Give a model that was made on the meta device, and sharded there or not, memory with nothing in it yet."""
+    """Allocate the parameters of a model on the meta device, sharded or not, without initializing them."""
     model.to_empty(device=device)
     model.tie_weights()
 
 
-def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole weight, which every process has, into a parameter, of which this process may have a shard."""
+def copy_full_weight(parameter: Tensor, weight: Tensor) -> None:
+    """Copy a full weight, the same on every rank, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
-        here = whole.to(device=parameter.device, dtype=parameter.dtype)
-        whole = distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(whole)
+        local = weight.to(device=parameter.device, dtype=parameter.dtype)
+        weight = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(weight)
 
 
 def _selective() -> Any:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operation in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
-def set_gradient_sync(model: nn.Module, on: bool) -> None:
-    """Say whether a sharded model reduces its gradients in the next backward pass, or adds them up where they are."""
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Set whether a sharded model reduces its gradients in the next backward pass, or accumulates them unreduced."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+        model.set_requires_gradient_sync(enabled)

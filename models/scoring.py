@@ -1,7 +1,8 @@
-"""How likely continuations are: what several texts begin with is computed once.
+"""Log-likelihoods of continuations, computed once per common prefix.
 
-Texts that begin alike make a tree: the common beginning, then the rest of each, which sees the beginning and itself.
-Trees of about the same size make a batch. The last block and the logits are computed of what is scored alone.
+Texts with a common prefix form a group: the prefix, then the suffix of each text, which attends to the prefix and to
+itself. Groups of similar size form a batch, which is one row of tokens. The last block and the logits are computed for
+scored positions only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.llama import Llama, PrefixTree
+from models.llama import Llama
+from models.prefix_tree import PrefixTree
 
-#: A text joins a tree if that saves as many tokens as this part of the shortest of them, at least.
-WORTH_SHARING = 0.25
+#: A text joins a group if that saves at least this fraction of the tokens of the shortest text.
+MIN_PREFIX_SAVING = 0.25
 
-#: The texts of a tree have together no more tokens than so many of the longest: attention sees each whole.
-LARGEST = 4
+#: Limit of the tokens of all texts of a group, as a multiple of the context: attention holds each text in full.
+MAX_GROUP_FACTOR = 4
 
 
 class Text(NamedTuple):
@@ -24,121 +26,125 @@ class Text(NamedTuple):
 
     Attributes:
         tokens: ids.
-        scored: how many of the last; the first token of a text never is.
+        scored: number of tokens at the end that are scored, fewer than all.
     """
 
     tokens: Sequence[int]
     scored: int
 
 
-def in_parts(text: Text, longest: int) -> list[Text]:
-    """Return a text as several, if more of it is scored than the model can see at once; the last part first."""
-    found = []
+def split_long(text: Text, context: int) -> list[Text]:
+    """Return a text as several, the last part first, if more of its tokens are scored than fit the context."""
+    parts = []
     tokens, scored = text
-    while scored > longest:
-        found.append(Text(tokens, longest))
-        tokens, scored = tokens[:-longest], scored - longest
-    return [*found, Text(tokens, scored)]
+    while scored > context:
+        parts.append(Text(tokens, context))
+        tokens, scored = tokens[:-context], scored - context
+    return [*parts, Text(tokens, scored)]
 
 
 class Score(NamedTuple):
-    """How likely the end of a text is.
+    """Score of the end of a text.
 
     Attributes:
         log_likelihood: sum over its tokens, in nats.
-        greedy: whether each of them is the most likely one.
+        greedy: whether each token is the most likely one.
     """
 
     log_likelihood: float
     greedy: bool
 
 
-class Tree(NamedTuple):
-    """Texts that begin alike: their stem, and the rest of each; without their last tokens, which nothing follows.
+class PrefixGroup(NamedTuple):
+    """Texts with a common prefix, without their last tokens, which are targets only.
 
     Attributes:
-        stem: ids.
-        rests: ids of each text behind the stem.
-        texts: numbers of the texts.
+        prefix: ids.
+        suffixes: ids of each text after the prefix.
+        indices: which texts.
     """
 
-    stem: list[int]
-    rests: list[list[int]]
-    texts: list[int]
+    prefix: list[int]
+    suffixes: list[list[int]]
+    indices: list[int]
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
-        return len(self.stem) + sum(map(len, self.rests))
+        """Number of tokens."""
+        return len(self.prefix) + sum(map(len, self.suffixes))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text."""
-        return len(self.stem) + max(map(len, self.rests))
+        """Number of tokens of the longest text."""
+        return len(self.prefix) + max(map(len, self.suffixes))
 
 
-def trees(texts: Sequence[Text], longest: int, share: bool = True) -> list[Tree]:
-    """Lay out texts.
+def group_by_prefix(texts: Sequence[Text], context: int, share: bool = True) -> list[PrefixGroup]:
+    """Group texts by their prefixes.
 
     Args:
         texts: in any order.
-        longest: tokens that the model takes: of longer texts, whose last one it need not see, it sees the end.
-        share: whether to share beginnings.
+        context: tokens that the model sees. Longer texts lose their beginnings; the last token is a target only.
+        share: whether to share prefixes; otherwise each text is a group.
+
+    Raises:
+        ValueError: a text has too few or too many scored tokens.
     """
     for text in texts:
-        if not 0 < text.scored < len(text.tokens) or text.scored > longest:
+        if not 0 < text.scored < len(text.tokens) or text.scored > context:
             raise ValueError(
                 f"{text.scored} of {len(text.tokens)} tokens cannot be scored: there must be one at least, fewer than "
-                f"all, and no more than {longest}"
+                f"all, and no more than {context}"
             )
-    seen = [list(text.tokens[-longest - 1 : -1]) for text in texts]
-    groups: list[tuple[list[int], int]] = []  # numbers of texts, and how many tokens they share
-    tokens = shortest = 0  # of the last group's texts, each whole
-    for number in sorted(range(len(texts)), key=seen.__getitem__):
-        length = len(seen[number])
+    inputs = [list(text.tokens[-context - 1 : -1]) for text in texts]
+    groups: list[tuple[list[int], int]] = []  # indices of texts, and the length of their prefix
+    tokens = shortest = 0  # of the last group's texts, prefixes included
+    for index in sorted(range(len(texts)), key=inputs.__getitem__):
+        length = len(inputs[index])
         tokens, shortest = tokens + length, min(shortest, length)
         if groups and share:
-            others, before = groups[-1]
-            shared = _common(seen[others[0]], seen[number], before)
-            saved = shared * len(others) - before * (len(others) - 1)
-            if saved >= max(1.0, WORTH_SHARING * shortest) and tokens <= LARGEST * longest:
-                others.append(number)
-                groups[-1] = others, shared
+            members, old_prefix = groups[-1]
+            prefix = _common_length(inputs[members[0]], inputs[index], old_prefix)
+            saved = prefix * len(members) - old_prefix * (len(members) - 1)
+            if saved >= max(1.0, MIN_PREFIX_SAVING * shortest) and tokens <= MAX_GROUP_FACTOR * context:
+                members.append(index)
+                groups[-1] = members, prefix
                 continue
-        groups.append(([number], length))
+        groups.append(([index], length))
         tokens = shortest = length
     return [
-        Tree(seen[numbers[0]][:shared], [seen[number][shared:] for number in numbers], numbers)
-        for numbers, shared in groups
+        PrefixGroup(inputs[members[0]][:prefix], [inputs[index][prefix:] for index in members], members)
+        for members, prefix in groups
     ]
 
 
-def _common(one: list[int], other: list[int], most: int) -> int:
-    """Return how many tokens are the same from the first, up to so many."""
-    for count, (a, b) in enumerate(zip(one[:most], other, strict=False)):
-        if a != b:
+def _common_length(a: list[int], b: list[int], limit: int) -> int:
+    """Return the length of the common prefix of two lists, at most `limit`."""
+    for count, (x, y) in enumerate(zip(a[:limit], b, strict=False)):
+        if x != y:
             return count
-    return min(most, len(one), len(other))
+    return min(limit, len(a), len(b))
 
 
-def batches(laid: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
-    """Return trees in batches of at most so many tokens, but of one tree at least; those with the longest texts first.
+def batches(groups: Sequence[PrefixGroup], batch_tokens: int) -> list[list[PrefixGroup]]:
+    """Return groups in batches, the longest texts first.
 
-    Trees of a single text, which is their stem, are by themselves. Attention sees texts filled up to the longest, each
-    with its stem: the places that it sees are limited too.
+    A batch has at most `batch_tokens` tokens, or is a single group. Groups of one text, which are all prefix, have
+    batches of their own. Attention pads the texts of a batch to the longest, so that their padded size is limited too.
     """
-    found: list[list[Tree]] = []
-    for alone in (False, True):
-        tokens = places = longest = 0
-        for tree in sorted((each for each in laid if (len(each.texts) == 1) == alone), key=lambda each: -each.longest):
-            tokens += tree.tokens
-            places += len(tree.texts) * longest
-            if not longest or tokens > batch_tokens or places > LARGEST * batch_tokens:
-                longest = tree.longest
-                tokens, places = tree.tokens, len(tree.texts) * longest
-                found.append([])
-            found[-1].append(tree)
-    return found
+    result: list[list[PrefixGroup]] = []
+    for single in (False, True):
+        tokens = padded = longest = 0
+        same_kind = [group for group in groups if (len(group.indices) == 1) == single]
+        for group in sorted(same_kind, key=lambda group: -group.longest):
+            tokens += group.tokens
+            padded += len(group.indices) * longest
+            if not longest or tokens > batch_tokens or padded > MAX_GROUP_FACTOR * batch_tokens:
+                longest = group.longest
+                tokens, padded = group.tokens, len(group.indices) * longest
+                result.append([])
+            result[-1].append(group)
+    return result
 
 
 def score(
@@ -148,85 +154,96 @@ def score(
     device: torch.device,
     share: bool = True,
     rank: int = 0,
-    processes: int = 1,
+    world_size: int = 1,
 ) -> Iterator[list[tuple[int, Score]]]:
-    """Yield, batch for batch, the numbers of some texts and their scores; in the end there is one of each.
+    """Yield batches of (index, score) until each text has one.
 
-    Of several processes each yields its share. All compute as many batches, which sharded models need.
+    Each rank yields every `world_size`-th batch. All ranks compute the same number of batches, as sharded models need.
 
     Args:
-        model: in evaluation mode. Its `max_position_embeddings` is the most that it sees of a text.
+        model: in evaluation mode; its `max_position_embeddings` is the context.
         texts: in any order.
-        batch_tokens: tokens computed at once.
+        batch_tokens: tokens in a batch.
         device: of the model.
-        share: whether to compute common beginnings once.
+        share: whether to compute common prefixes once.
         rank: of this process.
-        processes: how many there are.
+        world_size: number of processes.
     """
-    made = batches(trees(texts, model.config.max_position_embeddings, share), batch_tokens)
-    for own in range(rank, -(-len(made) // processes) * processes, processes):
-        batch = made[min(own, len(made) - 1)]
-        wanted = [list(texts[number].tokens[-texts[number].scored :]) for tree in batch for number in tree.texts]
-        found, best = score_batch(model, batch, wanted, device)
-        numbers = [number for tree in batch for number in tree.texts]
+    all_batches = batches(group_by_prefix(texts, model.config.max_position_embeddings, share), batch_tokens)
+    for number in range(rank, -(-len(all_batches) // world_size) * world_size, world_size):
+        batch = all_batches[min(number, len(all_batches) - 1)]
+        indices = [index for group in batch for index in group.indices]
+        targets = [list(texts[index].tokens[-texts[index].scored :]) for index in indices]
+        log_probs, greedy = score_batch(model, batch, targets, device)
         scores: list[tuple[int, Score]] = []
-        first = 0
-        for number, tokens in zip(numbers, wanted, strict=True):
-            last = first + len(tokens)
-            scores.append((number, Score(sum(found[first:last]), all(best[first:last]))))
-            first = last
-        if own < len(made):
+        start = 0
+        for index, tokens in zip(indices, targets, strict=True):
+            end = start + len(tokens)
+            scores.append((index, Score(sum(log_probs[start:end]), all(greedy[start:end]))))
+            start = end
+        if number < len(all_batches):
             yield scores
 
 
 def score_batch(
-    model: Llama, batch: Sequence[Tree], wanted: Sequence[Sequence[int]], device: torch.device
+    model: Llama, batch: Sequence[PrefixGroup], targets: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[list[float], list[bool]]:
-    """Return the logarithm of the probability of each wanted token, text after text, and whether none is likelier."""
-    tokens, packing = pack(batch, [len(some) for some in wanted], device)
-    targets = torch.tensor([token for some in wanted for token in some], device=device)
-    found, best = model.score(tokens, packing, targets)
-    return found.tolist(), best.tolist()
+    """Return the log-probability of each target token, text after text, and whether it is the most likely one."""
+    tokens, tree = pack(batch, [len(ids) for ids in targets], device)
+    flat_targets = torch.tensor([token for ids in targets for token in ids], device=device)
+    log_probs, greedy = model.score(tokens, tree, flat_targets)
+    return log_probs.tolist(), greedy.tolist()
 
 
-def pack(batch: Sequence[Tree], scored: Sequence[int], device: torch.device) -> tuple[Tensor, PrefixTree]:
-    """Return trees as one row of tokens, (1, seq), and how it is packed; asked for is what scored tokens follow."""
+def pack(batch: Sequence[PrefixGroup], scored: Sequence[int], device: torch.device) -> tuple[Tensor, PrefixTree]:
+    """Return groups as one row of tokens, (1, seq), and its layout; queries are the tokens before scored ones.
+
+    Args:
+        batch: groups.
+        scored: number of scored tokens of each text, in the order of the groups.
+        device: of the tensors.
+    """
     tokens: list[int] = []
     positions: list[int] = []
-    stems: list[list[int]] = []
-    rests: list[list[int]] = []
-    texts: list[list[int]] = []
-    asked: list[int] = []
-    left = iter(scored)
-    for tree in batch:
-        stem = [*range(len(tokens), len(tokens) + len(tree.stem))]
-        stems.append(stem)
-        tokens += tree.stem
-        positions += range(len(stem))
-        for ids in tree.rests:
-            rest = [*range(len(tokens), len(tokens) + len(ids))]
-            asked += [*stem, *rest][-next(left) :]
+    prefixes: list[list[int]] = []
+    suffixes: list[list[int]] = []
+    sequences: list[list[int]] = []
+    queries: list[int] = []
+    counts = iter(scored)
+    for group in batch:
+        prefix = [*range(len(tokens), len(tokens) + len(group.prefix))]
+        prefixes.append(prefix)
+        tokens += group.prefix
+        positions += range(len(prefix))
+        for ids in group.suffixes:
+            suffix = [*range(len(tokens), len(tokens) + len(ids))]
+            queries += [*prefix, *suffix][-next(counts) :]
             tokens += ids
-            positions += range(len(stem), len(stem) + len(rest))
-            if rest:
-                rests.append(rest)
-                texts.append([*stem, *rest])
+            positions += range(len(prefix), len(prefix) + len(suffix))
+            if suffix:
+                suffixes.append(suffix)
+                sequences.append([*prefix, *suffix])
 
     def tensor(values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    def filled(rows: list[list[int]]) -> Tensor:
+    def padded(rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows), default=0)
         return tensor([row + [0] * (longest - len(row)) for row in rows]).view(len(rows), longest)
 
-    of_stems, of_rests, of_texts = filled(stems), filled(rests), filled(texts)
-    places = [0] * len(tokens)
-    for rows, longest, first in ((stems, of_stems.shape[1], 0), (rests, of_rests.shape[1], of_stems.numel())):
+    prefix_index, suffix_index, sequence_index = padded(prefixes), padded(suffixes), padded(sequences)
+    gather = [0] * len(tokens)
+    for rows, longest, offset in (
+        (prefixes, prefix_index.shape[1], 0),
+        (suffixes, suffix_index.shape[1], prefix_index.numel()),
+    ):
         for number, row in enumerate(rows):
             for column, token in enumerate(row):
-                places[token] = first + number * longest + column
-    behind = tensor([len(text) - len(rest) for text, rest in zip(texts, rests, strict=True)])
-    last = behind[:, None] + torch.arange(of_rests.shape[1], device=device)
-    visible = torch.arange(of_texts.shape[1], device=device) <= last[:, None, :, None]
-    packing = PrefixTree(tensor(positions), of_stems, of_rests, of_texts, visible, tensor(places), tensor(asked))
-    return tensor([tokens]), packing
+                gather[token] = offset + number * longest + column
+    starts = tensor([len(sequence) - len(suffix) for sequence, suffix in zip(sequences, suffixes, strict=True)])
+    last_visible = starts[:, None] + torch.arange(suffix_index.shape[1], device=device)
+    visible = torch.arange(sequence_index.shape[1], device=device) <= last_visible[:, None, :, None]
+    tree = PrefixTree(
+        tensor(positions), prefix_index, suffix_index, sequence_index, visible, tensor(gather), tensor(queries)
+    )
+    return tensor([tokens]), tree

@@ -46,7 +46,7 @@ from data import (
 )
 from data.prepare import PART_TOKENS
 from data.sequences import order
-from data.tokens import sealed
+from data.tokens import dump_with_checksum
 
 DEFAULTS = {"path": None, "megabytes": 24, "rounds": 5, "tokens": 50e9}
 SEQUENCE, BATCH = 2048, 64
@@ -82,14 +82,14 @@ def tokenizing(cfg: OmegaConf, folder: Path) -> Table:
     texts: list[str] = []
     size, wanted = 0, cfg.megabytes * 1e6
     while size < wanted:
-        for document in Mixture([Source("text", path=cfg.path)]):
+        for document in Mixture([Source(name="text", path=cfg.path)]):
             texts.append(document.text)
             size += len(document.text.encode())
             if size >= wanted:
                 break
     file = folder / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    source = (Source("text", path=str(file)),)
+    source = (Source(name="text", path=str(file)),)
     encoder = corpus_tokenizer(Corpus(source, vocab_size=32_768), QUIET)
     (folder / "tokenizer").mkdir()
     encoder.save(folder / "tokenizer")
@@ -184,7 +184,7 @@ def opening(cfg: OmegaConf, folder: Path) -> Table:
             described.append({"file": file.name, "tokens": length})
             facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": ""}
         facts[split] = {"parts": described}
-    (sparse / "tokens.json").write_text(sealed(facts))
+    (sparse / "tokens.json").write_text(dump_with_checksum(facts))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     opened = open_tokens(sparse)

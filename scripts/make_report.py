@@ -4,23 +4,15 @@ The page is self-contained; its verdicts are in verdicts.md too. With `experimen
 these, and is named report-table3-figure2.html.
 """
 
-import sys
-from pathlib import Path
+import _entry  # first: it finds the checkout and installs the signal handlers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)
-
-from training.runtime.signals import install_handlers
-
-install_handlers()  # first: what follows takes seconds to load
+# isort: split
 
 import json
 import shlex
 import time
 from collections.abc import Sequence
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from common.files import write_atomic
@@ -31,7 +23,6 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.report import Provenance, report, verdicts_markdown
 from experiments.paper.suites import TABLES
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
-from training.launch.cli import command_line, reporting
 from training.run_dir import environment
 
 
@@ -72,28 +63,26 @@ def _commands(settings: PaperSettings, collection: RunCollection, names: Sequenc
     return [shlex.join(words) for words in [*commands, ["python", "scripts/make_report.py", *readers, *windows]]]
 
 
-@hydra.main(version_base="1.3", config_path="../configs/paper", config_name="results")
-def main(cfg: DictConfig) -> None:
+def main(values: _entry.Values) -> None:
     """Write the report and the verdicts, and print where they are."""
-    with reporting():
-        console = Console(soft_wrap=True, highlight=False, markup=False)
-        settings = parse(PaperSettings, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-        names = settings.selected()
-        collection = collect_runs(settings)
-        folder = settings.out_folder()
-        figures, not_drawn = draw_figures(names, collection, settings.windows)
-        tables = [TABLES[name] for name in names if name in TABLES]
-        here = environment()
-        made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-        provenance = Provenance(settings.scale, _commands(settings, collection, names), made)
-        verdicts = judge_claims(collection)
-        write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
-        file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
-        write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, provenance))
-        for warning in collection.warnings:
-            console.print(warning, style="yellow")
-        console.print(f"report   {file}")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    settings = parse(PaperSettings, values)
+    names = settings.selected()
+    collection = collect_runs(settings)
+    folder = settings.out_folder()
+    figures, not_drawn = draw_figures(names, collection, settings.windows)
+    tables = [TABLES[name] for name in names if name in TABLES]
+    here = environment()
+    made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
+    provenance = Provenance(settings.scale, _commands(settings, collection, names), made)
+    verdicts = judge_claims(collection)
+    write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
+    file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
+    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, provenance))
+    for warning in collection.warnings:
+        console.print(warning, style="yellow")
+    console.print(f"report   {file}")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    _entry.run(main, "paper/results")

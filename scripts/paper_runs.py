@@ -1,14 +1,12 @@
 """What make_tables.py, make_figures.py and make_report.py share: their settings, and the runs that they read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
@@ -19,8 +17,8 @@ from experiments.paper.distributions import WindowError, draw_distributions
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES, clipping_functions, draw
 from experiments.paper.suites import SUITES, TABLES, ZCLIP_DEFAULTS
-from training.config.checks import CONFIGS, check_folder, identity
-from training.config.compose import locate
+from training.config.checks import check_folder
+from training.config.compose import CONFIGS, resolve_runs, saved_identity
 from zclip import ZClip
 
 #: Names that have a figure, and all names, in the order of the report.
@@ -125,7 +123,7 @@ def collect_runs(settings: PaperSettings) -> RunCollection:
     runs = settings.paths.runs
     base = ["experiment=paper", f"scale={settings.scale}", f"paths.runs={quoted(runs)}", *settings.overrides]
     overrides = {spec: (*base, *spec.overrides) for spec in SUITES["all"]}
-    resolved = locate(overrides.values(), settings.seeds)
+    resolved = resolve_runs(overrides.values(), settings.seeds)
     expected = {
         (spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in settings.seeds
     }
@@ -137,14 +135,6 @@ def collect_runs(settings: PaperSettings) -> RunCollection:
             f"{f' and overrides={settings.overrides}' if settings.overrides else ''}: nothing is written{reasons}"
         )
     return collection
-
-
-def saved_identity(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings that determine a run's numbers, from its config.yaml as a nested dict."""
-    try:
-        return identity(OmegaConf.create(dict(config)))
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error)) from error
 
 
 def draw_figures(

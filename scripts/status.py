@@ -1,26 +1,23 @@
-"""How the runs of an experiment are doing: `python scripts/status.py [folder=runs/main]`."""
+"""Print the state of each run of an experiment: `python scripts/status.py [folder=runs/main]`."""
 
-import sys
+import _entry  # first: it finds the checkout and installs the signal handlers
+
+# isort: split
+
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from training.runtime.signals import install_handlers
-
-install_handlers()  # first: what follows takes seconds to load
-
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from common.errors import UserError
-from training.launch.cli import command_line, reporting
+from common.settings import Folder, Settings, parse
+from training.launch.slurm import queued_jobs
 from training.launch.sweep import status
 from training.run_dir import RunDir
-from training.runtime.slurm import jobs
 
+#: States in the order of the summary, with their colours.
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -31,38 +28,43 @@ STYLES = {
 }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="status")
-def main(cfg: DictConfig) -> None:
+class StatusConfig(Settings):
+    """Settings of this script."""
+
+    folder: Folder
+    """Folder whose subfolders are runs."""
+
+
+def main(values: dict[str, Any]) -> None:
     """Print the table."""
-    with reporting():
-        folder = Path(cfg.folder)
-        if not folder.is_dir():
-            raise UserError(f"folder={folder} is not there: it must be the folder of an experiment, as runs/main")
-        runs = [RunDir(path) for path in sorted(folder.iterdir())]
-        runs = [run for run in runs if run.config.is_file() or run.submitted.is_file()]
-        queue = jobs() if any(run.submitted.is_file() for run in runs) else {}
-        table = Table(title=str(folder), title_justify="left")
-        for column in ("run", "state", "step", "loss", "tokens/s", "job"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
-        counts = dict.fromkeys(STYLES, 0)
-        for run in runs:
-            found = status(run, queue)
-            counts[found.state] += 1
-            step, loss, speed = (found.row.get(name) for name in ("step", "loss", "tokens_per_second"))
-            table.add_row(
-                escape(run.path.name),
-                f"[{STYLES[found.state]}]{found.state}",
-                f"{step or 0:,} of {'?' if found.steps is None else format(found.steps, ',')}",
-                "-" if loss is None else f"{loss:.3f}",
-                "-" if speed is None else f"{speed:,.0f}",
-                found.job or "",
-            )
-        console = Console()
-        if not console.is_terminal:  # names stay whole where they are looked for
-            console.width = max(console.width, 160)
-        console.print(table)
-        console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
+    folder = Path(parse(StatusConfig, values).folder)
+    if not folder.is_dir():
+        raise UserError(f"folder={folder} does not exist: it must be the folder of an experiment, such as runs/main")
+    runs = [RunDir(path) for path in sorted(folder.iterdir())]
+    runs = [run for run in runs if run.config_file.is_file() or run.job_file.is_file()]
+    queue = queued_jobs() if any(run.job_file.is_file() for run in runs) else {}
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("run", "state", "step", "loss", "tokens/s", "job"):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    counts = dict.fromkeys(STYLES, 0)
+    for run in runs:
+        current = status(run, queue)
+        counts[current.state] += 1
+        step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
+        table.add_row(
+            escape(run.path.name),
+            f"[{STYLES[current.state]}]{current.state}",
+            f"{step or 0:,} of {'?' if current.steps is None else format(current.steps, ',')}",
+            "-" if loss is None else f"{loss:.3f}",
+            "-" if speed is None else f"{speed:,.0f}",
+            current.job or "",
+        )
+    console = Console()
+    if not console.is_terminal:  # names are not wrapped in pipes and files
+        console.width = max(console.width, 160)
+    console.print(table)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    _entry.run(main, "status")

@@ -1,59 +1,131 @@
-"""Who may import whom, and what the library must not load."""
+"""Which package may import which, and what the library must not load."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHECKOUT
 
-ROOMS = {"common", "zclip", "models", "data", "training", "evaluation", "experiments", "scripts", "tests", "train"}
+PACKAGES = ("common", "zclip", "models", "data", "evaluation", "training", "experiments", "scripts", "hydra_plugins")
 MAY_IMPORT = {
-    "zclip": {"zclip"},
     "common": {"common"},
+    "zclip": {"zclip"},
     "models": {"models", "common"},
     "data": {"data", "common"},
     "evaluation": {"evaluation", "models", "data", "common"},
     "training": {"training", "zclip", "models", "data", "evaluation", "common"},
     "experiments": {"experiments", "common"},
 }
+#: Inside training/, from the lowest layer to the highest: a module imports its own layer and those below.
+LAYERS = ("runtime", "config", "run_dir", "checkpoint", "monitor", "validation", "module", "launch", "callback", "run")
+#: Parts of a run, which do not know each other.
+PARTS = ("checkpoint", "monitor", "validation")
+#: The only files that know Hydra's container.
+KNOW_HYDRA = {"train.py", "training/config/compose.py"}
 HEAVY = {
     "lightning",
     "pytorch_lightning",
     "transformers",
     "hydra",
     "omegaconf",
+    "pydantic",
     "wandb",
     "numpy",
     "tokenizers",
 }
 
 
-def imports(path) -> set[str]:
-    found = set()
+def modules(folder: str) -> list[Path]:
+    return sorted((CHECKOUT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the dotted names of modules that a file imports anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            found.add(node.module.split(".")[0])
-    return found
+            for alias in node.names:
+                inner = CHECKOUT.joinpath(*f"{node.module}.{alias.name}".split("."))
+                is_module = inner.with_suffix(".py").exists() or inner.is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else str(node.module)
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_what_it_may(room):
-    files = list((CHECKOUT / room).rglob("*.py"))
-    assert files
-    for file in files:
-        strangers = (imports(file) & ROOMS) - MAY_IMPORT[room]
-        assert not strangers, f"{file.relative_to(CHECKOUT)} imports {strangers}"
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_the_library_needs_torch_alone_outside_its_integrations():
-    for file in (CHECKOUT / "zclip").rglob("*.py"):
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_respect_import_boundaries(package):
+    assert modules(package)
+    for file in modules(package):
+        outside = {name.split(".")[0] for name in imports(file)} & {*PACKAGES, "tests", "train"} - MAY_IMPORT[package]
+        assert not outside, f"{file.relative_to(CHECKOUT)} imports {outside}"
+
+
+def test_experiments_read_runs_without_the_paper():
+    for file in modules("experiments/run"):
+        upward = [name for name in imports(file) if name.startswith("experiments.paper")]
+        assert not upward, f"{file.relative_to(CHECKOUT)} imports {upward}"
+
+
+def test_training_imports_downward():
+    for file in modules("training"):
+        own = name_of(file).split(".")[1:2]
+        if not own or own[0] == "lightning_internals":
+            continue
+        assert own[0] in LAYERS, f"{file.relative_to(CHECKOUT)} is in no layer of this test"
+        for name in imports(file):
+            package, _, rest = name.partition(".")
+            layer = rest.split(".")[0]
+            if package != "training" or layer == "lightning_internals":
+                continue
+            message = f"{file.relative_to(CHECKOUT)} imports {name}, which is above it"
+            assert LAYERS.index(layer) <= LAYERS.index(own[0]), message
+            assert {own[0], layer} - {*PARTS} or own[0] == layer, f"{own[0]}/ and {layer}/ know each other: {file.name}"
+
+
+def test_no_import_circles():
+    graph = {name_of(file): set(imports(file)) for package in PACKAGES for file in modules(package)}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle of imports: {' -> '.join([*path[path.index(name) :], name])}"
+        if name in done or name not in graph:
+            return
+        for other in sorted(graph[name] - {name}):
+            # A package's __init__ gathers its modules, which may import each other but not it.
+            visit(other, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_few_files_know_the_configuration_container():
+    files = [path for path in CHECKOUT.rglob("*.py") if ".venv" not in path.parts and "tests" not in path.parts]
+    for path in files:
+        relative = path.relative_to(CHECKOUT).as_posix()
+        if relative not in KNOW_HYDRA and not relative.startswith("hydra_plugins/"):
+            assert "DictConfig" not in path.read_text(), f"{relative} knows DictConfig: it takes a typed section"
+
+
+def test_ground_floor_needs_little():
+    for file in modules("common"):
+        allowed = {"common", "filelock"} | ({"pydantic", "annotated_types"} if file.name == "settings.py" else set())
+        outside = {name.split(".")[0] for name in imports(file)} - {*sys.stdlib_module_names} - allowed
+        assert not outside, f"{file.relative_to(CHECKOUT)} imports {outside}"
+
+
+def test_library_needs_torch_alone_outside_its_integrations():
+    for file in modules("zclip"):
         if "integrations" not in file.parts:
-            outside = imports(file) - set(sys.stdlib_module_names) - {"zclip", "torch"}
+            outside = {name.split(".")[0] for name in imports(file)} - {*sys.stdlib_module_names, "zclip", "torch"}
             assert not outside, f"{file.relative_to(CHECKOUT)} imports {outside}"
 
 
@@ -63,7 +135,7 @@ def test_importing_zclip_loads_no_framework():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_lightning_callbacks_are_found_at_the_top():
+def test_lightning_callbacks_are_found_at_the_top():
     from zclip import ClippingCallback, ZClip, ZClipLightningCallback
     from zclip_lightning_callback import ZClipLightningCallback as Same
 

@@ -8,132 +8,127 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from data import Batch
 from models import Llama
 from models.parallel import set_gradient_sync
-from training.validation.validation_set import Share, ValidationSet
+from training.config.schema import OptimConfig, TrainerConfig
+from training.validation.validation_set import ValidationBatch, ValidationSet
 
 
 class PretrainingModule(pl.LightningModule):
     """Next-token prediction with a LLaMA.
 
     Args:
-        model: to be trained.
+        model: model to train.
         lr: peak learning rate.
-        steps: optimizer steps of the whole run, for the schedule.
-        betas, eps, weight_decay, fused: of AdamW; the decay applies to every parameter.
-        warmup_fraction: share of the steps over which the learning rate rises linearly from 0.
-        final_lr_fraction: where the cosine ends, as a share of `lr`.
-        z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised.
-        prepare_model: called with the model once, when the processes of the run know of each other.
-        micro_batches: backward passes in an optimizer step.
+        optim: settings of the optimizer and of its schedule.
+        trainer: `max_steps`, for the schedule, and the number of backward passes in an optimizer step.
+        prepare_model: called once with the model, when the processes of the run are connected; `None`: not needed.
     """
 
     def __init__(
         self,
         model: Llama,
         lr: float,
-        steps: int,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        fused: bool,
-        warmup_fraction: float,
-        final_lr_fraction: float,
-        z_loss: float = 0.0,
+        optim: OptimConfig,
+        trainer: TrainerConfig,
         prepare_model: Callable[[Llama], None] | None = None,
-        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
         self.lr = lr
-        self.steps = steps
-        self.adamw: dict[str, Any] = {
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "fused": fused,
-        }
-        self.warmup_steps = round(warmup_fraction * steps)
-        self.final_lr_fraction = final_lr_fraction
-        self.z_loss = z_loss
+        self.steps = trainer.max_steps
+        self.grad_accum_steps = trainer.grad_accum_steps
+        self.adamw: dict[str, Any] = optim.model_dump(include={"betas", "eps", "weight_decay", "fused"})
+        self.warmup_steps = round(optim.warmup_fraction * self.steps)
+        self.final_lr_fraction = optim.final_lr_fraction
+        self.z_loss = optim.z_loss
         self.prepare_model = prepare_model
-        self.micro_batches = micro_batches
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
     def configure_model(self) -> None:
-        """Compile, shard and so on, the first time that Lightning asks."""
+        """Compile and shard the model and give it weights, the first time that Lightning calls this."""
         prepare_model, self.prepare_model = self.prepare_model, None
         if prepare_model is not None:
             prepare_model(self.model)
 
     def on_train_start(self) -> None:
-        """Go on with this run's settings: a checkpoint may be of a run with others."""
+        """Apply the optimizer settings of this run: the checkpoint may come from a run with others."""
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             for group in optimizer.param_groups:
-                group.update(self.adamw, initial_lr=self.lr, lr=self.lr * self.lr_factor(self.global_step))
+                group.update(self.adamw, initial_lr=self.lr, lr=self.lr_at(self.global_step))
             schedule.scheduler.base_lrs = [self.lr for _ in optimizer.param_groups]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Have sharded gradients reduced after the last micro-batch of a step only; Lightning sees to the others."""
-        set_gradient_sync(self.model, (batch_idx + 1) % self.micro_batches == 0)
+        """Reduce sharded gradients after the last micro-batch of a step only. Lightning does so for other models."""
+        set_gradient_sync(self.model, (batch_idx + 1) % self.grad_accum_steps == 0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return what is to be minimised, and the mean cross entropy of a batch in nats per token."""
+        """Return the loss to minimise, and the mean cross entropy of a batch in nats per token."""
         tokens = batch.tokens.long()
         targets = tokens[:, 1:] if batch.targets is None else batch.targets.long()
         return self.model(tokens[:, :-1], targets, self.z_loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return `loss` of one micro-batch, to be minimised, and `cross_entropy`, to be recorded."""
+        """Return of a micro-batch `loss`, which is minimised, and `cross_entropy`, which is recorded."""
         loss, cross_entropy = self.loss(batch)
         return {"loss": loss, "cross_entropy": cross_entropy}
 
     def lr_factor(self, step: int) -> float:
-        """Return the learning rate of optimizer step `step` (from 0) as a share of the peak."""
+        """Return the learning rate of an optimizer step, counted from 0, as a share of the peak."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
 
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of an optimizer step, counted from 0."""
+        return self.lr * self.lr_factor(step)
+
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its schedule, advanced every step."""
+        """Return AdamW and its schedule, which advances every step."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, **self.adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_test_epoch_start(self) -> None:
-        """Forget an earlier evaluation."""
+        """Reset the sums of the evaluation."""
         self._test_sum = torch.zeros((), dtype=torch.float64)
         self._test_tokens = 0
 
-    def evaluate(self, held_out: ValidationSet) -> float:
+    def evaluate(self, validation_set: ValidationSet) -> float:
         """Return the mean loss over held-out tokens in nats per token. All processes of the run call it."""
         self.on_test_epoch_start()
-        for share in held_out:
-            batch = move_data_to_device(share.batch, self.device)
-            self.test_step(share._replace(batch=batch), 0)
+        for validation_batch in validation_set:
+            batch = move_data_to_device(validation_batch.batch, self.device)
+            self.test_step(validation_batch._replace(batch=batch), 0)
         self.on_test_epoch_end()
         return self.test_loss
 
-    def test_step(self, share: Share, batch_idx: int) -> None:
-        """Add one batch of held-out sequences, which may be smaller than the others, to the sum."""
-        loss = self.loss(share.batch)[1]
-        if share.tokens:
-            self._test_sum += loss.to("cpu", torch.float64) * share.tokens
-            self._test_tokens += share.tokens
+    def test_step(self, validation_batch: ValidationBatch, batch_idx: int) -> None:
+        """Add the losses of a batch of held-out sequences to the sum. The last batch may be smaller than the others."""
+        loss = self.loss(validation_batch.batch)[1]
+        if validation_batch.tokens:
+            self._test_sum += loss.to("cpu", torch.float64) * validation_batch.tokens
+            self._test_tokens += validation_batch.tokens
 
     def on_test_epoch_end(self) -> None:
-        """Add up what the processes have found."""
+        """Sum the losses over the processes."""
         strategy = self.trainer.strategy
-        both = torch.stack([self._test_sum, torch.tensor(self._test_tokens, dtype=torch.float64)])
-        both = strategy.reduce(both.to(strategy.root_device), reduce_op="sum").cpu()
-        self._test_sum, self._test_tokens = both[0], int(both[1])
+        sums = torch.stack([self._test_sum, torch.tensor(self._test_tokens, dtype=torch.float64)])
+        sums = strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").cpu()
+        self._test_sum, self._test_tokens = sums[0], int(sums[1])
 
     @property
     def test_loss(self) -> float:
         """Mean loss over all held-out tokens of the last evaluation, in nats per token."""
         return float(self._test_sum) / self._test_tokens
+
+    def reshard(self) -> None:
+        """Free the full weights that a forward pass without a backward pass leaves gathered in a sharded model."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()

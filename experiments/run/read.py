@@ -39,7 +39,9 @@ class Run(NamedTuple):
     def score(self, task: str) -> dict[str, Any] | None:
         """Return the zero-shot score of the finished run on a task; of several, the one with the most items."""
         last = (self.result or {}).get("steps")
-        scores = [score for score in self.scores if (score["task"], score["shots"], score["step"]) == (task, 0, last)]
+        scores = [
+            score for score in self.scores if (score["task"], score["num_fewshot"], score["step"]) == (task, 0, last)
+        ]
         return max(scores, key=lambda score: score["items"], default=None)
 
 

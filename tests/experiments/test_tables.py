@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from experiments.paper.claims import NOT_TESTABLE, judge_claims
 from experiments.paper.collect import collect
@@ -14,8 +13,8 @@ from experiments.paper.figures import FIGURES, draw
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.suites import STRATEGIES, TABLES
 from experiments.paper.tables import as_csv, escape_latex, fill_table, latex, markdown
-from scripts.paper_runs import saved_identity
-from tests.experiments.conftest import CORRUPTED_STEPS, expected_runs, write_run
+from tests.experiments.conftest import CORRUPTED_STEPS, expected_runs, with_settings, write_run
+from training.config.compose import saved_identity, to_yaml
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -118,19 +117,19 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     labels = list(STRATEGIES)
     places = expected_runs(STRATEGIES.values(), tmp_path, seeds=(0, 1))
     folders = {(label, seed): places[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
-    for (label, seed), (place, cfg) in folders.items():
+    for (label, seed), (place, config) in folders.items():
         if (label, seed) == ("AutoClip", 1):
             continue
         numbers = {"train_loss": None, "test_loss": None} if (label, seed) == ("No clipping", 1) else {}
-        write_run(place.path, cfg, seed, done=(label, seed) != ("Fixed 1.0", 1), **numbers)
-    first, cfg = folders["ZClip", 0]
-    for name, change in (("again", {}), ("longer", {"trainer": {"max_steps": 400}}), ("other-seed", {"seed": 7})):
-        write_run(first.path.with_name(name), OmegaConf.merge(cfg, change, {"name": name}), 0)
+        write_run(place.path, config, seed, done=(label, seed) != ("Fixed 1.0", 1), **numbers)
+    first, config = folders["ZClip", 0]
+    for name, change in (("again", {}), ("longer", {"trainer.max_steps": 400}), ("other-seed", {"seed": 7})):
+        write_run(first.path.with_name(name), with_settings(config, {**change, "name": name}), 0)
     broken = first.path.with_name("broken")
     broken.mkdir()
     (broken / "config.yaml").write_text("{")
-    changed, cfg = folders["ZClip", 1]
-    OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
+    changed, config = folders["ZClip", 1]
+    (changed.path / "config.yaml").write_text(to_yaml(with_settings(config, {"clip.alpha": 0.5})))
     collection = collect({key: place for key, (place, _) in places.items()}, saved_identity)
     text = markdown(fill_table(TABLES["table3"], collection))
     assert (

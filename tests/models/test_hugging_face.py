@@ -1,4 +1,4 @@
-"""Weights and logits go to transformers and back, for every kind of model that has a name there."""
+"""Weights and logits survive the way to transformers and back, for every kind of model that it has a class for."""
 
 import json
 import random
@@ -14,31 +14,31 @@ from models.hugging_face import config_of, export, load
 
 def shapes() -> list[models.LlamaConfig]:
     """Random shapes: multi-head and grouped-query, tied and untied, with and without normed queries and keys."""
-    draw, found = random.Random(0), []
+    generator, configs = random.Random(0), []
     for tied in (False, True):
         for qk_norm in (False, True):
             for groups in (1, 2, 4):
-                heads = groups * draw.choice([1, 2])
-                found.append(
+                heads = groups * generator.choice([1, 2])
+                configs.append(
                     models.LlamaConfig(
-                        vocab_size=draw.randint(50, 300),
-                        hidden_size=heads * draw.choice([4, 8, 16]),
-                        intermediate_size=draw.randint(8, 100),
-                        num_hidden_layers=draw.randint(1, 3),
+                        vocab_size=generator.randint(50, 300),
+                        hidden_size=heads * generator.choice([4, 8, 16]),
+                        intermediate_size=generator.randint(8, 100),
+                        num_hidden_layers=generator.randint(1, 3),
                         num_attention_heads=heads,
                         num_key_value_heads=heads // groups,
                         max_position_embeddings=32,
-                        rope_theta=draw.choice([10000.0, 500000.0]),
-                        rms_norm_eps=draw.choice([1e-5, 1e-6]),
+                        rope_theta=generator.choice([10000.0, 500000.0]),
+                        rms_norm_eps=generator.choice([1e-5, 1e-6]),
                         tie_word_embeddings=tied,
                         qk_norm=qk_norm,
                     )
                 )
-    return found
+    return configs
 
 
-def drawn(config: models.LlamaConfig) -> Llama:
-    """A model whose weights, norms too, are large enough to tell one from another."""
+def random_model(config: models.LlamaConfig) -> Llama:
+    """A model with weights, norms included, that are large enough to affect the logits."""
     torch.manual_seed(0)
     model = Llama(config)
     for parameter in model.parameters():
@@ -49,69 +49,69 @@ def drawn(config: models.LlamaConfig) -> Llama:
 def logits(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
     tokens = torch.randint(vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = model(tokens)
-    return found if isinstance(found, torch.Tensor) else found.logits
+        output = model(tokens)
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 @pytest.mark.parametrize("config", shapes(), ids=lambda c: f"{c.num_attention_heads}-{c.num_key_value_heads}"
                          f"{'-tied' * c.tie_word_embeddings}{'-qk' * c.qk_norm}")  # fmt: skip
-def test_a_model_is_the_same_there_and_back(config, tmp_path):
-    model = drawn(config)
+def test_export_and_load_keep_the_logits(config, tmp_path):
+    model = random_model(config)
     export(model.state_dict(), config, tmp_path, end_of_text=3)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert type(theirs) is (Qwen3ForCausalLM if config.qk_norm else LlamaForCausalLM)
-    assert sum(p.numel() for p in theirs.parameters()) == config.parameters
-    assert theirs.config.eos_token_id == 3 and theirs.config.max_position_embeddings == 32
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(reference) is (Qwen3ForCausalLM if config.qk_norm else LlamaForCausalLM)
+    assert sum(p.numel() for p in reference.parameters()) == config.parameters
+    assert reference.config.eos_token_id == 3 and reference.config.max_position_embeddings == 32
     expected = logits(model, config.vocab_size)
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits(theirs, config.vocab_size), expected, rtol=0, atol=1e-4)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert config_of(tmp_path / "theirs") == config
+    torch.testing.assert_close(logits(reference, config.vocab_size), expected, rtol=0, atol=1e-4)
+    reference.save_pretrained(tmp_path / "reference", max_shard_size="20KB")
+    assert config_of(tmp_path / "reference") == config
     back = Llama(config)
-    load(back, tmp_path / "theirs")
+    load(back, tmp_path / "reference")
     torch.testing.assert_close(logits(back, config.vocab_size), expected, rtol=0, atol=0)
 
 
-def test_what_is_no_llama_is_refused(tmp_path):
+def test_other_architectures_and_damaged_folders_are_errors(tmp_path):
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
     config = models.LlamaConfig(**shape, num_key_value_heads=4, max_position_embeddings=16)
-    for said, change in (
+    for difference, change in (
         ("attention_bias=True", {"attention_bias": True}),
         ("hidden_act=gelu", {"hidden_act": "gelu"}),
         ("rope_type=linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
         ("head_dim=16", {"head_dim": 16}),
     ):
-        LlamaForCausalLM(LlamaConfig(**shape, **change)).save_pretrained(tmp_path / said)
-        with pytest.raises(ValueError, match=rf"^init_from=\S+ is another architecture \({said}\): it must be"):
-            config_of(tmp_path / said)
+        LlamaForCausalLM(LlamaConfig(**shape, **change)).save_pretrained(tmp_path / difference)
+        with pytest.raises(ValueError, match=rf"^init_from=\S+ is another architecture \({difference}\): it must be"):
+            config_of(tmp_path / difference)
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match=r"is another architecture \(model_type=gpt2\)"):
         config_of(tmp_path / "gpt")
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(config.json is incomplete: .*'vocab_size'"):
+    with pytest.raises(ValueError, match=r"cannot be read \(config.json is incomplete: it has no vocab_size"):
         config_of(tmp_path / "gpt")
     with pytest.raises(
         ValueError, match=r"init_from=\S+none cannot be read .*: it must be a folder with a config.json"
     ):
         config_of(tmp_path / "none")
 
-    there = tmp_path / "there"
-    export(drawn(config).state_dict(), config, there)
+    folder = tmp_path / "exported"
+    export(random_model(config).state_dict(), config, folder)
     with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(\S+ is \(64, 32\)"):
-        load(Llama(models.LlamaConfig(**{**vars(config), "vocab_size": 65})), there)
+        load(Llama(models.LlamaConfig(**{**vars(config), "vocab_size": 65})), folder)
     with pytest.raises(ValueError, match=r"9 weights are missing, model.layers.1.input_layernorm.weight among them"):
-        load(Llama(models.LlamaConfig(**{**vars(config), "num_hidden_layers": 2})), there)
-    weights = there / "model.safetensors"
+        load(Llama(models.LlamaConfig(**{**vars(config), "num_hidden_layers": 2})), folder)
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \("):
-        load(Llama(config), there)
+        load(Llama(config), folder)
     weights.unlink()
     with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(there is no model.safetensors\)"):
-        load(Llama(config), there)
+        load(Llama(config), folder)
 
 
-def test_a_qwen3_whose_heads_are_wider_than_the_model_is_refused(tmp_path):
+def test_qwen3_with_wide_heads_is_an_error(tmp_path):
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
     Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=4, head_dim=16)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"another architecture \(head_dim=16\)"):

@@ -1,11 +1,11 @@
-"""The loss made without all logits is the plain one, and so are its gradients."""
+"""The chunked loss and its gradients equal those of the plain loss."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import models.loss
-from models.loss import chunk_rows, linear_cross_entropy, slopes
+from models.loss import chunk_rows, linear_cross_entropy, logit_grads
 
 TOKENS, HIDDEN, VOCABULARY = 300, 32, 500
 
@@ -15,7 +15,7 @@ def plain(hidden, weight, targets, z_loss=0.0):
     return F.cross_entropy(logits, targets) + z_loss * logits.logsumexp(-1).square().mean()
 
 
-def differentiated(function, dtype, autocast=False):
+def loss_and_grads(function, dtype, autocast=False):
     """Loss and gradients of a function of the same inputs."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
@@ -30,36 +30,36 @@ def differentiated(function, dtype, autocast=False):
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 300, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_loss_and_gradients_are_the_plain_ones(rows, z_loss, monkeypatch):
+def test_loss_and_gradients_equal_the_plain_loss(rows, z_loss, monkeypatch):
     monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: rows)
-    expected = differentiated(lambda *given: plain(*given, z_loss), torch.float32)
-    found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
-    for a, b in zip(found, expected, strict=True):
+    expected = loss_and_grads(lambda *args: plain(*args, z_loss), torch.float32)
+    actual = loss_and_grads(lambda *args: linear_cross_entropy(*args, z_loss)[0], torch.float32)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_compiled_it_is_the_same(z_loss, monkeypatch):
+def test_compiled_loss_is_the_same(z_loss, monkeypatch):
     monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 100)
-    expected = differentiated(lambda *given: linear_cross_entropy(*given, z_loss)[0], torch.float32)
-    between = torch.compile(slopes, dynamic=False)
-    found = differentiated(lambda *given: linear_cross_entropy(*given, z_loss, between)[0], torch.float32)
-    for a, b in zip(found, expected, strict=True):
+    expected = loss_and_grads(lambda *args: linear_cross_entropy(*args, z_loss)[0], torch.float32)
+    chunk_fn = torch.compile(logit_grads, dynamic=False)
+    actual = loss_and_grads(lambda *args: linear_cross_entropy(*args, z_loss, chunk_fn)[0], torch.float32)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_bfloat16_they_are_as_near_to_float32_as_the_plain_ones(autocast, monkeypatch):
+def test_bfloat16_error_is_at_most_that_of_the_plain_loss(autocast, monkeypatch):
     monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 50)
     dtype = torch.float32 if autocast else torch.bfloat16
-    exact = differentiated(plain, torch.float32)
-    theirs = differentiated(plain, dtype, autocast)
-    ours = differentiated(lambda *given: linear_cross_entropy(*given)[0], dtype, autocast)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
+    exact = loss_and_grads(plain, torch.float32)
+    reference = loss_and_grads(plain, dtype, autocast)
+    ours = loss_and_grads(lambda *args: linear_cross_entropy(*args)[0], dtype, autocast)
+    for a, b, c in zip(ours, reference, exact, strict=True):
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
 
 
-def test_a_third_of_the_loss_has_a_third_of_the_gradient_in_bfloat16():
+def test_scaled_loss_has_scaled_gradients_in_bfloat16():
     """The factor is not rounded to bfloat16, which would make every gradient below the head 0.2 % too large."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN).bfloat16().requires_grad_()
@@ -71,12 +71,12 @@ def test_a_third_of_the_loss_has_a_third_of_the_gradient_in_bfloat16():
     assert abs(3 * grads[1].norm() / grads[0].norm() - 1) < 5e-4
 
 
-def test_rows_at_once_are_few_on_a_cpu_and_enough_for_a_matrix_product():
+def test_chunk_rows_by_device_and_vocabulary():
     assert chunk_rows(2048, 4096, "cpu") == 256 and chunk_rows(100, 4096, "cpu") == 100
     assert chunk_rows(2048, 65536, "cpu") == 128 and chunk_rows(16384, 65536, "cuda") == 512
 
 
-def test_the_cross_entropy_is_told_apart_from_the_z_loss():
+def test_cross_entropy_is_returned_without_the_z_loss():
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4)
     targets = torch.randint(11, (9,))
@@ -87,12 +87,12 @@ def test_the_cross_entropy_is_told_apart_from_the_z_loss():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, z_loss=0.1)[0], loss)
 
 
-def test_all_logits_are_never_there(monkeypatch):
-    """No tensor of the whole loss, forward and backward, is as large as the logits."""
+def test_full_logits_are_never_materialized(monkeypatch):
+    """No tensor of the forward and backward pass is as large as the logits."""
     monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 10)
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
@@ -100,10 +100,10 @@ def test_all_logits_are_never_there(monkeypatch):
                 largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return out
 
-    with Watch():
-        differentiated(lambda *given: linear_cross_entropy(*given)[0], torch.float32)
+    with LargestTensor():
+        loss_and_grads(lambda *args: linear_cross_entropy(*args)[0], torch.float32)
     assert largest == VOCABULARY * HIDDEN
     largest = 0
-    with Watch():
-        differentiated(plain, torch.float32)
+    with LargestTensor():
+        loss_and_grads(plain, torch.float32)
     assert largest == TOKENS * VOCABULARY

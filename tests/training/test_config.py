@@ -1,14 +1,22 @@
 """Every option composes and makes its parts; every mistake is one sentence, before anything is written."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
-from tests.conftest import CHECKOUT, train
-from training.config.checks import check, clipping_strategy, run_name
+from common.settings import fields_of
+from tests.conftest import CHECKOUT, TINY, train
+from training.config.checks import check
+from training.config.compose import load_config, read_config, to_yaml
+from training.config.identity import identity, run_name
+from training.config.reference import FOLDER, json_schema, markdown
+from training.config.schema import Config
+from training.config.strategy import clipping_strategy
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -20,12 +28,16 @@ OPTIONS = sorted(
 )
 
 
-def composed(*overrides: str):
+def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
-def test_the_promised_options_are_there():
+def config(*overrides: str) -> Config:
+    return load_config(composed(*overrides))
+
+
+def test_promised_options_exist():
     promised = {
         "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
         "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"sotu", "smollm"},
@@ -56,18 +68,18 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         ("scale", "proxy"): "torch sees no GPU" if not torch.cuda.is_available() else "",
         ("scale", "paper"): "torch sees (no|. GPU)",
     }
-    if said := refused.get((group, name)):
-        with pytest.raises(Exception, match=said):
-            check(cfg)
+    if message := refused.get((group, name)):
+        with pytest.raises(Exception, match=message):
+            check(load_config(cfg))
     else:
-        check(cfg)
+        check(load_config(cfg))
     assert {path.name for path in tmp_path.iterdir()} <= {"texts"}
     if group == "clip" or (group == "model" and name != "hf"):
-        assert name in run_name(cfg)
+        assert name in run_name(load_config(cfg))
 
 
-def test_the_default_clipper_is_the_papers():
-    zclip = clipping_strategy(composed())
+def test_default_clipper_is_the_papers():
+    zclip = clipping_strategy(config().clip)
     assert isinstance(zclip, ZClip)
     assert zclip.config() == {
         "alpha": 0.97, "z_thresh": 2.5, "max_grad_norm": 1.0, "eps": 1e-6, "warmup_steps": 25, "mode": "zscore",
@@ -75,11 +87,11 @@ def test_the_default_clipper_is_the_papers():
     }  # fmt: skip
 
 
-def test_the_name_comes_from_what_changes_the_numbers():
-    name = run_name(composed())
-    assert name == run_name(composed("trainer.log_every=1", "paths.runs=elsewhere", "logger=wandb"))
+def test_run_name_depends_on_settings_that_change_the_result():
+    name = run_name(config())
+    assert name == run_name(config("trainer.log_every=1", "paths.runs=elsewhere", "logger=wandb"))
     names = {
-        run_name(composed(*o))
+        run_name(config(*o))
         for o in (
             [],
             ["lr=1e-3"],
@@ -90,12 +102,14 @@ def test_the_name_comes_from_what_changes_the_numbers():
         )
     }
     assert len(names) == 6
-    assert run_name(composed("lr=0.003")) == name
-    assert run_name(composed("name=mine")) == "mine"
+    assert run_name(config("lr=0.003")) == name
+    assert run_name(config("clip.z_thresh=2")) == run_name(config("clip.z_thresh=2.0"))
+    assert run_name(config("data.max_tokens=1000")) == run_name(config("data.max_tokens=1e3"))
+    assert run_name(config("name=mine")) == "mine"
 
 
 BAD = {
-    "clip=zclop": "clip=zclop is not known: it must be one of adagc, agc, autoclip, fixed, none, ",
+    "clip=zclop": "clip=zclop is not known: it must be one of adagc, agc, autoclip, fixed, ",
     "model=2b": "model=2b is not known: it must be one of 150m, 1b, 350m, 60m, 7b, hf, micro",
     "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
     "lr=fast": "lr=fast is not allowed: it must be a number above 0",
@@ -104,41 +118,47 @@ BAD = {
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
     "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa (the nearest is clip.alpha)",
     "data.path=/nope": "data.sources.text.path=/nope does not exist: it must be a file, a folder or a pattern of",
-    "data.sequence_length=100000000": "data.sequence_length=100000000 is longer than the text",
+    "data.sequence_length=100000000 model.max_position_embeddings=100000000": "data.sequence_length=100000000 is longer than the text",
     "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's vocabulary: it has 8,192 ids, and",
     "model.num_attention_heads=5": "model.num_attention_heads=5 is not allowed",
     "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: 1 process x 5 = 5 sequences at once must",
     "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
     "name=../x": "name=../x is not allowed",
     "lr": "lr is not allowed: settings are given as KEY=VALUE",
-    "lr=1e-3,3e-3": "lr=1e-3,3e-3 is several values: add -m",
+    "lr=1e-3,3e-3": "lr=1e-3,3e-3 has several values: add -m",
     "lr=inf": "lr=inf is not allowed",
     "clip=null": "clip=null is not allowed: a group takes the name of one of its options",
     "clip.warmup_steps=9999999999999999999999": "clip.warmup_steps=9999999999999999999999 is not allowed",
     "clip.z_thresh=inf": "clip.z_thresh=inf is not allowed",
-    "+clip.foo=1": "clip.foo=1 means nothing to ZClip: it has alpha, z_thresh",
+    "+clip.foo=1": "clip.foo=1 is not an argument of ZClip: it has alpha, z_thresh",
     "+clip.on_nonfinite=ignore": "clip.on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise",
     "clip._target_=os.path.join": "clip._target_=os.path.join",
-    "~clip.name": "clip.name=null is not allowed",
+    "~clip.name": "clip.name is not set: give it as clip.name=...",
     "clip.name=../../esc": "clip.name=../../esc is not allowed",
     "model.name=/tmp/abs": "model.name=/tmp/abs is not allowed",
     "~model.vocab_size": "model.vocab_size",
-    "model.intermediate_size=100000000000": "model.name=micro has",
-    "+optim.foo=1": "optim.foo=1 means nothing",
-    "+foo=1": "foo=1 means nothing",
+    "model.intermediate_size=1000000000": "model.name=micro has",
+    "+optim.foo=1": "optim.foo=1 is not possible: there is no key optim.foo",
+    "+foo=1": "foo=1 is not possible: there is no key foo",
+    "+trainer.max_stpes=1": "there is no key trainer.max_stpes (the nearest is trainer.max_steps)",
     "data.path=": "data.path= is not allowed",
-    "data.sources.text.path=x data.path=y": "data.path=y means nothing to the sources text",
+    "data.sources.text.path=x data.path=y": "data.path=y is not read by any of the sources text",
     "data.corruption.kind=evil": "data.corruption.kind=evil is not allowed: it must be one of random, repeat",
     "data.corruption.steps=[0]": "data.corruption.steps=[0] is not allowed: it must be a list of different steps",
     "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",
     "model.vocab_size=100": "data.vocab_size=100 is not allowed: it must be at least 257",
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
-    "logger=wandb": "logger=wandb needs to know who you are",
+    "logger=wandb": "logger=wandb is not possible: wandb is not logged in",
+    "trainer.compile=1": "trainer.compile=1 is not allowed: it must be true or false",
+    "trainer.keep_every=30": "trainer.keep_every=30 is not allowed: it must be a multiple of trainer.checkpoint_every=50",
+    "optim.betas=[0.9]": "optim.betas=[0.9] is not allowed: it must be two numbers from 0 to below 1",
+    "hardware.device=X1": "hardware.device=X1 is not allowed: it must be one of H200, H100 PCIe",
+    "resume=gone": "resume=gone is not possible: there is no run in that folder",
 }
 
 
 @pytest.mark.parametrize("override", BAD)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
+def test_mistake_is_one_sentence_and_writes_nothing(override, tmp_path):
     online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
     done = train(*override.split(" "), cwd=tmp_path, env=online)
     assert done.returncode == 2, done.stderr
@@ -149,7 +169,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
         (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
@@ -158,21 +178,21 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(override, tmp_path):
         (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
     ],
 )
-def test_a_sweep_with_one_bad_job_starts_none(overrides, said, tmp_path):
+def test_sweep_with_one_bad_job_starts_none(overrides, message, tmp_path):
     done = train("-m", *overrides, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not any(tmp_path.iterdir())
 
 
 def test_hydra_full_error_shows_the_traceback(tmp_path):
     done = train("lr=-1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
     assert done.returncode == 2
-    assert "Traceback" in done.stderr and "UserError: lr=-1 is not allowed" in done.stderr
+    assert "Traceback" in done.stderr and "ConfigError: lr=-1 is not allowed" in done.stderr
 
 
-def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):
-    """Found only after tokenizing: the tokens stay, for shorter sequences, and no run is begun."""
+def test_text_with_fewer_tokens_than_a_sequence_is_refused_after_tokenizing(tmp_path):
+    """The prepared tokens are kept for shorter sequences, and no run is begun."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "ab":
@@ -184,9 +204,7 @@ def test_text_that_holds_fewer_tokens_than_bytes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "texts"]
 
 
-def test_a_name_that_is_taken(tmp_path: Path, corpus, cache):
-    from tests.conftest import TINY
-
+def test_taken_name_is_refused(tmp_path: Path, corpus, cache):
     settings = ("name=mine", f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.max_steps=2")
     assert train(*settings, cwd=tmp_path).returncode == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
@@ -194,3 +212,61 @@ def test_a_name_that_is_taken(tmp_path: Path, corpus, cache):
     assert done.returncode == 2
     assert "name=mine is taken" in done.stderr and "lr=0.0001 (there: 0.003)" in done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_saved_configuration_is_the_same_configuration(tmp_path):
+    saved = config("clip=adagc", "data.corruption.steps=[3,5]", "lr=1e-4", "data.max_tokens=50e9")
+    (tmp_path / "config.yaml").write_text(to_yaml(saved))
+    assert read_config(tmp_path / "config.yaml") == saved
+    assert identity(read_config(tmp_path / "config.yaml")) == identity(saved)
+
+
+def test_run_folder_of_another_version_is_named(tmp_path, corpus, cache):
+    folder = tmp_path / "runs" / "main" / "old"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
+    done = train("name=old", f"data.path={corpus}", f"paths.cache={cache}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_run_is_resumed_from_its_folder_alone(tmp_path, corpus, cache):
+    settings = (
+        f"data.path={corpus}",
+        f"paths.cache={cache}",
+        *TINY,
+        "trainer.max_steps=6",
+        "trainer.checkpoint_every=2",
+    )
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    (folder,) = (tmp_path / "runs" / "main").iterdir()
+    metrics = (folder / "metrics.jsonl").read_bytes().splitlines()
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "step-00000006.ckpt").unlink()
+    moved = folder.rename(tmp_path / "moved")
+    done = train(f"resume={moved}", "trainer.log_every=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing {moved} after step 4 of 6" in done.stdout
+    resumed = [json.loads(line) for line in (moved / "metrics.jsonl").read_bytes().splitlines()]
+    assert [row["loss"] for row in resumed] == [json.loads(line)["loss"] for line in metrics]
+    assert "finished already" in train(f"resume={moved}", cwd=tmp_path).stdout
+    done = train(f"resume={moved}", "lr=1e-4", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in done.stderr
+
+
+def test_plan_takes_a_batch_that_the_processes_can_share(tmp_path):
+    done = train("model=1b", "trainer=fsdp", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "planned for" in done.stdout and "trainer.global_batch_size=64" in " ".join(done.stdout.split())
+
+
+def test_reference_of_settings_is_current():
+    assert (FOLDER / "config.md").read_text() == markdown(), "run python -m training.config.reference"
+    assert (FOLDER / "config.schema.json").read_text() == json_schema(), "run python -m training.config.reference"
+
+
+def test_every_setting_has_a_meaning():
+    for key, field in fields_of(Config):
+        assert field.description, f"{key} has no docstring"

@@ -1,25 +1,24 @@
-"""A new run from a step of an old one: `resume_from=runs/main/NAME@STEP`, say with another clipping strategy.
+"""A new run from a step of an old one: `resume_from=runs/main/NAME@STEP`, for example with another clipping strategy.
 
-Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The statistics of
-the clipper go on if its settings are the same, and start anew otherwise.
+Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The clipper's
+statistics are restored if its settings are the same, and reset otherwise.
 """
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
-from common.errors import UserError
+from common.errors import ConfigError, shown
 from common.files import write_atomic
 from common.text import flatten
 from training.checkpoint.format import is_valid
-from training.config.checks import identity, run_path
-from training.config.parallelism import sharded
+from training.config.compose import read_config
+from training.config.identity import identity, run_path
+from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
 
-#: What a run and those forked from it have in common.
+#: Settings that a run and those forked from it share; `data.corruption` may differ.
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
 
 
@@ -27,62 +26,66 @@ class ForkSource(NamedTuple):
     """Where a forked run starts.
 
     Attributes:
-        folder: of the old run.
-        step: after which.
-        same_clipping: whether the old run clips as the new one does.
+        run_dir: folder of the old run.
+        step: after which the new run starts.
+        same_clipping: whether the old run's clipping settings are the new one's.
     """
 
-    folder: RunDir
+    run_dir: RunDir
     step: int
     same_clipping: bool
 
     @property
     def checkpoint(self) -> Path:
         """The checkpoint of that step."""
-        return self.folder.checkpoint(self.step)
+        return self.run_dir.checkpoint(self.step)
 
-    def begin(self, folder: RunDir) -> None:
-        """Write into the folder of the new run what the old one had done up to the step, unless it is there."""
-        if folder.metrics.exists():
+    def copy_history(self, run_dir: RunDir) -> None:
+        """Write the old run's metrics and rewinds up to the step into the new run's folder, unless it has metrics."""
+        if run_dir.metrics_file.exists():
             return
-        folder.write_rewinds([rewind for rewind in self.folder.rewinds() if rewind["to_step"] <= self.step])
-        write_atomic(folder.metrics, "".join(f"{line}\n" for line in self.folder.lines(self.step)))
+        run_dir.write_rewinds([rewind for rewind in self.run_dir.rewinds() if rewind["to_step"] <= self.step])
+        lines = self.run_dir.metrics_lines(self.step)
+        write_atomic(run_dir.metrics_file, "".join(f"{line}\n" for line in lines))
 
 
-def origin(cfg: DictConfig) -> ForkSource | None:
-    """Return what a run is to start from; `None` if from nothing, or if it has a checkpoint of its own.
+def find_fork_source(config: Config) -> ForkSource | None:
+    """Return where a run starts; `None` if from nothing, or if it has a checkpoint of its own.
 
     Raises:
-        UserError: there is no such checkpoint, or it is not of such a run.
+        ConfigError: there is no such checkpoint, or its run has other settings.
     """
-    if cfg.resume_from is None or RunDir(run_path(cfg)).steps():
+    if config.resume_from is None or RunDir(run_path(config)).checkpoint_steps():
         return None
-    given = f"resume_from={cfg.resume_from}"
-    found = re.fullmatch(r"(.+)@(\d+)", cfg.resume_from)
-    if found is None:
-        raise UserError(f"{given} is not allowed: it must be a run folder and a step, as runs/main/NAME@100")
-    folder, step = RunDir(Path(found[1])), int(found[2])
-    if not folder.config.is_file():
-        raise UserError(f"{given} is not possible: there is no run in {folder.path}")
-    if not folder.checkpoint(step).exists():
-        there = ", ".join(map(str, folder.steps())) or "none"
-        raise UserError(f"{given} is not possible: the run has no checkpoint of that step, but of {there}")
-    old: Any = OmegaConf.load(folder.config)
-    ours, theirs = identity(cfg), identity(old)
-    mine, others = flatten(ours), flatten(theirs)
-    for key in mine:
+
+    def impossible(problem: str) -> ConfigError:
+        return ConfigError("resume_from", config.resume_from, problem=f"is not possible{problem}")
+
+    match = re.fullmatch(r"(.+)@(\d+)", config.resume_from)
+    if match is None:
+        raise ConfigError("resume_from", config.resume_from, "a run folder and a step, as runs/main/NAME@100")
+    run_dir, step = RunDir(Path(match[1])), int(match[2])
+    if not run_dir.config_file.is_file():
+        raise impossible(f": there is no run in {run_dir.path}")
+    if not run_dir.checkpoint(step).exists():
+        saved = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
+        raise impossible(f": the run has no checkpoint of that step, but of {saved}")
+    old = read_config(run_dir.config_file)
+    ours, theirs = flatten(identity(config)), flatten(identity(old))
+    for key, value in ours.items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
-        if shared and mine[key] != others.get(key):
-            raise UserError(f"{given} is not possible with {key}={mine[key]}: that run has {key}={others.get(key)}")
-    if sharded(old) != sharded(cfg):
-        raise UserError(
-            f"{given} is not possible with trainer.strategy={cfg.trainer.strategy}: the checkpoints of "
-            f"trainer.strategy={old.trainer.strategy} are {'' if sharded(old) else 'not '}sharded"
+        if shared and value != theirs.get(key):
+            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(theirs.get(key))}")
+    if old.trainer.sharded != config.trainer.sharded:
+        raise impossible(
+            f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
+            f"{old.trainer.strategy} are {'' if old.trainer.sharded else 'not '}sharded"
         )
-    if len(folder.lines(step)) < step:
-        raise UserError(f"{given} is not possible: {folder.metrics} does not reach that step")
-    if step >= cfg.trainer.max_steps:
-        raise UserError(f"{given} is not possible with trainer.max_steps={cfg.trainer.max_steps}: it must be more")
-    if rank() == 0 and not is_valid(folder.checkpoint(step)):
-        raise UserError(f"{given} is not possible: {folder.checkpoint(step)} is damaged")
-    return ForkSource(folder, step, ours["clip"] == theirs["clip"])
+    if len(run_dir.metrics_lines(step)) < step:
+        raise impossible(f": {run_dir.metrics_file} does not reach that step")
+    if step >= config.trainer.max_steps:
+        raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
+    if rank() == 0 and not is_valid(run_dir.checkpoint(step)):
+        raise impossible(f": {run_dir.checkpoint(step)} is damaged")
+    same_clipping = identity(config)["clip"] == identity(old)["clip"]
+    return ForkSource(run_dir, step, same_clipping)

@@ -4,82 +4,83 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from common.errors import UserError
-from data import TextEncoder, load_tokenizer
-from models import LlamaConfig
-from training.checkpoint.format import is_valid, step_of, weights
-from training.config.checks import model_config
+from common.errors import ConfigError, UserError
+from data import Tokenizer, load_tokenizer
+from training.checkpoint.format import is_valid, load_model_state, step_of
+from training.checkpoint.resume import newest_checkpoint
+from training.config.compose import read_config
 from training.run_dir import RunDir
 
-#: In which weights can be given away.
+#: Data types in which weights can be exported and evaluated.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class RunCheckpoint:
-    """What a run has made of its model.
+    """A checkpoint of a run, with the shape of its model and its tokenizer.
 
     Args:
-        run: its folder, as given on the command line.
+        run: run folder, as given on the command line.
         step: after which; `None`: of the newest valid checkpoint.
-        say: told of damaged checkpoints that are passed over.
+        report: called with a sentence about each damaged checkpoint that is skipped.
 
     Attributes:
-        step: after which.
-        steps: of the whole run.
+        step: after which it was saved.
+        max_steps: of the whole run.
         config: shape of the model.
 
     Raises:
         UserError: there is no such run, or it has no such checkpoint.
     """
 
-    def __init__(self, run: Path, step: int | None, say: Callable[[str], None]) -> None:
-        self.folder = RunDir(run)
-        if not self.folder.config.is_file():
-            raise UserError(f"run={run} is not a run folder: it must be one, with a config.yaml in it")
-        self.checkpoint = self._checkpoint(step, say)
+    def __init__(self, run: Path, step: int | None, report: Callable[[str], None]) -> None:
+        self.run_dir = RunDir(run)
+        if not self.run_dir.config_file.is_file():
+            problem = "is not a run folder: it must be one, with a config.yaml in it"
+            raise ConfigError("run", run, problem=problem)
+        self.checkpoint = self._checkpoint(step, report)
         self.step = step_of(self.checkpoint)
-        cfg = OmegaConf.load(self.folder.config)
-        self.steps: int = cfg.trainer.max_steps
-        self.config: LlamaConfig = model_config(cfg)  # type: ignore[arg-type]
+        config = read_config(self.run_dir.config_file)
+        self.max_steps = config.trainer.max_steps
+        self.config = config.model.llama
 
-    def _checkpoint(self, step: int | None, say: Callable[[str], None]) -> Path:
+    def _checkpoint(self, step: int | None, report: Callable[[str], None]) -> Path:
         if step is None:
-            found = self.folder.newest_checkpoint(say)
-            if found is None:
-                raise UserError(f"run={self.folder.path} has no checkpoint yet: train it first")
-            return found
-        there = self.folder.steps()
-        if step not in there:
-            raise UserError(
-                f"step={step} has no checkpoint in {self.folder.checkpoints}: it must be one of "
-                f"{', '.join(map(str, there)) or 'none'}"
-            )
-        found = self.folder.checkpoint(step)
-        if not is_valid(found):
-            raise UserError(f"step={step} is damaged: {found} must be restored, or another step taken")
-        return found
+            newest = newest_checkpoint(self.run_dir, report)
+            if newest is None:
+                raise ConfigError("run", self.run_dir.path, problem="has no checkpoint yet: train it first")
+            return newest
+        saved = self.run_dir.checkpoint_steps()
+        if step not in saved:
+            names = ", ".join(map(str, saved)) or "none"
+            problem = f"has no checkpoint in {self.run_dir.checkpoints}: it must be one of {names}"
+            raise ConfigError("step", step, problem=problem)
+        checkpoint = self.run_dir.checkpoint(step)
+        if not is_valid(checkpoint):
+            problem = f"is damaged: {checkpoint} must be restored, or another step taken"
+            raise ConfigError("step", step, problem=problem)
+        return checkpoint
 
     @property
-    def told(self) -> str:
-        """After which step, and of how many if it is not the last."""
-        return f"step {self.step}" + ("" if self.step == self.steps else f" of {self.steps}")
+    def description(self) -> str:
+        """The step, and the number of steps of the run if it is not the last."""
+        return f"step {self.step}" + ("" if self.step == self.max_steps else f" of {self.max_steps}")
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights, whole and on the CPU, under the names of `Llama.state_dict()`."""
-        return weights(self.checkpoint)
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the full weights on the CPU, under the names of `Llama.state_dict()`."""
+        return load_model_state(self.checkpoint)
 
-    def tokenizer(self) -> TextEncoder:
+    def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: it is missing, or damaged.
         """
         try:
-            return load_tokenizer(str(self.folder.tokenizer))
+            return load_tokenizer(str(self.run_dir.tokenizer))
         except ValueError as error:
+            folder = self.run_dir.tokenizer
             raise UserError(
-                f"run={self.folder.path} has lost its tokenizer: {self.folder.tokenizer} is not there, or damaged"
+                f"run={self.run_dir.path} has lost its tokenizer: {folder} is missing, or damaged"
             ) from error

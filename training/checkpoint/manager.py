@@ -1,18 +1,18 @@
-"""When a run saves, what, and which checkpoints stay.
+"""When a run saves a checkpoint, what is in it, and which checkpoints are kept.
 
-A checkpoint is written under another name, synced, and renamed; only then are older ones removed. It holds all that
-Lightning keeps (weights, optimizer, schedule, loops), the clipper's statistics, the data position, the states of random
-number generators and the configuration. Metrics up to its step are on disk before it is. A sharded run has each process
-write its own part. If asked, it is a copy that is written, beside training.
+A checkpoint is written under a temporary name, synced and renamed; only then are older ones removed. It holds what
+Lightning saves (weights, optimizer, schedule, loops), the clipper's statistics, the data position, the states of the
+random number generators, and the configuration. The metrics up to its step are on the disk before it is. In a sharded
+run each process writes its shard. With `trainer.async_save` a copy is written while training continues.
 
-A save that fails, as on a full disk, is told and tried again with the next; the last one must succeed.
+A save that fails, for example on a full disk, is reported and does not end training. The last one must succeed.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -21,202 +21,193 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from common.errors import RunError
-from training.checkpoint.format import publish, remove, write
-from training.monitor.metrics import Metrics
+from common.errors import RunError, one_line
+from common.files import remove, tmp_path
+from training.checkpoint.format import publish, write
+from training.config.schema import Config
 from training.run_dir import RunDir
+from training.runtime.distributed import broadcast_from_rank0, rank
 from training.runtime.rng import rng_states, set_rng_states
 
 
-class Checkpoints(pl.Callback):
-    """Save every `every` optimizer steps, after the last one, and before training stops.
+class CheckpointManager:
+    """Saves every `trainer.checkpoint_every` steps, after the last step, and before training stops.
+
+    Kept are the newest `trainer.keep_last` checkpoints, those at multiples of `trainer.keep_every`, and the last
+    healthy ones, of any step and of a multiple of `trainer.checkpoint_every`.
 
     Args:
-        folder: run folder.
-        metrics: flushed before each save; the last checkpoint of a step that they call healthy stays.
-        config: resolved configuration of the run, kept in each checkpoint.
-        sharded: whether each process has its own part of the model.
-        every: steps between checkpoints.
-        keep: how many of the newest stay.
-        keep_every: those of the multiples of this stay too; `None`: none.
-        beside: whether to write a copy, beside training.
-        console: told of saves that fail.
+        run_dir: run folder.
+        config: configuration of the run, which is stored in each checkpoint.
+        is_healthy: whether the run was healthy after a step.
+        assert_metrics_on_disk: raises `OSError` unless the metrics up to a step are on the disk.
+        console: reports saves that fail.
 
     Attributes:
-        saved: step of the last checkpoint that is complete, as rank 0 knows; `None`: none.
+        last_saved: step of the last complete checkpoint, as rank 0 knows it; `None`: none.
     """
 
     def __init__(
         self,
-        folder: RunDir,
-        metrics: Metrics,
-        config: dict[str, Any],
-        sharded: bool,
-        every: int,
-        keep: int,
-        keep_every: int | None,
-        beside: bool,
+        run_dir: RunDir,
+        config: Config,
+        is_healthy: Callable[[int], bool],
+        assert_metrics_on_disk: Callable[[int], None],
         console: Console,
     ) -> None:
-        self.folder = folder
-        self.metrics = metrics
+        self.run_dir = run_dir
         self.config = config
-        self.sharded = sharded
-        self.every = every
-        self.keep = keep
-        self.keep_every = keep_every
+        self.is_healthy = is_healthy
+        self.assert_metrics_on_disk = assert_metrics_on_disk
         self.console = console
-        self.saved: int | None = None
-        self._last = -1
-        self._random: dict[str, Any] | None = None
+        self.last_saved: int | None = None
+        self._last_attempt = -1
+        self._rng_states: dict[str, Any] | None = None
         self._group: Any = None
-        self.beside = beside
+        self._device_type = "cpu"
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: tuple[int, Future[None]] | None = None
+        self._pending: tuple[int, Future[None]] | None = None
         self._failure: BaseException | None = None
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add what Lightning does not keep."""
-        checkpoint["config"] = self.config
-        checkpoint["random"] = rng_states()
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides Lightning's state."""
+        return {"config": self.config.model_dump(mode="json", by_alias=True), "random": rng_states()}
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take the states of the random number generators; count the batches in micro-batches of this run."""
-        self._random = checkpoint.get("random")
-        forwards = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):  # saved at the end of a batch, which is complete after
-            counts.update({name: forwards - (name == "completed") for name in counts})
+    def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
+        """Take the states of the random number generators, which `start` restores."""
+        self._rng_states = checkpoint.get("random")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take note of the step resumed from, which is saved already."""
-        self._last = trainer.global_step
-        self.saved = self._last or None
-        if self._random is not None:
-            set_rng_states(self._random)
-        if self.beside:
-            device = trainer.strategy.root_device
-            on_gpu = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
-            self._writer = ThreadPoolExecutor(1, "checkpoint", on_gpu)
-        if self.beside and self.sharded:
-            self._group = dist.new_group(backend="gloo")  # the writer's own: training goes on in the others
+    def start(self, step: int, device: torch.device) -> None:
+        """Prepare for training from a step on, which has a checkpoint unless it is 0. All processes call it."""
+        self._last_attempt = step
+        self.last_saved = step or None
+        self._device_type = device.type
+        if self._rng_states is not None:
+            set_rng_states(self._rng_states)
+        if self.config.trainer.async_save:
+            use_gpu = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+            self._writer = ThreadPoolExecutor(1, "checkpoint", use_gpu)
+            if self.config.trainer.sharded:
+                # The writer has a process group of its own: training goes on in the others meanwhile.
+                self._group = dist.new_group(backend="gloo")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
-    ) -> None:
-        """Save if it is time."""
-        self.save_if_due(trainer, pl_module)
+    def is_due(self, step: int, stopping: bool) -> bool:
+        """Whether a checkpoint is to be saved after a step.
 
-    def save_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after a step, if it is time, or the run is to stop."""
-        step = trainer.global_step
-        if step != self._last and (step % self.every == 0 or trainer.should_stop or step == trainer.max_steps):
-            self._last = step
-            self.metrics.flush(trainer, pl_module)
-            self._save(trainer, step)
-            self.metrics.clock.mark("saving")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait for the last checkpoint, all processes for that of rank 0.
-
-        Raises:
-            RunError: it could not be saved.
+        Args:
+            step: optimizer step, counted from 1.
+            stopping: whether training ends after it.
         """
-        self._finish()
-        if self._writer is not None:
-            self._writer.shutdown()
-        said = None
-        if self._failure is not None:
-            on = "starts again" if self.saved is None else f"continues after step {self.saved}"
-            said = f"step {self._last} is not saved ({_reason(self._failure)}): the same command {on}"
-        if said := trainer.strategy.broadcast(said):
-            raise RunError(said)
+        trainer = self.config.trainer
+        regular = step % trainer.checkpoint_every == 0
+        return step != self._last_attempt and (regular or stopping or step == trainer.max_steps)
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        """Save a checkpoint of this step; the one before is waited for."""
-        self._finish()
-        # As Trainer.save_checkpoint begins; the writing is ours.
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        first = trainer.is_global_zero
-        if not (first or self.sharded):
+    def save(self, step: int, dump: Callable[[], dict[str, Any]]) -> None:
+        """Save a checkpoint, once the one before is written. All processes call it.
+
+        Args:
+            step: optimizer step, counted from 1.
+            dump: returns the state of the run.
+        """
+        self._last_attempt = step
+        self._wait()
+        checkpoint = dump()
+        if not (rank() == 0 or self.config.trainer.sharded):
             return
         if self._writer is not None:
-            done = self._writer.submit(self._write, _copied(checkpoint, trainer.strategy.root_device.type), step, first)
+            done = self._writer.submit(self._write, _copy_to_cpu(checkpoint, self._device_type), step)
         else:
             done = Future()
             try:
-                self._write(checkpoint, step, first)
+                self._write(checkpoint, step)
                 done.set_result(None)
-            except (Exception, CheckpointException) as error:  # a full disk can come as any
+            except (Exception, CheckpointException) as error:  # a full disk can raise almost anything
                 done.set_exception(error)
-        self._writing = step, done
+        self._pending = step, done
         if self._writer is None:
-            self._finish()
+            self._wait()
 
-    def _write(self, checkpoint: dict[str, Any], step: int, first: bool) -> None:
-        """Write a checkpoint, and give it its name; remove those that need not stay."""
-        final = self.folder.checkpoint(step)
-        aside = final.with_name(f".saving-{final.name}")
+    def finish(self) -> None:
+        """Wait for the last checkpoint. All processes call it, and learn whether rank 0 saved it.
+
+        Raises:
+            RunError: the last checkpoint could not be saved.
+        """
+        self._wait()
+        if self._writer is not None:
+            self._writer.shutdown()
+        if problem := broadcast_from_rank0(self._unsaved):
+            raise RunError(problem)
+
+    def _unsaved(self) -> str | None:
+        """Return a sentence about the last step if it could not be saved."""
+        if self._failure is None:
+            return None
+        restart = "starts again" if self.last_saved is None else f"continues after step {self.last_saved}"
+        return f"step {self._last_attempt} is not saved ({_reason(self._failure)}): the same command {restart}"
+
+    def _write(self, checkpoint: dict[str, Any], step: int) -> None:
+        """Write a checkpoint, give it its final name, and remove those that need not be kept."""
+        final, is_rank0 = self.run_dir.checkpoint(step), rank() == 0
+        temporary = tmp_path(final)
         try:
-            write(checkpoint, aside, self.sharded, first, self._group)
-            if first:
-                self.metrics.assert_flushed_to(step)
-                publish(aside, final)
+            write(checkpoint, temporary, self.config.trainer.sharded, is_rank0, self._group)
+            if is_rank0:
+                self.assert_metrics_on_disk(step)
+                publish(temporary, final)
         except (Exception, CheckpointException):
-            if first:
-                with suppress(OSError):  # there may be nothing, and the reason is about to be told
-                    remove(aside)
+            if is_rank0:
+                with suppress(OSError):  # it may not exist, and the cause is about to be reported
+                    remove(temporary)
             raise
-        if first:
+        if is_rank0:
             try:
-                self._tidy(step)
+                self._remove_old(step)
             except OSError as error:
                 self.console.print(f"older checkpoints could not be removed: {error}", style="bold red", markup=False)
 
-    def _tidy(self, step: int) -> None:
-        """Remove the checkpoints up to a step that need not stay. Later ones are damaged, and were passed over."""
-        past = [other for other in self.folder.steps() if other <= step]
-        healthy = [other for other in past if self.metrics.health.at(other)]
-        stay = {*past[-self.keep :], *healthy[-1:], *[other for other in healthy if other % self.every == 0][-1:]}
+    def _remove_old(self, step: int) -> None:
+        """Remove the checkpoints up to a step that need not be kept. Later ones are damaged, and were skipped."""
+        trainer = self.config.trainer
+        past = [other for other in self.run_dir.checkpoint_steps() if other <= step]
+        healthy = [other for other in past if self.is_healthy(other)]
+        regular = [other for other in healthy if other % trainer.checkpoint_every == 0]
+        kept = {*past[-trainer.keep_last :], *healthy[-1:], *regular[-1:]}
         for other in past:
-            if other not in stay and not (self.keep_every and other % self.keep_every == 0):
-                remove(self.folder.checkpoint(other))
+            if other not in kept and not (trainer.keep_every and other % trainer.keep_every == 0):
+                remove(self.run_dir.checkpoint(other))
 
-    def _finish(self) -> None:
-        """Wait until nothing is being written; tell whether it failed."""
-        if self._writing is None:
+    def _wait(self) -> None:
+        """Wait until the pending checkpoint is written, and report it if that failed."""
+        if self._pending is None:
             return
-        (step, done), self._writing = self._writing, None
+        (step, done), self._pending = self._pending, None
         error = done.exception()
         if error is None:
-            self.saved, self._failure = step, None
+            self.last_saved, self._failure = step, None
             return
         self._failure = error
-        last = "there is none yet" if self.saved is None else f"the last is of step {self.saved}"
+        last = "there is none yet" if self.last_saved is None else f"the last is of step {self.last_saved}"
         self.console.print(
-            f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}. Training goes on; {last}.",
+            f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}. Training continues; {last}.",
             style="bold red",
             markup=False,
         )
 
 
-def _copied(checkpoint: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return a checkpoint whose tensors are on the CPU and nobody else's."""
+def _copy_to_cpu(checkpoint: dict[str, Any], device_type: str) -> dict[str, Any]:
+    """Return a checkpoint whose tensors are on the CPU, and are not changed by training."""
 
     def copy(tensor: Tensor) -> Tensor:
-        if device != "cpu" and isinstance(tensor, DTensor):
-            return tensor  # Lightning has brought it over just now
+        if device_type != "cpu" and isinstance(tensor, DTensor):
+            return tensor  # Lightning has just copied it to the CPU
         return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
     return tree_map_only(Tensor, copy, checkpoint)
 
 
 def _reason(error: BaseException) -> str:
-    """Say in a line what went wrong; torch's distributed format wraps what did in any process."""
+    """Return an error in one line. torch's distributed format wraps the errors of all processes: the first counts."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return one_line(error)

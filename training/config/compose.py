@@ -1,30 +1,156 @@
-"""Where the runs of command lines are, and what makes them what they are; without making them."""
+"""From Hydra's container to `Config`: the one place inside the packages that knows Hydra and OmegaConf."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 
-from training.config.checks import CONFIGS, identity, run_path
+from common.errors import ConfigError, UserError, prefix_errors
+from common.settings import S, parse
+from common.text import flatten, overrides_dict
+from models import LlamaConfig
+from models.hugging_face import config_of
+from training.config.identity import changes_result, identity, run_path
+from training.config.schema import Config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def locate(
+@lru_cache
+def _shape(folder: str | None) -> LlamaConfig:
+    if folder is None:
+        problem = "is not possible with model=hf: it must be a Hugging Face folder"
+        raise ConfigError("model.init_from", None, problem=problem)
+    with prefix_errors("model"):
+        return config_of(Path(folder))
+
+
+# A field of a Hugging Face folder's model, in configs/model/hf.yaml.
+OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
+
+# Learning rates of the paper's experiments, in configs/experiment/paper.yaml.
+OmegaConf.register_new_resolver("multiply", lambda value, factor: float(f"{value * factor:.6g}"), replace=True)
+
+# The sequence length where a model's context may be shorter, in configs/scale/main.yaml.
+OmegaConf.register_new_resolver("min", min, replace=True)
+
+
+def container(cfg: DictConfig) -> dict[str, Any]:
+    """Return a composed configuration as plain nested dicts, without Hydra's own section.
+
+    Raises:
+        OmegaConfBaseException: a mandatory value is missing, or an interpolation fails.
+    """
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def load_config(cfg: DictConfig) -> Config:
+    """Return the typed configuration of a run. With `resume=FOLDER`, that of the run in the folder.
+
+    Raises:
+        UserError: a key is unknown, a value is not allowed, or values do not fit together.
+    """
+    return parse(Config, container(cfg))
+
+
+def load_section(cfg: DictConfig, section: type[S]) -> S:
+    """Return the typed configuration of a program other than train.py."""
+    return parse(section, container(cfg))
+
+
+def read_config(path: Path) -> Config:
+    """Return the configuration in the config.yaml of a run folder.
+
+    Raises:
+        UserError: the file is damaged, or was written by a version of this project with other keys.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(plain, dict):
+            raise ValueError("no mapping of settings")
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}): restore it, or choose another name") from error
+    return saved_config(plain, path)
+
+
+def saved_config(plain: Mapping[str, Any], path: Path) -> Config:
+    """Return the configuration that a run folder's config.yaml holds.
+
+    Args:
+        plain: content of the file.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: it is not one of this version.
+    """
+    try:
+        return parse(Config, plain)
+    except UserError as error:
+        raise UserError(
+            f"{path} is not a configuration of this version ({error}): a run of another version cannot be read or "
+            "continued; choose another name"
+        ) from error
+
+
+def to_yaml(config: Config) -> str:
+    """Return a configuration as `read_config` reads it."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
+    """Return the configuration of `resume=FOLDER`: the saved one, with overrides that do not change the result.
+
+    Args:
+        composed: of the command line.
+        saved: of the folder.
+        overrides: of the command line.
+
+    Raises:
+        ConfigError: an override would change the result of the run.
+    """
+    ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
+    for key in overrides_dict(overrides):
+        section, _, name = key.partition(".")
+        if key == "resume":
+            continue
+        if changes_result(key) or key in ("name", "experiment"):
+            value = flatten(ours).get(key, "...")
+            problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
+            raise ConfigError(key, value, problem=problem)
+        if section == "trainer":
+            plain["trainer"][name] = ours["trainer"][name]
+        elif section != "hydra":
+            plain[section] = ours[section]
+    return parse(Config, plain)
+
+
+def resolve_runs(
     runs: Iterable[Sequence[str]], seeds: Iterable[int]
 ) -> dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]]:
-    """Return folder and identity of each run, by its overrides and seed.
+    """Return the folder and the identity of each run, by its overrides and seed. Writes nothing.
 
     Args:
         runs: overrides of each.
         seeds: that each is run with.
     """
-    found: dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]] = {}
-    GlobalHydra.instance().clear()  # of the script itself, which has been composed
+    resolved: dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]] = {}
+    GlobalHydra.instance().clear()  # the calling script itself has been composed
     with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):
         for overrides in runs:
-            cfg = compose("train", list(overrides))
+            plain = container(compose("train", list(overrides)))
             for seed in seeds:
-                cfg.seed = seed
-                found[tuple(overrides), seed] = run_path(cfg), identity(cfg)
-    return found
+                config = parse(Config, plain | {"seed": seed})
+                resolved[tuple(overrides), seed] = run_path(config), identity(config)
+    return resolved
+
+
+def saved_identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a run by the content of its config.yaml, see `training.config.identity.identity`."""
+    return identity(parse(Config, plain))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import LlamaConfig
 from models.llama import Block
 from models.loss import chunk_rows
-from models.parallel import KEPT
-from training.config.checks import model_config
-from training.config.parallelism import micro_batches, sharded, shards, world_size
+from models.parallel import SAVED_OPS
+from training.config.schema import Config
+from training.launch.slurm import sbatch_resources
 from training.launch.sweep import Job
-from training.runtime.hardware import flops_per_token, peak
-from training.runtime.slurm import size
+from training.runtime.hardware import flops_per_token, peak_flops
 
 GIB = 2**30
 
@@ -52,106 +50,138 @@ class Plan(NamedTuple):
         return self.flops / (devices * peak * mfu) / 3600
 
 
-def plan(cfg: DictConfig) -> Plan:
+def plan(config: Config) -> Plan:
     """Return what the run of a configuration needs."""
-    config, trainer, length = model_config(cfg), cfg.trainer, cfg.data.sequence_length
-    spread = shards(cfg)
+    model, trainer, length = config.model.llama, config.trainer, config.data.sequence_length
+    shards, sharded = trainer.dp_shard, trainer.sharded
     mixed = trainer.precision == "bf16-mixed"
-    autocast = mixed and not sharded(cfg)  # a sharded model is in bfloat16 itself
+    autocast = mixed and not sharded  # a sharded model is in bfloat16 itself
     size = 2 if mixed else 4
     tokens = trainer.micro_batch_size * length
     dtype = torch.bfloat16 if mixed and not autocast else torch.float32
-    block, kept, within = _activations(config, trainer.micro_batch_size, length, dtype, autocast)
-    rows = chunk_rows(tokens, config.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
-    how = trainer.activation_checkpointing
-    rest = config.parameters - config.num_hidden_layers * block
-    head = config.vocab_size * config.hidden_size
-    saved = {"none": within, "selective": kept, "full": tokens * config.hidden_size * dtype.itemsize}[how]
+    block, selective, within = _activations(model, trainer.micro_batch_size, length, dtype, autocast)
+    rows = chunk_rows(tokens, model.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
+    mode = trainer.activation_checkpointing
+    rest = model.parameters - model.num_hidden_layers * block
+    head = model.vocab_size * model.hidden_size
+    saved = {"none": within, "selective": selective, "full": tokens * model.hidden_size * dtype.itemsize}[mode]
+    full_gradients = sharded and trainer.grad_accum_steps > 1
+    in_use = rest + 2 * block if sharded else (model.parameters if mixed else 0)
     memory = {
-        "weights": 4 * config.parameters / spread,
-        "optimizer": 8 * config.parameters / spread,
-        "gradients": 4 * config.parameters * (1 if sharded(cfg) and micro_batches(cfg) > 1 else 1 / spread),
-        "weights in use": size * (rest + 2 * block) if sharded(cfg) else (size * config.parameters if mixed else 0),
-        "activations": config.num_hidden_layers * saved + (within if how != "none" else 0),
-        "loss": 4 * head + 2 * tokens * config.hidden_size * size + 8 * rows * config.vocab_size,
+        "weights": 4 * model.parameters / shards,
+        "optimizer": 8 * model.parameters / shards,
+        "gradients": 4 * model.parameters * (1 if full_gradients else 1 / shards),
+        "weights in use": size * in_use,
+        "activations": model.num_hidden_layers * saved + (within if mode != "none" else 0),
+        "loss": 4 * head + 2 * tokens * model.hidden_size * size + 8 * rows * model.vocab_size,
     }
-    if trainer.async_save and trainer.accelerator == "cpu":  # that of a GPU's memory is in the host's
-        memory["copy that is saved"] = 12 * config.parameters / spread
+    if trainer.async_save and trainer.accelerator == "cpu":  # a GPU's copy is in the host's memory
+        memory["copy that is saved"] = 12 * model.parameters / shards
     per_step = trainer.global_batch_size * length
-    return Plan(memory, per_step, trainer.max_steps, flops_per_token(config, length) * per_step * trainer.max_steps)
+    return Plan(memory, per_step, trainer.max_steps, flops_per_token(model, length) * per_step * trainer.max_steps)
 
 
-def show(cfg: DictConfig) -> Table:
-    """Return the plan as a table."""
-    config, found, devices = model_config(cfg), plan(cfg), world_size(cfg)
-    table = Table(title=f"{cfg.model.name}: {config.parameters:,} parameters", title_justify="left", show_header=False)
-    for name, value in found.memory.items():
-        table.add_row(name, f"{value / GIB:,.2f} GiB", _remark(name, cfg))
-    available, room = cfg.hardware.memory_gib, cfg.hardware.memory_gib - found.bytes / GIB
+def with_possible_batch(config: Config) -> Config:
+    """Return the configuration with batch sizes that its processes can share: its own if they can.
+
+    Otherwise the micro-batch is the largest power of two, up to the configured one, that fits `hardware.memory_gib`,
+    and the global batch the next multiple of what the processes take at once.
+    """
+    trainer = config.trainer
+    if trainer.global_batch_size % (trainer.micro_batch_size * trainer.world_size) == 0:
+        return config
+    micro = 1 << (trainer.micro_batch_size.bit_length() - 1)
+    while True:
+        at_once = micro * trainer.world_size
+        batch = -(-trainer.global_batch_size // at_once) * at_once
+        sizes = {"micro_batch_size": micro, "global_batch_size": batch}
+        possible = config.model_copy(update={"trainer": trainer.model_copy(update=sizes)})
+        if micro == 1 or plan(possible).bytes <= config.hardware.memory_gib * GIB:
+            return possible
+        micro //= 2
+
+
+def plan_table(configured: Config) -> Table:
+    """Return the plan of a run as a table."""
+    config = with_possible_batch(configured)
+    model, trainer, hardware, needed = config.model, config.trainer, config.hardware, plan(config)
+    devices = trainer.world_size
+    table = Table(title=f"{model.name}: {model.parameters:,} parameters", title_justify="left", show_header=False)
+    for name, value in needed.memory.items():
+        table.add_row(name, f"{value / GIB:,.2f} GiB", _note(name, config))
+    available, room = hardware.memory_gib, hardware.memory_gib - needed.bytes / GIB
     fits = (
         f"fits {available:g} GiB, {room:,.1f} left"
         if room > 0
         else f"does not fit {available:g} GiB: {-room:,.1f} too much"
     )
-    table.add_row("memory", f"{found.bytes / GIB:,.2f} GiB", fits)
-    accumulated = micro_batches(cfg)
-    at_once = (
-        f"{devices} x {cfg.trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
-    )
-    table.add_row("tokens a step", f"{found.tokens_per_step:,}", at_once)
-    table.add_row("steps", f"{found.steps:,}", f"{found.tokens_per_step * found.steps / 1e9:,.3g}B tokens")
-    each = flops_per_token(config, cfg.data.sequence_length)
-    table.add_row("operations a token", f"{each / 1e9:,.2f}e9", "forward and backward")
-    fastest = peak(cfg.hardware.device)
-    if fastest is not None:
-        rate = devices * fastest * cfg.hardware.mfu / each
-        table.add_row("time", f"{found.hours(devices, fastest, cfg.hardware.mfu):,.3g} hours",
-                      f"{rate:,.0f} tokens/s, {cfg.hardware.mfu:.0%} MFU on {devices} {cfg.hardware.device}")  # fmt: skip
+    table.add_row("memory", f"{needed.bytes / GIB:,.2f} GiB", fits)
+    if config is not configured:
+        table.add_row(
+            "batch",
+            f"{trainer.global_batch_size:,} sequences",
+            f"planned for trainer.global_batch_size={trainer.global_batch_size} and trainer.micro_batch_size="
+            f"{trainer.micro_batch_size}: {devices} processes cannot share "
+            f"{configured.trainer.global_batch_size} sequences, {configured.trainer.micro_batch_size} each at once",
+        )
+    accumulated = trainer.grad_accum_steps
+    at_once = f"{devices} x {trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
+    table.add_row("tokens a step", f"{needed.tokens_per_step:,}", at_once)
+    table.add_row("steps", f"{needed.steps:,}", f"{needed.tokens_per_step * needed.steps / 1e9:,.3g}B tokens")
+    flops = flops_per_token(model, config.data.sequence_length)
+    table.add_row("operations a token", f"{flops / 1e9:,.2f}e9", "forward and backward")
+    peak = peak_flops(hardware.device)
+    if peak is not None:
+        speed = f"{devices * peak * hardware.mfu / flops:,.0f} tokens/s, {hardware.mfu:.0%} MFU"
+        hours = f"{needed.hours(devices, peak, hardware.mfu):,.3g} hours"
+        table.add_row("time", hours, f"{speed} on {devices} {hardware.device}")
     return table
 
 
-def show_several(jobs: Sequence[Job]) -> tuple[Table, list[str]]:
+def sweep_table(jobs: Sequence[Job]) -> tuple[Table, list[str]]:
     """Return the plans of the runs of a sweep as a table, and the lines that submit them to SLURM."""
-    first = jobs[0].cfg
+    hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
-    fastest = peak(first.hardware.device)
-    table = Table(title=f"{len(jobs)} runs, computed for {first.hardware.mfu:.0%} MFU", title_justify="left")
-    for column in ("run", "tokens", f"hours of {first.hardware.device}", "GiB on each"):
+    peak = peak_flops(hardware.device)
+    table = Table(title=f"{len(jobs)} runs, computed for {hardware.mfu:.0%} MFU", title_justify="left")
+    for column in ("run", "tokens", f"hours of {hardware.device}", "GiB on each"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     lines = []
     for job in jobs:
-        found, devices = plan(job.cfg), world_size(job.cfg)
-        tokens = found.tokens_per_step * found.steps
-        hours = 0.0 if fastest is None else devices * found.hours(devices, fastest, job.cfg.hardware.mfu)
+        needed, devices = plan(job.config), job.config.trainer.world_size
+        tokens = needed.tokens_per_step * needed.steps
+        hours = 0.0 if peak is None else devices * needed.hours(devices, peak, job.config.hardware.mfu)
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
-        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{found.bytes / GIB:,.1f}")
-        kept = [override for override in job.overrides if not override.lower().startswith("plan=")]
-        lines.append(shlex.join(["sbatch", *size(job.cfg.trainer), "scripts/slurm/train.sbatch", *kept]))
+        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
+        overrides = [override for override in job.overrides if not override.lower().startswith("plan=")]
+        resources = sbatch_resources(job.config.trainer)
+        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
     return table, lines
 
 
-def _remark(name: str, cfg: DictConfig) -> str:
-    """Say what is not obvious about a row."""
+def _note(name: str, config: Config) -> str:
+    """Return what is not obvious about a row."""
+    sharded = config.trainer.sharded
     if name == "weights":
         return "on each device"
-    if name == "gradients" and sharded(cfg) and micro_batches(cfg) > 1:
+    if name == "gradients" and sharded and config.trainer.grad_accum_steps > 1:
         return "whole: they are reduced after the last micro-batch only"
-    if name == "weights in use" and sharded(cfg):
+    if name == "weights in use" and sharded:
         return "gathered: two blocks, and what is outside of blocks"
     return ""
 
 
-def tight(cfg: DictConfig, there: int) -> str | None:
-    """Return a warning if the plan of a run needs more than the bytes that are there for each process."""
-    found = plan(cfg)
-    if found.bytes <= there:
+def memory_warning(config: Config, available: int) -> str | None:
+    """Return a warning if the plan of a run needs more than the available bytes of each process; else `None`."""
+    needed = plan(config)
+    if needed.bytes <= available:
         return None
-    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in found.memory.items())
+    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in needed.memory.items())
     return (
-        f"this may run out of memory: {found.bytes / GIB:,.1f} GiB seem to be needed ({parts}), and there are "
-        f"{there / GIB:,.1f}; a smaller trainer.micro_batch_size takes less, or trainer.activation_checkpointing=full"
+        f"this may run out of memory: {needed.bytes / GIB:,.1f} GiB seem to be needed ({parts}), and there are "
+        f"{available / GIB:,.1f}; a smaller trainer.micro_batch_size takes less, or trainer.activation_checkpointing=full"
     )
 
 
@@ -172,7 +202,7 @@ class _Results(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
             storage = out.untyped_storage()
             self.weights[storage._cdata] = storage  # held, so that no other gets its number
-        if function in KEPT:
+        if function in SAVED_OPS:
             found = out if isinstance(out, tuple) else (out,)
             self.bytes += sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
         return out

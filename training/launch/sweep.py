@@ -1,22 +1,20 @@
-"""The runs of a sweep, and how each is doing."""
+"""The runs of a sweep, and the state of each."""
 
-import fcntl
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import yaml
-from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
-
 from common.errors import UserError
 from common.text import overrides_dict
-from training.checkpoint.fork import origin
-from training.config.checks import check, run_path
+from training.checkpoint.fork import find_fork_source
+from training.config.checks import check
+from training.config.compose import load_config
+from training.config.identity import run_path
+from training.config.schema import Config
 from training.run_dir import RunDir
 
-#: Of the runs of this sweep that are done: their overrides, key to value, and results.
-finished: list[tuple[dict[str, str], dict[str, Any]]] = []
+#: Finished runs of this sweep: their overrides, key to value, and results.
+completed_jobs: list[tuple[dict[str, str], dict[str, Any]]] = []
 
 
 class Job(NamedTuple):
@@ -24,70 +22,67 @@ class Job(NamedTuple):
 
     Attributes:
         overrides: as on the command line.
-        cfg: its configuration.
-        folder: its folder.
+        config: its configuration.
+        run_dir: its folder.
     """
 
     overrides: list[str]
-    cfg: DictConfig
-    folder: RunDir
+    config: Config
+    run_dir: RunDir
 
     @property
     def title(self) -> str:
-        """What a person calls it."""
-        return self.folder.path.name
+        """Name of the run, for people."""
+        return self.run_dir.path.name
 
-    def finish(self) -> bool:
-        """Whether it is done; its result is taken to `finished`."""
-        result = self.folder.read_result()
+    def collect_result(self) -> bool:
+        """Add the result to `completed_jobs`; return whether the run is finished."""
+        result = self.run_dir.read_result()
         if result is not None:
-            finished.append((overrides_dict(self.overrides), result))
+            completed_jobs.append((overrides_dict(self.overrides), result))
         return result is not None
+
+    def check(self) -> None:
+        """Raise `UserError` if the run cannot be started."""
+        check(self.config)
+        self.run_dir.check_same_run(self.config)
+        if not self.run_dir.result_file.exists():
+            find_fork_source(self.config)
+
+
+def compose_job(loader: Any, sweep: Any, overrides: Sequence[str]) -> Job:
+    """Return a run of a sweep.
+
+    Args:
+        loader: Hydra's configuration loader.
+        sweep: Hydra's configuration of the sweep.
+        overrides: of the run.
+    """
+    config = load_config(loader.load_sweep_config(sweep, list(overrides)))
+    return Job(list(overrides), config, RunDir(run_path(config)))
 
 
 def config_search_overrides(hydra: Any) -> list[str]:
-    """Return what tells another process to look for configurations where this one does.
+    """Return the arguments with which another process looks for configurations where this one does.
 
     Args:
         hydra: Hydra's own configuration.
     """
-    given = [
+    folders = [
         f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
     ]
-    return given + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
-
-
-def compose(loader: Any, config: DictConfig, overrides: Sequence[str]) -> Job:
-    """Return a run of a sweep.
-
-    Args:
-        loader: Hydra's.
-        config: of the sweep.
-        overrides: of the run.
-    """
-    cfg = loader.load_sweep_config(config, list(overrides))
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return Job(list(overrides), cfg, RunDir(run_path(cfg)))
-
-
-def check_job(job: Job) -> None:
-    """Raise `UserError` if anything stands against running it."""
-    check(job.cfg)
-    job.folder.check_same_run(job.cfg)
-    if not job.folder.result.exists():
-        origin(job.cfg)
+    return folders + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
 
 
 class Status(NamedTuple):
-    """How a run is doing.
+    """State of a run.
 
     Attributes:
-        state: done, running, waiting (in SLURM's queue), failed (it says why in failure.txt), stopped, or damaged (a
-            file of its folder cannot be read).
-        row: the last of metrics.jsonl; empty if there is none.
+        state: done, running, waiting (in SLURM's queue), failed (failure.txt says why), stopped, or damaged (a file
+            of its folder cannot be read).
+        row: last line of metrics.jsonl; empty if there is none.
         steps: of the whole run; `None` if it has not begun.
-        job: SLURM's number of its job; `None`: none, or it has ended.
+        job: number of its SLURM job in the queue; `None`: none.
     """
 
     state: str
@@ -96,49 +91,37 @@ class Status(NamedTuple):
     job: str | None
 
 
-def status(folder: RunDir, queue: dict[str, str]) -> Status:
-    """Return how a run is doing.
+def status(run_dir: RunDir, queue: dict[str, str]) -> Status:
+    """Return the state of a run.
 
     Args:
-        folder: of the run.
+        run_dir: its folder.
         queue: states of SLURM's jobs by their numbers.
     """
     try:
-        return _status(folder, queue)
-    except (UserError, ValueError, KeyError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        return _status(run_dir, queue)
+    except (UserError, ValueError, KeyError, AttributeError):
         return Status("damaged", {}, None, None)
 
 
-def _status(folder: RunDir, queue: dict[str, str]) -> Status:
-    job = folder.job() if folder.job() in queue else None
-    if folder.read_result() is not None:
+def _status(run_dir: RunDir, queue: dict[str, str]) -> Status:
+    job = run_dir.slurm_job() if run_dir.slurm_job() in queue else None
+    if run_dir.read_result() is not None:
         state = "done"
-    elif _held(folder) or (job and queue[job] not in ("PENDING", "REQUEUED")):
+    elif run_dir.is_owned() or (job and queue[job] not in ("PENDING", "REQUEUED")):
         state = "running"
     elif job:
         state = "waiting"
     else:
-        state = "failed" if folder.failure.exists() else "stopped"
-    return Status(state, _last(folder), folder.max_steps(), job)
+        state = "failed" if run_dir.failure_file.exists() else "stopped"
+    return Status(state, _last_row(run_dir), run_dir.max_steps(), job)
 
 
-def _held(folder: RunDir) -> bool:
-    """Whether a process on this machine, or on one that shares locks with it, holds a run folder."""
-    if not folder.lock.exists():
-        return False
-    with folder.lock.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _last(folder: RunDir) -> dict[str, Any]:
-    """Return the last whole line of metrics.jsonl."""
-    if not folder.metrics.exists():
+def _last_row(run_dir: RunDir) -> dict[str, Any]:
+    """Return the last complete line of metrics.jsonl."""
+    if not run_dir.metrics_file.exists():
         return {}
-    with folder.metrics.open("rb") as file:
-        file.seek(max(0, folder.metrics.stat().st_size - 4096))
+    with run_dir.metrics_file.open("rb") as file:
+        file.seek(max(0, run_dir.metrics_file.stat().st_size - 4096))
         lines = file.read().split(b"\n")[:-1]
     return json.loads(lines[-1]) if lines else {}

@@ -1,21 +1,21 @@
-"""Whether a run was well at a step, by its losses: the checkpoint to go back to is one of a step at which it was."""
+"""Whether a run diverges, judged by its losses: it is rewound only to a step at which it was healthy."""
 
 import math
 import statistics
 from collections import deque
 
-#: Steps that are looked at together.
+#: Number of losses whose median is compared.
 WINDOW = 20
 
-#: Nats per token by which the median loss of a window may exceed the lowest before it.
-MARGIN = 0.5
+#: Nats per token by which the median loss of a window may exceed the lowest median before it.
+LOSS_MARGIN = 0.5
 
 
 class DivergenceDetector:
-    """Losses of a run, step after step from the first.
+    """Decides for each step of a run whether the run was healthy after it.
 
-    A run is healthy at a step if the last 20 losses (as many as there are) are finite and their median is at most 0.5
-    nats per token above the lowest such median so far: it does not diverge.
+    A run is healthy if the last 20 losses (or all, if there are fewer) are finite and their median is at most 0.5 nats
+    per token above the lowest such median so far.
     """
 
     def __init__(self) -> None:
@@ -24,15 +24,15 @@ class DivergenceDetector:
         self._lowest = math.inf
 
     def add(self, loss: float | None) -> None:
-        """Take the loss of the next step, in nats per token; `None` is one that is not finite."""
+        """Add the loss of the next step in nats per token; `None` stands for a step that was not finite."""
         self._recent.append(math.nan if loss is None else loss)
         if not all(map(math.isfinite, self._recent)):
             self._healthy.append(False)
             return
         median = statistics.median(self._recent)
         self._lowest = min(self._lowest, median)
-        self._healthy.append(median <= self._lowest + MARGIN)
+        self._healthy.append(median <= self._lowest + LOSS_MARGIN)
 
-    def at(self, step: int) -> bool:
-        """Whether the run was healthy after a step, counted from 1; false of steps that are not known."""
+    def is_healthy(self, step: int) -> bool:
+        """Whether the run was healthy after a step, counted from 1. Steps without a loss are not healthy."""
         return 0 < step <= len(self._healthy) and self._healthy[step - 1]

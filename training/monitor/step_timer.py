@@ -1,4 +1,4 @@
-"""What the time of a step goes to, taken on the device without waiting for it."""
+"""How long each phase of a step takes, measured on the device without a synchronisation."""
 
 import time
 from collections.abc import Sequence
@@ -6,39 +6,44 @@ from typing import Any
 
 import torch
 
-#: Parts of a step: waiting for the batch and moving it to the device; the passes; the clipper; the optimizer.
-PARTS = ("data", "forward_backward", "clip", "optimizer")
+#: Phases of a step: waiting for the batch and its copy to the device; forward and backward; clipping; the optimizer.
+STEP_PHASES = ("data", "forward_backward", "clip", "optimizer")
 
-#: What is told of a step: its parts, and how long it had to wait for a checkpoint and an evaluation before it.
-TOLD = (*PARTS, "saving", "evaluation")
+#: Phases whose time is recorded: those of the step, and the waits for a checkpoint and for an evaluation before it.
+TIMED_PHASES = (*STEP_PHASES, "saving", "evaluation")
 
-Spans = Sequence[tuple[str, Any, Any]]
+#: Phases with the times at which each began and ended.
+Timings = Sequence[tuple[str, Any, Any]]
 
 
 class StepTimer:
-    """Cuts time into parts, each from the mark before it to its own.
+    """Divides time into phases, each from the end of the phase before it.
 
-    A mark on a GPU is an event in the current stream: it tells when the GPU came there, not when Python did.
+    On a GPU the times are events in the current stream: they measure when the GPU got there, not when Python did.
 
     Args:
-        device: where the work is done.
+        device: device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.restart(device)
+
+    def restart(self, device: torch.device) -> None:
+        """Begin the first phase now, on this device, and drop what was recorded."""
         self.device = device
         self._last = self._now()
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._timings: list[tuple[str, Any, Any]] = []
 
-    def mark(self, part: str) -> None:
-        """Say what the time since the last mark was for: one of `PARTS`, or anything else."""
+    def record(self, phase: str) -> None:
+        """End a phase: one of `TIMED_PHASES`, or any other name for time that is not recorded."""
         now = self._now()
-        self._spans.append((part, self._last, now))
+        self._timings.append((phase, self._last, now))
         self._last = now
 
-    def lap(self) -> Spans:
-        """Return what was marked since the last call, for `seconds`."""
-        spans, self._spans = self._spans, []
-        return spans
+    def pop(self) -> Timings:
+        """Return the phases since the last call, as `seconds` takes them."""
+        timings, self._timings = self._timings, []
+        return timings
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -48,10 +53,10 @@ class StepTimer:
         return event
 
 
-def seconds(spans: Spans) -> dict[str, float]:
-    """Return the seconds of each of `TOLD`. On a GPU the last mark must have been reached."""
-    sums = dict.fromkeys(TOLD, 0.0)
-    for part, start, end in spans:
-        if part in sums:
-            sums[part] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+def seconds(timings: Timings) -> dict[str, float]:
+    """Return the seconds of each of `TIMED_PHASES`. A GPU must have reached the last event."""
+    sums = dict.fromkeys(TIMED_PHASES, 0.0)
+    for phase, start, end in timings:
+        if phase in sums:
+            sums[phase] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
     return sums

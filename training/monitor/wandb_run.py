@@ -1,87 +1,88 @@
-"""Weights & Biases as a listener to a run: loaded only where it is asked for, and never in the way of training."""
+"""Weights & Biases as a listener of a run, imported only if it is chosen. Its failures never stop training."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from training.config.checks import run_name
+from common.errors import one_line
+from training.config.identity import run_name
+from training.config.schema import Config
 from training.monitor.metrics import Row
 
-#: Seconds to wait for the server where nothing else happens meanwhile: at the start, and at the end.
-PATIENCE = 30
+#: Seconds to wait for the server at the start and at the end of a run.
+SERVER_TIMEOUT = 30
 
 
 class WandbRun:
-    """The wandb run of a run folder: it has its name, so that a continued run continues there.
+    """The wandb run of a run folder. It has the folder's name, so that a resumed run continues there.
 
-    Where the server cannot be reached, the run is kept in the folder, for `wandb sync`.
+    If the server cannot be reached, the records stay in the folder, for `wandb sync`.
 
     Args:
-        cfg: checked configuration.
+        config: checked configuration.
         folder: run folder.
-        console: told if anything goes wrong.
+        console: reports failures.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path, console: Console) -> None:
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
         import wandb
 
         self.folder = folder
         self.console = console
         try:
-            self.logger = self._open(cfg, offline=False)
+            self.logger = self._open(config, offline=False)
         except (wandb.errors.CommError, TimeoutError, OSError) as error:
-            self._warn(error, "its records stay")
+            self._warn(error, "its records are kept")
             wandb.teardown()
-            self.logger = self._open(cfg, offline=True)
-        self._lost = False
+            self.logger = self._open(config, offline=True)
+        self._failed = False
 
-    def _open(self, cfg: DictConfig, offline: bool) -> WandbLogger:
+    def _open(self, config: Config, offline: bool) -> WandbLogger:
         import wandb
 
-        name = run_name(cfg)
+        name = run_name(config)
         logger = WandbLogger(
-            project=cfg.logger.project,
-            entity=cfg.logger.entity,
-            tags=list(cfg.logger.tags),
-            group=cfg.experiment,
+            project=config.logger.project,
+            entity=config.logger.entity,
+            tags=list(config.logger.tags),
+            group=config.experiment,
             name=name,
-            id=f"{cfg.experiment}-{name}"[-128:],
+            id=f"{config.experiment}-{name}"[-128:],
             resume="allow",
             save_dir=self.folder,
             offline=offline,
-            settings=wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
+            settings=wandb.Settings(init_timeout=SERVER_TIMEOUT, finish_timeout=SERVER_TIMEOUT),
         )
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        logger.log_hyperparams(config.model_dump(mode="json", by_alias=True))
         return logger
 
     def __call__(self, row: Row) -> None:
         """Log a row of metrics.jsonl."""
         self.log({key: value for key, value in row.items() if value is not None}, int(row["step"] or 0))
 
-    def log(self, numbers: dict[str, Any], step: int) -> None:
-        """Log numbers at a step; if that fails, say so, and leave it from then on."""
-        if self._lost:
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        """Log numbers at a step. The first failure is reported, and nothing is logged after it."""
+        if self._failed:
             return
         try:
-            self.logger.log_metrics(numbers, step=step)
-        except Exception as error:  # whatever it is, training matters more
-            self._lost = True
-            self._warn(error, "what it has so far stays")
+            self.logger.log_metrics(dict(numbers), step=step)
+        except Exception as error:  # no failure of a logger may stop training
+            self._failed = True
+            self._warn(error, "its records so far are kept")
 
     def finish(self) -> None:
-        """End the wandb run, or the next job of a sweep would log into it."""
+        """End the wandb run; otherwise the next job of a sweep would log into it."""
         try:
             self.logger.experiment.finish()
         except Exception as error:
-            self._warn(error, "its records stay")
+            self._warn(error, "its records are kept")
 
-    def _warn(self, error: BaseException, what: str) -> None:
-        reason = " ".join(str(error).split())[:200]
+    def _warn(self, error: BaseException, records: str) -> None:
         self.console.print(
-            f"WANDB CANNOT BE REACHED: {reason}. Training goes on; {what} in {self.folder}/wandb, for `wandb sync`.",
+            f"WANDB CANNOT BE REACHED: {one_line(error, 200)}. Training continues; {records} in {self.folder}/wandb, "
+            "for `wandb sync`.",
             style="bold red",
             markup=False,
         )

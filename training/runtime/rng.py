@@ -1,4 +1,4 @@
-"""The states of the random number generators of a process, to be kept and restored."""
+"""The states of a process's random number generators, saved and restored."""
 
 import random
 from typing import Any
@@ -8,11 +8,11 @@ import torch
 
 
 def rng_states() -> dict[str, Any]:
-    """Return the states of the generators of Python, NumPy and torch, on the CPU and on this process's GPU.
+    """Return the states of the generators of Python, NumPy, torch on the CPU, and torch on this process's GPU.
 
-    They are of types that `torch.load` takes from anyone.
+    They consist of types that `torch.load(weights_only=True)` accepts.
     """
-    state: Any = np.random.get_state()  # noqa: NPY002 - what libraries use
+    state: Any = np.random.get_state()  # noqa: NPY002 - libraries use the global generator
     kind, keys, *rest = state
     return {
         "python": random.getstate(),

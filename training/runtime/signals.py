@@ -1,10 +1,11 @@
-"""Being told to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2, and SIGHUP, when a terminal closes.
+"""Signals that stop a program: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2, and SIGHUP of a closed terminal.
 
-While a run trains, a signal sets a flag and nothing else: see stopping.py. At any other time everything on the disk is
-whole already, and a signal ends the program where it is, or as soon as it is loaded. A second Ctrl-C does so at once.
-Where it is may be a library that swallows every exception: fsspec, for one, then says that a file is not there. So
-what a signal has raised is raised again by `reraise_pending`: before such an error is told, before what takes long is begun, at
-the next signal.
+During training, a handler only records the signal; see coordinated_stop.py. At any other time all files on the disk are
+complete, so a signal raises `Interrupted` where the program is, or as soon as its imports are done. A second Ctrl-C
+exits at once.
+
+Some libraries swallow the exception that the handler raised: fsspec reports a missing file instead. `reraise_pending`
+raises it again. It is called before an error is reported, before long work begins, and at the next signal.
 """
 
 import os
@@ -14,112 +15,119 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+#: Signals that are handled.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
-#: Those that whoever starts this process may want ignored, as shells do with Ctrl-C, and nohup with SIGHUP.
+#: Signals that stay ignored if the parent process ignores them: shells do so with SIGINT, nohup with SIGHUP.
 MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the program; those that come from now on do not but for Ctrl-C, unless this one was swallowed.
+    """A signal ends the program. Later signals are ignored, except Ctrl-C, unless this exception was swallowed.
 
     Args:
-        signum: which.
-        step: after which the run continues; `None` if it was not training.
+        signum: number of the signal.
+        step: optimizer step after which the run resumes; `None` outside training.
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        global _react, _ending
+        global _handler, _pending
         super().__init__(signum)
         self.signum = signum
         self.step = step
-        _react, _ending = _leave, self
+        _handler, _pending = _while_exiting, self
 
 
-def _end(signum: int) -> None:
+def _exit(signum: int) -> None:
+    """Handler outside training."""
     raise Interrupted(signum)
 
 
-def _leave(signum: int) -> None:
+def _while_exiting(signum: int) -> None:
+    """Handler after `Interrupted` was raised."""
     if signum == signal.SIGINT:
         os._exit(128 + signum)
     reraise_pending()
 
 
+def _while_importing(signum: int) -> None:
+    """Handler before `enable_exit`: the first signal is recorded."""
+    global _early_signal
+    _early_signal = _early_signal or signum
+
+
+_handler: Callable[[int], None] = _while_importing
+_pending: Interrupted | None = None
+_interrupts = 0
+_early_signal = 0
+
+
 def reraise_pending() -> None:
-    """Raise again what ends the program, if it was swallowed: if it is not being handled where this is called."""
+    """Raise the pending `Interrupted` again, unless the caller is handling it."""
     error = sys.exception()
     while error is not None and not isinstance(error, Interrupted):
         error = error.__context__
-    if error is None and _ending is not None:
-        raise _ending
+    if error is None and _pending is not None:
+        raise _pending
 
 
-def end() -> None:
-    """Take note that it has arrived: nothing is raised any more while the program ends."""
-    global _ending
-    _ending = None
+def clear_pending() -> None:
+    """Forget the pending `Interrupted`: the program is exiting because of it."""
+    global _pending
+    _pending = None
 
 
-def _remember(signum: int) -> None:
-    global _early
-    _early = _early or signum
-
-
-_react: Callable[[int], None] = _remember
-_ending: Interrupted | None = None
-_interrupts = 0
-_early = 0
-
-
-def _received(signum: int, frame: FrameType | None) -> None:
+def _dispatch(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal: exit at once on a second Ctrl-C, else call the current handler."""
     global _interrupts
     _interrupts += signum == signal.SIGINT
-    if _interrupts > 1 and signum == signal.SIGINT and _react is not _end:
+    if _interrupts > 1 and signum == signal.SIGINT and _handler is not _exit:
         if sys.stderr.isatty():
             with suppress(OSError):
-                os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+                os.write(2, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
         os._exit(128 + signum)
-    _react(signum)
+    _handler(signum)
 
 
 def install_handlers() -> None:
-    """Heed the signals from now on, by remembering them until `begin`; but for those that are to be ignored."""
+    """Handle `SIGNALS`, by recording them until `enable_exit`; those that must stay ignored do."""
     for signum in SIGNALS:
         if signum not in MAY_BE_IGNORED or signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _received)
+            signal.signal(signum, _dispatch)
 
 
-def begin() -> None:
-    """Let signals end the program from now on; one that has come since `install_handlers` does it at once."""
-    global _react
-    _react = _end
-    if _early:
-        _end(_early)
+def enable_exit() -> None:
+    """Raise `Interrupted` on a signal from here on, and at once if one arrived since `install_handlers`."""
+    global _handler
+    _handler = _exit
+    if _early_signal:
+        _exit(_early_signal)
 
 
 @contextmanager
-def override_handler(react: Callable[[int], None]) -> Iterator[None]:
-    """Call `react` with a signal's number, in place of ending the program, until the block ends.
+def override_handler(handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of each signal until the block ends, instead of raising `Interrupted`.
 
     Raises:
-        Interrupted: a signal had been to end it before.
+        Interrupted: one is pending.
     """
-    global _react, _interrupts
+    global _handler, _interrupts
     reraise_pending()
-    before, _react, _interrupts = _react, react, 0
+    previous, _handler, _interrupts = _handler, handler, 0
     try:
         yield
     finally:
-        if _react is react:
-            _react = before
+        if _handler is handler:
+            _handler = previous
 
 
-def say(stop: Interrupted, queued: bool) -> None:
-    """Tell the user what a signal has ended, and how it goes on: by the same command, or by a job in a queue."""
-    which = "the job is in the queue again and" if queued else "the same command"
-    if stop.step is None:
-        said = f"interrupted: {which} goes on"
-    else:
-        said = f"interrupted after step {stop.step}: {which} continues after step {stop.step}"
-    print(said, file=sys.stderr)
+def print_interrupted(error: Interrupted, requeued: bool) -> None:
+    """Print on stderr where the run stopped and how to resume it.
+
+    Args:
+        error: the interruption.
+        requeued: whether SLURM restarts the job.
+    """
+    where = "interrupted" if error.step is None else f"interrupted after step {error.step}"
+    resume = "the job is requeued and resumes by itself" if requeued else "run the same command to resume"
+    print(f"{where}; {resume}", file=sys.stderr)

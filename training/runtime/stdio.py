@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a run: on a full disk, or with a reader that has gone, words are lost."""
+"""Standard output and error whose failures do not end a run: on a full disk or a closed pipe, output is dropped."""
 
 import os
 import sys
@@ -6,10 +6,10 @@ from typing import Any, TextIO
 
 
 class BestEffortStream:
-    """A text stream whose writing does not fail.
+    """A text stream that drops output which cannot be written.
 
     Args:
-        stream: what it writes to.
+        stream: the stream to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -19,39 +19,39 @@ class BestEffortStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or do not."""
+        """Write a text, or drop it if that fails."""
         try:
             return self.stream.write(text)
         except OSError:
             return len(text)
 
     def flush(self) -> None:
-        """Bring out what was written, if that is possible."""
+        """Flush the stream if that is possible."""
         try:
             self.stream.flush()
-        except BrokenPipeError:  # for ever: Python would try again when it ends, and fail
-            _give_up(self.stream)
+        except BrokenPipeError:  # permanent: Python would flush again at exit, and fail
+            _redirect_to_devnull(self.stream)
         except OSError:
             pass
 
 
-def _give_up(stream: TextIO) -> None:
-    """Have all that is still to be written to a stream go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def _redirect_to_devnull(stream: TextIO) -> None:
+    """Discard what is still buffered in a stream, and what is written to it later."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def install_best_effort_stdio() -> None:
-    """Have all that the program says go through streams whose writing does not fail."""
+    """Replace `sys.stdout` and `sys.stderr` by streams whose errors are ignored."""
     if not isinstance(sys.stdout, BestEffortStream):
         sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
 
 
-def close() -> None:
-    """Bring out what is left; what cannot be written is given up, or Python would end with a status of its own."""
+def flush_stdio() -> None:
+    """Flush both streams. What cannot be written is dropped: an error at exit would change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             getattr(stream, "stream", stream).flush()
         except OSError:
-            _give_up(stream)
+            _redirect_to_devnull(stream)

@@ -1,4 +1,4 @@
-"""What a run is evaluated on: held-out text, while it trains and at its end."""
+"""The held-out sequences on which a run is evaluated, while it trains and at its end."""
 
 import math
 import time
@@ -9,15 +9,16 @@ import numpy as np
 from rich.console import Console
 
 from common.text import SECONDS_BETWEEN_LINES
-from data import Batch, TextEncoder, TokenDataset
+from data import Batch, Tokenizer, TokenDataset
 
 
-class Share(NamedTuple):
-    """What one process evaluates at once.
+class ValidationBatch(NamedTuple):
+    """Held-out sequences that one process evaluates at once.
 
     Attributes:
-        batch: of held-out sequences.
-        tokens: of it that count; 0 if another process counts them, and this one computes them to keep pace.
+        batch: the sequences.
+        tokens: number of its tokens that count. It is 0 if another process counts them, and this process evaluates them
+            only to make as many forward passes.
     """
 
     batch: Batch
@@ -25,57 +26,58 @@ class Share(NamedTuple):
 
 
 class ValidationSet:
-    """The held-out sequences in batches, in order, once; dealt out to the processes of a run.
+    """The held-out sequences in batches, in order, once; distributed over the processes of a run.
 
-    Each process gets as many batches as any other, which sharded models need.
+    Each process gets the same number of batches, as sharded models need.
 
     Args:
-        sequences: to evaluate.
+        sequences: held-out sequences.
         batch_size: sequences in a batch.
-        most_tokens: so many sequences are taken as these tokens make up, one at least; `None`: all.
-        console: told now and then how far it is.
-        rank: of this process.
-        processes: how many there are.
+        max_tokens: number of tokens that are evaluated, rounded down to sequences, but at least one; `None`: all.
+        console: reports the progress now and then.
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
     def __init__(
         self,
         sequences: TokenDataset,
         batch_size: int,
-        most_tokens: float | None,
+        max_tokens: float | None,
         console: Console,
         rank: int = 0,
-        processes: int = 1,
+        world_size: int = 1,
     ) -> None:
-        most = len(sequences) if most_tokens is None else max(1, int(most_tokens) // sequences.length)
+        limit = len(sequences) if max_tokens is None else max(1, int(max_tokens) // sequences.length)
         self.sequences = sequences
         self.batch_size = batch_size
-        self.count = min(len(sequences), most)
+        self.count = min(len(sequences), limit)
         self.tokens = self.count * sequences.length
         self.console = console
         self.rank = rank
-        self.processes = processes
+        self.world_size = world_size
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return math.ceil(math.ceil(self.count / self.batch_size) / self.processes)
+        return math.ceil(math.ceil(self.count / self.batch_size) / self.world_size)
 
-    def __iter__(self) -> Iterator[Share]:
-        said = time.monotonic()
+    def __iter__(self) -> Iterator[ValidationBatch]:
+        last_line = time.monotonic()
         for number in range(len(self)):
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 self.console.print(f"evaluated {number / len(self):.0%}")
-            first = (number * self.processes + self.rank) * self.batch_size
+            first = (number * self.world_size + self.rank) * self.batch_size
             counts = first < self.count
             first = first if counts else 0
             rows = np.arange(first, min(first + self.batch_size, self.count))
-            yield Share(Batch(self.sequences.batch(rows)), len(rows) * self.sequences.length if counts else 0)
+            tokens = len(rows) * self.sequences.length if counts else 0
+            yield ValidationBatch(Batch(self.sequences.batch(rows)), tokens)
 
-    def bytes(self, tokenizer: TextEncoder) -> int:
-        """Return the length of the text of the tokens that are predicted, in UTF-8.
+    def bytes(self, tokenizer: Tokenizer) -> int:
+        """Return the length in UTF-8 of the text of the predicted tokens.
 
-        A sequence begins where the one before ends, within a character maybe: whole documents are decoded.
+        A sequence begins where the one before ends, which may be within a character: whole documents are decoded.
         """
         length, size = self.sequences.length, 0
         ids: list[int] = []
@@ -90,11 +92,11 @@ class ValidationSet:
 
 
 def bits_per_byte(loss: float, tokens: int, size: int) -> float:
-    """Return what a text costs, in bits per byte of it: comparable between tokenizers.
+    """Return the bits per byte of a text, which can be compared between tokenizers.
 
     Args:
-        loss: mean, in nats per token.
-        tokens: of the text.
-        size: of the text, in bytes.
+        loss: mean loss in nats per token.
+        tokens: number of tokens of the text.
+        size: number of its bytes.
     """
     return loss * tokens / size / math.log(2)

@@ -1,0 +1,59 @@
+"""The entry of every script. Import it before anything that takes seconds to load.
+
+The import puts the checkout first on the path, in place of scripts/, whose modules may have the names of packages
+(`evaluate`), and installs the signal handlers. `run` then runs the script's main function.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+if Path(sys.path[0]).resolve() == _CHECKOUT / "scripts":
+    sys.path[0] = str(_CHECKOUT)
+
+from training.runtime.signals import install_handlers
+
+install_handlers()
+
+Values = dict[str, Any]
+
+
+def run(main: Callable[[Values], None], config: str | None = None) -> NoReturn:
+    """Run a script's main function, report a mistake as one sentence, and exit with the script's status.
+
+    Args:
+        main: called with the settings as plain nested values.
+        config: file below configs/ without its ending, such as "evaluate", from which Hydra composes the settings;
+            `None`: the settings are the KEY=VALUE arguments of the command line.
+    """
+    from training.launch.cli import command_line
+
+    sys.exit(command_line(_from_arguments(main) if config is None else _composed(main, config)))
+
+
+def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
+    """Return a function that calls `main` with the command line's arguments."""
+    from omegaconf import OmegaConf
+
+    return lambda: main(OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:])))  # type: ignore[arg-type]
+
+
+def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
+    """Return a function that has Hydra compose a configuration and calls `main` with its values."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    from training.launch.cli import reporting
+
+    file = _CHECKOUT / "configs" / config
+
+    @hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.name)
+    @wraps(main)  # Hydra names the job after the file of `main`
+    def task(cfg: Any) -> None:
+        with reporting():
+            main(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+
+    return task

@@ -1,0 +1,204 @@
+"""What happens around each optimizer step: the one place where Lightning calls the parts of a run, in order."""
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from evaluation.response_cache import EvaluationInterrupted
+from training.checkpoint.manager import CheckpointManager
+from training.lightning_internals import dump_checkpoint, forward_context, rescale_batch_counts
+from training.module import PretrainingModule
+from training.monitor.divergence import DivergenceDetector
+from training.monitor.metrics import MetricsRecorder
+from training.monitor.nonfinite import NonFiniteGuard
+from training.monitor.step_timer import StepTimer
+from training.runtime.coordinated_stop import CoordinatedStop
+from training.validation.loss import LossValidator
+from training.validation.tasks import TaskEvaluator
+from zclip import ClippingStrategy
+from zclip.integrations.lightning import ClippingCallback
+
+
+class RunCallback(pl.Callback):
+    """Calls the parts of a run, which know neither Lightning nor each other.
+
+    After each optimizer step: record the metrics, agree on stopping, save if due, guard against non-finite steps,
+    validate if due. `ClipCallback` clips before the optimizer's step.
+
+    Args:
+        metrics: records every step.
+        divergence: decides whether the run is healthy.
+        guard: ends training after too many non-finite steps.
+        stop: ends training after a signal.
+        checkpoints: saves the run.
+        loss_validator: evaluates the loss on held-out text.
+        task_evaluator: scores the model on tasks.
+
+    Attributes:
+        timer: measures the phases of each step.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsRecorder,
+        divergence: DivergenceDetector,
+        guard: NonFiniteGuard,
+        stop: CoordinatedStop,
+        checkpoints: CheckpointManager,
+        loss_validator: LossValidator,
+        task_evaluator: TaskEvaluator,
+    ) -> None:
+        self.metrics = metrics
+        self.divergence = divergence
+        self.guard = guard
+        self.stop = stop
+        self.checkpoints = checkpoints
+        self.loss_validator = loss_validator
+        self.task_evaluator = task_evaluator
+        self.timer = StepTimer(torch.device("cpu"))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state that is ours, and convert Lightning's counters to this run's micro-batches."""
+        self.checkpoints.load_extra_state(checkpoint)
+        rescale_batch_counts(checkpoint, trainer.accumulate_grad_batches)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the state that Lightning does not save."""
+        checkpoint.update(self.checkpoints.extra_state())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start every part at the step that the run resumes from, and do the evaluations that are due there."""
+        step = trainer.global_step
+        losses = self.metrics.start(
+            step, pl_module.device, lambda tensor, how: trainer.strategy.reduce(tensor, reduce_op=how)
+        )
+        for loss in losses:
+            self.divergence.add(loss)
+        self.guard.restore(losses)
+        self.timer.restart(pl_module.device)
+        self.stop.start(trainer.world_size)
+        self.checkpoints.start(step, trainer.strategy.root_device)
+        self.loss_validator.start(step)
+        self.task_evaluator.start(step)
+        if step > 0:
+            self._validate_if_due(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that the batch has arrived."""
+        self.timer.record("data")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call the parts after a step, and only add the loss after one of its earlier micro-batches."""
+        self.metrics.add_micro_batch(outputs["cross_entropy"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            self.timer.record("forward_backward")
+            return
+        self._record(trainer, pl_module)
+        if self.stop.poll():
+            trainer.should_stop = True
+        self._save_if_due(trainer)
+        if self.guard.limit_reached:
+            trainer.should_stop = True
+        if not trainer.should_stop:  # otherwise the evaluations are done when the run resumes
+            self._validate_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Complete what is pending.
+
+        Raises:
+            RunError: the last checkpoint could not be saved.
+        """
+        self._flush()
+        self.metrics.close()
+        self.stop.finish()
+        self.checkpoints.finish()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do the evaluations after the last step, if the run was killed before they were done."""
+        self._validate_if_due(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the metrics of a run that fails."""
+        self.metrics.close()
+
+    def _record(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, PretrainingModule)
+        step = trainer.global_step
+        self.timer.record("optimizer")
+        self.metrics.record(step, module.lr_at(step - 1), self.timer.pop())
+        if self.metrics.is_due(step):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the recorded steps, and pass their losses to the parts that judge the run by them."""
+        losses = self.metrics.flush()
+        for step, loss in losses:
+            self.divergence.add(loss)
+            self.guard.add(step, loss)
+        if losses:
+            self.timer.record("flush")
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if self.checkpoints.is_due(step, stopping=trainer.should_stop):
+            self._flush()
+            self.checkpoints.save(step, partial(dump_checkpoint, trainer))
+            self.timer.record("saving")
+
+    def _validate_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Do the evaluations of this step. If a signal interrupts them, save the step and stop."""
+        assert isinstance(module, PretrainingModule)
+        step = trainer.global_step
+        loss_due, tasks_due = self.loss_validator.is_due(step), self.task_evaluator.is_due(step)
+        if not (loss_due or tasks_due):
+            return
+        self._flush()  # first, so that the steps before are on the disk and on the screen
+        try:
+            with torch.no_grad(), forward_context(trainer):
+                if loss_due:
+                    self.loss_validator.validate(step, module.evaluate)
+                if tasks_due:
+                    self.task_evaluator.evaluate(step, module.model, module.device)
+        except EvaluationInterrupted:
+            trainer.should_stop = True
+            self._save_if_due(trainer)
+        module.reshard()
+        self.timer.record("evaluation")
+
+
+class ClipCallback(ClippingCallback):
+    """Clips the gradients, and measures how long that takes.
+
+    Args:
+        strategy: clipping strategy.
+        timer: measures the phases of each step.
+        reset_state: whether to reset the statistics in a checkpoint, which belong to another strategy.
+    """
+
+    def __init__(self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool = False) -> None:
+        super().__init__(strategy)
+        self.timer = timer
+        self.reset_state = reset_state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the statistics, unless they are to be reset."""
+        if not self.reset_state:
+            super().load_state_dict(state_dict)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Clip the gradients."""
+        self.timer.record("forward_backward")
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.timer.record("clip")

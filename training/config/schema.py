@@ -1,0 +1,267 @@
+"""The configuration of a run, typed: what `configs/train.yaml` and its groups may say.
+
+`data`, `model` and `eval` belong to the packages that they configure. Everything that can be checked without looking at
+the machine is checked when a `Config` is made; `training.config.checks` does the rest.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from common.errors import ConfigError, UserError
+from common.settings import Allowed, Count, Flag, Folder, FolderName, Fraction, NotNegative, Positive, Settings
+from data import DataConfig
+from data.config import CorruptionKind, Steps
+from evaluation.config import EvalConfig
+from models.config import ModelConfig
+from training.runtime.hardware import PEAK_FLOPS, peak_flops
+
+#: Parallelism of a run: one process; a full model in each; sharded over all; sharded within each replica.
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
+
+
+class ClipConfig(Settings):
+    """The clipping strategy. Further keys are the arguments of the class that `_target_` names."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    target: Annotated[str, Allowed("a class, as zclip.ZClip")] = Field(alias="_target_")
+    """Import path of a subclass of `zclip.ClippingStrategy`."""
+    name: FolderName
+    """Name of the strategy in the run's name, tables and figures."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the strategy's class."""
+        return dict(self.model_extra or {})
+
+
+class OptimConfig(Settings):
+    """The optimizer and its learning-rate schedule: linear warm-up, then a cosine (the paper's Table 1)."""
+
+    name: Literal["adamw"]
+    """The optimizer."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False),
+        Allowed("two numbers from 0 to below 1"),
+    ]
+    """Decay rates of AdamW's two moments."""
+    eps: Positive
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative
+    """Decoupled weight decay, applied to every parameter."""
+    fused: Flag
+    """Whether the optimizer runs as one fused kernel, into which clipping is folded."""
+    warmup_fraction: Fraction
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    final_lr_fraction: Fraction
+    """Share of the peak learning rate at which the cosine ends."""
+    z_loss: NotNegative
+    """Weight of log(Z)^2 in the loss; 1e-4 in PaLM; 0 turns it off, as in the paper."""
+
+
+class TrainerConfig(Settings):
+    """How a run is executed: devices, parallelism, batch, checkpoints, validation."""
+
+    accelerator: Literal["cpu", "gpu"]
+    """Device type."""
+    strategy: Annotated[Literal["single", "ddp", "fsdp", "hsdp"], Allowed(f"one of {', '.join(STRATEGIES)}")]
+    """single: one process; ddp: a full model in each; fsdp: sharded over all (FSDP2); hsdp: sharded in each replica."""
+    nodes: Count
+    """Machines."""
+    devices: Count
+    """Processes per node, each with a GPU of its own if `accelerator` is gpu."""
+    dp_replicate: Count
+    """Replicas of the whole model, in hsdp."""
+    precision: Literal["32-true", "bf16-mixed"]
+    """Arithmetic: float32, or bfloat16 with float32 weights."""
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], Allowed("one of none, selective, full")]
+    """Which activations are recomputed in the backward pass: less memory for more time."""
+    compile: Flag
+    """Whether the blocks are compiled with torch.compile."""
+    max_steps: Count
+    """Optimizer steps of the run."""
+    global_batch_size: Count
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: Count
+    """Sequences per forward pass of one process."""
+    log_every: Count
+    """Steps between two transfers of metrics from the device."""
+    checkpoint_every: Count
+    """Steps between two checkpoints."""
+    keep_last: Count
+    """Newest checkpoints that are kept. The last healthy one is kept as well."""
+    keep_every: Count | None
+    """Checkpoints at multiples of this many steps are kept as well; null: none."""
+    on_nonfinite: Annotated[Literal["skip", "stop", "rewind"], Allowed("skip, stop or rewind")]
+    """What happens after `max_consecutive_nonfinite` non-finite steps: nothing, an error, or a restart from the last
+    healthy checkpoint without the batches since."""
+    max_consecutive_nonfinite: Count
+    """Non-finite steps in a row after which `on_nonfinite` acts."""
+    max_rewinds: Count
+    """Rewinds of a run after which it ends."""
+    val_every: Count | None
+    """Steps between two evaluations on held-out text; null: only at the end, on all of it."""
+    val_tokens: Count
+    """Held-out tokens of such an evaluation, at most."""
+    eval_every: Count | None
+    """Steps between two evaluations on the tasks of `eval`; null: none."""
+    async_save: Flag
+    """Whether a copy of the state is written while training continues; takes memory for the copy."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.devices
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    @property
+    def dp_shard(self) -> int:
+        """Processes over which each replica of the model is sharded."""
+        return self.world_size // self.dp_replicate if self.sharded else 1
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Backward passes of each process in an optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            allowed = f"a multiple of trainer.checkpoint_every={self.checkpoint_every}, or null"
+            raise ConfigError("keep_every", self.keep_every, allowed)
+        if self.strategy == "single" and self.world_size > 1:
+            raise ConfigError(
+                "strategy",
+                "single",
+                problem=f"is not possible with trainer.nodes={self.nodes} and trainer.devices={self.devices}: "
+                f"it must be one of {', '.join(STRATEGIES[1:])}",
+            )
+        if self.dp_replicate > 1 and self.strategy != "hsdp":
+            problem = f"is not possible with trainer.strategy={self.strategy}"
+            raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)
+        if self.dp_replicate == 1 and self.strategy == "hsdp":
+            problem = "is not possible with trainer.strategy=hsdp: it must be from 2; fsdp has one replica"
+            raise ConfigError("dp_replicate", 1, problem=problem)
+        if self.world_size % self.dp_replicate:
+            problem = f"is not allowed: it must divide the {self.world_size} processes"
+            raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)
+        return self
+
+
+class LoggerConfig(Settings):
+    """Where metrics go besides metrics.jsonl in the run folder."""
+
+    name: Literal["jsonl", "wandb"]
+    """jsonl: nowhere else; wandb: Weights & Biases."""
+    project: Annotated[
+        str,
+        StringConstraints(pattern=r"^[^/\\#?%:]{1,128}$"),
+        Allowed("a name of at most 128 characters without / \\ # ? % :"),
+    ] = "zclip"
+    """wandb's project."""
+    entity: Annotated[str | None, Allowed("a wandb user or team, or null")] = None
+    """wandb's user or team; null: the default of whoever is logged in."""
+    tags: Annotated[tuple[str, ...], Field(strict=False), Allowed("a list of words")] = ()
+    """wandb's tags."""
+
+
+class HardwareConfig(Settings):
+    """The device for which `plan=true` computes."""
+
+    device: Annotated[str, Allowed(f"one of {', '.join(PEAK_FLOPS)}")]
+    """Its name."""
+    memory_gib: Positive
+    """Memory of each device, GiB."""
+    mfu: Annotated[float, Field(gt=0, le=1), Allowed("a number above 0 and at most 1")]
+    """Share of its peak FLOP/s that training reaches."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if peak_flops(device) is None:
+            raise ConfigError("device", device, f"one of {', '.join(PEAK_FLOPS)}")
+        return device
+
+
+class PathsConfig(Settings):
+    """Folders."""
+
+    runs: Folder
+    """Run folders are <runs>/<experiment>/<name>."""
+    cache: Folder
+    """Tokenizers and prepared tokens."""
+
+
+class PaperConfig(Settings):
+    """The paper's experiments (experiments/paper/suites.py); `experiment=` and `scale=` set these."""
+
+    suite: Annotated[str | None, Allowed("set by experiment=")]
+    """Table or figure whose runs these are; null: none."""
+    scale: FolderName
+    """Scale of the experiments."""
+    lr: Positive
+    """Learning rate in the paper."""
+    lr_scale: Positive
+    """Factor from the paper's learning rate to the run's."""
+    corruption_steps: Steps
+    """Optimizer steps whose batches are replaced."""
+    corruption_kind: CorruptionKind
+    """What replaces them, see `data.corruption.kind`."""
+    lab_steps: Steps
+    """Optimizer steps whose batches are replaced in the spike lab."""
+
+
+class Config(Settings):
+    """A run."""
+
+    lr: Positive
+    """Peak learning rate."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), Allowed("an integer from 0 to 2**32 - 1")]
+    """Seed of the initial weights and of the order of the data."""
+    name: FolderName | None
+    """Name of the run folder; null: <model>-<clip>-lr<lr>-seed<seed>-<hash of the settings>."""
+    experiment: FolderName
+    """Folder in `paths.runs` that groups runs."""
+    resume: Annotated[str | None, Allowed("a run folder, or null")]
+    """Run folder to continue, with the settings in its config.yaml."""
+    resume_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
+    """FOLDER@STEP: start a new run from a step of another."""
+    print_run_dir: Flag
+    """Print the path of the run folder and exit."""
+    plan: Flag
+    """Print what the run needs and exit."""
+    model: ModelConfig
+    data: DataConfig
+    clip: ClipConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    eval: EvalConfig
+    hardware: HardwareConfig
+    paths: PathsConfig
+    paper: PaperConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.paper.suite is not None:
+            raise UserError(
+                f"experiment={self.paper.suite} is a set of runs: it needs -m; several are a list, as [table2,table3]"
+            )
+        steps, last = self.data.corruption.steps, self.trainer.max_steps
+        if late := [step for step in steps if step > last]:
+            problem = f"is not allowed: step {late[0]} is after the last, trainer.max_steps={last}"
+            raise ConfigError("data.corruption.steps", list(steps), problem=problem)
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                "data.sequence_length",
+                self.data.sequence_length,
+                problem="is longer than the model's context: it must be at most "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}",
+            )
+        return self

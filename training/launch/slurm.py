@@ -1,0 +1,54 @@
+"""SLURM's queue as the user sees it: which jobs are in it, and submitting a run as a job."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common.errors import UserError
+from training.config.schema import TrainerConfig
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def queued_jobs() -> dict[str, str]:
+    """Return the states of the user's jobs in the queue by their numbers; empty where there is no SLURM.
+
+    Raises:
+        UserError: squeue fails.
+    """
+    if shutil.which("squeue") is None:
+        return {}
+    done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %T"], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise UserError(f"squeue failed: {reason}")
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def sbatch_resources(trainer: TrainerConfig) -> list[str]:
+    """Return the options of sbatch for the nodes, tasks and GPUs of a run."""
+    options = [f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"]
+    return options + ([f"--gpus-per-node={trainer.devices}"] if trainer.accelerator == "gpu" else [])
+
+
+def submit(options: list[str], overrides: list[str]) -> str:
+    """Submit scripts/slurm/train.sbatch from the current folder, and return the number of the job.
+
+    Args:
+        options: of sbatch.
+        overrides: of the run.
+
+    Raises:
+        UserError: sbatch rejects the job, or is not installed.
+    """
+    command = ["sbatch", "--parsable", *options, str(CHECKOUT / "scripts" / "slurm" / "train.sbatch"), *overrides]
+    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(CHECKOUT / "train.py")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    except FileNotFoundError as error:
+        raise UserError("hydra/launcher=slurm is not possible: sbatch is not installed here") from error
+    if done.returncode:
+        raise UserError(f"sbatch rejects the job: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]

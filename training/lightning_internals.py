@@ -1,0 +1,80 @@
+"""Everything in this project that depends on private names or on the loop state of Lightning.
+
+Each function says why it is needed. tests/training/test_lightning_internals.py holds what it relies on, so that an
+upgrade of Lightning fails there with a sentence, and not in a run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+
+from training.runtime.signals import Interrupted
+
+
+def keep_our_signal_handlers(trainer: pl.Trainer) -> None:
+    """Make Lightning install no signal handlers.
+
+    Its handler of SIGTERM starts a collective inside the handler, which can deadlock, and its handlers for SLURM save
+    a checkpoint there. Ours set a flag, see `training.runtime.signals`.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
+    """Make Lightning not exchange between the processes before every batch whether one has received SIGTERM.
+
+    That would wait for the device each time. `CoordinatedStop` does it on the CPU instead.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return what `Trainer.save_checkpoint` would write. All processes call it.
+
+    `Trainer.save_checkpoint` does not write atomically, and not asynchronously: the writing is ours.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def rescale_batch_counts(checkpoint: dict[str, Any], grad_accum_steps: int) -> None:
+    """Convert the batch counters in a checkpoint to micro-batches of this run.
+
+    Lightning counts micro-batches, and resumes in the middle of a step if the new run has more or fewer of them in a
+    step: with another micro-batch size, or on another number of processes. Checkpoints are saved in
+    `on_train_batch_end`, where the last micro-batch is not counted as completed yet.
+
+    Args:
+        checkpoint: as Lightning loads it; changed in place.
+        grad_accum_steps: micro-batches in an optimizer step of this run.
+    """
+    micro_batches = checkpoint["global_step"] * grad_accum_steps
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update({name: micro_batches - (name == "completed") for name in counts})
+
+
+@contextmanager
+def interrupts_as_raised(current_step: Callable[[], int]) -> Iterator[None]:
+    """Raise `Interrupted` with the step again in place of what Lightning makes of it.
+
+    Lightning catches `KeyboardInterrupt`, of which `Interrupted` is a kind, and exits with status 1.
+
+    Args:
+        current_step: returns the optimizer step after which the run continues.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, Interrupted):
+            raise
+        raise Interrupted(stop.__context__.signum, current_step()) from stop
+
+
+def forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """Return the context in which Lightning runs a forward pass: autocast with `bf16-mixed`.
+
+    Hooks run outside it, but an evaluation in a hook must compute in the precision of training.
+    """
+    return trainer.precision_plugin.forward_context()

@@ -1,0 +1,175 @@
+"""Scores on lm-eval's tasks every `trainer.eval_every` steps, in task_scores.json.
+
+If a signal arrives while tasks are scored, the run saves that step. The responses so far are kept, and the evaluation
+continues with them when the run resumes.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.text import SECONDS_BETWEEN_LINES
+from data import Tokenizer
+from evaluation.config import EvalConfig
+from evaluation.response_cache import CachedLM, ResponseCache
+from evaluation.scores import Scores, score_key, score_task
+from evaluation.tasks import TaskError, data_folders, load_tasks
+from models import Llama
+from training.config.schema import Config, TrainerConfig
+from training.run_dir import RunDir
+from training.runtime.distributed import broadcast_from_rank0, rank
+from training.validation.report import EvaluationReport
+
+#: Tasks as lm-eval takes them, by name and number of few-shot examples.
+LoadedTasks = Mapping[tuple[str, int], Any]
+
+
+def load_eval_tasks(config: Config) -> LoadedTasks:
+    """Return the tasks that are scored during training, with their data.
+
+    Raises:
+        UserError: a task is unknown, or its data cannot be read.
+    """
+    if config.trainer.eval_every is None:
+        return {}
+    folders = data_folders(config.eval.data_dir, config.paths.cache)
+    try:
+        return {
+            (name, num_fewshot): load_tasks(name, folders, num_fewshot)
+            for name in config.eval.tasks
+            for num_fewshot in config.eval.fewshot_list
+        }
+    except TaskError as error:
+        raise UserError(str(error)) from error
+
+
+class TaskEvaluator:
+    """Scores the model on tasks during training.
+
+    Training waits for it and is not changed: no random number of the run is drawn, and no gradient is computed.
+
+    Args:
+        run_dir: run folder.
+        trainer: `eval_every`, and `precision`, in which the model computes.
+        settings: settings of the evaluation.
+        tasks: tasks with their data.
+        tokenizer: tokenizer of the run.
+        should_stop: called now and then by all processes; whether to end early, the same in all of them.
+        report: where the results go.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        trainer: TrainerConfig,
+        settings: EvalConfig,
+        tasks: LoadedTasks,
+        tokenizer: Tokenizer,
+        should_stop: Callable[[], bool],
+        report: EvaluationReport,
+    ) -> None:
+        self.run_dir = run_dir
+        self.every = trainer.eval_every
+        self.dtype = "float32" if trainer.precision == "32-true" else "training"
+        self.settings = settings
+        self.tasks = tasks
+        self.tokenizer = tokenizer
+        self.should_stop = should_stop
+        self.report = report
+        self._cache: ResponseCache | None = None  # on rank 0
+
+    def start(self, step: int) -> None:
+        """Drop the scores of later steps than the one that the run resumes from: they will be computed again."""
+        if rank() == 0:
+            self._scores().remove_after(step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the tasks are to be scored after a step."""
+        return self.every is not None and step % self.every == 0
+
+    def evaluate(self, step: int, model: Llama, device: torch.device) -> None:
+        """Score the tasks after a step, except those that have a score. All processes call it.
+
+        Args:
+            step: optimizer step, counted from 1.
+            model: model to score.
+            device: its device.
+
+        Raises:
+            EvaluationInterrupted: training is to stop.
+        """
+        from evaluation.language_model import LlamaLM
+
+        language_model = LlamaLM(model, self.tokenizer, device, self.settings.batch_tokens)
+        with torch.compiler.set_stance("force_eager"):  # each batch has another shape
+            for (name, num_fewshot), task in self.tasks.items():
+                self._evaluate_task(step, language_model, name, num_fewshot, task)
+
+    def _evaluate_task(self, step: int, language_model: Any, name: str, num_fewshot: int, task: Any) -> None:
+        limit, seed = self.settings.limit, self.settings.seed
+        key = score_key(name, num_fewshot, limit, seed, step, self.dtype)
+        responses = broadcast_from_rank0(partial(self._known_responses, key))
+        if responses is None:
+            return
+        progress = self._progress(f"after step {step}: {name}")
+        cached = CachedLM(language_model, responses, self._keep_responses, progress, self.should_stop)
+        try:
+            score = score_task(cached, name, task, limit, seed)
+        except TaskError as error:
+            self.report.console.print(f"after step {step}: {name}: {error}")
+            return
+        if rank() == 0:
+            with self.report.tolerate_io_errors():
+                self._scores().add(key, score)
+                if self._cache is not None:
+                    self._cache.delete()
+            numbers = {metric: value for metric, value in score.items() if f"{metric}_stderr" in score}
+            texts = [f"{metric} {value:.4g} ± {score[f'{metric}_stderr']:.2g}" for metric, value in numbers.items()]
+            self.report.report(
+                step,
+                f"{name} ({num_fewshot} shots, {score['items']:,} items): {', '.join(texts)}",
+                {f"{name}/{metric}": value for metric, value in numbers.items()},
+            )
+
+    def _known_responses(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the responses of an interrupted evaluation; `None` if there is a score."""
+        scores = self._scores()
+        if scores.find(key) is not None:
+            return None
+        self._cache = None
+        with self.report.tolerate_io_errors():
+            self._cache = ResponseCache(
+                scores.response_cache_path(key["step"], self.dtype), f"{self.run_dir.path.name} {key['step']}"
+            )
+        return {} if self._cache is None else self._cache.responses
+
+    def _keep_responses(self, responses: Mapping[str, Any]) -> None:
+        if self._cache is not None:
+            with self.report.tolerate_io_errors():
+                self._cache.add(responses)
+
+    def _scores(self) -> Scores:
+        """Return the scores of the run. A damaged file is renamed first."""
+        try:
+            return Scores(self.run_dir.scores_file)
+        except TaskError as error:
+            scores = Scores(self.run_dir.scores_file, damaged=True)
+            renamed = scores.quarantine().name
+            self.report.console.print(f"{error}. It is renamed to {renamed}.", style="bold red", markup=False)
+            return scores
+
+    def _progress(self, title: str) -> Callable[[int, int], None]:
+        """Return a function that reports now and then how many requests are answered."""
+        last_line = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal last_line
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                self.report.console.print(f"{title}: {done:,} of {total:,} answers")
+
+        return report
