@@ -86,7 +86,7 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
     if first["type"] == "missing" and len(first["loc"]) == len(path):
         return UserError(f"{key} is not set: give it as {key}=...")
     if isinstance(cause, ValueError) or not path:
-        return UserError(f"{key}: {cause or first['msg']}")
+        return UserError(": ".join(filter(None, [key, str(cause or first["msg"])])))
     value: Any = values
     for name in path:  # the whole value is named, of a list too
         value = value[name]

@@ -386,7 +386,7 @@ def test_bad_batches_are_put_in_and_told(settings, tmp_path):
     bad = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
     done = train(*settings, *bad, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"bad batches\s+│ 2 random", done.stdout)
+    assert re.search(r"corrupted batches\s+│ 2 random", done.stdout)
     rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
     loss = [row["loss"] for row in rows]
     assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
