@@ -159,7 +159,7 @@ def reading(config: BenchDataConfig, folder: Path) -> Table:
     files = [folder / f"{i}.npy" for i in range(parts)]
     sequences = TokenDataset(TokenArray(files, [PART_TOKENS] * parts, np.uint16), SEQUENCE_LENGTH)
     one_part = TokenDataset(TokenArray(files[:1], [PART_TOKENS], np.uint16), SEQUENCE_LENGTH)
-    whole = sequences.tokens.read(0, len(sequences.tokens))
+    all_tokens = sequences.tokens.read(0, len(sequences.tokens))
     tokens = batches * BATCH_SIZE * (SEQUENCE_LENGTH + 1)
 
     def batches_of(source: TokenDataset) -> Callable[[], None]:
@@ -168,7 +168,7 @@ def reading(config: BenchDataConfig, folder: Path) -> Table:
 
     def copying() -> None:
         _ = [
-            whole[i * BATCH_SIZE * (SEQUENCE_LENGTH + 1) :][: BATCH_SIZE * (SEQUENCE_LENGTH + 1)].copy()
+            all_tokens[i * BATCH_SIZE * (SEQUENCE_LENGTH + 1) :][: BATCH_SIZE * (SEQUENCE_LENGTH + 1)].copy()
             for i in range(batches)
         ]
 
