@@ -1,4 +1,4 @@
-"""The validation sets, and a tokenizer of their words."""
+"""The validation sets, and a tokenizer trained on them."""
 
 import json
 import lzma
@@ -22,7 +22,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     done = script("eval_data.py", f"out={folder}", cwd=folder)
     if done.returncode:
-        pytest.skip(f"the validation sets are not there: {done.stderr}")
+        pytest.skip(f"the validation sets cannot be downloaded: {done.stderr}")
     return folder
 
 
@@ -36,5 +36,5 @@ def items(folder: Path, task: str) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def tokenizer(sets: Path) -> Tokenizer:
-    """A byte-level BPE of the sentences of WinoGrande."""
+    """A byte-level BPE trained on the sentences of WinoGrande."""
     return train_tokenizer((item["sentence"] for item in items(sets, "winogrande")), 2000)
