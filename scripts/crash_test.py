@@ -39,7 +39,7 @@ from common.errors import UserError
 from data import Source
 from training.checkpoint.format import contents
 from training.launch.cli import command_line
-from training.monitor.step_timer import TOLD
+from training.monitor.step_timer import TIMED_PHASES
 from training.run_dir import RunDir
 
 CHECKOUT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def differences(run: Run, alone: Run) -> list[str]:
         found.append("the last checkpoint")
     rows = [[json.loads(line) for line in each.run.metrics.read_text().splitlines()] for each in (run, alone)]
     for row in (row for each in rows for row in each):
-        for name in ("tokens_per_second", "peak_memory_gib", *(f"{part}_seconds" for part in TOLD)):
+        for name in ("tokens_per_second", "peak_memory_gib", *(f"{phase}_seconds" for phase in TIMED_PHASES)):
             del row[name]
     if rows[0] != rows[1]:
         found.append("metrics.jsonl")
