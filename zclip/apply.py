@@ -189,11 +189,14 @@ def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], ow
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(optimizer).__name__}")
     clipped = {id(shard.parameter) for shard in shards}
-    held = [(o, [p for group in o.param_groups for p in group["params"]]) for o in optimizers]
-    held = [(o, parameters) for o, parameters in held if {id(p) for p in parameters if p.requires_grad} <= clipped]
-    holders = Counter(id(p) for _, parameters in held for p in parameters)
+    candidates = []
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in parameters if p.requires_grad} <= clipped:
+            candidates.append((optimizer, parameters))
+    holders = Counter(id(p) for _, parameters in candidates for p in parameters)
     targets = []
-    for optimizer, parameters in held:
+    for optimizer, parameters in candidates:
         fused = supports_fused_scaling(optimizer) and all(holders[id(p)] == 1 for p in parameters)
         targets.append(OptimizerTarget(parameters, FusedClip.of(optimizer) if fused else None))
     for target in targets:

@@ -279,7 +279,7 @@ class ClippingStrategy:
             if other_shapes:
                 raise ValueError(
                     f"{type(self).__name__} has statistics of {other_shapes.pop()[0]} tensors, but step() was given "
-                    f"{like.numel()}: use one strategy for one set of parameters, always whole"
+                    f"{like.numel()}: use one strategy for one fixed set of parameters"
                 )
 
     def _initialise(self, like: Tensor) -> None:

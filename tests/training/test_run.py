@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from data import TokenDataset, corpus_from, prepare, unigram_entropy
-from data.tokenizer import END_OF_TEXT, text_encoder
+from data.tokenizer import END_OF_TEXT, wrap_tokenizer
 from experiments.run.read import read_run
 from models import Llama
 from tests.helpers import CHECKOUT, TINY, final_state, only_run, read_jsonl, same, train, train_command
@@ -378,11 +378,11 @@ def test_corrupted_batches_are_injected_and_reported(settings, tmp_path):
 def test_tokenizer_without_foreign_letters_is_reported_before_the_run(settings, tmp_path):
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
-    text_encoder(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
+    wrap_tokenizer(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
     overrides = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
     done = train(*settings, *overrides, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
-        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer leaves out letters of "
-        "other scripts\n"
+        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer has no tokens for letters "
+        "of other scripts\n"
     )
     assert not (tmp_path / "runs").exists()

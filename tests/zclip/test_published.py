@@ -60,7 +60,7 @@ def test_traces_match(published, settings, steps):
     arguments = {"max_grad_norm": None, **settings}
     ours = ZClip(**arguments)
     arguments.pop("recovery_window", None)
-    theirs = published(**arguments)
+    reference = published(**arguments)
     torch.manual_seed(0)
     models = nn.Linear(5, 4), nn.Linear(5, 4)
     direction = [torch.randn_like(p) for p in models[0].parameters()]
@@ -70,12 +70,12 @@ def test_traces_match(published, settings, steps):
         for model in models:
             for p, d in zip(model.parameters(), direction, strict=True):
                 p.grad = d * (x / length)
-        norm, expected = ours.step(models[0]), theirs.step(models[1])
+        norm, expected = ours.step(models[0]), reference.step(models[1])
         assert float(norm) == pytest.approx(expected, rel=1e-6)
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=0)
-        if theirs.initialized:
-            assert float(ours.state["mean"]) == pytest.approx(theirs.mean, rel=1e-5)
-            assert float(ours.state["var"]) == pytest.approx(theirs.var, rel=1e-5)
+        if reference.initialized:
+            assert float(ours.state["mean"]) == pytest.approx(reference.mean, rel=1e-5)
+            assert float(ours.state["var"]) == pytest.approx(reference.var, rel=1e-5)
         clipped += bool(ours.telemetry["clipped"])
     assert clipped > steps / 200

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -165,8 +166,10 @@ def test_load_state_dict_rejects_another_strategy_config_or_version():
 )  # fmt: skip
 def test_bad_arguments_are_named(settings):
     ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed: it must be "):
+    with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed: it must be ") as error:
         ZClip(**settings)
+    for raised in (error.value, pickle.loads(pickle.dumps(error.value))):
+        assert str(raised) == f"{raised.field}={raised.value} {raised.problem}" and raised.field == name
 
 
 def test_custom_strategy_needs_one_method():

@@ -127,13 +127,13 @@ def test_tensors_without_gradients_are_ignored(make):
         clip.step(parameters)
         assert parameters[1].grad is None and not parameters[2].grad.any()
         assert torch.isfinite(parameters[0].grad).all()
-    alone = make()
+    first_only = make()
     for t in range(120):
         parameters, one = parameters_with_gradients(t), parameters_with_gradients(t)
         parameters[1].grad = parameters[2].grad = None
         one[1].grad = one[2].grad = None
-        norm = alone.step(one[0])
+        norm = first_only.step(one[0])
         assert float(norm) > 0
     if make is not AGC:
         with pytest.raises(ValueError, match="has statistics of 1 tensors"):
-            alone.step(parameters_with_gradients(0))
+            first_only.step(parameters_with_gradients(0))

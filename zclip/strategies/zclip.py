@@ -51,7 +51,7 @@ class ZClip(ClippingStrategy):
 
     - three quarters of them were spikes (a rise), or
     - their mean and that of the previous block are both below half of the mean of one of the two blocks before these
-      (or of the warm-up), and the standard deviation is above four times theirs (a fall).
+      (or of the warm-up), and the standard deviation is above four times the block's (a fall).
 
     Neither happens by chance to independent norms without heavy tails. If a fraction p of the steps are spikes, the
     probability that three quarters of 40 are spikes is below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below
