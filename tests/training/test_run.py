@@ -95,17 +95,17 @@ def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
     settings = (
         *settings, f"clip={clip}", "trainer.micro_batch_size=4", "trainer.checkpoint_every=7", "trainer.log_every=2"
     )  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for folder in (uninterrupted, killed):
         folder.mkdir()
-    assert train(*settings, cwd=whole).returncode == 0
+    assert train(*settings, cwd=uninterrupted).returncode == 0
     for steps in (random.randint(8, 14), random.randint(20, 36)):
         kill_after(steps, train_command(*settings), killed)
     done = train(*settings, cwd=killed)
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
 
-    checkpoint, rows, test_loss = final_state(whole)
+    checkpoint, rows, test_loss = final_state(uninterrupted)
     other_checkpoint, other_rows, other_test_loss = final_state(killed)
     assert [row["step"] for row in other_rows] == list(range(1, 41))
     assert other_rows == rows
@@ -123,7 +123,7 @@ def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_
     settings = (*settings, "trainer.checkpoint_every=7", "trainer.log_every=2")
     stream = (*settings, "data.mode=stream")
     blocks = (*stream, "data.shuffle_tokens=3000", "trainer.micro_batch_size=4")
-    runs = {"prepared": settings, "stream": stream, "whole": blocks, "killed": blocks}
+    runs = {"prepared": settings, "stream": stream, "uninterrupted": blocks, "killed": blocks}
     for name in runs:
         (tmp_path / name).mkdir()
     for steps in (random.randint(8, 14), random.randint(20, 36)):
@@ -132,12 +132,12 @@ def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_
         done = train(*overrides, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
     ends = {name: final_state(tmp_path / name) for name in runs}
-    for one, other in (("prepared", "stream"), ("whole", "killed")):
+    for one, other in (("prepared", "stream"), ("uninterrupted", "killed")):
         assert ends[one][1:] == ends[other][1:]
         for part in ("state_dict", "optimizer_states", "callbacks"):
             assert same(ends[one][0][part], ends[other][0][part]), part
-    assert ends["whole"][1] != ends["stream"][1]
-    assert ends["whole"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
+    assert ends["uninterrupted"][1] != ends["stream"][1]
+    assert ends["uninterrupted"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
 
 
 def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(settings, corpus, tmp_path):
@@ -164,10 +164,10 @@ def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(setting
 def test_run_killed_at_each_critical_moment_ends_identically(settings, tmp_path):
     """Fault injection kills one run again and again, see fault_injection.py."""
     settings = (*settings, "trainer.checkpoint_every=8", "trainer.log_every=2")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for folder in (uninterrupted, killed):
         folder.mkdir()
-    assert train(*settings, cwd=whole).returncode == 0
+    assert train(*settings, cwd=uninterrupted).returncode == 0
     moments = (
         "config", "environment", "line-before-checkpoint", "mid-save", "rewriting-metrics", "line", "after-save",
         "evaluation", "evaluation",
@@ -176,12 +176,12 @@ def test_run_killed_at_each_critical_moment_ends_identically(settings, tmp_path)
         done = run("tests/training/fault_injection.py", moment, *settings, cwd=killed)
         assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stdout}{done.stderr}"
     assert train(*settings, cwd=killed).returncode == 0
-    checkpoint, rows, test_loss = final_state(whole)
+    checkpoint, rows, test_loss = final_state(uninterrupted)
     other_checkpoint, other_rows, other_test_loss = final_state(killed)
     assert other_rows == rows and other_test_loss == test_loss
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
         assert same(checkpoint[part], other_checkpoint[part]), part
-    names = [{p.name for p in only_run(folder).rglob("*")} for folder in (whole, killed)]
+    names = [{p.name for p in only_run(folder).rglob("*")} for folder in (uninterrupted, killed)]
     assert names[0] == names[1], "no temporary file is left"
 
 
