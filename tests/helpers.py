@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from tests.process_pool import CHECKOUT, run
+from training.config.compose import load_config
+from training.config.schema import Config
 
 #: Settings of a run of a second or two; the fixture `corpus` is its text.
 TINY = (
@@ -36,6 +39,12 @@ FSDP = (*TWO, "trainer.strategy=fsdp")
 
 #: A case that only `make test-slow` runs.
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def composed_config(*overrides: str) -> Config:
+    """Return the typed configuration that train.py has with these overrides."""
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        return load_config(compose("train", overrides=list(overrides)))
 
 
 def train_command(*overrides: str, program: str = "train.py") -> list[str]:
