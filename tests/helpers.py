@@ -8,15 +8,15 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from tests.process_pool import CHECKOUT, run
-from training.config.compose import load_config
-from training.config.schema import Config
+
+if TYPE_CHECKING:
+    from training.config.schema import Config
 
 #: Settings of a run of a second or two; the fixture `corpus` is its text.
 TINY = (
@@ -41,8 +41,12 @@ FSDP = (*TWO, "trainer.strategy=fsdp")
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def composed_config(*overrides: str) -> Config:
-    """Return the typed configuration that train.py has with these overrides."""
+def compose_config(*overrides: str) -> "Config":
+    """Return the configuration of train.py with these overrides."""
+    from hydra import compose, initialize_config_dir
+
+    from training.config.compose import load_config
+
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         return load_config(compose("train", overrides=list(overrides)))
 

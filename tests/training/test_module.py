@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from models import Llama
-from tests.helpers import composed_config
+from tests.helpers import compose_config
 from training.module import PretrainingModule
 from training.monitor.progress import ProgressDisplay
 from training.monitor.step_timer import STEP_PHASES, TIMED_PHASES, StepTimer, seconds
@@ -16,7 +16,7 @@ from training.monitor.step_timer import STEP_PHASES, TIMED_PHASES, StepTimer, se
 
 @pytest.fixture(scope="module")
 def module() -> PretrainingModule:
-    config = composed_config("model.num_hidden_layers=1", "lr=1e-3", "trainer.max_steps=1000")
+    config = compose_config("model.num_hidden_layers=1", "lr=1e-3", "trainer.max_steps=1000")
     return PretrainingModule(Llama(config.model.llama), config.lr, config.optim, config.trainer)
 
 

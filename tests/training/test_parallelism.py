@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from models import Llama
 from models.hugging_face import export
-from tests.helpers import CHECKOUT, SLOW, TINY, composed_config, ranks, read_jsonl, script, train, train_command
+from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, ranks, read_jsonl, script, train, train_command
 from training.checkpoint.format import is_valid, load_model_state
 
 #: Overrides of each mode. The global batch has 8 sequences.
@@ -150,7 +150,7 @@ def test_sharded_run_starts_from_the_weights_of_one_process(initial, runs, setti
     if initial == "tied":
         overrides += ["model.tie_word_embeddings=true"]
     else:
-        config = composed_config(*settings).model.llama
+        config = compose_config(*settings).model.llama
         torch.manual_seed(5)
         export(Llama(config).state_dict(), config, tmp_path / "start")
         overrides += ["model.init_from=start", f"data.tokenizer={runs}/runs/main/one/tokenizer"]
@@ -195,7 +195,7 @@ def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(runs,
     checkpoints = sorted((path / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == [f"step-{step:08d}.ckpt" for step in range(2, 11, 2)]
     assert all(c.is_dir() and is_valid(c) and len(list(c.glob("*.distcp"))) == 2 for c in checkpoints)
-    shapes = {name: tensor.shape for name, tensor in Llama(composed_config(*settings).model.llama).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in Llama(compose_config(*settings).model.llama).state_dict().items()}
     assert {name: tensor.shape for name, tensor in load_model_state(checkpoints[0]).items()} == shapes
     kinds = ("shard cut", "shard missing", "index cut", "bit of a shard")
     for checkpoint, how in zip(checkpoints[1:], kinds, strict=True):
