@@ -289,7 +289,7 @@ def main(values: _entry.Values) -> None:
     config = parse(CrashTestConfig, values)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints are read without it
     with tempfile.TemporaryDirectory() as folder:
-        if not crash_test(Path(folder), config.interruptions, config.seed, Console(highlight=False)):
+        if not crash_test(Path(folder), config.interruptions, config.seed, Console(highlight=False, width=110)):
             sys.exit(1)
 
 
