@@ -1,4 +1,4 @@
-"""The module name under which the published zclip offers its Lightning callback."""
+"""Module under which the published zclip package offers its Lightning callback."""
 
 from zclip.integrations.lightning import ZClipLightningCallback
 

@@ -46,7 +46,7 @@ def prefix_errors(section: str) -> Iterator[None]:
 
     Raises:
         ConfigError: an error of the block that has a `field`, a `value` and a `problem`, as `ConfigError` and
-            `zclip.ArgumentError` do.
+            `zclip.arguments.ArgumentError` do.
         UserError: any other `ValueError`.
     """
     try:

@@ -6,7 +6,7 @@ sequences consumed, and for a stream also on its block size.
 """
 
 from data.batch import Batch
-from data.config import CorruptionConfig, DataConfig, SourceConfig
+from data.config import CacheConfig, CorruptionConfig, DataConfig, SourceConfig
 from data.corpus import Corpus, corpus_from, corpus_tokenizer
 from data.corruption import KINDS, BatchCorruption
 from data.loader import TrainLoader
@@ -14,7 +14,7 @@ from data.prepare import prepare
 from data.sequences import ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Document, Mixture, Source, SourceError
 from data.stream import StreamingDataset
-from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from data.tokens import TokenArray, Tokens, open_tokens
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "Batch",
     "BatchCorruption",
+    "CacheConfig",
     "Corpus",
     "CorruptionConfig",
     "DataConfig",
@@ -32,9 +33,9 @@ __all__ = [
     "SourceConfig",
     "SourceError",
     "StreamingDataset",
-    "TextEncoder",
     "TokenArray",
     "TokenDataset",
+    "Tokenizer",
     "Tokens",
     "TrainLoader",
     "corpus_from",

@@ -1,4 +1,4 @@
-"""What a model is trained on."""
+"""The batch of a training step."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,14 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """TokenDataset to train on.
+    """Sequences to train on.
 
     Attributes:
-        tokens: (rows, length + 1) ids, of any integer type; inputs are all but the last, targets all but the first.
-        targets: (rows, length) ids to predict instead; `None`: those of `tokens`.
-        documents: (rows, length) of which document each input is, from 0 within the row; `None`: not asked for.
+        tokens: (rows, length + 1) token ids of any integer type. The inputs are all but the last, the targets all
+            but the first.
+        targets: (rows, length) token ids to predict instead; `None` predicts those of `tokens`.
+        documents: (rows, length) number of the document that each input belongs to, counted from 0 in each row;
+            `None` if they were not requested.
     """
 
     tokens: Tensor

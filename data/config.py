@@ -7,7 +7,7 @@ from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError
-from common.settings import Allowed, AtLeastOne, Count, Flag, FolderName, Positive, Settings
+from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, Positive, Settings
 
 CorruptionKind = Literal["random", "repeat", "foreign_script", "labels"]
 
@@ -124,3 +124,10 @@ class DataConfig(Settings):
 
     corruption: CorruptionConfig = CorruptionConfig()
     """Batches that are corrupted on purpose."""
+
+
+class CacheConfig(Settings):
+    """Folders of a program that only prepares data."""
+
+    cache: Folder
+    """Folder of prepared tokens and trained tokenizers."""

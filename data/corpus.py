@@ -1,4 +1,4 @@
-"""A corpus: its sources, what they are tokenized with, and which documents are held out."""
+"""A corpus: its sources, its tokenizer, and which of its documents are held out."""
 
 import hashlib
 import itertools
@@ -16,25 +16,27 @@ from data.config import DataConfig
 from data.sources import Document, Mixture, Source, SourceError, Stream
 from data.tokenizer import (
     END_OF_TEXT,
-    SMALLEST_VOCABULARY,
-    TextEncoder,
+    MIN_VOCAB_SIZE,
+    Tokenizer,
     load_tokenizer,
     tokenizer_identity,
     train_tokenizer,
 )
 from data.tokens import MANIFEST
 
-LAYOUT = 4  # of the folder; part of the recipe
-#: A tokenizer is trained on so many bytes of training documents, or all there are.
+#: Version of the folder's layout, part of the cache key.
+LAYOUT_VERSION = 4
+#: Maximum bytes of training documents that a tokenizer is trained on.
 TOKENIZER_BYTES = 256 << 20
+#: Bytes of a streamed text that are read beforehand, to train a tokenizer and to hold documents out.
+HEAD_BYTES = 32 << 20
+#: Bytes of text that are held out of a streamed text, as long as that takes at most `MAX_HELD_OUT` of the documents.
+HELD_OUT_BYTES = 512 << 10
+#: Maximum share of the documents that `val_fraction` is raised to, to reach `HELD_OUT_BYTES`.
+MAX_HELD_OUT = 0.1
+
 ALL_THE_SAME = "the documents are all the same text: none can be held out for testing"
 ONE_MORE = "another is needed, to be held out for testing"
-#: Of a text that is streamed, so many bytes are read beforehand: for the tokenizer, if one is trained, and for
-#: documents to hold out, of which there will be so many bytes at least.
-HEAD_BYTES = 32 << 20
-HELD_OUT_BYTES = 512 << 10
-#: For that no more than this share of the documents is held out, if `val_fraction` is not more.
-MOST_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,17 @@ class Corpus:
     """What tokens are made from.
 
     Attributes:
-        sources: of the documents.
-        tokenizer: see `load_tokenizer`; `None`: a byte-level BPE trained on the training documents.
-        vocab_size: ids of that BPE; means nothing for a given tokenizer.
-        val_fraction: expected share of documents held out, chosen by the hash of their text. Of few documents, where
-            none or all would be, one is on either side.
-        deduplicate: whether only the first of documents with the same text is taken. Their hashes are kept in
-            memory, some hundred bytes a document.
-        max_tokens: an epoch ends with the document that reaches so many training tokens; `None`: with the text.
-        streamed: whether the training text is tokenized while training, and not kept. Only the tokenizer and the
-            held-out documents among the first `HEAD_BYTES` of text are prepared then.
+        sources: sources of the documents.
+        tokenizer: see `load_tokenizer`; `None` trains a byte-level BPE on the training documents.
+        vocab_size: number of ids of that BPE; not used with a given tokenizer.
+        val_fraction: expected share of the documents that is held out, chosen by the hash of their text. If all
+            documents or none would be held out, the split is moved so that each side has one.
+        deduplicate: whether only the first of several documents with the same text is kept. Their hashes stay in
+            memory, about a hundred bytes per document.
+        max_tokens: an epoch ends with the document that reaches this number of training tokens; `None` ends it with
+            the text.
+        streamed: whether the training text is tokenized while training, and not kept. Then only the tokenizer and the
+            held-out documents, from the first `HEAD_BYTES` of text, are prepared.
     """
 
     sources: tuple[Source, ...]
@@ -62,12 +65,12 @@ class Corpus:
     max_tokens: int | None = None
     streamed: bool = False
 
-    def recipe(self) -> dict[str, Any]:
-        """Return everything on which the tokens depend."""
+    def cache_key(self) -> dict[str, Any]:
+        """Return everything that the tokens depend on, as plain values for JSON."""
         tokenizer = {"vocab_size": self.vocab_size} if self.tokenizer is None else tokenizer_identity(self.tokenizer)
-        mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES, MOST_HELD_OUT]} if self.streamed else {}
+        mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES, MAX_HELD_OUT]} if self.streamed else {}
         return mode | {
-            "layout": LAYOUT,
+            "layout": LAYOUT_VERSION,
             "sources": {source.name: source.identity() for source in self.sources},
             "tokenizer": tokenizer,
             "tokenizers": version("tokenizers"),
@@ -77,85 +80,62 @@ class Corpus:
         }
 
     def commits(self) -> dict[str, str]:
-        """Return the commits of the sources on the hub, by name, as they are now."""
-        now: dict[tuple[str | None, str | None], str | None] = {}
+        """Return the present commit of each source on the hub, by its name."""
+        latest: dict[tuple[str | None, str | None], str | None] = {}
         for source in self.sources:
-            if (source.hub, source.revision) not in now:  # those of one dataset must agree
-                now[source.hub, source.revision] = source.commit()
-        found = {source.name: now[source.hub, source.revision] for source in self.sources}
-        return {name: commit for name, commit in found.items() if commit is not None}
+            if (source.hub, source.revision) not in latest:  # one lookup, so that subsets have the same commit
+                latest[source.hub, source.revision] = source.commit()
+        commits = {source.name: latest[source.hub, source.revision] for source in self.sources}
+        return {name: commit for name, commit in commits.items() if commit is not None}
 
-    def at(self, commits: Mapping[str, str]) -> "Corpus":
-        """Return the corpus as it was at some commits: what is begun is finished with the same text."""
-        return replace(
-            self,
-            sources=tuple(s.model_copy(update={"revision": commits.get(s.name, s.revision)}) for s in self.sources),
-        )
+    def pinned_to(self, commits: Mapping[str, str]) -> "Corpus":
+        """Return the corpus at these commits of its sources, so that resumed work reads the same text."""
+        pinned = [s.model_copy(update={"revision": commits.get(s.name, s.revision)}) for s in self.sources]
+        return replace(self, sources=tuple(pinned))
 
     def folder(self, cache: Path) -> Path:
-        """Return where its tokens are or will be."""
-        digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
+        """Return the folder in the cache that holds the tokens of this corpus, once they are prepared."""
+        digest = hashlib.sha256(json.dumps(self.cache_key(), sort_keys=True).encode()).hexdigest()
         return cache / f"{'stream' if self.streamed else 'tokens'}-{digest[:16]}"
 
     def vocabulary(self) -> int:
-        """Return the number of ids that its tokens may have."""
+        """Return the number of ids that the tokens may have."""
         return self.vocab_size if self.tokenizer is None else load_tokenizer(self.tokenizer).size
 
-    def size(self) -> int | None:
-        """Return the bytes of text, about, where that can be had without reading it."""
-        sizes = [source.size() for source in self.sources]
-        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
-
-    def estimate(self) -> int | None:
-        """Return the bytes of text, about, to be read in an epoch; `None` if a source is on the hub."""
-        sizes = [source.estimate() for source in self.sources]
+    def estimated_bytes(self) -> int | None:
+        """Return the estimated bytes of text in an epoch; `None` if a source is on the hub."""
+        sizes = [source.estimated_bytes() for source in self.sources]
         if None in sizes:
             return None
         weights = [source.weight for source in self.sources]
-        first = min(size / weight for size, weight in zip(sizes, weights, strict=True))  # type: ignore[operator]
-        return int(first * sum(weights))
+        shortest = min(size / weight for size, weight in zip(sizes, weights, strict=True))  # type: ignore[operator]
+        return int(shortest * sum(weights))
 
     def check(self, cache: Path, sequence_length: int) -> None:
-        """Find what can be found wrong without reading it all. Writes nothing.
+        """Check the corpus without reading all of it. Writes nothing.
+
+        Sources of tokens that are prepared already are not read.
 
         Raises:
-            ValueError: a source or the tokenizer cannot be read, or the text is too short or the vocabulary too
-                small. Sources of tokens that are prepared already are not read.
+            ConfigError: a source or the tokenizer cannot be read, the text is too short or the vocabulary too small.
         """
-        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
-            allowed = f"at least {SMALLEST_VOCABULARY}, all bytes and {END_OF_TEXT}"
+        if self.tokenizer is None and self.vocab_size < MIN_VOCAB_SIZE:
+            allowed = f"at least {MIN_VOCAB_SIZE}, all bytes and {END_OF_TEXT}"
             raise ConfigError("vocab_size", self.vocab_size, allowed)
         if self.streamed and self.deduplicate:
             problem = "is not possible with data.mode=stream: it needs data.mode=prepared"
             raise ConfigError("deduplicate", True, problem=problem)
         if (self.folder(cache) / MANIFEST).exists():
             return
-        size = self.size()
-        if size is not None and sequence_length >= size:
-            raise too_long(sequence_length, f"the text has {size:,} bytes")
+        sizes = [source.plain_bytes() for source in self.sources]
+        if None not in sizes and sequence_length >= (size := sum(sizes)):  # type: ignore[arg-type]
+            raise text_too_short(sequence_length, f"the text has {size:,} bytes")
         for source in self.sources:
-            first = list(itertools.islice(Stream(source), 2))
-            if not first:
+            first_documents = list(itertools.islice(Stream(source), 2))
+            if not first_documents:
                 raise source.error("holds no text")
-            if len(first) + len(self.sources) == 2:
+            if len(first_documents) == len(self.sources) == 1:
                 raise source.error(f"is one document: {ONE_MORE}")
-
-
-def corpus_tokenizer(
-    corpus: Corpus, console: Console, max_bytes: int = TOKENIZER_BYTES, threshold: float | None = None
-) -> TextEncoder:
-    """Train a byte-level BPE on the training documents of a corpus.
-
-    Args:
-        corpus: whose `vocab_size` the tokenizer gets.
-        console: where to say so, and on a terminal to show progress.
-        max_bytes: text to learn from; what comes after it is not read.
-        threshold: documents whose draw is below are left out. Default: those held out for testing.
-    """
-    threshold = corpus.val_fraction if threshold is None else threshold
-    console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
-    documents = (document for document in Mixture(corpus.sources) if document.draw >= threshold)
-    return train_tokenizer(_up_to(documents, max_bytes), corpus.vocab_size, progress=console.is_terminal)
 
 
 def corpus_from(config: DataConfig) -> Corpus:
@@ -182,15 +162,34 @@ def corpus_from(config: DataConfig) -> Corpus:
     )
 
 
-def too_long(sequence_length: int, held: str) -> SourceError:
-    """Return the error about a text that is too short for one sequence."""
-    problem = f"is longer than the text: {held}, and one sequence needs sequence_length + 1 tokens"
+def corpus_tokenizer(
+    corpus: Corpus, console: Console, max_bytes: int = TOKENIZER_BYTES, threshold: float | None = None
+) -> Tokenizer:
+    """Train a byte-level BPE on the training documents of a corpus.
+
+    Args:
+        corpus: corpus to read; the tokenizer gets its `vocab_size`.
+        console: console for a message, and for progress if it is a terminal.
+        max_bytes: bytes of training text after which reading stops.
+        threshold: documents with a `hash_fraction` below it are held out. Default: `val_fraction` of the corpus.
+    """
+    threshold = corpus.val_fraction if threshold is None else threshold
+    console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
+    documents = (document for document in Mixture(corpus.sources) if document.hash_fraction >= threshold)
+    return train_tokenizer(_texts(documents, max_bytes), corpus.vocab_size, progress=console.is_terminal)
+
+
+def text_too_short(sequence_length: int, length: str) -> SourceError:
+    """Return the error about a text that is too short for one sequence; `length` is a clause that states its length."""
+    problem = f"is longer than the text: {length}, and one sequence needs sequence_length + 1 tokens"
     return SourceError("sequence_length", sequence_length, problem=problem)
 
 
-def _up_to(documents: Iterable[Document], size: int) -> Iterator[str]:
+def _texts(documents: Iterable[Document], max_bytes: int) -> Iterator[str]:
+    """Yield texts up to the one that reaches so many bytes."""
+    remaining = max_bytes
     for document in documents:
         yield document.text
-        size -= document.size
-        if size <= 0:
+        remaining -= document.size
+        if remaining <= 0:
             return

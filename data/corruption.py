@@ -1,10 +1,10 @@
-"""Bad batches, put in on purpose: what a trillion-token run meets by accident, for study on a laptop.
+"""Corrupted batches, injected on purpose to study spikes of the loss.
 
-At chosen steps the whole global batch is replaced. What a row becomes depends on the seed and its position in the run
-alone, so the bad batch of a step is the same on any number of ranks, for any micro-batch, after any interruption.
+At chosen steps the whole global batch is replaced. The replacement of a row depends only on the seed and the row's
+position in the run. So it is the same on any number of ranks, for any micro-batch size, and after any interruption.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -12,83 +12,85 @@ import torch
 from common.errors import ConfigError
 from data.batch import Batch
 from data.config import CorruptionKind
-from data.tokenizer import TextEncoder
+from data.tokenizer import Tokenizer
 
 #: (first code point, size) of the Unicode blocks of `foreign_script`: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
 SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 0x5000), (0xAC00, 0x2BA0))
 
 
 class BatchCorruption:
-    """Replaces the content of chosen steps' batches.
+    """Replaces the content of the batches of chosen steps.
 
-    - `random`: every token drawn uniformly from the vocabulary.
-    - `repeat`: one token, another in each row, repeated.
-    - `foreign_script`: letters of a script the corpus hardly has, at random; another script in each row.
-    - `labels`: the text is as it was, what is to be predicted is shuffled within the row.
+    - `random`: every token is drawn uniformly from the vocabulary.
+    - `repeat`: one token is repeated; each row has its own.
+    - `foreign_script`: random letters of a script that the corpus hardly contains; each row has its own script.
+    - `labels`: the inputs are unchanged, and the targets are shuffled within each row.
 
     Args:
         steps: optimizer steps, counted from 1 as in metrics.jsonl.
-        kind: one of these.
-        seed: of the run.
-        encoder: the tokenizer.
+        kind: kind of corruption.
+        seed: seed of the run.
+        tokenizer: tokenizer of the run.
 
     Raises:
-        ValueError: the tokenizer has no tokens for the letters of `foreign_script`.
+        ConfigError: the tokenizer has no tokens for the letters of `foreign_script`.
     """
 
-    def __init__(self, steps: list[int], kind: CorruptionKind, seed: int, encoder: TextEncoder) -> None:
+    def __init__(self, steps: Collection[int], kind: CorruptionKind, seed: int, tokenizer: Tokenizer) -> None:
         if kind == "foreign_script":
             letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
-            if min(map(len, encoder.encode(letters))) == 1:
-                problem = "is not possible: the tokenizer leaves out letters of other scripts"
+            if min(map(len, tokenizer.encode(letters))) == 1:
+                problem = "is not possible: the tokenizer has no tokens for letters of other scripts"
                 raise ConfigError("corruption.kind", kind, problem=problem)
         self.steps = frozenset(steps)
-        self.make = KINDS[kind]
+        self.corrupt_row = KINDS[kind]
         self.seed = seed
-        self.encoder = encoder
+        self.tokenizer = tokenizer
 
     def replace(self, batch: Batch, positions: np.ndarray, step: int) -> Batch:
-        """Return the batch to train on at a step, which is the one given unless the step is chosen.
+        """Return the batch to train on at a step: a corrupted one if the step is chosen, else `batch` itself.
 
         Args:
-            batch: of (rows, length + 1) ids.
-            positions: (rows,) sequences consumed in the run before each.
-            step: counted from 1.
+            batch: batch of (rows, length + 1) token ids.
+            positions: (rows,) number of sequences consumed in the run before each row.
+            step: optimizer step, counted from 1.
         """
         if step not in self.steps:
             return batch
         tokens = batch.tokens.numpy()
         rows = [
-            self.make(row, np.random.default_rng((self.seed, position)), self.encoder)
+            self.corrupt_row(row, np.random.default_rng((self.seed, position)), self.tokenizer)
             for row, position in zip(tokens, positions.tolist(), strict=True)
         ]
-        made = torch.from_numpy(np.stack(rows).astype(tokens.dtype))
-        return batch._replace(targets=made) if self.make is _labels else batch._replace(tokens=made)
+        corrupted = torch.from_numpy(np.stack(rows).astype(tokens.dtype))
+        if self.corrupt_row is _labels:
+            return batch._replace(targets=corrupted)
+        return batch._replace(tokens=corrupted)
 
 
-def _random(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
-    return draw.integers(0, encoder.size, len(row))
+def _random(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
+    return rng.integers(0, tokenizer.size, len(row))
 
 
-def _repeat(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
-    return np.full(len(row), draw.integers(0, encoder.size))
+def _repeat(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
+    return np.full(len(row), rng.integers(0, tokenizer.size))
 
 
-def _foreign_script(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
-    start, size = SCRIPTS[draw.integers(len(SCRIPTS))]
+def _foreign_script(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
+    start, size = SCRIPTS[rng.integers(len(SCRIPTS))]
     ids: list[int] = []
-    while len(ids) < len(row):  # a tokenizer may have one token for several letters
-        letters = "".join(map(chr, (start + draw.integers(0, size, len(row))).tolist()))
-        ids += encoder.encode([letters])[0][:-1].tolist()
+    while len(ids) < len(row):  # a tokenizer may encode several letters as one token
+        letters = "".join(map(chr, (start + rng.integers(0, size, len(row))).tolist()))
+        ids += tokenizer.encode([letters])[0][:-1].tolist()
     return np.array(ids[: len(row)])
 
 
-def _labels(row: np.ndarray, draw: np.random.Generator, encoder: TextEncoder) -> np.ndarray:
-    return draw.permutation(row[1:])
+def _labels(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
+    return rng.permutation(row[1:])
 
 
-#: By name, what makes a row of (length + 1) tokens; `labels` makes (length) targets.
-KINDS: dict[CorruptionKind, Callable[[np.ndarray, np.random.Generator, TextEncoder], np.ndarray]] = {
+#: Kind -> function that returns the replacement of a row of (length + 1) tokens; `labels` returns (length) targets.
+KINDS: dict[CorruptionKind, Callable[[np.ndarray, np.random.Generator, Tokenizer], np.ndarray]] = {
     "random": _random,
     "repeat": _repeat,
     "foreign_script": _foreign_script,

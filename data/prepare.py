@@ -1,9 +1,9 @@
-"""From documents to prepared tokens: once, on all cores, and from where it stopped if it was stopped.
+"""Turns documents into prepared tokens: once per corpus, on all cores, and resumable.
 
-Tokens are written in parts that end with a document. After each part the journal is replaced, which lists the parts
-that are whole and says where in the sources the next one begins; whatever else lies in the folder is overwritten. The
-manifest that `open_tokens` wants is written last. Two processes that prepare the same thing take turns, and the
-second finds it done. The folder is named by the recipe: the sources' identity, the tokenizer and the settings.
+Tokens are written in parts that end with a document. After each part the journal is replaced. It lists the complete
+parts, and holds the state of the sources at which the next one starts; all other files in the folder are overwritten.
+The manifest that `open_tokens` reads is written last. If two processes prepare the same corpus, the second waits for
+the first and finds the work done. The folder is named by a hash of the corpus's cache key.
 """
 
 import itertools
@@ -19,18 +19,19 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from common.errors import ConfigError, UserError
-from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, too_long
-from data.encoding import BATCH_BYTES, ahead, batches
+from common.files import exclusive_lock, write_atomic
+from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
+from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.sources import Document, Mixture
-from data.stream import prepare_head
-from data.tokenizer import TOKENIZER_FILES, TextEncoder, load_tokenizer
-from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, open_tokens, sealed, unsealed
-from data.writing import alone, digest_key, keep_tokenizer, replace, write_manifest, write_part
+from data.stream_head import prepare_head
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, dump_with_checksum, load_with_checksum, open_tokens
+from data.writing import EncodedDocuments, digest_key, write_manifest, write_part
 
 PART_TOKENS = 1 << 26
 JOURNAL = "journal.json"
-#: Seconds between lines where there is no terminal for a bar.
-SAY_EVERY = 30
+#: Seconds between two progress lines where the output is not a terminal.
+SECONDS_BETWEEN_LINES = 30
 
 
 def prepare(
@@ -40,205 +41,223 @@ def prepare(
     console: Console | None = None,
     part_tokens: int = PART_TOKENS,
 ) -> Tokens:
-    """Return the tokens of a corpus, from the cache where they are, else tokenizing and keeping them.
+    """Return the tokens of a corpus from the cache, after preparing them if they are not there.
 
-    Of a corpus that is streamed these are the held-out ones; there are none for training.
+    Only the held-out documents of a streamed corpus are prepared; its training tokens are empty.
 
     Args:
-        corpus: what to tokenize.
-        cache: folder that holds one folder per recipe.
-        sequence_length: tokens per training sequence; only checked, not part of what is cached.
-        console: where to show progress; `None`: nowhere.
-        part_tokens: tokens in a part, about; a preparation that was stopped goes on after its last whole part.
+        corpus: corpus to tokenize.
+        cache: folder that holds one folder per corpus.
+        sequence_length: tokens per training sequence. It is only checked: the prepared tokens do not depend on it.
+        console: console for progress; `None` shows none.
+        part_tokens: tokens per part, approximately. An interrupted preparation resumes after its last complete part.
 
     Raises:
-        ValueError: a source cannot be read, all documents are the same, the text is too short for one sequence, or
-            the disk is full. The parts that are whole are kept, where they can be used.
+        UserError: a source cannot be read, all documents are the same, the text is too short for one sequence, or the
+            disk is full. Complete parts are kept if they can be used.
     """
     console = console or Console(quiet=True)
     folder = corpus.folder(cache)
     if not (folder / MANIFEST).exists():
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with alone(cache / f".{folder.name}.lock", console):
-                if not (folder / MANIFEST).exists():
-                    if corpus.streamed:
-                        prepare_head(corpus, folder, console)
-                    else:
-                        _Preparation(corpus, folder, console, part_tokens).run()
+            _prepare_once(corpus, folder, console, part_tokens)
         except OSError as error:
             raise UserError(
-                f"{error.filename or folder} cannot be written ({error.strerror or error}): what is whole is kept, "
+                f"{error.filename or folder} cannot be written ({error.strerror or error}): complete parts are kept, "
                 "and the same command continues"
             ) from error
     tokens = open_tokens(folder)
     arrays = {"test": tokens.test} if corpus.streamed else {"training": tokens.train, "test": tokens.test}
     for split, array in arrays.items():
         if sequence_length >= len(array):
-            raise too_long(sequence_length, f"the {split} text has {len(array):,} tokens")
+            raise text_too_short(sequence_length, f"the {split} text has {len(array):,} tokens")
     return tokens
 
 
+def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
+    """Prepare a corpus, unless another process has done so while this one waited for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    message = "waiting for another process that prepares the same tokens"
+    with exclusive_lock(lock, waiting=lambda: console.print(message)):
+        if (folder / MANIFEST).exists():
+            return
+        if corpus.streamed:
+            prepare_head(corpus, folder, console)
+        else:
+            _Preparation(corpus, folder, console, part_tokens).run()
+
+
+def _new_journal(threshold: float, commits: dict[str, str]) -> dict[str, Any]:
+    """Return the journal of a preparation that has read nothing.
+
+    Args:
+        threshold: documents with a `hash_fraction` below it are held out.
+        commits: commits of the sources on the hub, by name.
+    """
+    return {
+        "commits": commits,
+        "threshold": threshold,
+        "lowest_hash_fraction": 1.0,
+        "highest_hash_fraction": 0.0,
+        "documents": 0,
+        "duplicates": 0,
+        "text_bytes": 0,
+        "bytes_read": {},
+        "parts": [],
+        "files": {},
+        "mixture": None,
+        "complete": False,
+    }
+
+
 class _Preparation:
-    """One process at work on one folder."""
+    """One process that prepares the tokens of one folder."""
 
     def __init__(self, corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
         self.corpus, self.folder, self.console, self.part_tokens = corpus, folder, console, part_tokens
-        self.recipe = corpus.recipe()
+        self.cache_key = corpus.cache_key()
         self.journal: dict[str, Any] = {}
-
-    @staticmethod
-    def _new_journal(threshold: float, commits: dict[str, str]) -> dict[str, Any]:
-        """What is known before the first document; `threshold`: documents whose draw is below are held out."""
-        counts = dict.fromkeys(("documents", "duplicates", "text_bytes"), 0)
-        draws = {"threshold": threshold, "least_draw": 1.0, "greatest_draw": 0.0}
-        return {
-            "commits": commits,
-            "given": {},
-            "parts": [],
-            "state": None,
-            "complete": False,
-            "files": {},
-            **counts,
-            **draws,
-        }
+        self._digests: set[int] = set()  # of the documents so far, for deduplication
 
     def run(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        journal = self.folder / JOURNAL
-        if journal.exists():
-            try:
-                self.journal = unsealed(journal.read_text())
-            except ValueError as error:
-                raise UserError(f"{journal} is damaged ({error}): remove the folder {self.folder}") from error
-            if self.journal["parts"]:
-                self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
-        else:
-            self.journal = self._new_journal(self.corpus.val_fraction, self.corpus.commits())
-            replace(journal, sealed(self.journal))
-        self.pinned = self.corpus.at(self.journal["commits"])
+        self._open_journal()
+        self.pinned = self.corpus.pinned_to(self.journal["commits"])
         while True:
-            encoder = self._encoder()
+            tokenizer = self._tokenizer()
             if not self.journal["complete"]:
-                self._tokenize(encoder)
+                self._tokenize(tokenizer)
             threshold = self._threshold_for_both_splits()
             if threshold == self.journal["threshold"]:
                 break
-            self.console.print(f"starting over with val_fraction={threshold:.6g}, so that a document is on either side")
+            self.console.print(f"restarting with val_fraction={threshold:.6g}, so that each split has a document")
             shutil.rmtree(self.folder)
             self.folder.mkdir()
-            self.journal = self._new_journal(threshold, self.journal["commits"])
-            replace(journal, sealed(self.journal))
-        self._finish(encoder)
+            self.journal = _new_journal(threshold, self.journal["commits"])
+            self._save_journal()
+        self._finish(tokenizer)
 
-    def _encoder(self) -> TextEncoder:
-        """Return the tokenizer: the one in the folder, or else the given one, or one trained now."""
+    def _open_journal(self) -> None:
+        """Load the journal of an interrupted preparation, or create one."""
+        file = self.folder / JOURNAL
+        if not file.exists():
+            self.journal = _new_journal(self.corpus.val_fraction, self.corpus.commits())
+            self._save_journal()
+            return
+        try:
+            self.journal = load_with_checksum(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}): remove the folder {self.folder}") from error
+        if self.journal["parts"]:
+            self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
+
+    def _save_journal(self) -> None:
+        write_atomic(self.folder / JOURNAL, dump_with_checksum(self.journal))
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in the folder; if there is none, the configured one or a newly trained one."""
         if (self.folder / TOKENIZER_FILES[-1]).exists():  # written last of its files
             return load_tokenizer(str(self.folder))
         if self.corpus.tokenizer is not None:
-            encoder = load_tokenizer(self.corpus.tokenizer)
+            tokenizer = load_tokenizer(self.corpus.tokenizer)
         else:
-            encoder = corpus_tokenizer(self.pinned, self.console, threshold=self.journal["threshold"])
-        keep_tokenizer(encoder, self.folder)
-        return encoder
+            tokenizer = corpus_tokenizer(self.pinned, self.console, threshold=self.journal["threshold"])
+        tokenizer.save(self.folder)
+        return tokenizer
 
-    def _tokenize(self, encoder: TextEncoder) -> None:
+    def _tokenize(self, tokenizer: Tokenizer) -> None:
+        """Tokenize the documents after the last complete part, and write them in parts."""
         journal, limit = self.journal, self.corpus.max_tokens or math.inf
-        seen = self._digests() if self.corpus.deduplicate else set()
-        held: dict[str, list[tuple[Document, np.ndarray]]] = {split: [] for split in SPLITS}
+        self._digests = self._written_digests() if self.corpus.deduplicate else set()
+        encoded: EncodedDocuments = {split: [] for split in SPLITS}
         tokens = {split: sum(part[split]["tokens"] for part in journal["parts"]) for split in SPLITS}
         written = sum(tokens.values())
-        mixture = Mixture(self.pinned.sources, journal["state"])
-        read = ahead(batches(mixture, min(BATCH_BYTES, self.part_tokens)))
-        encoded = ahead((batch, encoder.encode([d.text for d in batch.documents])) for batch in read)
-        started = said = time.monotonic()
-        first_bytes = journal["text_bytes"]
-        with _progress(self.console) as progress:
-            bar = progress.add_task(
-                "",
-                total=limit if limit < math.inf else self.pinned.estimate(),
-                documents=0,
-                tokens=0,
-                written=journal["text_bytes"],
-            )
-            for batch, arrays in encoded:
+        mixture = Mixture(self.pinned.sources, journal["mixture"])
+        batches = prefetch(document_batches(mixture, min(BATCH_BYTES, self.part_tokens)))
+        arrays_of = prefetch((batch, tokenizer.encode([d.text for d in batch.documents])) for batch in batches)
+        total = limit if limit < math.inf else self.pinned.estimated_bytes()
+        with _Report(self.console, total, journal["text_bytes"]) as report:
+            for batch, arrays in arrays_of:
                 for document, ids in zip(batch.documents, arrays, strict=True):
-                    journal["documents"] += 1
-                    journal["text_bytes"] += document.size
-                    if self.corpus.deduplicate:
-                        key = digest_key(document.digest)
-                        if key in seen:
-                            journal["duplicates"] += 1
-                            continue
-                        seen.add(key)
-                    journal["least_draw"] = min(journal["least_draw"], document.draw)
-                    journal["greatest_draw"] = max(journal["greatest_draw"], document.draw)
-                    split = "test" if document.draw < journal["threshold"] else "train"
-                    held[split].append((document, ids))
+                    if not self._keep(document):
+                        continue
+                    split = "test" if document.hash_fraction < journal["threshold"] else "train"
+                    encoded[split].append((document, ids))
                     tokens[split] += len(ids)
                     if tokens["train"] >= limit:
                         break
-                journal["given"] = batch.state["given"]
-                done = tokens["train"] if self.corpus.max_tokens else journal["text_bytes"]
-                total = sum(tokens.values())
-                fields = {"documents": journal["documents"], "tokens": total, "written": journal["text_bytes"]}
-                progress.update(bar, completed=done, **fields)
-                if not self.console.is_terminal and time.monotonic() - said > SAY_EVERY:
-                    said = time.monotonic()
-                    speed = (journal["text_bytes"] - first_bytes) / 1e6 / (said - started)
-                    self.console.print(
-                        f"tokenized {journal['documents']:,} documents, {total:,} tokens, {speed:.1f} MB/s"
-                    )
+                journal["bytes_read"] = batch.state["bytes_read"]
+                all_tokens = sum(tokens.values())
+                completed = tokens["train"] if self.corpus.max_tokens else journal["text_bytes"]
+                report.update(completed, journal["documents"], all_tokens, journal["text_bytes"])
                 if tokens["train"] >= limit:
                     break
-                if total - written >= self.part_tokens:
-                    journal["state"] = batch.state
-                    self._write_part(held, encoder)
-                    held, written = {split: [] for split in SPLITS}, total
+                if all_tokens - written >= self.part_tokens:
+                    journal["mixture"] = batch.state
+                    self._write_part(encoded, tokenizer)
+                    encoded, written = {split: [] for split in SPLITS}, all_tokens
         journal["complete"] = True
-        self._write_part(held, encoder)
+        self._write_part(encoded, tokenizer)
 
-    def _digests(self) -> set[int]:
-        """Return what tells the documents of the parts already written."""
-        found: set[int] = set()
+    def _keep(self, document: Document) -> bool:
+        """Count a document in the journal, and return whether it is kept: it is not a duplicate to be dropped."""
+        journal = self.journal
+        journal["documents"] += 1
+        journal["text_bytes"] += document.size
+        if self.corpus.deduplicate:
+            key = digest_key(document.digest)
+            if key in self._digests:
+                journal["duplicates"] += 1
+                return False
+            self._digests.add(key)
+        journal["lowest_hash_fraction"] = min(journal["lowest_hash_fraction"], document.hash_fraction)
+        journal["highest_hash_fraction"] = max(journal["highest_hash_fraction"], document.hash_fraction)
+        return True
+
+    def _written_digests(self) -> set[int]:
+        """Return the digest keys of the documents in the parts that are already written."""
+        digests: set[int] = set()
         for part, split in itertools.product(self.journal["parts"], SPLITS):
             if part[split]["file"]:
                 documents = np.load(documents_file(self.folder / part[split]["file"]))
-                found.update(documents["digest"].tolist())
-        return found
+                digests.update(documents["digest"].tolist())
+        return digests
 
-    def _write_part(self, held: dict[str, list[tuple[Document, np.ndarray]]], encoder: TextEncoder) -> None:
-        """Write documents and their ids as the next part, if there are any, and the journal."""
-        part, files = write_part(self.folder, len(self.journal["parts"]), held, encoder)
+    def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:
+        """Write documents and their ids as the next part, if there are any, and save the journal."""
+        part, files = write_part(self.folder, len(self.journal["parts"]), encoded, tokenizer)
         if files:
             self.journal["files"] |= files
             self.journal["parts"].append(part)
-        replace(self.folder / JOURNAL, sealed(self.journal))
+        self._save_journal()
 
     def _threshold_for_both_splits(self) -> float:
-        """Return the threshold, moved as little as needed to leave a document on either side.
+        """Return the threshold, moved as little as is needed for both splits to have a document.
 
         Raises:
-            ValueError: none does. Nothing is left of the preparation then.
+            UserError: no threshold separates the documents. The folder is removed.
         """
-        threshold, least, greatest = (self.journal[key] for key in ("threshold", "least_draw", "greatest_draw"))
-        if least >= greatest:
-            shutil.rmtree(self.folder)
-            if self.journal["documents"] - self.journal["duplicates"] > 1:
-                raise UserError(ALL_THE_SAME)
-            tokens = sum(part["train"]["tokens"] for part in self.journal["parts"])
-            if self.corpus.max_tokens and tokens >= self.corpus.max_tokens:
-                problem = f"is not allowed: the first document reaches it, and {ONE_MORE}"
-                raise ConfigError("max_tokens", self.corpus.max_tokens, problem=problem)
-            raise UserError(f"the text is one document: {ONE_MORE}")
-        return min(max(threshold, math.nextafter(least, 1)), greatest)
+        journal = self.journal
+        lowest, highest = journal["lowest_hash_fraction"], journal["highest_hash_fraction"]
+        if lowest < highest:
+            return min(max(journal["threshold"], math.nextafter(lowest, 1)), highest)
+        shutil.rmtree(self.folder)
+        if journal["documents"] - journal["duplicates"] > 1:
+            raise UserError(ALL_THE_SAME)
+        tokens = sum(part["train"]["tokens"] for part in journal["parts"])
+        if self.corpus.max_tokens and tokens >= self.corpus.max_tokens:
+            problem = f"is not allowed: the first document reaches it, and {ONE_MORE}"
+            raise ConfigError("max_tokens", self.corpus.max_tokens, problem=problem)
+        raise UserError(f"the text is one document: {ONE_MORE}")
 
-    def _finish(self, encoder: TextEncoder) -> None:
+    def _finish(self, tokenizer: Tokenizer) -> None:
+        """Write the manifest and remove the journal."""
         journal = self.journal
         facts = write_manifest(
             self.folder,
-            self.recipe,
-            encoder,
+            self.cache_key,
+            tokenizer,
             journal["parts"],
             journal["files"],
             duplicates=journal["duplicates"],
@@ -247,33 +266,61 @@ class _Preparation:
         (self.folder / JOURNAL).unlink(missing_ok=True)
         train, test = (facts[split]["tokens"] for split in SPLITS)
         self.console.print(f"tokenized {train:,} tokens for training, {test:,} held out")
-        if len(journal["given"]) > 1:
-            shares = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in journal["given"].items())
-            self.console.print(f"read of each source, until one of them or data.max_tokens ended it: {shares}")
+        if len(journal["bytes_read"]) > 1:
+            sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in journal["bytes_read"].items())
+            self.console.print(f"read from each source, until one of them or data.max_tokens ended: {sizes}")
+
+
+class _Report:
+    """Shows progress: a bar on a terminal, else a line every `SECONDS_BETWEEN_LINES`.
+
+    Args:
+        console: where to show it.
+        total: value of `completed` at the end; `None` if it is unknown.
+        text_bytes: bytes of text that earlier processes have tokenized.
+    """
+
+    def __init__(self, console: Console, total: float | None, text_bytes: int) -> None:
+        self.console = console
+        self.first_bytes = text_bytes
+        self.started = self.last_line = time.monotonic()
+        self.progress = Progress(
+            TextColumn("tokenizing"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[documents]:,} documents {task.fields[tokens]:,} tokens"),
+            _Speed(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.bar = self.progress.add_task("", total=total, documents=0, tokens=0, text_bytes=text_bytes)
+
+    def __enter__(self) -> "_Report":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def update(self, completed: float, documents: int, tokens: int, text_bytes: int) -> None:
+        self.progress.update(self.bar, completed=completed, documents=documents, tokens=tokens, text_bytes=text_bytes)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            speed = (text_bytes - self.first_bytes) / 1e6 / (now - self.started)
+            self.console.print(f"tokenized {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s")
 
 
 class _Speed(ProgressColumn):
-    """Megabytes of text a second since the start of this process."""
+    """Megabytes of text per second since this process started."""
 
     def __init__(self) -> None:
         super().__init__()
         self._first: int | None = None
 
     def render(self, task: Task) -> Text:
-        written = task.fields["written"]
+        text_bytes = task.fields["text_bytes"]
         if self._first is None:
-            self._first = written
-        return Text(f"{(written - self._first) / 1e6 / max(task.elapsed or 0, 1e-3):.1f} MB/s")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("tokenizing"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[documents]:,} documents {task.fields[tokens]:,} tokens"),
-        _Speed(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+            self._first = text_bytes
+        return Text(f"{(text_bytes - self._first) / 1e6 / max(task.elapsed or 0, 1e-3):.1f} MB/s")

@@ -1,9 +1,9 @@
 """Fixed-length sequences of a token array, and their order.
 
-Sequence i is tokens [i L, (i + 1) L] inclusive: L inputs and the L targets one place later. TokenDataset
-share one token at their border, so every token but the first is predicted exactly once; a tail shorter than
-L is left out. Position p of a run is sequence perm(p mod n) of epoch p div n, perm being a permutation keyed by
-seed and epoch and computed element by element: nothing is stored, and any position can be asked for.
+Sequence i is tokens [i L, (i + 1) L] inclusive: L inputs and the L targets one position later. Neighbouring sequences
+share one token, so every token but the first is predicted exactly once; a remainder shorter than L is dropped. Position
+p of a run is sequence perm(p mod n) of epoch p div n. The permutation is keyed by seed and epoch, and is computed
+element by element: nothing is stored, and any position can be computed directly.
 """
 
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 from data.batch import Batch
 from data.tokens import TokenArray
 
-AHEAD = 4096
+#: Positions that `Order` computes at once.
+ORDER_BLOCK = 4096
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -24,8 +25,8 @@ class TokenDataset:
     """Random access to the sequences of a token array.
 
     Args:
-        tokens: ids of documents one after another.
-        length: L, inputs per sequence.
+        tokens: token ids of documents, one document after another.
+        length: inputs per sequence, L.
     """
 
     def __init__(self, tokens: TokenArray, length: int) -> None:
@@ -37,26 +38,26 @@ class TokenDataset:
         return self.count
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Return the sequences of these indices: (len(indices), L + 1) ids, uint16 or uint32 as they are stored.
+        """Return the sequences with these indices: (len(indices), L + 1) ids, uint16 or uint32 as they are stored.
 
-        A model wants `.long()` of them: on the device, after four times fewer bytes have travelled there.
+        Models need `.long()`: call it on the device, after copying a quarter of the bytes.
         """
         return torch.from_numpy(self.tokens.rows(indices * self.length, self.length + 1))
 
     def documents(self, indices: np.ndarray) -> Tensor:
-        """Return of which document each input is: (len(indices), L) int32, from 0 within each sequence.
+        """Return the document number of each input: (len(indices), L) int32, counted from 0 in each sequence.
 
-        What a model needs to reset attention and positions at the borders of documents.
+        A model needs it to reset attention and positions at the borders of documents.
         """
         return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
 
 
 class ShuffledDataset:
-    """TokenDataset in the order of a run.
+    """The sequences of a dataset in the order of a run.
 
     Args:
-        sequences: what to read from.
-        seed: of the order.
+        sequences: dataset to read from.
+        seed: seed of the order.
     """
 
     def __init__(self, sequences: TokenDataset, seed: int) -> None:
@@ -64,61 +65,61 @@ class ShuffledDataset:
         self.order = Order(len(sequences), seed)
 
     def __len__(self) -> int:
-        """TokenDataset in an epoch."""
+        """Number of sequences in an epoch."""
         return len(self.sequences)
 
     def take(self, first: int, rows: int, documents: bool = False) -> Batch:
         """Return the sequences at positions first to first + rows - 1 of the run.
 
         Args:
-            first: sequences of the run before.
-            rows: how many.
-            documents: whether to say of which document each input is.
+            first: sequences of the run before the first of these.
+            rows: number of sequences.
+            documents: whether the batch has the document number of each input.
         """
         indices = self.order(first, rows)
         return Batch(self.sequences.batch(indices), documents=self.sequences.documents(indices) if documents else None)
 
     def state(self) -> dict[str, Any]:
-        """Return what a position needs besides its number: nothing."""
+        """Return an empty dict: a position needs only its number."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Do nothing: any position can be asked for."""
+        """Do nothing: any position can be computed directly."""
 
     def close(self) -> None:
-        """Do nothing: nothing is read ahead."""
+        """Do nothing: no thread reads ahead."""
 
 
 class Order:
-    """`order`, computed some thousand positions at a time: a call for a batch of a few costs as much.
+    """`order` with a cache: it computes thousands of positions at once, because a few cost as much.
 
     Args:
         count: sequences in one epoch.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.seed = seed
         self._first = 0
-        self._known = np.empty(0, np.int64)
+        self._cached = np.empty(0, np.int64)
 
     def __call__(self, first: int, rows: int) -> np.ndarray:
-        """Return which sequences stand at positions first to first + rows - 1: (rows,) int64."""
-        if first < self._first or first + rows > self._first + len(self._known):
+        """Return the indices of the sequences at positions first to first + rows - 1: (rows,) int64."""
+        if first < self._first or first + rows > self._first + len(self._cached):
             self._first = first
-            ahead = min(AHEAD, self.count - first % self.count)  # no further than the epoch's end
-            self._known = order(np.arange(first, first + max(rows, ahead)), self.count, self.seed)
-        return self._known[first - self._first :][:rows]
+            to_compute = min(ORDER_BLOCK, self.count - first % self.count)  # at most up to the end of the epoch
+            self._cached = order(np.arange(first, first + max(rows, to_compute)), self.count, self.seed)
+        return self._cached[first - self._first :][:rows]
 
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return which sequence stands at each position.
+    """Return the index of the sequence at each position.
 
     Args:
-        positions: (n,) non-negative integers, the numbers of sequences consumed before each.
+        positions: (n,) non-negative integers, the number of sequences consumed before each.
         count: sequences in one epoch.
-        seed: of the run.
+        seed: seed of the run.
 
     Returns:
         (n,) int64 in [0, count); any `count` consecutive positions of one epoch are all different.
@@ -126,13 +127,13 @@ def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
     positions = np.asarray(positions, dtype=np.int64)
     indices = np.empty_like(positions)
     for epoch in np.unique(positions // count):
-        here = positions // count == epoch
-        indices[here] = _permute(positions[here] % count, count, seed, int(epoch))
+        in_epoch = positions // count == epoch
+        indices[in_epoch] = _permute(positions[in_epoch] % count, count, seed, int(epoch))
     return indices
 
 
 def _permute(values: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Keyed permutation of [0, count): a Feistel network on the next even power of two, walked back into range."""
+    """Keyed permutation of [0, count): a Feistel network on the next even power of two, with cycle walking."""
     half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
     keys = [_mix((seed & _MASK) * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + r) for r in range(_ROUNDS)]
     out = values.astype(np.uint64)
@@ -161,12 +162,12 @@ def _mix(value: int) -> int:
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
-    """Return the entropy of the tokens' own frequencies, in nats per token.
+    """Return the entropy of the tokens' frequencies, in nats per token.
 
-    No model that ignores context has a lower loss on these tokens, not even one fitted to them.
+    It is the lowest loss on these tokens of any model that ignores context.
 
     Args:
-        tokens: (tokens,) ids.
+        tokens: (tokens,) token ids.
     """
     counts = np.bincount(tokens).astype(np.float64)
     p = counts[counts > 0] / counts.sum()

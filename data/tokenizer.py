@@ -1,7 +1,7 @@
 """Tokenizers: any of Hugging Face's, or a byte-level BPE trained on a corpus.
 
-What is used of a tokenizer is its `tokenizer.json` and which token ends a text. Special tokens that a text spells out
-are encoded as the characters they are, so that no document ends before its end.
+A tokenizer is read from its `tokenizer.json`, and from the `tokenizer_config.json` that names its end-of-text token. A
+special token that is spelled out in a text is encoded as plain characters, so that no text can end a document early.
 """
 
 import json
@@ -10,72 +10,74 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, UserError, one_line
+from common.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 
-#: Of a folder that holds a tokenizer, in the order in which they are written.
+#: Files of a tokenizer, in the order in which they are written.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 #: All bytes and the end-of-text token.
-SMALLEST_VOCABULARY = 257
+MIN_VOCAB_SIZE = 257
 
 
-class TextEncoder(NamedTuple):
-    """A tokenizer ready for use.
+class Tokenizer(NamedTuple):
+    """A tokenizer that appends the end-of-text token to each text.
 
     Attributes:
-        tokenizer: of the `tokenizers` library.
-        end: id of the token that ends a document.
-        size: number of ids: the largest id and one.
+        tokenizer: the tokenizer of the `tokenizers` library.
+        end: id of the end-of-text token.
+        size: vocabulary size, which is the largest id plus one.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: tokenizers.Tokenizer
     end: int
     size: int
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest of uint16 and uint32 that holds every id."""
+        """The smaller of uint16 and uint32 that holds every id."""
         return np.uint16 if self.size <= 1 << 16 else np.uint32
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, end-of-text included. All cores work at once."""
+        """Return the ids of each text, (tokens,), with the end-of-text token last. Runs on all cores."""
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.end], dtype=self.dtype) for encoding in encoded]
 
     def save(self, folder: Path) -> None:
-        """Write the files from which `load_tokenizer`, or transformers' AutoTokenizer, makes it again."""
-        # The library's own save would not say why it could not write.
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        """Write `TOKENIZER_FILES`, which `load_tokenizer` and transformers' AutoTokenizer read."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        contents = (self.tokenizer.to_str(pretty=True), json.dumps(config, indent=1))
+        for name, content in zip(TOKENIZER_FILES, contents, strict=True):
+            write_atomic(folder / name, content)
 
 
-def text_encoder(tokenizer: Tokenizer, end: int) -> TextEncoder:
-    """Return a tokenizer whose texts end with the token of this id."""
+def wrap_tokenizer(tokenizer: tokenizers.Tokenizer, end: int) -> Tokenizer:
+    """Return a tokenizer of the `tokenizers` library that appends the token with the id `end` to each text."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return TextEncoder(tokenizer, end, max(tokenizer.get_vocab().values()) + 1)
+    return Tokenizer(tokenizer, end, max(tokenizer.get_vocab().values()) + 1)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> TextEncoder:
-    """Train a byte-level BPE; any text, in any script, can be encoded and decoded without loss.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    """Train a byte-level BPE. It encodes and decodes any text in any script without loss.
 
     Args:
-        texts: the documents to learn merges from.
-        vocab_size: number of ids, `END_OF_TEXT` (id 0) included; at least `SMALLEST_VOCABULARY`. A small corpus
-            may yield fewer.
-        progress: whether to show bars on standard error.
+        texts: documents that the merges are learned from.
+        vocab_size: number of ids, `END_OF_TEXT` (id 0) included; at least `MIN_VOCAB_SIZE`. A small corpus may
+            yield fewer.
+        progress: whether to show progress bars on standard error.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -85,45 +87,45 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return text_encoder(tokenizer, end=0)
+    return wrap_tokenizer(tokenizer, end=0)
 
 
-def load_tokenizer(name: str) -> TextEncoder:
-    """Return a tokenizer that somebody else made.
+def load_tokenizer(name: str) -> Tokenizer:
+    """Return an existing tokenizer.
 
     Args:
         name: a `tokenizer.json`, a folder that holds one, or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: there is none, it is damaged, or nothing says which token ends a text.
+        ConfigError: the tokenizer does not exist, is damaged, or has no end-of-text token.
     """
     file, config = _files(name)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare exceptions
         raise _error(name, f"cannot be read ({error})") from error
-    end = _read(config).get("eos_token", END_OF_TEXT) if config else END_OF_TEXT
-    end = end.get("content") if isinstance(end, dict) else end
-    identity = tokenizer.token_to_id(end) if isinstance(end, str) else None
-    if identity is None:
+    eos_token = _read_json(config).get("eos_token", END_OF_TEXT) if config else END_OF_TEXT
+    eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+    end = tokenizer.token_to_id(eos_token) if isinstance(eos_token, str) else None
+    if end is None:
         raise _error(
             name,
-            "does not say which token ends a text: it must come with a tokenizer_config.json whose "
-            f"eos_token is in its vocabulary, or have a token {END_OF_TEXT}",
+            "has no end-of-text token: it must come with a tokenizer_config.json whose eos_token is in its "
+            f"vocabulary, or have a token {END_OF_TEXT}",
         )
-    return text_encoder(tokenizer, identity)
+    return wrap_tokenizer(tokenizer, end)
 
 
 def tokenizer_identity(name: str) -> Any:
-    """Return what tells a tokenizer from another: the content of its files, or its name on the hub.
+    """Return the content of a tokenizer's files as JSON, or its name if it is on the hub.
 
     Raises:
-        ValueError: there is none at that path.
+        ConfigError: there is no tokenizer at that path.
     """
     if not _is_path(name):
         return name
     file, config = _files(name)
-    return [_read(file), _read(config) if config else None]
+    return [_read_json(file), _read_json(config) if config else None]
 
 
 def _error(name: str, problem: str) -> ConfigError:
@@ -135,13 +137,13 @@ def _is_path(name: str) -> bool:
 
 
 def _files(name: str) -> tuple[Path, Path | None]:
-    """Return the paths of tokenizer.json and, if there is one, tokenizer_config.json."""
+    """Return the paths of tokenizer.json and of tokenizer_config.json, `None` if there is none."""
     path = Path(name).expanduser()
     if _is_path(name):
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             allowed = "it must be a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub"
-            raise _error(name, f"is not there: {allowed}")
+            raise _error(name, f"does not exist: {allowed}")
         config = file.with_name("tokenizer_config.json")
         return file, config if config.is_file() else None
     from huggingface_hub import hf_hub_download
@@ -154,11 +156,11 @@ def _files(name: str) -> tuple[Path, Path | None]:
         except EntryNotFoundError:
             return file, None
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _error(name, f"cannot be had from the Hugging Face hub ({reason})") from error
+        problem = f"cannot be downloaded from the Hugging Face hub ({one_line(error, 200)})"
+        raise _error(name, problem) from error
 
 
-def _read(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,96 +1,52 @@
-"""Files of a folder of prepared tokens, written whole or not at all."""
+"""Writes the files of a folder of prepared tokens; each is complete or absent."""
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
-from rich.console import Console
 
+from common.files import atomic_writer, sha256, write_atomic
 from data.sources import Document
-from data.tokenizer import TOKENIZER_FILES, TextEncoder
-from data.tokens import DOCUMENT, MANIFEST, SPLITS, checksum, documents_file, sealed
+from data.tokenizer import TOKENIZER_FILES, Tokenizer
+from data.tokens import DOCUMENT_DTYPE, MANIFEST, SPLITS, documents_file, dump_with_checksum
+
+#: Documents of each split with their token ids.
+EncodedDocuments = dict[str, list[tuple[Document, np.ndarray]]]
 
 
 def digest_key(digest: bytes) -> int:
-    """Return the 8 bytes of a digest that are kept beside the tokens, as a number."""
+    """Return the 8 bytes of a digest that are stored with the tokens, as an integer."""
     return int.from_bytes(digest[-8:])
 
 
-def save(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an array whole or not at all; return its size and checksum."""
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        # np.save would not say why it could not write.
+def _save_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an array and return its `_file_facts`."""
+    with atomic_writer(path) as file:
+        # np.save is not used because its error does not give the reason why it could not write.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-    found = {"bytes": aside.stat().st_size, "sha256": checksum(aside)}
-    aside.replace(path)
-    return found
+    return _file_facts(path)
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    sync(aside)
-    aside.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def alone(path: Path, console: Console) -> Iterator[None]:
-    """Hold a lock, which the system releases however this process ends; say so if another process has it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.print("waiting for another process that prepares the same tokens")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def keep_tokenizer(encoder: TextEncoder, folder: Path) -> None:
-    """Write the tokenizer's files; `tokenizer_config.json` comes last."""
-    aside = folder / "tokenizer.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    encoder.save(aside)
-    for name in TOKENIZER_FILES:
-        sync(aside / name)
-        (aside / name).replace(folder / name)
-    aside.rmdir()
+def _file_facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_part(
-    folder: Path, number: int, held: dict[str, list[tuple[Document, np.ndarray]]], encoder: TextEncoder
+    folder: Path, number: int, encoded: EncodedDocuments, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write documents and their ids as one part of each split.
 
     Returns:
-        for each split what the manifest says of the part (`file` is `None` without documents); and for each file
-        written its size and checksum.
+        The manifest's entry about the part, by split; its `file` is `None` if the split has no documents. And the size
+        and checksum of each file, by name.
     """
     part, files = {}, {}
-    for split, documents in held.items():
+    for split, documents in encoded.items():
         file = f"{split}-{number:05}.npy" if documents else None
-        ids = np.concatenate([ids for _, ids in documents]) if documents else np.empty(0, encoder.dtype)
+        ids = np.concatenate([ids for _, ids in documents]) if documents else np.empty(0, tokenizer.dtype)
         part[split] = {
             "file": file,
             "tokens": len(ids),
@@ -98,50 +54,48 @@ def write_part(
             "bytes": sum(document.size for document, _ in documents),
         }
         if file:
-            index = np.empty(len(documents), DOCUMENT)
+            index = np.empty(len(documents), DOCUMENT_DTYPE)
             index["end"] = np.cumsum([len(ids) for _, ids in documents])
             index["digest"] = [digest_key(document.digest) for document, _ in documents]
             path = folder / file
-            for place, array in ((path, ids), (documents_file(path), index)):
-                files[place.name] = save(place, array)
+            for target, array in ((path, ids), (documents_file(path), index)):
+                files[target.name] = _save_array(target, array)
     return part, files
 
 
 def write_manifest(
     folder: Path,
-    recipe: dict[str, Any],
-    encoder: TextEncoder,
+    cache_key: dict[str, Any],
+    tokenizer: Tokenizer,
     parts: list[dict[str, Any]],
     files: dict[str, Any],
     **more: Any,
 ) -> dict[str, Any]:
-    """Write the file that makes the folder whole, and return what is in it.
+    """Write the manifest, which completes the folder, and return its contents.
 
     Args:
-        folder: that has all other files.
-        recipe: of the corpus, as it was when the work began.
-        encoder: the tokenizer.
-        parts: from `write_part`.
-        files: from `write_part`, of all parts.
-        more: facts to be added.
+        folder: folder that holds all other files.
+        cache_key: cache key of the corpus when the preparation began.
+        tokenizer: tokenizer, whose files are in the folder.
+        parts: all parts, from `write_part`.
+        files: files of all parts, from `write_part`.
+        more: further facts.
     """
-    files = dict(files)
-    for name in TOKENIZER_FILES:
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+    files = files | {name: _file_facts(folder / name) for name in TOKENIZER_FILES}
     facts: dict[str, Any] = {
-        "vocab_size": encoder.size,
-        "end_of_text": encoder.end,
-        "dtype": np.dtype(encoder.dtype).name,
+        "vocab_size": tokenizer.size,
+        "end_of_text": tokenizer.end,
+        "dtype": np.dtype(tokenizer.dtype).name,
         **more,
     }
     for split in SPLITS:
-        there = [part[split] for part in parts if part[split]["file"]]
-        totals = {key: sum(part[key] for part in there) for key in ("documents", "bytes", "tokens")}
-        facts[split] = totals | {"parts": there}
-    whole: list[Any] = [facts["dtype"], encoder.end, sorted((n, f["sha256"]) for n, f in files.items())]
-    if "streamed" in recipe:  # the training tokens are not there to be hashed
-        whole += [recipe, facts["commits"]]
-    facts["fingerprint"] = hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
-    facts |= {"files": files, "recipe": recipe}
-    replace(folder / MANIFEST, sealed(facts))
+        written = [part[split] for part in parts if part[split]["file"]]
+        totals = {key: sum(part[key] for part in written) for key in ("documents", "bytes", "tokens")}
+        facts[split] = totals | {"parts": written}
+    hashed: list[Any] = [facts["dtype"], tokenizer.end, sorted((n, f["sha256"]) for n, f in files.items())]
+    if "streamed" in cache_key:  # there are no files of training tokens that could be hashed
+        hashed += [cache_key, facts["commits"]]
+    facts["fingerprint"] = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16]
+    facts |= {"files": files, "cache_key": cache_key}
+    write_atomic(folder / MANIFEST, dump_with_checksum(facts))
     return facts

@@ -1,1 +1,1 @@
-"""Tasks of the lm-eval harness for our own models and Hugging Face's: scores, their data, and what is done already."""
+"""Evaluation of our models and Hugging Face's on tasks of the lm-eval harness; an interrupted one resumes."""

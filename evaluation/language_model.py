@@ -1,7 +1,7 @@
-"""Our model as lm-eval sees a language model: no export is needed, and common contexts are computed once.
+"""A `Llama` behind lm-eval's model interface: no export is needed, and common prefixes are computed once.
 
-What is scored is what lm-eval's `hf` backend scores on the exported model, token for token; it fails where an answer is
-longer than the model's context, which is scored in parts here.
+Scores equal those of lm-eval's `hf` backend on the exported model, token for token. The exception is a continuation
+longer than the model's context: `hf` fails, and this module scores it in parts.
 """
 
 from collections.abc import Sequence
@@ -13,37 +13,37 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from data import TextEncoder
+from data import Tokenizer
 from models import Llama
 from models.scoring import Score, Text, score, split_long
 
 #: Tokens computed at once, by device.
 BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 10}
 
-#: Tokens of an answer that is written, if the task does not say, as lm-eval's `hf` has it.
-MOST_WRITTEN = 256
+#: Default limit of generated tokens, as in lm-eval's `hf`.
+MAX_GEN_TOKENS = 256
 
 
 class LlamaLM(TemplateLM):
     """A `Llama` with its tokenizer.
 
-    Where several processes have the model, all must ask it the same; each computes its share, and has all answers.
+    With several processes, all must make the same requests. Each computes a part of them, and gets all responses.
 
     Args:
-        model: of which evaluation mode is not asked: it has no dropout.
+        model: in training or evaluation mode, which are the same as it has no dropout.
         tokenizer: of the model.
         device: of the model.
-        batch_tokens: tokens computed at once; `None`: as many as suit the device.
+        batch_tokens: tokens computed at once; `None`: the default of the device.
 
     Attributes:
-        asked: texts scored so far.
-        cut: how many of them were longer than what the model sees.
+        num_texts: number of texts scored so far.
+        num_truncated: number of them that were longer than the model's context.
     """
 
     def __init__(
         self,
         model: Llama,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         device: torch.device,
         batch_tokens: int | None = None,
     ) -> None:
@@ -52,108 +52,120 @@ class LlamaLM(TemplateLM):
         self.encoder = tokenizer
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
         self._device = device
-        self.asked = self.cut = 0
+        self.num_texts = self.num_truncated = 0
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that ends a text, and stands before one without a context."""
+        """Id of the token that ends a text. It is also the first token of a text without context."""
         return self.encoder.end
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model sees at most."""
+        """Context length in tokens."""
         return self.model.config.max_position_embeddings
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text; there are no special tokens around it."""
+        """Return the ids of a text, without special tokens."""
         return self._encode([string])[0]
 
     def _encode(self, strings: Sequence[str]) -> list[list[int]]:
-        encoded = self.encoder.tokenizer.encode_batch_fast(list(strings), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        encodings = self.encoder.tokenizer.encode_batch_fast(list(strings), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return of each (context, continuation) the log-likelihood in nats, and whether nothing is more likely."""
-        return [(found.log_likelihood, found.greedy) for found in self._score(self._texts([r.args for r in requests]))]
+        """Return the log-likelihood in nats of each (context, continuation), and whether it is the greedy one."""
+        texts = self._texts([request.args for request in requests])
+        return [(result.log_likelihood, result.greedy) for result in self._score(texts)]
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         texts = [Text([*context, *continuation], len(continuation)) for _, context, continuation in requests]
-        return [(found.log_likelihood, found.greedy) for found in self._score(texts)]
+        return [(result.log_likelihood, result.greedy) for result in self._score(texts)]
 
     def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
-        """Return what is scored of each context and continuation, as lm-eval's `_encode_pair` splits them."""
-        moved = []
+        """Return the tokens to score of each context and continuation, split as by lm-eval's `_encode_pair`."""
+        moved = []  # trailing spaces of the context go to the continuation
         for context, continuation in pairs:
-            kept = context.rstrip()
-            moved.append((kept, context[len(kept) :] + continuation) if kept else (context, continuation))
-        contexts = self._encode([context for context, _ in moved])
-        wholes = self._encode([context + continuation for context, continuation in moved])
-        found = []
-        for (context, _), before, whole in zip(moved, contexts, wholes, strict=True):
+            stripped = context.rstrip()
+            moved.append((stripped, context[len(stripped) :] + continuation) if stripped else (context, continuation))
+        context_ids = self._encode([context for context, _ in moved])
+        full_ids = self._encode([context + continuation for context, continuation in moved])
+        texts = []
+        for (context, _), before, full in zip(moved, context_ids, full_ids, strict=True):
             if context:
-                found.append(Text(before + whole[len(before) :], len(whole) - len(before)))
-            elif whole[0] == self.prefix_token_id:
-                found.append(Text(whole, len(whole) - 1))
+                texts.append(Text(before + full[len(before) :], len(full) - len(before)))
+            elif full[0] == self.prefix_token_id:
+                texts.append(Text(full, len(full) - 1))
             else:
-                found.append(Text([self.prefix_token_id, *whole], len(whole)))
-        return found
+                texts.append(Text([self.prefix_token_id, *full], len(full)))
+        return texts
 
     def _score(self, texts: Sequence[Text]) -> list[Score]:
-        """Return the scores of texts, in order; what the model cannot see at once is scored in parts."""
-        self.asked += len(texts)
-        self.cut += sum(len(text.tokens) > self.max_length + 1 for text in texts)
-        parts = [(number, part) for number, text in enumerate(texts) for part in split_long(text, self.max_length)]
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        asked = [part for _, part in parts]
-        found: dict[int, Score] = {}
-        for some in score(self.model, asked, self.batch_tokens, self.device, rank=rank, world_size=processes):
-            found.update(some)
-        if processes > 1:
-            shares: list[Any] = [None] * processes
-            dist.all_gather_object(shares, found)
-            found = {place: each for share in shares for place, each in share.items()}
-        of: list[list[Score]] = [[] for _ in texts]
-        for place, (number, _) in enumerate(parts):
-            of[number].append(found[place])
-        return [Score(sum(part.log_likelihood for part in each), all(part.greedy for part in each)) for each in of]
+        """Return the scores of texts, in order."""
+        self.num_texts += len(texts)
+        self.num_truncated += sum(len(text.tokens) > self.max_length + 1 for text in texts)
+        parts = [(index, part) for index, text in enumerate(texts) for part in split_long(text, self.max_length)]
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        part_scores: dict[int, Score] = {}
+        for batch in score(
+            self.model,
+            [part for _, part in parts],
+            self.batch_tokens,
+            self.device,
+            rank=rank,
+            world_size=world_size,
+        ):
+            part_scores.update(batch)
+        if world_size > 1:
+            gathered: list[Any] = [None] * world_size
+            dist.all_gather_object(gathered, part_scores)
+            part_scores = {number: result for results in gathered for number, result in results.items()}
+        by_text: list[list[Score]] = [[] for _ in texts]
+        for number, (index, _) in enumerate(parts):
+            by_text[index].append(part_scores[number])
+        return [
+            Score(sum(part.log_likelihood for part in results), all(part.greedy for part in results))
+            for results in by_text
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, in nats; each token once, with as much before it as fits."""
+        """Return the log-likelihood of each text in nats. Each token is scored once, with as much context as fits."""
         windows: list[Text] = []
-        of: list[int] = []
+        window_request: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             for before, after in map(utils.make_disjoint_window, rolling):
                 windows.append(Text([*before, *after], len(after)))
-                of.append(number)
+                window_request.append(number)
         sums = [0.0] * len(requests)
-        for number, found in zip(of, self._score(windows), strict=True):
-            sums[number] += found.log_likelihood
+        for number, result in zip(window_request, self._score(windows), strict=True):
+            sums[number] += result.log_likelihood
         return sums
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context: the most likely token, each time from the start."""
-        answers = []
+        """Return the greedy continuation of each context, up to a stop string. There is no key-value cache.
+
+        Raises:
+            ValueError: a request asks for sampling.
+        """
+        responses = []
         for context, settings in (request.args for request in requests):
             if settings.get("do_sample") or settings.get("temperature", 0.0) > 0:
-                raise ValueError(
-                    "a task that samples its answers cannot be evaluated: only the most likely are written"
-                )
+                raise ValueError("a task that samples its answers cannot be evaluated: generation is greedy")
             until = settings.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
-            begun = len(tokens)
+            start = len(tokens)
             text = ""
-            for _ in range(settings.get("max_gen_toks", MOST_WRITTEN)):
-                seen = torch.tensor([tokens[-self.max_length :]], device=self.device)
-                token = int(self.model(seen)[0, -1].argmax())
+            for _ in range(settings.get("max_gen_toks", MAX_GEN_TOKENS)):
+                inputs = torch.tensor([tokens[-self.max_length :]], device=self.device)
+                token = int(self.model(inputs)[0, -1].argmax())
                 if token == self.eot_token_id:
                     break
                 tokens.append(token)
-                text = self.encoder.tokenizer.decode(tokens[begun:])
+                text = self.encoder.tokenizer.decode(tokens[start:])
                 if any(stop in text for stop in stops):
                     break
-            answers.append(text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))])
-        return answers
+            responses.append(text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))])
+        return responses

@@ -1,4 +1,4 @@
-"""Answers of a language model, kept in a file as they come: an evaluation that was interrupted goes on after them."""
+"""Responses of a language model, saved in a file as they are computed: an interrupted evaluation resumes after them."""
 
 import hashlib
 import json
@@ -11,48 +11,49 @@ from lm_eval.api.instance import Instance
 
 from evaluation.tasks import TaskError
 
-#: Requests that are answered between two times of writing.
-AT_ONCE = 512
+#: Requests between two saves.
+REQUESTS_PER_SAVE = 512
 
 
 class EvaluationInterrupted(Exception):
-    """An evaluation was told to stop; what was answered is kept."""
+    """An evaluation was asked to stop. The responses so far are saved."""
 
 
-class Answers:
-    """A file of answers. What cannot be read of it, or is of another model, is as if it were not there.
+class ResponseCache:
+    """A file of responses. Damaged lines are ignored, and so is the file of another model.
 
     Args:
         path: of the file.
-        of: tells the model, and with which weights, from any other.
+        model: identifies the model and its weights.
 
     Attributes:
-        known: answers by request.
+        responses: by request.
     """
 
-    def __init__(self, path: Path, of: str) -> None:
+    def __init__(self, path: Path, model: str) -> None:
         self.path = path
-        self.of = of
-        self.known: dict[str, Any] = {}
+        self.model = model
+        self.responses: dict[str, Any] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        if lines[:1] == [_line({"of": of})]:
+        if lines[:1] == [_line({"model": model})]:
             for line in lines[1:]:
                 try:
-                    key, answer = json.loads(line)
-                except (ValueError, TypeError):  # it was killed while writing
+                    key, response = json.loads(line)
+                except (ValueError, TypeError):  # the process was killed while it wrote the line
                     continue
-                self.known[key] = answer
-        self.forget()
-        if self.known:
-            self.add(self.known)
+                self.responses[key] = response
+        self.delete()
+        if self.responses:
+            self.add(self.responses)
 
-    def add(self, found: Mapping[str, Any]) -> None:
-        """Keep answers."""
+    def add(self, responses: Mapping[str, Any]) -> None:
+        """Append responses to the file."""
         with self.path.open("ab") as file:
-            file.write(b"".join([] if file.tell() else [_line({"of": self.of})]) + b"".join(map(_line, found.items())))
+            header = b"" if file.tell() else _line({"model": self.model})
+            file.write(header + b"".join(map(_line, responses.items())))
 
-    def forget(self) -> None:
-        """Remove the file."""
+    def delete(self) -> None:
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -61,73 +62,70 @@ def _line(content: Any) -> bytes:
 
 
 class CachedLM:
-    """A language model of lm-eval that looks first among its answers of before.
+    """A language model of lm-eval that computes only responses that are not cached.
 
     Args:
         model: lm-eval's `LM`.
-        known: answers of before, by request; new ones are added.
-        keep: called with new answers.
-        told: called with how many of how many requests are answered.
-        stop: asked now and then whether to stop.
+        responses: cached responses by request; new ones are added.
+        save: called with new responses.
+        progress: called with the number of responses so far and the number of requests.
+        should_stop: called before each chunk of requests; whether to stop.
     """
 
     def __init__(
         self,
         model: Any,
-        known: dict[str, Any],
-        keep: Callable[[Mapping[str, Any]], None],
-        told: Callable[[int, int], None],
-        stop: Callable[[], bool] = lambda: False,
+        responses: dict[str, Any],
+        save: Callable[[Mapping[str, Any]], None],
+        progress: Callable[[int, int], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
-        self.known = known
-        self.keep = keep
-        self.told = told
-        self.stop = stop
+        self.responses = responses
+        self.save = save
+        self.progress = progress
+        self.should_stop = should_stop
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """See lm-eval's `LM`."""
-        return [(number, greedy) for number, greedy in self._answer("loglikelihood", requests)]
+        return [(number, greedy) for number, greedy in self._respond("loglikelihood", requests)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """See lm-eval's `LM`."""
-        return self._answer("loglikelihood_rolling", requests)
+        return self._respond("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """See lm-eval's `LM`."""
-        return self._answer("generate_until", requests)
+        return self._respond("generate_until", requests)
 
-    def _answer(self, kind: str, requests: list[Instance]) -> list[Any]:
-        """Return the answers to requests.
+    def _respond(self, kind: str, requests: list[Instance]) -> list[Any]:
+        """Return the responses to requests, those in the cache included.
 
         Raises:
-            TaskError: one is not a number.
-            EvaluationInterrupted: it was told to stop.
+            TaskError: a response is not a finite number.
+            EvaluationInterrupted: `should_stop` returned true.
         """
         keys = [hashlib.sha256(json.dumps([kind, *request.args]).encode()).hexdigest()[:32] for request in requests]
-        new: dict[str, Instance] = {}
-        for key, request in zip(keys, requests, strict=True):
-            if key not in self.known:
-                new.setdefault(key, request)
-        left = list(new.items())
-        for first in range(0, len(left), AT_ONCE):
-            self.told(len(requests) - len(left) + first, len(requests))
-            if self.stop():
+        unique = dict(zip(keys, requests, strict=True))
+        missing = [(key, request) for key, request in unique.items() if key not in self.responses]
+        for start in range(0, len(missing), REQUESTS_PER_SAVE):
+            self.progress(len(requests) - len(missing) + start, len(requests))
+            if self.should_stop():
                 raise EvaluationInterrupted
-            some = left[first : first + AT_ONCE]
-            answers = getattr(self.model, kind)([request for _, request in some], disable_tqdm=True)
-            if not all(map(_is_answer, answers)):
+            chunk = dict(missing[start : start + REQUESTS_PER_SAVE])
+            computed = getattr(self.model, kind)(list(chunk.values()), disable_tqdm=True)
+            if not all(map(_is_finite, computed)):
                 raise TaskError("the model's answers are not numbers: it has diverged, and has no score")
-            found = dict(zip((key for key, _ in some), answers, strict=True))
-            self.keep(found)
-            self.known.update(found)
-        self.told(len(requests), len(requests))
-        return [self.known[key] for key in keys]
+            new = dict(zip(chunk, computed, strict=True))
+            self.save(new)
+            self.responses.update(new)
+        self.progress(len(requests), len(requests))
+        return [self.responses[key] for key in keys]
 
 
-def _is_answer(answer: Any) -> bool:
-    number = answer[0] if isinstance(answer, tuple) else answer
+def _is_finite(response: Any) -> bool:
+    number = response[0] if isinstance(response, tuple) else response
     return isinstance(number, str) or math.isfinite(number)

@@ -1,73 +1,83 @@
-"""Scores of a model on tasks, each kept as soon as it is known."""
+"""Scores of a model on tasks. Each is saved as soon as it is computed."""
 
-import fcntl
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evaluation.tasks import EXAMPLES_SEED, TaskError, sample
+from common.files import exclusive_lock, write_atomic
+from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
 
 PACKAGES = ("lm_eval", "datasets", "torch", "transformers", "tokenizers")
 
-#: What tells a score of a model from another.
-KEY = ("task", "shots", "limit", "seed", "step", "dtype", "model")
+#: Fields that identify a score.
+KEY = ("task", "num_fewshot", "limit", "seed", "step", "dtype", "model")
 
 
 def score_key(
-    task: str, shots: int, limit: int | None, seed: int, step: int | None, dtype: str, model: str | None = None
+    task: str, num_fewshot: int, limit: int | None, seed: int, step: int | None, dtype: str, model: str | None = None
 ) -> dict[str, Any]:
-    """Return what tells a score from another; the seed does where items are drawn, the model where it is no run."""
-    return dict(zip(KEY, (task, shots, limit, seed if limit else None, step, dtype, model), strict=True))
+    """Return the fields that identify a score.
+
+    Args:
+        task: name of a task or group in lm-eval.
+        num_fewshot: solved examples before each item.
+        limit: items of each task at most; `None`: all.
+        seed: of the draw of items; part of the key only with a limit.
+        step: of a run's checkpoint.
+        dtype: of the weights.
+        model: identifies a model that is not a run; `None` for runs.
+    """
+    return dict(zip(KEY, (task, num_fewshot, limit, seed if limit else None, step, dtype, model), strict=True))
 
 
 def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
-    """Return what lm-eval finds of a model on a task or group.
+    """Return lm-eval's results of a model on a task or group.
 
     Args:
-        model: lm-eval's `LM`, or what behaves as one.
+        model: lm-eval's `LM`, or an object with its methods.
         name: of the task or group.
         loaded: see `load_tasks`.
         limit: items of each task at most, drawn at random; `None`: all.
         seed: of the draw.
 
     Returns:
-        `items`, whether they were `drawn`, `task_version`, and the metrics, each with its `_stderr`, as `acc` and
-        `acc_stderr`.
+        `items`, whether they were `drawn`, `task_version`, and the metrics, each with its standard error, such as `acc`
+        and `acc_stderr`.
 
     Raises:
-        TaskError: there are fewer solved examples than asked for, or the model cannot do what the task asks.
+        TaskError: there are fewer solved examples than `num_fewshot`, or the model does not support the task.
     """
     from lm_eval import evaluate
 
     for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed=EXAMPLES_SEED)  # the same examples for every model, whatever was drawn before
-    drawn = {each: sample(len(task.eval_docs), limit, seed) for each, task in loaded["tasks"].items()}
-    samples = {each: items for each, items in drawn.items() if items is not None}
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples for every model, whatever was drawn before
+    drawn = {task_name: sample(len(task.eval_docs), limit, seed) for task_name, task in loaded["tasks"].items()}
+    samples = {task_name: items for task_name, items in drawn.items() if items is not None}
     try:
-        found: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
+        results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
     except TaskError:
         raise
-    except ValueError as error:  # of the draw of examples, of the task's own code
+    except ValueError as error:  # from the draw of examples, or the task's own code
         raise TaskError(f"eval.tasks={name} cannot be scored ({error})") from error
-    counts = [count["effective"] for count in found["n-samples"].values()]
-    metrics = found["groups"][name] if name in found.get("groups", {}) else found["results"][name]
+    counts = [count["effective"] for count in results["n-samples"].values()]
+    metrics = results["groups"][name] if name in results.get("groups", {}) else results["results"][name]
     numbers = {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}
     for key in ("sample_len", "sample_count"):
         numbers.pop(key, None)
-    return {"items": sum(counts), "drawn": bool(samples), "task_version": found["versions"].get(name), **numbers}
+    return {"items": sum(counts), "drawn": bool(samples), "task_version": results["versions"].get(name), **numbers}
 
 
 class Scores:
-    """The scores of a model, in a file.
+    """The scores of a model, in a file. Several processes may add to it at the same time.
 
     Args:
-        path: task_scores.json.
-        damaged: whether the file is known to be, and is not read.
+        path: of task_scores.json.
+        damaged: whether the file is known to be damaged, and is not read.
+
+    Attributes:
+        all: the scores, as in the file.
 
     Raises:
         TaskError: the file is damaged.
@@ -75,6 +85,7 @@ class Scores:
 
     def __init__(self, path: Path, damaged: bool = False) -> None:
         self.path = path
+        self._lock = path.with_name(f".{path.name}.lock")
         self.all = [] if damaged else self._read()
 
     def _read(self) -> list[dict[str, Any]]:
@@ -82,8 +93,8 @@ class Scores:
             return []
         try:
             scores = json.loads(self.path.read_text())["scores"]
-            if not all(score["items"] > 0 and {"task", "shots", "step"} <= score.keys() for score in scores):
-                raise ValueError("a score has no task, shots, step or items")
+            if not all(score["items"] > 0 and {"task", "num_fewshot", "step"} <= score.keys() for score in scores):
+                raise ValueError("a score has no task, num_fewshot, step or items")
             return scores
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TaskError(
@@ -91,54 +102,44 @@ class Scores:
             ) from error
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the score with this key, if it is known."""
-        return next((score for score in self.all if all(score.get(name) == key[name] for name in KEY)), None)
+        """Return the score with this key, or `None`."""
+        return next((score for score in self.all if _has_key(score, key)), None)
 
-    def answers(self, step: int | None, dtype: str) -> Path:
-        """Return the file for the answers of an evaluation that is not done."""
+    def response_cache_path(self, step: int | None, dtype: str) -> Path:
+        """Return the file for the responses of an evaluation that is not finished."""
         return self.path.with_name(f".{self.path.stem}-{step or 0}-{dtype}.jsonl")
 
-    def forget_after(self, step: int) -> None:
-        """Forget scores and answers of later steps: the run goes on from this one, and may come to others."""
-        with self._alone():
-            kept = [score for score in self._read() if (score["step"] or 0) <= step]
+    def remove_after(self, step: int) -> None:
+        """Remove scores and cached responses of later steps: a run that resumes at this step may differ after it."""
+        with exclusive_lock(self._lock):
+            scores = [score for score in self._read() if (score["step"] or 0) <= step]
             if self.path.exists():
-                self._write(kept)
+                self._write(scores)
         for path in self.path.parent.glob(f".{self.path.stem}-*-*.jsonl"):
             number = path.name.split("-")[1]
             if number.isdecimal() and int(number) > step:
                 path.unlink()
 
-    def put_aside(self) -> Path:
+    def quarantine(self) -> Path:
         """Rename a damaged file, and return its new name."""
-        aside = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
-        self.path.replace(aside)
+        quarantined = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
+        self.path.replace(quarantined)
         self.all = []
-        return aside
+        return quarantined
 
-    def add(self, key: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-        """Keep what was found, with the versions that found it."""
+    def add(self, key: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+        """Save results with the versions of the packages that computed them, and return the score."""
         versions = {package: version(package) for package in PACKAGES}
-        score = {**key, **found, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        with self._alone():
-            others = self._read()  # another process may have found some meanwhile
-            self._write([other for other in others if any(other.get(name) != key[name] for name in KEY)] + [score])
+        score = {**key, **results, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        with exclusive_lock(self._lock):
+            others = self._read()  # another process may have added scores
+            self._write([other for other in others if not _has_key(other, key)] + [score])
         return score
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Have the file for this process alone."""
-        with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
     def _write(self, scores: list[dict[str, Any]]) -> None:
-        """Have the file hold these, or what it held before, whatever happens meanwhile."""
         self.all = scores
-        path = self.path.resolve()
-        aside = path.with_name(f".saving-{path.name}")
-        with aside.open("w") as file:
-            json.dump({"scores": self.all}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_atomic(self.path.resolve(), json.dumps({"scores": scores}, indent=1))  # a symbolic link stays one
+
+
+def _has_key(score: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(score.get(name) == key[name] for name in KEY)

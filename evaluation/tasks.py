@@ -1,7 +1,7 @@
-"""Tasks as lm-eval defines them, with their data from the Hugging Face hub or from files.
+"""Tasks as lm-eval defines them, with data from the Hugging Face hub or from files.
 
-HellaSwag and WinoGrande are the paper's. Their validation sets can be files, of the fields that they have on the hub:
-a definition then includes lm-eval's own and names the file.
+The paper evaluates on HellaSwag and WinoGrande. Their validation sets can be files with the fields of the hub's data: a
+task definition then includes lm-eval's own and names the file.
 """
 
 import hashlib
@@ -11,14 +11,15 @@ import lzma
 import random
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-#: Seed by which lm-eval itself draws the examples of k-shot tasks.
-EXAMPLES_SEED = 1234
+from common.errors import UserError, one_line
+
+#: Seed of the draw of solved examples, lm-eval's own default.
+FEWSHOT_SEED = 1234
 
 
 class ValidationSet(NamedTuple):
@@ -26,10 +27,10 @@ class ValidationSet(NamedTuple):
 
     Attributes:
         file: its name without .jsonl or .jsonl.xz.
-        items: in it.
-        definition: lm-eval's, below its tasks/.
-        fields: that the task reads.
-        sha256: of these, see `_sum`.
+        items: number of items.
+        definition: lm-eval's task definition, relative to its tasks/.
+        fields: fields of an item that the task reads.
+        sha256: of these fields, see `_sha256_of_fields`.
     """
 
     file: str
@@ -56,60 +57,60 @@ SETS = {
     ),
 }
 
-WAYS = (
+DATA_SOURCES = (
     "they come from the Hugging Face hub where it can be reached, from a folder given as eval.data_dir= with "
     "hellaswag_validation.jsonl and winogrande_xl_validation.jsonl (or .jsonl.xz), or from `make eval-data`"
 )
 
 
-class TaskError(ValueError):
-    """A task is not known, or its data cannot be had; the message is one sentence."""
+class TaskError(UserError):
+    """A task is unknown, its data cannot be loaded, or a model has no score on it; the message is one sentence."""
 
 
 def data_file(folder: Path, task: str) -> Path | None:
-    """Return the validation set of a task in a folder; `None` if it is not there.
+    """Return the validation set of a task in a folder, or `None` if the folder has none.
 
     Raises:
-        TaskError: it has too few items, or too many.
+        TaskError: the file is damaged, or has too few or too many items.
     """
-    known = SETS[task]
     for suffix in (".jsonl", ".jsonl.xz"):
-        path = folder / f"{known.file}{suffix}"
+        path = folder / f"{SETS[task].file}{suffix}"
         if path.is_file():
             try:
                 with lzma.open(path, "rb") if suffix == ".jsonl.xz" else path.open("rb") as lines:
                     items = sum(1 for line in lines if line.strip())
             except (OSError, EOFError, lzma.LZMAError) as error:
                 raise TaskError(f"{path} cannot be read ({error}): remove it, and get it again") from error
-            _check(items, task, str(path))
+            _check_count(items, task, str(path))
             return path
     return None
 
 
 def data_folders(data_dir: str | None, cache: str) -> list[Path]:
-    """Return where the validation sets may be: a folder that is given, and where scripts/eval_data.py puts them."""
+    """Return the folders that may have the validation sets: `data_dir`, and where scripts/eval_data.py writes them."""
     return [Path(folder) for folder in (data_dir, Path(cache, "eval")) if folder is not None]
 
 
-def load_tasks(name: str, folders: Sequence[Path], shots: int) -> dict[str, Any]:
-    """Return a task, or those of a group, as lm-eval's `evaluate` takes them.
+def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str, Any]:
+    """Return a task, or the tasks of a group, as lm-eval's `evaluate` takes them.
 
     Args:
-        name: in lm-eval.
-        folders: where the validation sets of HellaSwag and WinoGrande may be; else, as all others, from the hub.
-        shots: solved examples before each item. They are drawn from the training set; of files, from the other items.
+        name: of the task or group in lm-eval.
+        folders: searched for the validation sets of HellaSwag and WinoGrande. All other data comes from the hub.
+        num_fewshot: solved examples before each item. They are drawn from the training set; with data from files, from
+            the other items.
 
     Raises:
-        TaskError: there is no such task, or its data cannot be had.
+        TaskError: the task is unknown, or its data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
-    quieten_libraries()
-    file = next((found for folder in folders if (found := data_file(folder, name))), None) if name in SETS else None
+    silence_libraries()
+    file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
     try:
-        with tempfile.TemporaryDirectory() as aside:
+        with tempfile.TemporaryDirectory() as temporary:
             if file is not None:
-                definition = Path(aside, f"{name}.yaml")
+                definition = Path(temporary, f"{name}.yaml")
                 definition.write_text(yaml.safe_dump(_definition(name, file)))
                 loaded: Any = TaskManager(include_defaults=False).load([str(definition)])
             else:
@@ -121,35 +122,27 @@ def load_tasks(name: str, folders: Sequence[Path], shots: int) -> dict[str, Any]
                 loaded = manager.load([name])
     except TaskError:
         raise
-    except Exception as error:  # of the hub, of its libraries, of definitions that need more packages
-        reason = " ".join(str(error).split())[:200]
-        said = f": {WAYS}" if name in SETS else ""
-        raise TaskError(f"the data of eval.tasks={name} cannot be had ({reason}){said}") from error
-    for each, task in loaded["tasks"].items():
-        if each in SETS:
-            _check(len(task.eval_docs), each, str(file or "the hub"))
-            if (digest := _sum(task.dataset["validation"], SETS[each].fields)) != SETS[each].sha256:
-                raise TaskError(
-                    f"{file or 'the hub'} has other items than the validation set of {each} as it was published "
-                    f"(sha256 {digest[:12]}): get it again"
-                )
-        task.set_config(key="num_fewshot", value=shots)
+    except Exception as error:  # from the hub, its libraries, or definitions that need more packages
+        sources = f": {DATA_SOURCES}" if name in SETS else ""
+        raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({one_line(error, 200)}){sources}") from error
+    for task_name, task in loaded["tasks"].items():
+        if task_name in SETS:
+            _check_published(task_name, task, str(file or "the hub"))
+        task.set_config(key="num_fewshot", value=num_fewshot)
     return loaded
 
 
-def quieten_libraries() -> None:
-    """Silence notices of what is meant, as definitions and shots that are given, and bars within ours."""
+def silence_libraries() -> None:
+    """Silence what lm-eval and the hub's libraries log about settings that are intended, and their progress bars."""
     import datasets
-    from tqdm import tqdm
 
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def sample(items: int, limit: int | None, seed: int) -> list[int] | None:
-    """Return which items are evaluated, in order: the same for every model; `None`: all."""
+    """Return the indices of the items to evaluate, sorted, the same for every model; `None`: all items."""
     if limit is None or limit >= items:
         return None
     return sorted(random.Random(seed).sample(range(items), limit))
@@ -168,14 +161,25 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
     }
 
 
-def _sum(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
-    """Return the SHA-256 of the fields of items, a line of JSON each."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update((json.dumps([row.get(field) for field in fields], ensure_ascii=False) + "\n").encode())
-    return found.hexdigest()
+def _check_published(name: str, task: Any, source: str) -> None:
+    """Raise `TaskError` unless a task's items are those of the published validation set."""
+    _check_count(len(task.eval_docs), name, source)
+    digest = _sha256_of_fields(task.dataset["validation"], SETS[name].fields)
+    if digest != SETS[name].sha256:
+        raise TaskError(
+            f"{source} has other items than the validation set of {name} as it was published "
+            f"(sha256 {digest[:12]}): get it again"
+        )
 
 
-def _check(items: int, task: str, where: str) -> None:
+def _check_count(items: int, task: str, source: str) -> None:
     if items != SETS[task].items:
-        raise TaskError(f"{where} has {items:,} items of {task}: the validation set has {SETS[task].items:,}")
+        raise TaskError(f"{source} has {items:,} items of {task}: the validation set has {SETS[task].items:,}")
+
+
+def _sha256_of_fields(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
+    """Return the SHA-256 of the fields of items, each item as a line of JSON."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update((json.dumps([row.get(field) for field in fields], ensure_ascii=False) + "\n").encode())
+    return digest.hexdigest()

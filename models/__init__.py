@@ -1,4 +1,4 @@
-"""The LLaMA architecture. Takes token ids, returns logits or loss."""
+"""The LLaMA architecture, its scoring, and its exchange with Hugging Face. It takes token ids, and knows no text."""
 
 from models.config import LlamaConfig, ModelConfig
 from models.llama import Llama

@@ -15,7 +15,7 @@ from torch import Tensor
 #: they take 4 MiB and stay in its cache.
 MAX_LOGITS = {"cuda": 1 << 25, "cpu": 1 << 20}
 
-#: Rows in a chunk at least, whatever the vocabulary: fewer make matrix products slow.
+#: Minimum number of rows in a chunk: with fewer, matrix products are slow.
 MIN_ROWS = 128
 
 #: `logit_grads`, or a compiled version of it.

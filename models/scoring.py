@@ -17,7 +17,7 @@ from models.prefix_tree import PrefixTree
 #: A text joins a group if that saves at least this fraction of the tokens of the shortest text.
 MIN_PREFIX_SAVING = 0.25
 
-#: The texts of a group have together at most this many times the tokens that the model sees: attention pads them all.
+#: Limit of the tokens of all texts of a group, as a multiple of the context: attention holds each text in full.
 MAX_GROUP_FACTOR = 4
 
 

@@ -18,20 +18,30 @@ from training.runtime.signals import install_handlers
 
 install_handlers()
 
+Values = dict[str, Any]
 
-def run(main: Callable[..., None], config: str | None = None) -> NoReturn:
+
+def run(main: Callable[[Values], None], config: str | None = None) -> NoReturn:
     """Run a script's main function, report a mistake as one sentence, and exit with the script's status.
 
     Args:
-        main: takes the values that Hydra composes, plain and nested; nothing where `config` is `None`.
-        config: file below configs/ without its ending, such as "evaluate".
+        main: called with the settings as plain nested values.
+        config: file below configs/ without its ending, such as "evaluate", from which Hydra composes the settings;
+            `None`: the settings are the KEY=VALUE arguments of the command line.
     """
     from training.launch.cli import command_line
 
-    sys.exit(command_line(main if config is None else _composed(main, config)))
+    sys.exit(command_line(_from_arguments(main) if config is None else _composed(main, config)))
 
 
-def _composed(main: Callable[[dict[str, Any]], None], config: str) -> Callable[[], Any]:
+def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
+    """Return a function that calls `main` with the command line's arguments."""
+    from omegaconf import OmegaConf
+
+    return lambda: main(OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:])))  # type: ignore[arg-type]
+
+
+def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
     """Return a function that has Hydra compose a configuration and calls `main` with its values."""
     import hydra
     from omegaconf import OmegaConf

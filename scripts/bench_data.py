@@ -46,7 +46,7 @@ from data import (
 )
 from data.prepare import PART_TOKENS
 from data.sequences import order
-from data.tokens import sealed
+from data.tokens import dump_with_checksum
 
 DEFAULTS = {"path": None, "megabytes": 24, "rounds": 5, "tokens": 50e9}
 SEQUENCE, BATCH = 2048, 64
@@ -184,7 +184,7 @@ def opening(cfg: OmegaConf, folder: Path) -> Table:
             described.append({"file": file.name, "tokens": length})
             facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": ""}
         facts[split] = {"parts": described}
-    (sparse / "tokens.json").write_text(sealed(facts))
+    (sparse / "tokens.json").write_text(dump_with_checksum(facts))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     opened = open_tokens(sparse)

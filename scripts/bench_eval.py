@@ -1,118 +1,119 @@
-"""How fast a run is scored, beside lm-eval's `hf` backend on the exported run: `python scripts/bench_eval.py run=...`.
+"""Compare the speed of LlamaLM with lm-eval's `hf` backend on the exported run: `python scripts/bench_eval.py run=...`.
 
-The same items, in turns, in one process; the scores must be the same. `hf` gets the fastest of some batch sizes.
+Both score the same items in turns in one process, and their scores must be equal. `hf` gets the fastest batch size.
 """
 
-import sys
-from pathlib import Path
+import _entry  # first: it finds the checkout and installs the signal handlers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.pop(1)  # scripts/: see evaluate.py
-
-from training.runtime.signals import install_handlers
-
-install_handlers()  # first: what follows takes seconds to load
+# isort: split
 
 import statistics
 import tempfile
 import time
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from omegaconf import OmegaConf
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from common.errors import UserError
+from common.settings import Allowed, Count, Folder, Settings, parse
 from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
-from evaluation.tasks import TaskError, load_tasks
+from evaluation.tasks import load_tasks
 from models import Llama
 from models.hugging_face import export
 from training.checkpoint.load import RunCheckpoint
-from training.launch.cli import command_line, reporting
-from training.run_dir import environment
+from training.runtime.environment import environment
 
-SETTINGS = {"run": None, "limit": 400, "rounds": 3, "data_dir": "cache/eval", "tasks": ["hellaswag", "winogrande"]}
 BATCH_SIZES = (4, 16, 64)
 
 
-def seconds(model: Any, task: str, loaded: dict[str, Any], items: int) -> tuple[float, dict[str, Any]]:
-    """Return how long a model takes to answer what is asked of some items, and their scores.
+class BenchEvalConfig(Settings):
+    """Settings of the command line."""
 
-    That lm-eval reads all items of a task to ask some of them is not counted; it is the same for every model.
+    run: Folder
+    """Run folder."""
+    limit: Count = 400
+    """Items of each task."""
+    rounds: Count = 3
+    """Measurements of each task."""
+    data_dir: Folder = "cache/eval"
+    """Folder with the validation sets."""
+    tasks: Annotated[list[str], Allowed("a list of tasks, as [hellaswag]")] = Field(
+        ["hellaswag", "winogrande"], min_length=1
+    )
+    """Names of tasks in lm-eval."""
+
+
+def main(values: _entry.Values) -> None:
+    """Measure, and print the ratios."""
+    from lm_eval.models.huggingface import HFLM
+
+    config = parse(BenchEvalConfig, values)
+    console = Console(highlight=False)
+    warnings.filterwarnings("ignore")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = RunCheckpoint(Path(config.run), None, console.print)
+    tokenizer, weights = checkpoint.tokenizer(), checkpoint.model_state()
+    model = Llama(checkpoint.config).eval().to(device)
+    model.load_state_dict(weights)
+    llama_lm = LlamaLM(model, tokenizer, device)
+    with tempfile.TemporaryDirectory() as folder:
+        export(weights, checkpoint.config, Path(folder), tokenizer.end)
+        tokenizer.save(Path(folder))
+        hf_lm = HFLM(pretrained=folder, device=str(device), dtype="float32", batch_size=1)
+    title = f"{config.limit} items, {checkpoint.config.parameters / 1e6:.1f}M parameters"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both"):
+        table.add_column(column, justify="right")
+    for task in config.tasks:
+        loaded = load_tasks(task, [Path(config.data_dir)], 0)
+        seconds = {}
+        for size in BATCH_SIZES:
+            hf_lm.batch_size_per_gpu = size
+            seconds[size] = measure(hf_lm, task, loaded, max(1, config.limit // 4))[0]
+        hf_lm.batch_size_per_gpu = min(seconds, key=seconds.__getitem__)
+        ratios = []
+        for _ in track(range(config.rounds), task, console=console):
+            our_seconds, scores = measure(llama_lm, task, loaded, config.limit)
+            hf_seconds, hf_scores = measure(hf_lm, task, loaded, config.limit)
+            if scores != hf_scores:
+                raise RuntimeError(f"{task}: {scores} is not {hf_scores}")
+            ratios.append(hf_seconds / our_seconds)
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        size = str(hf_lm.batch_size_per_gpu)
+        table.add_row(task, f"{statistics.median(ratios):.2f}", rounds, size, f"{scores['acc']:.4f}")
+    console.print(table)
+    machine = environment()
+    versions = " ".join(f"{name} {machine['versions'][name]}" for name in ("python", "torch"))
+    console.print(f"{machine['device']}, {versions}, commit {machine['commit']}")
+
+
+def measure(model: Any, task: str, loaded: dict[str, Any], items: int) -> tuple[float, dict[str, Any]]:
+    """Return the seconds that a model takes to compute the responses for some items of a task, and their scores.
+
+    The time in which lm-eval reads all items of the task is not counted; it is the same for every model.
     """
-    answer, spent = model.loglikelihood, 0.0
+    loglikelihood, seconds = model.loglikelihood, 0.0
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal spent
-        began = time.perf_counter()
-        found = answer(*args, **kwargs)
-        spent += time.perf_counter() - began
-        return found
+        nonlocal seconds
+        start = time.perf_counter()
+        responses = loglikelihood(*args, **kwargs)
+        seconds += time.perf_counter() - start
+        return responses
 
     model.loglikelihood = timed
     try:
-        found = score_task(model, task, loaded, items, seed=0)
+        scores = score_task(model, task, loaded, items, seed=0)
     finally:
         del model.loglikelihood
-    return spent, found
-
-
-def main() -> None:
-    """Measure, and print the ratios."""
-    with reporting():
-        cfg = OmegaConf.merge(SETTINGS, OmegaConf.from_cli(sys.argv[1:]))
-        if unknown := set(map(str, cfg)) - set(SETTINGS):
-            raise UserError(f"{', '.join(sorted(unknown))} is not known: there are {', '.join(SETTINGS)}")
-        if cfg.run is None:
-            raise UserError("run is not set: it must be a run folder, as run=runs/main/NAME")
-        from lm_eval.models.huggingface import HFLM
-
-        console = Console(highlight=False)
-        warnings.filterwarnings("ignore")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trained = RunCheckpoint(Path(cfg.run), None, console.print)
-        tokenizer, weights = trained.tokenizer(), trained.model_state()
-        model = Llama(trained.config).eval().to(device)
-        model.load_state_dict(weights)
-        ours = LlamaLM(model, tokenizer, device)
-        with tempfile.TemporaryDirectory() as folder:
-            export(weights, trained.config, Path(folder), tokenizer.end)
-            tokenizer.save(Path(folder))
-            theirs = HFLM(pretrained=folder, device=str(device), dtype="float32", batch_size=1)
-        table = Table(
-            title=f"{cfg.limit} items, {trained.config.parameters / 1e6:.1f}M parameters", title_justify="left"
-        )
-        for column in ("task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both"):
-            table.add_column(column, justify="right")
-        for task in cfg.tasks:
-            try:
-                loaded = load_tasks(task, [Path(cfg.data_dir)], 0)
-            except TaskError as error:
-                raise UserError(str(error)) from error
-            tried = {}
-            for size in BATCH_SIZES:
-                theirs.batch_size_per_gpu = size
-                tried[size] = seconds(theirs, task, loaded, max(1, cfg.limit // 4))[0]
-            theirs.batch_size_per_gpu = min(tried, key=tried.__getitem__)
-            ratios = []
-            for _ in track(range(cfg.rounds), task, console=console):
-                mine, scores = seconds(ours, task, loaded, cfg.limit)
-                other, their_scores = seconds(theirs, task, loaded, cfg.limit)
-                if scores != their_scores:
-                    raise RuntimeError(f"{task}: {scores} is not {their_scores}")
-                ratios.append(other / mine)
-            spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            size = str(theirs.batch_size_per_gpu)
-            table.add_row(task, f"{statistics.median(ratios):.2f}", spread, size, f"{scores['acc']:.4f}")
-        console.print(table)
-        about = environment()
-        versions = " ".join(f"{name} {about['versions'][name]}" for name in ("python", "torch"))
-        console.print(f"{about['device']}, {versions}, commit {about['commit']}")
+    return seconds, scores
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    _entry.run(main)

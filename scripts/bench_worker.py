@@ -1,8 +1,8 @@
 """One contender of bench_train.py, in a process of its own: `python scripts/bench_worker.py NAME SPEC.json`.
 
-A contender trains on given batches and is stopped between rounds: it says on its standard output, in a line of JSON,
-that it has warmed up, and after each line it then reads how long the next round took. Beside torch and numpy it imports
-its own libraries only, so that peers run in an environment that knows nothing of this project.
+A contender trains on the batches of the specification and pauses between rounds. It prints a line of JSON when it has
+warmed up. For each line that it then reads, it trains for a round and prints how long that took. Besides torch and
+numpy it imports its own libraries only, so peers run in an environment without this project.
 """
 
 import json
@@ -24,25 +24,25 @@ sys.path[0] = str(Path(__file__).parent.parent)
 
 
 class Rounds:
-    """Stops a loop between rounds and tells how long each took.
+    """Pauses a training loop between rounds, and reports how long each took.
 
     Args:
-        steps: of a round; as many are done first, to warm up.
-        device: that must be done when a round ends.
+        steps: steps of a round, and of the warm-up before the first.
+        device: cpu or cuda; a round ends when it has finished.
     """
 
     def __init__(self, steps: int, device: str) -> None:
         self.steps = steps
         self.device = device
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print goes to the log
-        self.done = 0
-        self._since = 0.0
+        self.reports = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # output of libraries goes to the log
+        self.steps_done = 0
+        self._round_began = 0.0
 
     def step_done(self, loss: Any) -> None:
-        """Count a step; at the end of a round report it, and wait for the next, or for the end of the process."""
-        self.done += 1
-        if self.done % self.steps:
+        """Count a step. At the end of a round report it, and wait for the next one; exit if there is none."""
+        self.steps_done += 1
+        if self.steps_done % self.steps:
             return
         loss = float(loss)
         if self.device == "cuda":
@@ -50,23 +50,23 @@ class Rounds:
             memory = torch.cuda.max_memory_allocated()
         else:
             memory = resident_peak()
-        took = time.perf_counter() - self._since
-        self.out.write(json.dumps({"seconds": took, "loss": loss, "memory": memory}) + "\n")
-        self.out.flush()
+        seconds = time.perf_counter() - self._round_began
+        self.reports.write(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}) + "\n")
+        self.reports.flush()
         if not sys.stdin.readline():
             os._exit(0)
-        self._since = time.perf_counter()
+        self._round_began = time.perf_counter()
 
 
 def resident_peak() -> int:
-    """Return the most bytes that this program has had; what getrusage says begins with the peak of who started it."""
+    """Return the peak resident memory of this program in bytes; getrusage includes that of its parent process."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def batches(spec: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield (batch, length + 1) int64 tokens on the device, again and again."""
+    """Yield int64 tokens of shape (batch, length + 1) on the device, for ever."""
     stored = np.load(spec["batches"], mmap_mode="r")
     while True:
         for batch in stored:
@@ -75,7 +75,7 @@ def batches(spec: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def plain_loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], spec: dict[str, Any]) -> None:
-    """Train with nothing but the model and AdamW, until the process is ended."""
+    """Train with the model and AdamW alone, until the process ends."""
     rounds = Rounds(spec["steps"], spec["device"])
     model.train().to(spec["device"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], fused=True)
@@ -94,19 +94,21 @@ def ours(spec: dict[str, Any]) -> None:
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
-    from training.config.checks import check, run_path
+    from training.config.checks import check
+    from training.config.compose import CONFIGS, load_config
+    from training.config.identity import run_path
     from training.run import prepare_tokens, train
     from training.run_dir import RunDir
 
     rounds = Rounds(spec["steps"], spec["device"])
-    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
-        cfg = compose("train", overrides=[*spec["overrides"], f"trainer.compile={spec['compile']}"])
-    check(cfg)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = load_config(compose("train", [*spec["overrides"], f"trainer.compile={str(spec['compile']).lower()}"]))
+    check(config)
     console = Console(quiet=True)
-    tokens = prepare_tokens(cfg, console)
-    folder = RunDir(run_path(cfg))
-    with folder.owned(cfg, tokens):
-        train(cfg, folder, tokens, console, listeners=[lambda row: rounds.step_done(row["loss"])])
+    tokens = prepare_tokens(config, console)
+    run_dir = RunDir(run_path(config))
+    with run_dir.acquire(config, tokens):
+        train(config, run_dir, tokens, console, listeners=[lambda row: rounds.step_done(row["loss"])])
 
 
 def bare(spec: dict[str, Any]) -> None:
@@ -166,18 +168,18 @@ def litgpt(spec: dict[str, Any]) -> None:
             rounds.step_done(losses[-1])
             yield tokens
 
-    most = 10**12
+    unlimited = 10**12
     fit(
         fabric=fabric, devices=1, state={"model": prepared, "optimizer": optimizer, "iter_num": 0, "step_count": 0},
         train_dataloader=feed(), val_dataloader=[next(batches(spec))], out_dir=Path(spec["folder"]),
-        tokenizer_dir=None, eval=EvalArgs(interval=most, max_iters=1, final_validation=False),
+        tokenizer_dir=None, eval=EvalArgs(interval=unlimited, max_iters=1, final_validation=False),
         train=TrainArgs(save_interval=None, log_interval=spec["log_every"], global_batch_size=spec["batch"],
-                        micro_batch_size=spec["batch"], lr_warmup_steps=1, max_tokens=most, max_norm=1.0),
+                        micro_batch_size=spec["batch"], lr_warmup_steps=1, max_tokens=unlimited, max_norm=1.0),
     )  # fmt: skip
 
 
 def check_size(model: nn.Module, spec: dict[str, Any]) -> None:
-    """Raise `ValueError` unless a peer has as many parameters as we have."""
+    """Raise `ValueError` unless a peer's model has as many parameters as ours."""
     count = sum(parameter.numel() for parameter in model.parameters())
     if count != spec["parameters"]:
         raise ValueError(f"this model has {count:,} parameters, ours {spec['parameters']:,}")

@@ -12,7 +12,6 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -38,7 +37,7 @@ class ExportConfig(Settings):
     """Folder that is written. It must not exist."""
 
 
-def main(values: dict[str, Any]) -> None:
+def main(values: _entry.Values) -> None:
     """Export the checkpoint that the configuration names."""
     config = parse(ExportConfig, values)
     console = Console(soft_wrap=True, highlight=False)
@@ -47,7 +46,7 @@ def main(values: dict[str, Any]) -> None:
     out = Path(config.out)
     checkpoint = RunCheckpoint(Path(config.run), config.step, console.print)
     if out.exists():
-        raise UserError(f"out={out} is there already: remove it, or choose another folder")
+        raise UserError(f"out={out} exists already: remove it, or choose another folder")
     check_folder("out", config.out, out)
     state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
     temporary = tmp_path(out)

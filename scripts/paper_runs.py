@@ -17,7 +17,7 @@ from experiments.paper.suites import TABLES, ZCLIP, sets
 from training.config.checks import CONFIGS, check_folder, identity
 from training.config.compose import locate
 from zclip import ZClip
-from zclip.base import is_count
+from zclip.arguments import is_count
 
 #: What has a picture, and what there is in all, in the order of the report.
 PICTURES = ("figure3", *DRAWN)

@@ -1,25 +1,18 @@
 """Print the state of each run of an experiment: `python scripts/status.py [folder=runs/main]`."""
 
-import sys
+import _entry  # first: it finds the checkout and installs the signal handlers
+
+# isort: split
+
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from training.runtime.signals import install_handlers
-
-install_handlers()  # first: what follows takes seconds to load
-
 from typing import Any
 
-import hydra
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from common.errors import UserError
-from common.settings import Folder, Settings
-from training.config.compose import load_section
-from training.launch.cli import command_line, reporting
+from common.settings import Folder, Settings, parse
 from training.launch.slurm import queued_jobs
 from training.launch.sweep import status
 from training.run_dir import RunDir
@@ -42,40 +35,36 @@ class StatusConfig(Settings):
     """Folder whose subfolders are runs."""
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="status")
-def main(cfg: Any) -> None:
+def main(values: dict[str, Any]) -> None:
     """Print the table."""
-    with reporting():
-        folder = Path(load_section(cfg, StatusConfig).folder)
-        if not folder.is_dir():
-            raise UserError(
-                f"folder={folder} does not exist: it must be the folder of an experiment, such as runs/main"
-            )
-        runs = [RunDir(path) for path in sorted(folder.iterdir())]
-        runs = [run for run in runs if run.config_file.is_file() or run.job_file.is_file()]
-        queue = queued_jobs() if any(run.job_file.is_file() for run in runs) else {}
-        table = Table(title=str(folder), title_justify="left")
-        for column in ("run", "state", "step", "loss", "tokens/s", "job"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
-        counts = dict.fromkeys(STYLES, 0)
-        for run in runs:
-            current = status(run, queue)
-            counts[current.state] += 1
-            step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
-            table.add_row(
-                escape(run.path.name),
-                f"[{STYLES[current.state]}]{current.state}",
-                f"{step or 0:,} of {'?' if current.steps is None else format(current.steps, ',')}",
-                "-" if loss is None else f"{loss:.3f}",
-                "-" if speed is None else f"{speed:,.0f}",
-                current.job or "",
-            )
-        console = Console()
-        if not console.is_terminal:  # names are not wrapped in pipes and files
-            console.width = max(console.width, 160)
-        console.print(table)
-        console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
+    folder = Path(parse(StatusConfig, values).folder)
+    if not folder.is_dir():
+        raise UserError(f"folder={folder} does not exist: it must be the folder of an experiment, such as runs/main")
+    runs = [RunDir(path) for path in sorted(folder.iterdir())]
+    runs = [run for run in runs if run.config_file.is_file() or run.job_file.is_file()]
+    queue = queued_jobs() if any(run.job_file.is_file() for run in runs) else {}
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("run", "state", "step", "loss", "tokens/s", "job"):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    counts = dict.fromkeys(STYLES, 0)
+    for run in runs:
+        current = status(run, queue)
+        counts[current.state] += 1
+        step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
+        table.add_row(
+            escape(run.path.name),
+            f"[{STYLES[current.state]}]{current.state}",
+            f"{step or 0:,} of {'?' if current.steps is None else format(current.steps, ',')}",
+            "-" if loss is None else f"{loss:.3f}",
+            "-" if speed is None else f"{speed:,.0f}",
+            current.job or "",
+        )
+    console = Console()
+    if not console.is_terminal:  # names are not wrapped in pipes and files
+        console.width = max(console.width, 160)
+    console.print(table)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    _entry.run(main, "status")

@@ -1,58 +1,68 @@
 """Train a byte-level BPE: `python scripts/train_tokenizer.py data.path=FOLDER vocab_size=65536 out=FOLDER`.
 
-The folder then works as `data.tokenizer=FOLDER` and in transformers' `AutoTokenizer.from_pretrained`. It learns from
-the training documents only: those that `data.val_fraction` holds out are left out here too.
+The folder then works as `data.tokenizer=FOLDER` and in transformers' `AutoTokenizer.from_pretrained`. Only the training
+documents are used: those that `data.val_fraction` holds out are skipped.
 """
 
-import sys
-from pathlib import Path
+import _entry  # first: it finds the checkout and installs the signal handlers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from training.runtime.signals import install_handlers
-
-install_handlers()  # first: what follows takes seconds to load
+# isort: split
 
 import math
 import shutil
+from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 
-from common.errors import UserError
-from data import corpus_tokenizer
-from training.config.checks import check_data, check_folder, section
-from training.launch.cli import command_line, reporting
-from zclip.base import is_number
+from common.errors import ConfigError, prefix_errors
+from common.files import commit, tmp_path
+from common.settings import AtLeastOne, Count, Folder, Settings, parse
+from data import CacheConfig, DataConfig, corpus_tokenizer
+from training.config.checks import check_data, check_folder
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train_tokenizer")
-def main(cfg: DictConfig) -> None:
-    """Train the tokenizer that the configuration describes."""
-    with reporting():
-        console = Console(soft_wrap=True, highlight=False)
-        out = Path(cfg.out)
-        if out.exists():
-            raise UserError(f"out={cfg.out} is there already: remove it, or choose another folder")
-        if not is_number(cfg.max_bytes) or cfg.max_bytes < 1:
-            raise UserError(f"max_bytes={cfg.max_bytes} is not allowed: it must be a number from 1")
-        check_folder("out", cfg.out, out)
-        corpus = check_data(cfg, sequence_length=1)
-        with section("data"):
-            encoder = corpus_tokenizer(corpus, console, math.floor(cfg.max_bytes))
-        aside = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
-            encoder.save(aside)
-            aside.rename(out)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"out={cfg.out} cannot be written ({error.strerror}): nothing is left there") from error
-        short = "" if encoder.size == corpus.vocab_size else f" (the text has no more, of {corpus.vocab_size:,})"
-        console.print(f"{encoder.size:,} tokens{short}: data.tokenizer={out}")
+class TrainTokenizerConfig(Settings):
+    """Settings of configs/train_tokenizer.yaml."""
+
+    data: DataConfig
+    """Corpus to learn from."""
+
+    vocab_size: Count
+    """Number of ids; a small corpus may yield fewer."""
+
+    max_bytes: AtLeastOne
+    """Bytes of text after which reading stops."""
+
+    out: Folder
+    """Folder that is written. It must not exist."""
+
+    paths: CacheConfig
+    """Folders."""
+
+
+def main(values: _entry.Values) -> None:
+    """Train the tokenizer and write its files."""
+    config = parse(TrainTokenizerConfig, values)
+    console = Console(soft_wrap=True, highlight=False)
+    out = Path(config.out)
+    if out.exists():
+        raise ConfigError("out", config.out, problem="exists already: remove it, or choose another folder")
+    check_folder("out", config.out, out)
+    corpus = check_data(config.data, config.paths.cache, sequence_length=1)
+    with prefix_errors("data"):
+        tokenizer = corpus_tokenizer(corpus, console, math.floor(config.max_bytes))
+    temporary = tmp_path(out)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        tokenizer.save(temporary)
+        commit(temporary, out)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError("out", config.out, problem=f"cannot be written ({error.strerror})") from error
+    note = "" if tokenizer.size == corpus.vocab_size else f" (the text has no more, of {corpus.vocab_size:,})"
+    console.print(f"{tokenizer.size:,} tokens{note}: data.tokenizer={out}")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    _entry.run(main, "train_tokenizer")

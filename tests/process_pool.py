@@ -1,8 +1,8 @@
-"""train.py and the scripts as processes that find loaded what takes them seconds to load.
+"""Run train.py and the scripts as processes that start with their slow imports done.
 
-`run` keeps a process that has loaded Lightning and the rest once, and forks for each program. The fork has a folder,
-arguments, an environment and output of its own, and is the program from its first line to its exit. Tests of what is
-loaded, and of programs that are interrupted from outside, use `subprocess`.
+`run` keeps one server process that has imported Lightning and the rest, and forks for each program. The fork has its
+own folder, arguments, environment and output, and is the program from its first line to its exit. Tests of what is
+imported, and of programs that are interrupted from outside, use `subprocess`.
 """
 
 import atexit
@@ -21,53 +21,59 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 CHECKOUT = Path(__file__).parent.parent
-#: What takes long.
-LOADED = ("training.run", "training.launch.plan", "matplotlib.pyplot", "datasets", "scipy.stats")
-_loaded: list[subprocess.Popen[str]] = []
+#: Modules that take long to import.
+PRELOADED = ("training.run", "training.launch.plan", "matplotlib.pyplot", "datasets", "scipy.stats")
+_servers: list[subprocess.Popen[str]] = []
 
 
 def run(
     program: str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of the checkout to its end, with further variables in its environment.
+    """Run a program of the checkout to its end.
 
-    With variables that are read while Hugging Face's libraries are loaded, it starts from nothing.
+    Args:
+        program: path in the checkout.
+        arguments: command-line arguments.
+        cwd: working directory.
+        env: additional environment variables. With variables of Hugging Face, whose libraries read them when they are
+            imported, the program runs in a new process.
+        timeout: seconds.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer than so many seconds; it and those it had started are killed.
+        subprocess.TimeoutExpired: it took longer; it and its child processes were killed.
     """
     if any(name.startswith("HF_") for name in env or ()):
-        command, whole = [sys.executable, str(CHECKOUT / program), *arguments], {**os.environ, **(env or {})}
-        return subprocess.run(command, cwd=cwd, env=whole, timeout=timeout, capture_output=True, text=True)
-    if not _loaded:
-        _loaded.append(subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, cwd=CHECKOUT))
-        atexit.register(_loaded[0].kill)
-    server = _loaded[0]
+        command, variables = [sys.executable, str(CHECKOUT / program), *arguments], {**os.environ, **(env or {})}
+        return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True)
+    if not _servers:
+        _servers.append(subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, cwd=CHECKOUT))
+        atexit.register(_servers[0].kill)
+    server = _servers[0]
     assert server.stdin is not None and server.stdout is not None
-    asked: dict[str, Any] = {"command": [str(CHECKOUT / program), *arguments], "cwd": str(cwd), "timeout": timeout}
+    request: dict[str, Any] = {"command": [str(CHECKOUT / program), *arguments], "cwd": str(cwd), "timeout": timeout}
     with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
-        asked |= {"env": {**(env or {})}, "files": [out.name, err.name]}
-        print(json.dumps(asked), file=server.stdin, flush=True)
+        request |= {"env": {**(env or {})}, "files": [out.name, err.name]}
+        print(json.dumps(request), file=server.stdin, flush=True)
         status = json.loads(server.stdout.readline())
-        said = out.read(), err.read()
+        output = out.read(), err.read()
     if status is None:
-        raise subprocess.TimeoutExpired(asked["command"], timeout, *said)
-    return subprocess.CompletedProcess(asked["command"], status, *said)
+        raise subprocess.TimeoutExpired(request["command"], timeout, *output)
+    return subprocess.CompletedProcess(request["command"], status, *output)
 
 
 def _serve() -> dict[str, Any] | None:
-    """Fork for each program that is asked for; return it in the fork, and `None` when no more are asked for."""
+    """Fork for each request. Return the request in the fork, and `None` in the server when there are no more."""
     for line in sys.stdin:
-        asked: dict[str, Any] = json.loads(line)
+        request: dict[str, Any] = json.loads(line)
         if not (child := os.fork()):
-            return asked
-        print(json.dumps(_waited(child, time.monotonic() + asked["timeout"])), flush=True)
+            return request
+        print(json.dumps(_wait(child, time.monotonic() + request["timeout"])), flush=True)
     return None
 
 
-def _waited(child: int, until: float) -> int | None:
-    """Return the exit status of a child, negative for a signal; `None` if it had to be killed."""
-    while time.monotonic() < until:
+def _wait(child: int, deadline: float) -> int | None:
+    """Return the exit status of a child, negative for a signal; `None` if it was killed at the deadline."""
+    while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
@@ -77,24 +83,25 @@ def _waited(child: int, until: float) -> int | None:
     return None
 
 
-def _become(asked: dict[str, Any]) -> None:
-    """Be the program that is asked for."""
+def _become(request: dict[str, Any]) -> None:
+    """Run the requested program in this process."""
     os.setsid()
-    os.chdir(asked["cwd"])
-    for number, file in enumerate([os.devnull, *asked["files"]]):
-        opened = os.open(file, os.O_RDWR)
-        os.dup2(opened, number)
-        os.close(opened)
-    os.environ.update(asked["env"])
-    sys.argv = asked["command"]
-    sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, asked["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    os.chdir(request["cwd"])
+    for number, file in enumerate([os.devnull, *request["files"]]):
+        descriptor = os.open(file, os.O_RDWR)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.update(request["env"])
+    sys.argv = request["command"]
+    paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, paths)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
     sys.path[0] = str(CHECKOUT)
-    for module in LOADED:
+    for module in PRELOADED:
         importlib.import_module(module)
-    gc.freeze()  # memory that is shared with forks stays so
-    if (wanted := _serve()) is not None:
-        _become(wanted)
+    gc.freeze()  # memory stays shared with forks
+    if (request := _serve()) is not None:
+        _become(request)

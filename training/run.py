@@ -343,7 +343,7 @@ def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | Stre
     if data.mode == "prepared":
         return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), config.seed)
     return StreamingDataset(
-        corpus_from(data).at(tokens.facts["commits"]),
+        corpus_from(data).pinned_to(tokens.facts["commits"]),
         load_tokenizer(str(tokens.folder)),
         threshold=tokens.facts["threshold"],
         length=data.sequence_length,

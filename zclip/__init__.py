@@ -7,42 +7,42 @@
     zclip.step(model)      # after backward, before the optimizer
     optimizer.step()
 
-`ZClip` is the paper's clipper; `FixedNorm`, `AutoClip` and `NoClipping` are what it is compared with.
-All are `ClippingStrategy` subclasses, and so is any strategy of your own. Only torch is imported here;
-`ZClipLightningCallback` and `ClippingCallback` load Lightning, `TrainerClippingCallback` Hugging Face's transformers,
-when they are first asked for.
+`ZClip` is the strategy of the paper, and the other strategies are baselines. All are subclasses of `ClippingStrategy`,
+as your own strategy can be. Importing this package imports torch only. On first access, `ZClipLightningCallback` and
+`ClippingCallback` import Lightning, and `TrainerClippingCallback` imports Hugging Face's transformers.
 """
 
 from importlib import import_module
 from typing import Any
 
-from zclip.base import Clipping, ClippingStrategy, Decision, Measured, State
+from zclip.base import ClippingStrategy
+from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.strategies.adagc import AdaGC
 from zclip.strategies.agc import AGC
 from zclip.strategies.autoclip import AutoClip
-from zclip.strategies.fixed import FixedNorm
-from zclip.strategies.none import NoClipping
-from zclip.strategies.skip import SkipStep
-from zclip.strategies.stabilizer import GradientStabilizer
+from zclip.strategies.fixed_norm import FixedNorm
+from zclip.strategies.gradient_stabilizer import GradientStabilizer
+from zclip.strategies.no_clipping import NoClipping
+from zclip.strategies.skip_step import SkipStep
 from zclip.strategies.zclip import ZClip
 
 __all__ = [
     "AGC",
     "AdaGC",
     "AutoClip",
-    "Clipping",
+    "ClipResult",
     "ClippingStrategy",
     "Decision",
     "FixedNorm",
+    "GradStats",
     "GradientStabilizer",
-    "Measured",
     "NoClipping",
     "SkipStep",
     "State",
     "ZClip",
 ]
 
-#: What needs more than torch: the module it is in, and what that needs.
+#: Names that need more than torch: their module in `zclip.integrations`, and the requirement to install.
 _INTEGRATIONS = {
     "ClippingCallback": ("lightning", "lightning"),
     "ZClipLightningCallback": ("lightning", "lightning"),
@@ -53,8 +53,8 @@ _INTEGRATIONS = {
 def __getattr__(name: str) -> Any:
     if name not in _INTEGRATIONS:
         raise AttributeError(f"module 'zclip' has no attribute {name!r}")
-    module, needs = _INTEGRATIONS[name]
+    module, requirement = _INTEGRATIONS[name]
     try:
         return getattr(import_module(f"zclip.integrations.{module}"), name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"zclip.{name} needs {module}: pip install {needs}", name=error.name) from error
+        raise ModuleNotFoundError(f"zclip.{name} needs {module}: pip install {requirement}", name=error.name) from error

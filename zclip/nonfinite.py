@@ -1,4 +1,4 @@
-"""Norms that are NaN or infinite: which parameters are at fault, and when enough is enough."""
+"""Non-finite norms (NaN or infinite): which parameters cause one, and when too many are consecutive."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,71 +7,76 @@ from torch import Tensor, nn
 
 from zclip.norm import Parameters, Shard
 
-#: What may happen at such a norm; see `zclip.ClippingStrategy`.
+#: Allowed values of `on_nonfinite`; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
 
 
-def fault(norm: Tensor, norms: Tensor, shards: Sequence[Shard], names: Mapping[int, str], most: int = 5) -> str:
-    """Say which parameters make a norm non-finite. Waits for the device.
+def nonfinite_message(
+    norm: Tensor, norms: Tensor, shards: Sequence[Shard], names: Mapping[int, str], max_named: int = 5
+) -> str:
+    """Return a sentence that names the parameters with non-finite gradients. Waits for the device.
 
     Args:
-        norm: 0-dim, not finite.
-        norms: (n,) norms of the gradients.
-        shards: the n parameters, or none if unknown.
-        names: of parameters, from `names_of`.
-        most: how many to name.
+        norm: 0-dim, the global norm, not finite.
+        norms: (n,) norm of each gradient.
+        shards: the n parameters; empty if they are unknown.
+        names: names of parameters by their ids, from `parameter_names`.
+        max_named: maximum number of parameters to name. Default 5.
     """
-    wrong = [i for i, ok in enumerate(torch.isfinite(norms).tolist()) if not ok] if shards else []
-    parameters = [(i, shards[i].parameter) for i in wrong[:most]]
-    named = [f"{names.get(id(p), f'number {i} given')} of shape {tuple(p.shape)}" for i, p in parameters]
-    more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
+    indices = [i for i, finite in enumerate(torch.isfinite(norms).tolist()) if not finite] if shards else []
+    parameters = [(i, shards[i].parameter) for i in indices[:max_named]]
+    named = [f"{names.get(id(p), f'parameter {i}')} of shape {tuple(p.shape)}" for i, p in parameters]
+    more = f" and {len(indices) - max_named} more" if len(indices) > max_named else ""
     where = f"; so are the norms of the gradients of {', '.join(named)}{more}" if named else ""
     return f"the gradient norm is {float(norm)}{where}"
 
 
-def names_of(models: Parameters) -> dict[int, str]:
-    """Return the names of parameters in the modules among `models`, by the parameters' ids."""
+def parameter_names(models: Parameters) -> dict[int, str]:
+    """Return the names of the parameters of the modules among `models`, by the parameters' ids."""
     if isinstance(models, nn.Module):
         return {id(parameter): name for name, parameter in models.named_parameters()}
     if isinstance(models, Tensor):
         return {}
-    return {identity: name for inner in models for identity, name in names_of(inner).items()}
+    return {identity: name for inner in models for identity, name in parameter_names(inner).items()}
 
 
-class Watch:
-    """Looks at a counter on the device without making the host wait for it.
+class NonFiniteMonitor:
+    """Checks a counter of consecutive non-finite norms against a limit, without a device sync.
 
-    On a CPU the counter is read at once. On an accelerator each step starts a copy to the host, and reads the last
-    copy that has arrived.
+    On a CPU the counter is read at once. On an accelerator each step starts an asynchronous copy to the host and reads
+    the last copy that has arrived.
     """
 
     def __init__(self) -> None:
-        self._copy: Tensor | None = None
+        self._host_count: Tensor | None = None
         self._arrived: torch.Event | None = None
 
-    def look(self, count: Tensor, limit: int | None) -> None:
-        """Raise `FloatingPointError` if the count is known to have reached the limit.
+    def update(self, count: Tensor, limit: int | None) -> None:
+        """Check the newest value that the host knows.
 
         Args:
-            count: 0-dim integer tensor, norms in a row that were not finite.
-            limit: `None`: never raise.
+            count: 0-dim integer tensor, number of consecutive non-finite norms.
+            limit: number that raises; `None`: never raise.
+
+        Raises:
+            FloatingPointError: the count has reached the limit.
         """
         if limit is None or count.device.type == "meta":
             return
         if count.device.type == "cpu":
-            seen = int(count)
+            known = int(count)
         else:
             if self._arrived is not None and not self._arrived.query():
                 return
-            seen = int(self._copy) if self._copy is not None else 0
-            if self._copy is None:
-                self._copy = torch.zeros((), dtype=count.dtype, pin_memory=True)
-            self._copy.copy_(count, non_blocking=True)
+            known = int(self._host_count) if self._host_count is not None else 0
+            if self._host_count is None:
+                self._host_count = torch.zeros((), dtype=count.dtype, pin_memory=True)
+            self._host_count.copy_(count, non_blocking=True)
             self._arrived = torch.Event(count.device)
             self._arrived.record()
-        if seen >= limit:
+        if known >= limit:
             raise FloatingPointError(
-                f"the gradient norm was NaN or infinite {seen} times in a row: the run has most likely diverged. "
-                "Go back to a checkpoint from before, with a lower learning rate or past the data that did it; in "
-                "fp16, look at the loss scale. max_consecutive_nonfinite sets how many are borne"
+                f"the gradient norm was NaN or infinite {known} times in a row: the run has most likely diverged. "
+                "Restart from an earlier checkpoint with a lower learning rate, or skip the data that caused it; in "
+                "fp16, check the loss scale. max_consecutive_nonfinite sets how many are tolerated"
             )

@@ -1,10 +1,10 @@
-"""Norms of gradients, wherever they live: plain tensors, DTensors on any meshes, FSDP1 shards, pipeline stages.
+"""Norms of gradients of any layout: plain tensors, DTensors on any meshes, FSDP1 shards, pipeline stages.
 
-One foreach pass sums squares in float32 (float64 for float64 gradients) within each tensor, so that a norm above
-1.8e19 counts as infinite; across tensors and ranks sums are float64. A shard's sum is added up over the process
-groups that divide its parameter, and over no others, so what is replicated counts once. Which groups those are is
-read off the parameters, not off their gradients: all ranks then enter the same collectives in the same order, one
-without gradients included.
+One foreach pass sums squares in float32 (float64 for float64 gradients) within each tensor, so a norm above 1.8e19
+counts as infinite. Sums across tensors and ranks are float64. The sum of a shard is all-reduced over the process groups
+that shard its parameter and over no others, so replicated gradients count once. These groups are derived from the
+parameters, not from their gradients: all ranks then enter the same collectives in the same order, even a rank without
+gradients.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,22 +21,26 @@ Groups = tuple[dist.ProcessGroup, ...]
 
 
 class Shard(NamedTuple):
-    """A parameter and the process groups over which its gradient is divided (none: it is whole here)."""
+    """A parameter, and the process groups over which it is sharded; empty if this rank holds all of it."""
 
     parameter: Tensor
     groups: Groups
 
 
 def parameters_of(models: Parameters) -> list[Shard]:
-    """Return the distinct trainable parameters of modules, tensors and (nested) iterables of them, in order."""
-    found: dict[int, Shard] = {}
-    ignored: set[int] = set()  # by FSDP1: every rank has them whole
+    """Return the distinct trainable parameters of modules, tensors and (nested) iterables of them, in order.
+
+    Raises:
+        TypeError: `models` contains something else, such as a name or an optimizer.
+    """
+    shards: dict[int, Shard] = {}
+    ignored: set[int] = set()  # parameters that FSDP1 does not shard
 
     def visit(item: Parameters, fsdp1: Groups) -> None:
         if isinstance(item, Tensor):
             if item.requires_grad:
                 groups = () if id(item) in ignored else fsdp1
-                found.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
+                shards.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
         elif isinstance(item, nn.Module):
             if isinstance(item, FullyShardedDataParallel):
                 fsdp1 = _fsdp1_groups(item)
@@ -47,7 +51,7 @@ def parameters_of(models: Parameters) -> list[Shard]:
                 visit(child, fsdp1)
         elif isinstance(item, str):
             raise TypeError(
-                f"{item!r} is no parameter: give modules, parameters, or iterables of either, without names"
+                f"{item!r} is not a parameter: pass modules, parameters, or iterables of either, without names"
             )
         elif isinstance(item, Iterable):
             for inner in item:
@@ -59,15 +63,15 @@ def parameters_of(models: Parameters) -> list[Shard]:
             )
 
     visit(models, ())
-    return list(found.values())
+    return list(shards.values())
 
 
 def _mesh_groups(parameter: Tensor) -> Groups:
     if not isinstance(parameter, DTensor):
         return ()
     mesh = parameter.device_mesh
-    divided = (dim for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate))
-    return tuple(mesh.get_group(dim) for dim in divided)
+    sharded_dims = (dim for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate))
+    return tuple(mesh.get_group(dim) for dim in sharded_dims)
 
 
 def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
@@ -77,7 +81,11 @@ def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
-    """Return this rank's part of a parameter's gradient, laid out as the parameter is; `None` if there is none."""
+    """Return this rank's shard of a parameter's gradient, in the layout of the parameter; `None` without a gradient.
+
+    Raises:
+        TypeError: the gradient is sparse or complex.
+    """
     gradient = parameter.grad
     if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
         kind = "sparse" if gradient.is_sparse else "complex"
@@ -93,32 +101,33 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the 2-norm of each whole gradient, over all ranks that hold a part of it.
+    """Return the 2-norm of each gradient, over all ranks that hold a shard of it.
 
     Args:
         shards: n parameters, the same on every rank of their groups.
-        gradients: this rank's part of each gradient, `None` where it has none; any floating dtypes.
+        gradients: this rank's shard of each gradient, `None` where a gradient is missing; any floating dtypes.
 
     Returns:
-        (n,) float64 tensor (float32 on MPS) on the first gradient's or parameter's device; 0 where there is none.
+        (n,) float64 tensor (float32 on MPS) on the device of the first gradient, or of the first parameter if there
+        are no gradients; 0 where a gradient is missing.
     """
     tensors = [gradient for gradient in gradients if gradient is not None]
     device = tensors[0].device if tensors else shards[0].parameter.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    measured = iter(torch._foreach_norm(tensors, 2, dtype=sums) if tensors else ())
-    missing = torch.zeros((), device=device)
-    norms = [missing if gradient is None else next(measured).to(device) for gradient in gradients]
-    squares = torch.stack(norms).to(wide).square()
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sum_dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    local_norms = iter(torch._foreach_norm(tensors, 2, dtype=sum_dtype) if tensors else ())
+    zero = torch.zeros((), device=device)
+    norms = [zero if gradient is None else next(local_norms).to(device) for gradient in gradients]
+    squares = torch.stack(norms).to(dtype).square()
     return sum_over_ranks(shards, squares).sqrt()
 
 
 def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
-    """Add up one number per parameter over the ranks that divide it.
+    """Sum one number per parameter over the ranks that shard the parameter.
 
     Args:
         shards: n parameters, the same on every rank of their groups.
-        values: (n,) this rank's share of each; may be overwritten.
+        values: (n,) numbers of this rank; may be overwritten.
 
     Returns:
         (n,) sums, the same on all ranks of each parameter's groups.
@@ -128,12 +137,12 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
         if shard.groups:
             by_groups.setdefault(shard.groups, []).append(i)
     for groups, members in by_groups.items():
-        whole = len(members) == len(shards)
+        all_shards = len(members) == len(shards)
         rows = list(values.unbind())
-        part = values if whole else torch.stack([rows[i] for i in members])
+        part = values if all_shards else torch.stack([rows[i] for i in members])
         for group in groups:
             dist.all_reduce(part, group=group)
-        if not whole:
+        if not all_shards:
             for i, row in zip(members, part.unbind(), strict=True):
                 rows[i] = row
             values = torch.stack(rows)
@@ -141,7 +150,7 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
 
 
 def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the 2-norm of all gradients as one vector.
+    """Return the 2-norm of all gradients, taken as one vector.
 
     Args:
         norms: (n,) from `tensor_norms`.

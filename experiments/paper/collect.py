@@ -173,7 +173,7 @@ def _checked(run: Run) -> Run:
         raise ValueError("environment.json holds no list of starts with their versions")
     for score in run.scores:
         numbers = [value for key, value in score.items() if key.startswith("acc") and value is not None]
-        if not {"task", "shots", "step", "items"} <= {*score} or not all(
+        if not {"task", "num_fewshot", "step", "items"} <= {*score} or not all(
             isinstance(each, int | float) for each in numbers
         ):
             raise ValueError(f"task_scores.json has a score that is none: {score}")

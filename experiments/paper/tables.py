@@ -206,7 +206,7 @@ def _items(runs: Sequence[Run]) -> str:
         for title in ("HellaSwag", "WinoGrande")
     }
     said = [f"{title} on {' or '.join(f'{count:,}' for count in found)}" for title, found in counts.items() if found]
-    cut = max((score.get("cut_share") or 0.0 for run in runs for score in run.scores), default=0.0)
+    cut = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
     shortened = f"; up to {cut:.0%} of the texts are longer than the model sees, and cut" if cut >= 0.005 else ""
     errors = [
         100 * error

@@ -39,7 +39,7 @@ class Run(NamedTuple):
     def score(self, task: str) -> dict[str, Any] | None:
         """Return the score of the finished run on a task, without solved examples; of several, that of most items."""
         last = (self.result or {}).get("steps")
-        own = [each for each in self.scores if (each["task"], each["shots"], each["step"]) == (task, 0, last)]
+        own = [each for each in self.scores if (each["task"], each["num_fewshot"], each["step"]) == (task, 0, last)]
         return max(own, key=lambda score: score["items"], default=None)
 
 

@@ -1,7 +1,7 @@
-"""A Hugging Face hub of one's own: the folders of a directory as datasets and models, over the hub's HTTP interface.
+"""A local Hugging Face hub, which serves folders as datasets and models over the hub's HTTP interface.
 
-`HF_ENDPOINT` leads the real client libraries here. Each is `ROOT/<owner>/<name>/<revision>/...`; the commit of
-a revision is a hash of its files, and what `main` is may change while the server runs.
+The real client libraries use it if `HF_ENDPOINT` has its address. The files of a revision are in
+`ROOT/<owner>/<name>/<revision>/`. Its commit is a hash of the files, so `main` may change while the server runs.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
-    """Serve the datasets of a folder while the block runs, and give the address."""
+    """Serve the datasets and models of a folder while the block runs, and yield the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"root": root, "requests": []}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -63,11 +63,11 @@ class _Handler(BaseHTTPRequestHandler):
         if folder is None or path[4] != "paths-info":
             self._answer(404, b"{}")
             return
-        wanted = json.loads(body)["paths"]
-        self._json([_entry(folder, folder / name) for name in wanted if (folder / name).exists()])
+        names = json.loads(body)["paths"]
+        self._json([_entry(folder, folder / name) for name in names if (folder / name).exists()])
 
     def _find(self, name: list[str], revision: str) -> tuple[Path | None, str]:
-        """Return the folder of a revision, named or by its commit, and the commit."""
+        """Return the folder of a revision, given by its name or its commit, and the commit."""
         dataset = self.root.joinpath(*name)
         for folder in dataset.iterdir() if dataset.is_dir() else ():
             commit = commit_of(folder)
@@ -75,40 +75,40 @@ class _Handler(BaseHTTPRequestHandler):
                 return folder, commit
         return None, ""
 
-    def _api(self, folder: Path | None, commit: str, what: list[str], below: list[str]) -> None:
+    def _api(self, folder: Path | None, commit: str, endpoint: list[str], subpath: list[str]) -> None:
         if folder is None:
             self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif what in ([], ["revision"]):
+        elif endpoint in ([], ["revision"]):
             files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
             name = "/".join(folder.parent.parts[-2:])
             siblings = [{"rfilename": file} for file in files]
-            facts = {"id": name, "sha": commit, "private": False, "gated": False, "disabled": False, "downloads": 0}
-            self._json(facts | {"likes": 0, "tags": [], "siblings": siblings})
-        elif what == ["tree"] and folder.joinpath(*below).is_dir():
-            found = folder.joinpath(*below)
+            info = {"id": name, "sha": commit, "private": False, "gated": False, "disabled": False, "downloads": 0}
+            self._json(info | {"likes": 0, "tags": [], "siblings": siblings})
+        elif endpoint == ["tree"] and folder.joinpath(*subpath).is_dir():
+            directory = folder.joinpath(*subpath)
             recursive = "recursive=true" in self.path.lower()
-            files = sorted(found.rglob("*") if recursive else found.iterdir())
+            files = sorted(directory.rglob("*") if recursive else directory.iterdir())
             self._json([_entry(folder, file) for file in files])
         else:
             self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
-    def _file(self, folder: Path | None, commit: str, below: list[str]) -> None:
-        file = folder.joinpath(*below) if folder else None
+    def _file(self, folder: Path | None, commit: str, subpath: list[str]) -> None:
+        file = folder.joinpath(*subpath) if folder else None
         if file is None or not file.is_file():
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             return
         body = file.read_bytes()
         headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if wanted := self.headers.get("Range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
+        if requested := self.headers.get("Range"):
+            first, _, last = requested.removeprefix("bytes=").partition("-")
             stop = min(int(last) + 1 if last else len(body), len(body))
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(body)}"
             self._answer(206, body[int(first) : stop], headers)
         else:
             self._answer(200, body, headers)
 
-    def _json(self, found: object) -> None:
-        self._answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+    def _json(self, content: object) -> None:
+        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -1,9 +1,9 @@
-"""A stand-in for a training job: `consume.py FOLDER WORLD MICRO STEPS`, killed and started again by the tests.
+"""Stands in for a training job: `python -m tests.data.reader_process FOLDER WORLD MICRO STEPS`, which tests kill.
 
-It reads the tokens in the folder, or if there is a `text` folder in it, streams that with the tokenizer beside it.
+It reads the tokens in the folder. If the folder has a `text` folder, it streams that with the tokenizer in `tokenizer`.
 
-Each of WORLD processes takes its rows of every global batch and writes them to a file of the step; after all have, the
-position is saved, as a checkpoint would. A job that is started again goes on from there.
+Each of WORLD processes takes its rows of every global batch and writes them to a file of the step. Once all have done
+so, the position is saved, as in a checkpoint. A job that is started again resumes from there.
 """
 
 import json
@@ -30,9 +30,9 @@ GLOBAL_BATCH = 8
 
 def sequences(folder: Path) -> ShuffledDataset | StreamingDataset:
     if (folder / "text").exists():
-        encoder = load_tokenizer(str(folder / "tokenizer"))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
         corpus = Corpus((Source(name="text", path=str(folder / "text")),), tokenizer=str(folder / "tokenizer"))
-        return StreamingDataset(corpus, encoder, threshold=0.05, length=10, seed=1, block_tokens=370)
+        return StreamingDataset(corpus, tokenizer, threshold=0.05, length=10, seed=1, block_tokens=370)
     array = TokenArray([folder / f"{i}.npy" for i in range(3)], [207, 3, 291], np.uint16)
     return ShuffledDataset(TokenDataset(array, 10), seed=1)
 
@@ -41,34 +41,33 @@ def loader(folder: Path, steps: int, micro: int, rank: int = 0, world: int = 1) 
     return TrainLoader(sequences(folder), "f", steps, GLOBAL_BATCH, micro, rank, world)
 
 
-def rank_of_a_job(folder: Path, world: int, micro: int, steps: int, rank: int, barrier) -> None:
-    mine = loader(folder, steps, micro, rank, world)
+def run_rank(folder: Path, world: int, micro: int, steps: int, rank: int, barrier) -> None:
+    rank_loader = loader(folder, steps, micro, rank, world)
     state = folder / "state.json"
     if state.exists():
-        mine.load_state_dict(json.loads(state.read_text()))
+        rank_loader.load_state_dict(json.loads(state.read_text()))
     rows: list[list[list[int]]] = []
-    for batch in mine:
+    for batch in rank_loader:
         rows.append(batch.tokens.tolist())
-        if mine.consumed % GLOBAL_BATCH == 0:
-            step = mine.consumed // GLOBAL_BATCH - 1
+        if rank_loader.consumed % GLOBAL_BATCH == 0:
+            step = rank_loader.consumed // GLOBAL_BATCH - 1
             (folder / f"{step}-{rank}-{world}.json").write_text(json.dumps(rows))
             rows = []
             barrier.wait()
             if rank == 0:
-                aside = folder / "state.tmp"
-                aside.write_text(json.dumps(mine.state_dict()))
-                aside.replace(state)
+                temporary = folder / "state.tmp"
+                temporary.write_text(json.dumps(rank_loader.state_dict()))
+                temporary.replace(state)
             barrier.wait()
 
 
 if __name__ == "__main__":
-    os.setpgid(0, 0)  # killed as one
+    os.setpgid(0, 0)  # so that one signal kills all ranks
     folder, (world, micro, steps) = Path(sys.argv[1]), map(int, sys.argv[2:])
     context = get_context("fork")
     barrier = context.Barrier(world)
     ranks = [
-        context.Process(target=rank_of_a_job, args=(folder, world, micro, steps, rank, barrier))
-        for rank in range(world)
+        context.Process(target=run_rank, args=(folder, world, micro, steps, rank, barrier)) for rank in range(world)
     ]
     for process in ranks:
         process.start()

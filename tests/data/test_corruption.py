@@ -1,32 +1,33 @@
-"""Bad batches are those of their steps, the same on any ranks, and nothing else changes."""
+"""Only the batches of the chosen steps are corrupted, and in the same way on any number of ranks."""
 
 import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import models
 
 from data import KINDS, BatchCorruption, ShuffledDataset, TokenDataset, TrainLoader
-from data.tokenizer import END_OF_TEXT, text_encoder, train_tokenizer
+from data.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 from tests.data.arrays import token_array
 
 STEPS, LENGTH = 6, 40
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def tokenizer():
     return train_tokenizer(["the quick brown fox jumps over the lazy dog " * 40], 300)
 
 
 @pytest.fixture
-def loader(tmp_path, encoder):
-    ids = np.concatenate(encoder.encode([f"the lazy dog jumps over fox number {i} " for i in range(400)]))
+def loader(tmp_path, tokenizer):
+    ids = np.concatenate(tokenizer.encode([f"the lazy dog jumps over fox number {i} " for i in range(400)]))
     sequences = TokenDataset(token_array(tmp_path, ids), LENGTH)
 
     def make(kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1) -> TrainLoader:
-        bad = BatchCorruption([2, 5], kind, seed, encoder) if kind else None
-        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, 8, micro, rank, world, bad)
+        corruption = BatchCorruption([2, 5], kind, seed, tokenizer) if kind else None
+        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, 8, micro, rank, world, corruption)
 
     return make
 
@@ -50,38 +51,38 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_chosen_steps_change_and_on_all_ranks_alike(loader, kind):
-    good, bad = steps(loader(None)), steps(loader(kind))
-    assert [same(a, b) for a, b in zip(good, bad, strict=True)] == [True, False, True, True, False, True]
+def test_only_chosen_steps_change_and_equally_on_all_ranks(loader, kind):
+    clean, corrupted = steps(loader(None)), steps(loader(kind))
+    assert [same(a, b) for a, b in zip(clean, corrupted, strict=True)] == [True, False, True, True, False, True]
     for world, micro in ((1, 2), (2, 4), (4, 1)):
-        assert all(map(same, bad, steps(*(loader(kind, rank, world, micro) for rank in range(world)))))
-    late = loader(kind)
-    late.load_state_dict({"sequences_consumed": 32, "fingerprint": "f"})
-    assert torch.equal(next(iter(late)).tokens[:, :-1].long(), bad[4][0])
-    assert not same(bad[1], steps(loader(kind, seed=2))[1])
+        assert all(map(same, corrupted, steps(*(loader(kind, rank, world, micro) for rank in range(world)))))
+    resumed = loader(kind)
+    resumed.load_state_dict({"sequences_consumed": 32, "fingerprint": "f"})
+    assert torch.equal(next(iter(resumed)).tokens[:, :-1].long(), corrupted[4][0])
+    assert not same(corrupted[1], steps(loader(kind, seed=2))[1])
 
 
-def test_a_tokenizer_without_other_scripts_is_told():
-    plain = Tokenizer(models.BPE({"a": 0, "b": 1, END_OF_TEXT: 2}, []))
+def test_tokenizer_without_foreign_scripts_is_rejected():
+    latin = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, END_OF_TEXT: 2}, []))
     with pytest.raises(
-        ValueError, match=r"corruption.kind=foreign_script is not possible: the tokenizer leaves out letters"
+        ValueError, match=r"corruption.kind=foreign_script is not possible: the tokenizer has no tokens for"
     ):
-        BatchCorruption([1], "foreign_script", 0, text_encoder(plain, end=2))
-    BatchCorruption([1], "random", 0, text_encoder(plain, end=2))
+        BatchCorruption([1], "foreign_script", 0, wrap_tokenizer(latin, end=2))
+    BatchCorruption([1], "random", 0, wrap_tokenizer(latin, end=2))
 
 
-def test_what_each_kind_is(loader, encoder):
-    good = steps(loader(None))[1]
-    made = {kind: steps(loader(kind))[1] for kind in KINDS}
-    inputs, targets = made["random"]
-    assert len(inputs.unique()) > 150 and inputs.max() < encoder.size
+def test_corruption_kinds(loader, tokenizer):
+    clean = steps(loader(None))[1]
+    corrupted = {kind: steps(loader(kind))[1] for kind in KINDS}
+    inputs, targets = corrupted["random"]
+    assert len(inputs.unique()) > 150 and inputs.max() < tokenizer.size
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    inputs, targets = made["repeat"]
+    inputs, targets = corrupted["repeat"]
     assert (inputs == inputs[:, :1]).all() and (targets == inputs).all() and len(inputs[:, 0].unique()) > 3
-    inputs, targets = made["labels"]
-    assert torch.equal(inputs, good[0]) and not torch.equal(targets, good[1])
-    assert torch.equal(targets.sort(dim=1).values, good[1].sort(dim=1).values)
-    for row in made["foreign_script"][0]:
-        letters = encoder.tokenizer.decode(row.tolist()).strip("\ufffd")
+    inputs, targets = corrupted["labels"]
+    assert torch.equal(inputs, clean[0]) and not torch.equal(targets, clean[1])
+    assert torch.equal(targets.sort(dim=1).values, clean[1].sort(dim=1).values)
+    for row in corrupted["foreign_script"][0]:
+        letters = tokenizer.tokenizer.decode(row.tolist()).strip("\ufffd")
         assert len({unicodedata.name(letter).split()[0] for letter in letters}) == 1
         assert unicodedata.name(letters[0]).split()[0] in {"GREEK", "CYRILLIC", "ARABIC", "DEVANAGARI", "CJK", "HANGUL"}

@@ -1,4 +1,4 @@
-"""Datasets on the hub: the real client libraries, led to a hub that runs here (see hub.py)."""
+"""Datasets on the hub, read by the real client libraries from a local hub (see hub.py)."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CARD = "---\nconfigs:\n" + "".join(
 
 
 def smollm(folder: Path, texts: list[str]) -> None:
-    """Write a dataset laid out as SmolLM-corpus is: two subsets of parquet files, and a card that names them."""
+    """Write a dataset with the layout of SmolLM-corpus: two subsets of Parquet files, and a card that names them."""
     for subset in SUBSETS:
         (folder / subset).mkdir(parents=True)
         for i in range(2):
@@ -37,13 +37,13 @@ def smollm(folder: Path, texts: list[str]) -> None:
 @pytest.fixture(scope="module")
 def texts(corpus) -> list[str]:
     words = " ".join(document.text for document in Mixture([Source(name="s", path=str(corpus))])).split()
-    draw = random.Random(0)
-    return [" ".join(words[i : i + draw.randint(5, 60)]) for i in draw.sample(range(len(words) - 60), 300)]
+    rng = random.Random(0)
+    return [" ".join(words[i : i + rng.randint(5, 60)]) for i in rng.sample(range(len(words) - 60), 300)]
 
 
 @pytest.fixture
 def hub(tmp_path, texts):
-    """The dataset's folder on the hub, and the environment in which it is found."""
+    """The dataset's folder on the hub, and the environment variables of its clients."""
     dataset = tmp_path / "served" / "HuggingFaceTB" / "smollm-corpus"
     smollm(dataset / "main", texts)
     with serving(tmp_path / "served") as address:
@@ -51,11 +51,11 @@ def hub(tmp_path, texts):
 
 
 def manifest(folder: Path, kind: str) -> Path:
-    (found,) = (folder / "cache").glob(f"{kind}-*/tokens.json")
-    return found
+    (file,) = (folder / "cache").glob(f"{kind}-*/tokens.json")
+    return file
 
 
-def test_smollm_from_a_hub_has_the_tokens_that_its_files_have(hub, tmp_path):
+def test_smollm_from_the_hub_equals_its_local_files(hub, tmp_path):
     dataset, environment = hub
     local = [
         f"data.sources.{name}.{setting}"
@@ -75,7 +75,7 @@ def test_smollm_from_a_hub_has_the_tokens_that_its_files_have(hub, tmp_path):
     assert from_hub.facts["commits"] == {"cosmopedia": commit, "fineweb_edu": commit}
 
 
-def test_a_tokenizer_from_a_hub_is_the_one_its_files_are(hub, corpus, tmp_path):
+def test_tokenizer_from_the_hub_equals_its_local_files(hub, corpus, tmp_path):
     _, environment = hub
     files = tmp_path / "served" / "somebody" / "tokenizer" / "main"
     files.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_a_tokenizer_from_a_hub_is_the_one_its_files_are(hub, corpus, tmp_path):
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_a_stream_from_a_hub_goes_on_with_the_commit_it_began_with(hub, texts, tmp_path):
+def test_stream_from_the_hub_resumes_with_its_first_commit(hub, texts, tmp_path):
     dataset, environment = hub
     command = train_command(
         *TINY, "data=smollm", "data.mode=stream", "data.val_fraction=0.1", "data.shuffle_tokens=3000",
@@ -113,9 +113,9 @@ def test_a_stream_from_a_hub_goes_on_with_the_commit_it_began_with(hub, texts, t
     commit = commit_of(dataset / "main")
     (dataset / "main").rename(dataset / "before")
     smollm(dataset / "main", [text.upper() for text in texts])
-    on = subprocess.run(command, cwd=tmp_path / "killed", env=environment, capture_output=True, text=True)
-    assert on.returncode == 0 and "continuing" in on.stdout, on.stderr
+    resumed = subprocess.run(command, cwd=tmp_path / "killed", env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0 and "continuing" in resumed.stdout, resumed.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     facts = json.loads(manifest(tmp_path / "killed", "stream").read_text())
     assert set(facts["commits"].values()) == {commit} != {commit_of(dataset / "main")}
-    assert on.stderr == ""
+    assert resumed.stderr == ""

@@ -1,4 +1,4 @@
-"""The loader deals out the same global batches to any number of ranks, from wherever it stands."""
+"""The loader yields the same global batches on any number of ranks, and resumes from any position."""
 
 import itertools
 import json
@@ -34,8 +34,8 @@ def loader(tmp_path):
     return make
 
 
-def written(folder) -> None:
-    """Write a text of 300 short documents in two files, and a tokenizer."""
+def write_text(folder) -> None:
+    """Write 300 short documents in two files, and a tokenizer."""
     (folder / "text").mkdir()
     lines = [json.dumps({"text": f"the {i} th document has {i % 7} words" + " and more" * (i % 7)}) for i in range(300)]
     (folder / "text" / "a.jsonl").write_text("\n".join(lines[:100]))
@@ -54,7 +54,7 @@ def global_batches(loader, world: int, micro: int, start: int = 0) -> list[list[
     return [[t for row in rows[i : i + per_step] for t in row] for i in range(0, len(rows), per_step)]
 
 
-def test_the_global_batches_do_not_depend_on_ranks_or_micro_batch(loader):
+def test_global_batches_do_not_depend_on_ranks_or_micro_batch(loader):
     expected = global_batches(loader, 1, 8)
     assert len(expected) == 20
     for world, micro in ((1, 1), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)):
@@ -62,33 +62,34 @@ def test_the_global_batches_do_not_depend_on_ranks_or_micro_batch(loader):
         assert global_batches(loader, world, micro, start=7 * 8) == expected[7:]
 
 
-def test_the_position_is_one_number_and_other_tokens_are_refused(loader):
-    one = loader()
-    batches = iter(one)
+def test_position_is_one_number_and_other_tokens_are_rejected(loader):
+    first = loader()
+    batches = iter(first)
     for _ in range(5):
         next(batches)
-    assert one.state_dict() == {"sequences_consumed": 40, "skipped_batches": 0, "fingerprint": "f"}
-    two = loader()
-    two.load_state_dict(one.state_dict())
-    assert torch.equal(next(iter(two)).tokens, next(batches).tokens)
+    assert first.state_dict() == {"sequences_consumed": 40, "skipped_batches": 0, "fingerprint": "f"}
+    resumed = loader()
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(next(iter(resumed)).tokens, next(batches).tokens)
     with pytest.raises(ValueError, match="tokens f, but these are g"):
-        loader(fingerprint="g").load_state_dict(one.state_dict())
+        loader(fingerprint="g").load_state_dict(first.state_dict())
 
 
-def test_batches_are_passed_over_once(loader):
-    every = global_batches(lambda **k: loader(**k, steps=26), 1, 8)
-    one = loader()
-    batches = iter(one)
+def test_batches_are_skipped_once(loader):
+    all_batches = global_batches(lambda **k: loader(**k, steps=26), 1, 8)
+    first = loader()
+    batches = iter(first)
     for _ in range(5):
         next(batches)
-    again = loader(skipped_batches=4)
-    again.load_state_dict(one.state_dict())
-    assert len(again) == len(one) == 20
-    rest = iter(again)
-    assert next(rest).tokens[:, 0].tolist() == every[9]
-    more = loader(skipped_batches=6)
-    more.load_state_dict(again.state_dict())
-    assert [batch.tokens[:, 0].tolist() for batch in more] == every[12:26]
+    resumed = loader(skipped_batches=4)
+    resumed.load_state_dict(first.state_dict())
+    assert len(resumed) == len(first) == 20
+    assert next(iter(resumed)).tokens[:, 0].tolist() == all_batches[9]
+    resumed_again = loader(skipped_batches=6)
+    resumed_again.load_state_dict(resumed.state_dict())
+    assert [batch.tokens[:, 0].tolist() for batch in resumed_again] == all_batches[12:26]
+    with pytest.raises(ValueError, match="the checkpoint has skipped 2 more batches than this run"):
+        loader(skipped_batches=4).load_state_dict(resumed_again.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,14 @@ def test_batches_are_passed_over_once(loader):
         pytest.param("prepared", 20, marks=pytest.mark.slow),
     ],
 )
-def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated(mode, times, tmp_path):
-    """Real processes, killed at random moments, each time continued on another number of ranks."""
+def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, times, tmp_path):
+    """Real processes are killed at random moments, and resumed on another number of ranks each time."""
     if mode == "prepared":
         token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3)
     else:
-        written(tmp_path)
-    steps, most, draw, kills = (1500, 60, random.Random(0), 0) if mode == "prepared" else (700, 25, random.Random(0), 0)
+        write_text(tmp_path)
+    steps, max_steps_per_job = (1500, 60) if mode == "prepared" else (700, 25)
+    rng, kills = random.Random(0), 0
     state = tmp_path / "state.json"
     worlds = itertools.cycle([(4, 2), (1, 8), (2, 1), (4, 1), (2, 4), (1, 2)])
 
@@ -115,9 +117,9 @@ def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated
     while done() < steps:
         world, micro = next(worlds)
         command = [sys.executable, "-m", "tests.data.reader_process", str(tmp_path), str(world), str(micro), str(steps)]
-        before, more = done(), draw.randint(1, most)
+        before, steps_until_kill = done(), rng.randint(1, max_steps_per_job)
         job = subprocess.Popen(command, cwd=CHECKOUT)
-        while job.poll() is None and (kills >= times or done() < before + more):
+        while job.poll() is None and (kills >= times or done() < before + steps_until_kill):
             time.sleep(0.001)
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
@@ -128,7 +130,7 @@ def test_killed_again_and_again_on_one_to_four_ranks_nothing_is_lost_or_repeated
     whole = iter(reader_process.loader(tmp_path, steps, 8))
     for step in range(steps):
         files = sorted(tmp_path.glob(f"{step}-*.json"), key=lambda file: file.stat().st_mtime_ns)
-        last = files[-1].stem.split("-")[2]  # an unfinished attempt at a step may lie beside the one that counted
+        last = files[-1].stem.split("-")[2]  # earlier files may be of unfinished attempts at the step
         ranks = [json.loads((tmp_path / f"{step}-{rank}-{last}.json").read_text()) for rank in range(int(last))]
-        found = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
-        assert found == next(whole).tokens.tolist(), step
+        rows = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
+        assert rows == next(whole).tokens.tolist(), step

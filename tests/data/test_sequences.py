@@ -1,4 +1,4 @@
-"""TokenDataset of a token array, and their order."""
+"""The sequences of a token array, and their order."""
 
 import math
 
@@ -12,7 +12,7 @@ from tests.data.arrays import token_array
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
-def test_each_epoch_is_a_permutation_and_no_two_are_alike(count):
+def test_every_epoch_is_a_different_permutation(count):
     epochs = [order(np.arange(e * count, (e + 1) * count), count, seed=3) for e in range(4)]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(count))
@@ -21,12 +21,12 @@ def test_each_epoch_is_a_permutation_and_no_two_are_alike(count):
         assert not np.array_equal(epochs[0], order(np.arange(count), count, seed=4))
 
 
-def test_any_position_can_be_asked_for_alone():
+def test_any_position_can_be_computed_alone():
     whole = order(np.arange(500), 101, seed=7)
     assert [int(order(np.array([p]), 101, seed=7)[0]) for p in range(500)] == whole.tolist()
 
 
-def test_the_order_is_well_mixed():
+def test_order_is_statistically_random():
     """Displacements and neighbours look like those of a random permutation."""
     n = 20_000
     permuted = order(np.arange(n), n, seed=0).astype(float)
@@ -50,7 +50,7 @@ def test_unigram_entropy():
     assert unigram_entropy(np.array([0, 0, 1])) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
 
 
-def test_the_order_asked_for_in_batches_is_the_order():
-    ahead, whole = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
+def test_cached_order_equals_the_order():
+    cached, whole = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
     for first, rows in ((0, 8), (8, 8), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
-        assert ahead(first, rows).tolist() == whole[first : first + rows].tolist()
+        assert cached(first, rows).tolist() == whole[first : first + rows].tolist()

@@ -1,4 +1,4 @@
-"""A text tokenized while training gives the batches that it would give prepared, from any place on, on any ranks."""
+"""A streamed text yields the batches of the prepared text, from any position and on any number of ranks."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import data.stream
+import data.stream_head
 from data import (
     Corpus,
     Mixture,
@@ -32,18 +32,18 @@ def corpus(tmp_path_factory, corpus) -> Corpus:
     """Two sources of short documents, one in three files, and a tokenizer for them."""
     folder = tmp_path_factory.mktemp("stream")
     words = " ".join(p.read_text() for p in sorted(corpus.glob("*.txt"))).split()
-    draw = random.Random(0)
+    rng = random.Random(0)
     rows = [
-        json.dumps({"text": " ".join(words[i : i + draw.randint(5, 60)])})
-        for i in draw.sample(range(len(words) - 60), 1200)
+        json.dumps({"text": " ".join(words[i : i + rng.randint(5, 60)])})
+        for i in rng.sample(range(len(words) - 60), 1200)
     ]
     (folder / "a").mkdir()
     for i in range(3):
         (folder / "a" / f"{i}.jsonl").write_text("\n".join(rows[i * 300 : (i + 1) * 300]))
     (folder / "b.jsonl").write_text("\n".join(rows[900:]))
     sources = (Source(name="a", path=str(folder / "a"), weight=3), Source(name="b", path=str(folder / "b.jsonl")))
-    given = prepare(Corpus(sources, vocab_size=400, val_fraction=0.1), folder / "cache", LENGTH)
-    return Corpus(sources, tokenizer=str(given.folder), val_fraction=0.1)
+    tokens = prepare(Corpus(sources, vocab_size=400, val_fraction=0.1), folder / "cache", LENGTH)
+    return Corpus(sources, tokenizer=str(tokens.folder), val_fraction=0.1)
 
 
 def streamed(corpus: Corpus, block_tokens: int = 1 << 20, **changes) -> StreamingDataset:
@@ -52,25 +52,25 @@ def streamed(corpus: Corpus, block_tokens: int = 1 << 20, **changes) -> Streamin
 
 
 @pytest.fixture(autouse=True)
-def few_documents_at_a_time(monkeypatch):
-    """Encode so few documents at a time that a block needs several lots of them."""
-    monkeypatch.setattr(data.encoding.batches, "__defaults__", (3000,))
+def small_document_batches(monkeypatch):
+    """Encode so few documents at once that a block needs several batches of them."""
+    monkeypatch.setattr(data.encoding.document_batches, "__defaults__", (3000,))
 
 
 @pytest.mark.parametrize("max_tokens", [None, 5000])
-def test_a_text_of_one_block_gives_the_batches_of_the_prepared_tokens(corpus, max_tokens, tmp_path):
+def test_text_of_one_block_has_the_batches_of_prepared_tokens(corpus, max_tokens, tmp_path):
     corpus = Corpus(**{**vars(corpus), "max_tokens": max_tokens})
     tokens = prepare(corpus, tmp_path, LENGTH)
     prepared = ShuffledDataset(TokenDataset(tokens.train, LENGTH), seed=7)
     stream = streamed(corpus)
     for first in range(0, 2 * len(prepared) + 40, 40):
-        ours, theirs = stream.take(first, 40, documents=True), prepared.take(first, 40, documents=True)
-        assert torch.equal(ours.tokens, theirs.tokens) and ours.tokens.dtype == theirs.tokens.dtype
-        assert torch.equal(ours.documents, theirs.documents)
+        actual, expected = stream.take(first, 40, documents=True), prepared.take(first, 40, documents=True)
+        assert torch.equal(actual.tokens, expected.tokens) and actual.tokens.dtype == expected.tokens.dtype
+        assert torch.equal(actual.documents, expected.documents)
     stream.close()
 
 
-def test_each_block_gives_its_sequences_once(corpus, tmp_path):
+def test_each_block_yields_its_sequences_once(corpus, tmp_path):
     whole = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
     stream, block = streamed(corpus, 50 * LENGTH), 50
     before: list[list[int]] = []
@@ -79,12 +79,12 @@ def test_each_block_gives_its_sequences_once(corpus, tmp_path):
         for begin in range(0, len(whole), block):
             count = min(block, len(whole) - begin)
             taken = stream.take(epoch * len(whole) + begin, count, documents=True)
-            wanted = np.arange(begin, begin + count)
-            rows = {tuple(row): i for i, row in zip(wanted, whole.batch(wanted).tolist(), strict=True)}
+            indices = np.arange(begin, begin + count)
+            rows = {tuple(row): i for i, row in zip(indices, whole.batch(indices).tolist(), strict=True)}
             order.append([rows.pop(tuple(row)) for row in taken.tokens.tolist()])
             assert not rows
             assert torch.equal(taken.documents, whole.documents(np.array(order[-1])))
-        assert all(found != sorted(found) for found in order if len(found) > 3)
+        assert all(block_order != sorted(block_order) for block_order in order if len(block_order) > 3)
         assert order != before
         before = order
     stream.close()
@@ -93,30 +93,29 @@ def test_each_block_gives_its_sequences_once(corpus, tmp_path):
 def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
     """The rows of each step, over all ranks."""
     per_step = loaders[0].global_batch_size // loaders[0].per_forward
-    found = [[row for batch in batches for row in batch.tokens.tolist()] for batches in zip(*loaders, strict=True)]
-    return [list(itertools.chain(*found[i : i + per_step])) for i in range(0, len(found), per_step)]
+    rows = [[row for batch in batches for row in batch.tokens.tolist()] for batches in zip(*loaders, strict=True)]
+    return [list(itertools.chain(*rows[i : i + per_step])) for i in range(0, len(rows), per_step)]
 
 
-def test_a_stream_that_ends_early_goes_on_as_well(corpus):
-    """With `max_tokens`, from any block."""
+def test_stream_with_max_tokens_resumes_from_any_block(corpus):
     whole, taken, states = streamed(corpus, 9 * LENGTH, max_tokens=4000), [], []
     for first in range(0, 900, 3):
         taken.append(whole.take(first, 3).tokens)
         states.append(json.dumps(whole.state()))
     whole.close()
-    for place in range(0, len(states) - 1, 17):
-        again = streamed(corpus, 9 * LENGTH, max_tokens=4000)
-        again.load_state(json.loads(states[place]))
-        for i in range(place + 1, min(place + 40, len(taken))):
-            assert torch.equal(again.take(3 * i, 3).tokens, taken[i])
-        again.close()
+    for saved in range(0, len(states) - 1, 17):
+        resumed = streamed(corpus, 9 * LENGTH, max_tokens=4000)
+        resumed.load_state(json.loads(states[saved]))
+        for i in range(saved + 1, min(saved + 40, len(taken))):
+            assert torch.equal(resumed.take(3 * i, 3).tokens, taken[i])
+        resumed.close()
     with pytest.raises(
         ValueError, match="trained on blocks of 9 sequences of 16 tokens, but these are blocks of 8 of 16"
     ):
         streamed(corpus, 8 * LENGTH).load_state(json.loads(states[0]))
 
 
-def test_its_threads_end_when_it_is_closed(corpus):
+def test_closing_ends_the_threads(corpus):
     before = set(threading.enumerate())
     stream = streamed(corpus, 37 * LENGTH)
     stream.take(0, 1)
@@ -128,16 +127,16 @@ def test_its_threads_end_when_it_is_closed(corpus):
         stream.take(10_000, 1)
 
 
-def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
+def test_changed_source_is_reported(tmp_path, corpus):
     (tmp_path / "text").mkdir()
     source = (Source(name="c", path=str(tmp_path / "text")),)
     lines = '{"text": "some words here"}\n' * 500
-    for change, said in (
+    for change, message in (
         (lambda: (tmp_path / "text" / "b.jsonl").write_text(""), "has changed since the stream was opened: it must"),
-        (lambda: (tmp_path / "text" / "a.jsonl").unlink(), "(has changed|cannot be read: .*the file is not there)"),
+        (lambda: (tmp_path / "text" / "a.jsonl").unlink(), "(has changed|cannot be read: .*the file does not exist)"),
         (
             lambda: (tmp_path / "text").rename(tmp_path / "elsewhere"),
-            "(does not exist|cannot be read: .*the file is not there)",
+            "(does not exist|cannot be read: .*the file does not exist)",
         ),
     ):
         for name in "abc":
@@ -145,15 +144,15 @@ def test_a_text_that_changes_meanwhile_is_told(tmp_path, corpus):
         stream = streamed(corpus, 50 * LENGTH, sources=source, val_fraction=0.0)
         stream.take(0, 1)
         change()
-        place = stream.state()
-        with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text {said}"):
+        state = stream.state()
+        with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text {message}"):
             stream.take(100_000, 1)
-        stream.load_state(place)
+        stream.load_state(state)
         with pytest.raises(SourceError, match=rf"sources.c.path={tmp_path}/text (has changed|does not exist)"):
             stream.take(0, 1)
 
 
-def test_text_that_changes_within_an_epoch_is_told_with_the_next_block(tmp_path, corpus):
+def test_source_changed_within_an_epoch_is_reported_with_the_next_block(tmp_path, corpus):
     (tmp_path / "text").mkdir()
     for name in "abcd":
         (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": "some words here"}\n' * 5000)
@@ -165,8 +164,8 @@ def test_text_that_changes_within_an_epoch_is_told_with_the_next_block(tmp_path,
         stream.take(50, 1)
 
 
-def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.stream, "HEAD_BYTES", 1000)
+def test_long_documents_do_not_raise_the_held_out_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.stream_head, "HEAD_BYTES", 1000)
     (tmp_path / "text").mkdir()
     for i in range(60):
         (tmp_path / "text" / f"{i:02}.txt").write_text(f"{i} words without an end " * 100)
@@ -175,17 +174,17 @@ def test_long_documents_do_not_hold_out_most_of_a_text(tmp_path, monkeypatch):
     assert head.facts["threshold"] <= 0.11 and head.facts["test"]["documents"] >= 1
 
 
-def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
-    steps, batch = 120, 24  # of 1,700 sequences: more than an epoch, and batches that lie in two blocks
+def test_stream_resumes_from_any_step_on_any_number_of_ranks(corpus):
+    steps, batch = 120, 24  # of 1,700 sequences: more than an epoch, and some batches cross the border of two blocks
 
     def loaders(world: int = 1, micro: int = batch, state: str | None = None) -> list[TrainLoader]:
-        made = []
+        ranks = []
         for rank in range(world):
             sequences = streamed(corpus, 37 * LENGTH)
-            made.append(TrainLoader(sequences, "f", steps, batch, micro, rank, world))
+            ranks.append(TrainLoader(sequences, "f", steps, batch, micro, rank, world))
             if state:
-                made[-1].load_state_dict(json.loads(state))
-        return made
+                ranks[-1].load_state_dict(json.loads(state))
+        return ranks
 
     (whole,) = loaders()
     expected, states = [], [json.dumps(whole.state_dict())]
@@ -200,43 +199,43 @@ def test_a_stream_goes_on_from_any_step_on_any_number_of_ranks(corpus):
     assert rows_of(loaders(state=states[-1])) == []
 
 
-def test_held_out_documents_are_those_of_a_preparation_and_never_trained_on(corpus, tmp_path):
+def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, tmp_path):
     prepared = prepare(corpus, tmp_path, LENGTH)
     head = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
-    encoder = load_tokenizer(corpus.tokenizer)
-    held_out = [d.text for d in Mixture(corpus.sources) if d.draw < 0.1]
-    stream, given = streamed(corpus), []
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    held_out = [d.text for d in Mixture(corpus.sources) if d.hash_fraction < 0.1]
+    stream, rows = streamed(corpus), []
     while stream.state()["stream"]["block"] == 0:  # the sequences of an epoch
-        given.append(stream.take(len(given), 1).tokens[0])
-    trained = encoder.tokenizer.decode(torch.cat(given[:-1]).tolist())
+        rows.append(stream.take(len(rows), 1).tokens[0])
+    trained = tokenizer.tokenizer.decode(torch.cat(rows[:-1]).tolist())
     assert len(trained) > 100_000 and len(held_out) > 50
     assert not any(text in trained for text in held_out)
     stream.close()
     assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
     assert len(head.train) == 0 and head.facts["threshold"] == 0.1
     assert head.fingerprint != prepared.fingerprint and head.folder != prepared.folder
-    again = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
-    assert again.fingerprint == head.fingerprint
+    cached = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
+    assert cached.fingerprint == head.fingerprint
 
 
-def test_of_a_long_text_enough_is_held_out(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.stream, "HEAD_BYTES", 60_000)
-    monkeypatch.setattr(data.stream, "HELD_OUT_BYTES", 4_000)
+def test_enough_of_a_long_text_is_held_out(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.stream_head, "HEAD_BYTES", 60_000)
+    monkeypatch.setattr(data.stream_head, "HELD_OUT_BYTES", 4_000)
     head = prepare(Corpus(**{**vars(corpus), "streamed": True, "val_fraction": 1e-4}), tmp_path, LENGTH)
     threshold = head.facts["threshold"]
     assert 0.01 < threshold < 0.1 and 4_000 <= head.facts["test"]["bytes"] < 4_500
     texts, size = [], 0
     for document in Mixture(corpus.sources):
-        if document.draw < threshold:
+        if document.hash_fraction < threshold:
             texts.append(document.text)
         size += document.size
         if size >= 60_000:
             break
-    encoder = load_tokenizer(corpus.tokenizer)
-    assert head.test.read(0, len(head.test)).tolist() == np.concatenate(encoder.encode(texts)).tolist()
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    assert head.test.read(0, len(head.test)).tolist() == np.concatenate(tokenizer.encode(texts)).tolist()
 
 
-def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
+def test_text_that_ends_within_the_head_is_split_as_if_prepared(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(3):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i} little words make up a document " * 3)
@@ -251,7 +250,7 @@ def test_a_text_that_ends_within_the_head_is_divided_as_if_prepared(tmp_path):
         prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path / "cache", 4)
 
 
-def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
+def test_corpus_that_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
     with pytest.raises(ValueError, match="deduplicate=true is not possible with data"):
         Corpus(**{**vars(corpus), "streamed": True, "deduplicate": True}).check(tmp_path, LENGTH)
     with pytest.raises(ValueError, match="sequence_length=100000 is longer than the text: the test text has"):
@@ -268,12 +267,13 @@ def test_what_cannot_be_streamed_is_one_sentence(corpus, tmp_path):
         broken.take(4000, 1)
 
 
-def test_of_few_documents_the_same_are_held_out_as_when_prepared(tmp_path):
-    """Also where the text that is least likely to be held out, but for the others, is there several times."""
+def test_tiny_stream_holds_out_the_same_documents_as_if_prepared(tmp_path):
+    """Even if the document with the lowest hash occurs several times."""
     texts = [f"document {i} of some words" for i in range(60)]
-    draw = {text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 256**6 for text in texts}
-    late = sorted((text for text in texts if draw[text] > 0.12), key=draw.__getitem__)[:6]
-    rows = [late[3], late[0], *late[1:], late[0], late[0]]
+    fraction = {text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 256**6 for text in texts}
+    above_limit = sorted((text for text in texts if fraction[text] > 0.12), key=fraction.__getitem__)[:6]
+    lowest = above_limit[0]
+    rows = [above_limit[3], lowest, *above_limit[1:], lowest, lowest]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     sources = (Source(name="s", path=str(tmp_path / "text.jsonl")),)
     heads = [

@@ -1,4 +1,4 @@
-"""The validation sets, and a tokenizer of their words."""
+"""The validation sets, and a tokenizer trained on them."""
 
 import json
 import lzma
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import TextEncoder
+from data import Tokenizer
 from data.tokenizer import train_tokenizer
 from evaluation.tasks import SETS, data_file
 from tests.conftest import CHECKOUT, script
@@ -22,7 +22,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     done = script("eval_data.py", f"out={folder}", cwd=folder)
     if done.returncode:
-        pytest.skip(f"the validation sets are not there: {done.stderr}")
+        pytest.skip(f"the validation sets cannot be downloaded: {done.stderr}")
     return folder
 
 
@@ -35,6 +35,6 @@ def items(folder: Path, task: str) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(sets: Path) -> TextEncoder:
-    """A byte-level BPE of the sentences of WinoGrande."""
+def tokenizer(sets: Path) -> Tokenizer:
+    """A byte-level BPE trained on the sentences of WinoGrande."""
     return train_tokenizer((item["sentence"] for item in items(sets, "winogrande")), 2000)

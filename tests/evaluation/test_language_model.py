@@ -1,4 +1,4 @@
-"""Our model as lm-eval's, beside lm-eval's own on the exported model."""
+"""LlamaLM against lm-eval's `hf` backend on the exported model."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", params=[96, 1024])
 def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
-    """The same weights twice, with a context that many items exceed, and one that none does."""
+    """LlamaLM and HFLM of the same weights, with a context that many items exceed, and one that no item exceeds."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=tokenizer.size,
@@ -36,40 +36,42 @@ def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
-@pytest.mark.parametrize("shots", [0, 2])
-def test_each_item_is_scored_as_by_the_hf_backend(both, task, shots, sets):
-    answers: list[list[tuple[float, bool]]] = []
-    found = []
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, sets):
+    responses: list[list[tuple[float, bool]]] = []
+    results = []
     for model in both:
-        loaded = load_tasks(task, [sets], shots)
-        found.append(score_task(model, task, loaded, limit=30, seed=0))
-        answers.append([instance.resps[0] for instance in loaded["tasks"][task].instances])
-    assert len(answers[0]) == len(answers[1]) == 30 * (4 if task == "hellaswag" else 2)
-    for (ours, greedy), (theirs, their_greedy) in zip(*answers, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3) and greedy == their_greedy
-    assert found[0] == found[1]
+        loaded = load_tasks(task, [sets], num_fewshot)
+        results.append(score_task(model, task, loaded, limit=30, seed=0))
+        responses.append([instance.resps[0] for instance in loaded["tasks"][task].instances])
+    assert len(responses[0]) == len(responses[1]) == 30 * (4 if task == "hellaswag" else 2)
+    for (ours, greedy), (reference, reference_greedy) in zip(*responses, strict=True):
+        assert ours == pytest.approx(reference, abs=1e-3) and greedy == reference_greedy
+    assert results[0] == results[1]
 
 
-def asked(kind: str, *arguments) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=given, idx=0) for given in arguments]
+def instances(kind: str, *arguments) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=0) for pair in arguments]
 
 
-def test_contexts_that_are_empty_end_with_spaces_or_are_shared(both):
-    requests = asked("loglikelihood", ("", "The trophy"), ("The trophy ", "fits"), ("The trophy", " fits"), ("a", " b"))
-    ours, theirs = (model.loglikelihood(requests, disable_tqdm=True) for model in both)
-    for (one, greedy), (other, their_greedy) in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, abs=1e-3) and greedy == their_greedy
+def test_empty_shared_and_space_terminated_contexts(both):
+    requests = instances(
+        "loglikelihood", ("", "The trophy"), ("The trophy ", "fits"), ("The trophy", " fits"), ("a", " b")
+    )
+    ours, reference = (model.loglikelihood(requests, disable_tqdm=True) for model in both)
+    for (value, greedy), (expected, expected_greedy) in zip(ours, reference, strict=True):
+        assert value == pytest.approx(expected, abs=1e-3) and greedy == expected_greedy
 
 
-def test_whole_texts(both):
+def test_rolling_loglikelihood_equals_the_hf_backend(both):
     text = "The trophy does not fit into the suitcase because it is too large. " * 12
-    requests = asked("loglikelihood_rolling", (text,), ("One word",))
-    ours, theirs = (model.loglikelihood_rolling(requests, disable_tqdm=True) for model in both)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    requests = instances("loglikelihood_rolling", (text,), ("One word",))
+    ours, reference = (model.loglikelihood_rolling(requests, disable_tqdm=True) for model in both)
+    assert ours == pytest.approx(reference, rel=1e-5)
 
 
-def test_what_it_writes(both):
+def test_greedy_generation_equals_the_hf_backend(both):
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
-    requests = asked("generate_until", ("The trophy does not fit into the", settings), ("Once", settings))
-    ours, theirs = (model.generate_until(requests, disable_tqdm=True) for model in both)
-    assert ours == theirs and all(ours)
+    requests = instances("generate_until", ("The trophy does not fit into the", settings), ("Once", settings))
+    ours, reference = (model.generate_until(requests, disable_tqdm=True) for model in both)
+    assert ours == reference and all(ours)

@@ -1,4 +1,4 @@
-"""Where tasks and their data come from."""
+"""Tasks, and their data from files."""
 
 import json
 import lzma
@@ -10,16 +10,16 @@ from evaluation.tasks import TaskError, data_file, load_tasks, sample
 from tests.evaluation.conftest import items
 
 
-def test_a_draw_is_the_same_for_every_model_and_from_all_items():
+def test_sampled_items_are_deterministic_and_from_the_whole_set():
     drawn = sample(10_042, 500, seed=0)
     assert drawn == sample(10_042, 500, seed=0) != sample(10_042, 500, seed=1)
     assert drawn == sorted(set(drawn)) and len(drawn) == 500 and drawn[-1] < 10_042
-    of_the_first_source = sum(item < 3_243 for item in drawn) / 500
-    assert abs(of_the_first_source - 3_243 / 10_042) < 0.07
+    first_source = sum(item < 3_243 for item in drawn) / 500
+    assert abs(first_source - 3_243 / 10_042) < 0.07
     assert sample(10, None, 0) is sample(10, 10, 0) is sample(10, 99, 0) is None
 
 
-def test_sets_are_counted(sets, tmp_path):
+def test_incomplete_or_damaged_sets_are_errors(sets, tmp_path):
     (file,) = sets.glob("winogrande*")
     shutil.copy(file, tmp_path)
     assert data_file(tmp_path, "winogrande") == tmp_path / file.name
@@ -36,7 +36,7 @@ def test_sets_are_counted(sets, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["answers", "repeated"])
-def test_items_are_those_that_were_published(changed, sets, tmp_path):
+def test_changed_items_are_an_error(changed, sets, tmp_path):
     lines = [json.dumps(item) for item in items(sets, "winogrande")]
     if changed == "answers":
         lines[7] = lines[7].replace('"answer": "1"', '"answer": "3"').replace('"answer": "2"', '"answer": "1"')
@@ -47,6 +47,6 @@ def test_items_are_those_that_were_published(changed, sets, tmp_path):
         load_tasks("winogrande", [tmp_path], 0)
 
 
-def test_a_task_that_is_not_known(tmp_path):
+def test_unknown_task_is_an_error(tmp_path):
     with pytest.raises(TaskError, match=r"eval.tasks=hellaswug is not known: it must be a task of lm-eval"):
         load_tasks("hellaswug", [tmp_path], 0)

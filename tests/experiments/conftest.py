@@ -73,7 +73,7 @@ def write_run(path: Path, cfg, seed: int, bump: float = 0.0, done: bool = True, 
 def score(path: Path, task: str, items: int, **metrics: float) -> None:
     file = path / "task_scores.json"
     scores = json.loads(file.read_text())["scores"] if file.exists() else []
-    scores.append({"task": task, "shots": 0, "step": 140, "items": items, **metrics})
+    scores.append({"task": task, "num_fewshot": 0, "step": 140, "items": items, **metrics})
     file.write_text(json.dumps({"scores": scores}))
 
 

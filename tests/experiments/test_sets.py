@@ -111,8 +111,8 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
     kept.write_text("numbers")
     for given, said in (
         (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
-        (("seeds=0,1",), "seeds=0,1 is several values: give a list, as KEY=[0,1]"),
-        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: what is not plain is quoted, as 'overrides=["),
+        (("seeds=0,1",), "seeds=0,1 has several values: give a list, as KEY=[0,1]"),
+        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: special characters must be quoted, as 'overrides=["),
     ):
         done = script("make_tables.py", *given, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {said}"), done.stderr

@@ -53,9 +53,9 @@ def test_bfloat16_error_is_at_most_that_of_the_plain_loss(autocast, monkeypatch)
     monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 50)
     dtype = torch.float32 if autocast else torch.bfloat16
     exact = loss_and_grads(plain, torch.float32)
-    theirs = loss_and_grads(plain, dtype, autocast)
+    reference = loss_and_grads(plain, dtype, autocast)
     ours = loss_and_grads(lambda *args: linear_cross_entropy(*args)[0], dtype, autocast)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
+    for a, b, c in zip(ours, reference, exact, strict=True):
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-6 * c.norm()
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer is trained, tokens are prepared with it, and a run trains on them; mistakes are one sentence."""
+"""The scripts train a tokenizer and prepare tokens that a run trains on; mistakes are one sentence."""
 
 import json
 
@@ -13,18 +13,18 @@ from tests.conftest import CHECKOUT, TINY, script, train
 SHARED = CHECKOUT.parent / "shared" / "data" / "corpus"
 
 
-def test_from_text_to_a_run(corpus, tmp_path):
-    made = script("train_tokenizer.py", f"data.path={corpus}", "vocab_size=400", "out=mine", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[-1] == "400 tokens: data.tokenizer=mine"
+def test_run_uses_the_prepared_tokenizer_and_tokens(corpus, tmp_path):
+    trained = script("train_tokenizer.py", f"data.path={corpus}", "vocab_size=400", "out=mine", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1] == "400 tokens: data.tokenizer=mine"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "mine")) == 400
     settings = (f"data.path={corpus}", "data.tokenizer=mine")
     first = script("prepare_data.py", *settings, "model.vocab_size=512", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "vocabulary 400" in first.stdout and "checksums right" in first.stdout
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    again = script("prepare_data.py", *settings, cwd=tmp_path)
-    assert again.stdout in first.stdout, "the second time there is nothing to do but to check"
+    second = script("prepare_data.py", *settings, cwd=tmp_path)
+    assert second.stdout in first.stdout, "the second time the tokens are only verified"
     run = train(*TINY, *settings, "trainer.max_steps=2", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
@@ -35,24 +35,25 @@ def test_from_text_to_a_run(corpus, tmp_path):
 def test_mistakes_are_one_sentence(corpus, tmp_path):
     (tmp_path / "there").mkdir()
     cases = [
-        ("train_tokenizer.py", ("out=there",), "out=there is there already"),
+        ("train_tokenizer.py", ("out=there",), "out=there exists already"),
         ("train_tokenizer.py", ("vocab_size=100",), "data.vocab_size=100 is not allowed: it must be at least 257"),
         ("train_tokenizer.py", ("max_bytes=no",), "max_bytes=no is not allowed"),
         ("prepare_data.py", ("data.path=/nope",), "data.sources.text.path=/nope does not exist"),
         ("prepare_data.py", ("data.val_fraction=2",), "data.val_fraction=2 is not allowed"),
-        ("prepare_data.py", ("data.tokenizer=/nope",), "data.tokenizer=/nope is not there"),
+        ("prepare_data.py", ("data.tokenizer=/nope",), "data.tokenizer=/nope does not exist"),
         ("prepare_data.py", ("data=smollm",), "data.sources.cosmopedia.hub=HuggingFaceTB/smollm-corpus cannot be"),
+        ("prepare_data.py", ("data.mode=stream",), "data.mode=stream is not possible"),
         ("prepare_data.py", ("dta=smollm",), "dta=smollm is not possible"),
     ]  # fmt: skip
-    for name, arguments, said in cases:
+    for name, arguments, message in cases:
         offline = {"HF_HUB_OFFLINE": "1"} if "data=smollm" in arguments else {}
         done = script(name, *arguments, cwd=tmp_path, **offline)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_smollm_from_local_files(corpus, tmp_path):
-    """The columns of SmolLM-corpus's two parts, mixed by their weights."""
+    """Files with the columns of SmolLM-corpus's two subsets are mixed by their weights."""
     texts = [document.text[:2000] for document in Mixture([Source(name="s", path=str(corpus))])]
     texts = [text[i : i + 500] for text in texts for i in range(0, 2000, 500)]
     for name, extra in (("cosmopedia", "prompt"), ("fineweb_edu", "id")):
@@ -71,12 +72,12 @@ def test_smollm_from_local_files(corpus, tmp_path):
     assert documents == pytest.approx(len(texts) * (1 + 28 / 220), abs=3)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the corpus of prose is not here")
-def test_a_paper_sized_vocabulary_on_prose(tmp_path):
-    """openstax.jsonl.xz alone: enough text for 65,536 tokens, little enough for a test."""
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the corpus of prose is missing")
+def test_vocabulary_of_the_paper_on_prose(tmp_path):
+    """openstax.jsonl.xz has enough text for 65,536 tokens, and is small enough for a test."""
     settings = (f"data.path={SHARED}/openstax.jsonl.xz", "data.name=prose")
-    made = script("train_tokenizer.py", *settings, cwd=tmp_path)
-    assert made.returncode == 0 and "65,536 tokens: data.tokenizer=cache/tokenizers/prose-65536" in made.stdout
+    trained = script("train_tokenizer.py", *settings, cwd=tmp_path)
+    assert trained.returncode == 0 and "65,536 tokens: data.tokenizer=cache/tokenizers/prose-65536" in trained.stdout
     done = script("prepare_data.py", *settings, "data.tokenizer=cache/tokenizers/prose-65536", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (manifest,) = (tmp_path / "cache").glob("tokens-*/tokens.json")

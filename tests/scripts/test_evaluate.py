@@ -1,4 +1,4 @@
-"""scripts/evaluate.py on runs and exported models: real processes, one of them killed."""
+"""scripts/evaluate.py on runs and exported models; one evaluation is killed and resumes."""
 
 import json
 import shutil
@@ -17,9 +17,9 @@ from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
 
 @pytest.fixture(scope="module")
 def runs(corpus, cache, tmp_path_factory) -> Path:
-    """A folder with two finished runs, of which one was sharded, and some that have no score."""
+    """A folder with two finished runs, one of them sharded, and three runs that cannot be scored."""
     folder = tmp_path_factory.mktemp("runs")
-    given = (
+    settings = (
         *TINY,
         f"data.path={corpus}",
         f"paths.cache={cache}",
@@ -28,7 +28,7 @@ def runs(corpus, cache, tmp_path_factory) -> Path:
     )
     two = ("trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4")
     for more in (("name=one",), ("name=two", *two)):
-        done = train(*given, *more, cwd=folder)
+        done = train(*settings, *more, cwd=folder)
         assert done.returncode == 0, done.stderr
     one = folder / "runs" / "main" / "one"
     empty = one.with_name("empty")
@@ -49,13 +49,15 @@ def scores(path: Path) -> list[dict]:
 
 
 def numbers(score: dict) -> dict:
-    return {key: value for key, value in score.items() if key.startswith("acc") or key in ("items", "task", "shots")}
+    return {
+        key: value for key, value in score.items() if key.startswith("acc") or key in ("items", "task", "num_fewshot")
+    }
 
 
-def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # noqa: F811
-    given = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
-    done = script("evaluate.py", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
-    assert done.returncode == 3 and done.stderr == "3 of the runs were left out, see above\n", done.stderr
+def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):  # noqa: F811
+    settings = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
+    done = script("evaluate.py", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr == "3 of the runs were skipped, see above\n", done.stderr
     for name, why in (
         ("empty", f"run={runs}/main/empty has no checkpoint yet: train it first"),
         ("diverged", "the model's answers are not numbers: it has diverged, and has no score"),
@@ -64,28 +66,28 @@ def test_a_sweep_is_scored_and_only_what_is_missing(runs, sets, tmp_path):  # no
         assert f"{name}: {why}" in done.stdout
     one = runs / "main" / "one" / "task_scores.json"
     (first,) = scores(one)
-    assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["shots"] == 0
+    assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["num_fewshot"] == 0
     assert 0 <= first["acc"] <= 1 and first["acc_stderr"] > 0 and first["versions"]["lm_eval"]
     done = script(
-        "evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *given[1:], "eval.num_fewshot=[0,1]", cwd=tmp_path
+        "evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *settings[1:], "eval.num_fewshot=[0,1]", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert scores(one)[0] == first, "it was not scored again"
-    assert [(s["task"], s["shots"]) for s in scores(one)] == [
+    assert [(s["task"], s["num_fewshot"]) for s in scores(one)] == [
         ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
     ]  # fmt: skip
     assert "items: hellaswag 60 drawn, winogrande 60 drawn" in done.stdout and "acc_norm" in done.stdout
     others = scores(runs / "main" / "two" / "task_scores.json")
     for score, other in zip(scores(one), others, strict=True):
         assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) < 0.1, "they differ by rounding"
-    assert not list(runs.rglob(".eval-*"))
+    assert not list(runs.rglob(".task_scores-*"))
 
 
-def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noqa: F811
+def test_exported_run_has_the_same_scores(runs, sets, tmp_path):  # noqa: F811
     assert script("export_hf.py", f"run={runs}/main/one", "out=exported", cwd=tmp_path).returncode == 0
-    given = (f"eval.data_dir={sets}", "eval.limit=50", "eval.seed=4")
+    settings = (f"eval.data_dir={sets}", "eval.limit=50", "eval.seed=4")
     for subject in ("hf=exported", f"run={runs}/main/one"):
-        done = script("evaluate.py", subject, *given, cwd=tmp_path)
+        done = script("evaluate.py", subject, *settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     ours = [numbers(score) for score in scores(runs / "main" / "one" / "task_scores.json") if score["seed"] == 4]
     assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "task_scores.json")]
@@ -95,45 +97,45 @@ def test_an_exported_run_has_the_scores_of_the_run(runs, sets, tmp_path):  # noq
         {name: -tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
     )
     for model in ("exported", "other"):
-        done = script("evaluate.py", f"hf={model}", "out=both.json", *given, "eval.tasks=[winogrande]", cwd=tmp_path)
+        done = script("evaluate.py", f"hf={model}", "out=both.json", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert len(scores(tmp_path / "both.json")) == 2, "of another model there is no score yet"
+    assert len(scores(tmp_path / "both.json")) == 2, "the scores of two models in one file"
 
 
-def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
-    for name in ("whole", "killed"):
+def test_killed_evaluation_resumes(runs, sets, tmp_path):  # noqa: F811
+    for name in ("complete", "killed"):
         shutil.copytree(runs / "main" / "one", tmp_path / name)
         (tmp_path / name / "task_scores.json").unlink(missing_ok=True)
-    given = (f"eval.data_dir={sets}", "eval.limit=600", "eval.tasks=[hellaswag]")
-    command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *given]
+    settings = (f"eval.data_dir={sets}", "eval.limit=600", "eval.tasks=[hellaswag]")
+    command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *settings]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    answers = tmp_path / "killed" / ".eval-20-float32.jsonl"
-    while not answers.exists() or answers.stat().st_size == 0:
+    responses = tmp_path / "killed" / ".task_scores-20-float32.jsonl"
+    while not responses.exists() or responses.stat().st_size == 0:
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     job.kill()
     job.wait()
-    with answers.open("a") as file:
+    with responses.open("a") as file:
         file.write('["half a li')
-    before = answers.read_bytes()
+    before = responses.read_bytes()
     assert not (tmp_path / "killed" / "task_scores.json").exists() and before.count(b"\n") >= 513
-    for name in ("whole", "killed"):
-        done = script("evaluate.py", f"run={name}", *given, cwd=tmp_path)
+    for name in ("complete", "killed"):
+        done = script("evaluate.py", f"run={name}", *settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    whole, killed = (scores(tmp_path / name / "task_scores.json") for name in ("whole", "killed"))
-    assert [numbers(score) for score in whole] == [numbers(score) for score in killed]
+    complete, killed = (scores(tmp_path / name / "task_scores.json") for name in ("complete", "killed"))
+    assert [numbers(score) for score in complete] == [numbers(score) for score in killed]
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "override, message",
     [
-        ("run=nothing", "run=nothing is not there: it must be a run folder, or a folder of such"),
+        ("run=nothing", "run=nothing does not exist: it must be a run folder, or a folder of such"),
         ("run=.", "run=. is not a run folder: it must be one, with a config.yaml in it, or hold such"),
-        ("hf=./nothing", "hf=./nothing is not there: it must be a folder, or a name on the Hugging Face hub"),
+        ("hf=./nothing", "hf=./nothing does not exist: it must be a folder, or a name on the Hugging Face hub"),
         ("eval.tasks=hellaswag", "eval.tasks=hellaswag is not allowed: it must be a list of tasks, as [hellaswag]"),
         ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
         ("eval.num_fewshot=-1", "eval.num_fewshot=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
-        ("eval.data_dir=nowhere", "eval.data_dir=nowhere is not there: it must be a folder with the validation sets"),
+        ("eval.data_dir=nowhere", "eval.data_dir=nowhere does not exist: it must be a folder with the validation sets"),
         ("eval.num_fewshot=[]", "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("run=5", "run=5 is not allowed: it must be a run folder, the folder of an experiment, or a list of such"),
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
@@ -146,15 +148,15 @@ def test_killed_it_goes_on_where_it_was(runs, sets, tmp_path):  # noqa: F811
         ),
     ],
 )
-def test_mistakes_are_one_sentence(given, said, tmp_path):
-    done = script("evaluate.py", given, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {said}\n"
+def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path):
+    done = script("evaluate.py", override, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {message}\n"
 
 
-def test_without_data_the_ways_to_get_it_are_said(runs, tmp_path):
+def test_missing_data_error_names_the_sources(runs, tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "none")}
     done = script("evaluate.py", f"run={runs}/main/two", "eval.seed=9", "eval.limit=5", cwd=tmp_path, **env)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "the data of eval.tasks=hellaswag cannot be had (" in done.stderr
-    for way in ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`"):
-        assert way in done.stderr
+    assert "the data of eval.tasks=hellaswag cannot be loaded (" in done.stderr
+    for source in ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`"):
+        assert source in done.stderr

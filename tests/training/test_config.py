@@ -130,7 +130,7 @@ BAD = {
     "paths.runs=/dev/null/runs": "paths.runs=/dev/null/runs cannot be written",
     "name=../x": "name=../x is not allowed",
     "lr": "lr is not allowed: settings are given as KEY=VALUE",
-    "lr=1e-3,3e-3": "lr=1e-3,3e-3 is several values: add -m",
+    "lr=1e-3,3e-3": "lr=1e-3,3e-3 has several values: add -m",
     "lr=inf": "lr=inf is not allowed",
     "clip=null": "clip=null is not allowed: a group takes the name of one of its options",
     "clip.warmup_steps=9999999999999999999999": "clip.warmup_steps=9999999999999999999999 is not allowed",

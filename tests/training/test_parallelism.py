@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
     os.kill(processes["1"], signal.SIGKILL)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 1
-    assert said.splitlines()[-1] == "process 1 of the run was ended by SIGKILL: the same command continues"
+    assert said.splitlines()[-1] == "process 1 of the run was killed by SIGKILL; run the same command to resume"
     assert not Path(f"/proc/{processes['0']}").exists()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     on = [*command, str(CHECKOUT / "train.py"), *settings, "trainer.devices=4"]

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models
 
 from data import TokenDataset, prepare, unigram_entropy
-from data.tokenizer import END_OF_TEXT, text_encoder
+from data.tokenizer import END_OF_TEXT, wrap_tokenizer
 from experiments.run.read import read_run
 from models import Llama
 from tests.conftest import CHECKOUT, TINY, same, train, train_command
@@ -398,11 +398,11 @@ def test_bad_batches_are_put_in_and_told(settings, tmp_path):
 def test_a_tokenizer_without_the_letters_of_bad_batches_is_told_before_the_run(settings, tmp_path):
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
-    text_encoder(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
+    wrap_tokenizer(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
     given = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
     done = train(*settings, *given, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
-        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer leaves out letters of other "
-        "scripts\n"
+        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer has no tokens for letters "
+        "of other scripts\n"
     )
     assert not (tmp_path / "runs").exists()

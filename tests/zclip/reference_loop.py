@@ -1,4 +1,4 @@
-"""The small model, its data and the plain training loop that the integrations are compared with."""
+"""A small model, its data and a plain training loop, to compare integrations with."""
 
 import socket
 
@@ -15,25 +15,25 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(step)) * (40 if step in (12, 19) else 1)
 
 
-def build() -> nn.Module:
+def build_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> ZClip:
-    """Train on all steps, and return the clipper."""
+def train_plain(model: nn.Module, optimizer: torch.optim.Optimizer, loss_factor: float = 1.0) -> ZClip:
+    """Train for all steps; return the strategy."""
     zclip = ZClip(warmup_steps=5, z_thresh=2.0)
     for t in range(STEPS):
         optimizer.zero_grad()
-        (factor * model(batch(t)).square().mean()).backward()
+        (loss_factor * model(batch(t)).square().mean()).backward()
         zclip.step(model)
         optimizer.step()
     return zclip
 
 
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+def assert_same_weights(model: nn.Module, expected: nn.Module, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
 def free_port() -> int:

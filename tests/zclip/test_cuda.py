@@ -1,4 +1,4 @@
-"""On a GPU: nothing waits for the device, and the weights are those of a CPU."""
+"""On a GPU: no step waits for the device, and the weights match those of a CPU."""
 
 import copy
 
@@ -17,10 +17,10 @@ STRATEGIES = [
 ]  # fmt: skip
 
 
-def train(strategy: ClippingStrategy, model: nn.Module, folded: bool, fused: bool = True) -> list[torch.Tensor]:
-    """Train on gradients drawn on the CPU, with a spike and a NaN among them; return the norms."""
+def train(strategy: ClippingStrategy, model: nn.Module, pass_optimizer: bool) -> list[torch.Tensor]:
+    """Train on gradients drawn on the CPU, which include a spike and a NaN; return the norms."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     draw = torch.Generator().manual_seed(0)
     steps = [[torch.randn(p.shape, generator=draw) for p in model.parameters()] for _ in range(30)]
     steps[20] = [g * 30 for g in steps[20]]
@@ -34,7 +34,7 @@ def train(strategy: ClippingStrategy, model: nn.Module, folded: bool, fused: boo
         if i == 2 and device.type == "cuda":  # the first steps allocate
             torch.cuda.set_sync_debug_mode("error")
         try:
-            norms.append(strategy.step(model, optimizer=optimizer if folded else None, loss=loss))
+            norms.append(strategy.step(model, optimizer=optimizer if pass_optimizer else None, loss=loss))
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -42,19 +42,19 @@ def train(strategy: ClippingStrategy, model: nn.Module, folded: bool, fused: boo
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
-@pytest.mark.parametrize("folded", [False, True])
-def test_no_step_waits_for_the_device_and_the_weights_are_those_of_a_cpu(make, folded):
+@pytest.mark.parametrize("pass_optimizer", [False, True])
+def test_no_step_waits_for_the_device_and_weights_match_the_cpu(make, pass_optimizer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))
-    other, strategy = copy.deepcopy(model).cuda(), make()
-    norms, norms_there = train(make(), model, folded), train(strategy, other, folded)
-    torch.testing.assert_close(torch.stack(norms_there).cpu(), torch.stack(norms), rtol=1e-5, atol=0, equal_nan=True)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+    cuda_model, strategy = copy.deepcopy(model).cuda(), make()
+    norms, cuda_norms = train(make(), model, pass_optimizer), train(strategy, cuda_model, pass_optimizer)
+    torch.testing.assert_close(torch.stack(cuda_norms).cpu(), torch.stack(norms), rtol=1e-5, atol=0, equal_nan=True)
+    for p, q in zip(model.parameters(), cuda_model.parameters(), strict=True):
         torch.testing.assert_close(q.cpu(), p, rtol=1e-4, atol=1e-5)
     assert strategy.read_telemetry()["nonfinite"] == 1
 
 
-def test_a_limit_of_bad_norms_in_a_row_is_seen_a_step_late():
+def test_consecutive_nonfinite_norms_raise_a_step_late():
     model = nn.Linear(3, 3).cuda()
     zclip = ZClip(max_consecutive_nonfinite=3)
     with pytest.raises(FloatingPointError, match="times in a row"):

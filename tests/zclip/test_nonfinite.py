@@ -1,4 +1,4 @@
-"""Norms that are not finite, or nearly not: policies, limits, and a fuzz of every strategy."""
+"""Non-finite and extreme norms: policies, limits, and a fuzz test of every strategy."""
 
 import math
 import random
@@ -23,7 +23,7 @@ STRATEGIES = [
 STRATEGIES += [lambda option=option: ZClip(clip_option=option, warmup_steps=4) for option in ("mean", "max")]
 
 
-def with_gradients(value: float | None, seed: int = 0) -> nn.Module:
+def linear_with_gradients(value: float | None, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Linear(4, 3)
     for p in model.parameters():
@@ -34,25 +34,25 @@ def with_gradients(value: float | None, seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
-def test_fuzz(make):
-    """Bad norms at any step leave the statistics finite, and everything as in a run without them."""
+def test_nonfinite_norms_leave_no_trace(make):
+    """Non-finite norms change neither the statistics nor later gradients."""
     draw = random.Random(0)
     for _ in range(3):
-        disturbed, calm = make(), make()
-        bad = 0
+        with_nonfinite, without = make(), make()
+        nonfinite = 0
         for t in range(60):
             if draw.random() < 0.3:
-                bad += 1
-                model = with_gradients(draw.choice([math.nan, math.inf, -math.inf, 1e38, -3e38]), t)
-                disturbed.step(model)
+                nonfinite += 1
+                model = linear_with_gradients(draw.choice([math.nan, math.inf, -math.inf, 1e38, -3e38]), t)
+                with_nonfinite.step(model)
                 assert not any(p.grad.any() for p in model.parameters())
-                assert disturbed.read_telemetry()["nonfinite"] == bad
-            one, other = with_gradients(None, t), with_gradients(None, t)
-            disturbed.step(one)
-            calm.step(other)
+                assert with_nonfinite.read_telemetry()["nonfinite"] == nonfinite
+            one, other = linear_with_gradients(None, t), linear_with_gradients(None, t)
+            with_nonfinite.step(one)
+            without.step(other)
             for p, q in zip(one.parameters(), other.parameters(), strict=True):
                 assert torch.equal(p.grad, q.grad) and torch.isfinite(p.grad).all()
-        assert all(torch.equal(disturbed.state[key], calm.state[key]) for key in calm.state)
+        assert all(torch.equal(with_nonfinite.state[key], without.state[key]) for key in without.state)
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
@@ -60,7 +60,7 @@ def test_fuzz(make):
 def test_tiny_huge_and_zero_gradients_stay_finite(make, scale):
     strategy = make()
     for t in range(50):
-        model = with_gradients(None, t)
+        model = linear_with_gradients(None, t)
         for p in model.parameters():
             p.grad.mul_(scale if t % 3 else 1.0)
         strategy.step(model)
@@ -68,9 +68,9 @@ def test_tiny_huge_and_zero_gradients_stay_finite(make, scale):
         assert all(torch.isfinite(v.double()).all() for k, v in strategy.state.items() if k not in ("gamma", "history"))
 
 
-def test_zero_policy_lets_the_optimizer_step_on_zeros():
+def test_zero_policy_steps_with_zero_gradients():
     zclip = ZClip(on_nonfinite="zero")
-    model = with_gradients(math.nan)
+    model = linear_with_gradients(math.nan)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     before = model.weight.detach().clone()
     zclip.step(model, optimizer=optimizer)
@@ -81,18 +81,18 @@ def test_zero_policy_lets_the_optimizer_step_on_zeros():
 
 def test_raise_policy_names_the_parameters():
     zclip = ZClip(on_nonfinite="raise")
-    zclip.step(with_gradients(None))
+    zclip.step(linear_with_gradients(None))
     with pytest.raises(FloatingPointError, match=r"norm is nan; so are .* gradients of weight of shape \(3, 4\)$"):
-        zclip.step(with_gradients(math.nan))
-    with pytest.raises(FloatingPointError, match=r"gradients of number 0 given of shape \(3, 4\)$"):
-        zclip.step(with_gradients(math.nan).parameters())
+        zclip.step(linear_with_gradients(math.nan))
+    with pytest.raises(FloatingPointError, match=r"gradients of parameter 0 of shape \(3, 4\)$"):
+        zclip.step(linear_with_gradients(math.nan).parameters())
     zclip.on_nonfinite = "ignore"
     with pytest.raises(ValueError, match="on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise"):
-        zclip.step(with_gradients(None))
+        zclip.step(linear_with_gradients(None))
 
 
 @pytest.mark.parametrize("make", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC])
-def test_every_strategy_takes_a_policy_and_refuses_a_wrong_one(make):
+def test_every_strategy_takes_a_policy_and_checks_it(make):
     strategy = make(on_nonfinite="zero", max_consecutive_nonfinite=None)
     assert (strategy.on_nonfinite, strategy.max_consecutive_nonfinite) == ("zero", None)
     make().load_state_dict(strategy.state_dict())
@@ -104,12 +104,12 @@ def test_every_strategy_takes_a_policy_and_refuses_a_wrong_one(make):
         make(alhpa=0.9)
 
 
-def test_a_limit_of_bad_norms_in_a_row():
+def test_consecutive_nonfinite_norms_raise_at_the_limit():
     zclip = ZClip(max_consecutive_nonfinite=3)
     for value in (math.nan, math.nan, None, math.nan, math.inf):
-        zclip.step(with_gradients(value))
+        zclip.step(linear_with_gradients(value))
     assert zclip.read_telemetry()["consecutive_nonfinite"] == 2
     restored = ZClip(max_consecutive_nonfinite=3)
     restored.load_state_dict(zclip.state_dict())
-    with pytest.raises(FloatingPointError, match=r"3 times in a row.*Go back to a checkpoint"):
-        restored.step(with_gradients(math.nan))
+    with pytest.raises(FloatingPointError, match=r"3 times in a row.*Restart from an earlier checkpoint"):
+        restored.step(linear_with_gradients(math.nan))

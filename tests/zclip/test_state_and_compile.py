@@ -1,4 +1,4 @@
-"""States survive torch.save and torch's distributed checkpoints; rules compile without a graph break."""
+"""States survive distributed checkpoints; rules compile without a graph break."""
 
 import os
 
@@ -19,11 +19,11 @@ def run(strategy: ClippingStrategy, start: int, stop: int) -> list[float]:
 
 @pytest.mark.parametrize("make", STRATEGIES)
 @pytest.mark.parametrize("stop", [3, 60])
-def test_distributed_checkpoint(make, stop, tmp_path):
+def test_distributed_checkpoint_restores_the_strategy(make, stop, tmp_path):
     one, other = make(), make()
     run(one, 0, stop)
     dcp.save({"clipper": one.state_dict()}, checkpoint_id=tmp_path)
-    run(other, 100, 101)  # gives the state its shapes, as loading in place needs them
+    run(other, 100, 101)  # creates the tensors that dcp loads into
     state = {"clipper": other.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path)
     other.load_state_dict(state["clipper"])
@@ -31,7 +31,7 @@ def test_distributed_checkpoint(make, stop, tmp_path):
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
-def test_a_strategy_that_never_took_a_step_loads_a_distributed_checkpoint(make, tmp_path):
+def test_unused_strategy_loads_a_distributed_checkpoint(make, tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
 
@@ -56,9 +56,9 @@ def test_a_strategy_that_never_took_a_step_loads_a_distributed_checkpoint(make, 
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
-def test_the_rule_compiles_whole(make):
+def test_rule_compiles_without_a_graph_break(make):
     strategy, compiled = make(), make()
-    # The default backend needs a C++ compiler; the graph is the same without.
+    # The default backend needs a C++ compiler; the graph is the same with another backend.
     backend = "inductor" if os.environ.get("CXX") else "aot_eager"
     rule = "clip" if compiled.per_tensor or compiled.uses_loss else "decide"
     setattr(compiled, rule, torch.compile(getattr(compiled, rule), fullgraph=True, backend=backend))
@@ -66,7 +66,7 @@ def test_the_rule_compiles_whole(make):
 
 
 @pytest.mark.parametrize("make", STRATEGIES)
-def test_statistics_keep_their_addresses(make):
+def test_statistics_are_updated_in_place(make):
     strategy = make()
     run(strategy, 0, 2)
     before = {key: value.data_ptr() for key, value in strategy.state.items()}

@@ -1,8 +1,9 @@
-"""`step` on real gradients: what is scaled, what is refused, what is remembered."""
+"""`step` on real gradients: scaling, errors, statistics, telemetry and saved states."""
 
 import copy
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
-def test_the_norm_is_returned_and_the_gradients_are_scaled_by_one_factor():
+def test_step_returns_the_norm_and_scales_all_gradients_by_one_factor():
     model = model_with_gradients(0)
     before = flat(model)
     norm = FixedNorm(0.5).step(model)
@@ -59,14 +60,14 @@ def test_the_norm_is_returned_and_the_gradients_are_scaled_by_one_factor():
     torch.testing.assert_close(flat(model), before * (0.5 / (before.norm() + 1e-6)), rtol=1e-6, atol=0)
 
 
-def test_small_norms_are_left_alone_to_the_bit():
+def test_norms_below_the_threshold_leave_gradients_bitwise_equal():
     model = model_with_gradients(0)
     before = flat(model)
     FixedNorm(1e3).step(model)
     assert torch.equal(flat(model), before)
 
 
-def test_warmup_clips_by_max_grad_norm_alone():
+def test_warmup_clips_by_max_grad_norm_only():
     zclip = ZClip(warmup_steps=3, max_grad_norm=1.0)
     for seed in range(3):
         model = model_with_gradients(seed)
@@ -75,20 +76,20 @@ def test_warmup_clips_by_max_grad_norm_alone():
     assert float(zclip.state["mean"]) > 2, "the statistics take the raw norms"
 
 
-def test_modules_parameters_and_shared_parameters_count_once():
+def test_repeated_parameters_count_once():
     a, b = model_with_gradients(0), model_with_gradients(1)
-    whole = float(torch.cat([flat(a), flat(b)]).norm())
-    assert float(NoClipping().step(a, b)) == pytest.approx(whole, rel=1e-6)
-    assert float(NoClipping().step([a, a], list(b.parameters()))) == pytest.approx(whole, rel=1e-6)
+    expected = float(torch.cat([flat(a), flat(b)]).norm())
+    assert float(NoClipping().step(a, b)) == pytest.approx(expected, rel=1e-6)
+    assert float(NoClipping().step([a, a], list(b.parameters()))) == pytest.approx(expected, rel=1e-6)
 
 
-def test_names_are_no_parameters():
-    with pytest.raises(TypeError, match=r"'0\.weight' is no parameter"):
+def test_named_parameters_are_rejected():
+    with pytest.raises(TypeError, match=r"'0\.weight' is not a parameter"):
         NoClipping().step(dict(model_with_gradients(0).named_parameters()))
     assert float(NoClipping().step(model_with_gradients(0), optimizer=None)) > 0
 
 
-def test_half_precision_norms_are_summed_in_single():
+def test_half_precision_norms_are_summed_in_float32():
     model = nn.Linear(1000, 1000, bias=False).half()
     model.weight.grad = torch.full_like(model.weight, 10.0)
     assert float(NoClipping().step(model)) == pytest.approx(10_000, rel=1e-4)
@@ -99,56 +100,53 @@ def test_no_gradients_is_an_error(make):
         make().step(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_norm_that_is_not_finite_changes_nothing(make, bad):
-    disturbed, calm = make(), make()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_norm_changes_nothing(make, value):
+    with_nonfinite, without = make(), make()
     for i in range(20):
         if i in (0, 3, 12):
             model = model_with_gradients(100 + i)
-            next(model.parameters()).grad[0, 0] = bad
-            disturbed.step(model)
+            next(model.parameters()).grad[0, 0] = value
+            with_nonfinite.step(model)
             assert torch.equal(flat(model), torch.zeros_like(flat(model)))
         one, other = model_with_gradients(i), model_with_gradients(i)
-        disturbed.step(one)
-        calm.step(other)
+        with_nonfinite.step(one)
+        without.step(other)
         assert torch.equal(flat(one), flat(other))
-    for key in calm.state:
-        assert torch.equal(calm.state[key], disturbed.state[key])
+    for key in without.state:
+        assert torch.equal(without.state[key], with_nonfinite.state[key])
 
 
-def test_a_restored_strategy_goes_on_to_the_last_bit(make):
+def test_restored_strategy_continues_bitwise(make):
     for stop in (0, 2, 5, 17):
-        whole = make()
+        uninterrupted = make()
         for i in range(stop):
-            whole.step(model_with_gradients(i))
+            uninterrupted.step(model_with_gradients(i))
         file = io.BytesIO()
-        torch.save(whole.state_dict(), file)
+        torch.save(uninterrupted.state_dict(), file)
         file.seek(0)
         restored = make()
         restored.load_state_dict(torch.load(file, weights_only=True))
         for i in range(stop, stop + 20):
-            a, b = (
-                model_with_gradients(i, 1 + 9 * (i % 7 == 0)),
-                model_with_gradients(i, 1 + 9 * (i % 7 == 0)),
-            )
-            whole.step(a)
+            a, b = (model_with_gradients(i, 1 + 9 * (i % 7 == 0)) for _ in range(2))
+            uninterrupted.step(a)
             restored.step(b)
             assert torch.equal(flat(a), flat(b))
 
 
-def test_autoclip_goes_on_when_its_history_outgrows_the_buffer():
+def test_autoclip_enlarges_a_full_history():
     clip = AutoClip(percentile=50)
     trace = torch.rand(3000, dtype=torch.float64)
     for i, norm in enumerate(trace):
         clip.observe(norm)
         if i in (1023, 1024, 2999):
-            wanted = torch.quantile(trace[: i + 1], 0.5)
-            assert float(clip.telemetry["threshold"]) == pytest.approx(float(wanted), rel=1e-12)
+            expected = torch.quantile(trace[: i + 1], 0.5)
+            assert float(clip.telemetry["threshold"]) == pytest.approx(float(expected), rel=1e-12)
             saved, clip = clip.state_dict(), AutoClip(percentile=50)
             clip.load_state_dict(saved)
 
 
-def test_a_state_of_something_else_is_refused():
+def test_load_state_dict_rejects_another_strategy_config_or_version():
     with pytest.raises(ValueError, match="state of FixedNorm"):
         ZClip().load_state_dict(FixedNorm().state_dict())
     with pytest.raises(ValueError, match=r"alpha=0\.9, not 0\.97"):
@@ -166,13 +164,15 @@ def test_a_state_of_something_else_is_refused():
         {"clip_option": "min"}, {"clip_factor": 0}, {"max_grad_norm": -1},
     ],
 )  # fmt: skip
-def test_bad_settings_are_named(settings):
+def test_bad_arguments_are_named(settings):
     ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed: it must be "):
+    with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed: it must be ") as error:
         ZClip(**settings)
+    for raised in (error.value, pickle.loads(pickle.dumps(error.value))):
+        assert str(raised) == f"{raised.field}={raised.value} {raised.problem}" and raised.field == name
 
 
-def test_a_strategy_of_ones_own_needs_one_method():
+def test_custom_strategy_needs_one_method():
     class Halve(ClippingStrategy):
         """Clip every norm to half of itself."""
 
@@ -187,8 +187,8 @@ def test_a_strategy_of_ones_own_needs_one_method():
     copy.deepcopy(strategy).load_state_dict(strategy.state_dict())
 
 
-def test_no_value_is_read_on_an_accelerator(make):
-    """On the meta device any attempt to look at a value raises."""
+def test_step_reads_no_value_from_an_accelerator(make):
+    """On the meta device reading any value raises."""
     strategy = make()
     model = nn.Linear(4, 4, device="meta")
     for _ in range(3):
@@ -197,7 +197,7 @@ def test_no_value_is_read_on_an_accelerator(make):
         assert strategy.step(model).device.type == "meta"
 
 
-class Forgetful(ClippingStrategy):
+class WithoutAttribute(ClippingStrategy):
     def __init__(self, factor=2.0):
         super().__init__()
 
@@ -205,42 +205,45 @@ class Forgetful(ClippingStrategy):
         return Decision(norm, state)
 
 
-class Uninitialised(ClippingStrategy):
+class WithoutSuperInit(ClippingStrategy):
     def __init__(self):
         self.mine = 1
 
 
-class WithoutDecision(ClippingStrategy):
+class ReturnsTensor(ClippingStrategy):
     def decide(self, norm, state):
         return norm
 
 
-class UnknownStatistic(ClippingStrategy):
+class ReturnsUnknownStatistic(ClippingStrategy):
     def decide(self, norm, state):
         return Decision(norm, {"mean": norm})
 
 
-class Number(ClippingStrategy):
+class NumberAsStatistic(ClippingStrategy):
     def initial_state(self, like):
         return {"mean": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("strategy", "said"),
+    ("strategy", "message"),
     [
-        (Forgetful, "Forgetful must keep its argument factor as an attribute of that name"),
-        (Uninitialised, r"Uninitialised.__init__ must call super\(\).__init__\(\)"),
-        (WithoutDecision, "WithoutDecision.decide must return a Decision, not Tensor"),
-        (UnknownStatistic, "UnknownStatistic.initial_state must return all of the statistics: it lacks mean"),
-        (Number, r"Number.initial_state must return tensors: mean is 0\.0"),
+        (WithoutAttribute, "WithoutAttribute must keep its argument factor as an attribute of that name"),
+        (WithoutSuperInit, r"WithoutSuperInit.__init__ must call super\(\).__init__\(\)"),
+        (ReturnsTensor, "ReturnsTensor.decide must return a Decision, not Tensor"),
+        (
+            ReturnsUnknownStatistic,
+            "ReturnsUnknownStatistic.initial_state must return all of the statistics: it lacks mean",
+        ),
+        (NumberAsStatistic, r"NumberAsStatistic.initial_state must return tensors: mean is 0\.0"),
     ],
 )
-def test_mistakes_in_a_strategy_of_ones_own_are_told_at_its_first_step(strategy, said):
-    with pytest.raises((TypeError, ValueError), match=said):
+def test_mistakes_in_a_custom_strategy_raise_at_its_first_step(strategy, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         strategy().step(model_with_gradients(0))
 
 
-def test_what_is_no_parameter_or_no_dense_gradient_is_refused():
+def test_other_types_and_sparse_or_complex_gradients_are_rejected():
     model = model_with_gradients(0)
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(TypeError, match="not SGD; an optimizer goes into optimizer="):
@@ -258,7 +261,7 @@ def test_what_is_no_parameter_or_no_dense_gradient_is_refused():
 
 
 class Lagging(ClippingStrategy):
-    """Clips to twice the norm of two steps before: one statistic becomes another."""
+    """Clips to twice the norm of two steps before: returns one statistic under the name of another."""
 
     def initial_state(self, like):
         like = like + torch.inf
@@ -268,37 +271,37 @@ class Lagging(ClippingStrategy):
         return Decision(2 * state["before"], {"last": norm, "before": state["last"]}, {"before": state["before"]})
 
 
-def test_a_statistic_may_move_into_another():
-    strategy, seen = Lagging(), []
+def test_statistics_may_alias_each_other():
+    strategy, results = Lagging(), []
     for norm in (1.0, 1.0, 10.0, 10.0, 10.0):
         strategy.observe(torch.tensor(norm, dtype=torch.float64))
-        seen.append((strategy.read_telemetry()["clipped_norm"], strategy.read_telemetry()["before"]))
+        results.append((strategy.read_telemetry()["clipped_norm"], strategy.read_telemetry()["before"]))
     inf = float("inf")
-    assert seen == [(1, inf), (1, inf), (pytest.approx(2), 1), (pytest.approx(2), 1), (10, 10)]
+    assert results == [(1, inf), (1, inf), (pytest.approx(2), 1), (pytest.approx(2), 1), (10, 10)]
 
 
 @pytest.mark.parametrize("make", [AdaGC, AGC, GradientStabilizer, SkipStep, FixedNorm, AutoClip, NoClipping])
-def test_a_bound_is_taken_by_those_that_keep_it(make):
+def test_only_supporting_strategies_accept_max_grad_norm(make):
     with pytest.raises(TypeError, match="max_grad_norm"):
         make(max_grad_norm=0.5)
 
 
-def test_telemetry_counts_clips_and_tells_by_what():
+def test_telemetry_counts_clips_and_their_cause():
     zclip = ZClip(warmup_steps=3, max_grad_norm=5.0)
-    told = []
+    rows = []
     for norm in (1.0, 1.1, 0.9, 1.0, 100.0, float("nan"), 90.0, 1.0, 6.0):
         zclip.observe(torch.tensor(norm, dtype=torch.float64))
         read = zclip.read_telemetry()
-        told.append((read["clipped"], read["clipped_by_max"], read["spike"], read["consecutive_clips"]))
-    assert told[4:8] == [(1, 0, 1, 1), (1, 0, 0, 1), (1, 0, 1, 2), (0, 0, 0, 0)]
+        rows.append((read["clipped"], read["clipped_by_max"], read["spike"], read["consecutive_clips"]))
+    assert rows[4:8] == [(1, 0, 1, 1), (1, 0, 0, 1), (1, 0, 1, 2), (0, 0, 0, 0)]
     assert zclip.read_telemetry()["nonfinite"] == 1
-    loud = ZClip(warmup_steps=50, max_grad_norm=5.0)
-    loud.observe(torch.tensor(6.0))
-    read = loud.read_telemetry()
+    bounded = ZClip(warmup_steps=50, max_grad_norm=5.0)
+    bounded.observe(torch.tensor(6.0))
+    read = bounded.read_telemetry()
     assert (read["clipped"], read["clipped_by_max"], read["spike"]) == (1, 1, 0)
 
 
-def test_half_precision_gradients_are_scaled_by_more_than_they_can_hold():
+def test_half_precision_gradients_accept_coefficients_beyond_their_range():
     model = nn.Linear(2, 2).half()
     for p in model.parameters():
         p.grad = torch.full_like(p, 3e-6)
@@ -309,7 +312,7 @@ def test_half_precision_gradients_are_scaled_by_more_than_they_can_hold():
     )
 
 
-def test_float64_gradients_of_any_size_are_clipped_by_unit():
+def test_agc_clips_huge_float64_gradients():
     model = nn.Linear(3, 2).double()
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e25)
@@ -317,7 +320,7 @@ def test_float64_gradients_of_any_size_are_clipped_by_unit():
     assert all((p.grad > 0).all() and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_numbers_of_numpy_and_tuples_are_saved_plainly(tmp_path):
+def test_numpy_numbers_and_tuples_are_saved_as_plain_types(tmp_path):
     class Pair(NoClipping):
         def __init__(self, betas=(0.9, 0.99)):
             super().__init__()
@@ -331,7 +334,7 @@ def test_numbers_of_numpy_and_tuples_are_saved_plainly(tmp_path):
         )
 
 
-def test_a_damaged_state_is_refused():
+def test_load_state_dict_rejects_a_damaged_state():
     zclip = ZClip()
     zclip.step(model_with_gradients(0))
     state = zclip.state_dict()
@@ -341,17 +344,13 @@ def test_a_damaged_state_is_refused():
         for damaged in (short, wide):
             with pytest.raises(ValueError, match="the saved ZClip is damaged: its statistics differ in"):
                 zclip.load_state_dict(damaged)
-    assert zclip.state["count"] == 1, "what is refused changes nothing"
-    narrow = {
-        **state,
-        "state": {name: value.to(torch.float32) for name, value in state["state"].items() if name != "count"},
-    }
-    narrow["state"]["count"] = state["state"]["count"]
-    zclip.load_state_dict(narrow)
+    assert zclip.state["count"] == 1, "a rejected state changes nothing"
+    float32 = {name: value.to(torch.float32) for name, value in state["state"].items() if name != "count"}
+    zclip.load_state_dict({**state, "state": {**float32, "count": state["state"]["count"]}})
     assert zclip.state["mean"].dtype == torch.float64
 
 
-def test_prepare_keeps_what_is_there_and_wants_real_parameters():
+def test_prepare_keeps_statistics_and_rejects_meta_parameters():
     strategy, model = AdaGC(), model_with_gradients(0)
     with pytest.raises(ValueError, match="prepare"):
         strategy.prepare(nn.Linear(2, 2, device="meta"))
@@ -360,6 +359,6 @@ def test_prepare_keeps_what_is_there_and_wants_real_parameters():
     strategy.prepare(model)
     assert strategy.state["count"] == 1
     fresh = AdaGC()
-    loaded = {**fresh.state_dict(), "started": True}  # what a distributed checkpoint makes of it without prepare
+    loaded = {**fresh.state_dict(), "started": True}  # the result of loading a distributed checkpoint without prepare
     with pytest.raises(ValueError, match=r"has statistics, but none were loaded: call prepare\(model\) before"):
         fresh.load_state_dict(loaded)

@@ -1,4 +1,4 @@
-"""The strategies that look at more than the global norm, against float64 transcriptions of their equations."""
+"""Strategies that use more than the global norm, against float64 transcriptions of their equations."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from torch import nn
 from zclip import AGC, AdaGC, GradientStabilizer, SkipStep
 
 
-def gradients(seed: int, shapes=((7, 5), (5,), (3, 7, 2)), spike: float = 1.0) -> list[nn.Parameter]:
+def parameters_with_gradients(seed: int, shapes=((7, 5), (5,), (3, 7, 2)), spike: float = 1.0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     parameters = []
     for i, shape in enumerate(shapes):
@@ -23,15 +23,15 @@ def gradients(seed: int, shapes=((7, 5), (5,), (3, 7, 2)), spike: float = 1.0) -
 
 def steps(n: int):
     for seed in range(n):
-        parameters = gradients(seed, spike=30.0 if seed % 17 == 16 else 1.0)
+        parameters = parameters_with_gradients(seed, spike=30.0 if seed % 17 == 16 else 1.0)
         yield parameters, [p.grad.clone() for p in parameters]
 
 
-def close(parameter, wanted):
-    torch.testing.assert_close(parameter.grad, wanted, rtol=1e-6, atol=1e-9)
+def assert_gradient(parameter, expected):
+    torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_adagc():
+def test_adagc_follows_its_equations():
     clip = AdaGC(lambda_rel=1.1, beta=0.9, warmup_steps=10, lambda_abs=2.0)
     gamma = [math.inf] * 3
     for t, (parameters, before) in enumerate(steps(80)):
@@ -44,12 +44,12 @@ def test_adagc():
             gamma = [0.9 * a + 0.1 * b * n for a, b, n in zip(gamma, h, norms, strict=True)]
         clip.step(parameters)
         for p, g, b in zip(parameters, before, h, strict=True):
-            close(p, g * b)
-        kept = math.hypot(*(b * n for b, n in zip(h, norms, strict=True)))
-        assert clip.read_telemetry()["clipped_norm"] == pytest.approx(kept, rel=1e-6)
+            assert_gradient(p, g * b)
+        clipped_norm = math.hypot(*(b * n for b, n in zip(h, norms, strict=True)))
+        assert clip.read_telemetry()["clipped_norm"] == pytest.approx(clipped_norm, rel=1e-6)
 
 
-def test_gradient_stabilizer():
+def test_gradient_stabilizer_follows_its_equations():
     clip = GradientStabilizer()
     m, v = [0.0] * 3, [0.0] * 3
     for t, (parameters, before) in enumerate(steps(60), start=1):
@@ -59,10 +59,10 @@ def test_gradient_stabilizer():
             m[i] = 0.7 * m[i] + 0.3 * n
             v[i] = 0.9 * v[i] + 0.1 * n * n
             length = (m[i] / (1 - 0.7**t)) / (math.sqrt(v[i] / (1 - 0.9**t)) + 1e-8)
-            close(p, g / n * length)
+            assert_gradient(p, g / n * length)
 
 
-def test_skip_step():
+def test_skip_step_follows_its_equations():
     clip = SkipStep(sigma=4.0, window=16)
     draw = random.Random(0)
     losses: list[float] = []
@@ -71,69 +71,69 @@ def test_skip_step():
     for t in range(200):
         loss = draw.gauss(3, 0.1) + (2 if t % 23 == 22 else 0)
         norm = draw.gauss(1, 0.05) + (1 if t % 37 == 36 else 0)
-        bad = False
+        skip = False
         if len(losses) >= 7:
             for value, history in ((loss, losses[-16:]), (norm, norms[-16:])):
-                bad |= value - statistics.fmean(history) > 4 * statistics.stdev(history)
+                skip |= value - statistics.fmean(history) > 4 * statistics.stdev(history)
         losses.append(loss)
         norms.append(norm)
         coefficient = clip.observe(torch.tensor(norm, dtype=torch.float64), torch.tensor(loss, dtype=torch.float64))
-        assert float(coefficient) == (0.0 if bad else 1.0), t
-        skipped += bad
+        assert float(coefficient) == (0.0 if skip else 1.0), t
+        skipped += skip
     assert 8 < skipped < 20
 
 
-def test_skip_step_skips_a_loss_that_is_not_finite_and_forgets_it():
+def test_skip_step_skips_nonfinite_losses_and_excludes_them():
     clip = SkipStep()
     for loss, coefficient in ((1.0, 1.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 1.0)):
         assert float(clip.observe(torch.tensor(1.0), torch.tensor(loss))) == coefficient
     assert torch.isfinite(clip.state["losses"]).all()
 
 
-def test_skip_step_does_not_take_a_missing_loss_for_a_loss():
+def test_skip_step_ignores_a_missing_loss():
     clip = SkipStep(window=8)
     for _ in range(12):
         assert float(clip.observe(torch.tensor(1.0))) == 1.0
     assert float(clip.observe(torch.tensor(1.0), torch.tensor(5.0))) == 1.0
 
 
-def test_agc():
+def test_agc_follows_its_equation():
     clip = AGC(ratio=0.1, eps=1e-3)
     for parameters, before in steps(20):
         parameters[0].data[2] = 0
         before[0][3] = parameters[0].grad[3] = 0
         clip.step(parameters)
         for p, g in zip(parameters, before, strict=True):
-            wanted = g.clone()
+            expected = g.clone()
             rows = [()] if g.ndim < 2 else [(i,) for i in range(len(g))]
             for row in rows:
                 n = float(g[row].norm())
                 if n > 0:
-                    wanted[row] = g[row] * min(1.0, 0.1 * max(float(p[row].detach().norm()), 1e-3) / n)
-            close(p, wanted)
-        kept = math.hypot(*(float(p.grad.norm()) for p in parameters))
-        assert clip.read_telemetry()["clipped_norm"] == pytest.approx(kept, rel=1e-6)
+                    expected[row] = g[row] * min(1.0, 0.1 * max(float(p[row].detach().norm()), 1e-3) / n)
+            assert_gradient(p, expected)
+        clipped_norm = math.hypot(*(float(p.grad.norm()) for p in parameters))
+        assert clip.read_telemetry()["clipped_norm"] == pytest.approx(clipped_norm, rel=1e-6)
     with pytest.raises(ValueError, match="a norm alone"):
         clip.observe(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("make", [AdaGC, GradientStabilizer, AGC])
-def test_tensors_without_a_gradient_are_left_out(make):
+def test_tensors_without_gradients_are_ignored(make):
     clip = make()
     for t in range(120):
-        parameters = gradients(t)
+        parameters = parameters_with_gradients(t)
         parameters[1].grad = None
         parameters[2].grad.zero_()
         clip.step(parameters)
         assert parameters[1].grad is None and not parameters[2].grad.any()
         assert torch.isfinite(parameters[0].grad).all()
-    alone = make()
+    first_only = make()
     for t in range(120):
-        parameters, one = gradients(t), gradients(t)
+        parameters, one = parameters_with_gradients(t), parameters_with_gradients(t)
         parameters[1].grad = parameters[2].grad = None
         one[1].grad = one[2].grad = None
-        clip_norm = alone.step(one[0])
-        assert float(clip_norm) > 0
+        norm = first_only.step(one[0])
+        assert float(norm) > 0
     if make is not AGC:
         with pytest.raises(ValueError, match="has statistics of 1 tensors"):
-            alone.step(gradients(0))
+            first_only.step(parameters_with_gradients(0))

@@ -1,30 +1,19 @@
 """Thresholds and statistics against float64 transcriptions of the formulas, over 10,000 steps with spikes."""
 
 import math
-import random
 import statistics
 
 import pytest
 import torch
 
+from tests.zclip.norm_traces import spiky_norms
 from zclip import AutoClip, FixedNorm, NoClipping, ZClip
 
 STEPS = 10_000
 
 
-def norms(seed: int, steps: int = STEPS) -> list[float]:
-    """A drifting level with 10 % noise, and one step in fifty up to 20 times as large."""
-    draw = random.Random(seed)
-    level, trace = 1.0, []
-    for _ in range(steps):
-        level *= math.exp(draw.gauss(0, 0.01))
-        spike = draw.uniform(2, 20) if draw.random() < 0.02 else 1.0
-        trace.append(level * math.exp(draw.gauss(0, 0.1)) * spike)
-    return trace
-
-
 def reference(trace, alpha, z_thresh, option, warmup_steps, eps, max_grad_norm, clip_factor, skip):
-    """The issue's formulas in Python floats. Yields (target or None, mean, var) after each step."""
+    """The paper's formulas in Python floats. Yields (target or None, mean, var) after each step."""
     first: list[float] = []
     mean = var = 0.0
     for x in trace:
@@ -63,18 +52,18 @@ def reference(trace, alpha, z_thresh, option, warmup_steps, eps, max_grad_norm, 
     ],
     ids=lambda s: "-".join(str(v) for v in s.values()),
 )
-def test_zclip(settings, max_grad_norm, skip):
+def test_zclip_follows_its_equations(settings, max_grad_norm, skip):
     zclip = ZClip(**settings, max_grad_norm=max_grad_norm, skip_update_on_spike=skip)
     option = "max" if zclip.mode == "percentile" else zclip.clip_option
-    trace = norms(seed=1, steps=STEPS if max_grad_norm is None else 2000)
+    trace = spiky_norms(seed=1, steps=STEPS if max_grad_norm is None else 2000)
     expected = reference(
         trace, zclip.alpha, zclip.z_thresh, option, 25, zclip.eps, max_grad_norm, zclip.clip_factor, skip
     )
     spikes = 0
     for x, (target, mean, var) in zip(trace, expected, strict=True):
         coefficient = float(zclip.observe(torch.tensor(x, dtype=torch.float64)))
-        wanted = 1.0 if target is None or x <= target else target / (x + 1e-6)
-        assert coefficient == pytest.approx(wanted, rel=1e-9)
+        expected_coefficient = 1.0 if target is None or x <= target else target / (x + 1e-6)
+        assert coefficient == pytest.approx(expected_coefficient, rel=1e-9)
         assert float(zclip.state["mean"]) == pytest.approx(mean, rel=1e-9)
         assert float(zclip.state["var"]) == pytest.approx(var, rel=1e-7, abs=1e-18)
         spikes += float(zclip.telemetry["spike"])
@@ -89,19 +78,19 @@ def percentile(history: list[float], p: float) -> float:
 
 
 @pytest.mark.parametrize(("p", "window"), [(10, None), (90, None), (50, 64), (0, 7), (100, 16)])
-def test_autoclip(p, window):
+def test_autoclip_follows_its_algorithm(p, window):
     clip = AutoClip(percentile=p, window=window)
     history: list[float] = []
-    for x in norms(seed=2, steps=2500):
+    for x in spiky_norms(seed=2, steps=2500):
         history = [*history, x][-(window or 10**9) :]
         target = percentile(history, p)
         coefficient = float(clip.observe(torch.tensor(x, dtype=torch.float64)))
         assert coefficient == pytest.approx(min(1.0, target / (x + 1e-6)) if x > target else 1.0, rel=1e-9)
 
 
-def test_fixed_and_none():
+def test_fixed_norm_and_no_clipping():
     fixed, none = FixedNorm(0.8), NoClipping()
-    for x in norms(seed=3, steps=200):
+    for x in spiky_norms(seed=3, steps=200):
         x = torch.tensor(x, dtype=torch.float64)
         assert float(fixed.observe(x)) == pytest.approx(min(1.0, 0.8 / (float(x) + 1e-6)) if x > 0.8 else 1.0)
         assert float(none.observe(x)) == 1.0

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer trains like a plain loop, resumes exactly, and is refused what cannot work."""
+"""Training with Hugging Face's Trainer equals a plain loop and resumes exactly; wrong settings are errors."""
 
 import os
 
@@ -8,16 +8,16 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.zclip.reference_loop import STEPS, assert_same, batch, build, free_port, plain
+from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
 from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
 
 
 class Wrapped(nn.Module):
-    """The model of the plain loop, with the loss in its output as the Trainer wants it."""
+    """The model of the plain loop, which returns its loss as the Trainer expects."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = build()
+        self.net = build_model()
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": self.net(x).square().mean()}
@@ -27,7 +27,7 @@ ROWS = [{"x": row} for step in range(STEPS) for row in batch(step)]
 
 
 class InOrder(Trainer):
-    """Takes the rows in their order, so that a step's batch is the plain loop's."""
+    """Reads the rows in order, so that the batches are those of the plain loop."""
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -48,41 +48,43 @@ def zclip() -> ZClip:
 
 
 def reference() -> tuple[nn.Module, ZClip]:
-    model = build()
-    groups = [  # as the Trainer decays: weights, not biases
+    model = build_model()
+    groups = [  # the Trainer decays weights, not biases
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return model, plain(model, torch.optim.AdamW(groups, lr=0.01))
+    return model, train_plain(model, torch.optim.AdamW(groups, lr=0.01))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training(optimizer, accumulation, tmp_path):
+def test_training_matches_the_plain_loop(optimizer, accumulation, tmp_path):
     callback = TrainerClippingCallback(zclip())
     sizes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     run = trainer(tmp_path, callback, optimizer, **sizes)
     run.train()
-    model, clipper = reference()
-    assert_same(run.model.net, model)
-    torch.testing.assert_close(callback.strategy.state["mean"], clipper.state["mean"])
+    model, expected_zclip = reference()
+    assert_same_weights(run.model.net, model)
+    torch.testing.assert_close(callback.strategy.state["mean"], expected_zclip.state["mean"])
     assert callback.strategy.state["count"] == STEPS
 
 
 @pytest.mark.parametrize("make", [zclip, lambda: AdaGC(warmup_steps=3), AutoClip], ids=["zclip", "adagc", "autoclip"])
-def test_a_resumed_run_ends_bitwise_equal(make, tmp_path):
+def test_resumed_run_ends_bitwise_equal(make, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10}
-    whole = TrainerClippingCallback(make())
-    first = trainer(tmp_path / "whole", whole, **settings)
-    first.train()
-    resumed = TrainerClippingCallback(make())
-    second = trainer(tmp_path / "resumed", resumed, **settings)
-    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
-    assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True))
-    assert all(torch.equal(whole.strategy.state[key], resumed.strategy.state[key]) for key in whole.strategy.state)
+    callback = TrainerClippingCallback(make())
+    uninterrupted = trainer(tmp_path / "whole", callback, **settings)
+    uninterrupted.train()
+    resumed_callback = TrainerClippingCallback(make())
+    resumed = trainer(tmp_path / "resumed", resumed_callback, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    models = uninterrupted.model, resumed.model
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+    state, resumed_state = callback.strategy.state, resumed_callback.strategy.state
+    assert all(torch.equal(state[key], resumed_state[key]) for key in state)
 
 
-def test_a_checkpoint_without_statistics_starts_them_and_the_next_one_has_them(tmp_path):
+def test_checkpoint_without_statistics_starts_new_ones(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10}
     bare = trainer(tmp_path / "bare", TrainerClippingCallback(zclip()), **settings)
     bare.remove_callback(TrainerClippingCallback)
@@ -95,13 +97,13 @@ def test_a_checkpoint_without_statistics_starts_them_and_the_next_one_has_them(t
     assert all(torch.equal(callback.strategy.state[key], again.strategy.state[key]) for key in again.strategy.state)
 
 
-def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
+def test_checkpoint_of_another_strategy_is_rejected(tmp_path):
     trainer(tmp_path, TrainerClippingCallback(zclip()), save_strategy="steps", save_steps=10).train()
     with pytest.raises(ValueError, match=r"state of ZClip .* cannot be loaded into FixedNorm"):
         trainer(tmp_path, TrainerClippingCallback(FixedNorm())).train(str(tmp_path / "checkpoint-10"))
 
 
-def test_a_trainer_that_would_replace_the_callback_is_refused(tmp_path):
+def test_trainer_that_replaces_the_callback_is_rejected(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": True}
     trainer(tmp_path, TrainerClippingCallback(zclip()), **settings).train()
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=True is not allowed: leave it out"):
@@ -110,19 +112,19 @@ def test_a_trainer_that_would_replace_the_callback_is_refused(tmp_path):
         TrainerClippingCallback(ZClip)
 
 
-def test_a_trainer_that_clips_as_well_is_refused(tmp_path):
+def test_trainer_with_max_grad_norm_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 is not allowed: give TrainingArguments max_grad_norm=0"):
         trainer(tmp_path, TrainerClippingCallback(zclip()), max_grad_norm=1.0).train()
 
 
-def test_two_callbacks_are_refused(tmp_path):
+def test_second_callback_is_rejected(tmp_path):
     run = trainer(tmp_path, TrainerClippingCallback(zclip()))
     run.add_callback(TrainerClippingCallback(zclip()))
     with pytest.raises(ValueError, match="two TrainerClippingCallbacks clip for one Trainer"):
         run.train()
 
 
-def two_processes(rank: int, port: int, folder: str) -> None:
+def run_rank(rank: int, port: int, folder: str) -> None:
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
     callback = TrainerClippingCallback(zclip())
@@ -132,13 +134,13 @@ def two_processes(rank: int, port: int, folder: str) -> None:
     torch.save((run.model.state_dict(), callback.strategy.state), f"{folder}/{rank}.pt")
 
 
-def test_two_processes(tmp_path):
-    mp.spawn(two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
+def test_two_processes_match_the_plain_loop(tmp_path):
+    mp.spawn(run_rank, args=(free_port(), str(tmp_path)), nprocs=2)
     (weights, state), (other, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(weights[key], other[key]) for key in weights)
     assert all(torch.equal(state[key], other_state[key]) for key in state)
-    model, clipper = reference()
+    model, expected_zclip = reference()
     wrapped = Wrapped()
     wrapped.load_state_dict(weights)
-    assert_same(wrapped.net, model)
-    torch.testing.assert_close(state["mean"], clipper.state["mean"])
+    assert_same_weights(wrapped.net, model)
+    torch.testing.assert_close(state["mean"], expected_zclip.state["mean"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, UserError
-from data import TextEncoder, load_tokenizer
+from data import Tokenizer, load_tokenizer
 from training.checkpoint.format import is_valid, load_model_state, step_of
 from training.checkpoint.resume import newest_checkpoint
 from training.config.compose import read_config
@@ -71,7 +71,7 @@ class RunCheckpoint:
         """Return the full weights on the CPU, under the names of `Llama.state_dict()`."""
         return load_model_state(self.checkpoint)
 
-    def tokenizer(self) -> TextEncoder:
+    def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run.
 
         Raises:

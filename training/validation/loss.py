@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.files import write_atomic
-from data import TextEncoder
+from data import Tokenizer
 from training.config.schema import TrainerConfig
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
@@ -32,7 +32,7 @@ class LossValidator:
         run_dir: RunDir,
         trainer: TrainerConfig,
         validation_set: ValidationSet,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         report: EvaluationReport,
     ) -> None:
         self.run_dir = run_dir

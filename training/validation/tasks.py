@@ -13,9 +13,9 @@ import torch
 
 from common.errors import UserError
 from common.text import SECONDS_BETWEEN_LINES
-from data import TextEncoder
+from data import Tokenizer
 from evaluation.config import EvalConfig
-from evaluation.response_cache import Answers, CachedLM
+from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, score_key, score_task
 from evaluation.tasks import TaskError, data_folders, load_tasks
 from models import Llama
@@ -68,7 +68,7 @@ class TaskEvaluator:
         trainer: TrainerConfig,
         settings: EvalConfig,
         tasks: LoadedTasks,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         should_stop: Callable[[], bool],
         report: EvaluationReport,
     ) -> None:
@@ -80,12 +80,12 @@ class TaskEvaluator:
         self.tokenizer = tokenizer
         self.should_stop = should_stop
         self.report = report
-        self._cache: Answers | None = None  # on rank 0
+        self._cache: ResponseCache | None = None  # on rank 0
 
     def start(self, step: int) -> None:
         """Drop the scores of later steps than the one that the run resumes from: they will be computed again."""
         if rank() == 0:
-            self._scores().forget_after(step)
+            self._scores().remove_after(step)
 
     def is_due(self, step: int) -> bool:
         """Whether the tasks are to be scored after a step."""
@@ -126,7 +126,7 @@ class TaskEvaluator:
             with self.report.tolerate_io_errors():
                 self._scores().add(key, score)
                 if self._cache is not None:
-                    self._cache.forget()
+                    self._cache.delete()
             numbers = {metric: value for metric, value in score.items() if f"{metric}_stderr" in score}
             texts = [f"{metric} {value:.4g} ± {score[f'{metric}_stderr']:.2g}" for metric, value in numbers.items()]
             self.report.report(
@@ -142,8 +142,10 @@ class TaskEvaluator:
             return None
         self._cache = None
         with self.report.tolerate_io_errors():
-            self._cache = Answers(scores.answers(key["step"], self.dtype), f"{self.run_dir.path.name} {key['step']}")
-        return {} if self._cache is None else self._cache.known
+            self._cache = ResponseCache(
+                scores.response_cache_path(key["step"], self.dtype), f"{self.run_dir.path.name} {key['step']}"
+            )
+        return {} if self._cache is None else self._cache.responses
 
     def _keep_responses(self, responses: Mapping[str, Any]) -> None:
         if self._cache is not None:
@@ -156,7 +158,7 @@ class TaskEvaluator:
             return Scores(self.run_dir.scores_file)
         except TaskError as error:
             scores = Scores(self.run_dir.scores_file, damaged=True)
-            renamed = scores.put_aside().name
+            renamed = scores.quarantine().name
             self.report.console.print(f"{error}. It is renamed to {renamed}.", style="bold red", markup=False)
             return scores
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from common.text import SECONDS_BETWEEN_LINES
-from data import Batch, TextEncoder, TokenDataset
+from data import Batch, Tokenizer, TokenDataset
 
 
 class ValidationBatch(NamedTuple):
@@ -74,7 +74,7 @@ class ValidationSet:
             tokens = len(rows) * self.sequences.length if counts else 0
             yield ValidationBatch(Batch(self.sequences.batch(rows)), tokens)
 
-    def bytes(self, tokenizer: TextEncoder) -> int:
+    def bytes(self, tokenizer: Tokenizer) -> int:
         """Return the length in UTF-8 of the text of the predicted tokens.
 
         A sequence begins where the one before ends, which may be within a character: whole documents are decoded.

@@ -1,7 +1,7 @@
 """Clipping strategies as Lightning callbacks.
 
-Lightning calls `on_before_optimizer_step` after backward, accumulation and unscaling: the gradients are those
-the optimizer will see. Leave the Trainer's `gradient_clip_val` unset. The statistics travel in the checkpoint.
+Lightning calls `on_before_optimizer_step` after backward, accumulation and unscaling, so the gradients are those of the
+optimizer's step. Leave the Trainer's `gradient_clip_val` unset. The statistics are saved in the checkpoint.
 """
 
 import copy
@@ -20,25 +20,25 @@ from zclip.strategies.zclip import ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
-    The norm is that of the optimizer's parameters. Under automatic optimization strategies that look at the loss get
-    its mean over the global batch, except in fp16, where Lightning has scaled it. With several optimizers each has
-    statistics of its own: the strategy given is that of the first, copies of it are made for the others.
+    The norm is taken over the optimizer's parameters. Strategies that use the loss get its mean over the global batch
+    under automatic optimization, except in fp16, where Lightning has scaled it. Each of several optimizers has its own
+    statistics: the first one uses `strategy`, the others use copies of it.
 
     Args:
-        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers, also as
-            `callback.strategy.telemetry`, with several optimizers `callback.strategies[i].telemetry`.
+        strategy: any `ClippingStrategy`. Its telemetry is `callback.strategy.telemetry`, and with several optimizers
+            `callback.strategies[i].telemetry`.
 
     Raises:
-        TypeError: it is none.
+        TypeError: `strategy` is not a `ClippingStrategy`.
     """
 
     def __init__(self, strategy: ClippingStrategy) -> None:
         if not isinstance(strategy, ClippingStrategy):
             raise TypeError(f"ClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategies = [strategy]
-        self._fresh = copy.deepcopy(strategy)
+        self._initial_strategy = copy.deepcopy(strategy)
         self._loss: Tensor | None = None
-        self._backward = False
+        self._had_backward = False
 
     @property
     def strategy(self) -> ClippingStrategy:
@@ -46,10 +46,10 @@ class ClippingCallback(pl.Callback):
         return self.strategies[0]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a Trainer that clips as well, and make a strategy for each optimizer.
+        """Reject a Trainer that clips too, and create a strategy for each optimizer.
 
         Raises:
-            ValueError: `gradient_clip_val` is set, the strategy is DeepSpeed's, or there are two of these callbacks.
+            ValueError: `gradient_clip_val` is set, the Trainer uses DeepSpeed, or it has two of these callbacks.
         """
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
@@ -63,39 +63,40 @@ class ClippingCallback(pl.Callback):
                 f"gradient_clip_val={trainer.gradient_clip_val} is not allowed: leave it unset, "
                 f"{type(self.strategy).__name__} clips the gradients"
             )
-        self._provide(len(trainer.optimizers))
+        self._create_strategies(len(trainer.optimizers))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Add up the losses of the micro-batches, which Lightning has divided by their number."""
-        self._backward = True
+        """Sum the losses of the micro-batches, which Lightning has divided by their number."""
+        self._had_backward = True
         if not pl_module.automatic_optimization:
-            return  # whose loss it is cannot be told
+            return  # the loss may belong to any of several optimizers
         if self.strategy.uses_loss and getattr(trainer.precision_plugin, "scaler", None) is None:
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Clip the gradients, as part of the optimizer's step if that is fused."""
-        backward, self._backward = self._backward, False
-        theirs = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if pl_module.automatic_optimization and not backward:
-            return  # training_step returned None: there is nothing to clip
-        idle = trainer.world_size == 1 and all(parameter.grad is None for parameter in theirs)
-        if not theirs or (idle and not pl_module.automatic_optimization):
-            return  # no optimizer at all, or one whose turn it is not
+        """Clip the gradients of an optimizer; a fused one applies the coefficient inside its step."""
+        had_backward, self._had_backward = self._had_backward, False
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if pl_module.automatic_optimization and not had_backward:
+            return  # training_step returned None
+        no_gradients = trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters)
+        if not parameters or (no_gradients and not pl_module.automatic_optimization):
+            return  # Lightning's placeholder for no optimizer, or an optimizer that this step does not train
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, whose step is still to come
+            scaler.unscale_(optimizer)  # Lightning leaves unscaling to a fused optimizer's step, which comes later
         loss, self._loss = self._loss, None
         if loss is not None:
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-        whole = trainer.strategy.model or pl_module
-        fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in whole.modules())
-        models: Any = whole if fsdp1 else theirs  # FSDP1's parameters do not tell who shares them
+        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        model = trainer.strategy.model or pl_module
+        fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        # The process group of FSDP1 parameters is known to their modules only.
+        models: Any = model if fsdp1 else parameters
         strategy = self.strategies[index]
-        strategy._named = pl_module
+        strategy._naming_module = pl_module
         strategy.step(models, optimizer=optimizer, loss=loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,22 +106,22 @@ class ClippingCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states of all strategies."""
         states = state_dict["strategies"]
-        self._provide(len(states))
+        self._create_strategies(len(states))
         for strategy, state in zip(self.strategies, states, strict=True):
             strategy.load_state_dict(state)
 
-    def _provide(self, count: int) -> None:
+    def _create_strategies(self, count: int) -> None:
         while len(self.strategies) < count:
-            self.strategies.append(copy.deepcopy(self._fresh))
+            self.strategies.append(copy.deepcopy(self._initial_strategy))
 
 
 class ZClipLightningCallback(ClippingCallback):
-    """`ZClip` as a Lightning callback: takes the arguments of `zclip.ZClip`, with the same defaults."""
+    """`ZClip` as a Lightning callback, with the arguments and defaults of `zclip.ZClip`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(ZClip(*args, **kwargs))
 
     @property
     def zclip(self) -> ClippingStrategy:
-        """The strategy, under the name the published callback gives it."""
+        """The strategy, under its name in the published callback."""
         return self.strategy

@@ -1,7 +1,7 @@
 """Clipping strategies as a callback of Hugging Face's Trainer.
 
-The Trainer calls `on_pre_optimizer_step` after backward, accumulation and unscaling: the gradients are those the
-optimizer will see. The statistics travel in the checkpoint's `trainer_state.json`, whose floats lose no digit.
+The Trainer calls `on_pre_optimizer_step` after backward, accumulation and unscaling, so the gradients are those of the
+optimizer's step. The statistics are saved in the checkpoint's `trainer_state.json`, whose floats are exact.
 """
 
 from collections.abc import Mapping
@@ -20,21 +20,23 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
         Trainer(..., args=TrainingArguments(..., max_grad_norm=0.0), callbacks=[TrainerClippingCallback(ZClip())])
 
-    The Trainer still takes the norm that it logs, a pass over the gradients that a callback cannot spare. It does not
-    tell callbacks the loss: `SkipStep` looks at the norm alone. A run that is resumed from a checkpoint goes on with
-    the checkpoint's statistics, or with fresh ones if it has none. The Trainer's own norm leaves NaN in every gradient
-    where there was one in any: `on_nonfinite="raise"` names them all.
+    A run that resumes from a checkpoint restores the checkpoint's statistics, or starts new ones if it has none. Limits
+    of the Trainer's interface:
+
+    - The Trainer still computes the norm that it logs, in an extra pass over the gradients.
+    - It does not pass the loss to callbacks: `SkipStep` uses the norm only.
+    - Its norm writes NaN to every gradient if any holds one: `on_nonfinite="raise"` names all parameters.
 
     Args:
-        strategy: any `ClippingStrategy`; its `telemetry` holds the last step's numbers.
+        strategy: any `ClippingStrategy`; its `telemetry` holds the values of the last step.
 
     Raises:
-        TypeError: it is none.
-        ValueError: the Trainer makes a new callback in the place of this one.
+        TypeError: `strategy` is not a `ClippingStrategy`.
+        ValueError: the Trainer replaces this callback by a new one, by `restore_callback_states_from_checkpoint`.
     """
 
     def __init__(self, strategy: ClippingStrategy) -> None:
-        if isinstance(strategy, Mapping):  # what `state` returned, given back
+        if isinstance(strategy, Mapping):  # the Trainer passes the arguments that `state` saved
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True is not allowed: leave it out, the statistics are "
                 "restored without it, into the strategy that you made"
@@ -46,11 +48,11 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over the statistics of the checkpoint that is resumed from.
+        """Restore the statistics of the checkpoint that the run resumes from.
 
         Raises:
-            ValueError: the Trainer clips as well, runs DeepSpeed, or has two of these callbacks; or the checkpoint is
-                of another strategy or other arguments.
+            ValueError: the Trainer clips too, uses DeepSpeed, or has two of these callbacks; or the checkpoint is from
+                another strategy or other arguments.
         """
         if args.max_grad_norm:
             raise ValueError(
@@ -69,16 +71,16 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
         if name in saved:
             self.strategy.load_state_dict(_tensors(saved[name]["args"]["strategy"]))
         else:
-            saved[name] = self.state()  # the Trainer updates only entries that the checkpoint resumed from has
+            saved[name] = self.state()  # the Trainer updates existing entries only
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clip the gradients, as part of the optimizer's step if that is fused."""
+        """Clip the gradients; a fused optimizer applies the coefficient inside its step."""
         self.strategy.step(kwargs["model"], optimizer=kwargs["optimizer"])
 
     def state(self) -> dict[str, Any]:
-        """Return the strategy, its arguments and statistics, as JSON holds them."""
+        """Return the strategy's name, arguments and statistics as JSON values."""
         return {"args": {"strategy": _json(self.strategy.state_dict())}, "attributes": {}}
 
 

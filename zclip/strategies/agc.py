@@ -1,4 +1,4 @@
-"""NFNet AGC: each unit's gradient is clipped relative to the unit's weights."""
+"""AGC of NFNets: the gradient of each unit is clipped relative to the norm of the unit's weights."""
 
 from typing import Unpack
 
@@ -7,30 +7,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_number, require
+from zclip.arguments import is_number, require
+from zclip.base import ClippingStrategy, Policy
+from zclip.decision import ClipResult, GradStats, State
 from zclip.norm import Shard, sum_over_ranks
 
 
 class AGC(ClippingStrategy):
     """Unit-wise adaptive gradient clipping (Brock et al., arXiv 2102.06171, equation 3).
 
-    For row i of a weight W with gradient G (a whole tensor where it has fewer than two dimensions)
+    For unit i of a weight W with gradient G, which is a row, or the whole tensor if it has fewer than two dimensions,
 
         G_i <- G_i min(1, ratio max(||W_i||, eps) / ||G_i||)
 
-    It has no statistics. It reads the weights as well as the gradients, so it costs more than the norm-based
-    strategies. The paper leaves out the last linear layer: give `step` the parameters to clip.
+    It has no statistics. It reads the weights as well as the gradients, so it costs more than the strategies based on
+    norms. The paper excludes the last linear layer: pass `step` the parameters to clip.
 
     Args:
-        ratio: lambda, ratio of gradient norm to weight norm that a unit may reach. Default 0.01.
-        eps: least weight norm, so that zero weights can move. Default 1e-3.
+        ratio: upper bound on the ratio of gradient norm to weight norm of a unit (lambda in the paper), > 0. Default
+            0.01.
+        eps: lower bound on the weight norm, so that zero weights can change, > 0. Default 1e-3.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ValueError: an argument is out of its range; or, in `step`, parameters are flattened by FSDP1, which leaves no
-            rows to look at.
+        ArgumentError: an argument is out of its range.
+        ValueError: in `step`, parameters are flattened by FSDP1, so that their rows are unknown; in `observe`, always.
 
-    Telemetry, besides that of every strategy: `clipped_units`, how many.
+    Telemetry, in addition to that of `ClippingStrategy`: `clipped_units`, their number.
     """
 
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:
@@ -40,44 +43,44 @@ class AGC(ClippingStrategy):
         self.ratio = ratio
         self.eps = eps
 
-    def clip(self, measured: Measured, state: State) -> Clipping:
-        """Return a column of coefficients for each tensor."""
-        shards = measured.shards
+    def clip(self, stats: GradStats, state: State) -> ClipResult:
+        """Return one coefficient for each unit of each tensor."""
+        shards = stats.shards
         if not shards:
-            raise ValueError("AGC looks at weights and gradients: a norm alone does not tell what it would do")
+            raise ValueError("AGC needs weights and gradients: a norm alone is not enough")
         if any(shard.groups and not isinstance(shard.parameter, DTensor) for shard in shards):
-            raise ValueError("AGC looks at the rows of weights, which FSDP1 flattens: shard with FSDP2 instead")
-        coefficients, kept, clipped = [], [], []
-        for shard, given in zip(shards, measured.gradients, strict=True):
+            raise ValueError("AGC needs the rows of weights, which FSDP1 flattens: shard with FSDP2 instead")
+        coefficients, squares_after, clipped = [], [], []
+        for shard, local_gradient in zip(shards, stats.gradients, strict=True):
             parameter = shard.parameter
             weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            gradient = torch.zeros_like(weight) if given is None else given
-            local = _unit_squares(gradient)
-            unit, scale = (_over_ranks(shard, squares).sqrt() for squares in (local.clone(), _unit_squares(weight)))
-            coefficient = (self.ratio * scale.clamp(min=self.eps) / unit).clamp(max=1)
-            coefficient = torch.where(unit > 0, coefficient, 1.0)
+            gradient = torch.zeros_like(weight) if local_gradient is None else local_gradient
+            local_squares = _unit_squares(gradient)
+            gradient_norm = _sum_over_ranks(shard, local_squares.clone()).sqrt()
+            weight_norm = _sum_over_ranks(shard, _unit_squares(weight)).sqrt()
+            coefficient = (self.ratio * weight_norm.clamp(min=self.eps) / gradient_norm).clamp(max=1)
+            coefficient = torch.where(gradient_norm > 0, coefficient, 1.0)
             coefficients.append(coefficient)
-            kept.append((local * coefficient.square()).sum().to(measured.norm))
-            clipped.append((coefficient < 1).sum().to(measured.norm))
-        norm = measured.everywhere(sum_over_ranks(shards, torch.stack(kept)).sum()).sqrt()
-        units = measured.everywhere(sum_over_ranks(shards, torch.stack(clipped)).sum())
-        telemetry = {"clipped_units": units}
-        return Clipping(coefficients, norm, units > 0, state, telemetry)
+            squares_after.append((local_squares * coefficient.square()).sum().to(stats.norm))
+            clipped.append((coefficient < 1).sum().to(stats.norm))
+        clipped_norm = stats.all_reduce_sum(sum_over_ranks(shards, torch.stack(squares_after)).sum()).sqrt()
+        clipped_units = stats.all_reduce_sum(sum_over_ranks(shards, torch.stack(clipped)).sum())
+        return ClipResult(coefficients, clipped_norm, clipped_units > 0, state, {"clipped_units": clipped_units})
 
 
 def _unit_squares(local: Tensor) -> Tensor:
-    """Return the sums of squares of the rows, (rows, 1, ...), or of the whole, 0-dim, in float32 at least."""
+    """Return the sum of squares of each unit, (rows, 1, ...) or 0-dim, in float32 at least."""
     squares = local.detach().to(torch.promote_types(local.dtype, torch.float32)).square()
     return squares.sum() if local.ndim < 2 else squares.sum(dim=tuple(range(1, local.ndim)), keepdim=True)
 
 
-def _over_ranks(shard: Shard, squares: Tensor) -> Tensor:
-    """Add up the parts of units that several ranks hold; rows on different ranks are different units."""
+def _sum_over_ranks(shard: Shard, squares: Tensor) -> Tensor:
+    """Return the sums over the ranks that share a unit, computed in place; rows are whole where dim 0 is sharded."""
     parameter = shard.parameter
     if isinstance(parameter, DTensor):
         for dim, placement in enumerate(parameter.placements):
-            # FSDP2 over tensor parallelism gives placements that are no `Shard`, but have its `dim`.
-            split: int | None = getattr(placement, "dim", None)
-            if split is not None and (split > 0 or squares.ndim == 0):
+            # FSDP2 over tensor parallelism has placements that are not a `Shard` but have its attribute `dim`.
+            sharded_dim: int | None = getattr(placement, "dim", None)
+            if sharded_dim is not None and (sharded_dim > 0 or squares.ndim == 0):
                 dist.all_reduce(squares, group=parameter.device_mesh.get_group(dim))
     return squares

@@ -1,4 +1,4 @@
-"""AutoClip: the threshold is a percentile of the norms seen so far."""
+"""AutoClip: the threshold is a percentile of the norms so far."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack
@@ -6,54 +6,52 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Decision, Measured, Policy, State, is_count, is_number, require
+from zclip.arguments import is_count, is_number, require
+from zclip.base import ClippingStrategy, Policy
+from zclip.decision import ClipResult, Decision, GradStats, State
 
 
 class AutoClip(ClippingStrategy):
     """Clip to a percentile of the history of norms (Seetharaman et al., arXiv 2007.14469, algorithm 1).
 
-    The history holds the raw norms, this step's included, so the first step is never clipped. Between two
-    norms of the history the percentile is interpolated linearly. The paper of ZClip does not say which
-    percentile it compared with; 10 is the AutoClip paper's recommendation.
+    The history holds the norms before clipping, including that of this step, so the first step is never clipped. The
+    percentile is interpolated linearly between two norms of the history. The ZClip paper does not state the percentile
+    of its AutoClip baseline; 10 is the AutoClip paper's recommendation.
 
     Args:
-        percentile: p in [0, 100]. Default 10.
-        window: how many of the latest norms count. `None` (default): all of them; the buffer then doubles
-            whenever it is full, 8 bytes a step.
+        percentile: percentile of the history, from 0 to 100. Default 10.
+        window: number of latest norms in the history. Default `None`: all norms; the buffer then doubles whenever it is
+            full and takes 8 bytes per step.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
-    Telemetry, besides that of every strategy: `threshold`, the percentile.
+    Telemetry, in addition to that of `ClippingStrategy`: `threshold`, the percentile.
     """
 
     def __init__(self, percentile: float = 10.0, window: int | None = None, **policy: Unpack[Policy]) -> None:
-        require(
-            is_number(percentile) and 0 <= percentile <= 100,
-            "percentile",
-            percentile,
-            "a number from 0 to 100",
-        )
+        allowed = "a number from 0 to 100"
+        require(is_number(percentile) and 0 <= percentile <= 100, "percentile", percentile, allowed)
         allowed = "an integer from 1, or null for the full history"
         require(window is None or is_count(window), "window", window, allowed)
         super().__init__(None, **policy)
         self.percentile = percentile
         self.window = window
-        self._steps = 0  # bounds the device's count from above without asking it
+        self._steps = 0  # upper bound of the count on the device, known without a device sync
 
     def initial_state(self, like: Tensor) -> State:
-        """Return an empty history; free places hold infinity, so that sorting moves them to the end."""
+        """Return an empty history; unused entries hold infinity, so that sorting moves them to the end."""
         history = like.new_full((self.window or 1024,), torch.inf)
         return {"history": history, "count": torch.zeros((), dtype=torch.int64, device=like.device)}
 
-    def clip(self, measured: Measured, state: State) -> Clipping:
-        """Make room in a full history, then decide as usual."""
+    def clip(self, stats: GradStats, state: State) -> ClipResult:
+        """Enlarge a full history, then clip by the target of `decide`."""
         self._steps += 1
         history = state["history"]
         if self.window is None and self._steps > history.numel():
             state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
-        return super().clip(measured, state)
+        return super().clip(stats, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the history."""
@@ -61,13 +59,13 @@ class AutoClip(ClippingStrategy):
         self._steps = int(self.state["count"]) if self.state else 0
 
     def decide(self, norm: Tensor, state: State) -> Decision:
-        """Put the norm into the history and return the percentile."""
+        """Add the norm to the history and return the percentile as the target."""
         history, count = state["history"], state["count"]
-        place = count % history.numel()
-        history = torch.where(torch.arange(history.numel(), device=norm.device) == place, norm, history)
+        index = count % history.numel()
+        history = torch.where(torch.arange(history.numel(), device=norm.device) == index, norm, history)
         count = count + 1
-        held = count.clamp(max=history.numel())
-        rank = (held - 1).to(norm.dtype) * (self.percentile / 100)
+        length = count.clamp(max=history.numel())
+        rank = (length - 1).to(norm.dtype) * (self.percentile / 100)
         below, above = rank.floor().long(), rank.ceil().long()
         ordered = history.sort().values
         low, high = ordered.take(below), ordered.take(above)

@@ -1,21 +1,22 @@
-"""No clipping: the baseline, with its norms measured like everyone's."""
+"""No clipping: the baseline, which records the same norms as the other strategies."""
 
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, Policy, State
+from zclip.base import ClippingStrategy, Policy
+from zclip.decision import Decision, State
 
 
 class NoClipping(ClippingStrategy):
-    """Leave the gradients as they are and record their norm.
+    """Record the norm of the gradients and leave them unchanged.
 
     Args:
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
     """
 
     def __init__(self, **policy: Unpack[Policy]) -> None:

@@ -1,22 +1,24 @@
-"""The fixed threshold: what nearly everybody trains with."""
+"""Clipping to a fixed norm, the most common rule."""
 
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from zclip.base import ClippingStrategy, Decision, Policy, State, is_number, require
+from zclip.arguments import is_number, require
+from zclip.base import ClippingStrategy, Policy
+from zclip.decision import Decision, State
 
 
 class FixedNorm(ClippingStrategy):
     """Scale gradients of a norm above `max_norm` down to it (Pascanu et al., arXiv 1211.5063, algorithm 1).
 
     Args:
-        max_norm: the threshold c in g <- g min(1, c / ||g||). Default 1.0, the paper's fixed baseline.
+        max_norm: threshold c in g <- g min(1, c / ||g||). Default 1.0, the fixed baseline of the ZClip paper.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ValueError: `max_norm` is not above 0.
+        ArgumentError: an argument is out of its range.
     """
 
     def __init__(self, max_norm: float = 1.0, **policy: Unpack[Policy]) -> None:

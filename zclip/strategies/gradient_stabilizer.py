@@ -1,34 +1,36 @@
-"""GradientStabilizer: the direction of each gradient is kept, its length replaced by a smoothed one."""
+"""GradientStabilizer: each gradient tensor keeps its direction and gets a smoothed norm."""
 
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from zclip.base import Clipping, ClippingStrategy, Measured, Policy, State, is_number, require
+from zclip.arguments import is_number, require
+from zclip.base import ClippingStrategy, Policy
+from zclip.decision import ClipResult, GradStats, State
 
 
 class GradientStabilizer(ClippingStrategy):
     """Replace each tensor's norm by a ratio of its moving moments (Huang et al., arXiv 2502.17055).
 
-    With n the norm of a tensor's gradient g at its step t, counted from 1,
+    With n the norm of a tensor's gradient g, and t the number of its non-zero gradients up to this step,
 
         m <- gamma1 m + (1 - gamma1) n,       m^ = m / (1 - gamma1^t)
         v <- gamma2 v + (1 - gamma2) n^2,     v^ = v / (1 - gamma2^t)
         g <- (g / n) m^ / (sqrt(v^) + eps)
 
-    Norms become about 1 whatever they were, so this is meant for optimizers that do not mind the scale of
-    gradients, such as Adam. It scales up as well as down: its telemetry calls a step clipped when the global norm
-    became smaller. A tensor without a gradient, or with a zero one, keeps its moments.
+    Norms become about 1 at any scale of the gradients, so use it with optimizers that are invariant to that scale, such
+    as Adam. It scales up as well as down; its telemetry counts a step as clipped if the global norm became smaller.
+    The moments of a tensor do not change on a step without a gradient or with a zero one.
 
     Args:
         gamma1: decay of the first moment, 0 <= gamma1 < 1. Default 0.7.
         gamma2: decay of the second moment, 0 <= gamma2 < 1. Default 0.9.
-        eps: added to the root of the second moment. Default 1e-8.
+        eps: added to the root of the second moment, > 0. Default 1e-8.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
     """
 
     per_tensor = True
@@ -43,23 +45,23 @@ class GradientStabilizer(ClippingStrategy):
         self.eps = eps
 
     def initial_state(self, like: Tensor) -> State:
-        """Return zero moments and the counts of steps for their bias correction."""
+        """Return zero moments, and for each tensor the number of steps for their bias correction."""
         return {"steps": torch.zeros_like(like), "m": torch.zeros_like(like), "v": torch.zeros_like(like)}
 
-    def clip(self, measured: Measured, state: State) -> Clipping:
+    def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each tensor."""
-        norms = measured.norms
+        norms = stats.norms
         steps = state["steps"] + 1
         m = self.gamma1 * state["m"] + (1 - self.gamma1) * norms
         v = self.gamma2 * state["v"] + (1 - self.gamma2) * norms.square()
-        length = (m / (1 - self.gamma1**steps)) / ((v / (1 - self.gamma2**steps)).sqrt() + self.eps)
-        moved = norms > 0
-        coefficients = torch.where(moved, length / norms, 1.0)
-        kept = measured.everywhere((norms * coefficients).square().sum()).sqrt()
+        smoothed = (m / (1 - self.gamma1**steps)) / ((v / (1 - self.gamma2**steps)).sqrt() + self.eps)
+        nonzero = norms > 0
+        coefficients = torch.where(nonzero, smoothed / norms, 1.0)
+        clipped_norm = stats.all_reduce_sum((norms * coefficients).square().sum()).sqrt()
         new = {"steps": steps, "m": m, "v": v}
-        return Clipping(
+        return ClipResult(
             coefficients,
-            clipped_norm=kept,
-            clipped=kept < measured.norm,
-            state={key: torch.where(moved, value, state[key]) for key, value in new.items()},
+            clipped_norm=clipped_norm,
+            clipped=clipped_norm < stats.norm,
+            state={key: torch.where(nonzero, value, state[key]) for key, value in new.items()},
         )

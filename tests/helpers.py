@@ -1,0 +1,121 @@
+"""What tests share: `train.py` and the scripts as real processes, and what their run folders hold."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.process_pool import CHECKOUT, run
+
+#: Settings of a run of a second or two; the fixture `corpus` is its text.
+TINY = (
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+    "data.sequence_length=64",
+    "trainer.max_steps=40",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=8",
+    "clip.warmup_steps=5",
+)
+
+#: Settings of two processes, and of two that share the model.
+TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
+FSDP = (*TWO, "trainer.strategy=fsdp")
+
+#: A case that only `make test-slow` runs.
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def train_command(*overrides: str, program: str = "train.py") -> list[str]:
+    return [sys.executable, str(CHECKOUT / program), *overrides]
+
+
+def train(
+    *overrides: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py to its end in the folder `cwd`."""
+    return run("train.py", *overrides, cwd=cwd, env=env, timeout=timeout)
+
+
+def script(name: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a file of scripts/ to its end in the folder `cwd`."""
+    return run(f"scripts/{name}", *arguments, cwd=cwd, env=env)
+
+
+def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> subprocess.Popen[str]:
+    """Start a program as a terminal does, with no signal ignored."""
+    return subprocess.Popen(
+        train_command(*settings, program=program),
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for_steps(job: subprocess.Popen[str], cwd: Path, steps: int) -> None:
+    """Wait until the run has written the metrics of so many steps."""
+    while job.poll() is None:
+        files = list(cwd.glob("runs/main/*/metrics.jsonl"))
+        if files and len(files[0].read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.002)
+    raise AssertionError(job.communicate())
+
+
+def ranks(job: subprocess.Popen[str]) -> dict[str, int]:
+    """Return the process ids of a run by rank."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    pids = {}
+    for pid in map(int, children):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        pids.update({os.fsdecode(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
+    return pids
+
+
+def only_run(folder: Path) -> Path:
+    """Return the only run folder below `folder`."""
+    (path,) = (folder / "runs" / "main").iterdir()
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file with one JSON object per line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def final_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
+    """Return the newest checkpoint, the metrics without times and memory, and the test loss of the only run."""
+    path = only_run(folder)
+    newest = max((path / "checkpoints").glob("step-*.ckpt"))
+    rows = read_jsonl(path / "metrics.jsonl")
+    for row in rows:
+        for name in [name for name in row if name.endswith("_seconds")] + ["tokens_per_second", "peak_memory_gib"]:
+            assert row.pop(name) >= 0
+    result = json.loads((path / "result.json").read_text())
+    return torch.load(newest, weights_only=False), rows, result["test_loss"]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
