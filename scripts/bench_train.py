@@ -1,14 +1,14 @@
 """Training speed compared with other frameworks, on the same model and batches.
 
-    python scripts/bench_train.py [--model micro] [--batch 16] [--length 128] ...
-    make bench-train ARGS="--rounds 5 --only ours bare"
+    python scripts/bench_train.py [model=micro] [batch=16] [length=128] ...
+    make bench-train ARGS="rounds=5 only=ours,bare"
 
 Contenders are `train.py` with ZClip, metrics and all; our model in a bare loop; transformers' LlamaForCausalLM in the
 same loop; litgpt's GPT in litgpt's loop. Each runs eager and compiled, in a process of its own (bench_worker.py). They
-take turns of `--steps` optimizer steps. Prints median speeds, the ratio of speeds in each round, and the model's FLOP/s
+take turns of `steps` optimizer steps. Prints median speeds, the ratio of speeds in each round, and the model's FLOP/s
 relative to those of a matrix product, which is timed between the rounds.
 
-On a GPU the defaults are --model 1b --length 2048 --batch 8 in bf16 mixed precision. One process at a time holds the
+On a GPU the defaults are model=1b length=2048 batch=8 in bf16 mixed precision. One process at a time holds the
 memory.
 """
 
@@ -16,7 +16,6 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 # isort: split
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -24,17 +23,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from pydantic import BeforeValidator, model_validator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from common.arguments import ArgumentParser, count
 from common.errors import ConfigError, UserError
+from common.settings import Allowed, Count, Settings, parse
 from data import TrainLoader
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
@@ -55,6 +55,44 @@ CONTENDERS = {
 PEERS = ("transformers", "litgpt")
 PEER_PACKAGES = ("transformers==5.3.0", "litgpt==0.5.13")
 WORKER = Path(__file__).with_name("bench_worker.py")
+
+
+class BenchTrainConfig(Settings):
+    """Settings of the command line."""
+
+    model: str = "1b" if GPU else "micro"
+    """Option of configs/model."""
+    length: Count = 2048 if GPU else 128
+    """Tokens per sequence."""
+    batch: Count = 8 if GPU else 16
+    """Sequences per optimizer step."""
+    steps: Count = 20 if GPU else 5
+    """Optimizer steps per round, a multiple of `LOG_EVERY`."""
+    rounds: Count = 5 if GPU else 25
+    """Rounds of each contender."""
+    only: Annotated[
+        tuple[Literal["ours", "bare", "transformers", "litgpt"], ...],
+        BeforeValidator(lambda names: tuple(str(names).split(","))),
+        Allowed(f"some of {', '.join(CONTENDERS)}, with commas"),
+    ] = ("ours", "bare", "transformers", "litgpt")
+    """Contenders that run."""
+    compile: bool | None = None
+    """Whether the models are compiled; null: both."""
+    peers: str | None = None
+    """Interpreter that has the peers' packages, or none to omit the peers; null: it is made in cache/peers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BenchTrainConfig":
+        if self.steps % LOG_EVERY:
+            raise ConfigError("steps", self.steps, f"a multiple of {LOG_EVERY}")
+        if not self.contenders:
+            raise ConfigError("only", ",".join(self.only), problem="is not possible with peers=none: they are peers")
+        return self
+
+    @property
+    def contenders(self) -> list[str]:
+        """Names of the contenders that run."""
+        return [name for name in self.only if self.peers != "none" or name not in PEERS]
 
 
 class Contender:
@@ -116,51 +154,23 @@ class Contender:
         return None
 
 
-def parse_options() -> argparse.Namespace:
-    """Return the options of the command line.
-
-    Raises:
-        UserError: one is not allowed.
-    """
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("--model", default="1b" if GPU else "micro", help="option of configs/model (default: %(default)s)")
-    add("--length", type=count, default=2048 if GPU else 128, help="tokens per sequence (default: %(default)s)")
-    add("--batch", type=count, default=8 if GPU else 16, help="sequences per step (default: %(default)s)")
-    add("--steps", type=count, default=20 if GPU else 5,
-        help=f"steps per round, a multiple of {LOG_EVERY} (default: %(default)s)")  # fmt: skip
-    add("--rounds", type=count, default=5 if GPU else 25, help="rounds (default: %(default)s)")
-    add("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders (default: all)")
-    add("--compile", choices=("false", "true", "both"), default="both", help="compiled or not (default: both)")
-    add("--peers", metavar="PYTHON",
-        help="interpreter that has transformers and litgpt, or none (default: made in cache/peers)")  # fmt: skip
-    options = parser.parse_args()
-    if options.steps % LOG_EVERY:
-        raise ConfigError("--steps", options.steps, f"a multiple of {LOG_EVERY}")
-    if options.peers == "none":
-        options.only = [name for name in options.only if name not in PEERS]
-        if not options.only:
-            raise UserError("--peers=none is not possible with --only transformers litgpt: these are the peers")
-    return options
-
-
-def main() -> None:
+def main(values: _entry.Values) -> None:
     """Run the benchmark and print its tables."""
-    options = parse_options()
+    config = parse(BenchTrainConfig, values)
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        spec = specification(options, folder, console)
+        spec = specification(config, folder, console)
         python = sys.executable
-        if set(PEERS) & set(options.only):
-            python = options.peers or peers_python(console)
+        if set(PEERS) & set(config.contenders):
+            python = config.peers or peers_python(console)
         contenders = [
             Contender(name, compiled, python if name in PEERS else sys.executable, spec, folder)
-            for compiled in {"false": [False], "true": [True], "both": [False, True]}[options.compile]
-            for name in options.only
+            for compiled in ([False, True] if config.compile is None else [config.compile])
+            for name in config.contenders
         ]
-        matmul_rate = run_rounds(contenders, options.rounds)
-    print_results(options, spec, contenders, matmul_rate, console)
+        matmul_rate = run_rounds(contenders, config.rounds)
+    print_results(config, spec, contenders, matmul_rate, console)
 
 
 def run_rounds(contenders: list[Contender], rounds: int) -> float:
@@ -182,35 +192,35 @@ def run_rounds(contenders: list[Contender], rounds: int) -> float:
     return statistics.median(rates)
 
 
-def specification(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+def specification(config: BenchTrainConfig, folder: Path, console: Console) -> dict[str, Any]:
     """Return what a contender needs to know; the batches of the run are written to the folder."""
     overrides = [
-        f"model={options.model}", f"trainer={'gpu' if GPU else 'cpu'}", f"data.sequence_length={options.length}",
-        f"trainer.global_batch_size={options.batch}", f"trainer.micro_batch_size={options.batch}",
+        f"model={config.model}", f"trainer={'gpu' if GPU else 'cpu'}", f"data.sequence_length={config.length}",
+        f"trainer.global_batch_size={config.batch}", f"trainer.micro_batch_size={config.batch}",
         "trainer.max_steps=100000", "trainer.checkpoint_every=100000", f"trainer.log_every={LOG_EVERY}",
         "optim.warmup_fraction=0", f"paths.runs={folder}",
     ]  # fmt: skip
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = load_config(compose("train", overrides=overrides))
-    check(config)
-    tokens = prepare_tokens(config, console)
-    sequences = training_sequences(config, tokens)
-    loader = TrainLoader(sequences, tokens.fingerprint, 50, options.batch, options.batch)
+        run = load_config(compose("train", overrides=overrides))
+    check(run)
+    tokens = prepare_tokens(run, console)
+    sequences = training_sequences(run, tokens)
+    loader = TrainLoader(sequences, tokens.fingerprint, 50, config.batch, config.batch)
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
     return {
         "device": DEVICE,
-        "steps": options.steps,
-        "batch": options.batch,
-        "length": options.length,
-        "lr": config.lr,
+        "steps": config.steps,
+        "batch": config.batch,
+        "length": config.length,
+        "lr": run.lr,
         "log_every": LOG_EVERY,
         "batches": str(folder / "batches.npy"),
         "folder": str(folder),
-        "model": config.model.shape,
-        "parameters": config.model.parameters,
+        "model": run.model.shape,
+        "parameters": run.model.parameters,
         "overrides": overrides,
-        "flops": flops_per_token(config.model, options.length),
-        "peak": peak_tokens_per_second(config),
+        "flops": flops_per_token(run.model, config.length),
+        "peak": peak_tokens_per_second(run),
     }
 
 
@@ -225,7 +235,7 @@ def peers_python(console: Console) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         if subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=False).returncode:
             raise UserError(
-                f"pip cannot install {' '.join(packages)} in {folder}: use --peers with a Python that has them, or none"
+                f"pip cannot install {' '.join(packages)}: give a Python that has them as peers=PYTHON, or peers=none"
             )
         installed.write_text("\n".join(packages))
     return str(python)
@@ -248,20 +258,20 @@ def time_matmul() -> float:
 
 
 def print_results(
-    options: argparse.Namespace, spec: dict[str, Any], contenders: list[Contender], matmul_rate: float, console: Console
+    config: BenchTrainConfig, spec: dict[str, Any], contenders: list[Contender], matmul_rate: float, console: Console
 ) -> None:
     """Print a table of the eager contenders, and one of the compiled ones.
 
     Args:
-        options: of the command line.
+        config: settings of the command line.
         spec: see `specification`.
         contenders: with their rounds.
         matmul_rate: FLOP/s of a matrix product.
         console: prints the tables.
     """
-    tokens = options.steps * options.batch * options.length
+    tokens = config.steps * config.batch * config.length
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    setup = f"{spec['parameters'] / 1e6:.1f}M parameters, {options.batch} x {options.length} tokens, {device}"
+    setup = f"{spec['parameters'] / 1e6:.1f}M parameters, {config.batch} x {config.length} tokens, {device}"
     for compiled in (False, True):
         group = [contender for contender in contenders if contender.compiled == compiled]
         if not group:

@@ -1,7 +1,7 @@
 """Crash test: interrupt runs at random moments, resume them, and compare them with runs that were not interrupted.
 
-    python scripts/crash_test.py [--interruptions 48] [--seed 0]
-    make faults ARGS="--interruptions 12"
+    python scripts/crash_test.py [interruptions=48] [seed=0]
+    make faults ARGS="interruptions=12"
 
 Interruptions are spread over the preparation of the text, the steps, the saving of a checkpoint, and the evaluation.
 Each is SIGKILL to the launcher or to one process, or a signal that asks the run to stop. The same command resumes the
@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.arguments import ArgumentParser, count
+from common.settings import Count, Settings, parse
 from data import Source
 from training.checkpoint.format import load_full
 from training.run_dir import RunDir
@@ -67,6 +67,15 @@ SIGNALS = {
 #: Phases of a run that are interrupted, as often as they occur here, with the longest delay in seconds.
 PHASES = ("preparation", "steps", "steps", "steps", "save", "save", "evaluation")
 DELAYS = {"preparation": 2.0, "steps": 0.1, "save": 0.003, "evaluation": 0.3}
+
+
+class CrashTestConfig(Settings):
+    """Settings of the command line."""
+
+    interruptions: Count = 48
+    """Number of interruptions, over all modes."""
+    seed: int = 0
+    """Seed of the random moments and signals."""
 
 
 class Interruption(NamedTuple):
@@ -275,15 +284,12 @@ def summary(done: list[Interruption], differing: dict[str, list[str]]) -> Table:
     return table
 
 
-def main() -> None:
+def main(values: _entry.Values) -> None:
     """Run the crash test."""
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--interruptions", type=count, default=48, help="number of interruptions (default: 48)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
-    options = parser.parse_args()
+    config = parse(CrashTestConfig, values)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints are read without it
     with tempfile.TemporaryDirectory() as folder:
-        if not crash_test(Path(folder), options.interruptions, options.seed, Console(highlight=False)):
+        if not crash_test(Path(folder), config.interruptions, config.seed, Console(highlight=False)):
             sys.exit(1)
 
 

@@ -8,8 +8,8 @@ from tests.helpers import script
 
 
 def test_our_contenders_are_timed(tmp_path):
-    options = ("--peers=none", "--rounds=2", "--steps=5", "--compile=false", "--batch=2")
-    done = script("bench_train.py", *options, cwd=tmp_path)
+    settings = ("peers=none", "rounds=2", "steps=5", "compile=false", "batch=2")
+    done = script("bench_train.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(
         r"│ (train.py, ZClip|our model, bare loop) +│ +([\d,]+) │ +([\d.]+) \(.*?\) │ +(\d+)% │", done.stdout
@@ -20,17 +20,17 @@ def test_our_contenders_are_timed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("setting", "message"),
     [
-        ("--step=5", "unrecognized arguments: --step=5"),
-        ("--steps=7", "--steps=7 is not allowed: it must be a multiple of 5"),
-        ("--rounds=many", "argument --rounds: many is not allowed: it must be an integer from 1"),
-        ("--only=theirs", "argument --only: invalid choice: 'theirs' (choose from "),
-        ("--model=2b", "model=2b is not known: it must be one of"),
-        ("--length=4000", "data.sequence_length=4000 is longer than the model's context"),
+        ("step=5", "step=5 is not possible: there is no key step (the nearest is steps)"),
+        ("steps=7", "steps=7 is not allowed: it must be a multiple of 5"),
+        ("rounds=many", "rounds=many is not allowed: it must be an integer from 1"),
+        ("only=ours,theirs", "only=ours,theirs is not allowed: it must be some of ours, bare, transformers, litgpt"),
+        ("model=2b", "model=2b is not known: it must be one of"),
+        ("length=4000", "data.sequence_length=4000 is longer than the model's context"),
     ],
 )
-def test_error_is_one_sentence_and_writes_nothing(option, message, tmp_path):
-    done = script("bench_train.py", option, cwd=tmp_path)
+def test_error_is_one_sentence_and_writes_nothing(setting, message, tmp_path):
+    done = script("bench_train.py", setting, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"bench_train.py: error: {message}"), done.stderr
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
