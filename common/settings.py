@@ -72,8 +72,12 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
     path = _settings_path(section, first["loc"])
     key = ".".join([*([prefix] if prefix else []), *path])
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        return cause.within(key) if key else cause
+    if isinstance(cause, ConfigError):  # a validator of a section, or of a key, names the key itself
+        owner_path = path if section_at(section, path) is not None else path[:-1]
+        owner_key = ".".join([*([prefix] if prefix else []), *owner_path])
+        return cause.within(owner_key) if owner_key else cause
+    if isinstance(cause, UserError):
+        return cause
     if first["type"] == "extra_forbidden":
         owner = section_at(section, path[:-1])
         near = nearest(path[-1], owner.model_fields) if owner is not None else None
@@ -82,7 +86,7 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
     if first["type"] == "missing" and len(first["loc"]) == len(path):
         return UserError(f"{key} is not set: give it as {key}=...")
     if isinstance(cause, ValueError) or not path:
-        return UserError(f"{key}: {cause or first['msg']}")
+        return UserError(": ".join(filter(None, [key, str(cause or first["msg"])])))
     value: Any = values
     for name in path:  # the whole value is named, of a list too
         value = value[name]
@@ -90,7 +94,8 @@ def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mappin
     if inner is not None or owner is None:
         fields = sorted(inner.model_fields) if inner else ["keys"]
         return ConfigError(key, value, problem=f"is not allowed: it must have {', '.join(fields)}")
-    field = owner.model_fields[path[-1]]
+    field = _field(owner, path[-1])
+    assert field is not None
     return ConfigError(key, value, allowed_words(field.annotation, field.metadata))
 
 
@@ -114,6 +119,12 @@ def section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]
     return next((option for option in _options(annotation) if _is_section(option)), None)
 
 
+def _field(section: type[BaseModel], key: str) -> FieldInfo | None:
+    """Return the declaration of a key of a section, which may be an alias; `None` if there is no such key."""
+    declared = (field for name, field in section.model_fields.items() if key in (name, field.alias))
+    return next(declared, None)
+
+
 def _options(annotation: Any) -> Sequence[Any]:
     """Return the members of a union; a type that is no union is its only member."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -135,7 +146,7 @@ def _type_within(annotation: Any, name: str) -> Any:
     """Return the type of the value at a key of a section, or of a mapping; `None` if there is no such key."""
     for option in _options(annotation):
         if _is_section(option):
-            field = option.model_fields.get(name)
+            field = _field(option, name)
             return field.annotation if field else None
         if get_origin(option) is dict:
             return get_args(option)[1]

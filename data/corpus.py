@@ -186,7 +186,7 @@ def text_too_short(sequence_length: int, length: str) -> SourceError:
 
 
 def _texts(documents: Iterable[Document], max_bytes: int) -> Iterator[str]:
-    """Yield texts up to the one that reaches so many bytes."""
+    """Yield the texts of documents, up to the one that reaches `max_bytes`."""
     remaining = max_bytes
     for document in documents:
         yield document.text

@@ -201,7 +201,7 @@ class _Preparation:
         self._write_part(encoded, tokenizer)
 
     def _keep(self, document: Document) -> bool:
-        """Count a document in the journal, and return whether it is kept: it is not a duplicate to be dropped."""
+        """Count a document in the journal, and return whether it is kept: duplicates may be dropped."""
         journal = self.journal
         journal["documents"] += 1
         journal["text_bytes"] += document.size

@@ -191,7 +191,7 @@ class StreamingDataset:
             skipped, available, first_of_epoch = 0, 0, number
 
     def _cut(self, buffer: deque[_EncodedDocuments], tokens: int, number: int, first: int, skipped: int) -> _Block:
-        """Return the block of so many inputs after the skipped tokens of the buffer."""
+        """Return the block of `tokens` inputs that follow the skipped tokens of the buffer."""
         start = BlockStart(number, first, buffer[0].mixture, buffer[0].epoch_tokens, skipped)
         ids = np.concatenate([encoded.ids for encoded in buffer])[skipped : skipped + tokens + 1]
         offsets = itertools.accumulate((len(encoded.ids) for encoded in buffer), initial=0)

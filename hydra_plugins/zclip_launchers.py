@@ -40,7 +40,7 @@ class _SweepLauncher(Launcher):
         unfinished = [job for job in jobs if not job.collect_result()]
         if len(jobs) > len(unfinished):
             print(f"{len(jobs) - len(unfinished)} of {len(jobs)} are finished already")
-        failed = self.run(unfinished)
+        failed = self.run(list({job.run_dir.path: job for job in unfinished}.values()))  # equal jobs are one run
         if failed:
             raise RunError(f"{len(failed)} of {len(jobs)} runs have not finished: {', '.join(failed)}")
         return [_job_return(job) for job in jobs]

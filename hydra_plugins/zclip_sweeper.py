@@ -1,62 +1,118 @@
-"""Hydra sweeper of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
+"""Hydra plugins of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
 
-Its jobs are those of a sweep over the overrides given, times the runs that the experiment, or a list of several, is
-declared to be made of.
+`experiments/paper/suites.py` declares the suites: the runs of each table and figure. Hydra sees one option of the group
+`experiment` for each, made by `SuiteConfigs`, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`,
+shell completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs
+of the suites times the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
-from experiments.paper.suites import sets
+from common.errors import UserError
+from experiments.paper.suites import SUITES
+
+
+class SuiteConfigs(ConfigSource):
+    """Config source with one option of the group `experiment` for each suite, made on demand."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme of this source in Hydra's search path."""
+        return "suites"
+
+    def available(self) -> bool:
+        """Return whether the source exists, which it always does."""
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        """Return whether a path is a group of this source."""
+        return config_path.strip("/") in ("", "experiment")
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether a path names a suite."""
+        group, _, name = config_path.strip("/").removesuffix(".yaml").rpartition("/")
+        return group == "experiment" and name in SUITES
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the configuration of a suite."""
+        if not self.is_config(config_path):
+            raise ConfigLoadError(f"no suite is named {config_path}")
+        name = Path(config_path).stem
+        defaults = ["paper", {"override /hydra/sweeper": "suite"}]
+        config = OmegaConf.create({"defaults": defaults, "paper": {"suite": name}})
+        return ConfigResult(self.provider, f"{self.scheme()}://", config, {"package": "_global_"})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return the groups and options at a path."""
+        if config_path.strip("/") == "experiment":
+            return [] if results_filter == ObjectType.GROUP else sorted(SUITES)
+        return ["experiment"] if config_path.strip("/") == "" and results_filter != ObjectType.CONFIG else []
+
+
+class SuiteSearchPath(SearchPathPlugin):
+    """Adds the suites to the search path of programs whose configurations have `experiment/paper.yaml`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the source of suites if the main folder of configurations has the file they extend."""
+        folders = [Path(entry.path.removeprefix("file://")) for entry in search_path.get_path() if entry.path]
+        if any((folder / "experiment" / "paper.yaml").is_file() for folder in folders):
+            search_path.append("zclip", f"{SuiteConfigs.scheme()}://")
 
 
 class SuiteSweeper(BasicSweeper):
-    """Runs the sets that `experiment=` names; runs that are the same by their settings once."""
+    """Sweeps over the runs of the suites that `experiment=` names; equal runs are run once."""
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """Return the overrides of each job, in one batch.
 
         Raises:
-            UserError: an override is of what the experiment sets itself, or names no set of runs, or no scale.
+            UserError: an override sets a key that the suites set, or names no suite, or there is no scale.
         """
-        given = {override.get_key_element(): override for override in overrides}
-        if "experiment" not in given:
-            _refuse("hydra/sweeper=suite is not possible without experiment=, which sets it: it names a set of runs")
-        name = given["experiment"].get_value_element_as_str()
-        known = sets()
-        names = name.strip("[]").split(",")
-        if strangers := [each for each in names if each not in known]:
-            _refuse(f"experiment={name} is not possible: {strangers[0]} is none of the sets {', '.join(sorted(known))}")
-        settings = list(dict.fromkeys(setting for each in names for setting in known[each]))
-        own = {override.partition("=")[0] for setting in known["all"] for override in setting.overrides}
-        for key in (given_key.lstrip("+~") for given_key in given):
-            if key in own or (key == "lr" and "paper.lr" in own):
+        by_key = {override.get_key_element(): override for override in overrides}
+        if "experiment" not in by_key:
+            raise UserError("hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites")
+        value = by_key["experiment"].get_value_element_as_str()
+        names = value.strip("[]").split(",")
+        if unknown := [name for name in names if name not in SUITES]:
+            raise UserError(
+                f"experiment={value} is not possible: {unknown[0]} is none of the suites {', '.join(sorted(SUITES))}"
+            )
+        specs = list(dict.fromkeys(spec for name in names for spec in SUITES[name]))
+        suite_keys = {override.partition("=")[0] for spec in SUITES["all"] for override in spec.overrides}
+        for key in (key.lstrip("+~") for key in by_key):
+            if key in {*suite_keys, "lr"}:
                 steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
-                _refuse(
-                    f"{key} is not yours to set with experiment={name}: the sets set {', '.join(sorted(own))}{steps}"
-                )
-        scale = given["scale"].get_value_element_as_str() if "scale" in given else None
+                keys = ", ".join(sorted(suite_keys))
+                raise UserError(f"{key} cannot be set with experiment={value}: the suites set {keys}{steps}")
+        scale = by_key["scale"].get_value_element_as_str() if "scale" in by_key else None
         if scale in (None, "main"):
-            said = "scale is not set" if scale is None else "scale=main is not possible"
-            _refuse(f"{said}: experiment={name} is run at scale=micro, scale=proxy or scale=paper")
+            problem = "scale is not set" if scale is None else "scale=main is not possible"
+            raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
         (combinations,) = BasicSweeper.split_arguments(
             [override for override in overrides if override.get_key_element() != "experiment"], None
         )
         return [
             [
-                ["experiment=paper", *setting.overrides, *combination]
+                ["experiment=paper", *spec.overrides, *combination]
                 for combination in combinations or [[]]
-                for setting in settings
+                for spec in specs
             ]
         ]
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Do the jobs, or with plan=true say what they would take."""
+        """Run the jobs, or with `plan=true` print what they need."""
         assert self.config is not None and self.hydra_context is not None
         if not self.config.plan:
             return super().sweep(arguments)
@@ -79,16 +135,10 @@ class SuiteSweeper(BasicSweeper):
         return None
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """Return the jobs, those that are the same run once."""
+        """Return the jobs, without duplicates of the same run."""
         from training.launch.sweep import compose_job
 
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
         jobs = [compose_job(loader, self.config, overrides) for overrides in super().get_job_batch()]
         return list({job.run_dir.path: job.overrides for job in reversed(jobs)}.values())[::-1]
-
-
-def _refuse(said: str) -> None:
-    from common.errors import UserError
-
-    raise UserError(said)

@@ -1,159 +1,181 @@
-"""What make_tables.py, make_figures.py and make_report.py have in common: which runs they read."""
+"""What make_tables.py, make_figures.py and make_report.py share: their settings, and the runs that they read."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Self
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import Field, StringConstraints, model_validator
 
-from common.errors import UserError
-from experiments.paper.collect import Expected, Found, collect
-from experiments.paper.distributions import UnfitWindow, distributions
+from common.errors import ConfigError, UserError
+from common.settings import Allowed, Count, Settings
+from common.text import quoted
+from experiments.paper.collect import ExpectedRun, RunCollection, collect
+from experiments.paper.distributions import WindowError, draw_distributions
 from experiments.paper.drawing import NothingToDraw
-from experiments.paper.figures import DRAWN, clipping_functions, draw
-from experiments.paper.suites import TABLES, ZCLIP, sets
-from training.config.checks import CONFIGS, check_folder, identity
-from training.config.compose import locate
+from experiments.paper.figures import FIGURES, clipping_functions, draw
+from experiments.paper.suites import SUITES, TABLES, ZCLIP_DEFAULTS
+from training.config.checks import check_folder
+from training.config.compose import CONFIGS, resolve_runs, saved_identity
 from zclip import ZClip
-from zclip.arguments import is_count
 
-#: What has a picture, and what there is in all, in the order of the report.
-PICTURES = ("figure3", *DRAWN)
-EVERYTHING = tuple(dict.fromkeys([*TABLES, *PICTURES]))
+#: Names that have a figure, and all names, in the order of the report.
+FIGURE_NAMES = ("figure3", *FIGURES)
+ALL_NAMES = tuple(dict.fromkeys([*TABLES, *FIGURE_NAMES]))
 
-#: Variants of the clipping function by their names in the paper.
+#: Scales at which runs can be made.
+SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
+
+#: Variants of the clipping function, by their names in the paper.
 VARIANTS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
 
-
-def chosen(cfg: DictConfig, kind: Sequence[str] = EVERYTHING) -> list[str]:
-    """Return which tables and figures are asked for, or raise `UserError` if anything makes no sense.
-
-    Args:
-        cfg: of configs/paper.
-        kind: those that are made; the others that are asked for are passed over.
-    """
-    names = list(cfg.experiment) if isinstance(cfg.experiment, ListConfig) else [cfg.experiment]
-    for name in names:
-        if name not in ("all", *EVERYTHING):
-            raise UserError(f"experiment={name} is not known here: it must be of {', '.join(EVERYTHING)}, or all")
-    wanted = [name for name in kind if "all" in names or name in names]
-    if not wanted:
-        raise UserError(f"experiment={cfg.experiment} is not made here: it must be of {', '.join(kind)}, or all")
-    if cfg.out is not None and not isinstance(cfg.out, str):
-        raise UserError(f"out={cfg.out} is not allowed: it must be a folder, or null")
-    scales = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
-    if cfg.scale not in scales:
-        raise UserError(f"scale={cfg.scale} is not known: it must be one of {', '.join(scales)}")
-    if not isinstance(cfg.seeds, ListConfig) or not cfg.seeds or not all(is_count(seed, 0) for seed in cfg.seeds):
-        raise UserError(f"seeds={cfg.seeds} is not allowed: it must be a list of integers from 0, as [0,1,2]")
-    if not isinstance(cfg.overrides, ListConfig) or not all(
-        isinstance(each, str) and "=" in each for each in cfg.overrides
-    ):
-        raise UserError(
-            f"overrides={cfg.overrides} is not allowed: it must be a list of settings in quotes, as "
-            """'overrides=["trainer.max_steps=400"]'"""
-        )
-    own = {override.partition("=")[0] for setting in sets()["all"] for override in setting.overrides}
-    for each in cfg.overrides:
-        if (key := each.partition("=")[0].lstrip("+~")) in (*own, "lr", "seed", "scale", "experiment"):
-            raise UserError(f"overrides={cfg.overrides} is not allowed: {key} is what the experiments set themselves")
-    if not isinstance(cfg.paths.runs, str) or not Path(cfg.paths.runs).is_dir():
-        raise UserError(f"paths.runs={cfg.paths.runs} is not there: it must be the folder with paper-{cfg.scale}/")
-    return wanted
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")
+]
+Overrides = Annotated[
+    list[Annotated[str, StringConstraints(pattern="=")]],
+    Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'"""),
+]
+Windows = Annotated[
+    list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None,
+    Allowed("pairs of the first and last of three steps or more, as [[500,635],[3050,3185]]"),
+]
 
 
-def gather(cfg: DictConfig) -> Found:
-    """Return what there is of the runs of all experiments; raise `UserError` if none is finished."""
-    settings = sets()["all"]
-    base = ["experiment=paper", f"scale={cfg.scale}", f"paths.runs={_quoted(cfg.paths.runs)}", *cfg.overrides]
-    places = locate([[*base, *setting.overrides] for setting in settings], cfg.seeds)
+class RunsPath(Settings):
+    """Where the runs are."""
+
+    runs: Annotated[str, Allowed("the folder with the runs of a scale")]
+    """Folder with `paper-<scale>/`."""
+
+
+class PaperSettings(Settings):
+    """Settings of the scripts (configs/paper/results.yaml)."""
+
+    scale: Annotated[str, Allowed(f"one of {', '.join(SCALES)}")]
+    """Scale of the runs."""
+    experiment: Annotated[str | list[str], Allowed(f"of {', '.join(ALL_NAMES)}, or all")]
+    """Tables and figures to make: one name, or a list."""
+    seeds: Seeds
+    """Seeds of the runs."""
+    overrides: Overrides
+    """Further settings that the runs were made with."""
+    windows: Windows
+    """First and last steps of Figure 9's windows; null: at the same fractions of the run as in the paper."""
+    out: Annotated[str | None, Allowed("a folder, or null")]
+    """Folder to write into; null: `results-<scale>` in `paths.runs`."""
+    paths: RunsPath
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `experiment`."""
+        return [self.experiment] if isinstance(self.experiment, str) else self.experiment
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.names:
+            if name not in ("all", *ALL_NAMES):
+                allowed = f"is not known here: it must be of {', '.join(ALL_NAMES)}, or all"
+                raise ConfigError("experiment", name, problem=allowed)
+        if self.scale not in SCALES:
+            raise ConfigError("scale", self.scale, problem=f"is not known: it must be one of {', '.join(SCALES)}")
+        suite_keys = {override.partition("=")[0] for spec in SUITES["all"] for override in spec.overrides}
+        for key in (override.partition("=")[0].lstrip("+~") for override in self.overrides):
+            if key in (*suite_keys, "lr", "seed", "scale", "experiment"):
+                problem = f"is not allowed: {key} is what the experiments set themselves"
+                raise ConfigError("overrides", self.overrides, problem=problem)
+        if self.windows is not None and (not self.windows or any(last - first < 2 for first, last in self.windows)):
+            raise ConfigError("windows", self.windows, Windows.__metadata__[0].words)  # type: ignore[attr-defined]
+        if not Path(self.paths.runs).is_dir():
+            problem = f"is not there: it must be the folder with paper-{self.scale}/"
+            raise ConfigError("paths.runs", self.paths.runs, problem=problem)
+        return self
+
+    def selected(self, available: Sequence[str] = ALL_NAMES) -> list[str]:
+        """Return the names to make.
+
+        Args:
+            available: the names that the script makes; others are ignored.
+
+        Raises:
+            UserError: there are none.
+        """
+        names = [name for name in available if "all" in self.names or name in self.names]
+        if not names:
+            raise UserError(
+                f"experiment={self.experiment} is not made here: it must be of {', '.join(available)}, or all"
+            )
+        return names
+
+    def out_folder(self, subfolder: str = "") -> Path:
+        """Return the folder to write into, or a subfolder of it. Creates it."""
+        out = Path(self.paths.runs, f"results-{self.scale}") if self.out is None else Path(self.out)
+        out = out / subfolder
+        check_folder("out", str(out), out)
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+
+
+def collect_runs(settings: PaperSettings) -> RunCollection:
+    """Return the runs of all experiments that exist; raise `UserError` if none is finished."""
+    runs = settings.paths.runs
+    base = ["experiment=paper", f"scale={settings.scale}", f"paths.runs={quoted(runs)}", *settings.overrides]
+    overrides = {spec: (*base, *spec.overrides) for spec in SUITES["all"]}
+    resolved = resolve_runs(overrides.values(), settings.seeds)
     expected = {
-        (setting, seed): Expected(*places[(*base, *setting.overrides), seed])
-        for setting in settings
-        for seed in cfg.seeds
+        (spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in settings.seeds
     }
-    found = collect(expected, identity)
-    if not found.runs:
-        why = "".join(f"; {said}" for said in found.others[:3])
+    collection = collect(expected, saved_identity)
+    if not collection.runs:
+        reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
         raise UserError(
-            f"paths.runs={cfg.paths.runs} has no finished run of scale={cfg.scale} with seeds={cfg.seeds}"
-            f"{f' and overrides={cfg.overrides}' if cfg.overrides else ''}: nothing is written{why}"
+            f"paths.runs={runs} has no finished run of scale={settings.scale} with seeds={settings.seeds}"
+            f"{f' and overrides={settings.overrides}' if settings.overrides else ''}: nothing is written{reasons}"
         )
-    return found
+    return collection
 
 
-def _quoted(value: str) -> str:
-    """Return a value as Hydra takes it whatever is in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def out_folder(cfg: DictConfig, inside: str = "") -> Path:
-    """Return the folder to write into, or one inside it, made if need be."""
-    out = Path(cfg.paths.runs, f"results-{cfg.scale}") if cfg.out is None else Path(cfg.out)
-    out = out / inside
-    check_folder("out", str(out), out)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def drawn(
-    names: Sequence[str], found: Found | None, windows: list[tuple[int, int]] | None
+def draw_figures(
+    names: Sequence[str], collection: RunCollection | None, windows: Sequence[Sequence[int]] | None
 ) -> tuple[dict[str, Figure], list[str]]:
     """Return figures by name, and the names of those without runs.
 
     Args:
-        names: of tables and figures; tables that have no figure are passed over.
-        found: the runs; `None` for Figure 3 alone, which needs none.
+        names: of tables and figures; tables without a figure are ignored.
+        collection: the runs; `None` for Figure 3 alone, which needs none.
         windows: of Figure 9.
     """
     figures: dict[str, Figure] = {}
-    undrawn = []
-    for name in (name for name in names if name not in TABLES or name in DRAWN):
+    not_drawn = []
+    for name in (name for name in names if name in FIGURE_NAMES):
         try:
             if name == "figure3":
                 figures[name] = figure3()
                 continue
-            assert found is not None
-            if name == "figure9":
-                figures[name] = distributions(found, windows)
+            assert collection is not None
+            if name == "figure9" and windows:
+                figures[name] = draw_distributions(collection, [(first, last) for first, last in windows])
             else:
-                figures[name] = draw(name, found)
-        except UnfitWindow as error:
+                figures[name] = draw(name, collection)
+        except WindowError as error:
             raise UserError(str(error)) from error
         except NothingToDraw:
-            undrawn.append(name)
-    return figures, undrawn
-
-
-def step_windows(cfg: DictConfig) -> list[tuple[int, int]] | None:
-    """Return the windows of Figure 9, or raise `UserError`."""
-    if cfg.windows is None:
-        return None
-    given = OmegaConf.to_container(cfg.windows) if OmegaConf.is_list(cfg.windows) else [cfg.windows]
-    assert isinstance(given, list)
-    if not given or any(
-        not isinstance(pair, list) or len(pair) != 2 or not all(map(is_count, pair)) or pair[1] - pair[0] < 2
-        for pair in given
-    ):
-        raise UserError(
-            f"windows={cfg.windows} is not allowed: it must be pairs of the first and last of three steps or more, as "
-            "[[500,635],[3050,3185]]"
-        )
-    return [(first, last) for first, last in given]
+            not_drawn.append(name)
+    return figures, not_drawn
 
 
 def figure3() -> Figure:
-    """Draw what each variant of ZClip makes of norms with a mean of 1 and a standard deviation of 1."""
+    """Draw Figure 3: norms with mean 1 and standard deviation 1, clipped by each variant of ZClip."""
     curves = {}
     for name, option in VARIANTS.items():
-        strategy = ZClip(clip_option=option, z_thresh=ZCLIP["z_thresh"], recovery_window=None)
+        strategy = ZClip(clip_option=option, z_thresh=ZCLIP_DEFAULTS["z_thresh"], recovery_window=None)
         state = strategy.initial_state(torch.zeros((), dtype=torch.float64))
         state |= {"count": torch.tensor(strategy.warmup_steps), "mean": torch.ones_like(state["mean"])}
         state["var"] = torch.ones_like(state["var"])
         z = np.linspace(0, 10, 401)
         norms = torch.from_numpy(1 + z)
-        kept = [float(norm.minimum(strategy.decide(norm, dict(state)).target)) - 1 for norm in norms]
-        curves[f"{name}, z_thresh {ZCLIP['z_thresh']:g}"] = (z, np.array(kept))
+        clipped = [float(norm.minimum(strategy.decide(norm, dict(state)).target)) - 1 for norm in norms]
+        curves[f"{name}, z_thresh {ZCLIP_DEFAULTS['z_thresh']:g}"] = (z, np.array(clipped))
     return clipping_functions(curves)

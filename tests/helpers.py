@@ -8,12 +8,15 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.process_pool import CHECKOUT, run
+
+if TYPE_CHECKING:
+    from training.config.schema import Config
 
 #: Settings of a run of a second or two; the fixture `corpus` is its text.
 TINY = (
@@ -36,6 +39,16 @@ FSDP = (*TWO, "trainer.strategy=fsdp")
 
 #: A case that only `make test-slow` runs.
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def compose_config(*overrides: str) -> "Config":
+    """Return the configuration of train.py with these overrides."""
+    from hydra import compose, initialize_config_dir
+
+    from training.config.compose import load_config
+
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        return load_config(compose("train", overrides=list(overrides)))
 
 
 def train_command(*overrides: str, program: str = "train.py") -> list[str]:

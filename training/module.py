@@ -1,19 +1,31 @@
-"""The model as Lightning trains it: loss, optimizer and learning-rate schedule (the paper's Table 1)."""
+"""The model as Lightning trains it: loss, optimizer, learning-rate schedule (the paper's Table 1), and sharding."""
 
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from common.errors import prefix_errors
 from data import Batch
 from models import Llama
-from models.parallel import set_gradient_sync
-from training.config.schema import OptimConfig, TrainerConfig
+from models.hugging_face import load
+from models.parallel import (
+    apply_activation_checkpointing,
+    apply_fsdp,
+    compile_model,
+    copy_full_weight,
+    materialize,
+    set_gradient_sync,
+)
+from training.config.schema import Config, OptimConfig, TrainerConfig
 from training.validation.validation_set import ValidationBatch, ValidationSet
 
 
@@ -132,3 +144,44 @@ class PretrainingModule(pl.LightningModule):
         """Free the full weights that a forward pass without a backward pass leaves gathered in a sharded model."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
+
+
+def build_module(config: Config, fresh: bool) -> PretrainingModule:
+    """Return the module with a model on the meta device. Lightning lets it prepare the model.
+
+    Args:
+        config: checked configuration.
+        fresh: whether the model needs initial weights; otherwise those of a checkpoint are loaded.
+    """
+    with torch.device("meta"):
+        model = Llama(config.model.llama)
+    prepare_model = partial(_prepare_model, config, fresh)
+    return PretrainingModule(model, config.lr, config.optim, config.trainer, prepare_model)
+
+
+def _prepare_model(config: Config, fresh: bool, model: Llama) -> None:
+    """Apply activation checkpointing, compile and shard a model on the meta device, and give it weights.
+
+    If it is sharded, no process ever holds more than one full weight.
+    """
+    trainer = config.trainer
+    apply_activation_checkpointing(model, trainer.activation_checkpointing)
+    if trainer.compile:
+        torch.compiler.reset()  # drops the compiled code of an earlier run of a sweep
+        compile_model(model)
+    device = torch.device("cpu")  # Lightning moves an unsharded model to its device
+    if trainer.sharded:
+        device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
+        sizes, names = (trainer.dp_replicate, trainer.dp_shard), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
+        apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+    materialize(model, device)
+    if not fresh:
+        return
+    if config.model.init_from is None:
+        torch.manual_seed(config.seed)
+        model.init_weights(copy_full_weight)
+    else:
+        with prefix_errors("model"):
+            load(model, Path(config.model.init_from), copy_full_weight)

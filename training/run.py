@@ -17,7 +17,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
-from torch.distributed.device_mesh import init_device_mesh
 
 from common.errors import UserError, prefix_errors
 from data import (
@@ -33,15 +32,6 @@ from data import (
     prepare,
     unigram_entropy,
 )
-from models import Llama
-from models.hugging_face import load
-from models.parallel import (
-    apply_activation_checkpointing,
-    apply_fsdp,
-    compile_model,
-    copy_full_weight,
-    materialize,
-)
 from training.callback import ClipCallback, RunCallback
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import step_of
@@ -51,7 +41,7 @@ from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
 from training.lightning_internals import interrupts_as_raised, keep_our_signal_handlers, skip_sigterm_broadcast
-from training.module import PretrainingModule
+from training.module import PretrainingModule, build_module
 from training.monitor.divergence import DivergenceDetector
 from training.monitor.metrics import MetricsRecorder, Row
 from training.monitor.nonfinite import NonFiniteGuard, RestartFromCheckpoint
@@ -281,47 +271,6 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
         console.print(f"starting from the weights in {config.model.init_from}")
 
 
-def build_module(config: Config, fresh: bool) -> PretrainingModule:
-    """Return the module with a model on the meta device. Lightning lets it prepare the model.
-
-    Args:
-        config: checked configuration.
-        fresh: whether the model needs initial weights; otherwise those of a checkpoint are loaded.
-    """
-    with torch.device("meta"):
-        model = Llama(config.model.llama)
-    prepare_model = partial(_prepare_model, config, fresh)
-    return PretrainingModule(model, config.lr, config.optim, config.trainer, prepare_model)
-
-
-def _prepare_model(config: Config, fresh: bool, model: Llama) -> None:
-    """Apply activation checkpointing, compile and shard a model on the meta device, and give it weights.
-
-    If it is sharded, no process ever holds more than one full weight.
-    """
-    trainer = config.trainer
-    apply_activation_checkpointing(model, trainer.activation_checkpointing)
-    if trainer.compile:
-        torch.compiler.reset()  # drops the compiled code of an earlier run of a sweep
-        compile_model(model)
-    device = torch.device("cpu")  # Lightning moves an unsharded model to its device
-    if trainer.sharded:
-        device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
-        sizes, names = (trainer.dp_replicate, trainer.dp_shard), ("replicate", "shard")
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-        apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
-    materialize(model, device)
-    if not fresh:
-        return
-    if config.model.init_from is None:
-        torch.manual_seed(config.seed)
-        model.init_weights(copy_full_weight)
-    else:
-        with prefix_errors("model"):
-            load(model, Path(config.model.init_from), copy_full_weight)
-
-
 def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainLoader:
     """Return the loader of this process's micro-batches."""
     return TrainLoader(
@@ -400,7 +349,7 @@ def build_trainer(config: Config, run_dir: RunDir, callbacks: list[pl.Callback])
 def lightning_strategy(config: Config) -> Any:
     """Return the argument of Lightning's Trainer for `config.trainer.strategy`."""
     if config.trainer.sharded:
-        # Lightning checks only the product of the two sizes; the mesh is made in `_prepare_model`.
+        # Lightning checks only the product of the two sizes; the mesh is made in `training/module.py`.
         return ModelParallelStrategy(config.trainer.dp_replicate, config.trainer.dp_shard)
     return DDPStrategy(gradient_as_bucket_view=True) if config.trainer.strategy == "ddp" else "auto"
 

@@ -1,14 +1,15 @@
-"""The paper's claims, and what the runs at hand say of each.
+"""The paper's claims, and a verdict on each from the runs.
 
-Runs of the same seed see the same batches, so strategies are compared seed by seed, each number being the mean over
-the learning rates that are compared: the mean difference, its 95 % interval, and the two-sided paired t-test over seeds
-(where all seeds have the same difference, the sign test). A verdict needs three seeds that have all runs compared, on
-the same text. A difference counts with p < 0.05, or where its whole interval is beyond what a claim asks for; p-values
-are not corrected for their number. A run that has diverged is never left out of a mean: it speaks against the strategy
-that it is of, or where it is what the strategy is measured by, the claim is not testable. While any of a claim's runs
-is unfinished or left out, the others do not support it; those, and seeds that were not run, are named. What else a
-verdict asks for stands with its numbers. `not supported` means that these runs do not show it, be it the other way
-round or within what seeds do.
+Runs of the same seed see the same batches, so strategies are compared seed by seed. A comparison takes the mean over
+the compared learning rates, and reports the mean difference, its 95 % confidence interval and the two-sided paired
+t-test over seeds (the sign test if all seeds have the same difference). A verdict needs three seeds that have all
+compared runs, on the same text. A difference counts if p < 0.05, or if its whole interval is beyond the claimed value;
+p-values are not corrected for multiple tests.
+
+A diverged run is never excluded from a mean: it counts against its strategy, and if it is a required reference, the
+claim is not testable. A claim is not supported while any of its runs is unfinished or excluded; such runs, and seeds
+that were not run, are named. Further rules of a verdict stand with its numbers. `not supported` means that these runs
+do not show the claim: they show the opposite, or a difference within the variation between seeds.
 """
 
 import math
@@ -18,266 +19,284 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.paper.collect import Found
-from experiments.paper.distributions import LEAST_NORMS, norm_windows, window_norms
-from experiments.paper.judging import (
+from experiments.paper.collect import RunCollection
+from experiments.paper.distributions import MIN_NORMS, norm_windows, window_norms
+from experiments.paper.measures import clip_and_step_seconds
+from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
+from experiments.paper.statistics import (
+    MIN_SEEDS,
+    SIGNIFICANT,
+    TOO_FEW_SEEDS,
+    Difference,
+    NotTestable,
+    difference_by_seed,
+    difference_text,
+    sign_test,
+)
+from experiments.paper.suites import (
+    ALPHAS,
+    FIGURE_RUNS,
+    HIGH_RATES,
+    STRATEGIES,
+    TABLES,
+    THRESHOLDS,
+    VARIANTS,
+    RunSpec,
+)
+from experiments.paper.verdict import (
     NOT_SUPPORTED,
     NOT_TESTABLE,
     SUPPORTED,
     Judge,
-    Judged,
-    at_rates,
-    by_seed,
+    Verdict,
+    complete_seeds,
     diverged_seeds,
     losses_by_seed,
-    named,
+    measure_by_seed,
     reached_by_seed,
-    require_whole,
-    seeds_with_all,
+    require_not_diverged,
+    run_text,
+    specs_by_rate,
 )
-from experiments.paper.measures import MEASURES, clip_and_step
-from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
-from experiments.paper.statistics import (
-    LEAST_SEEDS,
-    SIGNIFICANT,
-    TOO_FEW,
-    Difference,
-    NotTestable,
-    difference,
-    said,
-    signs,
-)
-from experiments.paper.suites import ALPHAS, FIGURES, HIGH_RATES, STRATEGIES, TABLES, THRESHOLDS, VARIANTS, Setting
 
-#: Percent of a step that is negligible.
+#: Percentage of a step that is negligible.
 NEGLIGIBLE = 1.0
-#: Seeds with which a sign test can be significant.
-SEEDS_OF_SIGNS = 6
-#: Share of a run that a short window is at most; the paper's are 1.1 %.
-SHORT = 0.05
-
-
-class Verdict(NamedTuple):
-    """What runs say of a claim.
-
-    Attributes:
-        claim: the paper's.
-        verdict: supported, not supported, or not testable here.
-        numbers: sentences.
-    """
-
-    claim: str
-    verdict: str
-    numbers: Sequence[str]
+#: Number of seeds from which a sign test can be significant.
+MIN_SIGN_TEST_SEEDS = 6
+#: Maximum length of a short window, as a fraction of the run; the paper's are 1.1 %.
+MAX_SHORT_WINDOW = 0.05
 
 
 class Claim(NamedTuple):
     """How a claim is judged.
 
     Attributes:
-        judge: finds the verdict.
-        settings: of the runs that it looks at, each with its label.
+        judge: returns the verdict.
+        labelled_specs: the runs that it needs, with their labels.
     """
 
     judge: Judge
-    settings: Sequence[tuple[str, Setting]]
+    labelled_specs: Sequence[tuple[str, RunSpec]]
 
 
-def verdicts(found: Found) -> list[Verdict]:
-    """Return what the runs say of each claim."""
-    return [verdict(found, claim) for claim in CLAIMS]
+def judge_claims(collection: RunCollection) -> dict[str, Verdict]:
+    """Return the verdict on each claim."""
+    return {claim: judge_claim(collection, claim) for claim in CLAIMS}
 
 
-def verdict(found: Found, claim: str) -> Verdict:
-    """Return what the runs say of a claim, and which of its runs are lacking.
+def judge_claim(collection: RunCollection, claim: str) -> Verdict:
+    """Return the verdict on a claim, with the runs that are missing.
 
-    One that is unfinished or left out may say otherwise: what the others support is not testable then.
+    If the other runs support it while one is unfinished or excluded, it is not testable.
     """
-    texts = sorted({str((run.result or {}).get("data_fingerprint")) for run in found.runs.values()})
-    judge, settings = CLAIMS[claim]
-    begun = {setting for setting, _ in [*found.runs, *found.unfinished, *found.refused]}
-    some = any(setting in begun for _, setting in settings)
-    lacking = found.notes(settings, diverged=False) if some else ["none of its runs has begun"]
+    texts = sorted({str((run.result or {}).get("data_fingerprint")) for run in collection.runs.values()})
+    judge, labelled_specs = CLAIMS[claim]
+    incomplete = {spec for spec, _ in [*collection.unfinished, *collection.excluded]}
+    begun = incomplete | {spec for spec, _ in collection.runs}
+    if any(spec in begun for _, spec in labelled_specs):
+        missing = collection.notes(labelled_specs, diverged=False)
+    else:
+        missing = ["none of its runs has begun"]
     try:
         if len(texts) > 1:
             raise NotTestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
-        said, numbers = judge(found)
-    except NotTestable as why:
-        said, numbers = NOT_TESTABLE, [str(why)]
-    unread = {setting for setting, _ in [*found.unfinished, *found.refused]}
-    if said == SUPPORTED and any(setting in unread for _, setting in settings):
-        said, numbers = NOT_TESTABLE, [*numbers, "supported, but for runs that are unfinished or left out"]
-    return Verdict(claim, said, [*numbers, *lacking])
+        outcome, evidence = judge(collection)
+    except NotTestable as reason:
+        outcome, evidence = NOT_TESTABLE, [str(reason)]
+    if outcome == SUPPORTED and any(spec in incomplete for _, spec in labelled_specs):
+        outcome, evidence = NOT_TESTABLE, [*evidence, "supported, except for runs that are unfinished or excluded"]
+    return Verdict(outcome, [*evidence, *missing])
 
 
-def _loss(found: Found, setting: Setting, seed: int) -> float | None:
-    """Return the train loss of a run, infinite if it has diverged; `None` if it is not done."""
-    if (run := found.runs.get((setting, seed))) is None:
+def _train_loss(collection: RunCollection, spec: RunSpec, seed: int) -> float | None:
+    """Return the train loss of a run, infinite if it has diverged; `None` if it is not finished."""
+    if (run := collection.runs.get((spec, seed))) is None:
         return None
     value = (run.result or {}).get("train_loss")
-    return math.inf if value is None or (setting, seed) in found.diverged else value
+    return math.inf if value is None or (spec, seed) in collection.diverged else value
 
 
-def _higher_rates(found: Found) -> Judged:
-    best: dict[str, dict[int, float]] = {"fixed": {}, "zclip": {}}
-    for group, rates in best.items():
-        for seed in found.seeds:
-            losses = {lr: _loss(found, row[group], seed) for lr, row in at_rates().items()}
-            known = {lr: loss for lr, loss in losses.items() if loss is not None}
-            if len(known) == len(losses):
-                healthy = min(known.values()) < math.inf
-                rates[seed] = min(known, key=known.__getitem__) if healthy else 0.0  # it allows none
+def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
+    """Return the learning rate with the lowest train loss by seed, of seeds that have all; 0 if all have diverged."""
+    best = {}
+    for seed in collection.seeds:
+        losses = {lr: _train_loss(collection, specs[group], seed) for lr, specs in specs_by_rate().items()}
+        known = {lr: loss for lr, loss in losses.items() if loss is not None}
+        if len(known) == len(losses):
+            best[seed] = min(known, key=known.__getitem__) if min(known.values()) < math.inf else 0.0
+    return best
+
+
+def _higher_rates(collection: RunCollection) -> Verdict:
+    best = {group: _best_rates(collection, group) for group in ("fixed", "zclip")}
     seeds = sorted(best["fixed"].keys() & best["zclip"].keys())
-    if len(seeds) < LEAST_SEEDS:
-        raise NotTestable(TOO_FEW)
+    if len(seeds) < MIN_SEEDS:
+        raise NotTestable(TOO_FEW_SEEDS)
     higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
     lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
-    p = signs(higher, lower)
-    high = [row for lr, row in at_rates().items() if lr in HIGH_RATES]
+    p = sign_test(higher, lower)
+    high = [specs for lr, specs in specs_by_rate().items() if lr in HIGH_RATES]
 
     def at_high_rates() -> Difference:
-        one, other = (losses_by_seed(found, "train_loss", [row[group] for row in high]) for group in ("zclip", "fixed"))
-        return difference(one, other)
+        zclip, fixed = (
+            losses_by_seed(collection, "train_loss", [specs[group] for specs in high]) for group in ("zclip", "fixed")
+        )
+        return difference_by_seed(zclip, fixed)
 
-    numbers = [
+    evidence = [
         "best of the paper's learning rates by seed: "
         + "; ".join(
             f"{name} {', '.join(f'{best[group][seed]:.0e}' if best[group][seed] else 'none' for seed in seeds)}"
             for name, group in (("fixed", "fixed"), ("ZClip", "zclip"))
         ),
-        f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a run "
-        "that diverged is the worst, and where all have, none is allowed",
-        f"train loss on the mean of 1e-3 to 5e-3, ZClip minus fixed: {said(at_high_rates)}",
+        f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a "
+        "diverged run is the worst, and if all have diverged, no rate is best",
+        f"mean train loss at 1e-3 to 5e-3, ZClip minus fixed: {difference_text(at_high_rates)}",
         "rule: the best rate is higher",
     ]
     if higher > lower and p < SIGNIFICANT:
-        return SUPPORTED, numbers
-    if higher and not lower and len(seeds) < SEEDS_OF_SIGNS:
-        return NOT_TESTABLE, [*numbers, f"fewer than {SEEDS_OF_SIGNS} seeds cannot show it"]
-    return NOT_SUPPORTED, numbers
+        return Verdict(SUPPORTED, evidence)
+    if higher and not lower and len(seeds) < MIN_SIGN_TEST_SEEDS:
+        return Verdict(NOT_TESTABLE, [*evidence, f"fewer than {MIN_SIGN_TEST_SEEDS} seeds cannot show it"])
+    return Verdict(NOT_SUPPORTED, evidence)
 
 
-def _fewer_tokens(found: Found) -> Judged:
-    rates = at_rates()
-    papers = reached_by_seed(found, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
-    saved = difference({seed: each.saved for seed, each in papers.items()})
-    equal = []
-    for lr, row in rates.items():
+def _fewer_tokens(collection: RunCollection) -> Verdict:
+    rates = specs_by_rate()
+    reached = reached_by_seed(collection, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
+    saved = difference_by_seed({seed: result.saved for seed, result in reached.items()})
+    equal_rates = []
+    for lr, specs in rates.items():
         try:
-            if there := [each.saved for each in reached_by_seed(found, row["fixed"], row["zclip"]).values()]:
-                fewer = f" ({len(there)} of {len(found.seeds)} seeds)" if len(there) < len(found.seeds) else ""
-                equal.append(f"{lr:.0e} {np.mean(there):.0%}{fewer}")
+            results = reached_by_seed(collection, specs["fixed"], specs["zclip"]).values()
         except NotTestable:
-            equal.append(f"{lr:.0e} fixed diverged")
-    numbers = [
+            equal_rates.append(f"{lr:.0e} fixed diverged")
+            continue
+        if results:
+            total = len(collection.seeds)
+            fewer = f" ({len(results)} of {total} seeds)" if len(results) < total else ""
+            equal_rates.append(f"{lr:.0e} {np.mean([result.saved for result in results]):.0%}{fewer}")
+    evidence = [
         f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {saved.mean:.0%} fewer tokens "
-        f"({', '.join(each.says() for each in papers.values())} by seed; 0 % where it is there later, or never), "
-        f"{saved.least:.0%} to {saved.most:.0%} (95 %); its last loss is "
-        f"{np.mean([each.above for each in papers.values()]):+.2f} nats from fixed clipping's",
-        f"at equal learning rates: {', '.join(equal)}",
-        "rule: more than none, and with 95 % it is 35 % at least",
+        f"({', '.join(result.saved_text for result in reached.values())} by seed; 0 % if it reaches the loss later, or "
+        f"never), {saved.low:.0%} to {saved.high:.0%} (95 %); its final loss is "
+        f"{np.mean([result.final_difference for result in reached.values()]):+.2f} nats from that of fixed clipping",
+        f"at equal learning rates: {', '.join(equal_rates)}",
+        "rule: more than none, and with 95 % confidence at least 35 %",
     ]
-    return SUPPORTED if saved.above and saved.least >= 0.35 else NOT_SUPPORTED, numbers
+    return Verdict(SUPPORTED if saved.is_positive and saved.low >= 0.35 else NOT_SUPPORTED, evidence)
 
 
-def _lowest(measure: str, settings: Mapping[str, Setting], claimed: str) -> Judge:
-    """Judge whether a setting has the lowest loss: it is below each of the others, on the same seeds."""
+def _lowest(measure: str, specs: Mapping[str, RunSpec], claimed: str) -> Judge:
+    """Judge whether a run has the lowest loss: below each of the others, on the same seeds.
 
-    def judge(found: Found) -> Judged:
-        seeds = seeds_with_all(found, settings.values())
-        if len(seeds) < LEAST_SEEDS:
-            raise NotTestable(TOO_FEW)
-        if gone := diverged_seeds(found, settings[claimed]):
-            return NOT_SUPPORTED, [f"{claimed} has diverged: {named(settings[claimed], gone)}"]
-        whole = found._replace(
-            runs={key: run for key, run in found.runs.items() if key[1] in seeds},
-            diverged={key for key in found.diverged if key[1] in seeds},
+    Args:
+        measure: `train_loss` or `test_loss`.
+        specs: the compared runs by label.
+        claimed: label of the run that is claimed to be best.
+    """
+
+    def judge(collection: RunCollection) -> Verdict:
+        seeds = complete_seeds(collection, specs.values())
+        if len(seeds) < MIN_SEEDS:
+            raise NotTestable(TOO_FEW_SEEDS)
+        if bad_seeds := diverged_seeds(collection, specs[claimed]):
+            return Verdict(NOT_SUPPORTED, [f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"])
+        complete = collection._replace(
+            runs={key: run for key, run in collection.runs.items() if key[1] in seeds},
+            diverged={key for key in collection.diverged if key[1] in seeds},
         )
-        beaten = {label: gone for label, setting in settings.items() if (gone := diverged_seeds(whole, setting))}
-        same = {
-            label: by_seed(whole, measure, [(setting, None)])
-            for label, setting in settings.items()
-            if label not in beaten
+        diverged = {label: bad for label, spec in specs.items() if (bad := diverged_seeds(complete, spec))}
+        losses = {
+            label: measure_by_seed(complete, measure, [(spec, None)])
+            for label, spec in specs.items()
+            if label not in diverged
         }
-        name = MEASURES[measure].says.partition(" is ")[0].removeprefix("the ")
-        means = ", ".join(f"{label} {np.mean(list(values.values())):.3f}" for label, values in same.items())
-        lower = {label: difference(same[claimed], values) for label, values in same.items() if label != claimed}
-        numbers = [f"mean {name}: {means}"]
-        numbers += [f"{claimed} minus {label}: {each.says(4)}" for label, each in lower.items()]
-        numbers += [f"{label} has diverged: {named(settings[label], gone)}" for label, gone in beaten.items()]
-        numbers.append("rule: it is below each of the others; one that has diverged is beaten")
-        return SUPPORTED if all(each.below for each in lower.values()) else NOT_SUPPORTED, numbers
+        means = ", ".join(f"{label} {np.mean(list(values.values())):.3f}" for label, values in losses.items())
+        differences = {
+            label: difference_by_seed(losses[claimed], values) for label, values in losses.items() if label != claimed
+        }
+        evidence = [f"mean {measure.replace('_', ' ')}: {means}"]
+        evidence += [f"{claimed} minus {label}: {difference.text(4)}" for label, difference in differences.items()]
+        evidence += [f"{label} has diverged: {run_text(specs[label], bad)}" for label, bad in diverged.items()]
+        evidence.append("rule: it is below each of the others; a diverged one counts as higher")
+        lowest = all(difference.is_negative for difference in differences.values())
+        return Verdict(SUPPORTED if lowest else NOT_SUPPORTED, evidence)
 
     return judge
 
 
-def _normal(found: Found) -> Judged:
-    results: dict[str, list[float]] = {"norms": [], "log norms": []}
-    shown = FIGURES["figure9"]["ZClip"]
-    require_whole(found, [shown])
-    runs = [run for seed in found.seeds if (run := found.runs.get((shown, seed))) is not None]
-    if len(runs) < LEAST_SEEDS:
-        raise NotTestable(TOO_FEW)
-    share = 0.0
+def _normal(collection: RunCollection) -> Verdict:
+    p_values: dict[str, list[float]] = {"norms": [], "log norms": []}
+    spec = FIGURE_RUNS["figure9"]["ZClip"]
+    require_not_diverged(collection, [spec])
+    runs = collection.runs_of(spec)
+    if len(runs) < MIN_SEEDS:
+        raise NotTestable(TOO_FEW_SEEDS)
+    longest = 0.0
     for run in runs:
         for first, last in norm_windows(run):
-            share = max(share, (last - first + 1) / len(run.metrics["step"]))
+            longest = max(longest, (last - first + 1) / len(run.metrics["step"]))
             sample = window_norms(run, first, last)
-            if len(sample) >= LEAST_NORMS:
-                results["norms"].append(float(stats.shapiro(sample).pvalue))
-                results["log norms"].append(float(stats.shapiro(np.log(sample)).pvalue))
-    if not results["norms"]:
-        raise NotTestable(f"no window has {LEAST_NORMS} norms")
-    rejected = {name: sum(p < SIGNIFICANT for p in each) for name, each in results.items()}
-    numbers = [
-        f"Shapiro-Wilk rejects a normal distribution of {name} in {rejected[name]} of {len(each)} windows (p < 0.05)"
-        for name, each in results.items()
+            if len(sample) >= MIN_NORMS:
+                p_values["norms"].append(float(stats.shapiro(sample).pvalue))
+                p_values["log norms"].append(float(stats.shapiro(np.log(sample)).pvalue))
+    if not p_values["norms"]:
+        raise NotTestable(f"no window has {MIN_NORMS} norms")
+    rejected = {name: sum(p < SIGNIFICANT for p in values) for name, values in p_values.items()}
+    evidence = [
+        f"Shapiro-Wilk rejects a normal distribution of {name} in {rejected[name]} of {len(values)} windows (p < 0.05)"
+        for name, values in p_values.items()
     ]
-    if share > SHORT:
-        numbers.append(f"but the windows are up to {share:.0%} of a run, in which norms fall, and are not short")
-        return NOT_TESTABLE, numbers
-    chance = stats.binomtest(rejected["norms"], len(results["norms"]), SIGNIFICANT, alternative="greater").pvalue
-    numbers.append(
-        f"so many or more of normal distributions would be rejected with p = {chance:.2g}; rule: that is not below "
+    if longest > MAX_SHORT_WINDOW:
+        evidence.append(f"but the windows are up to {longest:.0%} of a run, in which norms fall, and are not short")
+        return Verdict(NOT_TESTABLE, evidence)
+    chance = stats.binomtest(rejected["norms"], len(p_values["norms"]), SIGNIFICANT, alternative="greater").pvalue
+    evidence.append(
+        f"probability of as many rejections if all were normal: p = {chance:.2g}; rule: it is not below "
         f"{SIGNIFICANT:g}, though few windows of few norms show large deviations only"
     )
-    return SUPPORTED if chance >= SIGNIFICANT else NOT_SUPPORTED, numbers
+    return Verdict(SUPPORTED if chance >= SIGNIFICANT else NOT_SUPPORTED, evidence)
 
 
-def _overhead(found: Found) -> Judged:
-    spent = {
+def _overhead(collection: RunCollection) -> Verdict:
+    seconds = {
         label: {
-            seed: seconds
-            for seed in found.seeds
-            if (run := found.runs.get((setting, seed))) is not None and (seconds := clip_and_step(run)) is not None
+            seed: times
+            for seed in collection.seeds
+            if (run := collection.runs.get((spec, seed))) is not None
+            and (times := clip_and_step_seconds(run)) is not None
         }
-        for label, setting in STRATEGIES.items()
+        for label, spec in STRATEGIES.items()
     }
-    shares = {label: [100 * clip / step for clip, step in each.values()] for label, each in spent.items()}
-    zclip, fixed = spent["ZClip"], spent["Fixed 1.0"]
-    extra = {seed: 100 * (zclip[seed][0] - fixed[seed][0]) / fixed[seed][1] for seed in zclip.keys() & fixed.keys()}
-    over = difference(extra)
-    numbers = [
-        "share of their own steps that goes to clipping, its norm included (which runs without clipping find too): "
-        + ", ".join(f"{label} {np.mean(each):.2f} %" for label, each in shares.items() if each),
-        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {over.says(2)}",
-        f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine are no measure of it",
+    shares = {label: [100 * clip / step for clip, step in times.values()] for label, times in seconds.items()}
+    zclip, fixed = seconds["ZClip"], seconds["Fixed 1.0"]
+    overhead = difference_by_seed(
+        {seed: 100 * (zclip[seed][0] - fixed[seed][0]) / fixed[seed][1] for seed in zclip.keys() & fixed.keys()}
+    )
+    evidence = [
+        "share of a step that is spent on clipping, including the norm (which runs without clipping compute too): "
+        + ", ".join(f"{label} {np.mean(values):.2f} %" for label, values in shares.items() if values),
+        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {overhead.text(2)}",
+        f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine do not measure it",
     ]
-    return SUPPORTED if over.most < NEGLIGIBLE else NOT_SUPPORTED, numbers
+    return Verdict(SUPPORTED if overhead.high < NEGLIGIBLE else NOT_SUPPORTED, evidence)
 
 
-def _lab_of(*labels: str) -> list[tuple[str, Setting]]:
-    """Return the settings of strategies in the spike lab, with their labels."""
-    return [pair for pair in TABLES["spike_lab"].labelled() if pair[0].rpartition(", ")[0] in labels]
+def _lab_specs(*labels: str) -> list[tuple[str, RunSpec]]:
+    """Return the runs of strategies in the spike lab, with their labels."""
+    return [pair for pair in TABLES["spike_lab"].labelled_specs() if pair[0].rpartition(", ")[0] in labels]
 
 
-_RATES = [*TABLES["table2"].labelled()]
+_RATES = [*TABLES["table2"].labelled_specs()]
 
 CLAIMS: Mapping[str, Claim] = {
     "Fixed clipping leaves spikes.": Claim(
-        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_lab_of("Fixed 1.0")]
+        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_lab_specs("Fixed 1.0")]
     ),
-    "ZClip removes the spikes.": Claim(zclip_removes_spikes, [*_RATES, *_lab_of("Fixed 1.0", "ZClip", "No clipping")]),
+    "ZClip removes the spikes.": Claim(
+        zclip_removes_spikes, [*_RATES, *_lab_specs("Fixed 1.0", "ZClip", "No clipping")]
+    ),
     "ZClip allows higher learning rates.": Claim(_higher_rates, _RATES),
     "ZClip reaches the baseline's loss with 35 % fewer tokens.": Claim(_fewer_tokens, _RATES),
     "Reciprocal clipping beats clipping to the mean and to the maximum.": Claim(
@@ -286,6 +305,8 @@ CLAIMS: Mapping[str, Claim] = {
     ),
     "z_thresh = 2.5 is best.": Claim(_lowest("train_loss", THRESHOLDS, "2.5"), [*THRESHOLDS.items()]),
     "alpha = 0.97 is best.": Claim(_lowest("train_loss", ALPHAS, "0.97"), [*ALPHAS.items()]),
-    "Gradient norms are about normally distributed in short windows.": Claim(_normal, [*FIGURES["figure9"].items()]),
+    "Gradient norms are about normally distributed in short windows.": Claim(
+        _normal, [*FIGURE_RUNS["figure9"].items()]
+    ),
     "The overhead is negligible.": Claim(_overhead, [*STRATEGIES.items()]),
 }

@@ -1,4 +1,4 @@
-"""Figures of the paper from runs: loss, norm before, norm after; one row a learning rate."""
+"""The paper's figures from runs: losses, norms before and after clipping, ZClip's statistics, the spike lab."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,246 +7,242 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.paper.collect import Found
-from experiments.paper.distributions import distributions
+from experiments.paper.collect import RunCollection
+from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import (
-    COLOURS,
-    DASHES,
     NothingToDraw,
-    differences,
-    finished,
-    losses,
-    mark_bad,
-    over_seeds,
-    runs_of,
+    finish_figure,
+    mark_corrupted,
+    plot_differences,
+    plot_losses,
+    plot_seeds,
 )
-from experiments.paper.judging import reached_by_seed
 from experiments.paper.statistics import NotTestable
-from experiments.paper.suites import (
-    ALPHAS,
-    COMPARED,
-    FIGURES,
-    STRATEGIES,
-    TABLES,
-    THRESHOLD_SAYS,
-    Setting,
-)
+from experiments.paper.suites import ALPHAS, COMPARED, FIGURE_RUNS, STRATEGIES, TABLES, THRESHOLD_NOTE, RunSpec
+from experiments.paper.verdict import reached_by_seed
 from experiments.run.read import Run
+from experiments.run.style import COLORS, DASHES, ORANGE
 
-#: What stands below figures with losses.
-LEFT_OUT = "losses of bad batches left out"
+#: Caption of figures with losses.
+EXCLUDED_NOTE = "losses of corrupted batches excluded"
 
 
-def draw(name: str, found: Found) -> Figure:
+def draw(name: str, collection: RunCollection) -> Figure:
     """Return a figure.
 
+    Args:
+        name: key of `FIGURES`.
+        collection: the runs.
+
     Raises:
-        NothingToDraw: none of its runs is done.
+        NothingToDraw: none of its runs is finished.
     """
-    return DRAWN[name](found)
+    return FIGURES[name](collection)
 
 
-def _losses(title: str, shown: Mapping[str, Setting], found: Found, says: str = "") -> Figure:
-    """Draw the losses of some settings over each other, and below them what they are above the first one's."""
-    there = {label: runs for label, setting in shown.items() if (runs := runs_of(found, setting))}
-    if not there:
+def _runs_by_label(specs: Mapping[str, RunSpec], collection: RunCollection) -> dict[str, list[Run]]:
+    """Return the finished runs by label, without labels that have none."""
+    return {label: runs for label, spec in specs.items() if (runs := collection.runs_of(spec))}
+
+
+def _draw_losses(title: str, specs: Mapping[str, RunSpec], collection: RunCollection, note: str = "") -> Figure:
+    """Draw the losses of several strategies, and below them their differences from the first one."""
+    by_label = _runs_by_label(specs, collection)
+    if not by_label:
         raise NothingToDraw(title)
-    numbers = {label: number for number, label in enumerate(shown)}
-    first, *others = there
+    numbers = {label: number for number, label in enumerate(specs)}
+    first, *others = by_label
     rows = 2 if others else 1
     figure, axes = plt.subplots(
         rows, 1, figsize=(7.5, 2 + 2.4 * rows), layout="constrained", sharex=True, squeeze=False
     )
-    top, every = axes[0][0], [run for runs in there.values() for run in runs]
-    most = max(map(len, there.values()))
-    for label, runs in there.items():
-        said = losses(top, runs, _with_seeds(label, runs, most), numbers[label], band=not others)
+    top, all_runs = axes[0][0], [run for runs in by_label.values() for run in runs]
+    max_seeds = max(map(len, by_label.values()))
+    for label, runs in by_label.items():
+        smoothing = plot_losses(top, runs, _seeds_label(label, runs, max_seeds), numbers[label], band=not others)
     top.set_ylabel("training loss (nats/token)")
     if others:
         ax = axes[1][0]
-        of_first = {run.config["seed"]: run for run in there[first]}
+        first_by_seed = {run.config["seed"]: run for run in by_label[first]}
         for label in others:
-            pairs = [(run, of_first[seed]) for run in there[label] if (seed := run.config["seed"]) in of_first]
+            pairs = [
+                (run, first_by_seed[seed]) for run in by_label[label] if (seed := run.config["seed"]) in first_by_seed
+            ]
             if pairs:
-                differences(ax, pairs, label, numbers[label])
-        ax.axhline(0, color=COLOURS[numbers[first]], lw=0.9)
+                plot_differences(ax, pairs, label, numbers[label])
+        ax.axhline(0, color=COLORS[numbers[first]], lw=0.9)
         ax.set_ylabel(f'minus "{first}",\nsame seed', fontsize=9)
     for (ax,) in axes:
-        mark_bad(ax, every)
+        mark_corrupted(ax, all_runs)
     top.legend()
-    notes = [says] if says else []
-    return finished(figure, title, f"{said}; {LEFT_OUT}", every, [*notes, *found.notes(shown.items())])
+    notes = [*([note] if note else []), *collection.notes(specs.items())]
+    return finish_figure(figure, title, f"{smoothing}; {EXCLUDED_NOTE}", all_runs, notes)
 
 
-def _with_seeds(label: str, runs: Sequence[Run], most: int) -> str:
-    """Return a label that says how many seeds a line is of, if another is of more."""
-    return label if len(runs) == most else f"{label} ({len(runs)} of {most} seeds)"
+def _seeds_label(label: str, runs: Sequence[Run], max_seeds: int) -> str:
+    """Return a label with the number of seeds of a line, if another line has more."""
+    return label if len(runs) == max_seeds else f"{label} ({len(runs)} of {max_seeds} seeds)"
 
 
-def _norms(axes: Sequence[Axes], there: Mapping[str, list[Run]]) -> str:
-    """Draw loss, norm before and norm after into three axes."""
-    said, most = "", max(map(len, there.values()))
-    for label, runs in there.items():
-        number, label = COMPARED.index(label), _with_seeds(label, runs, most)
-        said = losses(axes[0], runs, label, number)
+def _plot_norms(axes: Sequence[Axes], by_label: Mapping[str, list[Run]]) -> str:
+    """Plot loss, norm before and norm after clipping into three axes, and return how losses were smoothed."""
+    smoothing, max_seeds = "", max(map(len, by_label.values()))
+    for label, runs in by_label.items():
+        number, label = COMPARED.index(label), _seeds_label(label, runs, max_seeds)
+        smoothing = plot_losses(axes[0], runs, label, number)
         for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
-            over_seeds(ax, [run.metrics[column] for run in runs], label, number)
-    every = [run for runs in there.values() for run in runs]
+            plot_seeds(ax, [run.metrics[column] for run in runs], label, number)
+    all_runs = [run for runs in by_label.values() for run in runs]
     for ax in axes:
-        mark_bad(ax, every)
-    norms = np.concatenate([run.metrics[column] for run in every for column in ("grad_norm", "clipped_norm")])
+        mark_corrupted(ax, all_runs)
+    norms = np.concatenate([run.metrics[column] for run in all_runs for column in ("grad_norm", "clipped_norm")])
     norms = norms[np.isfinite(norms) & (norms > 0)]
     for ax in axes[1:]:
         ax.set_yscale("log")
         if len(norms):
             ax.set_ylim(norms.min() / 1.3, norms.max() * 1.3)
-    return said
+    return smoothing
 
 
-def _rates(name: str, title: str, found: Found, says: str = "") -> Figure:
+def _draw_rates(name: str, title: str, collection: RunCollection, note: str = "") -> Figure:
     """Draw Figure 5 or 6: a row for each learning rate."""
-    there: dict[str, dict[str, list[Run]]] = {}
-    for label, setting in FIGURES[name].items():
+    by_rate: dict[str, dict[str, list[Run]]] = {}
+    for label, runs in _runs_by_label(FIGURE_RUNS[name], collection).items():
         strategy, _, rate = label.rpartition(" at ")
-        if runs := runs_of(found, setting):
-            there.setdefault(rate, {})[strategy] = runs
-    if not there:
+        by_rate.setdefault(rate, {})[strategy] = runs
+    if not by_rate:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(
-        len(there), 3, figsize=(11, 2.5 * len(there) + 0.6), layout="constrained", sharex=True, squeeze=False
+        len(by_rate), 3, figsize=(11, 2.5 * len(by_rate) + 0.6), layout="constrained", sharex=True, squeeze=False
     )
-    said = ""
-    for row, (rate, groups) in zip(axes, there.items(), strict=True):
-        said = _norms(row, groups)
+    smoothing = ""
+    for row, (rate, by_strategy) in zip(axes, by_rate.items(), strict=True):
+        smoothing = _plot_norms(row, by_strategy)
         row[0].set_ylabel(f"learning rate {rate}")
     for ax, heading in zip(axes[0], ("training loss", "gradient norm before", "gradient norm after"), strict=True):
         ax.set_title(heading, fontsize=10)
     axes[0][0].legend(fontsize=8)
-    every = [run for groups in there.values() for runs in groups.values() for run in runs]
-    notes = [*([says] if says else []), *found.notes(FIGURES[name].items())]
-    return finished(figure, title, f"loss: {said}, {LEFT_OUT}; norms not smoothed", every, notes)
+    all_runs = [run for by_strategy in by_rate.values() for runs in by_strategy.values() for run in runs]
+    notes = [*([note] if note else []), *collection.notes(FIGURE_RUNS[name].items())]
+    return finish_figure(figure, title, f"loss: {smoothing}, {EXCLUDED_NOTE}; norms not smoothed", all_runs, notes)
 
 
-def _figure4(found: Found) -> Figure:
-    """Draw the losses, and where ZClip reaches what fixed clipping ends with."""
+def _draw_figure4(collection: RunCollection) -> Figure:
+    """Draw the losses, and where ZClip reaches the final loss of fixed clipping."""
     title = "Figure 4: ZClip at 3e-3 and fixed clipping at 5e-4"
-    fixed, zclip = (runs_of(found, setting) for setting in FIGURES["figure4"].values())
+    fixed, zclip = (collection.runs_of(spec) for spec in FIGURE_RUNS["figure4"].values())
     if not fixed or not zclip:
         raise NothingToDraw(title)
     figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for number, (label, runs) in enumerate(zip(FIGURES["figure4"], (fixed, zclip), strict=True)):
-        smoothed = losses(ax, runs, label, number)
-    each = int(fixed[0].metrics["tokens"][0])
-    there = _reached(ax, found, fixed[0])
-    mark_bad(ax, [*fixed, *zclip])
-    ax.plot([], [], " ", label=there)
+    for number, (label, runs) in enumerate(zip(FIGURE_RUNS["figure4"], (fixed, zclip), strict=True)):
+        smoothing = plot_losses(ax, runs, label, number)
+    step_tokens = int(fixed[0].metrics["tokens"][0])
+    reached_label = _mark_reached(ax, collection, fixed[0])
+    mark_corrupted(ax, [*fixed, *zclip])
+    ax.plot([], [], " ", label=reached_label)
     ax.set_ylabel("training loss (nats/token)")
     ax.legend()
-    said = f"{each:,} tokens each; {smoothed}; {LEFT_OUT}"
-    notes = [THRESHOLD_SAYS, *found.notes(FIGURES["figure4"].items())]
-    return finished(figure, title, said, [*fixed, *zclip], notes)
+    axis_note = f"{step_tokens:,} tokens each; {smoothing}; {EXCLUDED_NOTE}"
+    notes = [THRESHOLD_NOTE, *collection.notes(FIGURE_RUNS["figure4"].items())]
+    return finish_figure(figure, title, axis_note, [*fixed, *zclip], notes)
 
 
-def _reached(ax: Axes, found: Found, run: Run) -> str:
-    """Draw the loss at the end of fixed clipping, of which a run is given, and say when ZClip is there, by seed."""
-    fixed, zclip = FIGURES["figure4"].values()
+def _mark_reached(ax: Axes, collection: RunCollection, fixed_run: Run) -> str:
+    """Mark the final loss of fixed clipping and where ZClip reaches it, and return the label for the legend."""
     try:
-        reached = [*reached_by_seed(found, fixed, zclip).values()]
+        reached = [*reached_by_seed(collection, *FIGURE_RUNS["figure4"].values()).values()]
     except NotTestable:
         return "fixed clipping has diverged"
     if not reached:
-        return "no seed has both"
-    target = float(np.mean([each.loss for each in reached]))
-    ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"loss at the end of fixed clipping, {target:.2f}")
-    there = [each.tokens for each in reached if each.tokens is not None]
-    if len(there) < len(reached):
-        return f"ZClip does not reach it with {len(reached) - len(there)} of {len(reached)} seeds"
-    share = float(np.mean(there)) / float(run.metrics["tokens"][-1])
-    ax.axvline(share * len(run.metrics["step"]), color=COLOURS[1], lw=0.9, ls=":")
-    return f"ZClip is there with {np.mean([each.saved for each in reached]):.0%} fewer tokens"
+        return "no seed has both runs"
+    target = float(np.mean([result.loss for result in reached]))
+    ax.axhline(target, color="0.4", lw=0.9, ls=":", label=f"final loss of fixed clipping, {target:.2f}")
+    tokens = [result.tokens for result in reached if result.tokens is not None]
+    if len(tokens) < len(reached):
+        return f"ZClip does not reach it with {len(reached) - len(tokens)} of {len(reached)} seeds"
+    fraction = float(np.mean(tokens)) / float(fixed_run.metrics["tokens"][-1])
+    ax.axvline(fraction * len(fixed_run.metrics["step"]), color=ORANGE, lw=0.9, ls=":")
+    return f"ZClip reaches it with {np.mean([result.saved for result in reached]):.0%} fewer tokens"
 
 
-def _figure7(found: Found) -> Figure:
+def _draw_figure7(collection: RunCollection) -> Figure:
     title = "Figure 7: gradient norms before and after ZClip at 1e-3"
-    runs = runs_of(found, FIGURES["figure7"]["ZClip"])
+    runs = collection.runs_of(FIGURE_RUNS["figure7"]["ZClip"])
     if not runs:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5), layout="constrained", sharex=True, sharey=True)
-    for number, (ax, column, said) in enumerate(
-        zip(axes, ("grad_norm", "clipped_norm"), ("before", "after"), strict=True)
-    ):
-        over_seeds(ax, [run.metrics[column] for run in runs], f"norm {said}", number)
-        mark_bad(ax, runs)
+    columns = {"norm before": "grad_norm", "norm after": "clipped_norm"}
+    for number, (ax, (label, column)) in enumerate(zip(axes, columns.items(), strict=True)):
+        plot_seeds(ax, [run.metrics[column] for run in runs], label, number)
+        mark_corrupted(ax, runs)
         ax.set_yscale("log")
-        ax.set_ylabel(f"norm {said}")
+        ax.set_ylabel(label)
         ax.legend()
-    return finished(figure, title, "not smoothed", runs, found.notes(FIGURES["figure7"].items()))
+    return finish_figure(figure, title, "not smoothed", runs, collection.notes(FIGURE_RUNS["figure7"].items()))
 
 
-def _ema(found: Found) -> Figure:
-    """Draw mean and standard deviation of the norm as ZClip follows them, by alpha."""
-    title = "Mean and standard deviation that ZClip keeps, by alpha, at 1e-3"
-    there = {label: runs for label, setting in ALPHAS.items() if (runs := runs_of(found, setting))}
-    if not there:
+def _draw_ema(collection: RunCollection) -> Figure:
+    """Draw ZClip's running mean and standard deviation of the norm, by alpha."""
+    title = "ZClip's mean and standard deviation, by alpha, at 1e-3"
+    by_alpha = _runs_by_label(ALPHAS, collection)
+    if not by_alpha:
         raise NothingToDraw(title)
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5.5), layout="constrained", sharex=True)
-    every = [run for runs in there.values() for run in runs]
-    warmup = every[0].config["clip"]["warmup_steps"]
+    all_runs = [run for runs in by_alpha.values() for run in runs]
+    warmup = all_runs[0].config["clip"]["warmup_steps"]
     for ax, column, name in zip(axes, ("mean", "std"), ("mean", "standard deviation"), strict=True):
-        for number, label in enumerate(ALPHAS):
-            if label in there:
-                rows = [np.where(run.metrics["step"] > warmup, run.metrics[column], np.nan) for run in there[label]]
-                over_seeds(ax, rows, f"alpha {label}", number, band=False)
-        mark_bad(ax, every)
+        for number, alpha in enumerate(ALPHAS):
+            if alpha in by_alpha:
+                rows = [np.where(run.metrics["step"] > warmup, run.metrics[column], np.nan) for run in by_alpha[alpha]]
+                plot_seeds(ax, rows, f"alpha {alpha}", number, band=False)
+        mark_corrupted(ax, all_runs)
         ax.set_yscale("log")
         ax.set_ylabel(name)
     axes[0].legend(ncols=2, fontsize=8)
-    said = f"after ZClip's {warmup} steps of warm-up; not smoothed"
-    return finished(figure, title, said, every, found.notes(FIGURES["ema"].items()), bands=False)
+    axis_note = f"after ZClip's {warmup} steps of warm-up; not smoothed"
+    return finish_figure(figure, title, axis_note, all_runs, collection.notes(FIGURE_RUNS["ema"].items()), bands=False)
 
 
-def _spike_lab(found: Found) -> Figure:
-    """Draw the loss above that of the same seed undisturbed, a panel for each strategy."""
-    title = "The spike lab: loss above that of the same run without bad batches, at 1e-3"
-    there = {}
+def _draw_spike_lab(collection: RunCollection) -> Figure:
+    """Draw the loss minus that of the baseline run of the same seed, with a panel for each strategy."""
+    title = "The spike lab: loss minus that of the baseline run, without corrupted batches, at 1e-3"
+    by_label = {}
     for row in TABLES["spike_lab"].rows:
-        pairs = [
-            (run, found.runs[row.settings["good"], seed])
-            for (setting, seed), run in sorted(found.runs.items(), key=lambda pair: pair[0][1])
-            if setting == row.settings["bad"] and (row.settings["good"], seed) in found.runs
-        ]
-        if pairs:
-            there[row.label] = pairs
-    if not there:
+        baselines = {run.config["seed"]: run for run in collection.runs_of(row.specs["baseline"])}
+        runs = collection.runs_of(row.specs["corrupted"])
+        if pairs := [(run, baselines[seed]) for run in runs if (seed := run.config["seed"]) in baselines]:
+            by_label[row.label] = pairs
+    if not by_label:
         raise NothingToDraw(title)
-    columns = 5 if len(there) > 6 else 3
+    columns = 5 if len(by_label) > 6 else 3
+    rows = -(-len(by_label) // columns)
     figure, axes = plt.subplots(
-        -(-len(there) // columns), columns, figsize=(11, 2.3 * -(-len(there) // columns) + 0.6), layout="constrained",
-        sharex=True, sharey=True, squeeze=False,
-    )  # fmt: skip
-    said = ""
-    for ax, (label, pairs) in zip(axes.flat, there.items(), strict=False):
-        said = differences(ax, pairs, label, 0)
+        rows, columns, figsize=(11, 2.3 * rows + 0.6), layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    smoothing = ""
+    for ax, (label, pairs) in zip(axes.flat, by_label.items(), strict=False):
+        smoothing = plot_differences(ax, pairs, label, 0)
         ax.axhline(0, color="0.4", lw=0.8)
-        mark_bad(ax, [run for run, _ in pairs])
+        mark_corrupted(ax, [run for run, _ in pairs])
         ax.set_title(label, fontsize=10)
-    for ax in list(axes.flat)[len(there) :]:
+    for ax in list(axes.flat)[len(by_label) :]:
         ax.set_axis_off()
     figure.supylabel("nats/token", fontsize=9)
-    every = [run for pairs in there.values() for run, _ in pairs]
-    notes = found.notes(TABLES["spike_lab"].labelled())
-    return finished(figure, title, f"{said}; dotted: bad batches, whose own losses are left out", every, notes)
+    runs = [run for pairs in by_label.values() for run, _ in pairs]
+    notes = collection.notes(TABLES["spike_lab"].labelled_specs())
+    axis_note = f"{smoothing}; dotted: corrupted batches, whose own losses are excluded"
+    return finish_figure(figure, title, axis_note, runs, notes)
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw Figure 3: what becomes of a z-score.
+    """Draw Figure 3: z-scores after clipping over z-scores before.
 
     Args:
-        curves: of each variant z-scores and what they become, from the code of the strategies.
+        curves: z-scores before and after clipping by label, from the code of the strategies.
     """
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for number, (label, (z, kept)) in enumerate(curves.items()):
-        ax.plot(z, kept, color=COLOURS[number], ls=DASHES[number], lw=1.5, label=label)
+    for number, (label, (before, after)) in enumerate(curves.items()):
+        ax.plot(before, after, color=COLORS[number], ls=DASHES[number], lw=1.5, label=label)
     ax.set_xlabel("z-score of the norm")
     ax.set_ylabel("z-score after clipping")
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
@@ -255,25 +251,25 @@ def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
     return figure
 
 
-DRAWN: dict[str, Callable[[Found], Figure]] = {
-    "figure1": lambda found: _losses(
+def _loss_figure(title: str, specs: Mapping[str, RunSpec], note: str = "") -> Callable[[RunCollection], Figure]:
+    return lambda collection: _draw_losses(title, specs, collection, note)
+
+
+#: Draws a figure from runs, by name. Figure 3 needs no runs: see `clipping_functions`.
+FIGURES: dict[str, Callable[[RunCollection], Figure]] = {
+    "figure1": _loss_figure(
         "Figure 1: loss without clipping, with fixed clipping and with ZClip at 3e-3",
-        FIGURES["figure1"],
-        found,
-        THRESHOLD_SAYS,
+        FIGURE_RUNS["figure1"],
+        THRESHOLD_NOTE,
     ),
-    "figure2": lambda found: _losses("Figure 2: fixed clipping at 1e-3", FIGURES["figure2"], found),
-    "figure4": _figure4,
-    "figure5": lambda found: _rates("figure5", "Figure 5: high learning rates", found, THRESHOLD_SAYS),
-    "figure6": lambda found: _rates("figure6", "Figure 6: low learning rates", found),
-    "figure7": _figure7,
-    "figure8": lambda found: _losses("Figure 8: variants of the clipping function at 1e-3", FIGURES["figure8"], found),
-    "figure9": distributions,
-    "table3": lambda found: _losses(
-        "Table 3's runs: clipping strategies at 1e-3",
-        STRATEGIES,
-        found,
-    ),
-    "ema": _ema,
-    "spike_lab": _spike_lab,
+    "figure2": _loss_figure("Figure 2: fixed clipping at 1e-3", FIGURE_RUNS["figure2"]),
+    "figure4": _draw_figure4,
+    "figure5": lambda runs: _draw_rates("figure5", "Figure 5: high learning rates", runs, THRESHOLD_NOTE),
+    "figure6": lambda runs: _draw_rates("figure6", "Figure 6: low learning rates", runs),
+    "figure7": _draw_figure7,
+    "figure8": _loss_figure("Figure 8: variants of the clipping function at 1e-3", FIGURE_RUNS["figure8"]),
+    "figure9": draw_distributions,
+    "table3": _loss_figure("Table 3's runs: clipping strategies at 1e-3", STRATEGIES),
+    "ema": _draw_ema,
+    "spike_lab": _draw_spike_lab,
 }

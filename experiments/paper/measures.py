@@ -1,4 +1,4 @@
-"""The numbers of a run that stand in tables, by the names that the catalogue uses."""
+"""The numbers of a run that tables show, by the names that suites use."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,21 +7,21 @@ import numpy as np
 
 from experiments.run.definitions import (
     DIVERGED,
-    EXCURSION,
+    EXCESS_WINDOW,
     REACHED_WINDOW,
     RECOVERED,
     RECOVERED_WINDOW,
-    SCORE_LEAST,
+    SCORE_MIN_STEPS,
     SCORE_SIGMAS,
     SCORE_WINDOW,
     SLOPE_WINDOW,
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
-    excursion,
-    followed,
+    corrupted_spans,
+    excess_loss,
     loss_spikes,
-    lost_batches,
-    recovery,
+    recovery_steps,
+    skip_cost,
     spike_score,
     tokens_to_reach,
 )
@@ -29,128 +29,130 @@ from experiments.run.read import Run, corrupted_rows, corrupted_steps, without_c
 
 
 class Reached(NamedTuple):
-    """Where a run is at the loss that another ends with.
+    """When a run reaches the final loss of a reference run.
 
     Attributes:
-        loss: nats, the mean of the other's last 20 steps.
-        itself: tokens after which the other is there for the first time, which can be before its end.
-        tokens: after which the run is; `None` if it never is.
-        above: nats by which the run's own last loss is above.
+        loss: nats, mean of the reference run's last 20 steps.
+        reference_tokens: tokens after which the reference run first reaches it, possibly before its end.
+        tokens: tokens after which the run reaches it; `None` if it never does.
+        final_difference: the run's own final loss minus `loss`, in nats.
     """
 
     loss: float
-    itself: float
+    reference_tokens: float
     tokens: float | None
-    above: float
+    final_difference: float
 
     @property
     def saved(self) -> float:
-        """Share of tokens that the run saves; 0 if it is there later, or never."""
-        return 0.0 if self.tokens is None else max(0.0, 1 - self.tokens / self.itself)
+        """Fraction of tokens that the run saves; 0 if it reaches the loss later, or never."""
+        return 0.0 if self.tokens is None else max(0.0, 1 - self.tokens / self.reference_tokens)
 
-    def says(self) -> str:
-        """Return the share as printed."""
+    @property
+    def saved_text(self) -> str:
+        """The fraction as printed."""
         return "never" if self.tokens is None else f"{self.saved:.0%}"
 
 
-def last_loss_reached(other: Run, run: Run) -> Reached:
-    """Find where a run is at the loss that another ends with; see `definitions.tokens_to_reach`.
+def reach_final_loss(reference: Run, run: Run) -> Reached:
+    """Find when a run reaches the final loss of a reference run; see `definitions.tokens_to_reach`.
 
-    Losses at bad batches are taken from the steps around them. If the other's loss is not finite at its end, so is
-    the loss to reach, and nothing is saved.
+    Losses at corrupted batches are interpolated. If the reference run's final loss is not finite, nothing is saved.
     """
-    loss, tokens = without_corrupted(other, "loss"), other.metrics["tokens"]
-    end = float(loss[-REACHED_WINDOW:].mean())
-    itself = tokens_to_reach(loss, tokens, end)
-    own = without_corrupted(run, "loss")
-    there = tokens_to_reach(own, run.metrics["tokens"], end)
-    above = float(own[-REACHED_WINDOW:].mean()) - end
-    return Reached(end, float(tokens[-1]) if itself is None else itself, there, above)
+    reference_loss, reference_tokens = without_corrupted(reference, "loss"), reference.metrics["tokens"]
+    target = float(reference_loss[-REACHED_WINDOW:].mean())
+    first = tokens_to_reach(reference_loss, reference_tokens, target)
+    loss = without_corrupted(run, "loss")
+    tokens = tokens_to_reach(loss, run.metrics["tokens"], target)
+    final_difference = float(loss[-REACHED_WINDOW:].mean()) - target
+    return Reached(target, float(reference_tokens[-1]) if first is None else first, tokens, final_difference)
+
+
+#: Computes a number from a run and its baseline run.
+Compute = Callable[[Run, Run | None], float | None]
 
 
 class Measure(NamedTuple):
     """A number of a run.
 
     Attributes:
-        of: finds it in a run that is done; of some, the undisturbed run is needed too. `None` where it is not known,
-            not finite where losses that it is made of are not.
+        compute: returns it for a finished run and its baseline run. `None` if it is unknown, not finite if it depends
+            on losses that are not finite.
         decimals: to print.
-        better: `low` or `high`; empty where neither is.
-        says: what it is, if its name does not say it.
-        beside: whether the undisturbed run is needed.
+        better: `low` or `high`; empty if neither is better.
+        note: definition for the footnote; empty if the name says it.
+        needs_baseline: whether the baseline run is needed: the same run without corrupted batches.
     """
 
-    of: Callable[[Run, Run | None], float | None]
+    compute: Compute
     decimals: int
     better: str
-    says: str = ""
-    beside: bool = False
+    note: str = ""
+    needs_baseline: bool = False
 
 
-def _result(key: str, times: float = 1.0) -> Callable[[Run, Run | None], float | None]:
-    def find(run: Run, _: Run | None) -> float | None:
+def _result(key: str, scale: float = 1.0) -> Compute:
+    def compute(run: Run, _: Run | None) -> float | None:
         value = (run.result or {}).get(key)
-        return None if value is None else times * value
+        return None if value is None else scale * value
 
-    return find
+    return compute
 
 
-def _score(task: str, metric: str) -> Callable[[Run, Run | None], float | None]:
-    def find(run: Run, _: Run | None) -> float | None:
+def _score(task: str, metric: str) -> Compute:
+    def compute(run: Run, _: Run | None) -> float | None:
         score = run.score(task)
         return None if score is None or score.get(metric) is None else 100 * score[metric]
 
-    return find
+    return compute
 
 
-def clip_and_step(run: Run) -> tuple[float, float] | None:
-    """Return the seconds of the median step that clipping takes, and those of the step; `None` if not known."""
+def clip_and_step_seconds(run: Run) -> tuple[float, float] | None:
+    """Return the seconds that the median step spends on clipping, and in all; `None` if unknown."""
     seconds = (run.result or {}).get("step_seconds") or {}
-    whole = sum(value for value in seconds.values() if value is not None)
-    return (seconds["clip"], whole) if seconds.get("clip") is not None and whole > 0 else None
+    total = sum(value for value in seconds.values() if value is not None)
+    return (seconds["clip"], total) if seconds.get("clip") is not None and total > 0 else None
 
 
 def _clip_share(run: Run, _: Run | None) -> float | None:
-    """Return the percentage of the median step's time that clipping takes."""
-    return None if (spent := clip_and_step(run)) is None else 100 * spent[0] / spent[1]
+    """Return the percentage of the median step's time that is spent on clipping."""
+    return None if (seconds := clip_and_step_seconds(run)) is None else 100 * seconds[0] / seconds[1]
 
 
-def _share(column: str) -> Callable[[Run, Run | None], float | None]:
-    """Find the percentage of steps at which a column is above 0, bad batches that were put in left out."""
+def _step_share(column: str) -> Compute:
+    """Compute the percentage of steps at which a column is above 0, corrupted batches excluded."""
 
-    def find(run: Run, _: Run | None) -> float | None:
+    def compute(run: Run, _: Run | None) -> float | None:
         if column not in run.metrics:
             return None
-        there = (run.metrics[column] > 0) & np.isfinite(run.metrics["grad_norm"])
-        kept = np.delete(there, sorted(corrupted_rows(run)))
-        return 100 * float(np.mean(kept)) if len(kept) else None
+        positive = (run.metrics[column] > 0) & np.isfinite(run.metrics["grad_norm"])
+        positive = np.delete(positive, sorted(corrupted_rows(run)))
+        return 100 * float(np.mean(positive)) if len(positive) else None
 
-    return find
+    return compute
 
 
-def _beside(
-    function: Callable[[np.ndarray, np.ndarray, set[int]], float],
-) -> Callable[[Run, Run | None], float | None]:
-    def find(run: Run, undisturbed: Run | None) -> float | None:
-        bad = corrupted_rows(run)
-        if undisturbed is None or not followed(bad, len(run.metrics["loss"])):
+def _against_baseline(function: Callable[[np.ndarray, np.ndarray, set[int]], float]) -> Compute:
+    def compute(run: Run, baseline: Run | None) -> float | None:
+        corrupted = corrupted_rows(run)
+        if baseline is None or not corrupted_spans(corrupted, len(run.metrics["loss"])):
             return None
-        return function(run.metrics["loss"], undisturbed.metrics["loss"], bad)
+        return function(run.metrics["loss"], baseline.metrics["loss"], corrupted)
 
-    return find
+    return compute
 
 
 def _spikes(run: Run, _: Run | None) -> float | None:
-    """Return the number of loss spikes; `None` for a run too short to have one."""
-    loss, bad = run.metrics["loss"], corrupted_rows(run)
-    return float(len(loss_spikes(loss, bad))) if len(loss) - len(bad) > SPIKE_WINDOW else None
+    """Return the number of loss spikes; `None` for a run that is too short to have one."""
+    loss, corrupted = run.metrics["loss"], corrupted_rows(run)
+    return float(len(loss_spikes(loss, corrupted))) if len(loss) - len(corrupted) > SPIKE_WINDOW else None
 
 
-def _lost(run: Run, undisturbed: Run | None) -> float | None:
-    if undisturbed is None or not corrupted_steps(run):
+def _test_loss_increase(run: Run, baseline: Run | None) -> float | None:
+    if baseline is None or not corrupted_steps(run):
         return None
-    own, other = ((each.result or {}).get("test_loss") for each in (run, undisturbed))
-    return None if own is None or other is None else own - other
+    loss, baseline_loss = ((each.result or {}).get("test_loss") for each in (run, baseline))
+    return None if loss is None or baseline_loss is None else loss - baseline_loss
 
 
 MEASURES = {
@@ -158,60 +160,63 @@ MEASURES = {
         _result("train_loss"),
         3,
         "low",
-        "the train loss is the mean of the last tenth of the steps, bad batches left out",
+        "the train loss is the mean of the last tenth of the steps, corrupted batches excluded",
     ),
-    "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss is that of held-out documents"),
+    "test_loss": Measure(_result("test_loss"), 3, "low", "the test loss is measured on held-out documents"),
     "spikes": Measure(
         _spikes,
         1,
         "low",
         f"a spike is a loss that is not finite or {SPIKE_SIGMAS:g} robust standard deviations above the median of "
-        f"the last {SPIKE_WINDOW} normal steps, for any number of steps in a row, bad batches themselves not counted; "
-        f"in the first {SPIKE_WINDOW} steps only what is not finite; noise makes some too, and verdicts count those "
-        "beyond as many dips",
+        f"the last {SPIKE_WINDOW} normal steps, for any number of consecutive steps; corrupted batches are not "
+        f"counted; in the first {SPIKE_WINDOW} steps only a loss that is not finite is a spike; noise makes spikes "
+        "too, and verdicts count only the excess of spikes over dips",
     ),
     "spike_score": Measure(
         lambda run, _: 100 * spike_score(run.metrics["loss"], corrupted_rows(run)),
         2,
         "low",
-        f"the spike score is OLMo 2's, the share of losses at least {SCORE_SIGMAS:g} standard deviations from the mean "
-        f"of the last {SCORE_WINDOW:,} steps (of as many as there are, from {SCORE_LEAST})",
+        f"the spike score is OLMo 2's: the share of losses at least {SCORE_SIGMAS:g} standard deviations from the mean "
+        f"of the last {SCORE_WINDOW:,} steps (of all earlier steps if there are fewer, from {SCORE_MIN_STEPS})",
     ),
     "hellaswag": Measure(_score("hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"),
     "winogrande": Measure(_score("winogrande", "acc"), 2, "high"),
     "tokens_per_hour": Measure(_result("tokens_per_second", 3600 / 1e6), 2, "", "speeds are those of the median step"),
-    "clip_share": Measure(_clip_share, 2, "", "clipping includes finding the norm, as runs without clipping do too"),
-    "clipped_by_z": Measure(_share("spike"), 1, "", "bad batches that were put in are left out"),
-    "clipped": Measure(_share("clipped"), 1, "", "clipped at all counts max_grad_norm too"),
-    "excursion": Measure(
-        _beside(excursion),
+    "clip_share": Measure(
+        _clip_share, 2, "", "clipping includes computing the norm, which runs without clipping compute too"
+    ),
+    "clipped_by_z": Measure(_step_share("spike"), 1, "", "corrupted batches are excluded"),
+    "clipped": Measure(_step_share("clipped"), 1, "", "clipped at all includes clipping by max_grad_norm"),
+    "excess_loss": Measure(
+        _against_baseline(excess_loss),
         3,
         "low",
-        f"the excursion is the mean of the loss above the undisturbed run's over {EXCURSION} steps after a bad "
-        "batch, with what earlier ones have left; where losses are not finite the run counts as diverged",
-        beside=True,
+        f"the excess loss is the loss minus the baseline run's, averaged over {EXCESS_WINDOW} steps after a corrupted "
+        "batch, and includes the remaining effect of earlier ones; a run whose losses are not finite there counts as "
+        "diverged",
+        needs_baseline=True,
     ),
-    "lost_batches": Measure(
-        _beside(lambda _, undisturbed, bad: lost_batches(undisturbed, bad)),
+    "skip_cost": Measure(
+        _against_baseline(lambda _, baseline, corrupted: skip_cost(baseline, corrupted)),
         3,
         "",
-        "ignoring bad batches would cost what is learnt from as many others, by the slope of the undisturbed loss over "
-        f"{SLOPE_WINDOW} steps",
-        beside=True,
+        "the cost of skipping is the excess loss of a run that skips the corrupted batches and so learns from fewer, "
+        f"by the slope of the baseline run's loss over {SLOPE_WINDOW} steps",
+        needs_baseline=True,
     ),
-    "recovery": Measure(
-        _beside(recovery),
+    "recovery_steps": Measure(
+        _against_baseline(recovery_steps),
         1,
         "low",
         f"a run has recovered where the mean of {RECOVERED_WINDOW} losses is within {RECOVERED:g} nats of the "
-        "undisturbed run's; one that has not by the next bad batch, or the end, counts with all steps until then",
-        beside=True,
+        "baseline run's; if it has not by the next corrupted batch, or the end, all steps until then count",
+        needs_baseline=True,
     ),
-    "lost": Measure(_lost, 3, "low", beside=True),
+    "test_loss_increase": Measure(_test_loss_increase, 3, "low", needs_baseline=True),
 }
 
-#: For the line below tables with a diverged run.
-DIVERGED_SAYS = (
-    f"a run has diverged whose loss is not finite at its end, or {DIVERGED:g} nats above the lowest it has been "
-    "(means of a tenth of the steps)"
+#: Footnote of tables with a diverged run.
+DIVERGED_NOTE = (
+    f"a run has diverged if its loss is not finite at the end, or {DIVERGED:g} nats above its lowest level (means over "
+    "a tenth of the steps)"
 )

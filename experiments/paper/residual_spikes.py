@@ -1,10 +1,11 @@
-"""What runs say of spikes: whether fixed clipping leaves them, and whether ZClip removes them.
+"""Verdicts on spikes: whether fixed clipping leaves residual spikes, and whether ZClip removes them.
 
-Both are measured alike. Spikes are left where a run has diverged or has a loss that is not finite, or where the 95 %
-interval of the spikes in a run beyond as many dips, or of the loss after bad batches, is above what is as good as none;
-and none are left where no run has, and both intervals are within it. In between, neither is shown. Noise is taken to
-make as many dips as spikes. The loss after bad batches is that above the undisturbed run's, beyond what a run that
-ignored them would have lost by learning from fewer.
+Both strategies are measured alike, by spikes per run in excess of dips, and by the excess loss after corrupted batches
+net of the cost of skipping them. Dips estimate how many spikes are noise.
+
+Residual spikes are certain if a run has diverged or has a loss that is not finite, or if the 95 % confidence interval
+of either number is above its limit. They are certainly absent if no run has, and both intervals are below their limits.
+Otherwise neither is shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,180 +13,205 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.paper.collect import Found
-from experiments.paper.judging import (
+from experiments.paper.collect import RunCollection
+from experiments.paper.measures import MEASURES
+from experiments.paper.statistics import (
+    MIN_SEEDS,
+    TOO_FEW_SEEDS,
+    Difference,
+    NotTestable,
+    difference_by_seed,
+    difference_text,
+    event_rate,
+)
+from experiments.paper.suites import TABLES, RunSpec
+from experiments.paper.verdict import (
     NOT_SUPPORTED,
     NOT_TESTABLE,
     SUPPORTED,
-    Judged,
-    at_rates,
-    by_seed,
-    named,
-    require_whole,
-    seeds_with_all,
+    Verdict,
+    complete_seeds,
+    measure_by_seed,
+    require_not_diverged,
+    run_text,
+    specs_by_rate,
 )
-from experiments.paper.measures import MEASURES
-from experiments.paper.statistics import LEAST_SEEDS, TOO_FEW, Difference, NotTestable, difference, rate, said
-from experiments.paper.suites import TABLES, Setting
-from experiments.run.definitions import SPIKE_WINDOW, least_spike, loss_dips
+from experiments.run.definitions import SPIKE_WINDOW, loss_dips, min_spike_height
 from experiments.run.read import corrupted_rows
 
-#: Spikes in a run, and nats above the undisturbed run after bad batches, that are as good as none.
-FEW_SPIKES, LITTLE = 0.2, 0.02
+#: Limits below which spikes count as absent: spikes per run, and nats of net excess loss.
+MAX_SPIKES, MAX_EXCESS_LOSS = 0.2, 0.02
 
-GONE = "diverged, or with a loss that is not finite"
-
-
-def _in_lab(label: str) -> Mapping[str, Setting]:
-    return next(row.settings for row in TABLES["spike_lab"].rows if row.label == label)
+DIVERGED_LABEL = "diverged, or with a loss that is not finite"
 
 
-def _after_bad(found: Found, label: str, measure: str = "excursion") -> dict[int, float]:
-    """Return a number of a strategy's run with bad batches beside its undisturbed one, by seed."""
-    settings = _in_lab(label)
-    require_whole(found, [settings["good"]])
-    return by_seed(found, measure, [(settings["bad"], settings["good"])])
+def _lab_specs(label: str) -> Mapping[str, RunSpec]:
+    """Return a strategy's runs with and without corrupted batches."""
+    return next(row.specs for row in TABLES["spike_lab"].rows if row.label == label)
 
 
-class Rates(NamedTuple):
-    """How many more spikes than dips there are in a run: ends of an interval of 95 % at least."""
+def _in_lab(collection: RunCollection, label: str, measure: str = "excess_loss") -> dict[int, float]:
+    """Return a measure of a strategy's run with corrupted batches, against its baseline run, by seed."""
+    specs = _lab_specs(label)
+    require_not_diverged(collection, [specs["baseline"]])
+    return measure_by_seed(collection, measure, [(specs["corrupted"], specs["baseline"])])
 
-    least: float
-    most: float
+
+class Interval(NamedTuple):
+    """A confidence interval of at least 95 %."""
+
+    low: float
+    high: float
 
 
-class Left(NamedTuple):
-    """What a strategy leaves of spikes.
+class ResidualSpikes(NamedTuple):
+    """The spikes that a strategy leaves.
 
     Attributes:
-        gone: its runs that have diverged, or have a loss that is not finite, see `_is_gone`.
-        spikes: more than dips, in its runs over all learning rates; `None` if fewer than three seeds have all.
-        beyond: the loss after bad batches above the undisturbed run's, beyond what the lost batches cost; `None` if it
-            is not known, or a run of the lab is gone.
-        numbers: all of it in words.
+        diverged: folders of its runs that have diverged or have a loss that is not finite, see `_is_diverged`.
+        spikes: spikes minus dips per run, over all learning rates; `None` if fewer than three seeds have all.
+        excess_loss: excess loss after corrupted batches, net of the cost of skipping them; `None` if it is unknown or
+            a run of the spike lab is among `diverged`.
+        evidence: all of it as sentences.
     """
 
-    gone: list[str]
-    spikes: Rates | None
-    beyond: Difference | None
-    numbers: list[str]
+    diverged: list[str]
+    spikes: Interval | None
+    excess_loss: Difference | None
+    evidence: list[str]
 
     @property
-    def known(self) -> bool:
-        """Whether both were found."""
-        return self.spikes is not None and self.beyond is not None
+    def is_measured(self) -> bool:
+        """Whether both numbers are known."""
+        return self.spikes is not None and self.excess_loss is not None
 
     @property
-    def some(self) -> bool:
-        """Whether spikes are left for sure."""
+    def certain(self) -> bool:
+        """Whether spikes are certainly left."""
         return bool(
-            self.gone
-            or (self.spikes is not None and self.spikes.least > FEW_SPIKES)
-            or (self.beyond is not None and self.beyond.least > LITTLE)
+            self.diverged
+            or (self.spikes is not None and self.spikes.low > MAX_SPIKES)
+            or (self.excess_loss is not None and self.excess_loss.low > MAX_EXCESS_LOSS)
         )
 
     @property
-    def none(self) -> bool:
-        """Whether none are left for sure."""
+    def certainly_none(self) -> bool:
+        """Whether certainly no spikes are left."""
         return (
-            not self.gone
-            and (self.spikes is not None and self.spikes.most <= FEW_SPIKES)
-            and (self.beyond is not None and self.beyond.most <= LITTLE)
+            not self.diverged
+            and (self.spikes is not None and self.spikes.high <= MAX_SPIKES)
+            and (self.excess_loss is not None and self.excess_loss.high <= MAX_EXCESS_LOSS)
         )
 
 
-def _left(found: Found, label: str, group: str) -> Left:
-    """Return what a strategy leaves of spikes."""
-    lab = _in_lab(label)
-    over_rates = [row[group] for row in at_rates().values()]
-    gone = {
-        found.runs[setting, seed].path: named(setting, [seed])
-        for setting in (*over_rates, lab["bad"], lab["good"])
-        if sum((setting, seed) in found.runs for seed in found.seeds) >= LEAST_SEEDS
-        for seed in found.seeds
-        if _is_gone(found, setting, seed)
+def _residual_spikes(collection: RunCollection, label: str, group: str) -> ResidualSpikes:
+    """Return the spikes that a strategy leaves.
+
+    Args:
+        collection: the runs.
+        label: of the strategy in the spike lab.
+        group: of the strategy in Table 2.
+    """
+    lab = _lab_specs(label)
+    over_rates = [specs[group] for specs in specs_by_rate().values()]
+    diverged = {
+        collection.runs[spec, seed].path: run_text(spec, [seed])
+        for spec in (*over_rates, lab["corrupted"], lab["baseline"])
+        if sum((spec, seed) in collection.runs for seed in collection.seeds) >= MIN_SEEDS
+        for seed in collection.seeds
+        if _is_diverged(collection, spec, seed)
     }
-    numbers = [f"{GONE}: {'; '.join(gone.values())}"] if gone else []
-    spikes, counted = _counted(found, over_rates)
-    in_lab = [
-        named(setting, [seed]) for setting in lab.values() for seed in found.seeds if _is_gone(found, setting, seed)
+    evidence = [f"{DIVERGED_LABEL}: {'; '.join(diverged.values())}"] if diverged else []
+    spikes, spikes_text = _spikes_minus_dips(collection, over_rates)
+    diverged_in_lab = [
+        run_text(spec, [seed])
+        for spec in lab.values()
+        for seed in collection.seeds
+        if _is_diverged(collection, spec, seed)
     ]
-    beyond, compared = (
-        (None, [f"loss after bad batches: {GONE}: {'; '.join(in_lab)}"]) if in_lab else _beyond(found, label)
+    if diverged_in_lab:
+        excess_loss, loss_text = None, f"loss after corrupted batches: {DIVERGED_LABEL}: {'; '.join(diverged_in_lab)}"
+    else:
+        excess_loss, loss_text = _net_excess_loss(collection, label)
+    evidence = [f"{label}: {text}" for text in (*evidence, spikes_text, loss_text)]
+    return ResidualSpikes([*diverged.values()], spikes, excess_loss, evidence)
+
+
+def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Interval | None, str]:
+    """Return spikes minus dips per run, and the sentence. Diverged runs count; seeds that lack a run do not."""
+    seeds = complete_seeds(collection, specs)
+    runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
+    counts = [MEASURES["spikes"].compute(run, None) for run in runs]
+    if len(seeds) < MIN_SEEDS or None in counts:
+        reason = "runs are too short to have any" if None in counts else TOO_FEW_SEEDS
+        return None, f"spikes over all learning rates: {reason}"
+    spikes = event_rate(round(sum(count or 0 for count in counts)), len(runs))
+    dips = event_rate(sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs), len(runs))
+    excess = Interval(spikes.low - dips.high, spikes.high - dips.low)
+    jump = float(np.nanmedian([min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]))
+    return excess, (
+        f"{spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.low:.2f} to {spikes.high:.2f} "
+        f"per run (95 %, Poisson, as if runs of a seed were independent), and {dips.events} dips, which estimate the "
+        f"noise: {excess.low:.2f} to {excess.high:.2f} more spikes than dips; in the first {SPIKE_WINDOW} steps only a "
+        f"loss that is not finite is a spike, and after that a jump of {jump:.2f} nats (median)"
     )
-    return Left([*gone.values()], spikes, beyond, [f"{label}: {words}" for words in (*numbers, counted, *compared)])
 
 
-def _counted(found: Found, settings: Sequence[Setting]) -> tuple[Rates | None, str]:
-    """Return the spikes in runs, those that have diverged included, of seeds that have all; and that in words."""
-    whole = seeds_with_all(found, settings)
-    runs = [found.runs[setting, seed] for setting in settings for seed in whole]
-    counts = [MEASURES["spikes"].of(run, None) for run in runs]
-    if len(whole) < LEAST_SEEDS or None in counts:
-        why = "runs are too short to have any" if None in counts else TOO_FEW
-        return None, f"spikes over all learning rates: {why}"
-    up = rate(round(sum(count or 0 for count in counts)), len(runs))
-    down = rate(sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs), len(runs))
-    spikes = Rates(up.least - down.most, up.most - down.least)
-    jump = float(np.nanmedian([least_spike(run.metrics["loss"], corrupted_rows(run)) for run in runs]))
-    return spikes, (
-        f"{up.events} spikes in {up.runs} runs over all learning rates, {up.least:.2f} to {up.most:.2f} in a run "
-        f"(95 %, Poisson, as if runs of a seed were independent), and as far down {down.events} times, which noise can "
-        f"do: {spikes.least:.2f} to {spikes.most:.2f} more spikes than dips; the first {SPIKE_WINDOW} steps can only "
-        f"spike by not being finite, and after that a loss has to jump by {jump:.2f} nats (median)"
-    )
-
-
-def _beyond(found: Found, label: str) -> tuple[Difference | None, list[str]]:
-    """Return the loss after bad batches beyond what the lost batches cost, and the number in words."""
+def _net_excess_loss(collection: RunCollection, label: str) -> tuple[Difference | None, str]:
+    """Return the excess loss after corrupted batches, net of the cost of skipping them, and the sentence."""
     try:
-        above, costs = _after_bad(found, label), _after_bad(found, label, "lost_batches")
-        beyond = difference(above, costs)
-    except NotTestable as why:
-        return None, [f"loss after bad batches: {why}"]
-    return beyond, [
-        f"loss after bad batches minus the undisturbed run's, in nats: {difference(above).says()}, of which the lost "
-        f"batches cost about {np.mean(list(costs.values())):.3f}; beyond that {beyond.least:.3f} to {beyond.most:.3f} "
-        "(95 %)"
-    ]
+        excess, costs = _in_lab(collection, label), _in_lab(collection, label, "skip_cost")
+        net = difference_by_seed(excess, costs)
+    except NotTestable as reason:
+        return None, f"loss after corrupted batches: {reason}"
+    return net, (
+        f"loss after corrupted batches minus the baseline run's, in nats: {difference_by_seed(excess).text()}, of "
+        f"which skipping the batches would cost about {np.mean(list(costs.values())):.3f}; net of that {net.low:.3f} "
+        f"to {net.high:.3f} (95 %)"
+    )
 
 
-def _is_gone(found: Found, setting: Setting, seed: int) -> bool:
-    """Whether a run has diverged or has a loss that is not finite, where it has bad batches after the first of them."""
-    if (run := found.runs.get((setting, seed))) is None:
+def _is_diverged(collection: RunCollection, spec: RunSpec, seed: int) -> bool:
+    """Whether a run has diverged or has a loss that is not finite.
+
+    In a run with corrupted batches, only losses after the first of them count.
+    """
+    if (run := collection.runs.get((spec, seed))) is None:
         return False
-    bad = corrupted_rows(run)
-    after = np.delete(run.metrics["loss"], sorted(bad))[min(bad, default=0) :]
-    return (setting, seed) in found.diverged or not bool(np.isfinite(after).all())
+    corrupted = corrupted_rows(run)
+    loss = np.delete(run.metrics["loss"], sorted(corrupted))[min(corrupted, default=0) :]
+    return (spec, seed) in collection.diverged or not bool(np.isfinite(loss).all())
 
 
-def fixed_leaves_spikes(found: Found) -> Judged:
-    """Judge whether fixed clipping leaves some."""
-    left = _left(found, "Fixed 1.0", "fixed")
-    if not left.some and not left.known:
-        return NOT_TESTABLE, left.numbers
+def fixed_leaves_spikes(collection: RunCollection) -> Verdict:
+    """Judge whether fixed clipping leaves spikes."""
+    residual = _residual_spikes(collection, "Fixed 1.0", "fixed")
+    if not residual.certain and not residual.is_measured:
+        return Verdict(NOT_TESTABLE, residual.evidence)
     rule = (
-        f"rule: with 95 % there are more than {FEW_SPIKES:g} spikes in a run beyond dips, or more than {LITTLE:g} nats "
-        "beyond what the lost batches cost, or a run has diverged or a loss that is not finite"
+        f"rule: with 95 % confidence there are more than {MAX_SPIKES:g} spikes per run in excess of dips, or more than "
+        f"{MAX_EXCESS_LOSS:g} nats net of the cost of skipping, or a run has diverged or has a loss that is not finite"
     )
-    return SUPPORTED if left.some else NOT_SUPPORTED, [*left.numbers, rule]
+    return Verdict(SUPPORTED if residual.certain else NOT_SUPPORTED, [*residual.evidence, rule])
 
 
-def zclip_removes_spikes(found: Found) -> Judged:
-    """Judge whether ZClip leaves none, where fixed clipping leaves some."""
-    fixed = _left(found, "Fixed 1.0", "fixed")
-    if not fixed.some:
-        known = "it is not shown that" if fixed.known else "it is not known whether"
-        raise NotTestable(f"{known} fixed clipping leaves any that could be removed")
-    left = _left(found, "ZClip", "zclip")
-    numbers = list(left.numbers)
+def zclip_removes_spikes(collection: RunCollection) -> Verdict:
+    """Judge whether ZClip leaves no spikes, provided that fixed clipping leaves some."""
+    fixed = _residual_spikes(collection, "Fixed 1.0", "fixed")
+    if not fixed.certain:
+        known = "it is not shown that" if fixed.is_measured else "it is not known whether"
+        raise NotTestable(f"{known} fixed clipping leaves any spikes that could be removed")
+    residual = _residual_spikes(collection, "ZClip", "zclip")
+    evidence = list(residual.evidence)
     for label in ("Fixed 1.0", "No clipping"):
-        less = said(lambda: difference(_after_bad(found, "ZClip"), _after_bad(found, label)))  # noqa: B023, at once
-        numbers.append(f"that loss, ZClip minus {label}: {less}")
-    numbers.append(
-        f"rule: with 95 % there are at most {FEW_SPIKES:g} spikes in a run beyond dips, and at most {LITTLE:g} nats "
-        "beyond what the lost batches cost, and no run has diverged or a loss that is not finite"
+        reduction = difference_text(
+            lambda: difference_by_seed(_in_lab(collection, "ZClip"), _in_lab(collection, label))  # noqa: B023, at once
+        )
+        evidence.append(f"that loss, ZClip minus {label}: {reduction}")
+    evidence.append(
+        f"rule: with 95 % confidence there are at most {MAX_SPIKES:g} spikes per run in excess of dips and at most "
+        f"{MAX_EXCESS_LOSS:g} nats net of the cost of skipping; no run has diverged or has a loss that is not finite"
     )
-    if not left.some and not left.known:
-        return NOT_TESTABLE, numbers
-    return SUPPORTED if left.none else NOT_SUPPORTED, numbers
+    if not residual.certain and not residual.is_measured:
+        return Verdict(NOT_TESTABLE, evidence)
+    return Verdict(SUPPORTED if residual.certainly_none else NOT_SUPPORTED, evidence)

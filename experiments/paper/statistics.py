@@ -1,4 +1,4 @@
-"""Statistics of numbers that belong together seed by seed."""
+"""Statistics of numbers that are paired by seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -6,106 +6,115 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-#: Seeds that a verdict needs.
-LEAST_SEEDS = 3
-#: p below which a difference counts.
+#: Number of seeds that a verdict needs.
+MIN_SEEDS = 3
+#: p below which a difference is significant.
 SIGNIFICANT = 0.05
 
-TOO_FEW = "it needs three seeds that have all the runs that are compared, and there are fewer"
+TOO_FEW_SEEDS = "it needs three seeds that have all the compared runs, and there are fewer"
 
 
 class NotTestable(Exception):
-    """Runs say nothing of a claim; why."""
+    """The runs cannot test a claim; the message is the reason."""
 
 
 class Difference(NamedTuple):
     """A paired difference.
 
     Attributes:
-        mean: of the differences.
-        p: of the two-sided paired t-test; of the sign test where all differences are the same, 1 where they are 0.
-        seeds: how many pairs there are.
-        least, most: ends of the 95 % interval of the mean.
+        mean: mean of the differences.
+        p: of the two-sided paired t-test. If all differences are equal, of the sign test; 1 if they are 0.
+        seeds: number of pairs.
+        low, high: ends of the 95 % confidence interval of the mean.
     """
 
     mean: float
     p: float
     seeds: int
-    least: float
-    most: float
+    low: float
+    high: float
 
-    def says(self, decimals: int = 3) -> str:
+    def text(self, decimals: int = 3) -> str:
         """Return it as a phrase, with its interval."""
-        least, most = f"{self.least:.{decimals}f}", f"{self.most:.{decimals}f}"
-        return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds, 95 %: {least} to {most})"
+        low, high = f"{self.low:.{decimals}f}", f"{self.high:.{decimals}f}"
+        return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds, 95 %: {low} to {high})"
 
     @property
-    def below(self) -> bool:
-        """Whether it is below zero, and not by chance."""
+    def is_negative(self) -> bool:
+        """Whether it is significantly below zero."""
         return self.mean < 0 and self.p < SIGNIFICANT
 
     @property
-    def above(self) -> bool:
-        """Whether it is above zero, and not by chance."""
+    def is_positive(self) -> bool:
+        """Whether it is significantly above zero."""
         return self.mean > 0 and self.p < SIGNIFICANT
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> Difference:
     """Return the difference of two samples, pair by pair.
 
     Raises:
         NotTestable: there are fewer pairs than a verdict needs.
     """
     differences = np.subtract(one, other)
-    if len(differences) < LEAST_SEEDS:
-        raise NotTestable(TOO_FEW)
+    if len(differences) < MIN_SEEDS:
+        raise NotTestable(TOO_FEW_SEEDS)
     mean, seeds = float(differences.mean()), len(differences)
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
         return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean, mean)
-    error = float(stats.sem(differences)) * float(stats.t.ppf(0.975, seeds - 1))
+    margin = float(stats.sem(differences)) * float(stats.t.ppf(0.975, seeds - 1))
     p = float(stats.ttest_1samp(differences, 0).pvalue)
-    return Difference(mean, p, seeds, mean - error, mean + error)
+    return Difference(mean, p, seeds, mean - margin, mean + margin)
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float] | None = None) -> Difference:
-    """Return how far numbers are above others, or above zero, by seed, of seeds that are in both.
+def difference_by_seed(one: Mapping[int, float], other: Mapping[int, float] | None = None) -> Difference:
+    """Return the difference of numbers by seed, or from zero, over the seeds that both have.
 
     Raises:
-        NotTestable: there are fewer than a verdict needs.
+        NotTestable: there are fewer seeds than a verdict needs.
     """
     seeds = sorted(one if other is None else one.keys() & other.keys())
-    return paired([one[seed] for seed in seeds], [0.0 if other is None else other[seed] for seed in seeds])
+    return paired_difference([one[seed] for seed in seeds], [0.0 if other is None else other[seed] for seed in seeds])
 
 
-def said(find: Callable[[], Difference], decimals: int = 3) -> str:
-    """Return a difference that no verdict hangs on, or why there is none."""
+def difference_text(compute: Callable[[], Difference], decimals: int = 3) -> str:
+    """Return a difference on which no verdict depends, or the reason why there is none."""
     try:
-        return find().says(decimals)
-    except NotTestable as why:
-        return str(why)
+        return compute().text(decimals)
+    except NotTestable as reason:
+        return str(reason)
 
 
-def signs(higher: int, lower: int) -> float:
-    """Return p of the two-sided sign test, of how many seeds are higher and how many lower."""
+def sign_test(higher: int, lower: int) -> float:
+    """Return p of the two-sided sign test.
+
+    Args:
+        higher, lower: number of seeds with a higher and with a lower value.
+    """
     return float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
 
 class Rate(NamedTuple):
-    """How many events there are in a run.
+    """Number of events per run.
 
     Attributes:
-        events: in all.
-        runs: there are.
-        least, most: ends of the 95 % interval of events in a run (Poisson, exact).
+        events: in all runs.
+        runs: number of runs.
+        low, high: ends of the exact 95 % confidence interval of events per run (Poisson).
     """
 
     events: int
     runs: int
-    least: float
-    most: float
+    low: float
+    high: float
 
 
-def rate(events: int, runs: int) -> Rate:
-    """Return how many events there are in a run, of as many as there are in some runs."""
-    least = float(stats.chi2.ppf(0.025, 2 * events)) / 2 if events else 0.0
-    return Rate(events, runs, least / runs, float(stats.chi2.ppf(0.975, 2 * events + 2)) / 2 / runs)
+def event_rate(events: int, runs: int) -> Rate:
+    """Return the number of events per run, with its confidence interval (Garwood).
+
+    Args:
+        events: in all runs.
+        runs: number of runs.
+    """
+    low = float(stats.chi2.ppf(0.025, 2 * events)) / 2 if events else 0.0
+    return Rate(events, runs, low / runs, float(stats.chi2.ppf(0.975, 2 * events + 2)) / 2 / runs)

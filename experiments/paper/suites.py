@@ -1,7 +1,7 @@
-"""The paper's tables and figures: which runs each is made of, and which number of which run stands where.
+"""The paper's tables and figures: the runs that each needs, and the number of each cell.
 
-Declared here only: `python train.py -m experiment=table3` runs what `sets()` says, and tables and figures read the same
-runs. A run is named by what it sets on top of `experiment=paper`; runs that several share are the same.
+This is the only declaration: `python train.py -m experiment=table3` trains the runs of `SUITES["table3"]`, and tables
+and figures read the same runs. A run is identified by its overrides on top of `experiment=paper`. Suites share runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,51 +9,52 @@ from typing import NamedTuple
 
 #: The paper's learning rates (Table 2).
 LEARNING_RATES = (5e-3, 3e-3, 1e-3, 7e-4, 5e-4, 3e-4, 1e-4)
-#: Of which the paper's text calls these high: Figure 5 shows them, and Figure 6 the others.
+#: The rates that the paper's text calls high. Figure 5 shows them, Figure 6 the others.
 HIGH_RATES = (5e-3, 3e-3, 1e-3)
-#: That of all other tables.
+#: Learning rate of all other tables.
 RATE = 1e-3
-#: What configs/clip/zclip.yaml sets, and a run need not.
-ZCLIP = {"z_thresh": 2.5, "alpha": 0.97}
-#: The paper's ZClip never starts its statistics anew; the library's does, see `help(ZClip)`.
+#: Settings of configs/clip/zclip.yaml, which runs need not override.
+ZCLIP_DEFAULTS = {"z_thresh": 2.5, "alpha": 0.97}
+#: The paper's ZClip never resets its statistics; the library's does, see `help(ZClip)`.
 NO_RECOVERY = ("clip.recovery_window", "null")
-#: What the paper says of its thresholds (Section 4). The caption of Figure 1 says 2.5, of a run of Table 2.
-THRESHOLD_SAYS = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the others (the paper's Section 4)"
+#: The paper's thresholds (Section 4). The caption of its Figure 1 says 2.5, for a run of Table 2.
+THRESHOLD_NOTE = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the others (the paper's Section 4)"
 
 
-class Setting(NamedTuple):
-    """What one run sets; over seeds, several runs.
+class RunSpec(NamedTuple):
+    """The overrides of one run; with several seeds, of several runs.
 
     Attributes:
         clip: option of the group `clip`.
-        lr: the paper's learning rate; what a scale makes of it is its `paper.lr_scale`.
-        others: further keys and values.
+        lr: the paper's learning rate, which a scale multiplies by its `paper.lr_scale`.
+        extra: further keys and values.
     """
 
     clip: str
     lr: float = RATE
-    others: tuple[tuple[str, str], ...] = ()
+    extra: tuple[tuple[str, str], ...] = ()
 
     @property
     def overrides(self) -> list[str]:
-        """As on the command line."""
-        return [f"clip={self.clip}", f"paper.lr={self.lr:g}", *(f"{key}={value}" for key, value in self.others)]
+        """The overrides, as on the command line."""
+        return [f"clip={self.clip}", f"paper.lr={self.lr:g}", *(f"{key}={value}" for key, value in self.extra)]
 
 
-def _zclip(lr: float = RATE, **changes: float) -> Setting:
+def _zclip(lr: float = RATE, **changes: float) -> RunSpec:
     """Return the paper's ZClip, whose threshold is 2.0 at the two highest rates (Section 4)."""
     if lr >= 3e-3:
         changes.setdefault("z_thresh", 2.0)
-    others = {key: value for key, value in changes.items() if value != ZCLIP[key]}
-    return Setting("zclip", lr, (NO_RECOVERY, *((f"clip.{key}", f"{value:g}") for key, value in others.items())))
+    overrides = {key: value for key, value in changes.items() if value != ZCLIP_DEFAULTS[key]}
+    return RunSpec("zclip", lr, (NO_RECOVERY, *((f"clip.{key}", f"{value:g}") for key, value in overrides.items())))
 
 
-def _written(lr: float) -> str:
+def _scientific(lr: float) -> str:
+    """Format a learning rate like `5e-3`."""
     return f"{lr:.0e}".replace("e-0", "e-")
 
 
-#: What the runs of a row are called, by its groups.
-GROUPS = {"fixed": "fixed", "zclip": "ZClip", "bad": "with bad batches", "good": "without bad batches"}
+#: Labels of the runs of a row, by group. A baseline run has no corrupted batches.
+GROUPS = {"fixed": "fixed", "zclip": "ZClip", "corrupted": "with corrupted batches", "baseline": "baseline"}
 
 
 class Column(NamedTuple):
@@ -61,8 +62,8 @@ class Column(NamedTuple):
 
     Attributes:
         header: as printed.
-        measure: name of the number, see `measures.py`.
-        group: whose run of the row it is; empty if a row has one.
+        measure: key of `measures.MEASURES`.
+        group: group of the run within the row; empty if each row has one run.
     """
 
     header: str
@@ -74,12 +75,12 @@ class Row(NamedTuple):
     """A row of a table.
 
     Attributes:
-        label: as printed; also the row's name among the paper's numbers.
-        settings: by the columns' groups.
+        label: as printed; also the row's name in published.yaml.
+        specs: runs by group.
     """
 
     label: str
-    settings: Mapping[str, Setting]
+    specs: Mapping[str, RunSpec]
 
 
 class Table(NamedTuple):
@@ -87,26 +88,26 @@ class Table(NamedTuple):
 
     Attributes:
         name: `table2` and so on.
-        title: what it shows.
-        stub: header of the labels.
+        title: subject of the table.
+        row_header: header of the column of labels.
         rows, columns: in order.
-        across: whether the best of a measure is one of its row, as in Table 2, or one of its column.
-        says: what else a reader must know, for the line below it.
+        best_per_row: whether the best values of a measure are compared within a row, as in Table 2, or within a column.
+        note: sentence for the footnote.
     """
 
     name: str
     title: str
-    stub: str
+    row_header: str
     rows: Sequence[Row]
     columns: Sequence[Column]
-    across: bool = False
-    says: str = ""
+    best_per_row: bool = False
+    note: str = ""
 
-    def labelled(self) -> Iterator[tuple[str, Setting]]:
-        """Yield the settings of each row with what they are called, as "ZClip, with bad batches"."""
+    def labelled_specs(self) -> Iterator[tuple[str, RunSpec]]:
+        """Yield each run with its label, such as "ZClip, with corrupted batches"."""
         for row in self.rows:
-            for group, setting in row.settings.items():
-                yield (f"{row.label}, {GROUPS[group]}" if group else row.label), setting
+            for group, spec in row.specs.items():
+                yield (f"{row.label}, {GROUPS[group]}" if group else row.label), spec
 
 
 SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
@@ -114,36 +115,36 @@ TRAINED = (Column("train loss", "train_loss"), Column("spikes", "spikes"), Colum
 TESTED = (Column("spikes", "spikes"), Column("spike score %", "spike_score"), Column("test loss", "test_loss"))
 
 
-def _rows(settings: Mapping[str, Setting]) -> list[Row]:
-    """Return a row for each of some settings, by their labels."""
-    return [Row(label, {"": setting}) for label, setting in settings.items()]
+def _rows(specs: Mapping[str, RunSpec]) -> list[Row]:
+    """Return a row with one run for each label."""
+    return [Row(label, {"": spec}) for label, spec in specs.items()]
 
 
 STRATEGIES = {
-    "No clipping": Setting("none"),
-    "Fixed 1.0": Setting("fixed"),
-    "AutoClip": Setting("autoclip"),
+    "No clipping": RunSpec("none"),
+    "Fixed 1.0": RunSpec("fixed"),
+    "AutoClip": RunSpec("autoclip"),
     "ZClip": _zclip(),
 }
 OTHERS = {
-    "AdaGC": Setting("adagc"),
-    "GradientStabilizer": Setting("gradient_stabilizer"),
-    "Skip-step": Setting("skip_step"),
-    "AGC": Setting("agc"),
-    "No clipping, QK-norm": Setting("none", others=(("model.qk_norm", "true"),)),
-    "ZClip with recovery": Setting("zclip"),
+    "AdaGC": RunSpec("adagc"),
+    "GradientStabilizer": RunSpec("gradient_stabilizer"),
+    "Skip-step": RunSpec("skip_step"),
+    "AGC": RunSpec("agc"),
+    "No clipping, QK-norm": RunSpec("none", extra=(("model.qk_norm", "true"),)),
+    "ZClip with recovery": RunSpec("zclip"),
 }
 VARIANTS = {
-    "Max": Setting("zclip_max", others=(NO_RECOVERY,)),
-    "Mean": Setting("zclip_mean", others=(NO_RECOVERY,)),
+    "Max": RunSpec("zclip_max", extra=(NO_RECOVERY,)),
+    "Mean": RunSpec("zclip_mean", extra=(NO_RECOVERY,)),
     "Reciprocal": _zclip(),
 }
 THRESHOLDS = {f"{z:.1f}": _zclip(z_thresh=z) for z in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)}
 ALPHAS = {f"{alpha:.2f}": _zclip(alpha=alpha) for alpha in (0.90, 0.93, 0.95, 0.97, 0.98, 0.99)}
 
 
-def _lab(setting: Setting, steps: str) -> Setting:
-    return setting._replace(others=(*setting.others, ("data.corruption.steps", steps)))
+def _with_corruption(spec: RunSpec, steps: str) -> RunSpec:
+    return spec._replace(extra=(*spec.extra, ("data.corruption.steps", steps)))
 
 
 TABLES = {
@@ -153,7 +154,7 @@ TABLES = {
             "table2",
             "fixed clipping and ZClip at each learning rate",
             "learning rate",
-            [Row(_written(lr), {"fixed": Setting("fixed", lr), "zclip": _zclip(lr)}) for lr in LEARNING_RATES],
+            [Row(_scientific(lr), {"fixed": RunSpec("fixed", lr), "zclip": _zclip(lr)}) for lr in LEARNING_RATES],
             [
                 Column(f"{header}, {label}", measure, group)
                 for header, measure in (
@@ -163,8 +164,8 @@ TABLES = {
                 )
                 for label, group in (("fixed", "fixed"), ("ZClip", "zclip"))
             ],
-            across=True,
-            says=THRESHOLD_SAYS,
+            best_per_row=True,
+            note=THRESHOLD_NOTE,
         ),
         Table(
             "table3",
@@ -200,7 +201,7 @@ TABLES = {
             "strategy",
             _rows(STRATEGIES),
             [Column("million tokens/hour", "tokens_per_hour"), Column("clipping, % of a step", "clip_share")],
-            says="runs that share a machine slow each other down: benchmarks of clipping say what it costs",
+            note="runs that share a machine slow each other down: the cost of clipping is measured by benchmarks",
         ),
         Table(
             "clip_rate",
@@ -218,57 +219,63 @@ TABLES = {
         ),
         Table(
             "spike_lab",
-            "beyond the paper: bad batches put in, against the same seed undisturbed",
+            "beyond the paper: injected corrupted batches, compared with the baseline run of the same seed",
             "strategy",
             [
-                Row(label, {"bad": _lab(setting, "${paper.lab_steps}"), "good": _lab(setting, "[]")})
-                for label, setting in (STRATEGIES | OTHERS).items()
+                Row(
+                    label,
+                    {
+                        "corrupted": _with_corruption(spec, "${paper.lab_steps}"),
+                        "baseline": _with_corruption(spec, "[]"),
+                    },
+                )
+                for label, spec in (STRATEGIES | OTHERS).items()
             ],
             [
-                Column("excursion (nats)", "excursion", "bad"),
-                Column("ignoring them costs", "lost_batches", "bad"),
-                Column("steps to recover", "recovery", "bad"),
-                Column("test loss, disturbed", "test_loss", "bad"),
-                Column("undisturbed", "test_loss", "good"),
-                Column("difference", "lost", "bad"),
+                Column("excess loss (nats)", "excess_loss", "corrupted"),
+                Column("cost of skipping", "skip_cost", "corrupted"),
+                Column("steps to recover", "recovery_steps", "corrupted"),
+                Column("test loss, corrupted", "test_loss", "corrupted"),
+                Column("test loss, baseline", "test_loss", "baseline"),
+                Column("difference", "test_loss_increase", "corrupted"),
             ],
         ),
     )
 }
 
 
-#: What Figures 5 and 6 compare.
+#: The strategies that Figures 5 and 6 compare.
 COMPARED = ("Fixed 1.0", "ZClip")
 
 
-def _compared(rates: Sequence[float]) -> dict[str, Setting]:
-    """Return both at some learning rates."""
+def _compared(rates: Sequence[float]) -> dict[str, RunSpec]:
+    """Return the runs of both strategies at some learning rates, by label."""
     return {
-        f"{label} at {_written(lr)}": setting
+        f"{label} at {_scientific(lr)}": spec
         for lr in rates
-        for label, setting in zip(COMPARED, (Setting("fixed", lr), _zclip(lr)), strict=True)
+        for label, spec in zip(COMPARED, (RunSpec("fixed", lr), _zclip(lr)), strict=True)
     }
 
 
-#: The runs that each figure shows, by their labels; Figure 3 is of none.
-FIGURES: dict[str, dict[str, Setting]] = {
-    "figure1": {"No clipping": Setting("none", 3e-3), "Fixed 1.0": Setting("fixed", 3e-3), "ZClip": _zclip(3e-3)},
-    "figure2": {"Fixed 1.0": Setting("fixed")},
-    "figure4": {"Fixed 1.0 at 5e-4": Setting("fixed", 5e-4), "ZClip at 3e-3": _zclip(3e-3)},
+#: The runs that each figure shows, by label. Figure 3 shows none.
+FIGURE_RUNS: dict[str, dict[str, RunSpec]] = {
+    "figure1": {"No clipping": RunSpec("none", 3e-3), "Fixed 1.0": RunSpec("fixed", 3e-3), "ZClip": _zclip(3e-3)},
+    "figure2": {"Fixed 1.0": RunSpec("fixed")},
+    "figure4": {"Fixed 1.0 at 5e-4": RunSpec("fixed", 5e-4), "ZClip at 3e-3": _zclip(3e-3)},
     "figure5": _compared(HIGH_RATES),
     "figure6": _compared([lr for lr in LEARNING_RATES if lr not in HIGH_RATES]),
     "figure7": {"ZClip": _zclip()},
     "figure8": VARIANTS,
-    "figure9": {"ZClip": _lab(_zclip(), "[]")},
-    "ema": {f"alpha {label}": setting for label, setting in ALPHAS.items()},
+    "figure9": {"ZClip": _with_corruption(_zclip(), "[]")},
+    "ema": {f"alpha {label}": spec for label, spec in ALPHAS.items()},
 }
 
 
-def sets() -> dict[str, list[Setting]]:
-    """Return the runs of each table and figure, by the name that `experiment=` takes; `all` is all of them, once."""
-    found = {
-        name: [setting for row in table.rows for setting in row.settings.values()] for name, table in TABLES.items()
-    }
-    found |= {name: list(shown.values()) for name, shown in FIGURES.items()}
-    found["all"] = list(dict.fromkeys(setting for some in found.values() for setting in some))
-    return found
+def _suites() -> dict[str, list[RunSpec]]:
+    suites = {name: [spec for _, spec in table.labelled_specs()] for name, table in TABLES.items()}
+    suites |= {name: list(runs.values()) for name, runs in FIGURE_RUNS.items()}
+    return suites | {"all": list(dict.fromkeys(spec for specs in suites.values() for spec in specs))}
+
+
+#: The runs of each table and figure, by the name that `experiment=` takes; `all` has every run once.
+SUITES = _suites()

@@ -1,6 +1,7 @@
-"""Terms the paper leaves open, each defined once.
+"""Terms that the paper leaves open, each defined once.
 
-The test loss, the other one, is the mean cross entropy in nats over the held-out documents (training/validation/validation_set.py).
+The test loss is defined elsewhere: the mean cross entropy in nats over the held-out documents
+(training/validation/validation_set.py).
 """
 
 from collections.abc import Collection
@@ -10,26 +11,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Preceding steps that say what is normal.
+#: Number of preceding normal steps that a loss is compared with.
 SPIKE_WINDOW = 50
-#: Robust standard deviations above their median that make a spike.
+#: A spike is this many robust standard deviations above their median.
 SPIKE_SIGMAS = 5.0
-#: Of the spike score: preceding steps, how many there must be at least, and standard deviations.
-SCORE_WINDOW, SCORE_LEAST, SCORE_SIGMAS = 1000, 50, 7.0
-#: Nats above its lowest level at which a loss has diverged.
+#: Spike score: maximum and minimum number of preceding steps, and threshold in standard deviations.
+SCORE_WINDOW, SCORE_MIN_STEPS, SCORE_SIGMAS = 1000, 50, 7.0
+#: A loss has diverged this many nats above its lowest level.
 DIVERGED = 0.5
-#: Steps whose mean says whether a loss is reached.
+#: A loss is reached when the mean of this many steps is at it.
 REACHED_WINDOW = 20
-#: Steps after a bad batch that its excursion is taken over.
-EXCURSION = 10
-#: Steps whose slope says what a lost batch costs.
+#: The excess loss is a mean over this many steps after a corrupted batch.
+EXCESS_WINDOW = 10
+#: The cost of skipping a batch is the slope of the loss over this many steps.
 SLOPE_WINDOW = 50
-#: Steps whose mean says whether a run has recovered, and within how many nats of the undisturbed run.
+#: A run has recovered when the mean of this many steps is within so many nats of the baseline run.
 RECOVERED_WINDOW, RECOVERED = 5, 0.05
 
 
 class Spike(NamedTuple):
-    """One excursion of the loss: steps `start` to `start + length - 1`, counted from 0."""
+    """A loss spike: steps `start` to `start + length - 1`, counted from 0."""
 
     start: int
     length: int
@@ -38,21 +39,21 @@ class Spike(NamedTuple):
 def loss_spikes(
     loss: np.ndarray, corrupted_rows: Collection[int] = (), window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS
 ) -> list[Spike]:
-    """Find the loss spikes of a run. The paper counts spikes without saying what one is; this is our definition.
+    """Find the loss spikes of a run. The paper counts spikes without a definition; this one is ours.
 
-    A step is in a spike if its loss is not finite, or more than `sigmas` robust standard deviations (1.4826 times
-    the median absolute deviation) above the median of the last `window` steps that were in none. Steps in a
-    row are one spike. The first `window` steps can only spike by not being finite.
+    A step is in a spike if its loss is not finite, or more than `sigmas` robust standard deviations (1.4826 times the
+    median absolute deviation) above the median of the last `window` steps outside spikes. Consecutive steps are one
+    spike. In the first `window` steps, only a loss that is not finite is a spike.
 
-    The loss of a bad batch that was put in says nothing about the model: it is in no spike, and ends none.
+    The loss of a corrupted batch says nothing about the model: it neither belongs to a spike nor ends one.
 
-    Noise alone makes such steps too, the more the longer a run and the heavier its tails: see `loss_dips`. A loss that
-    rises and stays there is in one spike to its end, which hides later ones; half a nat of it is divergence.
+    Noise alone makes spikes too, and more of them in a longer run or one with heavier tails: see `loss_dips`. A loss
+    that rises and stays high is one spike to its end, which hides later ones; a rise by half a nat is divergence.
 
     Args:
         loss: (steps,) training loss of each step.
-        corrupted_rows: indices of steps to pass over, those of bad batches.
-        window: W above.
+        corrupted_rows: indices of the corrupted batches' steps, which are skipped.
+        window: number of preceding normal steps.
         sigmas: threshold.
 
     Returns:
@@ -60,7 +61,7 @@ def loss_spikes(
     """
     spikes: list[Spike] = []
     last = -2
-    limits = _limits(loss, corrupted_rows, window, sigmas)
+    limits = _spike_limits(loss, corrupted_rows, window, sigmas)
     for step, value in enumerate(loss.tolist()):
         if step in corrupted_rows:
             last += last == step - 1
@@ -76,47 +77,47 @@ def loss_spikes(
 
 
 def loss_dips(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> int:
-    """Return how often a loss is as far below what is normal as it is above in a spike.
+    """Count the dips of a loss: spikes downwards.
 
-    Spikes go up only: where noise is as likely to go either way, there are as many of its own among them. The run is
-    read from its end, upside down: so read, a loss that falls still does, and dips are no nearer than spikes.
+    Noise goes up and down equally often, so that the number of dips estimates how many spikes are noise. The reversed
+    and negated loss is searched for spikes. It falls on average as the loss does, so that dips and spikes are equally
+    far from the normal level. Steps in spikes are skipped.
 
     Args:
         loss, corrupted_rows: see `loss_spikes`.
     """
-    spiked = {
-        at for spike in loss_spikes(loss, corrupted_rows) for at in range(spike.start, spike.start + spike.length)
+    in_spikes = {
+        step for spike in loss_spikes(loss, corrupted_rows) for step in range(spike.start, spike.start + spike.length)
     }
-    return len(loss_spikes(-loss[::-1], {len(loss) - 1 - at for at in {*corrupted_rows, *spiked}}))
+    return len(loss_spikes(-loss[::-1], {len(loss) - 1 - step for step in {*corrupted_rows, *in_spikes}}))
 
 
-def least_spike(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> float:
-    """Return by how many nats a loss has to jump to be a spike: what it is below the limit, at the median step.
+def min_spike_height(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> float:
+    """Return the jump in nats that makes a spike: the distance from the loss to its limit, at the median step.
 
     Args:
         loss, corrupted_rows: see `loss_spikes`.
 
     Returns:
-        NaN for a run too short to be judged.
+        NaN for a run that is too short to have spikes.
     """
-    limits = _limits(loss, corrupted_rows, SPIKE_WINDOW, SPIKE_SIGMAS)
-    room = limits - loss
+    limits = _spike_limits(loss, corrupted_rows, SPIKE_WINDOW, SPIKE_SIGMAS)
+    margin = limits - loss
     normal = [
-        step for step in range(len(loss)) if np.isfinite(room[step]) and room[step] >= 0 and step not in corrupted_rows
+        step
+        for step in range(len(loss))
+        if np.isfinite(margin[step]) and margin[step] >= 0 and step not in corrupted_rows
     ]
-    return float(np.median(room[normal])) if normal else float("nan")
+    return float(np.median(margin[normal])) if normal else float("nan")
 
 
-def _limits(loss: np.ndarray, corrupted_rows: Collection[int], window: int, sigmas: float) -> np.ndarray:
-    """Return the highest loss of each step that is no spike; infinite where too few steps came before to judge.
-
-    Spikes, dips, and how far a loss has to jump are asked for by several tables and verdicts: what was found is kept.
-    """
-    return _limits_of(np.asarray(loss, dtype=np.float64).tobytes(), frozenset(corrupted_rows), window, sigmas)
+def _spike_limits(loss: np.ndarray, corrupted_rows: Collection[int], window: int, sigmas: float) -> np.ndarray:
+    """Return the highest normal loss of each step, infinite where too few steps precede. Results are cached."""
+    return _cached_limits(np.asarray(loss, dtype=np.float64).tobytes(), frozenset(corrupted_rows), window, sigmas)
 
 
 @lru_cache(maxsize=1 << 9)
-def _limits_of(loss: bytes, corrupted_rows: frozenset[int], window: int, sigmas: float) -> np.ndarray:
+def _cached_limits(loss: bytes, corrupted_rows: frozenset[int], window: int, sigmas: float) -> np.ndarray:
     values = np.frombuffer(loss).tolist()
     normal: list[float] = []
     limits = np.full(len(values), np.inf)
@@ -134,37 +135,36 @@ def _limits_of(loss: bytes, corrupted_rows: frozenset[int], window: int, sigmas:
 
 
 def spike_score(values: np.ndarray, corrupted_rows: Collection[int] = ()) -> float:
-    """Return the share of values at least seven standard deviations from the mean of those before, as OLMo 2 counts.
+    """Return OLMo 2's spike score: the fraction of values at least seven standard deviations from the mean.
 
-    Mean and deviation are those of the last 1,000 values (arXiv 2501.00656, Section 3.1), as many as there are in
-    shorter runs, and 50 at least: earlier values are not judged. A value that is not finite counts as such a one, and
-    enters no mean.
+    Mean and deviation are those of the last 1,000 values (arXiv 2501.00656, Section 3.1), or of all earlier ones if
+    there are fewer. Values with fewer than 50 before them are not counted. A value that is not finite counts as a spike
+    and enters no mean.
 
     Args:
         values: (steps,) losses or norms.
-        corrupted_rows: indices of steps to pass over, those of bad batches.
+        corrupted_rows: indices of the corrupted batches' steps, which are skipped.
 
     Returns:
-        From 0 to 1; NaN if no value can be judged.
+        A number from 0 to 1; NaN if no value is counted.
     """
-    kept = [value for step, value in enumerate(values.tolist()) if step not in corrupted_rows]
     before: list[float] = []
-    judged = odd = 0
-    for value in kept:
+    counted = outliers = 0
+    for value in (value for step, value in enumerate(values.tolist()) if step not in corrupted_rows):
         recent = np.array(before[-SCORE_WINDOW:])
-        if len(recent) >= SCORE_LEAST:
-            judged += 1
-            odd += not abs(value - recent.mean()) < SCORE_SIGMAS * recent.std()
+        if len(recent) >= SCORE_MIN_STEPS:
+            counted += 1
+            outliers += not abs(value - recent.mean()) < SCORE_SIGMAS * recent.std()
         if np.isfinite(value):
             before.append(value)
-    return odd / judged if judged else float("nan")
+    return outliers / counted if counted else float("nan")
 
 
 def diverged(loss: np.ndarray) -> bool:
-    """Return whether a run ended far above where it had been.
+    """Return whether a run ended far above its lowest level.
 
-    It has diverged if the mean loss of its last tenth is not finite, or more than 0.5 nats above the lowest mean of as
-    many steps in a row.
+    A run has diverged if the mean loss of its last tenth is not finite, or more than 0.5 nats above the lowest mean of
+    as many consecutive steps.
 
     Args:
         loss: (steps,) training loss of each step.
@@ -177,14 +177,14 @@ def diverged(loss: np.ndarray) -> bool:
 
 
 def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> float | None:
-    """Return the tokens after which the loss, as the mean of 20 steps, is first at most a target; `None`: it never is.
+    """Return the tokens after which the mean loss of 20 steps is first at most a target; `None` if it never is.
 
-    Means of the same losses that differ by rounding are the same.
+    Means that differ only by rounding count as equal.
 
     Args:
         loss: (steps,) training loss of each step.
-        tokens: (steps,) processed after each.
-        target: in nats.
+        tokens: (steps,) tokens processed after each step.
+        target: loss in nats.
     """
     length = min(REACHED_WINDOW, len(loss))
     means = _running_mean(np.where(np.isfinite(loss), loss, np.inf), length)
@@ -192,67 +192,68 @@ def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> floa
     return float(tokens[reached[0] + length - 1]) if len(reached) else None
 
 
-def excursion(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
-    """Return how far a loss is above that of the same run undisturbed after bad batches, in nats.
+def excess_loss(loss: np.ndarray, baseline: np.ndarray, corrupted: Collection[int]) -> float:
+    """Return the mean loss after corrupted batches minus that of the baseline run, in nats.
 
-    It is the mean over the 10 steps after each, up to the next, and over the bad batches.
+    Each mean is over the 10 steps after a corrupted batch, or up to the next one; the result is their mean.
 
     Args:
-        loss, undisturbed: (steps,) of runs that see the same batches but for the bad ones.
-        bad: indices of the bad batches' steps.
+        loss, baseline: (steps,) losses of two runs that see the same batches except for the corrupted ones.
+        corrupted: indices of the corrupted batches' steps.
     """
-    ends = followed(bad, len(loss))
-    means = [float(np.mean((loss - undisturbed)[at + 1 : min(at + 1 + EXCURSION, end)])) for at, end in ends]
+    spans = corrupted_spans(corrupted, len(loss))
+    means = [float(np.mean((loss - baseline)[at + 1 : min(at + 1 + EXCESS_WINDOW, end)])) for at, end in spans]
     return float(np.mean(means))
 
 
-def lost_batches(undisturbed: np.ndarray, bad: Collection[int]) -> float:
-    """Return the excursion of a run that ignored bad batches: it has learnt from fewer, and its loss is where it was.
+def skip_cost(baseline: np.ndarray, corrupted: Collection[int]) -> float:
+    """Return the excess loss of a run that skips the corrupted batches: it has learnt from fewer batches.
 
-    After the n-th bad batch it is n steps behind, each of which lowers the loss by the slope of a straight line through
-    the 50 steps around (from 25 before to 24 after, as far as there are any). It is the mean over the same bad batches
-    as that of `excursion`, or 0 where the loss rises. Part of the slope can be the learning rate's decay, which such a
-    run would not be behind in: the cost is rather less.
+    After the n-th corrupted batch such a run is n steps behind. Each step lowers the loss by the slope of a straight
+    line through the 50 steps around (25 before to 24 after, as far as they exist). The result is the mean over the same
+    batches as in `excess_loss`, or 0 where the loss rises. It is rather too high: part of the slope can be the decay of
+    the learning rate, in which the run would not be behind.
 
     Args:
-        undisturbed: (steps,) loss of the run without bad batches.
-        bad: indices of the bad batches' steps.
+        baseline: (steps,) loss of the run without corrupted batches.
+        corrupted: indices of the corrupted batches' steps.
 
     Returns:
         Nats; NaN where a loss around is not finite.
     """
     costs = []
-    for at, _ in followed(bad, len(undisturbed)):
+    for at, _ in corrupted_spans(corrupted, len(baseline)):
         first = max(0, at - SLOPE_WINDOW // 2)
-        around = undisturbed[first : at + SLOPE_WINDOW // 2]
+        around = baseline[first : at + SLOPE_WINDOW // 2]
         slope = float(np.polyfit(np.arange(len(around)), around, 1)[0]) if np.isfinite(around).all() else np.nan
-        costs.append(-slope * sum(step <= at for step in bad))
+        costs.append(-slope * sum(step <= at for step in corrupted))
     return float(np.maximum(0.0, np.mean(costs)))
 
 
-def recovery(loss: np.ndarray, undisturbed: np.ndarray, bad: Collection[int]) -> float:
-    """Return how many steps after a bad batch a loss is as if it had not been, on the mean over the bad batches.
+def recovery_steps(loss: np.ndarray, baseline: np.ndarray, corrupted: Collection[int]) -> float:
+    """Return the number of steps until a loss has recovered from a corrupted batch, averaged over the batches.
 
-    It is where the mean of 5 steps is first within 0.05 nats of the undisturbed run's, counted to the first of them;
-    for a run that does not get there before the next bad batch, or its end, all the steps until then.
+    A loss has recovered where the mean of 5 steps is first within 0.05 nats of the baseline run; the steps before the
+    first of the 5 are counted. If that does not happen before the next corrupted batch or the end of the run, all steps
+    until then are counted.
 
     Args:
-        loss, undisturbed, bad: see `excursion`.
+        loss, baseline, corrupted: see `excess_loss`.
     """
     steps = []
-    for at, end in followed(bad, len(loss)):
-        above = (loss - undisturbed)[at + 1 : end]
-        length = min(RECOVERED_WINDOW, len(above))
-        there = np.flatnonzero(_running_mean(above, length) <= RECOVERED)
-        steps.append(int(there[0]) if len(there) else len(above))
+    for at, end in corrupted_spans(corrupted, len(loss)):
+        excess = (loss - baseline)[at + 1 : end]
+        length = min(RECOVERED_WINDOW, len(excess))
+        recovered = np.flatnonzero(_running_mean(excess, length) <= RECOVERED)
+        steps.append(int(recovered[0]) if len(recovered) else len(excess))
     return float(np.mean(steps))
 
 
-def followed(bad: Collection[int], steps: int) -> list[tuple[int, int]]:
-    """Return of each bad batch that steps follow its index, and that of the next one, or the number of steps."""
-    return [(at, end) for at, end in pairwise([*sorted(bad), steps]) if end > at + 1]
+def corrupted_spans(corrupted: Collection[int], steps: int) -> list[tuple[int, int]]:
+    """Return the index of each corrupted batch and of the next one (or the number of steps), if steps lie between."""
+    return [(at, end) for at, end in pairwise([*sorted(corrupted), steps]) if end > at + 1]
 
 
 def _running_mean(values: np.ndarray, length: int) -> np.ndarray:
-    """Return the means of `length` values in a row, the first of the first ones."""
+    """Return the means of `length` consecutive values; the first is that of the first `length` values."""
     return np.lib.stride_tricks.sliding_window_view(values, length).mean(axis=1)

@@ -101,10 +101,10 @@ def test_stream_from_the_hub_resumes_with_its_first_commit(hub, texts, tmp_path)
         (file,) = folder.glob("runs/main/*/metrics.jsonl")
         return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
 
-    for name in ("whole", "killed"):
+    for name in ("reference", "killed"):
         (tmp_path / name).mkdir()
-    whole = subprocess.run(command, cwd=tmp_path / "whole", env=environment, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    reference = subprocess.run(command, cwd=tmp_path / "reference", env=environment, capture_output=True, text=True)
+    assert reference.returncode == 0, reference.stderr
     job = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stdout=subprocess.DEVNULL)
     while job.poll() is None and not list(tmp_path.glob("killed/runs/main/*/checkpoints/step-00000010.ckpt")):
         time.sleep(0.01)
@@ -115,7 +115,7 @@ def test_stream_from_the_hub_resumes_with_its_first_commit(hub, texts, tmp_path)
     smollm(dataset / "main", [text.upper() for text in texts])
     resumed = subprocess.run(command, cwd=tmp_path / "killed", env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0 and "continuing" in resumed.stdout, resumed.stderr
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "reference")
     facts = json.loads(manifest(tmp_path / "killed", "stream").read_text())
     assert set(facts["commits"].values()) == {commit} != {commit_of(dataset / "main")}
     assert resumed.stderr == ""

@@ -127,10 +127,10 @@ def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, times, t
         job.wait()
     assert kills == times and done() == steps
 
-    whole = iter(reader_process.loader(tmp_path, steps, 8))
+    reference = iter(reader_process.loader(tmp_path, steps, 8))
     for step in range(steps):
         files = sorted(tmp_path.glob(f"{step}-*.json"), key=lambda file: file.stat().st_mtime_ns)
         last = files[-1].stem.split("-")[2]  # earlier files may be of unfinished attempts at the step
         ranks = [json.loads((tmp_path / f"{step}-{rank}-{last}.json").read_text()) for rank in range(int(last))]
         rows = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
-        assert rows == next(whole).tokens.tolist(), step
+        assert rows == next(reference).tokens.tolist(), step

@@ -103,8 +103,8 @@ def start_preparation(path: Path, cache: Path, part_tokens: int = 2000, before: 
 
 
 def test_killed_preparations_end_with_the_same_tokens(lines, tmp_path):
-    whole = prepare(corpus_of(lines, deduplicate=True), tmp_path / "whole", 16, part_tokens=2000)
-    assert whole.facts["duplicates"] == 100 and len(whole.facts["train"]["parts"]) > 10
+    reference = prepare(corpus_of(lines, deduplicate=True), tmp_path / "reference", 16, part_tokens=2000)
+    assert reference.facts["duplicates"] == 100 and len(reference.facts["train"]["parts"]) > 10
     rng, continued = random.Random(0), 0
     for _ in range(12):
         process = start_preparation(lines, tmp_path / "killed")
@@ -121,8 +121,8 @@ def test_killed_preparations_end_with_the_same_tokens(lines, tmp_path):
         assert process.returncode == -9, err
     tokens = prepare(corpus_of(lines, deduplicate=True), tmp_path / "killed", 16, part_tokens=2000)
     assert continued >= 2
-    assert tokens.fingerprint == whole.fingerprint and same(tokens, whole)
-    assert {**tokens.facts, "cache_key": None} == {**whole.facts, "cache_key": None}
+    assert tokens.fingerprint == reference.fingerprint and same(tokens, reference)
+    assert {**tokens.facts, "cache_key": None} == {**reference.facts, "cache_key": None}
 
 
 def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, corpus, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, corpus,
     rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
     sources = (Source(name="lines", path=str(lines), weight=200), Source(name="rare", path=str(rare)))
     settings = Corpus(sources, vocab_size=300, val_fraction=0.2)
-    whole = prepare(settings, tmp_path / "whole", 16, part_tokens=3000)
+    reference = prepare(settings, tmp_path / "reference", 16, part_tokens=3000)
     module, stops = sys.modules["data.prepare"], 0
     write, write_atomic, stopping = module.write_part, module.write_atomic, [False]
 
@@ -152,7 +152,7 @@ def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, corpus,
             pieces = prepare(settings, tmp_path / "pieces", 16, part_tokens=3000)
         except KeyboardInterrupt:
             stops += 1
-    assert stops > 10 and pieces.fingerprint == whole.fingerprint and same(whole, pieces)
+    assert stops > 10 and pieces.fingerprint == reference.fingerprint and same(reference, pieces)
 
 
 def test_concurrent_processes_prepare_once(lines, tmp_path):
@@ -190,13 +190,13 @@ def test_truncated_file_is_named(lines, tmp_path):
 
 
 def test_damaged_file_is_named(lines, tmp_path):
-    whole = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=100_000)
-    assert len(whole.facts["train"]["parts"]) > 1
-    assert whole.facts["files"].keys() == {p.name for p in whole.folder.iterdir()} - {"tokens.json"}
-    for name in whole.facts["files"]:
+    reference = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=100_000)
+    assert len(reference.facts["train"]["parts"]) > 1
+    assert reference.facts["files"].keys() == {p.name for p in reference.folder.iterdir()} - {"tokens.json"}
+    for name in reference.facts["files"]:
         for damage in ("flip", "cut", "remove"):
             folder = tmp_path / "damaged"
-            shutil.copytree(whole.folder, folder)
+            shutil.copytree(reference.folder, folder)
             file = folder / name
             content = bytearray(file.read_bytes())
             if damage == "remove":
@@ -207,26 +207,26 @@ def test_damaged_file_is_named(lines, tmp_path):
             with pytest.raises(ValueError, match=rf"damaged \(.*{name}.*\): remove that folder"):
                 open_tokens(folder)
             shutil.rmtree(folder)
-    manifest = (whole.folder / "tokens.json").read_text()
+    manifest = (reference.folder / "tokens.json").read_text()
     for changed in (
         manifest.replace('"tokens": ', '"tokens": 1', 1),
         manifest.replace('"fingerprint"', '"fingerprin"'),
     ):
         assert changed != manifest
-        (whole.folder / "tokens.json").write_text(changed)
+        (reference.folder / "tokens.json").write_text(changed)
         with pytest.raises(ValueError, match=r"damaged .*checksum it was written with"):
-            open_tokens(whole.folder)
-    (whole.folder / "tokens.json").write_text('{"half')
+            open_tokens(reference.folder)
+    (reference.folder / "tokens.json").write_text('{"half')
     with pytest.raises(ValueError, match="damaged"):
         prepare(corpus_of(lines), tmp_path / "cache", 16)
 
 
 def test_max_tokens_ends_the_text_with_a_complete_document(lines, tmp_path):
-    whole = prepare(corpus_of(lines), tmp_path, 16)
+    reference = prepare(corpus_of(lines), tmp_path, 16)
     for part_tokens in (1000, 1 << 26):
         short = prepare(corpus_of(lines, max_tokens=5000), tmp_path / str(part_tokens), 16, part_tokens=part_tokens)
         assert 5000 <= len(short.train) < 5500
-        assert short.train.read(0, 5000).tolist() == whole.train.read(0, 5000).tolist()
+        assert short.train.read(0, 5000).tolist() == reference.train.read(0, 5000).tolist()
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (1 - 1e-9, 2)])

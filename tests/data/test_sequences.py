@@ -22,8 +22,8 @@ def test_every_epoch_is_a_different_permutation(count):
 
 
 def test_any_position_can_be_computed_alone():
-    whole = order(np.arange(500), 101, seed=7)
-    assert [int(order(np.array([p]), 101, seed=7)[0]) for p in range(500)] == whole.tolist()
+    reference = order(np.arange(500), 101, seed=7)
+    assert [int(order(np.array([p]), 101, seed=7)[0]) for p in range(500)] == reference.tolist()
 
 
 def test_order_is_statistically_random():
@@ -51,6 +51,6 @@ def test_unigram_entropy():
 
 
 def test_cached_order_equals_the_order():
-    cached, whole = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
+    cached, reference = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
     for first, rows in ((0, 8), (8, 8), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
-        assert cached(first, rows).tolist() == whole[first : first + rows].tolist()
+        assert cached(first, rows).tolist() == reference[first : first + rows].tolist()

@@ -73,12 +73,12 @@ def test_bytes_of_text_are_estimated_without_reading_all(kind, packed, tmp_path,
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_stream_resumes_after_any_document(kind, packed, tmp_path):
     source = Source(name="s", path=str(write(tmp_path / "x", kind, packed)))
-    whole = texts_of(source)
+    reference = texts_of(source)
     for taken in (0, 1, 3, 4, 13, 14, 15, 39, 40):
         first = Mixture([source])
-        assert [document.text for _, document in zip(range(taken), first, strict=False)] == whole[:taken]
+        assert [document.text for _, document in zip(range(taken), first, strict=False)] == reference[:taken]
         state = json.loads(json.dumps(first.state()))
-        assert [document.text for document in Mixture([source], state)] == whole[taken:]
+        assert [document.text for document in Mixture([source], state)] == reference[taken:]
 
 
 def test_mixture_resumed_twice_keeps_the_position_of_every_source(tmp_path):
@@ -88,7 +88,7 @@ def test_mixture_resumed_twice_keeps_the_position_of_every_source(tmp_path):
         Source(name="b", path=str(write(tmp_path / "b", ".parquet")), weight=0.15),
         Source(name="c", path=str(write(tmp_path / "c", ".txt", ".gz")), weight=0.05),
     ]
-    whole = [document.text for document in Mixture(sources)]
+    reference = [document.text for document in Mixture(sources)]
     texts, state = [], None
     while True:
         mixture = Mixture(sources, state)
@@ -97,7 +97,7 @@ def test_mixture_resumed_twice_keeps_the_position_of_every_source(tmp_path):
             break
         texts += next_texts
         state = json.loads(json.dumps(mixture.state()))
-    assert texts == whole
+    assert texts == reference
 
 
 def test_json_lines_need_only_the_text_column(tmp_path):

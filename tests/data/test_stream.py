@@ -71,19 +71,19 @@ def test_text_of_one_block_has_the_batches_of_prepared_tokens(corpus, max_tokens
 
 
 def test_each_block_yields_its_sequences_once(corpus, tmp_path):
-    whole = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
+    reference = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
     stream, block = streamed(corpus, 50 * LENGTH), 50
     before: list[list[int]] = []
     for epoch in range(2):
         order = []
-        for begin in range(0, len(whole), block):
-            count = min(block, len(whole) - begin)
-            taken = stream.take(epoch * len(whole) + begin, count, documents=True)
+        for begin in range(0, len(reference), block):
+            count = min(block, len(reference) - begin)
+            taken = stream.take(epoch * len(reference) + begin, count, documents=True)
             indices = np.arange(begin, begin + count)
-            rows = {tuple(row): i for i, row in zip(indices, whole.batch(indices).tolist(), strict=True)}
+            rows = {tuple(row): i for i, row in zip(indices, reference.batch(indices).tolist(), strict=True)}
             order.append([rows.pop(tuple(row)) for row in taken.tokens.tolist()])
             assert not rows
-            assert torch.equal(taken.documents, whole.documents(np.array(order[-1])))
+            assert torch.equal(taken.documents, reference.documents(np.array(order[-1])))
         assert all(block_order != sorted(block_order) for block_order in order if len(block_order) > 3)
         assert order != before
         before = order
@@ -98,11 +98,11 @@ def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
 
 
 def test_stream_with_max_tokens_resumes_from_any_block(corpus):
-    whole, taken, states = streamed(corpus, 9 * LENGTH, max_tokens=4000), [], []
+    reference, taken, states = streamed(corpus, 9 * LENGTH, max_tokens=4000), [], []
     for first in range(0, 900, 3):
-        taken.append(whole.take(first, 3).tokens)
-        states.append(json.dumps(whole.state()))
-    whole.close()
+        taken.append(reference.take(first, 3).tokens)
+        states.append(json.dumps(reference.state()))
+    reference.close()
     for saved in range(0, len(states) - 1, 17):
         resumed = streamed(corpus, 9 * LENGTH, max_tokens=4000)
         resumed.load_state(json.loads(states[saved]))
@@ -186,11 +186,11 @@ def test_stream_resumes_from_any_step_on_any_number_of_ranks(corpus):
                 ranks[-1].load_state_dict(json.loads(state))
         return ranks
 
-    (whole,) = loaders()
-    expected, states = [], [json.dumps(whole.state_dict())]
-    for taken in whole:
+    (reference,) = loaders()
+    expected, states = [], [json.dumps(reference.state_dict())]
+    for taken in reference:
         expected.append(taken.tokens.tolist())
-        states.append(json.dumps(whole.state_dict()))
+        states.append(json.dumps(reference.state_dict()))
     assert len(expected) == steps
     for world, micro in ((1, 4), (2, 12), (4, 3)):
         assert rows_of(loaders(world, micro)) == expected

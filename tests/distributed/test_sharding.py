@@ -1,7 +1,7 @@
-"""Real gloo processes: under every sharding, norms, decisions and parameters are those of one process.
+"""Sharded training in gloo processes: norms, decisions and parameters equal those of one process.
 
-Each world trains the same small model on the same global batches, one of which is a spike, and clips with ZClip;
-`reference` does it in one process. SGD keeps rounding visible in the parameters.
+Each case trains the same small model on the same global batches, one of which is a spike, and clips the gradients. The
+test compares it with `train` in one process. SGD keeps rounding errors visible in the parameters.
 """
 
 import os
@@ -25,7 +25,7 @@ Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Net(nn.Module):
-    """Two linear layers under names that a tensor-parallel plan can give; sizes that do not divide evenly."""
+    """Two named linear layers for a tensor-parallel plan, with sizes that do not divide evenly."""
 
     def __init__(self, width: int = 18) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def sgd(parameters) -> torch.optim.Optimizer:
 
 
 def fused_adamw(parameters) -> torch.optim.Optimizer:
-    """Decisions are folded into its step; torch has no fused SGD for DTensors."""
+    """Applies decisions inside its step; torch has no fused SGD for DTensors."""
     return torch.optim.AdamW(parameters, lr=0.01, fused=True)
 
 
@@ -55,25 +55,25 @@ def train(
     rank: int = 0,
     world: int = 1,
     make: Callable = lambda: ZClip(warmup_steps=5),
-    optimizer_of: Callable = sgd,
+    make_optimizer: Callable = sgd,
     **step,
 ) -> Curve:
-    """Train on this rank's part of each batch; return norms, clipped norms and the whole parameters."""
+    """Train on this rank's part of each batch; return norms, clipped norms and the full parameters."""
     strategy = make()
-    optimizer = optimizer_of(model.parameters())
-    norms, kept = [], []
+    optimizer = make_optimizer(model.parameters())
+    norms, clipped_norms = [], []
     for t in range(STEPS):
         optimizer.zero_grad()
         model(batch(t).chunk(world)[rank]).square().mean().backward()
         norms.append(strategy.step(model, optimizer=optimizer, **step).double())
-        kept.append(strategy.telemetry["clipped_norm"])
-        if optimizer_of is fused_adamw and kept[-1] < 0.9 * norms[-1]:
-            assert optimizer.grad_scale > 1, "the decision is folded"
+        clipped_norms.append(strategy.telemetry["clipped_norm"])
+        if make_optimizer is fused_adamw and clipped_norms[-1] < 0.9 * norms[-1]:
+            assert optimizer.grad_scale > 1, "the decision is applied inside the step"
         optimizer.step()
-    return torch.stack(norms), torch.stack(kept), whole(model)
+    return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
-def whole(model: nn.Module) -> torch.Tensor:
+def full_parameters(model: nn.Module) -> torch.Tensor:
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in parameters])
 
@@ -82,12 +82,12 @@ def ddp(rank: int, world: int) -> Curve:
     return train(DistributedDataParallel(Net()), rank, world)
 
 
-def fsdp2(rank: int, world: int, **settings) -> Curve:
+def fsdp2(rank: int, world: int, **options) -> Curve:
     model = Net()
     mesh = init_device_mesh("cpu", (world,))
     for part in (model.up, model.down, model):
         fully_shard(part, mesh=mesh)
-    return train(model, rank, world, **settings)
+    return train(model, rank, world, **options)
 
 
 def fsdp2_adagc(rank: int, world: int) -> Curve:
@@ -98,12 +98,12 @@ def fsdp2_agc(rank: int, world: int) -> Curve:
     return fsdp2(rank, world, make=AGC)
 
 
-def fsdp2_folded(rank: int, world: int) -> Curve:
-    return fsdp2(rank, world, optimizer_of=fused_adamw)
+def fsdp2_fused(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make_optimizer=fused_adamw)
 
 
-def two_axes_folded(rank: int, world: int) -> Curve:
-    return tensor_parallel_and_fsdp2(rank, world, optimizer_of=fused_adamw)
+def two_dimensions_fused(rank: int, world: int) -> Curve:
+    return tensor_parallel_and_fsdp2(rank, world, make_optimizer=fused_adamw)
 
 
 def hsdp(rank: int, world: int) -> Curve:
@@ -112,24 +112,24 @@ def hsdp(rank: int, world: int) -> Curve:
     return train(model, rank, world)
 
 
-def tensor_parallel(rank: int, world: int, **settings) -> Curve:
+def tensor_parallel(rank: int, world: int, **options) -> Curve:
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    return train(parallelize_module(Net(), init_device_mesh("cpu", (world,)), plan), **settings)
+    return train(parallelize_module(Net(), init_device_mesh("cpu", (world,)), plan), **options)
 
 
 def tensor_parallel_agc(rank: int, world: int) -> Curve:
     return tensor_parallel(rank, world, make=AGC)
 
 
-def tensor_parallel_and_fsdp2(rank: int, world: int, **settings) -> Curve:
+def tensor_parallel_and_fsdp2(rank: int, world: int, **options) -> Curve:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
     model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
-    return train(model, rank // (world // 2), 2, **settings)
+    return train(model, rank // (world // 2), 2, **options)
 
 
 def two_meshes(rank: int, world: int) -> Curve:
-    """One layer over all ranks, the other over pairs: two meshes in one model."""
+    """Two meshes in one model: one layer is sharded over all ranks, the other over pairs."""
     model = Net()
     fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
     pairs = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
@@ -138,12 +138,12 @@ def two_meshes(rank: int, world: int) -> Curve:
 
 
 def plain_and_dtensor(rank: int, world: int) -> Curve:
-    """One layer sharded, the other plain with gradients averaged by hand."""
+    """One layer is sharded, the other is plain, with gradients averaged by a hook."""
     model = Net()
     fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
 
     for p in model.down.parameters():
-        p.register_hook(lambda gradient: _averaged(gradient, world))
+        p.register_hook(lambda gradient: _average(gradient, world))
     return train(model, rank, world)
 
 
@@ -155,9 +155,9 @@ def fsdp1(rank: int, world: int, strategy: ShardingStrategy = ShardingStrategy.F
     model = FullyShardedDataParallel(
         Net(), sharding_strategy=strategy, use_orig_params=orig, device_id=torch.device("cpu"), **(group or {})
     )
-    norms, kept, _ = train(model, rank, world)
+    norms, clipped_norms, _ = train(model, rank, world)
     with FullyShardedDataParallel.summon_full_params(model):
-        return norms, kept, whole(model).clone()
+        return norms, clipped_norms, full_parameters(model).clone()
 
 
 def fsdp1_flat(rank: int, world: int) -> Curve:
@@ -173,27 +173,26 @@ def fsdp1_no_shard(rank: int, world: int) -> Curve:
 
 
 def fsdp1_ignoring_a_layer(rank: int, world: int) -> Curve:
-    """One layer is left whole on every rank, its gradients averaged by hand."""
+    """FSDP1 ignores one layer, whose gradients are averaged by a hook."""
     model = Net()
     for p in model.down.parameters():
-        p.register_hook(lambda gradient: _averaged(gradient, world))
-    whole_layer = [model.down]
+        p.register_hook(lambda gradient: _average(gradient, world))
     sharded = FullyShardedDataParallel(
-        model, ignored_modules=whole_layer, use_orig_params=True, device_id=torch.device("cpu")
+        model, ignored_modules=[model.down], use_orig_params=True, device_id=torch.device("cpu")
     )
-    norms, kept, _ = train(sharded, rank, world)
+    norms, clipped_norms, _ = train(sharded, rank, world)
     with FullyShardedDataParallel.summon_full_params(sharded):
-        return norms, kept, whole(sharded).clone()
+        return norms, clipped_norms, full_parameters(sharded).clone()
 
 
-def _averaged(gradient: torch.Tensor, world: int) -> torch.Tensor:
+def _average(gradient: torch.Tensor, world: int) -> torch.Tensor:
     gradient = gradient.clone()
     dist.all_reduce(gradient)
     return gradient / world
 
 
 def fsdp1_agc(rank: int, world: int) -> Curve:
-    with pytest.raises(ValueError, match="AGC looks at the rows of weights, which FSDP1 flattens"):
+    with pytest.raises(ValueError, match="AGC needs the rows of weights, which FSDP1 flattens"):
         train(FullyShardedDataParallel(Net(), device_id=torch.device("cpu")), rank, world, make=AGC)
     return (torch.zeros(1),) * 3
 
@@ -211,48 +210,48 @@ def pipeline_agc(rank: int, world: int) -> Curve:
 
 
 def pipeline(rank: int, world: int, make: Callable = lambda: ZClip(warmup_steps=5)) -> Curve:
-    """Each rank owns one layer and runs the whole model; only its own layer's gradients are its."""
+    """Each rank runs the full model, but clips and trains one layer only."""
     model = Net()
-    mine = (model.up, model.down)[rank]
+    own_layer = (model.up, model.down)[rank]
     zclip = make()
-    optimizer = torch.optim.SGD(mine.parameters(), lr=0.01)
-    norms, kept = [], []
+    optimizer = torch.optim.SGD(own_layer.parameters(), lr=0.01)
+    norms, clipped_norms = [], []
     for t in range(STEPS):
         model.zero_grad()
         model(batch(t)).square().mean().backward()
-        norms.append(zclip.step(mine, optimizer=optimizer, process_group=dist.group.WORLD).double())
-        kept.append(zclip.telemetry["clipped_norm"])
+        norms.append(zclip.step(own_layer, optimizer=optimizer, process_group=dist.group.WORLD).double())
+        clipped_norms.append(zclip.telemetry["clipped_norm"])
         optimizer.step()
         for owner, layer in enumerate((model.up, model.down)):
             for p in layer.parameters():
                 dist.broadcast(p.data, owner)
-    return torch.stack(norms), torch.stack(kept), whole(model)
+    return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
 def rank_without_gradients(rank: int, world: int) -> Curve:
-    """Only rank 0 has gradients: as the last stages of a pipeline that has nothing to do."""
-    model, zclip, norms, kept = Net(), ZClip(warmup_steps=5), [], []
+    """Only rank 0 has gradients, as if later pipeline stages had nothing to do."""
+    model, zclip, norms, clipped_norms = Net(), ZClip(warmup_steps=5), [], []
     for t in range(STEPS):
         model.zero_grad()
         if rank == 0:
             model(batch(t)).square().mean().backward()
         norms.append(zclip.step(model, process_group=dist.group.WORLD).double())
-        kept.append(zclip.telemetry["clipped_norm"])
+        clipped_norms.append(zclip.telemetry["clipped_norm"])
         if rank == 0:
             for p in model.parameters():
                 p.data.sub_(0.01 * p.grad)
         for p in model.parameters():
             dist.broadcast(p.data, 0)
-    return torch.stack(norms), torch.stack(kept), whole(model)
+    return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
-def nobody_has_gradients(rank: int, world: int) -> Curve:
+def no_rank_has_gradients(rank: int, world: int) -> Curve:
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         ZClip().step(Net(), process_group=dist.group.WORLD)
     return (torch.zeros(1),) * 3
 
 
-EVERY = [
+STRATEGIES = [
     NoClipping, lambda: FixedNorm(0.1), lambda: AutoClip(percentile=30), lambda: AutoClip(percentile=30, window=4),
     lambda: ZClip(warmup_steps=5, clip_option="mean"), lambda: ZClip(warmup_steps=5, mode="percentile"),
     lambda: AdaGC(warmup_steps=4), GradientStabilizer, lambda: SkipStep(sigma=2.0, window=6), AGC,
@@ -260,29 +259,29 @@ EVERY = [
 
 
 def every_strategy(rank: int, world: int) -> Curve:
-    """Over two meshes, four ranks: every strategy against its own training in one process."""
-    for make in EVERY:
-        wanted = train(Net(), make=make)
-        got = tensor_parallel_and_fsdp2(rank, world, make=make)
-        for one, other, rtol in zip(got, wanted, (1e-6, 2e-6, 1e-5), strict=True):
+    """Every strategy over two mesh dimensions, against training with it in one process."""
+    for make in STRATEGIES:
+        expected = train(Net(), make=make)
+        curve = tensor_parallel_and_fsdp2(rank, world, make=make)
+        for one, other, rtol in zip(curve, expected, (1e-6, 2e-6, 1e-5), strict=True):
             torch.testing.assert_close(one, other, rtol=rtol, atol=1e-7, msg=f"{make()} differs")
     return (torch.zeros(1),) * 3
 
 
-def bad_rank(rank: int, world: int) -> Curve:
-    """A NaN on one rank skips the step on all of them."""
+def nan_on_one_rank(rank: int, world: int) -> Curve:
+    """A NaN on one rank skips the step on all ranks."""
     model, zclip = Net(), ZClip(warmup_steps=5)
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for t in range(6):
         optimizer.zero_grad()
         model(batch(t).chunk(world)[rank]).square().mean().backward()
-        before = whole(model).clone()
+        before = full_parameters(model).clone()
         if t == 4 and rank == world - 1:
             model.up.weight.grad.to_local()[0] = float("nan")
         zclip.step(model, optimizer=optimizer)
         optimizer.step()
-        assert torch.equal(before, whole(model)) == (t == 4)
+        assert torch.equal(before, full_parameters(model)) == (t == 4)
     assert zclip.read_telemetry()["nonfinite"] == 1
     return (torch.zeros(1),) * 3
 
@@ -306,27 +305,32 @@ CASES = [
     (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
     (fsdp1, 2, {}), (fsdp1_flat, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}),
     (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (fsdp2_agc, 2, {"make": AGC}),
-    (fsdp2_folded, 2, {"optimizer_of": fused_adamw}), (two_axes_folded, 4, {"optimizer_of": fused_adamw}),
+    (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (two_dimensions_fused, 4, {"make_optimizer": fused_adamw}),
     (tensor_parallel_agc, 2, {"make": AGC}), (fsdp1_ignoring_a_layer, 2, {}),
     (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (pipeline_agc, 2, {"make": AGC}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "world", "settings"), CASES, ids=[case.__name__ for case, *_ in CASES])
-def test_sharded_training_is_unsharded_training(case, world, settings, tmp_path):
-    norms, kept, parameters = train(Net(), **settings)
-    assert ((kept / norms - 1).abs() > 0.1).any(), "something is scaled"
+@pytest.mark.parametrize(("case", "world", "options"), CASES, ids=[case.__name__ for case, *_ in CASES])
+def test_sharded_training_equals_unsharded_training(case, world, options, tmp_path):
+    norms, clipped_norms, parameters = train(Net(), **options)
+    assert ((clipped_norms / norms - 1).abs() > 0.1).any(), "some gradients are scaled"
     for curve in run(case, world, tmp_path):
         torch.testing.assert_close(curve[0], norms, rtol=1e-6, atol=0)
-        torch.testing.assert_close(curve[1], kept, rtol=2e-6, atol=0)
+        torch.testing.assert_close(curve[1], clipped_norms, rtol=2e-6, atol=0)
         torch.testing.assert_close(curve[2], parameters, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("case", "world"),
-    [(nobody_has_gradients, 2), (bad_rank, 2), (fsdp1_agc, 2), pytest.param(every_strategy, 4, marks=pytest.mark.slow)],
+    [
+        (no_rank_has_gradients, 2),
+        (nan_on_one_rank, 2),
+        (fsdp1_agc, 2),
+        pytest.param(every_strategy, 4, marks=pytest.mark.slow),
+    ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_all_ranks_act_alike(case, world, tmp_path):
+def test_all_ranks_make_the_same_decision(case, world, tmp_path):
     run(case, world, tmp_path)

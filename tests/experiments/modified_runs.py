@@ -1,58 +1,58 @@
-"""Runs with other numbers than those they were written with."""
+"""Collections of runs with modified numbers."""
 
 import numpy as np
 
-from experiments.paper.collect import Found
-from experiments.paper.judging import at_rates
-from experiments.paper.suites import TABLES, Setting
+from experiments.paper.collect import RunCollection
+from experiments.paper.suites import TABLES, RunSpec
+from experiments.paper.verdict import specs_by_rate
 
-#: The settings of Table 2 by learning rate, and those of the spike lab by strategy.
-RATES = at_rates()
-LAB = {row.label: row.settings for row in TABLES["spike_lab"].rows}
-
-
-def changed(found: Found, change, diverged: set | None = None) -> Found:
-    """The runs as `change` makes them of (setting, seed, run)."""
-    runs = {key: change(*key, run) for key, run in found.runs.items()}
-    return found._replace(runs=runs, diverged=set(diverged or ()))
+#: The runs of Table 2 by learning rate, and those of the spike lab by strategy.
+RATES = specs_by_rate()
+LAB = {row.label: row.specs for row in TABLES["spike_lab"].rows}
 
 
-def with_result(found: Found, numbers: dict[Setting, dict], diverged: set | None = None) -> Found:
-    """The runs with other numbers of result.json; a number may be a list, by seed."""
+def modify(collection: RunCollection, change, diverged: set | None = None) -> RunCollection:
+    """Return the runs as returned by `change(spec, seed, run)`."""
+    runs = {key: change(*key, run) for key, run in collection.runs.items()}
+    return collection._replace(runs=runs, diverged=set(diverged or ()))
 
-    def change(setting, seed, run):
-        own = {
-            key: value[seed] if isinstance(value, list) else value for key, value in numbers.get(setting, {}).items()
+
+def with_result(collection: RunCollection, numbers: dict[RunSpec, dict], diverged: set | None = None) -> RunCollection:
+    """Return the runs with modified numbers of result.json; a list has a value for each seed."""
+
+    def change(spec, seed, run):
+        modified = {
+            key: value[seed] if isinstance(value, list) else value for key, value in numbers.get(spec, {}).items()
         }
-        return run._replace(result={**run.result, **own})
+        return run._replace(result={**run.result, **modified})
 
-    return changed(found, change, diverged)
+    return modify(collection, change, diverged)
 
 
-def with_loss(found: Found, losses: dict[Setting, object], diverged: set | None = None) -> Found:
-    """The runs with other losses, of a function of seed and steps."""
+def with_loss(collection: RunCollection, losses: dict[RunSpec, object], diverged: set | None = None) -> RunCollection:
+    """Return the runs with losses from functions of seed, steps and the original loss."""
 
-    def change(setting, seed, run):
-        if setting not in losses:
+    def change(spec, seed, run):
+        if spec not in losses:
             return run
-        loss = losses[setting](seed, np.arange(len(run.metrics["loss"])), run.metrics["loss"])
+        loss = losses[spec](seed, np.arange(len(run.metrics["loss"])), run.metrics["loss"])
         return run._replace(metrics={**run.metrics, "loss": loss})
 
-    return changed(found, change, diverged)
+    return modify(collection, change, diverged)
 
 
-def after_bad(found: Found, label: str, nats: list[float]) -> Found:
-    """The runs with a strategy's losses in the lab so much above the undisturbed ones after bad batches, by seed."""
+def with_excess_loss(collection: RunCollection, label: str, nats: list[float]) -> RunCollection:
+    """Return the runs with a strategy's excess loss after corrupted batches set to `nats`, by seed."""
 
     def losses(seed, steps, own):
-        run = found.runs[LAB[label]["bad"], seed]
-        loss = found.runs[LAB[label]["good"], seed].metrics["loss"].copy()
+        run = collection.runs[LAB[label]["corrupted"], seed]
+        loss = collection.runs[LAB[label]["baseline"], seed].metrics["loss"].copy()
         for step in run.config["data"]["corruption"]["steps"]:
             loss[step : step + 10] += nats[seed]
         return loss
 
-    return with_loss(found, {LAB[label]["bad"]: losses})
+    return with_loss(collection, {LAB[label]["corrupted"]: losses})
 
 
-def without(found: Found, *keys) -> Found:
-    return found._replace(runs={key: run for key, run in found.runs.items() if key not in keys})
+def without(collection: RunCollection, *keys) -> RunCollection:
+    return collection._replace(runs={key: run for key, run in collection.runs.items() if key not in keys})

@@ -1,65 +1,65 @@
-"""Terms that the paper leaves open, on series worked out by hand."""
+"""Definitions of terms that the paper leaves open, on series worked out by hand."""
 
 import numpy as np
 import pytest
 
 from experiments.run.definitions import (
     Spike,
+    corrupted_spans,
     diverged,
-    excursion,
-    followed,
-    least_spike,
+    excess_loss,
     loss_dips,
     loss_spikes,
-    lost_batches,
-    recovery,
+    min_spike_height,
+    recovery_steps,
+    skip_cost,
     spike_score,
     tokens_to_reach,
 )
 
 # Mean 1.1, standard deviation 0.1; median 1.1, median absolute deviation 0.1.
-CALM = [1.0, 1.2] * 25
+STEADY = [1.0, 1.2] * 25
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
     ("loss", "corrupted_rows", "spikes"),
     [
-        ([*CALM, 9.0, *CALM], {50}, []),
-        ([*CALM, 9.0, 3.0, 2.0, *CALM], {50}, [Spike(51, 2)]),
-        ([*CALM, 3.0, 9.0, 3.0, *CALM], {51}, [Spike(50, 3)]),
-        ([*CALM, 3.0, 9.0, 1.0, 3.0], {51}, [Spike(50, 1), Spike(53, 1)]),
-        ([*CALM, NAN, 1.0], {50}, []),
+        ([*STEADY, 9.0, *STEADY], {50}, []),
+        ([*STEADY, 9.0, 3.0, 2.0, *STEADY], {50}, [Spike(51, 2)]),
+        ([*STEADY, 3.0, 9.0, 3.0, *STEADY], {51}, [Spike(50, 3)]),
+        ([*STEADY, 3.0, 9.0, 1.0, 3.0], {51}, [Spike(50, 1), Spike(53, 1)]),
+        ([*STEADY, NAN, 1.0], {50}, []),
     ],
 )
-def test_bad_batches_are_in_no_spike_and_end_none(loss, corrupted_rows, spikes):
+def test_corrupted_batches_neither_belong_to_spikes_nor_end_them(loss, corrupted_rows, spikes):
     assert loss_spikes(np.array(loss), corrupted_rows) == spikes
 
 
 def test_a_spike_is_five_robust_deviations_above_the_median():
-    """1.1 + 5 * 1.4826 * 0.1 = 1.8413; spikes are not what is normal, however long they last."""
-    assert loss_spikes(np.array([*CALM, 1.84])) == []
-    assert loss_spikes(np.array([*CALM, 1.85])) == [Spike(50, 1)]
-    assert loss_spikes(np.array([*CALM, *[9.0] * 60, 1.85, 1.1])) == [Spike(50, 61)]
-    assert least_spike(np.array([*CALM, 1.1])) == pytest.approx(0.7413)
+    """1.1 + 5 * 1.4826 * 0.1 = 1.8413; steps in spikes are never normal, however long they last."""
+    assert loss_spikes(np.array([*STEADY, 1.84])) == []
+    assert loss_spikes(np.array([*STEADY, 1.85])) == [Spike(50, 1)]
+    assert loss_spikes(np.array([*STEADY, *[9.0] * 60, 1.85, 1.1])) == [Spike(50, 61)]
+    assert min_spike_height(np.array([*STEADY, 1.1])) == pytest.approx(0.7413)
     # With the 1.1 in the median's window it is 1.15 with a deviation of 0.05, then 1.05: limits 1.52065 and 1.42065.
-    assert least_spike(np.array([*CALM, 9.0, 1.1, 1.0, 1.2]), {50}) == pytest.approx(0.52065)
-    assert np.isnan(least_spike(np.array(CALM)))
-    # Steps in spikes, of which there are more than others here, are not asked.
-    assert least_spike(np.array([*CALM, 1.1, *[9.0] * 5])) == pytest.approx(0.7413)
+    assert min_spike_height(np.array([*STEADY, 9.0, 1.1, 1.0, 1.2]), {50}) == pytest.approx(0.52065)
+    assert np.isnan(min_spike_height(np.array(STEADY)))
+    # Steps in spikes, which are the majority here, do not count.
+    assert min_spike_height(np.array([*STEADY, 1.1, *[9.0] * 5])) == pytest.approx(0.7413)
 
 
 def test_dips_are_spikes_downwards():
-    """1.1 - 0.7413 = 0.3587; what is no number, and what is in a spike, is neither."""
-    assert loss_dips(np.array([0.36, *CALM])) == 0 and loss_dips(np.array([0.35, *CALM])) == 1
-    assert loss_dips(np.array([*CALM, 0.35])) == 0, "read from the end the first fifty are not judged"
-    assert loss_dips(np.array([*CALM, 0.35, 0.3, 1.1, NAN, 0.3, *CALM])) == 2
-    assert loss_dips(np.array([*CALM, *[9.0] * 60, *CALM])) == 0, "a loss that comes back from a spike"
-    assert loss_dips(np.array([*CALM, 0.1, 1.0, *CALM]), {50}) == 0
+    """1.1 - 0.7413 = 0.3587; NaN and steps in spikes are not dips."""
+    assert loss_dips(np.array([0.36, *STEADY])) == 0 and loss_dips(np.array([0.35, *STEADY])) == 1
+    assert loss_dips(np.array([*STEADY, 0.35])) == 0, "read from the end the first fifty are not judged"
+    assert loss_dips(np.array([*STEADY, 0.35, 0.3, 1.1, NAN, 0.3, *STEADY])) == 2
+    assert loss_dips(np.array([*STEADY, *[9.0] * 60, *STEADY])) == 0, "a loss that comes back from a spike"
+    assert loss_dips(np.array([*STEADY, 0.1, 1.0, *STEADY]), {50}) == 0
 
 
-def test_a_loss_that_falls_has_no_more_dips_than_spikes():
-    """Upwards and downwards it is as far to what is normal."""
+def test_a_falling_loss_has_as_many_dips_as_spikes():
+    """Dips and spikes are equally far from the normal level."""
     rng = np.random.default_rng(0)
     up = down = 0
     for _ in range(12):
@@ -74,20 +74,20 @@ def test_a_loss_that_falls_has_no_more_dips_than_spikes():
 
 
 def test_a_spike_score_looks_back_a_thousand_steps():
-    assert spike_score(np.array([*[5.0, -5.0] * 50, *CALM * 20, 1.81])) == pytest.approx(1 / 1051)
+    assert spike_score(np.array([*[5.0, -5.0] * 50, *STEADY * 20, 1.81])) == pytest.approx(1 / 1051)
 
 
 @pytest.mark.parametrize(
     ("values", "corrupted_rows", "score"),
     [
-        (CALM, (), NAN),
-        ([*CALM, 1.1], (), 0.0),
-        ([*CALM, 1.79], (), 0.0),
-        ([*CALM, 1.81], (), 1.0),
-        ([*CALM, 0.39], (), 1.0),
-        ([*CALM, 1.81, 1.1], (), 0.5),
-        ([*CALM, NAN, 1.1], (), 0.5),
-        ([*CALM, 1.81, 1.1], (50,), 0.0),
+        (STEADY, (), NAN),
+        ([*STEADY, 1.1], (), 0.0),
+        ([*STEADY, 1.79], (), 0.0),
+        ([*STEADY, 1.81], (), 1.0),
+        ([*STEADY, 0.39], (), 1.0),
+        ([*STEADY, 1.81, 1.1], (), 0.5),
+        ([*STEADY, NAN, 1.1], (), 0.5),
+        ([*STEADY, 1.81, 1.1], (50,), 0.0),
     ],
 )
 def test_spike_score(values, corrupted_rows, score):
@@ -95,7 +95,7 @@ def test_spike_score(values, corrupted_rows, score):
 
 
 @pytest.mark.parametrize(
-    ("loss", "gone"),
+    ("loss", "expected"),
     [
         (list(np.linspace(7, 2, 100)), False),
         ([*np.linspace(7, 2, 90), *[2.49] * 10], False),
@@ -106,8 +106,8 @@ def test_spike_score(values, corrupted_rows, score):
         ([2.0], False),
     ],
 )
-def test_a_run_has_diverged_half_a_nat_above_its_lowest_level(loss, gone):
-    assert diverged(np.array(loss)) is gone
+def test_a_run_has_diverged_half_a_nat_above_its_lowest_level(loss, expected):
+    assert diverged(np.array(loss)) is expected
 
 
 def test_tokens_to_reach_a_loss():
@@ -122,48 +122,51 @@ def test_tokens_to_reach_a_loss():
     assert tokens_to_reach(np.array([2.0, 1.0]), np.array([1.0, 2.0]), 1.5) == 2, "of fewer steps all"
 
 
-def test_lost_batches():
+def test_skip_cost():
     """The loss falls by 0.01 a step: after one it is a step behind, after three in a row three."""
     falling = 6 - 0.01 * np.arange(60)
-    assert lost_batches(falling, {10}) == pytest.approx(0.01)
-    assert lost_batches(falling, {10, 11, 12}) == pytest.approx(0.03)
-    assert lost_batches(falling, {10, 30}) == pytest.approx(0.015), "one, and two"
-    assert lost_batches(-falling, {10}) == 0
+    assert skip_cost(falling, {10}) == pytest.approx(0.01)
+    assert skip_cost(falling, {10, 11, 12}) == pytest.approx(0.03)
+    assert skip_cost(falling, {10, 30}) == pytest.approx(0.015), "one, and two"
+    assert skip_cost(-falling, {10}) == 0
     both = np.concatenate([falling, falling[-1] + 0.02 * np.arange(60)])
-    assert lost_batches(both, {20, 100}) == 0, "0.01, and two times -0.02: none on the mean"
+    assert skip_cost(both, {20, 100}) == 0, "0.01, and two times -0.02: none on the mean"
     bent = np.where(np.arange(200) < 100, 0.0, -0.01 * (np.arange(200) - 100.0))
-    assert lost_batches(bent, {75}) == 0 and lost_batches(bent, {125}) == pytest.approx(0.01)
+    assert skip_cost(bent, {75}) == 0 and skip_cost(bent, {125}) == pytest.approx(0.01)
     # Of 25 steps before and 25 from it on, with time t from -24.5 to 24.5: the sum of t * max(0, t - 0.5) over t * t.
     t = np.arange(50) - 24.5
-    assert lost_batches(bent, {100}) == pytest.approx(0.01 * (t @ np.maximum(0, t - 0.5)) / (t @ t))
-    assert np.isnan(lost_batches(np.where(np.arange(60) == 20, NAN, falling), {10}))
+    assert skip_cost(bent, {100}) == pytest.approx(0.01 * (t @ np.maximum(0, t - 0.5)) / (t @ t))
+    assert np.isnan(skip_cost(np.where(np.arange(60) == 20, NAN, falling), {10}))
 
 
-def test_bad_batches_that_no_step_follows():
-    assert followed({59}, 60) == followed({58, 59}, 60) == followed(set(), 60) == []
-    assert followed({10, 11, 30}, 60) == [(11, 30), (30, 60)]
+def test_corrupted_batches_followed_by_no_step():
+    assert corrupted_spans({59}, 60) == corrupted_spans({58, 59}, 60) == corrupted_spans(set(), 60) == []
+    assert corrupted_spans({10, 11, 30}, 60) == [(11, 30), (30, 60)]
 
 
-def test_a_loss_below_the_undisturbed_one():
-    calm = np.full(60, 2.0)
-    assert excursion(calm - 0.1, calm, {10}) == pytest.approx(-0.1) and recovery(calm - 0.1, calm, {10}) == 0
+def test_a_loss_below_the_baseline():
+    baseline = np.full(60, 2.0)
+    assert (
+        excess_loss(baseline - 0.1, baseline, {10}) == pytest.approx(-0.1)
+        and recovery_steps(baseline - 0.1, baseline, {10}) == 0
+    )
 
 
-def test_excursion_and_recovery():
-    calm = np.full(60, 2.0)
-    loss = calm.copy()
-    loss[10] = 9.0  # the bad batch itself
+def test_excess_loss_and_recovery():
+    baseline = np.full(60, 2.0)
+    loss = baseline.copy()
+    loss[10] = 9.0  # the corrupted batch itself
     loss[11:16] += 0.4
-    assert excursion(loss, calm, {10}) == pytest.approx(0.2)
+    assert excess_loss(loss, baseline, {10}) == pytest.approx(0.2)
     # Means of five from step 11 on: 0.4, 0.32, 0.24, 0.16, 0.08, 0.
-    assert recovery(loss, calm, {10}) == 5
-    assert recovery(calm, calm, {10}) == 0
+    assert recovery_steps(loss, baseline, {10}) == 5
+    assert recovery_steps(baseline, baseline, {10}) == 0
     loss[30] = 9.0
-    assert excursion(loss, calm, {10, 30}) == pytest.approx(0.1), "the mean over the bad batches"
-    assert recovery(loss, calm, {10, 30}) == 2.5
+    assert excess_loss(loss, baseline, {10, 30}) == pytest.approx(0.1), "the mean over the corrupted batches"
+    assert recovery_steps(loss, baseline, {10, 30}) == 2.5
     # Two in a row count as one: nothing is between them. The last has four steps to the end.
-    loss = calm.copy()
+    loss = baseline.copy()
     loss[[54, 55]] = 9.0
     loss[56:] += 1.0
-    assert excursion(loss, calm, {54, 55}) == pytest.approx(1.0)
-    assert recovery(loss, calm, {54, 55}) == 4
+    assert excess_loss(loss, baseline, {54, 55}) == pytest.approx(1.0)
+    assert recovery_steps(loss, baseline, {54, 55}) == 4

@@ -1,4 +1,4 @@
-"""From run folders to figures and the report."""
+"""Figures and the report from run folders."""
 
 import re
 
@@ -6,58 +6,57 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.paper.claims import SUPPORTED, verdicts
-from experiments.paper.collect import Found
-from experiments.paper.distributions import UnfitWindow, distributions, norm_windows
+from experiments.paper.claims import SUPPORTED, judge_claims
+from experiments.paper.collect import RunCollection
+from experiments.paper.distributions import WindowError, draw_distributions, norm_windows
 from experiments.paper.drawing import smooth
-from experiments.paper.figures import DRAWN, draw
-from experiments.paper.report import report, verdicts_in_markdown
-from experiments.paper.suites import FIGURES, STRATEGIES, TABLES
-from experiments.paper.tables import fill, markdown
+from experiments.paper.figures import FIGURES, draw
+from experiments.paper.report import Provenance, report, verdicts_markdown
+from experiments.paper.suites import FIGURE_RUNS, STRATEGIES, TABLES
+from experiments.paper.tables import fill_table, markdown
 from scripts.paper_runs import figure3
 from tests.experiments.conftest import SEEDS
 
 
 def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     for table in TABLES.values():
-        for row, cells in zip(table.rows, fill(table, everything).cells, strict=True):
+        for row, cells in zip(table.rows, fill_table(table, everything).cells, strict=True):
             for column, cell in zip(table.columns, cells, strict=True):
                 assert len(cell.values) == 3, (table.name, row.label, column.header)
-    figures = {name: draw(name, everything) for name in DRAWN}
+    figures = {name: draw(name, everything) for name in FIGURES}
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=30)
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
-    judged = verdicts(everything)
-    page = report(
-        everything, judged, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today."
-    )
-    assert page.count("data:image/svg+xml;base64,") == len(DRAWN) and "figure99" in page
+    verdicts = judge_claims(everything)
+    provenance = Provenance("micro", ["make it so"], "Made today.")
+    page = report(everything, verdicts, list(TABLES.values()), figures, ["figure99"], provenance)
+    assert page.count("data:image/svg+xml;base64,") == len(FIGURES) and "figure99" in page
     assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
-    assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
+    assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
-    said = verdicts_in_markdown(everything, judged, "micro")
-    assert said.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in said
+    text = verdicts_markdown(everything, verdicts, "micro")
+    assert text.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in text
 
 
-def test_figures_name_the_runs_that_are_missing(everything):
-    gone = {(STRATEGIES["AutoClip"], 1), (STRATEGIES["ZClip"], 2)}
-    found = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in gone})
-    said = {name: below(name, found) for name in DRAWN}
-    assert "not run: AutoClip (seed 1), ZClip (seed 2)" in said["table3"]
-    assert {name for name, line in said.items() if "not run" in line} == {
+def test_captions_name_missing_runs(everything):
+    modified = {(STRATEGIES["AutoClip"], 1), (STRATEGIES["ZClip"], 2)}
+    collection = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in modified})
+    captions = {name: caption(name, collection) for name in FIGURES}
+    assert "not run: AutoClip (seed 1), ZClip (seed 2)" in captions["table3"]
+    assert {name for name, line in captions.items() if "not run" in line} == {
         "table3", "figure5", "figure7", "figure8", "ema",
     }  # fmt: skip
-    assert all("not run" not in below(name, everything) for name in DRAWN)
+    assert all("not run" not in caption(name, everything) for name in FIGURES)
 
 
-def below(name: str, found: Found) -> str:
-    figure = draw(name, found)
+def caption(name: str, collection: RunCollection) -> str:
+    figure = draw(name, collection)
     plt.close(figure)
     return figure.get_supxlabel()
 
 
 def test_losses_are_compared_seed_by_seed(everything):
-    """ZClip's five steps after a bad batch are 0.05, 0.055 and 0.06 above, those of no clipping 0.8, 0.88 and 0.96."""
+    """ZClip's five steps after a corrupted batch are 0.05, 0.055 and 0.06 higher, no clipping's 0.8, 0.88 and 0.96."""
     losses, minus = draw("table3", everything).axes
     assert [line.get_label() for line in losses.lines[:4]] == list(STRATEGIES)
     zclip = next(line for line in minus.lines if line.get_label() == "ZClip")
@@ -72,22 +71,22 @@ def drawn(axes, label: str) -> np.ndarray:
     return next(line for line in axes.lines if line.get_label() == label).get_ydata()
 
 
-def column(found: Found, setting, name: str) -> np.ndarray:
-    return np.mean([found.runs[setting, seed].metrics[name] for seed in SEEDS], axis=0)
+def column(collection: RunCollection, spec, name: str) -> np.ndarray:
+    return np.mean([collection.runs[spec, seed].metrics[name] for seed in SEEDS], axis=0)
 
 
-def test_norms_are_those_before_and_after(everything):
+def test_figures_show_norms_before_and_after_clipping(everything):
     before, after = draw("figure7", everything).axes
-    zclip = FIGURES["figure7"]["ZClip"]
+    zclip = FIGURE_RUNS["figure7"]["ZClip"]
     assert np.allclose(drawn(before, "norm before"), column(everything, zclip, "grad_norm"))
     assert np.allclose(drawn(after, "norm after"), column(everything, zclip, "clipped_norm"))
     axes = draw("figure5", everything).axes
     assert [ax.get_ylabel() for ax in axes[::3]] == [f"learning rate {rate}" for rate in ("5e-3", "3e-3", "1e-3")]
     for row, rate in enumerate(("5e-3", "3e-3", "1e-3")):
         for label in ("Fixed 1.0", "ZClip"):
-            setting = FIGURES["figure5"][f"{label} at {rate}"]
-            assert np.allclose(drawn(axes[3 * row + 1], label), column(everything, setting, "grad_norm"))
-            assert np.allclose(drawn(axes[3 * row + 2], label), column(everything, setting, "clipped_norm"))
+            spec = FIGURE_RUNS["figure5"][f"{label} at {rate}"]
+            assert np.allclose(drawn(axes[3 * row + 1], label), column(everything, spec, "grad_norm"))
+            assert np.allclose(drawn(axes[3 * row + 2], label), column(everything, spec, "clipped_norm"))
 
 
 def test_statistics_are_drawn_after_warm_up(everything):
@@ -97,48 +96,48 @@ def test_statistics_are_drawn_after_warm_up(everything):
         assert np.isnan(line[:25]).all() and np.allclose(line[25:], value)
 
 
-def test_the_spike_lab_shows_what_is_above_the_undisturbed_run(everything):
-    """Fixed clipping's five steps after a bad batch are 0.3, 0.33 and 0.36 above."""
+def test_spike_lab_shows_the_loss_minus_the_baseline_runs(everything):
+    """Fixed clipping's five steps after a corrupted batch are 0.3, 0.33 and 0.36 above."""
     axes = {ax.get_title(): ax for ax in draw("spike_lab", everything).axes}
     _, above = axes["Fixed 1.0"].lines[0].get_data()
     assert above[82] == pytest.approx(0.33) and above[70] == pytest.approx(0) and len(axes) == 10
 
 
-def test_figure_4_says_when_zclip_is_there(everything):
+def test_figure_4_labels_when_zclip_reaches_the_loss(everything):
     """Seed by seed: lines that fall to the same loss in 139 and in 69.5 steps; see test_claims.py for the 52 %."""
-    fixed, zclip = FIGURES["figure4"].values()
+    fixed, zclip = FIGURE_RUNS["figure4"].values()
     takes = {fixed: (139, 139, 139), zclip: (69.5, 60, 50)}
     runs = {
-        (setting, seed): run._replace(
-            metrics={**run.metrics, "loss": 6 - np.arange(140) / takes.get(setting, (139,) * 3)[seed]}
+        (spec, seed): run._replace(
+            metrics={**run.metrics, "loss": 6 - np.arange(140) / takes.get(spec, (139,) * 3)[seed]}
         )
-        for (setting, seed), run in everything.runs.items()
+        for (spec, seed), run in everything.runs.items()
     }
     faster = everything._replace(runs=runs)
     labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
-    assert "ZClip is there with 52% fewer tokens" in labels and "bad batch put in" in labels
-    for gone, said in (
+    assert "ZClip reaches it with 52% fewer tokens" in labels and "corrupted batch" in labels
+    for diverged, label in (
         ((zclip, 0), "ZClip does not reach it with 1 of 3 seeds"),
         ((fixed, 1), "fixed clipping has diverged"),
     ):
-        figure = draw("figure4", faster._replace(diverged={gone}))
+        figure = draw("figure4", faster._replace(diverged={diverged}))
         labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        assert said in labels, "as the verdict has it"
+        assert label in labels, "like the verdict"
     runs[fixed, 1] = runs[fixed, 1]._replace(metrics={**runs[fixed, 1].metrics, "loss": np.full(140, np.nan)})
     labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
     assert "fixed clipping has diverged" in labels
 
 
-def test_lines_of_fewer_seeds_say_so(everything):
-    gone = everything._replace(
+def test_labels_name_the_number_of_seeds_if_it_differs(everything):
+    modified = everything._replace(
         runs={key: run for key, run in everything.runs.items() if key != (STRATEGIES["ZClip"], 1)}
     )
-    losses, _ = draw("table3", gone).axes
+    losses, _ = draw("table3", modified).axes
     assert [line.get_label() for line in losses.lines[2:4]] == ["AutoClip", "ZClip (2 of 3 seeds)"]
-    assert "ZClip (2 of 3 seeds)" in [line.get_label() for line in draw("figure5", gone).axes[-1].lines]
+    assert "ZClip (2 of 3 seeds)" in [line.get_label() for line in draw("figure5", modified).axes[-1].lines]
 
 
-def test_figure_3_is_what_the_strategies_compute():
+def test_figure_3_shows_the_strategies_clipping_functions():
     max_, mean, reciprocal = figure3().axes[0].lines
     z = max_.get_xdata()
     assert np.allclose(max_.get_ydata(), np.minimum(z, 2.5), atol=1e-3)
@@ -146,32 +145,32 @@ def test_figure_3_is_what_the_strategies_compute():
     assert np.allclose(reciprocal.get_ydata(), np.where(z > 2.5, 2.5**2 / np.maximum(z, 1e-9), z), atol=1e-3)
 
 
-def test_figure_9_is_of_norms_without_bad_batches(everything):
+def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything):
     axes = draw("figure9", everything).axes
     assert [ax.get_ylabel() for ax in axes[::4]] == ["steps 50 to 99\ndensity", "steps 100 to 140\ndensity"]
-    calm = everything.runs[FIGURES["figure9"]["ZClip"], 0]
-    assert not calm.config["data"]["corruption"]["steps"]
-    ordered = np.sort(calm.metrics["grad_norm"][49:99])
+    baseline = everything.runs[FIGURE_RUNS["figure9"]["ZClip"], 0]
+    assert not baseline.config["data"]["corruption"]["steps"]
+    ordered = np.sort(baseline.metrics["grad_norm"][49:99])
     for ax, values in ((axes[1], ordered), (axes[3], np.log(ordered))):
         assert np.allclose(ax.lines[0].get_ydata(), values)
 
 
-def test_runs_that_diverged_are_drawn_as_far_as_they_went(everything, tmp_path):
-    gone = {}
+def test_diverged_runs_are_drawn_up_to_divergence(everything, tmp_path):
+    modified = {}
     for key, run in everything.runs.items():
         metrics = {name: column.copy() for name, column in run.metrics.items()}
         for name in ("loss", "grad_norm", "clipped_norm"):
             metrics[name][60:] = np.nan
-        gone[key] = run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
-    found = everything._replace(runs=gone, diverged=set(gone))
-    for name in DRAWN:
-        draw(name, found).savefig(tmp_path / f"{name}.png", dpi=30)
-    table3 = markdown(fill(TABLES["table3"], found))
+        modified[key] = run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
+    collection = everything._replace(runs=modified, diverged=set(modified))
+    for name in FIGURES:
+        draw(name, collection).savefig(tmp_path / f"{name}.png", dpi=30)
+    table3 = markdown(fill_table(TABLES["table3"], collection))
     assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
-    assert all(verdict.verdict != SUPPORTED for verdict in verdicts(found)[2:7])
+    assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(collection).values()][2:7])
 
 
-def test_the_windows_of_figure_9_are_the_papers_in_a_run_of_its_length(everything):
+def test_figure_9_has_the_papers_windows_in_a_run_of_its_length(everything):
     run = next(iter(everything.runs.values()))
     long = run._replace(metrics={"step": np.arange(1, 11_901)})
     assert norm_windows(long) == [(500, 634), (3050, 3184)]
@@ -179,15 +178,15 @@ def test_the_windows_of_figure_9_are_the_papers_in_a_run_of_its_length(everythin
 
 
 @pytest.mark.parametrize(
-    ("window", "said"), [((50, 400), "the run has 140 steps"), ((79, 80), "it has 2 norms, and 3 are needed")]
+    ("window", "message"), [((50, 400), "the run has 140 steps"), ((79, 80), "it has 2 norms, and 3 are needed")]
 )
-def test_windows_that_do_not_fit_are_refused(window, said, everything):
-    with pytest.raises(UnfitWindow, match=rf"windows=\[\[{window[0]},{window[1]}\]\] is not allowed: {said}"):
-        distributions(everything, [window])
+def test_windows_that_do_not_fit_are_rejected(window, message, everything):
+    with pytest.raises(WindowError, match=rf"windows=\[\[{window[0]},{window[1]}\]\] is not allowed: {message}"):
+        draw_distributions(everything, [window])
 
 
-def test_no_mean_is_of_steps_before_a_bad_batch_and_after_it():
-    """Of 180 steps the mean of three; alone between two bad batches a step is itself."""
+def test_smoothing_never_spans_a_corrupted_batch():
+    """Of 180 steps the mean of three; alone between two corrupted batches a step is itself."""
     values = np.arange(180.0)
     smoothed, width = smooth(np.where(values >= 91, values + 900, values), {88, 90})
     assert width == 3 and np.isnan(smoothed[[88, 90]]).all()

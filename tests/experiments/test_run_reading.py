@@ -1,4 +1,4 @@
-"""Definitions on series worked out by hand, and the picture of a run."""
+"""Reading a run: loss spikes worked out by hand, the summary, the tables and the plot."""
 
 import io
 import json
@@ -10,24 +10,24 @@ from rich.console import Console
 from experiments.run.definitions import Spike, loss_spikes
 from experiments.run.plot import draw_run, plot_run
 from experiments.run.read import read_run
-from experiments.run.summary import PARTS, comparison, summarise, table
+from experiments.run.summary import STEP_PHASES, comparison, summarise, table
 
 # Alternating 1.0 and 1.2: median 1.1, median absolute deviation 0.1, so 5 sigma is 1.1 + 0.7413.
-CALM = [1.0, 1.2] * 25
+STEADY = [1.0, 1.2] * 25
 
 
 @pytest.mark.parametrize(
     ("loss", "spikes"),
     [
-        (CALM * 3, []),
-        ([*CALM, 1.84, *CALM], []),
-        ([*CALM, 1.85, *CALM], [Spike(50, 1)]),
-        ([*CALM, 3.0, 3.0, 2.0, *CALM, 2.0], [Spike(50, 3), Spike(103, 1)]),
-        ([*CALM, 9.0, 1.0, 9.0], [Spike(50, 1), Spike(52, 1)]),
-        ([*CALM, *[5.0] * 200], [Spike(50, 200)]),
-        ([*CALM, float("nan"), float("inf"), 1.0], [Spike(50, 2)]),
+        (STEADY * 3, []),
+        ([*STEADY, 1.84, *STEADY], []),
+        ([*STEADY, 1.85, *STEADY], [Spike(50, 1)]),
+        ([*STEADY, 3.0, 3.0, 2.0, *STEADY, 2.0], [Spike(50, 3), Spike(103, 1)]),
+        ([*STEADY, 9.0, 1.0, 9.0], [Spike(50, 1), Spike(52, 1)]),
+        ([*STEADY, *[5.0] * 200], [Spike(50, 200)]),
+        ([*STEADY, float("nan"), float("inf"), 1.0], [Spike(50, 2)]),
         ([1.0, float("nan"), 1.0], [Spike(1, 1)]),
-        ([9.0, *CALM], []),
+        ([9.0, *STEADY], []),
         (list(np.linspace(9, 2, 300)), []),
         ([], []),
     ],
@@ -64,14 +64,14 @@ def test_summary(tmp_path):
     assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None
     timed = write_run(tmp_path / "timed", [row(1, 1.0, 0.0) | {"mfu": 0.4, "data_seconds": 0.5, "peak_memory_gib": 2}])
     assert summarise(timed)["mfu"] == 0.4 and summarise(timed)["step_seconds"]["data"] == 0.5
-    steps = [row(i + 1, 1.0, 0.0) | {f"{part}_seconds": 0.25 for part in PARTS} | {"mfu": 0.1} for i in range(9)]
+    steps = [row(i + 1, 1.0, 0.0) | {f"{part}_seconds": 0.25 for part in STEP_PHASES} | {"mfu": 0.1} for i in range(9)]
     compiled = write_run(tmp_path / "compiled", [s | {"tokens_per_second": 1.0, "mfu": 0.01} for s in steps])
     assert summarise(compiled)["tokens_per_second"] == 10 and summarise(compiled)["mfu"] == pytest.approx(0.1)
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
 
 
-def test_the_tables_show_the_numbers():
+def test_tables_show_the_numbers():
     result = {
         "test_loss": 5.2756, "train_loss": 5.5, "unigram_entropy": 6.5232, "test_tokens": 128000, "spikes": 3,
         "steps": 300, "spike_definition": "a definition", "clipped_share": 0.04, "clipped_by_z": 2,
@@ -97,7 +97,7 @@ def test_the_tables_show_the_numbers():
         assert shown in text
 
 
-def test_many_settings_of_a_sweep_can_be_read_in_a_narrow_terminal():
+def test_many_varied_settings_fit_a_narrow_terminal():
     result = {"test_loss": 4.5, "train_loss": 4.6, "spikes": 0, "clipped_share": 0.1}
     jobs = [({"clip": "zclip", "a": "1", "same": "0"}, result), ({"b": "2", "c": "3", "same": "0"}, result)]
     console = Console(width=80, record=True, file=io.StringIO())
@@ -108,7 +108,7 @@ def test_many_settings_of_a_sweep_can_be_read_in_a_narrow_terminal():
     assert "=" not in console.export_text()
 
 
-def test_the_picture_shows_the_columns(tmp_path):
+def test_plot_shows_the_columns(tmp_path):
     rows = [row(i + 1, 5.0 - 0.01 * i, None if i < 20 else 4.0 * (i == 50), float(i == 50)) for i in range(80)]
     rows = [r | {"grad_norm": 2.0 + i, "clipped_norm": 1.0 + i} for i, r in enumerate(rows)]
     loss, norm, z = draw_run(write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})).axes
@@ -130,7 +130,7 @@ def test_the_picture_shows_the_columns(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "diverged", "without z", "one step", "zero norms"])
-def test_every_run_has_a_picture(tmp_path, kind):
+def test_every_kind_of_run_can_be_plotted(tmp_path, kind):
     rows = [row(i + 1, 5.0 - 0.01 * i, None if i < 20 else 20.0 * (i == 50), float(i == 50)) for i in range(80)]
     if kind == "diverged":
         for r in rows[40:]:
@@ -142,9 +142,9 @@ def test_every_run_has_a_picture(tmp_path, kind):
     elif kind == "zero norms":
         rows = [r | {"grad_norm": 0.0, "clipped_norm": 0.0} for r in rows]
     run = write_run(tmp_path / "run", rows, {"test_loss": None if kind == "diverged" else 4.0, "unigram_entropy": 6.0})
-    picture = plot_run(run)
-    assert picture == tmp_path / "run" / "plots" / "run.png"
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plot = plot_run(run)
+    assert plot == tmp_path / "run" / "plots" / "run.png"
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     if kind == "diverged":
         assert summarise(run)["train_loss"] is None
         assert summarise(run)["spikes"] == 1

@@ -1,82 +1,88 @@
-"""From run folders to tables; folders that are not what they should be."""
+"""Tables from run folders, and folders that are missing, damaged or unexpected."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
-from experiments.paper.claims import NOT_TESTABLE, verdicts
+from experiments.paper.claims import NOT_TESTABLE, judge_claims
 from experiments.paper.collect import collect
 from experiments.paper.drawing import NothingToDraw
-from experiments.paper.figures import DRAWN, draw
+from experiments.paper.figures import FIGURES, draw
+from experiments.paper.footnotes import describe_runs
 from experiments.paper.suites import STRATEGIES, TABLES
-from experiments.paper.tables import about, as_csv, fill, latex, markdown
-from tests.experiments.conftest import BAD, expected, write_run
-from training.config.checks import identity
+from experiments.paper.tables import as_csv, escape_latex, fill_table, latex, markdown
+from tests.experiments.conftest import CORRUPTED_STEPS, expected_runs, with_settings, write_run
+from training.config.compose import saved_identity, to_yaml
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_each_table_to_the_letter(name, everything):
-    """The files were held against the runs by hand; what changes a table on purpose writes them again."""
-    assert markdown(fill(TABLES[name], everything)) == (Path(__file__).parent / "tables" / f"{name}.md").read_text()
+def test_tables_match_golden_files(name, everything):
+    """The golden files were checked by hand against the runs. Write them again when a table is to change."""
+    assert (
+        markdown(fill_table(TABLES[name], everything)) == (Path(__file__).parent / "tables" / f"{name}.md").read_text()
+    )
 
 
-def test_numbers_of_fewer_seeds_say_so_and_are_not_the_best(everything):
+def test_cells_with_fewer_seeds_say_so_and_are_never_best(everything):
     others = {(STRATEGIES["ZClip"], seed) for seed in (1, 2)}
-    found = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in others})
-    text = markdown(fill(TABLES["table3"], found))
+    collection = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in others})
+    text = markdown(fill_table(TABLES["table3"], collection))
     assert "| 4.950 (1 of 3 seeds) |" in text and "**4.965 ± 0.015**" in text, text
 
 
-def test_the_best_is_of_the_same_seeds(everything):
+def test_best_cells_are_compared_on_the_same_seeds(everything):
     """Fixed clipping lacks the worst seed, and ZClip the best: neither is compared."""
-    gone = {(STRATEGIES["Fixed 1.0"], 2), (STRATEGIES["ZClip"], 0)}
+    missing = {(STRATEGIES["Fixed 1.0"], 2), (STRATEGIES["ZClip"], 0)}
     losses = {"No clipping": 7.0, "Fixed 1.0": 4.1, "AutoClip": 6.0, "ZClip": 4.0}
-    runs = {key: run for key, run in everything.runs.items() if key not in gone}
+    runs = {key: run for key, run in everything.runs.items() if key not in missing}
     for label, loss in losses.items():
         for seed in (0, 1, 2):
             if (key := (STRATEGIES[label], seed)) in runs:
                 runs[key] = runs[key]._replace(result={**runs[key].result, "test_loss": loss + seed})
-    text = markdown(fill(TABLES["table3"], everything._replace(runs=runs)))
+    text = markdown(fill_table(TABLES["table3"], everything._replace(runs=runs)))
     assert "| 4.600 ± 0.707 (2 of 3 seeds) |" in text and "| **7.000 ± 1.000** |" in text, text
 
 
-def test_where_some_have_diverged_and_others_have_no_number(everything):
+def test_cells_without_a_number_name_diverged_runs(everything):
     runs = {key: run._replace(scores=()) for key, run in everything.runs.items()}
     table = TABLES["table3"]
-    for gone, said in (((1,), "| 1 diverged | "), ((0, 1, 2), "| diverged | ")):
-        found = everything._replace(runs=runs, diverged={(STRATEGIES["AutoClip"], seed) for seed in gone})
-        (row,) = (row for row in markdown(fill(table, found)).splitlines() if row.startswith("| AutoClip |"))
-        assert row.count(said) == 2, row
+    for seeds, text in (((1,), "| 1 diverged | "), ((0, 1, 2), "| diverged | ")):
+        collection = everything._replace(runs=runs, diverged={(STRATEGIES["AutoClip"], seed) for seed in seeds})
+        (row,) = (row for row in markdown(fill_table(table, collection)).splitlines() if row.startswith("| AutoClip |"))
+        assert row.count(text) == 2, row
 
 
-def test_an_undisturbed_run_that_diverged_is_no_measure(everything):
-    lab = {row.label: row.settings for row in TABLES["spike_lab"].rows}
+def test_diverged_baseline_run_is_not_compared_with(everything):
+    lab = {row.label: row.specs for row in TABLES["spike_lab"].rows}
     runs = everything.runs | {
-        (lab["AutoClip"]["bad"], seed): run._replace(result={**run.result, "test_loss": 4.0})
+        (lab["AutoClip"]["corrupted"], seed): run._replace(result={**run.result, "test_loss": 4.0})
         for seed in (0, 1, 2)
-        for run in (everything.runs[lab["AutoClip"]["bad"], seed],)
+        for run in (everything.runs[lab["AutoClip"]["corrupted"], seed],)
     }
-    gone = everything._replace(runs=runs, diverged={(lab["AutoClip"]["good"], 1)})
-    (row,) = (row for row in markdown(fill(TABLES["spike_lab"], gone)).splitlines() if row.startswith("| AutoClip |"))
-    assert row.count("(1 diverged)") == 5 and row.count("**") == 2, "the disturbed run's own loss is none of them"
-    key = (lab["ZClip"]["bad"], 1)
+    collection = everything._replace(runs=runs, diverged={(lab["AutoClip"]["baseline"], 1)})
+    (row,) = (
+        row
+        for row in markdown(fill_table(TABLES["spike_lab"], collection)).splitlines()
+        if row.startswith("| AutoClip |")
+    )
+    assert row.count("(1 diverged)") == 5 and row.count("**") == 2, "the corrupted run's own loss is not affected"
+    key = (lab["ZClip"]["corrupted"], 1)
     loss = everything.runs[key].metrics["loss"].copy()
     loss[83] = float("nan")
     runs = everything.runs | {
         key: everything.runs[key]._replace(metrics={**everything.runs[key].metrics, "loss": loss})
     }
-    text = markdown(fill(TABLES["spike_lab"], everything._replace(runs=runs)))
-    assert "| ZClip | 0.027 ± 0.004 (1 diverged, 2 of 3 seeds) |" in text and "where losses are not finite" in text
+    text = markdown(fill_table(TABLES["spike_lab"], everything._replace(runs=runs)))
+    assert "| ZClip | 0.027 ± 0.004 (1 diverged, 2 of 3 seeds) |" in text and "whose losses are not finite" in text
     fewer = {other: run for other, run in everything.runs.items() if other != key}
-    assert "Not run: ZClip, with bad batches (seed 1)." in markdown(
-        fill(TABLES["spike_lab"], everything._replace(runs=fewer))
+    assert "Not run: ZClip, with corrupted batches (seed 1)." in markdown(
+        fill_table(TABLES["spike_lab"], everything._replace(runs=fewer))
     )
 
 
-def test_bad_batches_at_other_steps_in_the_lab(everything):
+def test_footnote_names_all_steps_of_corrupted_batches(everything):
     """One list of steps may begin as another."""
     runs = dict(everything.runs)
     key = next(key for key, run in runs.items() if run.config["data"]["corruption"]["steps"])
@@ -84,48 +90,58 @@ def test_bad_batches_at_other_steps_in_the_lab(everything):
         **runs[key].config,
         "data": {**runs[key].config["data"], "corruption": {"steps": [80], "kind": "repeat"}},
     }
-    said = about([runs[key], runs[key]._replace(config=config)], [0])
-    assert "put in at steps 80, bad batches of kind repeat put in at steps 80, 100, 120" in said
+    text = describe_runs([runs[key], runs[key]._replace(config=config)], [0])
+    assert "injected at steps 80, corrupted batches of kind repeat injected at steps 80, 100, 120" in text
+
+
+def test_latex_escapes_every_special_character(everything):
+    assert escape_latex(r"\ { } $ & # ^ _ % ~ ±") == (
+        r"\textbackslash{} \{ \} \$ \& \# \textasciicircum{} \_ \% \textasciitilde{} $\pm$"
+    )
+    table = TABLES["throughput"]._replace(row_header="50% of $x_1^2$", rows=TABLES["throughput"].rows[:1])
+    text = latex(fill_table(table, everything))
+    assert r"50\% of \$x\_1\textasciicircum{}2\$ & million tokens/hour & clipping, \% of a step \\" in text
+    assert r"No clipping & 36.00 $\pm$ 0.00 & 2.00 $\pm$ 0.00 \\" in text
 
 
 def test_latex_and_csv(table3):
     _, places = table3
-    filled = fill(TABLES["table3"], collect(places, identity))
+    filled = fill_table(TABLES["table3"], collect(places, saved_identity))
     assert "No clipping & 3.0 $\\pm$ 0.0 & 12 &" in latex(filled) and "\\textbf{4.910 $\\pm$ 0.010}" in latex(filled)
     rows = as_csv(filled).splitlines()
     assert rows[0] == "table,row,column,paper,mean,std,runs,diverged"
     assert "table3,No clipping,test loss,2.9,6.91,0.01,3,0" in rows
 
 
-def test_runs_that_are_not_what_they_should_be_are_named(table3, tmp_path):
+def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     labels = list(STRATEGIES)
-    places = expected(STRATEGIES.values(), tmp_path, seeds=(0, 1))
+    places = expected_runs(STRATEGIES.values(), tmp_path, seeds=(0, 1))
     folders = {(label, seed): places[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
-    for (label, seed), (place, cfg) in folders.items():
+    for (label, seed), (place, config) in folders.items():
         if (label, seed) == ("AutoClip", 1):
             continue
-        gone = {"train_loss": None, "test_loss": None} if (label, seed) == ("No clipping", 1) else {}
-        write_run(place.path, cfg, seed, done=(label, seed) != ("Fixed 1.0", 1), **gone)
-    first, cfg = folders["ZClip", 0]
-    for name, change in (("again", {}), ("longer", {"trainer": {"max_steps": 400}}), ("other-seed", {"seed": 7})):
-        write_run(first.path.with_name(name), OmegaConf.merge(cfg, change, {"name": name}), 0)
+        numbers = {"train_loss": None, "test_loss": None} if (label, seed) == ("No clipping", 1) else {}
+        write_run(place.path, config, seed, done=(label, seed) != ("Fixed 1.0", 1), **numbers)
+    first, config = folders["ZClip", 0]
+    for name, change in (("again", {}), ("longer", {"trainer.max_steps": 400}), ("other-seed", {"seed": 7})):
+        write_run(first.path.with_name(name), with_settings(config, {**change, "name": name}), 0)
     broken = first.path.with_name("broken")
     broken.mkdir()
     (broken / "config.yaml").write_text("{")
-    changed, cfg = folders["ZClip", 1]
-    OmegaConf.save(OmegaConf.merge(cfg, {"clip": {"alpha": 0.5}}), changed.path / "config.yaml")
-    found = collect({key: place for key, (place, _) in places.items()}, identity)
-    text = markdown(fill(TABLES["table3"], found))
+    changed, config = folders["ZClip", 1]
+    (changed.path / "config.yaml").write_text(to_yaml(with_settings(config, {"clip.alpha": 0.5})))
+    collection = collect({key: place for key, (place, _) in places.items()}, saved_identity)
+    text = markdown(fill_table(TABLES["table3"], collection))
     assert (
-        "Not run: AutoClip (seed 1). Left out: ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
+        "Not run: AutoClip (seed 1). Excluded: ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
     )
     assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
-    assert sorted(found.others) == sorted(
+    assert sorted(collection.warnings) == sorted(
         [
-            f"again is left out: {first.path.name} again, under a name of its own",
-            "longer is left out: no run of these experiments (trainer.max_steps=400, not 140)",
-            "broken is left out: config.yaml cannot be read",
-            f"{changed.path.name} is left out: config.yaml was changed (clip.alpha=0.5, not 0.97)",
+            f"again is excluded: a copy of {first.path.name} under another name",
+            "longer is excluded: not a run of these experiments (trainer.max_steps=400, not 140)",
+            "broken is excluded: config.yaml cannot be read",
+            f"{changed.path.name} is excluded: config.yaml was changed (clip.alpha=0.5, not 0.97)",
         ]
     )
 
@@ -137,8 +153,8 @@ def moved_to(folder: Path, table3: tuple[Path, dict]) -> dict:
     return {key: place._replace(path=folder / "runs" / place.path.relative_to(runs)) for key, place in places.items()}
 
 
-def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
-    """By its losses, where they are finite too; those of bad batches do not count, nor an end that was not found."""
+def test_divergence_is_detected_from_losses_and_results(table3, tmp_path):
+    """Finite losses can have diverged; those of corrupted batches do not count."""
     moved = moved_to(tmp_path, table3)
 
     def write(label, seed, loss=None, **numbers):
@@ -152,86 +168,92 @@ def test_what_has_diverged_is_seen_on_the_disk(table3, tmp_path):
 
     write("ZClip", 0, lambda row: 5.0 if row["step"] < 120 else 5.7)
     write("ZClip", 1, lambda row: 5.0 if row["step"] < 120 else 5.3)
-    write("ZClip", 2, lambda row: -5.0 if row["step"] in BAD else 5.0)
+    write("ZClip", 2, lambda row: -5.0 if row["step"] in CORRUPTED_STEPS else 5.0)
     write("Fixed 1.0", 0, test_loss=float("inf"))
     write("Fixed 1.0", 1, train_loss=None)
-    found = collect(moved, identity)
-    assert len(found.runs) == 12
-    assert found.diverged == {(STRATEGIES["ZClip"], 0), (STRATEGIES["Fixed 1.0"], 0), (STRATEGIES["Fixed 1.0"], 1)}
+    collection = collect(moved, saved_identity)
+    assert len(collection.runs) == 12
+    assert collection.diverged == {(STRATEGIES["ZClip"], 0), (STRATEGIES["Fixed 1.0"], 0), (STRATEGIES["Fixed 1.0"], 1)}
 
 
-def test_seeds_that_are_not_there_are_named_and_those_left_out_are_not_said_to_be_missing(table3, tmp_path):
+def test_missing_seeds_are_named_and_excluded_ones_are_not_missing(table3, tmp_path):
     moved = moved_to(tmp_path, table3)
     for (_, seed), place in moved.items():
         if seed == 1:
             (place.path / "config.yaml").unlink()
         if seed == 2:
             shutil.rmtree(place.path)
-    found = collect(moved, identity)
-    assert found.seeds == [0, 1] and found.refused == {key for key in moved if key[1] == 1}
-    assert found.others[-1] == "there is no run of seed 2" and found.others[0].endswith("left out: no config.yaml")
-    assert "Left out: No clipping (seed 1), Fixed 1.0 (seed 1)" in markdown(fill(TABLES["table3"], found))
+    collection = collect(moved, saved_identity)
+    assert collection.seeds == [0, 1] and collection.excluded == {key for key in moved if key[1] == 1}
+    assert collection.warnings[-1] == "there is no run of seed 2" and collection.warnings[0].endswith(
+        "excluded: no config.yaml"
+    )
+    assert "Excluded: No clipping (seed 1), Fixed 1.0 (seed 1)" in markdown(fill_table(TABLES["table3"], collection))
 
 
-def test_what_was_not_run_is_empty_and_never_guessed(tmp_path):
-    places = {key: place for key, (place, _) in expected(STRATEGIES.values(), tmp_path).items()}
-    found = collect(places, identity)
+def test_tables_and_figures_without_runs_are_empty(tmp_path):
+    places = {key: place for key, (place, _) in expected_runs(STRATEGIES.values(), tmp_path).items()}
+    collection = collect(places, saved_identity)
     for table in TABLES.values():
-        text = markdown(fill(table, found))
-        assert text.endswith("\n\nNo run of this table is done.\n")
-        assert all(not cell.values for row in fill(table, found).cells for cell in row)
-    for name in DRAWN:
+        text = markdown(fill_table(table, collection))
+        assert text.endswith("\n\nNo run of this table is finished.\n")
+        assert all(not cell.values for row in fill_table(table, collection).cells for cell in row)
+    for name in FIGURES:
         with pytest.raises(NothingToDraw):
-            draw(name, found)
-    assert {verdict.verdict for verdict in verdicts(found)} == {NOT_TESTABLE}
+            draw(name, collection)
+    assert {verdict.outcome for verdict in judge_claims(collection).values()} == {NOT_TESTABLE}
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
         ("metrics.jsonl", "[1]\n", "damaged ("),
         ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 2: "),
         ("result.json", "{", "damaged (result.json: "),
         ("task_scores.json", "{", "damaged (task_scores.json: "),
-        ("metrics.jsonl", None, "not of one run"),
-        ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is no number"),
-        ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}', "test_loss='4', which is no"),
+        ("metrics.jsonl", None, "not of the same run"),
+        ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is not a number"),
+        (
+            "result.json",
+            '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}',
+            "test_loss='4', which is not",
+        ),
         ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1}', "result.json has no data_fingerprint"),
         (
             "result.json",
             '{"steps": 140, "tokens": 1, "parameters": 1, "data_fingerprint": "x", "step_seconds": [1]}',
-            "step_seconds=[1], which are no parts",
+            "step_seconds=[1], which is not an object",
         ),
         ("environment.json", "[]", "damaged ("),
-        ("environment.json", '{"starts": [null]}', "environment.json holds no list of starts"),
+        ("environment.json", '{"starts": [null]}', "environment.json has no list of starts"),
         ("task_scores.json", '{"scores": null}', "damaged ("),
-        ("task_scores.json", '{"scores": [{}]}', "task_scores.json has a score that is none"),
+        ("task_scores.json", '{"scores": [{}]}', "task_scores.json has an invalid score"),
         ("config.yaml", "[1]", "cannot be read"),
         ("config.yaml", "trainer: x", "cannot be read"),
     ],
 )
-def test_a_damaged_file_is_named_and_its_run_left_out(file, text, said, table3, tmp_path):
+def test_damaged_files_are_named_and_their_run_excluded(file, text, message, table3, tmp_path):
     moved, key = moved_to(tmp_path, table3), (STRATEGIES["AutoClip"], 1)
     damaged = moved[key].path / file
     lines = damaged.read_text().splitlines(keepends=True) if text is None else []
     damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
-    stranger = moved[key].path.with_name("stranger")
-    stranger.mkdir()
-    (stranger / "config.yaml").write_text("[1]")
-    found = collect(moved, identity)
-    assert key not in found.runs and len(found.runs) == 11 and found.refused == {key}
-    assert file == "config.yaml" or "a folder that is removed is trained again" in "".join(found.others)
-    assert any(said in line and moved[key].path.name in line for line in found.others), found.others
-    (unread,) = [line for line in found.others if "stranger" in line]
-    assert unread.endswith(" left out: config.yaml cannot be read")
+    unexpected = moved[key].path.with_name("unexpected")
+    unexpected.mkdir()
+    (unexpected / "config.yaml").write_text("[1]")
+    collection = collect(moved, saved_identity)
+    assert key not in collection.runs and len(collection.runs) == 11 and collection.excluded == {key}
+    assert file == "config.yaml" or "remove the folder to train it again" in "".join(collection.warnings)
+    assert any(message in line and moved[key].path.name in line for line in collection.warnings), collection.warnings
+    (unread,) = [line for line in collection.warnings if "unexpected" in line]
+    assert unread.endswith(" excluded: config.yaml cannot be read")
 
 
-def test_folders_left_out_for_one_reason_are_said_together(table3, tmp_path):
+def test_folders_excluded_for_the_same_reason_are_listed_together(table3, tmp_path):
     moved = moved_to(tmp_path, table3)
     (folder,) = {place.path.parent for place in moved.values()}
     for name in "edcba":
         (folder / name).mkdir()
         (folder / name / "config.yaml").write_text("{")
-    found = collect(moved, identity)
-    assert found.others == ["a, b, c and 2 more are left out: config.yaml cannot be read"]
+    collection = collect(moved, saved_identity)
+    assert collection.warnings == ["a, b, c and 2 more are excluded: config.yaml cannot be read"]

@@ -33,9 +33,9 @@ def test_run_uses_the_prepared_tokenizer_and_tokens(corpus, tmp_path):
 
 
 def test_mistakes_are_one_sentence(corpus, tmp_path):
-    (tmp_path / "there").mkdir()
+    (tmp_path / "existing").mkdir()
     cases = [
-        ("train_tokenizer.py", ("out=there",), "out=there exists already"),
+        ("train_tokenizer.py", ("out=existing",), "out=existing exists already"),
         ("train_tokenizer.py", ("vocab_size=100",), "data.vocab_size=100 is not allowed: it must be at least 257"),
         ("train_tokenizer.py", ("max_bytes=no",), "max_bytes=no is not allowed"),
         ("prepare_data.py", ("data.path=/nope",), "data.sources.text.path=/nope does not exist"),
@@ -49,7 +49,7 @@ def test_mistakes_are_one_sentence(corpus, tmp_path):
         offline = {"HF_HUB_OFFLINE": "1"} if "data=smollm" in arguments else {}
         done = script(name, *arguments, cwd=tmp_path, **offline)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 
 def test_smollm_from_local_files(corpus, tmp_path):

@@ -1,6 +1,6 @@
-"""A SLURM cluster on this machine: each node has a network, a host name and mounts of its own, and real daemons.
+"""A SLURM cluster on this machine: each node has its own network, host name, mounts and daemons.
 
-It takes Linux, root, and the packages that `make test-slurm` installs. GPUs are declared, and are null devices.
+It needs Linux, root, and the packages that `make test-slurm` installs.
 """
 
 import os
@@ -48,11 +48,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 State=UP
 
 
 class Cluster:
-    """A running cluster; leave it with `down`.
+    """A cluster, which runs from `up` to `down`.
 
     Args:
-        folder: for its files; a short absolute path, as sockets need.
-        nodes: how many, named node1, node2, ...
+        folder: for its files; an absolute path that is short, because sockets are in it.
+        nodes: number of nodes, named node1, node2, ...
     """
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
@@ -63,7 +63,7 @@ class Cluster:
 
     def up(self) -> None:
         """Start all daemons, and wait until the nodes are idle."""
-        self.folder.chmod(0o755)  # munge asks for it
+        self.folder.chmod(0o755)  # munge requires it
         munge = self.folder / "munge"
         for name in (munge, self.folder / "state"):
             name.mkdir(mode=0o755)
@@ -104,11 +104,11 @@ class Cluster:
         return f"{self.prefix}{node.removeprefix('node')}"
 
     def cut_off(self, node: str) -> None:
-        """Take a node's network away."""
+        """Disconnect a node from the network."""
         _run("ip", "link", "set", self.link(node), "down")
 
     def reconnect(self, node: str) -> None:
-        """Give a node its network back."""
+        """Connect a node to the network again."""
         _run("ip", "link", "set", self.link(node), "up")
 
     def ask(self, *command: str) -> str:
@@ -120,7 +120,7 @@ class Cluster:
         return _run("sbatch", "--parsable", *arguments, env={**self.environment, **env}, cwd=cwd).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what SLURM knows of a job."""
+        """Return SLURM's record of a job."""
         words = self.ask("scontrol", "-o", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -130,14 +130,14 @@ class Cluster:
 
     def wait(self, done, seconds: float) -> None:
         """Wait until `done()`, or raise `TimeoutError`."""
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while not done():
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TimeoutError(self.ask("squeue", "-l") + self.ask("sinfo", "-Nl"))
             time.sleep(0.2)
 
     def down(self) -> None:
-        """End all jobs and daemons, and remove what was made outside of the folder."""
+        """End all jobs and daemons, and remove the networks."""
         if (self.folder / "head.pid").exists():
             _run("scancel", "--user=root", env=self.environment, check=False)
             time.sleep(1)
@@ -145,28 +145,28 @@ class Cluster:
         daemons = [file.read_text().strip() for file in files if file.exists()]
         for pid in daemons:
             _run("kill", pid, check=False)
-        until = time.monotonic() + 10
-        while any(Path("/proc", pid).exists() for pid in daemons) and time.monotonic() < until:
+        deadline = time.monotonic() + 10
+        while any(Path("/proc", pid).exists() for pid in daemons) and time.monotonic() < deadline:
             time.sleep(0.1)
         for name in self.names:
             space = f"{self.prefix}{name}"
-            for left in _run("ip", "netns", "pids", space, check=False).split():
-                _run("kill", "-9", left, check=False)
+            for pid in _run("ip", "netns", "pids", space, check=False).split():
+                _run("kill", "-9", pid, check=False)
             _run("ip", "netns", "delete", space, check=False)
             _run("ip", "link", "delete", self.link(name), check=False)
         _run("ip", "link", "delete", f"{self.prefix}br", check=False)
 
 
 def missing() -> str | None:
-    """Return why there can be no cluster here; `None` if there can."""
-    lacking = [name for name in DAEMONS if shutil.which(name) is None]
-    if lacking:
-        return f"{', '.join(lacking)} not installed: make test-slurm installs them"
+    """Return why no cluster can run here; `None` if one can."""
+    not_installed = [name for name in DAEMONS if shutil.which(name) is None]
+    if not_installed:
+        return f"{', '.join(not_installed)} not installed: make test-slurm installs them"
     if os.geteuid():
-        return "it takes root"
+        return "it needs root"
     probe = subprocess.run(["ip", "link", "add", "zcprobe", "type", "bridge"], capture_output=True, text=True)
     subprocess.run(["ip", "link", "delete", "zcprobe"], capture_output=True)
-    return f"networks cannot be made here: {probe.stderr.strip()}" if probe.returncode else None
+    return f"networks cannot be created here: {probe.stderr.strip()}" if probe.returncode else None
 
 
 def _run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None, check: bool = True) -> str:

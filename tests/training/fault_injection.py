@@ -1,4 +1,4 @@
-"""Run train.py, killed (SIGKILL) at a named moment: `python killed.py MOMENT OVERRIDE ...`."""
+"""Run train.py and kill it (SIGKILL) at a named moment: `python fault_injection.py MOMENT OVERRIDE ...`."""
 
 import os
 import runpy
@@ -8,87 +8,91 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from training import checkpoint_files, checkpoints, folder, metrics
+from common import files
+from training import run_dir
+from training.checkpoint import manager
 from training.module import PretrainingModule
+from training.monitor import metrics
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def while_saving(step: int) -> None:
-    """Half of the checkpoint is on the disk."""
-    write = checkpoints.write
+    """Kill the run when half of a checkpoint is on the disk."""
+    write = manager.write
 
-    def half(checkpoint, path, *args):
+    def write_half(checkpoint, path, *args):
         write(checkpoint, path, *args)
         if checkpoint["global_step"] == step:
             os.truncate(path, path.stat().st_size // 2)
-            die()
+            kill_self()
 
-    checkpoints.write = half
+    manager.write = write_half
 
 
 def after_saving(step: int) -> None:
-    """The checkpoint has its name, older ones are still there."""
-    sync = checkpoint_files._sync
+    """Kill the run when a checkpoint has its final name, and older ones are not removed yet."""
+    sync = files.sync
 
-    def last(path):
+    def sync_last(path):
         sync(path)
         if path.is_dir() and (path / f"step-{step:08d}.ckpt").exists():
-            die()
+            kill_self()
 
-    checkpoint_files._sync = last
-
-
-def in_a_line(step: int) -> None:
-    """The last line of metrics.jsonl is cut."""
-    flush = metrics.Metrics.flush
-
-    def cut(self, trainer, module):
-        flush(self, trainer, module)
-        if trainer.global_step == step:
-            os.truncate(self.folder.metrics, self.folder.metrics.stat().st_size - 40)
-            die()
-
-    metrics.Metrics.flush = cut
+    files.sync = sync_last
 
 
-def in_evaluation(batch: int) -> None:
-    """Some test batches are done."""
+def while_writing_metrics(step: int) -> None:
+    """Kill the run when the last line of metrics.jsonl is incomplete."""
+    flush = metrics.MetricsRecorder.flush
+
+    def flush_part(self):
+        flushed = flush(self)
+        if flushed and flushed[-1][0] == step:
+            os.truncate(self.run_dir.metrics_file, self.run_dir.metrics_file.stat().st_size - 40)
+            kill_self()
+        return flushed
+
+    metrics.MetricsRecorder.flush = flush_part
+
+
+def while_evaluating(batch: int) -> None:
+    """Kill the run after some batches of the final evaluation."""
     test_step = PretrainingModule.test_step
 
-    def until(self, tokens, index):
-        if index == batch:
-            die()
-        test_step(self, tokens, index)
+    def test_step_until(self, validation_batch, batch_idx):
+        if batch_idx == batch:
+            kill_self()
+        test_step(self, validation_batch, batch_idx)
 
-    PretrainingModule.test_step = until
+    PretrainingModule.test_step = test_step_until
 
 
-def writing(name: str) -> None:
-    """A file written whole is half there, under its other name."""
-    for module in (folder, metrics):
-        write = module.write_atomic
+def while_writing(name: str) -> None:
+    """Kill the run when an atomic file is half written under its temporary name."""
+    for module in (run_dir, metrics):
+        write_atomic = module.write_atomic
 
-        def half(path, text, write=write):
+        def write_half(path, text, write_atomic=write_atomic):
             if path.name == name and text:
-                path.with_name(f".saving-{path.name}").write_text(text[: len(text) // 2])
-                die()
-            write(path, text)
+                files.tmp_path(path).write_text(text[: len(text) // 2])
+                kill_self()
+            write_atomic(path, text)
 
-        module.write_atomic = half
+        module.write_atomic = write_half
 
 
 MOMENTS = {
     "mid-save": lambda: while_saving(16),
     "after-save": lambda: after_saving(24),
-    "line-before-checkpoint": lambda: in_a_line(6),
-    "line": lambda: in_a_line(20),
-    "rewriting-metrics": lambda: writing("metrics.jsonl"),
-    "config": lambda: writing("config.yaml"),
-    "environment": lambda: writing("environment.json"),
-    "evaluation": lambda: in_evaluation(2),
+    "line-before-checkpoint": lambda: while_writing_metrics(6),
+    "line": lambda: while_writing_metrics(20),
+    "rewriting-metrics": lambda: while_writing("metrics.jsonl"),
+    "config": lambda: while_writing("config.yaml"),
+    "environment": lambda: while_writing("environment.json"),
+    "evaluation": lambda: while_evaluating(2),
 }
 
 if __name__ == "__main__":

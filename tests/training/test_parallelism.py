@@ -1,4 +1,4 @@
-"""The same run in one process, replicated, sharded, or both: the same losses and decisions. Real gloo processes."""
+"""Every parallelism gives the losses and clipping decisions of one process: real processes, connected by gloo."""
 
 import json
 import os
@@ -14,14 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from models import Llama
 from models.hugging_face import export
-from tests.conftest import CHECKOUT, TINY, script, train, train_command
-from tests.training.test_config import composed
-from tests.training.test_saving import SLOW
-from tests.training.test_stopping import ranks
-from training.checkpoint.format import is_valid, weights
-from training.config.checks import model_config
+from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, ranks, read_jsonl, script, train, train_command
+from training.checkpoint.format import is_valid, load_model_state
 
-#: Settings of each mode: processes x sequences at once, out of 8 in a global batch.
+#: Overrides of each mode. The global batch has 8 sequences.
 MODES = {
     "accumulated": ["trainer.micro_batch_size=2"],
     "recomputed": ["trainer.activation_checkpointing=full"],
@@ -44,7 +40,7 @@ MODES = {
         "trainer.activation_checkpointing=full",
     ],
 }  # fmt: skip
-#: What others have in them.
+#: Modes whose parts are in others.
 SLOWER = ("ddp-accumulated", "fsdp-accumulated")
 
 
@@ -55,7 +51,7 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
         f"data.path={corpus}",
         f"paths.cache={cache}",
         "trainer.max_steps=50",
-        "lr=1e-3",  # above, the run of this seed has a moment that makes rounding visible
+        "lr=1e-3",  # with a higher one, rounding becomes visible in a run of this seed
         "clip.max_grad_norm=null",
         "clip.z_thresh=0.8",
     )
@@ -63,7 +59,7 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def runs(settings, tmp_path_factory) -> Path:
-    """Where each mode is run, with the run of one process beside them."""
+    """Return the folder of the runs of all modes, with the run of one process."""
     folder = tmp_path_factory.mktemp("modes")
     done = train(*settings, "name=one", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -71,38 +67,38 @@ def runs(settings, tmp_path_factory) -> Path:
 
 
 def rows(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs" / "main" / name / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(folder / "runs" / "main" / name / "metrics.jsonl")
 
 
-def assert_same(folder: Path, name: str) -> None:
+def assert_same_run(folder: Path, name: str) -> None:
     one, other = rows(folder, "one"), rows(folder, name)
     assert [row["step"] for row in other] == list(range(1, 51))
     assert 5 <= sum(row["clipped"] for row in one) <= 45
     assert [row["clipped"] for row in other] == [row["clipped"] for row in one]
-    for ours, theirs in zip(other, one, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
-    results = [json.loads((folder / "runs" / "main" / which / "result.json").read_text()) for which in ("one", name)]
+    for row, reference in zip(other, one, strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], abs=1e-4)
+        assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-3)
+    results = [json.loads((folder / "runs" / "main" / run / "result.json").read_text()) for run in ("one", name)]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", [SLOW(mode) if mode in SLOWER else mode for mode in MODES])
-def test_every_mode_has_the_curve_and_the_decisions_of_one_process(mode, runs, settings):
+def test_every_mode_has_the_losses_and_clipping_decisions_of_one_process(mode, runs, settings):
     done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluating on") == 1 and done.stderr == ""
-    assert_same(runs, mode)
+    assert_same_run(runs, mode)
     if mode == "hsdp":
-        exported = script("export_hf.py", f"run=runs/main/{mode}", "out=there", cwd=runs)
+        exported = script("export_hf.py", f"run=runs/main/{mode}", "out=exported", cwd=runs)
         assert exported.returncode == 0, exported.stderr
-        theirs = AutoModelForCausalLM.from_pretrained(runs / "there", dtype=torch.float32).state_dict()
-        own = weights(max((runs / "runs" / "main" / "one" / "checkpoints").glob("*.ckpt")))
-        assert theirs.keys() == own.keys()
-        assert all(torch.allclose(theirs[name], own[name], atol=2e-3) for name in own)
+        weights = AutoModelForCausalLM.from_pretrained(runs / "exported", dtype=torch.float32).state_dict()
+        reference = load_model_state(max((runs / "runs" / "main" / "one" / "checkpoints").glob("*.ckpt")))
+        assert weights.keys() == reference.keys()
+        assert all(torch.allclose(weights[name], reference[name], atol=2e-3) for name in reference)
 
 
-def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
-    """kill -9 of one of two processes ends the other; four go on, started by torchrun."""
+def test_killed_run_resumes_on_another_number_of_processes(runs, settings):
+    """SIGKILL of one of two processes ends the other. Four processes resume, started by torchrun."""
     settings = (
         *settings, "trainer.strategy=fsdp", "trainer.micro_batch_size=2", "trainer.checkpoint_every=5", "name=killed"
     )  # fmt: skip
@@ -112,19 +108,19 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
         time.sleep(0.01)
     processes = ranks(job)
     os.kill(processes["1"], signal.SIGKILL)
-    _, said = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 1
-    assert said.splitlines()[-1] == "process 1 of the run was killed by SIGKILL; run the same command to resume"
+    assert err.splitlines()[-1] == "process 1 of the run was killed by SIGKILL; run the same command to resume"
     assert not Path(f"/proc/{processes['0']}").exists()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    on = [*command, str(CHECKOUT / "train.py"), *settings, "trainer.devices=4"]
-    done = subprocess.run(on, cwd=runs, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*torchrun, str(CHECKOUT / "train.py"), *settings, "trainer.devices=4"]
+    done = subprocess.run(command, cwd=runs, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("continuing") == 1, done.stderr
-    assert_same(runs, "killed")
+    assert_same_run(runs, "killed")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("overrides", "message"),
     [
         (["trainer.devices=2"], "trainer.strategy=single is not possible with trainer.nodes=1 and trainer.devices=2"),
         (["trainer.strategy=ddp", "trainer.devices=3", "trainer.micro_batch_size=2"],
@@ -140,60 +136,58 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(runs, settings):
         (["trainer.activation_checkpointing=some"], "trainer.activation_checkpointing=some is not allowed"),
     ],
 )  # fmt: skip
-def test_impossible_splits_are_refused_with_the_arithmetic(given, said, settings, tmp_path):
-    if "trainer=fsdp" in given and torch.cuda.is_available():
+def test_impossible_splits_are_refused_with_the_arithmetic(overrides, message, settings, tmp_path):
+    if "trainer=fsdp" in overrides and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = train(*settings, *given, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    done = train(*settings, *overrides, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("how", [SLOW("tied"), "from a folder"])
-def test_sharded_runs_start_from_the_weights_of_one_process(how, runs, settings, tmp_path):
-    given = [*settings, "trainer.max_steps=6"]
-    if how == "tied":
-        given += ["model.tie_word_embeddings=true"]
+@pytest.mark.parametrize("initial", [SLOW("tied"), "from a folder"])
+def test_sharded_run_starts_from_the_weights_of_one_process(initial, runs, settings, tmp_path):
+    overrides = [*settings, "trainer.max_steps=6"]
+    if initial == "tied":
+        overrides += ["model.tie_word_embeddings=true"]
     else:
-        config = model_config(composed(*settings))
+        config = compose_config(*settings).model.llama
         torch.manual_seed(5)
         export(Llama(config).state_dict(), config, tmp_path / "start")
-        given += ["model.init_from=start", f"data.tokenizer={runs}/runs/main/one/tokenizer"]
+        overrides += ["model.init_from=start", f"data.tokenizer={runs}/runs/main/one/tokenizer"]
     for name, mode in (("one", []), ("sharded", MODES["fsdp"])):
-        done = train(*given, *mode, f"name={name}", cwd=tmp_path)
+        done = train(*overrides, *mode, f"name={name}", cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     one, sharded = (rows(tmp_path, name) for name in ("one", "sharded"))
     assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in one], abs=1e-5)
-    if how == "tied":
-        stored = weights(max((tmp_path / "runs" / "main" / "sharded" / "checkpoints").iterdir()))
+    if initial == "tied":
+        stored = load_model_state(max((tmp_path / "runs" / "main" / "sharded" / "checkpoints").iterdir()))
         assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
 
 
-def damage(checkpoint: Path, what: str) -> None:
-    """Spoil a sharded checkpoint."""
-    part = max(checkpoint.glob("*.distcp"))
-    if what == "a part is gone":
-        part.unlink()
+def damage(checkpoint: Path, how: str) -> None:
+    """Damage a sharded checkpoint."""
+    shard = max(checkpoint.glob("*.distcp"))
+    if how == "shard missing":
+        shard.unlink()
         return
-    file = {"the index is cut": checkpoint / ".metadata", "a bit of the index": checkpoint / ".metadata"}.get(
-        what, part
-    )
+    file = checkpoint / ".metadata" if "index" in how else shard
     data = bytearray(file.read_bytes())
-    if "bit" in what:
+    if "bit" in how:
         data[len(data) // 2] ^= 1
     else:
         del data[-200:]
     file.write_bytes(data)
 
 
-def test_sharded_checkpoints_are_the_weights_and_damaged_ones_are_passed_over(runs, settings, tmp_path):
-    given = (
+def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(runs, settings, tmp_path):
+    overrides = (
         *settings,
         *MODES["fsdp"],
         "trainer.max_steps=10",
         "trainer.checkpoint_every=2",
         "trainer.keep_last=5",
     )
-    done = train(*given, cwd=tmp_path)
+    done = train(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs" / "main").iterdir()
     result = json.loads((path / "result.json").read_text())
@@ -201,18 +195,17 @@ def test_sharded_checkpoints_are_the_weights_and_damaged_ones_are_passed_over(ru
     checkpoints = sorted((path / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == [f"step-{step:08d}.ckpt" for step in range(2, 11, 2)]
     assert all(c.is_dir() and is_valid(c) and len(list(c.glob("*.distcp"))) == 2 for c in checkpoints)
-    shapes = {name: tensor.shape for name, tensor in Llama(model_config(composed(*settings))).state_dict().items()}
-    assert {name: tensor.shape for name, tensor in weights(checkpoints[0]).items()} == shapes
-    for checkpoint, what in zip(
-        checkpoints[1:], ("a part is cut", "a part is gone", "the index is cut", "a bit of a part"), strict=True
-    ):
-        damage(checkpoint, what)
-        assert not is_valid(checkpoint), what
-    done = train(*given, cwd=tmp_path)
+    shapes = {name: tensor.shape for name, tensor in Llama(compose_config(*settings).model.llama).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in load_model_state(checkpoints[0]).items()} == shapes
+    kinds = ("shard cut", "shard missing", "index cut", "bit of a shard")
+    for checkpoint, how in zip(checkpoints[1:], kinds, strict=True):
+        damage(checkpoint, how)
+        assert not is_valid(checkpoint), how
+    done = train(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is damaged") == 4 and "after step 2 of 10" in done.stdout
     assert json.loads((path / "result.json").read_text())["test_loss"] == result["test_loss"]
-    damage(checkpoints[0], "a bit of the index")
+    damage(checkpoints[0], "bit of the index")
     assert not is_valid(checkpoints[0])
-    refused = script("export_hf.py", f"run={path}", "step=2", "out=there", cwd=tmp_path)
-    assert refused.returncode == 2 and "step=2 is damaged" in refused.stderr and not (tmp_path / "there").exists()
+    refused = script("export_hf.py", f"run={path}", "step=2", "out=exported", cwd=tmp_path)
+    assert refused.returncode == 2 and "step=2 is damaged" in refused.stderr and not (tmp_path / "exported").exists()

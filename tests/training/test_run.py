@@ -1,4 +1,4 @@
-"""Real runs: they learn, leave a whole folder, and survive being killed at any moment."""
+"""Real runs: they learn, leave a complete run folder, and survive a kill at any moment."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models
 
-from data import TokenDataset, prepare, unigram_entropy
+from data import TokenDataset, corpus_from, prepare, unigram_entropy
 from data.tokenizer import END_OF_TEXT, wrap_tokenizer
 from experiments.run.read import read_run
 from models import Llama
-from tests.conftest import CHECKOUT, TINY, same, train, train_command
+from tests.helpers import CHECKOUT, TINY, final_state, only_run, read_jsonl, same, train, train_command
 from tests.process_pool import run
-from training.config.checks import corpus_of, model_config
-from training.monitor.step_timer import PARTS, TOLD
+from training.checkpoint.format import load_model_state
+from training.config.compose import read_config
+from training.monitor.step_timer import STEP_PHASES
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,7 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
     return (f"data.path={corpus}", f"paths.cache={cache}", *TINY)
 
 
-def only_run(folder: Path) -> Path:
-    (path,) = (folder / "runs" / "main").iterdir()
-    return path
-
-
-def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
+def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(settings, tmp_path):
     settings = (*settings, "trainer.max_steps=150", "lr=1e-2")
     done = train(*settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -64,10 +59,10 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
     assert run.metrics["loss"][0] == pytest.approx(6.24, abs=0.05)
     assert (run.metrics["clipped_norm"] <= run.metrics["grad_norm"]).all()
     assert (path / "plots" / "run.png").stat().st_size > 20_000
-    spent = run.result["step_seconds"]
-    assert min(spent.values()) > 0 and max(spent, key=spent.get) == "forward_backward"
+    times = run.result["step_seconds"]
+    assert min(times.values()) > 0 and max(times, key=times.get) == "forward_backward"
     steps = 1 / (run.metrics["tokens_per_second"] / run.metrics["tokens"][0])
-    assert sum(run.metrics[f"{part}_seconds"].sum() for part in PARTS) <= steps.sum() * 1.001
+    assert sum(run.metrics[f"{phase}_seconds"].sum() for phase in STEP_PHASES) <= steps.sum() * 1.001
     assert 0.1 < run.result["peak_memory_gib"] < 4 and run.result["mfu"] is None
     (start,) = json.loads((path / "environment.json").read_text())["starts"]
     assert start["versions"]["torch"].startswith("2.") and start["command"][0] == "train.py"
@@ -79,22 +74,8 @@ def test_a_short_training_beats_the_unigram_entropy(settings, tmp_path):
     assert state == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
-def final(folder: Path) -> tuple[dict, list[dict], float]:
-    path = only_run(folder)
-    newest = max((path / "checkpoints").glob("step-*.ckpt"))
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        for name in ("tokens_per_second", "peak_memory_gib", *(f"{part}_seconds" for part in TOLD)):
-            assert row.pop(name) >= 0
-    return (
-        torch.load(newest, weights_only=False),
-        rows,
-        json.loads((path / "result.json").read_text())["test_loss"],
-    )
-
-
 def kill_after(steps: int, command: list[str], cwd: Path) -> None:
-    """Start training, and kill -9 it a moment after it has written this many steps in all."""
+    """Start training, and send SIGKILL a moment after the run has written the metrics of so many steps."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         files = list(cwd.glob("runs/main/*/metrics.jsonl"))
@@ -108,58 +89,58 @@ def kill_after(steps: int, command: list[str], cwd: Path) -> None:
 
 
 @pytest.mark.parametrize("clip", ["zclip", pytest.param("autoclip", marks=pytest.mark.slow)])
-def test_a_killed_run_continues_to_the_same_end(clip, settings, tmp_path):
-    """Killed twice, with gradients accumulated over two micro-batches."""
+def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
+    """The run is killed twice, and accumulates gradients over two micro-batches."""
     settings = tuple(s for s in settings if clip == "zclip" or not s.startswith("clip."))
     settings = (
         *settings, f"clip={clip}", "trainer.micro_batch_size=4", "trainer.checkpoint_every=7", "trainer.log_every=2"
     )  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for folder in (uninterrupted, killed):
         folder.mkdir()
-    assert train(*settings, cwd=whole).returncode == 0
+    assert train(*settings, cwd=uninterrupted).returncode == 0
     for steps in (random.randint(8, 14), random.randint(20, 36)):
         kill_after(steps, train_command(*settings), killed)
     done = train(*settings, cwd=killed)
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
 
-    checkpoint, rows, test_loss = final(whole)
-    other_checkpoint, other_rows, other_test_loss = final(killed)
+    checkpoint, rows, test_loss = final_state(uninterrupted)
+    other_checkpoint, other_rows, other_test_loss = final_state(killed)
     assert [row["step"] for row in other_rows] == list(range(1, 41))
     assert other_rows == rows
     assert other_test_loss == test_loss
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
         assert same(checkpoint[part], other_checkpoint[part]), part
     assert checkpoint["loops"]["fit_loop"]["state_dict"] == other_checkpoint["loops"]["fit_loop"]["state_dict"]
-    clipper = next(state for key, state in checkpoint["callbacks"].items() if "Clipping" in key)
+    clipper = checkpoint["callbacks"]["ClipCallback"]
     assert int(clipper["strategies"][0]["state"]["count"]) == 40
 
 
 @pytest.mark.slow
-def test_a_streamed_run_is_the_prepared_one_and_continues_when_killed(settings, tmp_path):
-    """A text of one block gives the very run; one of many blocks ends the same, killed twice or never."""
+def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_path):
+    """With one block, streaming equals preparing. With many blocks, a run killed twice ends as one that was not."""
     settings = (*settings, "trainer.checkpoint_every=7", "trainer.log_every=2")
     stream = (*settings, "data.mode=stream")
     blocks = (*stream, "data.shuffle_tokens=3000", "trainer.micro_batch_size=4")
-    runs = {"prepared": settings, "stream": stream, "whole": blocks, "killed": blocks}
+    runs = {"prepared": settings, "stream": stream, "uninterrupted": blocks, "killed": blocks}
     for name in runs:
         (tmp_path / name).mkdir()
     for steps in (random.randint(8, 14), random.randint(20, 36)):
         kill_after(steps, train_command(*blocks), tmp_path / "killed")
-    for name, chosen in runs.items():
-        done = train(*chosen, cwd=tmp_path / name)
+    for name, overrides in runs.items():
+        done = train(*overrides, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
-    ends = {name: final(tmp_path / name) for name in runs}
-    for one, other in (("prepared", "stream"), ("whole", "killed")):
+    ends = {name: final_state(tmp_path / name) for name in runs}
+    for one, other in (("prepared", "stream"), ("uninterrupted", "killed")):
         assert ends[one][1:] == ends[other][1:]
         for part in ("state_dict", "optimizer_states", "callbacks"):
             assert same(ends[one][0][part], ends[other][0][part]), part
-    assert ends["whole"][1] != ends["stream"][1]
-    assert ends["whole"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
+    assert ends["uninterrupted"][1] != ends["stream"][1]
+    assert ends["uninterrupted"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
 
 
-def test_a_stream_that_breaks_off_is_one_sentence_and_goes_on_when_mended(settings, corpus, tmp_path):
+def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(settings, corpus, tmp_path):
     words = " ".join(file.read_text() for file in sorted(corpus.glob("*.txt"))).split()
     text = "\n".join(json.dumps({"text": " ".join(words[i : i + 50])}) for i in range(0, 9000, 50))
     file = tmp_path / "text.jsonl"
@@ -167,26 +148,26 @@ def test_a_stream_that_breaks_off_is_one_sentence_and_goes_on_when_mended(settin
     settings = (*settings, f"data.path={file}", "data.mode=stream", "trainer.checkpoint_every=5")
     kill_after(12, train_command(*settings), tmp_path)
     written = file.stat()
-    file.write_text(text[:-9] + "x" * 9)  # as many bytes, and as old: damage that only reading shows
+    file.write_text(text[:-9] + "x" * 9)  # same size and time: only reading shows the damage
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
     done = train(*settings, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     sentence = r"error: data\.sources\.text\.path=\S+ cannot be read: \S+text\.jsonl: .* \(after step (\d+)\)"
-    found = re.search(sentence, done.stderr)
-    assert found and int(found[1]) >= 10, done.stderr
+    match = re.search(sentence, done.stderr)
+    assert match and int(match[1]) >= 10, done.stderr
     file.write_text(text)
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 0 and f"after step {found[1]} of 40" in done.stdout
+    assert done.returncode == 0 and f"after step {match[1]} of 40" in done.stdout
 
 
-def test_killed_at_each_delicate_moment(settings, tmp_path):
-    """One run, killed again and again by fault injection, ends as the one left alone; see killed.py."""
+def test_run_killed_at_each_critical_moment_ends_identically(settings, tmp_path):
+    """Fault injection kills one run again and again, see fault_injection.py."""
     settings = (*settings, "trainer.checkpoint_every=8", "trainer.log_every=2")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for folder in (uninterrupted, killed):
         folder.mkdir()
-    assert train(*settings, cwd=whole).returncode == 0
+    assert train(*settings, cwd=uninterrupted).returncode == 0
     moments = (
         "config", "environment", "line-before-checkpoint", "mid-save", "rewriting-metrics", "line", "after-save",
         "evaluation", "evaluation",
@@ -195,16 +176,16 @@ def test_killed_at_each_delicate_moment(settings, tmp_path):
         done = run("tests/training/fault_injection.py", moment, *settings, cwd=killed)
         assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stdout}{done.stderr}"
     assert train(*settings, cwd=killed).returncode == 0
-    checkpoint, rows, test_loss = final(whole)
-    other_checkpoint, other_rows, other_test_loss = final(killed)
+    checkpoint, rows, test_loss = final_state(uninterrupted)
+    other_checkpoint, other_rows, other_test_loss = final_state(killed)
     assert other_rows == rows and other_test_loss == test_loss
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
         assert same(checkpoint[part], other_checkpoint[part]), part
-    names = [{p.name for p in only_run(folder).rglob("*")} for folder in (whole, killed)]
-    assert names[0] == names[1], "nothing is left behind"
+    names = [{p.name for p in only_run(folder).rglob("*")} for folder in (uninterrupted, killed)]
+    assert names[0] == names[1], "no temporary file is left"
 
 
-def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path):
+def test_damaged_checkpoint_is_skipped(settings, tmp_path):
     settings = (*settings, "trainer.checkpoint_every=8")
     assert train(*settings, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
@@ -220,10 +201,10 @@ def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path):
     assert json.loads((path / "result.json").read_text())["test_loss"] == loss
 
 
-def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(settings, tmp_path):
+def test_damaged_checkpoint_does_not_displace_newer_ones(settings, tmp_path):
     settings = (*settings, "trainer.keep_last=1")
-    given = ("trainer.checkpoint_every=8", "trainer.keep_every=8")
-    assert train(*settings, *given, cwd=tmp_path).returncode == 0
+    every = ("trainer.checkpoint_every=8", "trainer.keep_every=8")
+    assert train(*settings, *every, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     (path / "result.json").unlink()
     saved = sorted((path / "checkpoints").iterdir())
@@ -238,7 +219,7 @@ def test_a_damaged_checkpoint_does_not_push_out_those_that_are_saved_after_it(se
     assert done.returncode == 0 and "is damaged" in done.stdout and "continuing" in done.stdout, done.stderr
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(settings, tmp_path):
+def test_run_with_only_damaged_checkpoints_is_left_unchanged(settings, tmp_path):
     assert train(*settings, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     (path / "result.json").unlink()
@@ -254,7 +235,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(settings, tmp_
     assert done.returncode == 0 and (path / "metrics.jsonl").read_bytes().count(b"\n") == 40, done.stderr
 
 
-def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
+def test_resume_rejects_inconsistent_files(settings, corpus, tmp_path):
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts)
     settings = (*(s for s in settings if not s.startswith("data.path")), "data.path=texts", "trainer.max_steps=4")
@@ -274,19 +255,18 @@ def test_what_does_not_fit_together_is_refused(settings, corpus, tmp_path):
     assert done.returncode == 2 and "has changed" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("most", [None, 2000])
-def test_the_test_loss_is_that_of_the_held_out_tokens(most, settings, corpus, cache, tmp_path):
-    given = () if most is None else (f"data.max_val_tokens={most}",)
-    assert train(*settings, *given, cwd=tmp_path).returncode == 0
+@pytest.mark.parametrize("max_tokens", [None, 2000])
+def test_test_loss_is_the_mean_over_held_out_tokens(max_tokens, settings, corpus, cache, tmp_path):
+    limit = () if max_tokens is None else (f"data.max_val_tokens={max_tokens}",)
+    assert train(*settings, *limit, cwd=tmp_path).returncode == 0
     path = only_run(tmp_path)
     result = json.loads((path / "result.json").read_text())
-    cfg = OmegaConf.load(path / "config.yaml")
-    tokens = prepare(corpus_of(cfg), cache, 64)
+    config = read_config(path / "config.yaml")
+    tokens = prepare(corpus_from(config.data), cache, 64)
     sequences = TokenDataset(tokens.test, 64)
-    count = len(sequences) if most is None else most // 64
-    model = Llama(model_config(cfg))
-    state = torch.load(path / "checkpoints" / "step-00000040.ckpt", weights_only=False)["state_dict"]
-    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    count = len(sequences) if max_tokens is None else max_tokens // 64
+    model = Llama(config.model.llama)
+    model.load_state_dict(load_model_state(path / "checkpoints" / "step-00000040.ckpt"))
     with torch.inference_mode():
         batch = sequences.batch(np.arange(count)).long()
         losses = [model(row[None, :-1], row[None, 1:])[1].item() for row in batch]
@@ -295,7 +275,7 @@ def test_the_test_loss_is_that_of_the_held_out_tokens(most, settings, corpus, ca
     assert result["unigram_entropy"] == pytest.approx(unigram_entropy(batch[:, 1:].flatten().numpy()))
 
 
-def test_accumulation_changes_nothing_but_rounding(settings, tmp_path):
+def test_gradient_accumulation_changes_only_rounding(settings, tmp_path):
     losses = []
     for micro in (8, 2):
         assert train(*settings, f"trainer.micro_batch_size={micro}", f"name=m{micro}", cwd=tmp_path).returncode == 0
@@ -303,19 +283,19 @@ def test_accumulation_changes_nothing_but_rounding(settings, tmp_path):
     assert abs(losses[0] - losses[1]).max() < 1e-3
 
 
-def test_a_finished_run_says_that_its_text_has_changed(corpus, cache, tmp_path):
+def test_finished_run_reports_changed_text(corpus, cache, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(corpus, text)
     settings = (*TINY, f"data.path={text}", f"paths.cache={cache}", "trainer.max_steps=2")
     assert train(*settings, cwd=tmp_path).returncode == 0
-    said = "its text or tokenizer may have changed since, or have moved"
-    assert said not in train(*settings, cwd=tmp_path).stdout
+    warning = "the text or tokenizer differs from this run's, or has moved"
+    assert warning not in train(*settings, cwd=tmp_path).stdout
     sorted(text.iterdir())[0].write_text("other words " * 100)
     done = train(*settings, cwd=tmp_path)
-    assert "finished already" in done.stdout and said in done.stdout
+    assert "finished already" in done.stdout and warning in done.stdout
 
 
-def test_one_process_at_a_time(settings, tmp_path):
+def test_second_process_cannot_train_the_same_run(settings, tmp_path):
     settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1")
     process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
@@ -330,7 +310,7 @@ def test_one_process_at_a_time(settings, tmp_path):
         process.wait()
 
 
-def test_a_sweep_trains_each_combination_once(settings, tmp_path):
+def test_sweep_trains_each_combination_once(settings, tmp_path):
     settings = (*(s for s in settings if not s.startswith("clip.")), "trainer.max_steps=3")
     sweep = ("-m", "clip=none,zclip", "lr=1e-3,3e-3", *settings)
     done = train(*sweep, cwd=tmp_path)
@@ -345,22 +325,22 @@ def test_a_sweep_trains_each_combination_once(settings, tmp_path):
         assert cell in summary
 
 
-def test_a_diverging_run_ends_with_a_result(settings, tmp_path):
+def test_diverging_run_ends_with_a_result(settings, tmp_path):
     settings = tuple(s for s in settings if not s.startswith("clip."))
     done = train(*settings, "clip=none", "lr=1e30", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert result["test_loss"] is None or result["test_loss"] > result["unigram_entropy"]
     assert result["skipped"] > 30 and "norm not finite" in done.stdout
-    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(only_run(tmp_path) / "metrics.jsonl")
     assert len(rows) == 40 and rows[-1]["grad_norm"] is None and rows[-1]["nonfinite"] == result["skipped"]
 
 
-def test_wandb_is_loaded_only_when_chosen(settings, tmp_path):
+def test_wandb_is_imported_only_when_chosen(settings, tmp_path):
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(CHECKOUT)}
     code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1)\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code += "except SystemExit as e: print('status', e.code)\nprint('wandb loaded', 'wandb' in sys.modules)"
-    for logger, loaded in (("local", False), ("wandb", True)):
+    for logger, loaded in (("jsonl", False), ("wandb", True)):
         command = train_command(*settings, "trainer.max_steps=4", f"logger={logger}", f"name={logger}")
         done = subprocess.run(
             [command[0], "-c", code, *command[1:]],
@@ -382,12 +362,12 @@ def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
         assert path.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
 
 
-def test_bad_batches_are_put_in_and_told(settings, tmp_path):
-    bad = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
-    done = train(*settings, *bad, cwd=tmp_path)
+def test_corrupted_batches_are_injected_and_reported(settings, tmp_path):
+    corruption = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
+    done = train(*settings, *corruption, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"bad batches\s+│ 2 random", done.stdout)
-    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(only_run(tmp_path) / "metrics.jsonl")
     loss = [row["loss"] for row in rows]
     assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
     sweep = train("-m", *settings, "data.corruption.steps=[],[20]", cwd=tmp_path)
@@ -395,12 +375,12 @@ def test_bad_batches_are_put_in_and_told(settings, tmp_path):
     assert "1 random" in sweep.stdout and "none" in sweep.stdout
 
 
-def test_a_tokenizer_without_the_letters_of_bad_batches_is_told_before_the_run(settings, tmp_path):
+def test_tokenizer_without_foreign_letters_is_reported_before_the_run(settings, tmp_path):
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
     wrap_tokenizer(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
-    given = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
-    done = train(*settings, *given, cwd=tmp_path)
+    overrides = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
+    done = train(*settings, *overrides, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
         "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer has no tokens for letters "
         "of other scripts\n"

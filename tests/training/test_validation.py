@@ -1,4 +1,4 @@
-"""Evaluations while a run trains: what they find, on any number of processes, and that training does not notice."""
+"""Evaluations during training: their results on any number of processes, and that they do not change training."""
 
 import json
 import math
@@ -12,11 +12,9 @@ from rich.console import Console
 
 from data import TokenDataset, load_tokenizer, open_tokens
 from data.tokenizer import train_tokenizer
-from tests.conftest import TINY, train
 from tests.data.arrays import token_array
 from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
-from tests.training.test_saving import FSDP
-from tests.training.test_stopping import start, wait_for_steps
+from tests.helpers import FSDP, TINY, read_jsonl, start, train, wait_for_steps
 from training.validation.validation_set import ValidationSet, bits_per_byte
 
 
@@ -26,48 +24,42 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
     return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, *every)
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_every_so_many_steps_on_any_number_of_processes(settings, sets, tmp_path):  # noqa: F811
+def test_evaluations_are_the_same_on_any_number_of_processes_and_leave_training_unchanged(settings, sets, tmp_path):  # noqa: F811
     tasks = ("trainer.eval_every=20", "eval.tasks=[winogrande]", "eval.limit=40", f"eval.data_dir={sets}")
     tasks += ("model.max_position_embeddings=128",)
     ends = []
-    for name, more in (("plain", ("trainer.val_every=null",)), ("one", tasks), ("two", (*tasks, *FSDP))):
-        given = (*settings, *more) if more else settings
-        if name == "plain":
-            given = (*given, tasks[-1])
-        done = train(*given, f"name={name}", cwd=tmp_path)
+    plain_settings = ("trainer.val_every=null", tasks[-1])
+    for name, overrides in (("plain", plain_settings), ("one", tasks), ("two", (*tasks, *FSDP))):
+        done = train(*settings, *overrides, f"name={name}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         ends.append(tmp_path / "runs" / "main" / name)
     plain, one, two = ends
-    assert [row["loss"] for row in lines(plain / "metrics.jsonl")] == [
-        row["loss"] for row in lines(one / "metrics.jsonl")
+    assert [row["loss"] for row in read_jsonl(plain / "metrics.jsonl")] == [
+        row["loss"] for row in read_jsonl(one / "metrics.jsonl")
     ]
-    found = [lines(end / "val_metrics.jsonl") for end in (one, two)]
-    assert [row["step"] for row in found[0]] == [row["step"] for row in found[1]] == [10, 20, 30]
-    for row, other in zip(*found, strict=True):
+    losses = [read_jsonl(end / "val_metrics.jsonl") for end in (one, two)]
+    assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == [10, 20, 30]
+    for row, other in zip(*losses, strict=True):
         assert row["test_tokens"] == other["test_tokens"] == 3000 // 64 * 64
         assert row["test_loss"] == pytest.approx(other["test_loss"], abs=1e-5)
         assert row["test_perplexity"] == pytest.approx(math.exp(row["test_loss"]))
-    assert found[0][0]["test_loss"] > found[0][2]["test_loss"]
+    assert losses[0][0]["test_loss"] > losses[0][2]["test_loss"]
     scores = [json.loads((end / "task_scores.json").read_text())["scores"] for end in (one, two)]
-    assert [score["step"] for score in scores[0]] == [20, 40], "at the end too"
+    assert [score["step"] for score in scores[0]] == [20, 40], "also after the last step"
     for score, other in zip(*scores, strict=True):
         assert (score["task"], score["items"]) == ("winogrande", 40)
         assert abs(score["acc"] - other["acc"]) <= 1 / 40, "they differ by rounding"
     results = [json.loads((end / "result.json").read_text()) for end in ends]
     assert results[0]["test_loss"] == results[1]["test_loss"] == pytest.approx(results[2]["test_loss"], abs=1e-5)
     assert not (plain / "val_metrics.jsonl").exists()
-    assert lines(one / "metrics.jsonl")[10]["evaluation_seconds"] > 0
+    assert read_jsonl(one / "metrics.jsonl")[10]["evaluation_seconds"] > 0
 
 
-def test_killed_each_is_there_once(settings, tmp_path):
-    for name in ("whole", "killed"):
+def test_killed_run_has_each_evaluation_once(settings, tmp_path):
+    for name in ("uninterrupted", "killed"):
         (tmp_path / name).mkdir()
     settings = (*settings, "name=x")
-    assert train(*settings, cwd=tmp_path / "whole").returncode == 0
+    assert train(*settings, cwd=tmp_path / "uninterrupted").returncode == 0
     for steps in (10, 20, 25):
         job = start(*settings, cwd=tmp_path / "killed")
         wait_for_steps(job, tmp_path / "killed", steps)
@@ -78,37 +70,37 @@ def test_killed_each_is_there_once(settings, tmp_path):
         file.write('{"step": 30, "test_lo')
     done = train(*settings, cwd=tmp_path / "killed")
     assert done.returncode == 0, done.stderr
-    assert lines(path) == lines(tmp_path / "whole" / "runs" / "main" / "x" / "val_metrics.jsonl")
+    assert read_jsonl(path) == read_jsonl(tmp_path / "uninterrupted" / "runs" / "main" / "x" / "val_metrics.jsonl")
 
 
-def test_told_to_stop_while_tasks_are_scored_it_stops_there_and_goes_on_there(settings, sets, tmp_path):  # noqa: F811
-    given = (*settings, "trainer.val_every=null", "trainer.eval_every=20", "eval.tasks=[hellaswag]", "name=x")
-    given += (
+def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_path):  # noqa: F811
+    overrides = (*settings, "trainer.val_every=null", "trainer.eval_every=20", "eval.tasks=[hellaswag]", "name=x")
+    overrides += (
         "eval.limit=700",
         f"eval.data_dir={sets}",
         "trainer.checkpoint_every=40",
         "model.max_position_embeddings=128",
     )
-    job = start(*given, cwd=tmp_path)
+    job = start(*overrides, cwd=tmp_path)
     folder = tmp_path / "runs" / "main" / "x"
     while not list(folder.glob(".eval-20-*")) or b"\n[" not in next(folder.glob(".eval-20-*")).read_bytes()[:200]:
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     job.terminate()
-    said = job.communicate(timeout=100)
-    assert job.returncode == 128 + signal.SIGTERM, said
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020.ckpt"], said
+    output = job.communicate(timeout=100)
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020.ckpt"], output
     (folder / "task_scores.json").write_text("{")
-    done = train(*given, cwd=tmp_path)
+    done = train(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "task_scores.json is damaged (" in done.stdout and "It is put aside as damaged-" in done.stdout
+    assert "task_scores.json is damaged (" in done.stdout and "It is renamed to damaged-" in done.stdout
     scores = json.loads((folder / "task_scores.json").read_text())["scores"]
     assert [(score["step"], score["dtype"], score["items"]) for score in scores] == [
         (20, "float32", 700), (40, "float32", 700),
     ]  # fmt: skip
     for name in ("task_scores.json", "result.json"):
         (folder / name).unlink()
-    assert train(*given, cwd=tmp_path).returncode == 0, "killed in the last evaluation"
+    assert train(*overrides, cwd=tmp_path).returncode == 0, "as if it was killed in the last evaluation"
     again = json.loads((folder / "task_scores.json").read_text())["scores"]
     assert [(score["step"], score["acc"]) for score in again] == [(40, scores[1]["acc"])]
     assert not list(folder.glob(".eval-*.jsonl"))
@@ -123,11 +115,11 @@ def test_bytes_are_those_of_the_text_in_any_script(tmp_path):
     sequences = TokenDataset(token_array(tmp_path, np.array(ids, dtype=np.uint16)), 16)
     held_out = ValidationSet(sequences, 4, None, Console(quiet=True))
     predicted = ids[1 : held_out.tokens + 1]
-    whole = tokenizer.tokenizer.decode(predicted, skip_special_tokens=True)
-    assert held_out.bytes(tokenizer) == pytest.approx(len(whole.encode()), abs=3), "but for the last character"
+    text = tokenizer.tokenizer.decode(predicted, skip_special_tokens=True)
+    assert held_out.bytes(tokenizer) == pytest.approx(len(text.encode()), abs=3), "except the last character"
 
 
-def test_shares_are_all_of_it_and_bytes_those_of_the_text(settings, tmp_path, cache):
+def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(settings, tmp_path, cache):
     done = train(*settings, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("runs/main/*")
@@ -137,19 +129,19 @@ def test_shares_are_all_of_it_and_bytes_those_of_the_text(settings, tmp_path, ca
     sequences = TokenDataset(tokens.test, 64)
     quiet = Console(quiet=True)
     for processes in (1, 2, 3):
-        dealt = [ValidationSet(sequences, 4, 40 * 64, quiet, rank, processes) for rank in range(processes)]
-        assert len({len(share) for share in dealt}) == 1
-        assert sum(part.tokens for share in dealt for part in share) == 40 * 64
+        shares = [ValidationSet(sequences, 4, 40 * 64, quiet, rank, processes) for rank in range(processes)]
+        assert len({len(share) for share in shares}) == 1
+        assert sum(batch.tokens for share in shares for batch in share) == 40 * 64
     text = tokenizer.tokenizer.decode(tokens.test.read(1, result["test_tokens"] + 1).tolist(), skip_special_tokens=True)
     size = ValidationSet(sequences, 4, None, quiet).bytes(tokenizer)
-    assert size == pytest.approx(len(text.encode()), abs=3), "but for the last character"
+    assert size == pytest.approx(len(text.encode()), abs=3), "except the last character"
     assert result["test_bits_per_byte"] == bits_per_byte(result["test_loss"], result["test_tokens"], size)
     assert bits_per_byte(math.log(2) * 8, 100, 100) == pytest.approx(8.0) and isinstance(size, int)
     assert np.isfinite(result["test_bits_per_byte"])
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    ("overrides", "message"),
     [
         (("trainer.val_every=0",), "trainer.val_every=0 is not allowed: it must be an integer from 1, or null"),
         (
@@ -162,7 +154,7 @@ def test_shares_are_all_of_it_and_bytes_those_of_the_text(settings, tmp_path, ca
         ),
     ],
 )
-def test_mistakes_are_told_before_training(given, said, settings, tmp_path):
-    done = train(*settings, *given, cwd=tmp_path)
-    assert done.returncode == 2 and f"error: {said}" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_are_reported_before_training(overrides, message, settings, tmp_path):
+    done = train(*settings, *overrides, cwd=tmp_path)
+    assert done.returncode == 2 and f"error: {message}" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("runs/main/*/metrics.jsonl"))

@@ -6,7 +6,7 @@ the machine is checked when a `Config` is made; `training.config.checks` does th
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Flag, Folder, FolderName, Fraction, NotNegative, Positive, Settings
@@ -181,12 +181,11 @@ class HardwareConfig(Settings):
     mfu: Annotated[float, Field(gt=0, le=1), Allowed("a number above 0 and at most 1")]
     """Share of its peak FLOP/s that training reaches."""
 
-    @field_validator("device")
-    @classmethod
-    def _known(cls, device: str) -> str:
-        if peak_flops(device) is None:
-            raise ConfigError("device", device, f"one of {', '.join(PEAK_FLOPS)}")
-        return device
+    @model_validator(mode="after")
+    def _known_device(self) -> Self:
+        if peak_flops(self.device) is None:
+            raise ConfigError("device", self.device, f"one of {', '.join(PEAK_FLOPS)}")
+        return self
 
 
 class PathsConfig(Settings):

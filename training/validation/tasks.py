@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
 from common.text import SECONDS_BETWEEN_LINES
 from data import Tokenizer
 from evaluation.config import EvalConfig
@@ -32,19 +31,16 @@ def load_eval_tasks(config: Config) -> LoadedTasks:
     """Return the tasks that are scored during training, with their data.
 
     Raises:
-        UserError: a task is unknown, or its data cannot be read.
+        TaskError: a task is unknown, or its data cannot be read.
     """
     if config.trainer.eval_every is None:
         return {}
     folders = data_folders(config.eval.data_dir, config.paths.cache)
-    try:
-        return {
-            (name, num_fewshot): load_tasks(name, folders, num_fewshot)
-            for name in config.eval.tasks
-            for num_fewshot in config.eval.fewshot_list
-        }
-    except TaskError as error:
-        raise UserError(str(error)) from error
+    return {
+        (name, num_fewshot): load_tasks(name, folders, num_fewshot)
+        for name in config.eval.tasks
+        for num_fewshot in config.eval.fewshot_list
+    }
 
 
 class TaskEvaluator:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from common.text import SECONDS_BETWEEN_LINES
-from data import Batch, Tokenizer, TokenDataset
+from data import Batch, TokenDataset, Tokenizer
 
 
 class ValidationBatch(NamedTuple):

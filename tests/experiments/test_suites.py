@@ -1,24 +1,37 @@
-"""The declared sets of runs, on the command line."""
+"""The suites on the command line, and the settings of the scripts that read their runs."""
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.settings import parse
 from experiments.paper.measures import MEASURES
-from experiments.paper.suites import ALPHAS, FIGURES, STRATEGIES, TABLES, THRESHOLDS, ZCLIP, sets
+from experiments.paper.suites import ALPHAS, FIGURE_RUNS, STRATEGIES, SUITES, TABLES, THRESHOLDS, ZCLIP_DEFAULTS
 from experiments.paper.tables import paper_numbers
-from scripts.paper_runs import chosen, step_windows
+from scripts.paper_runs import PaperSettings
 from tests.conftest import CHECKOUT, script, train
+from training.config.compose import load_config
 
 
-def test_the_catalogue_is_whole():
-    known = sets()
-    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {*known, "main", "paper"}
-    for name, settings in known.items():
-        text = (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").read_text()
-        assert f"suite: {name}\n" in text and settings
-    assert {*TABLES, *FIGURES} < {*known}
+def test_every_suite_is_an_option_of_experiment():
+    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {"main", "paper"}
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert {*loader.get_group_options("experiment")} == {*SUITES, "main", "paper"}
+        for name in SUITES:
+            cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
+            assert cfg.paper.suite == name and cfg.hydra.sweeper._target_.endswith(".SuiteSweeper")
+            assert cfg.experiment.startswith("paper-")
+            with pytest.raises(UserError, match=f"experiment={name} is a set of runs: it needs -m"):
+                load_config(cfg)
+    with initialize_config_dir(str(CHECKOUT / "configs" / "paper"), version_base="1.3"):
+        assert compose("results", ["experiment=table3"]).experiment == "table3", "elsewhere it is a plain key"
+
+
+def test_declarations_are_complete():
+    assert {*TABLES, *FIGURE_RUNS} < {*SUITES} and all(SUITES.values())
     for name, rows in paper_numbers().items():
         table = TABLES[name]
         assert set(rows) == {row.label for row in table.rows}
@@ -26,14 +39,16 @@ def test_the_catalogue_is_whole():
         assert all(set(numbers) <= headers for numbers in rows.values())
     for table in TABLES.values():
         assert all(column.measure in MEASURES for column in table.columns)
-        assert all(column.group in row.settings for row in table.rows for column in table.columns)
+        assert all(column.group in row.specs for row in table.rows for column in table.columns)
     clip = OmegaConf.load(CHECKOUT / "configs" / "clip" / "zclip.yaml")
-    assert {key: clip[key] for key in ZCLIP} == ZCLIP, "what is not set on top is what the option sets"
+    assert {key: clip[key] for key in ZCLIP_DEFAULTS} == ZCLIP_DEFAULTS, (
+        "what is not set on top is what the option sets"
+    )
     assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
 
 
-def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
-    """The real thing, small: a sweep over a declared set, its table, and its mistakes."""
+def test_suite_is_trained_and_read_by_its_name(tmp_path, corpus, cache):
+    """The real thing, small: a sweep over a suite, its table, and its mistakes."""
     tiny = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
     tiny += ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", f"data.path={corpus}")
     tiny += (f"paths.cache={cache}", "paper.corruption_steps=[6]", "data.max_val_tokens=2048", "paper.lab_steps=[6]")
@@ -43,9 +58,9 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
     again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.count("finished already") == 3, "they are shared with Table 5"
-    also = "overrides=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
+    overrides = "overrides=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
     for name in ("make_tables.py", "make_figures.py", "make_report.py"):
-        made = script(name, "experiment=[table5,figure3,figure7]", also, "out=here", cwd=tmp_path)
+        made = script(name, "experiment=[table5,figure3,figure7]", overrides, "out=here", cwd=tmp_path)
         assert made.returncode == 0, made.stderr
     assert sorted(path.name for path in (tmp_path / "here").rglob("figure*")) == [
         "figure3.png", "figure3.svg", "figure7.png", "figure7.svg", "figures",
@@ -54,68 +69,71 @@ def test_a_set_is_run_and_read_from_its_name(tmp_path, corpus, cache):
     assert "python train.py -m &#39;experiment=[table5,figure7]&#39; scale=micro" in page
     assert "**not testable here**" in (tmp_path / "here" / "verdicts.md").read_text()
     text = (tmp_path / "here" / "tables" / "table5.md").read_text()
-    assert "seed 0, text sotu" in text and "bad batches of kind repeat put in at steps 6" in text
+    assert "seed 0, text sotu" in text and "corrupted batches of kind repeat injected at steps 6" in text
     assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
     other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
     assert other.returncode == 2 and "nothing is written; nano-" in other.stderr
-    assert "left out: no run of these experiments (" in other.stderr and not (tmp_path / "there").exists()
+    assert "excluded: not a run of these experiments (" in other.stderr and not (tmp_path / "there").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("overrides", "message"),
     [
         (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
-        (("-m", "experiment=table3", "scale=micro", "++paper.lr=1"), "paper.lr is not yours to set with"),
+        (("-m", "experiment=table3", "scale=micro", "++paper.lr=1"), "paper.lr cannot be set with"),
         (
             ("-m", "experiment=table3", "clip=none"),
-            "clip is not yours to set with experiment=table3: the sets set clip,",
+            "clip cannot be set with experiment=table3: the suites set clip,",
         ),
-        (("-m", "experiment=table3", "lr=1e-3"), "lr is not yours to set with experiment=table3: the sets set clip,"),
+        (("-m", "experiment=table3", "lr=1e-3"), "lr cannot be set with experiment=table3: the suites set clip,"),
         (
             ("-m", "experiment=table3", "scale=micro", "seed=-1"),
             "seed=-1 is not allowed: it must be an integer from 0 to",
         ),
         (
             ("-m", "experiment=figure2", "scale=micro", "data.corruption.steps=[5]"),
-            "data.corruption.steps is not yours to set with experiment=figure2: the sets set",
+            "data.corruption.steps cannot be set with experiment=figure2: the suites set",
         ),
         (("-m", "hydra/sweeper=suite"), "hydra/sweeper=suite is not possible without experiment=, which sets it"),
         (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),
-        (("-m", "experiment=[table2,main]"), "experiment=[table2,main] is not possible: main is none of the sets all,"),
+        (
+            ("-m", "experiment=[table2,main]"),
+            "experiment=[table2,main] is not possible: main is none of the suites all,",
+        ),
     ],
 )
-def test_mistakes_are_one_sentence(given, said, tmp_path):
-    done = train(*given, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {said}"), done.stderr
+def test_mistakes_with_suites_are_one_sentence(overrides, message, tmp_path):
+    done = train(*overrides, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {message}"), done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_plan_of_a_set_says_what_it_takes(tmp_path):
+def test_plan_of_a_suite_prints_requirements_and_commands(tmp_path):
     done = train("-m", "experiment=table3", "scale=paper", "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm/train.sbatch") == 4
     assert "199.6B" in done.stdout and "plan=" not in done.stdout.lower()
 
 
-def test_a_plan_of_a_set_is_checked(tmp_path):
+def test_plan_of_a_suite_is_checked(tmp_path):
     done = train("-m", "experiment=table3", "scale=paper", "plan=true", "data.sequence_length=4096", cwd=tmp_path)
     assert done.returncode == 2 and "data.sequence_length=4096 is longer than the model's context" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_nothing_is_written_where_no_run_is_done(tmp_path):
-    """What was made of earlier runs stays."""
+def test_nothing_is_written_without_finished_runs(tmp_path):
+    """Tables of earlier runs stay."""
     kept = tmp_path / "runs" / "results-micro" / "tables" / "table3.md"
     kept.parent.mkdir(parents=True)
     kept.write_text("numbers")
-    for given, said in (
+    for overrides, message in (
         (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
         (("seeds=0,1",), "seeds=0,1 has several values: give a list, as KEY=[0,1]"),
         (("overrides=[a=1]",), "overrides=[a=1] cannot be read: special characters must be quoted, as 'overrides=["),
     ):
-        done = script("make_tables.py", *given, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {said}"), done.stderr
+        done = script("make_tables.py", *overrides, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {message}"), done.stderr
         assert len(done.stderr.splitlines()) == 1
     for name in ("make_tables.py", "make_report.py"):
         done = script(name, "seeds=[7]", cwd=tmp_path)
@@ -125,7 +143,7 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("override", "message"),
     [
         ("experiment=figure10", "experiment=figure10 is not known here: it must be of table2,"),
         (
@@ -145,12 +163,11 @@ def test_nothing_is_written_where_no_run_is_done(tmp_path):
         ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with paper-micro/"),
     ],
 )
-def test_mistakes_of_the_readers_are_named(given, said, tmp_path, monkeypatch):
+def test_mistakes_in_paper_settings_are_named(override, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with initialize_config_dir(str(CHECKOUT / "configs" / "paper"), version_base="1.3"):
-        cfg = compose("results", [given])
+        cfg = compose("results", [override])
     with pytest.raises(UserError) as error:
-        chosen(cfg)
-        step_windows(cfg)
-    assert str(error.value).startswith(said)
+        parse(PaperSettings, OmegaConf.to_container(cfg)).selected()
+    assert str(error.value).startswith(message)

@@ -1,0 +1,135 @@
+"""Footnotes of tables: the runs, the definitions of their numbers, and missing runs."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from experiments.paper.collect import RunCollection
+from experiments.paper.measures import DIVERGED_NOTE, MEASURES
+from experiments.paper.suites import Table
+from experiments.run.definitions import min_spike_height, recovery_steps
+from experiments.run.read import Run, corrupted_rows, corrupted_steps
+
+#: Metric of each task.
+METRICS = {"HellaSwag": "acc_norm", "WinoGrande": "acc"}
+
+
+def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
+    """Return the sentences below a table.
+
+    Args:
+        table: its declaration.
+        collection: the runs.
+        seeds: of the table's finished runs.
+    """
+    specs = {spec for _, spec in table.labelled_specs()}
+    runs = [run for (spec, _), run in collection.runs.items() if spec in specs]
+    missing = collection.notes(table.labelled_specs())
+    if not runs:
+        return ["no run of this table is finished", *missing]
+    measures = dict.fromkeys(column.measure for column in table.columns)
+    notes = [describe_runs(runs, seeds), table.note, *(MEASURES[name].note for name in measures)]
+    if "spikes" in measures:
+        heights = [min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]
+        if not np.isnan(heights).all():
+            notes.append(f"at the median step of these runs a spike is a jump by {np.nanmedian(heights):.2f} nats")
+    if {"hellaswag", "winogrande"} & set(measures):
+        notes.append(_describe_scores(runs))
+    if any(spec in specs for spec, _ in collection.diverged):
+        notes.append(DIVERGED_NOTE)
+    if "recovery_steps" in measures and (corrupted := [run for run in runs if corrupted_rows(run)]):
+        never = np.full(len(corrupted[0].metrics["step"]), np.inf)
+        longest = recovery_steps(never, np.zeros(1), corrupted_rows(corrupted[0]))
+        notes.append(f"a run that never recovers has {longest:.{MEASURES['recovery_steps'].decimals}f} steps")
+    if any(MEASURES[name].better for name in measures):
+        notes.append("the best numbers are in bold, whatever their error")
+    if len(seeds) > 1:
+        notes.append("± is the standard deviation over seeds")
+    return [note for note in notes if note] + missing
+
+
+def describe_runs(runs: Sequence[Run], seeds: Sequence[int]) -> str:
+    """Return a phrase with scale, model, tokens, seeds, text, learning rate, corrupted batches and commit of runs."""
+    results = [run.result or {} for run in runs]
+    parts = [
+        f"{_joined(run.config['paper']['scale'] for run in runs)} scale",
+        f"model {_joined(run.config['model']['name'] for run in runs)} "
+        f"({_joined(sorted({_short(result['parameters']) for result in results}))} parameters)",
+        f"{_joined(sorted({_short(result['tokens']) for result in results}))} tokens",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+        f"text {_joined(run.config['data']['name'] for run in runs)} "
+        f"(fingerprint {_joined(sorted({result['data_fingerprint'] for result in results}))})",
+        *_describe_rates(runs),
+        *_describe_corruption(runs),
+        *_describe_recovery(runs),
+    ]
+    starts = [start for run in runs for start in run.starts]
+    commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
+    changed = any(start.get("uncommitted_changes") for start in starts)
+    return ", ".join([*parts, f"commit {_joined(commits)}" + (" with uncommitted changes" if changed else "")])
+
+
+def _joined(values: Iterable[object]) -> str:
+    return " and ".join(map(str, dict.fromkeys(values)))
+
+
+def _describe_rates(runs: Sequence[Run]) -> list[str]:
+    scales = {run.config["paper"]["lr_scale"] for run in runs}
+    rates = {float(run.config["paper"]["lr"]) for run in runs}
+    if len(rates) == len(scales) == 1:
+        rate, scale = rates.pop(), scales.pop()
+        return [f"learning rate {rate:g} in the paper" + (f", here {rate * scale:g}" if scale != 1 else "")]
+    return [f"learning rates {scale:g} times the paper's, which are named" for scale in sorted(scales) if scale != 1]
+
+
+def _describe_corruption(runs: Sequence[Run]) -> list[str]:
+    corruptions = {
+        (run.config["data"]["corruption"]["kind"], *corrupted_steps(run)) for run in runs if corrupted_steps(run)
+    }
+    parts = [
+        f"corrupted batches of kind {kind} injected at steps {', '.join(map(str, steps))}"
+        for kind, *steps in sorted(corruptions)
+    ]
+    if corruptions and any(not corrupted_steps(run) for run in runs):
+        parts.append("none in the baseline runs")
+    return parts
+
+
+def _describe_recovery(runs: Sequence[Run]) -> list[str]:
+    windows = [run.config["clip"].get("recovery_window") for run in runs]
+    recovering = [window for window in windows if window is not None]
+    share = f" in {len(recovering)} of the {len(runs)} runs" if len(recovering) < len(runs) else ""
+    return [
+        f"ZClip with recovery (the library's default, not in the paper) in windows of {window} steps{share}"
+        for window in sorted({str(window) for window in recovering})
+    ]
+
+
+def _short(number: float) -> str:
+    """Format a number of parameters or tokens like `287k`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if float(f"{number:.3g}") >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def _describe_scores(runs: Sequence[Run]) -> str:
+    """Return a phrase with the number of items behind the scores, their standard error and the truncated share."""
+    scores = {task: [score for run in runs if (score := run.score(task.lower())) is not None] for task in METRICS}
+    items = [
+        f"{task} on {' or '.join(f'{count:,}' for count in sorted({score['items'] for score in scores[task]}))}"
+        for task in METRICS
+        if scores[task]
+    ]
+    if not items:
+        return "the tasks were not scored"
+    errors = [
+        100 * error
+        for task, metric in METRICS.items()
+        for score in scores[task]
+        if (error := score.get(f"{metric}_stderr")) is not None
+    ]
+    chance = f"; their standard error is up to {max(errors):.1f}, and chance is 25 and 50" if errors else ""
+    share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
+    truncated = f"; up to {share:.0%} of the texts are longer than the context and truncated" if share >= 0.005 else ""
+    return f"items: {', '.join(items)}{chance}{truncated}"

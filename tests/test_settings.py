@@ -1,0 +1,97 @@
+"""Errors of typed settings are one sentence that names the full key, the value and what is allowed."""
+
+from typing import Annotated, Literal, Self
+
+import pytest
+from pydantic import Field, field_validator, model_validator
+
+from common.errors import ConfigError, UserError, prefix_errors
+from common.settings import Allowed, Count, FolderName, Positive, Settings, fields_of, parse
+
+
+class Inner(Settings):
+    """A section."""
+
+    steps: Annotated[tuple[Count, ...], Field(strict=False), Allowed("a list of steps")] = ()
+    """Steps."""
+    kind: Literal["a", "b", "c"] = "a"
+    """Kind."""
+    limit: Count | None = None
+    """Limit."""
+    target: str = Field("x", alias="_target_")
+    """Class."""
+
+    @field_validator("kind")
+    @classmethod
+    def _not_c(cls, kind: str) -> str:
+        if kind == "c":
+            raise ConfigError("kind", kind, "a or b today")
+        return kind
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if len(self.steps) > 3:
+            raise ConfigError("steps", list(self.steps), "at most three")
+        return self
+
+
+class Outer(Settings):
+    """All settings."""
+
+    lr: Positive
+    """Rate."""
+    name: FolderName | None = None
+    """Name."""
+    inner: Inner
+    """Section."""
+    sources: dict[str, Inner | None] = Field({})
+    """Sections by name."""
+
+    @model_validator(mode="after")
+    def _no_13(self) -> Self:
+        if self.lr == 13:
+            raise UserError("a sentence about several keys")
+        return self
+
+
+MESSAGES = {
+    "lr=0 is not allowed: it must be a number above 0": {"lr": 0, "inner": {}},
+    "lr=true is not allowed: it must be a number above 0": {"lr": True, "inner": {}},
+    "lr is not set: give it as lr=...": {"inner": {}},
+    "name=.. is not allowed: it must be a folder name of": {"lr": 1, "name": "..", "inner": {}},
+    "inner.steps=[1, 0] is not allowed: it must be a list of steps": {"lr": 1, "inner": {"steps": [1, 0]}},
+    "inner.steps=[1, 2, 3, 4] is not allowed: it must be at most three": {"lr": 1, "inner": {"steps": [1, 2, 3, 4]}},
+    "inner.kind=x is not allowed: it must be a, b or c": {"lr": 1, "inner": {"kind": "x"}},
+    "inner.kind=c is not allowed: it must be a or b today": {"lr": 1, "inner": {"kind": "c"}},
+    "inner.limit=0 is not allowed: it must be an integer from 1, or null": {"lr": 1, "inner": {"limit": 0}},
+    "inner._target_=3 is not allowed": {"lr": 1, "inner": {"_target_": 3}},
+    "there is no key inner.limt (the nearest is inner.limit)": {"lr": 1, "inner": {"limt": 1}},
+    "sources.a.limit=0 is not allowed": {"lr": 1, "inner": {}, "sources": {"a": {"limit": 0}}},
+    "inner=3 is not allowed": {"lr": 1, "inner": 3},
+    "a sentence about several keys": {"lr": 13, "inner": {}},
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_invalid_settings_are_one_sentence(message):
+    with pytest.raises(UserError) as caught:
+        parse(Outer, MESSAGES[message])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    if message.startswith("inner."):
+        with pytest.raises(UserError) as caught:
+            parse(Inner, MESSAGES[message]["inner"], prefix="inner")
+        assert message in str(caught.value)
+
+
+def test_valid_settings_have_their_types():
+    settings = parse(Outer, {"lr": 1, "inner": {"steps": [1, 2]}})
+    assert settings.lr == 1.0 and isinstance(settings.lr, float)
+    assert settings.inner.steps == (1, 2)
+    assert [key for key, _ in fields_of(Inner)] == ["steps", "kind", "limit", "target"]
+
+
+def test_prefix_names_the_section():
+    with pytest.raises(ConfigError, match=r"^data\.path=null is not there$"), prefix_errors("data"):
+        raise ConfigError("path", None, problem="is not there")
+    with pytest.raises(UserError, match=r"^data: something else$"), prefix_errors("data"):
+        raise ValueError("something else")

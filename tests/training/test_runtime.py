@@ -1,0 +1,167 @@
+"""Signals, standard streams and SLURM's environment, without training."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from common.errors import UserError
+from tests.helpers import CHECKOUT, compose_config
+from training.launch.slurm import queued_jobs, sbatch_resources, submit
+from training.runtime.slurm import export_torchrun_env, requeue
+from training.runtime.stdio import BestEffortStream
+
+SETUP = """
+import os, signal, sys
+from training.runtime.signals import *
+from training.runtime.signals import _dispatch
+send = lambda signum: os.kill(os.getpid(), signum)
+install_handlers()
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SETUP + code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("send(signal.SIGTERM)\ntry: enable_exit()\nexcept Interrupted as e: print(e.signum, e.step)",
+                     id="before-enable-exit-it-is-recorded"),
+        pytest.param("enable_exit()\ntry: send(signal.SIGTERM)\nexcept Interrupted as e: print(e.signum, e.step)",
+                     id="then-it-raises"),
+        pytest.param("enable_exit()\ntry: send(signal.SIGTERM)\nexcept BaseException: pass\n"
+                     "try: reraise_pending()\nexcept Interrupted as e: print(e.signum, e.step)",
+                     id="a-swallowed-one-is-raised-again"),
+        pytest.param("enable_exit()\ntry: send(signal.SIGTERM)\nexcept BaseException: pass\n"
+                     "try: send(signal.SIGUSR1)\nexcept Interrupted as e: print(e.signum, e.step)",
+                     id="by-the-next-signal-too"),
+        pytest.param("enable_exit()\ntry: send(signal.SIGTERM)\nexcept Interrupted as e:\n"
+                     "    reraise_pending(); clear_pending(); send(signal.SIGUSR1); print(e.signum, e.step)",
+                     id="not-while-it-is-handled"),
+        pytest.param("enable_exit()\nwith override_handler(lambda n: print(n, None)): send(signal.SIGTERM)",
+                     id="an-overriding-handler-gets-it"),
+    ],
+)  # fmt: skip
+def test_signal_is_not_lost(code):
+    done = run_python(code)
+    assert done.stdout == f"{int(signal.SIGTERM)} None\n", done.stderr
+
+
+def test_second_ctrl_c_exits_at_once():
+    done = run_python("enable_exit()\nwith override_handler(lambda n: None):\n    send(2); send(2); print('no')")
+    assert (done.returncode, done.stdout) == (130, "")
+
+
+def test_ignored_signals_stay_ignored():
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SETUP
+    code += "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is _dispatch)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("2, 7), False", "interrupted after step 7; run the same command to resume"),
+        ("2), False", "interrupted; run the same command to resume"),
+        ("10, 7), True", "interrupted after step 7; the job is requeued and resumes by itself"),
+    ],
+)
+def test_interruption_says_how_the_run_resumes(arguments, message):
+    assert run_python(f"print_interrupted(Interrupted({arguments})").stderr == f"{message}\n"
+
+
+def test_stream_drops_what_cannot_be_written():
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            self.write("")
+
+    stream = BestEffortStream(FullDisk())
+    assert stream.write("text") == 4 and not stream.isatty()
+    stream.flush()
+
+
+def test_closed_pipe_does_not_change_the_exit_status():
+    code = "from training.runtime.stdio import *\ninstall_best_effort_stdio()\nprint('x' * 100000)\nflush_stdio()"
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "$0" | head -c 1; exit ${{PIPESTATUS[0]}}', code],
+        cwd=CHECKOUT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_srun_tasks_get_torchruns_variables(monkeypatch):
+    step = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": "2",
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", step)
+    export_torchrun_env()
+    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")} == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+    }  # fmt: skip
+    assert step["MASTER_ADDR"] == "node1" and step["MASTER_PORT"] == "15009", "another port after each restart"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Return a function that puts a shell script as a command on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def make(name: str, script: str) -> None:
+        file = tmp_path / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+
+    return make
+
+
+def test_job_is_requeued_at_its_time_limit_only(command, tmp_path, monkeypatch, capsys):
+    command("scontrol", f"echo $* >> {tmp_path}/calls")
+    for name in ("ZCLIP_LAUNCHER", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert not requeue(signal.SIGUSR1), "outside of SLURM"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert [requeue(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == [False, False, True]
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert requeue(signal.SIGUSR2)
+    assert (tmp_path / "calls").read_text() == "requeue 7\nrequeue 6_2\n"
+    command("scontrol", "echo not allowed >&2; exit 1")
+    assert not requeue(signal.SIGUSR1) and capsys.readouterr().err == "job 6_2 cannot be requeued: not allowed\n"
+
+
+def test_jobs_of_the_queue(command):
+    command("squeue", "echo 7 RUNNING; echo 8 PENDING")
+    assert queued_jobs() == {"7": "RUNNING", "8": "PENDING"}
+    command("squeue", "echo cannot reach the controller >&2; exit 1")
+    with pytest.raises(UserError, match=r"^squeue failed: cannot reach the controller$"):
+        queued_jobs()
+
+
+def test_submission_is_one_command(command, tmp_path, monkeypatch):
+    command("sbatch", f'echo "$@" > {tmp_path}/call; echo "12;cluster"')
+    options = sbatch_resources(compose_config("trainer=fsdp", "plan=true").trainer)
+    assert options == ["--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8"]
+    assert submit(options, ["lr=1e-3"]) == "12"
+    call = (tmp_path / "call").read_text()
+    assert call == f"--parsable {' '.join(options)} {CHECKOUT}/scripts/slurm/train.sbatch lr=1e-3\n"
+    command("sbatch", "echo invalid partition >&2; exit 1")
+    with pytest.raises(UserError, match=r"^sbatch rejects the job: invalid partition$"):
+        submit(options, [])
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"^hydra/launcher=slurm is not possible: sbatch is not installed here$"):
+        submit(options, [])
