@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval lint format clean
+.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-eval: setup ## compare scoring speed with lm-eval's hf backend: ARGS="run=
 
 bench-clip: setup ## measure the cost of clipping, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)
+
+reference: setup ## write docs/reference, the reference of all settings
+	$(BIN)/python -m training.config.reference
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)
