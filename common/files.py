@@ -21,7 +21,7 @@ def tmp_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces `path`, complete and on the disk, when the block ends; if it fails, nothing changes."""
+    """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
     temporary = tmp_path(path)
     with temporary.open("wb") as file:
         yield file

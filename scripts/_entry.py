@@ -43,6 +43,8 @@ def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
     """Return a function that calls `main` with the command line's arguments."""
     from omegaconf import OmegaConf
 
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        return lambda: print(inspect.getdoc(sys.modules["__main__"]))
     return lambda: main(OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:])))  # type: ignore[arg-type]
 
 

@@ -44,7 +44,7 @@ class Outer(Settings):
     """Name."""
     inner: Inner
     """Section."""
-    sources: dict[str, Inner | None] = {}
+    sources: dict[str, Inner | None] = Field({})
     """Sections by name."""
 
     @model_validator(mode="after")
@@ -61,7 +61,7 @@ MESSAGES = {
     "name=.. is not allowed: it must be a folder name of": {"lr": 1, "name": "..", "inner": {}},
     "inner.steps=[1, 0] is not allowed: it must be a list of steps": {"lr": 1, "inner": {"steps": [1, 0]}},
     "inner.steps=[1, 2, 3, 4] is not allowed: it must be at most three": {"lr": 1, "inner": {"steps": [1, 2, 3, 4]}},
-    "inner.kind=x is not allowed: it must be one of a, b, c": {"lr": 1, "inner": {"kind": "x"}},
+    "inner.kind=x is not allowed: it must be a, b or c": {"lr": 1, "inner": {"kind": "x"}},
     "inner.kind=c is not allowed: it must be a or b today": {"lr": 1, "inner": {"kind": "c"}},
     "inner.limit=0 is not allowed: it must be an integer from 1, or null": {"lr": 1, "inner": {"limit": 0}},
     "inner._target_=3 is not allowed": {"lr": 1, "inner": {"_target_": 3}},

@@ -118,7 +118,9 @@ BAD = {
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
     "clip.alhpa=0.9": "clip.alhpa=0.9 is not possible: there is no key clip.alhpa (the nearest is clip.alpha)",
     "data.path=/nope": "data.sources.text.path=/nope does not exist: it must be a file, a folder or a pattern of",
-    "data.sequence_length=100000000 model.max_position_embeddings=100000000": "data.sequence_length=100000000 is longer than the text",
+    "data.sequence_length=100000000 model.max_position_embeddings=100000000": (
+        "data.sequence_length=100000000 is longer than the text"
+    ),
     "data.vocab_size=8192": "data.vocab_size=8192 is larger than the model's vocabulary: it has 8,192 ids, and",
     "model.num_attention_heads=5": "model.num_attention_heads=5 is not allowed",
     "trainer.micro_batch_size=5": "trainer.micro_batch_size=5 is not allowed: 1 process x 5 = 5 sequences at once must",
@@ -150,7 +152,7 @@ BAD = {
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
     "logger=wandb": "logger=wandb is not possible: wandb is not logged in",
     "trainer.compile=1": "trainer.compile=1 is not allowed: it must be true or false",
-    "trainer.keep_every=30": "trainer.keep_every=30 is not allowed: it must be a multiple of trainer.checkpoint_every=50",
+    "trainer.keep_every=30": "trainer.keep_every=30 is not allowed: it must be a multiple of trainer.",
     "optim.betas=[0.9]": "optim.betas=[0.9] is not allowed: it must be two numbers from 0 to below 1",
     "hardware.device=X1": "hardware.device=X1 is not allowed: it must be one of H200, H100 PCIe",
     "resume=gone": "resume=gone is not possible: there is no run in that folder",

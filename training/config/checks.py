@@ -37,7 +37,7 @@ def check(config: Config) -> None:
 
 
 def check_processes(trainer: TrainerConfig, plan: bool) -> None:
-    """Raise `UserError` unless there are the devices and the processes, and the processes can share the global batch."""
+    """Raise `UserError` unless there are the devices and processes, and the processes can share the global batch."""
     if trainer.accelerator == "gpu" and not plan:
         if not torch.cuda.is_available():
             raise UserError(

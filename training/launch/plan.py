@@ -181,7 +181,8 @@ def memory_warning(config: Config, available: int) -> str | None:
     parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in needed.memory.items())
     return (
         f"this may run out of memory: {needed.bytes / GIB:,.1f} GiB seem to be needed ({parts}), and there are "
-        f"{available / GIB:,.1f}; a smaller trainer.micro_batch_size takes less, or trainer.activation_checkpointing=full"
+        f"{available / GIB:,.1f}; a smaller trainer.micro_batch_size takes less, or "
+        "trainer.activation_checkpointing=full"
     )
 
 
