@@ -83,7 +83,10 @@ def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_pat
     )
     job = start(*overrides, cwd=tmp_path)
     folder = tmp_path / "runs" / "main" / "x"
-    while not list(folder.glob(".eval-20-*")) or b"\n[" not in next(folder.glob(".eval-20-*")).read_bytes()[:200]:
+    while (
+        not list(folder.glob(".task_scores-20-*"))
+        or b"\n[" not in next(folder.glob(".task_scores-20-*")).read_bytes()[:200]
+    ):
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     job.terminate()
@@ -103,7 +106,7 @@ def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_pat
     assert train(*overrides, cwd=tmp_path).returncode == 0, "as if it was killed in the last evaluation"
     again = json.loads((folder / "task_scores.json").read_text())["scores"]
     assert [(score["step"], score["acc"]) for score in again] == [(40, scores[1]["acc"])]
-    assert not list(folder.glob(".eval-*.jsonl"))
+    assert not list(folder.glob(".task_scores-*.jsonl"))
 
 
 def test_bytes_are_those_of_the_text_in_any_script(tmp_path):
