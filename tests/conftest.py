@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 
 from data import Source
-from tests.helpers import CHECKOUT, TINY, same, script, train, train_command
-
-__all__ = ["CHECKOUT", "TINY", "same", "script", "train", "train_command"]
 
 # Tests run in parallel; more threads in each would slow all of them down.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 
 PACKAGES = ("common", "zclip", "models", "data", "evaluation", "training", "experiments", "scripts", "hydra_plugins")
 MAY_IMPORT = {

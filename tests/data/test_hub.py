@@ -15,8 +15,8 @@ import pytest
 
 from data import Mixture, Source, open_tokens
 from data.tokenizer import train_tokenizer
-from tests.conftest import CHECKOUT, TINY, train_command
 from tests.data.hub import commit_of, serving
+from tests.helpers import CHECKOUT, TINY, train_command
 
 SUBSETS = ("cosmopedia-v2", "fineweb-edu-dedup")
 CARD = "---\nconfigs:\n" + "".join(

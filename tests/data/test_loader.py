@@ -15,9 +15,9 @@ import torch
 
 from data import ShuffledDataset, TokenDataset, TrainLoader
 from data.tokenizer import train_tokenizer
-from tests.conftest import CHECKOUT
 from tests.data import reader_process
 from tests.data.arrays import token_array
+from tests.helpers import CHECKOUT
 
 
 @pytest.fixture

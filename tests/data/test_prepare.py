@@ -16,7 +16,7 @@ import torch
 from data import Corpus, Mixture, ShuffledDataset, Source, TokenDataset, TrainLoader, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 
 
 def corpus_of(path: Path, **settings) -> Corpus:

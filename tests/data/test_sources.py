@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from data import Mixture, Source, SourceError
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
 TEXTS = [f"Document {i}: naïve café — 東京 🎉\n" + "and so on " * (i % 7) for i in range(40)]

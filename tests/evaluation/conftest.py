@@ -9,7 +9,7 @@ import pytest
 from data import Tokenizer
 from data.tokenizer import train_tokenizer
 from evaluation.tasks import SETS, data_file
-from tests.conftest import CHECKOUT, script
+from tests.helpers import CHECKOUT, script
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "eval"
 

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from common.errors import ConfigError
 from common.settings import parse
 from evaluation.config import EvalConfig
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 
 
 def test_defaults_are_the_papers():

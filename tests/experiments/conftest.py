@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from common.settings import parse
 from experiments.paper.collect import ExpectedRun, RunCollection, collect
 from experiments.paper.suites import STRATEGIES, SUITES
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 from training.config.compose import container, saved_identity, to_yaml
 from training.config.identity import identity, run_path
 from training.config.schema import Config

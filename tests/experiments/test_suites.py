@@ -11,7 +11,7 @@ from experiments.paper.measures import MEASURES
 from experiments.paper.suites import ALPHAS, FIGURE_RUNS, STRATEGIES, SUITES, TABLES, THRESHOLDS, ZCLIP_DEFAULTS
 from experiments.paper.tables import paper_numbers
 from scripts.paper_runs import PaperSettings
-from tests.conftest import CHECKOUT, script, train
+from tests.helpers import CHECKOUT, script, train
 from training.config.compose import load_config
 
 

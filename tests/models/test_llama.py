@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from common.settings import parse
 from models import Llama, LlamaConfig, ModelConfig
 from models.llama import rotary, rotate
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 
 
 def from_yaml(name: str) -> LlamaConfig:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data import Mixture, Source
-from tests.conftest import CHECKOUT, TINY, script, train
+from tests.helpers import CHECKOUT, TINY, script, train
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "corpus"
 

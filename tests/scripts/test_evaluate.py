@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import CHECKOUT, TINY, script, train
 from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
+from tests.helpers import CHECKOUT, TINY, script, train
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY, script, train
+from tests.helpers import TINY, script, train
 from training.checkpoint.format import load_model_state
 
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from common.settings import fields_of
-from tests.conftest import CHECKOUT, TINY, train
+from tests.helpers import CHECKOUT, TINY, train
 from training.config.checks import check
 from training.config.compose import load_config, read_config, to_yaml
 from training.config.identity import identity, run_name

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import same
+from tests.helpers import same
 from tests.zclip.reference_loop import assert_same_weights, build_model
 from zclip import AdaGC, FixedNorm, SkipStep, ZClip
 

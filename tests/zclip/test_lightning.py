@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
-from tests.conftest import same
+from tests.helpers import same
 from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
 from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 

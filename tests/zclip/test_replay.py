@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import CHECKOUT
+from tests.helpers import CHECKOUT
 from zclip import ZClip
 from zclip.replay import main, replay
 from zclip.trace import read_trace
