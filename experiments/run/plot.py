@@ -51,8 +51,8 @@ def _draw_loss(ax: Axes, run: Run) -> None:
     for i, corrupted in enumerate(corrupted_steps(run)):
         label = f"injected corrupted batch: {run.config['data']['corruption']['kind']}" if i == 0 else None
         ax.axvline(corrupted, color="0.4", ls="--", lw=0.8, label=label, zorder=0)
-    if validated := [row for row in run.evaluations if "test_loss" in row]:
-        losses = [row["test_loss"] for row in validated]
+    if validated := [row for row in run.val_metrics if "val_loss" in row]:
+        losses = [row["val_loss"] for row in validated]
         steps = [row["step"] for row in validated]
         if run.result and run.result["test_loss"] is not None:
             ax.plot([steps[-1], step[-1]], [losses[-1], run.result["test_loss"]], "-", color=ORANGE, lw=1)

@@ -18,7 +18,7 @@ class Run(NamedTuple):
         config: `config.yaml` as a nested dict.
         metrics: column name -> (steps,) float64 array; NaN where the line has null or lacks the column.
         result: `result.json`, or `None` if the run is not finished.
-        evaluations: lines of `val_metrics.jsonl`, written while the run trained.
+        val_metrics: lines of `val_metrics.jsonl`, written while the run trained.
         starts: entries of `environment.json`, one for each start.
         scores: entries of `task_scores.json`.
     """
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     metrics: dict[str, np.ndarray]
     result: dict[str, Any] | None
-    evaluations: Sequence[dict[str, Any]] = ()
+    val_metrics: Sequence[dict[str, Any]] = ()
     starts: Sequence[Mapping[str, Any]] = ()
     scores: Sequence[dict[str, Any]] = ()
 
@@ -79,10 +79,10 @@ def read_run(path: Path) -> Run:
     validation, environment, tasks = (
         path / name for name in ("val_metrics.jsonl", "environment.json", "task_scores.json")
     )
-    evaluations = _json_lines(validation) if validation.exists() else []
+    val_metrics = _json_lines(validation) if validation.exists() else []
     starts = _json(environment)["starts"] if environment.exists() else []
     scores = _json(tasks)["scores"] if tasks.exists() else []
-    return Run(path, config, metrics, result, evaluations, starts, scores)
+    return Run(path, config, metrics, result, val_metrics, starts, scores)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -40,10 +40,10 @@ def test_evaluations_are_the_same_on_any_number_of_processes_and_leave_training_
     losses = [read_jsonl(end / "val_metrics.jsonl") for end in (one, two)]
     assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == [10, 20, 30]
     for row, other in zip(*losses, strict=True):
-        assert row["test_tokens"] == other["test_tokens"] == 3000 // 64 * 64
-        assert row["test_loss"] == pytest.approx(other["test_loss"], abs=1e-5)
-        assert row["test_perplexity"] == pytest.approx(math.exp(row["test_loss"]))
-    assert losses[0][0]["test_loss"] > losses[0][2]["test_loss"]
+        assert row["val_tokens"] == other["val_tokens"] == 3000 // 64 * 64
+        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+        assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+    assert losses[0][0]["val_loss"] > losses[0][2]["val_loss"]
     scores = [json.loads((end / "task_scores.json").read_text())["scores"] for end in (one, two)]
     assert [score["step"] for score in scores[0]] == [20, 40], "also after the last step"
     for score, other in zip(*scores, strict=True):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError
 from training.config.schema import ClipConfig, Config
 from training.config.strategy import strategy_class
 
@@ -53,7 +54,10 @@ def identity(config: Config) -> dict[str, Any]:
 
 def _as_declared(clip: ClipConfig) -> dict[str, Any]:
     """Return the strategy's arguments, with an integer as a float where its class declares one: 2 is 2.0."""
-    parameters = inspect.signature(strategy_class(clip)).parameters
+    try:
+        parameters = inspect.signature(strategy_class(clip)).parameters
+    except ConfigError:  # the class of another run, which cannot be imported here
+        return clip.arguments
     floats = {name for name, parameter in parameters.items() if "float" in str(parameter.annotation)}
     return {
         name: float(value) if name in floats and type(value) is int else value for name, value in clip.arguments.items()

@@ -72,12 +72,12 @@ class LossValidator:
         numbers: dict[str, float] = {}
         if math.isfinite(loss):
             numbers = {
-                "test_loss": loss,
-                "test_perplexity": math.exp(min(loss, 700.0)),
-                "test_bits_per_byte": bits_per_byte(loss, tokens, self._bytes),
+                "val_loss": loss,
+                "val_perplexity": math.exp(min(loss, 700.0)),
+                "val_bits_per_byte": bits_per_byte(loss, tokens, self._bytes),
             }
-        row: dict[str, Any] = {"step": step, "test_tokens": tokens, **numbers}
+        row: dict[str, Any] = {"step": step, "val_tokens": tokens, **numbers}
         with self.report.tolerate_io_errors(), self.run_dir.val_metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
-        self.report.report(step, text or "test loss not finite", numbers)
+        self.report.report(step, text or "val loss not finite", numbers)
