@@ -128,11 +128,13 @@ class RunDir:
         """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
         if not self.config_file.exists():
             return
-        theirs = flatten(identity(read_config(self.config_file)))
-        ours = flatten(identity(config))
-        changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        saved = flatten(identity(read_config(self.config_file)))
+        requested = flatten(identity(config))
+        changed = sorted(key for key in requested.keys() | saved.keys() if requested.get(key) != saved.get(key))
         if changed:
-            pairs = ", ".join(f"{key}={shown(ours.get(key))} (there: {shown(theirs.get(key))})" for key in changed[:4])
+            pairs = ", ".join(
+                f"{key}={shown(requested.get(key))} (there: {shown(saved.get(key))})" for key in changed[:4]
+            )
             raise UserError(
                 f"name={config.name} is taken: {self.path} holds a run with other settings, {pairs}; "
                 "choose another name, or none"

@@ -68,14 +68,14 @@ def find_fork_source(config: Config) -> ForkSource | None:
     if not run_dir.config_file.is_file():
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
-        saved = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
-        raise impossible(f": the run has no checkpoint of that step, but of {saved}")
+        steps = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
+        raise impossible(f": the run has no checkpoint of that step, but of {steps}")
     old = read_config(run_dir.config_file)
-    ours, theirs = flatten(identity(config)), flatten(identity(old))
-    for key, value in ours.items():
+    requested, saved = flatten(identity(config)), flatten(identity(old))
+    for key, value in requested.items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
-        if shared and value != theirs.get(key):
-            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(theirs.get(key))}")
+        if shared and value != saved.get(key):
+            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved.get(key))}")
     if old.trainer.sharded != config.trainer.sharded:
         raise impossible(
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="

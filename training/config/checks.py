@@ -109,10 +109,10 @@ def _check_initial_weights(config: Config) -> None:
         return
     folder, shape = Path(config.model.init_from), config.model.llama
     with prefix_errors("model"):
-        theirs = config_of(folder).model_dump()
+        stored = config_of(folder).model_dump()
         for name, value in shape.model_dump().items():
-            if value != theirs[name] and name not in ("max_position_embeddings", "initializer_range"):
-                problem = f"is not allowed: {folder} has {theirs[name]}; model=hf takes its shape"
+            if value != stored[name] and name not in ("max_position_embeddings", "initializer_range"):
+                problem = f"is not allowed: {folder} has {stored[name]}; model=hf takes its shape"
                 raise ConfigError(name, value, problem=problem)
         check_weights(folder, shape)
     if config.data.tokenizer is None:
