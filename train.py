@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> float | None:
     with reporting():
         hydra_cfg = HydraConfig.get()
         config, run_dir = configured(cfg, list(hydra_cfg.overrides.task))
-        check(config)
+        check(config, run_dir.path)
         launcher = hydra_cfg.runtime.choices["hydra/launcher"]
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
@@ -80,7 +80,7 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
     if result is not None:
         report_finished(config, run_dir, console)
     else:
-        fork = find_fork_source(config)
+        fork = find_fork_source(config, run_dir)
         if config.trainer.world_size > 1 and not is_distributed():
             result = run_in_processes(config, run_dir, console)
         else:

@@ -48,7 +48,7 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, such that no part of it is taken for the whole meanwhile."""
+    """Remove a file or folder. A folder that is removed in part never has its old name."""
     if path.is_dir():
         shutil.rmtree(path.rename(path.with_name(f".removing-{path.name}")))
     else:

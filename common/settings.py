@@ -62,10 +62,12 @@ def parse(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise _sentence(section, error, values, prefix) from None
+        raise _user_error(section, error, values, prefix) from None
 
 
-def _sentence(section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any], prefix: str) -> UserError:
+def _user_error(
+    section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any], prefix: str
+) -> UserError:
     """Return the first of pydantic's errors as one of ours."""
     errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
     first = errors[0]

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from models.llama import Llama
 from models.loss import linear_cross_entropy, logit_grads
 
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
-
 #: Operations whose outputs "selective" saves: matrix products and attention, which are slow to recompute.
 SAVED_OPS = {
     torch.ops.aten.mm.default,

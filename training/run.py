@@ -67,7 +67,7 @@ class Start(NamedTuple):
         checkpoint: checkpoint to load; `None`: new weights.
         skipped_batches: global batches that the run has skipped before.
         fork: the other run to which the checkpoint belongs; `None`: it is this run's own.
-        fork_step: step of the other run that this one was forked from; 0: none.
+        fork_step: step of the other run that this one can be rewound to; 0: none.
     """
 
     checkpoint: Path | None

@@ -97,7 +97,7 @@ class RunCollection(NamedTuple):
 
 
 def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunCollection:
-    """Read the expected runs that exist, and report folders beside them that do not belong.
+    """Read the expected runs that exist, and report folders next to them that do not belong.
 
     Args:
         expected: the runs to look for.
@@ -194,7 +194,7 @@ def _saved_identity(folder: Path, identity: Identity) -> Mapping[str, Any] | Non
 
 
 def _unexpected_folders(expected: Mapping[Key, ExpectedRun]) -> list[Path]:
-    """Return the run folders beside the expected ones."""
+    """Return the run folders next to the expected ones."""
     paths = {run.path.resolve() for run in expected.values()}
     return [
         config.parent

@@ -1,4 +1,4 @@
-"""The paper's tables: our numbers beside the paper's, as Markdown, LaTeX and CSV."""
+"""The paper's tables: our numbers next to the paper's, as Markdown, LaTeX and CSV."""
 
 import csv
 import io

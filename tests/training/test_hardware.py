@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from training.runtime.hardware import available_memory, container_memory
+from training.runtime.hardware import PEAK_FLOPS, available_memory, container_memory, peak_flops
 
 GIB = 2**30
 V1_UNLIMITED = 9223372036854771712
@@ -63,3 +63,11 @@ def test_processes_share_the_smaller_of_machine_and_container(monkeypatch):
     for container, expected in ((None, machine), (machine // 2, machine // 2), (2 * machine, machine)):
         monkeypatch.setattr("training.runtime.hardware.container_memory", lambda container=container: container)
         assert available_memory("cpu", 2) == expected // 2
+
+
+def test_peak_flops_needs_the_whole_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == PEAK_FLOPS["H100"]
+    assert peak_flops("NVIDIA H100 PCIe") == PEAK_FLOPS["H100 PCIe"]
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == PEAK_FLOPS["A100"]
+    assert peak_flops("NVIDIA L4") == PEAK_FLOPS["L4"]
+    assert peak_flops("NVIDIA L40") is None, "an L40 is not an L4"

@@ -1,13 +1,18 @@
 """Non-finite losses, runs forked from another, and wandb out of reach."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from common.errors import ConfigError
 from tests.helpers import FSDP, SLOW, TINY, read_jsonl, same, start, train
+from training.checkpoint.fork import find_fork_source
 from training.checkpoint.format import load_model_state
+from training.config.compose import read_config
+from training.run_dir import RunDir
 
 #: A clipper that makes the gradients of a batch of random tokens non-finite.
 FRAGILE = """
@@ -90,7 +95,7 @@ def test_rewind_depends_neither_on_log_every_nor_on_an_interruption(fragile, tmp
         assert losses(end / "metrics.jsonl") == losses(ends[0] / "metrics.jsonl")
 
 
-def test_fork_can_be_rewound_to_its_start(fragile, tmp_path):
+def test_fork_can_be_rewound_to_its_start(fragile, tmp_path, monkeypatch):
     settings, env = fragile
     settings = (*(s for s in settings if not s.startswith("name")), "trainer.keep_last=9")
     assert train(*settings, "name=old", cwd=tmp_path, env=env).returncode == 0
@@ -99,6 +104,17 @@ def test_fork_can_be_rewound_to_its_start(fragile, tmp_path):
     assert done.returncode == 0, done.stderr
     rewinds = json.loads((tmp_path / "runs" / "main" / "new" / "rewinds.json").read_text())["rewinds"]
     assert rewinds[0]["to_step"] == 20 and len(read_jsonl(tmp_path / "runs" / "main" / "new" / "metrics.jsonl")) == 40
+    # A resumed fork, which has checkpoints of its own, can still be rewound to its start if the old run is there.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    new = RunDir(Path("runs/main/new"))
+    source = find_fork_source(read_config(new.config_file), new)
+    assert source is not None and source.step == 20
+    Path("runs/main/old").rename("runs/main/moved")
+    assert find_fork_source(read_config(new.config_file), new) is None, "its own checkpoints are enough"
+    shutil.rmtree(new.checkpoints)
+    with pytest.raises(ConfigError, match="there is no run in runs/main/old"):
+        find_fork_source(read_config(new.config_file), new)
 
 
 def test_rewind_is_replayed_when_resuming_before_it(fragile, tmp_path):

@@ -13,7 +13,7 @@ from common.files import write_atomic
 from common.text import flatten
 from training.checkpoint.format import is_valid
 from training.config.compose import read_config
-from training.config.identity import identity, run_path
+from training.config.identity import identity
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
@@ -27,7 +27,7 @@ class ForkSource(NamedTuple):
 
     Attributes:
         run_dir: folder of the old run.
-        step: after which the new run starts.
+        step: step of the old run after which the new one starts.
         same_clipping: whether the old run's clipping settings are the new one's.
     """
 
@@ -49,21 +49,36 @@ class ForkSource(NamedTuple):
         write_atomic(run_dir.metrics_file, "".join(f"{line}\n" for line in lines))
 
 
-def find_fork_source(config: Config) -> ForkSource | None:
-    """Return where a run starts; `None` if from nothing, or if it has a checkpoint of its own.
+def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
+    """Return the step of another run from which a run starts; `None` if it starts from nothing.
+
+    A run that has a checkpoint of its own can do without the other run, which may be gone. If it is there, the run can
+    be rewound to its step.
+
+    Args:
+        config: configuration of the run.
+        run_dir: folder of the run.
 
     Raises:
         ConfigError: there is no such checkpoint, or its run has other settings.
     """
-    if config.resume_from is None or RunDir(run_path(config)).checkpoint_steps():
+    if config.resume_from is None:
         return None
+    try:
+        return _fork_source(config, config.resume_from)
+    except ConfigError:
+        if run_dir.checkpoint_steps():
+            return None
+        raise
 
+
+def _fork_source(config: Config, resume_from: str) -> ForkSource:
     def impossible(problem: str) -> ConfigError:
-        return ConfigError("resume_from", config.resume_from, problem=f"is not possible{problem}")
+        return ConfigError("resume_from", resume_from, problem=f"is not possible{problem}")
 
-    match = re.fullmatch(r"(.+)@(\d+)", config.resume_from)
+    match = re.fullmatch(r"(.+)@(\d+)", resume_from)
     if match is None:
-        raise ConfigError("resume_from", config.resume_from, "a run folder and a step, as runs/main/NAME@100")
+        raise ConfigError("resume_from", resume_from, "a run folder and a step, as runs/main/NAME@100")
     run_dir, step = RunDir(Path(match[1])), int(match[2])
     if not run_dir.config_file.is_file():
         raise impossible(f": there is no run in {run_dir.path}")

@@ -30,33 +30,33 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step-"))
 
 
-def write(checkpoint: dict[str, Any], tmp_path: Path, sharded: bool, first: bool, group: Any = None) -> None:
+def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: bool, group: Any = None) -> None:
     """Write a checkpoint under a temporary name, for `publish`. Of a sharded one every process writes its shard.
 
     Args:
         checkpoint: as Lightning makes it.
-        tmp_path: temporary name.
+        temporary: temporary name.
         sharded: whether its tensors are sharded.
-        first: whether this is rank 0, which writes all else.
+        is_rank0: whether this process is rank 0, which writes all else.
         group: process group that writes; `None`: all processes.
     """
     if not sharded:
-        if first:
-            _save(checkpoint, tmp_path)
+        if is_rank0:
+            _save(checkpoint, temporary)
         return
     rest = dict(checkpoint)
     tensors = {"state_dict": rest.pop("state_dict")}
     tensors |= {f"optimizer_{index}": state for index, state in enumerate(rest.pop("optimizer_states"))}
-    save(tensors, checkpoint_id=tmp_path, process_group=group)
-    if first:
-        _save(rest, tmp_path / METADATA)
+    save(tensors, checkpoint_id=temporary, process_group=group)
+    if is_rank0:
+        _save(rest, temporary / METADATA)
 
 
-def publish(tmp_path: Path, checkpoint: Path) -> None:
+def publish(temporary: Path, checkpoint: Path) -> None:
     """Give a checkpoint that all processes have written its final name, once the disk holds it."""
-    if tmp_path.is_dir():
-        (tmp_path / CHECKSUM).write_text(sha256(tmp_path / INDEX))
-    commit(tmp_path, checkpoint)
+    if temporary.is_dir():
+        (temporary / CHECKSUM).write_text(sha256(temporary / INDEX))
+    commit(temporary, checkpoint)
 
 
 def load_model_state(checkpoint: Path) -> dict[str, Tensor]:

@@ -10,16 +10,19 @@ from common.errors import ConfigError, UserError, prefix_errors
 from data import Corpus, DataConfig, corpus_from
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
-from training.config.identity import run_path
 from training.config.schema import Config, TrainerConfig
 from training.config.strategy import clipping_strategy
 from training.runtime.hardware import available_memory
 
 
-def check(config: Config) -> None:
+def check(config: Config, run_folder: Path) -> None:
     """Raise `UserError` if the run cannot be started here, or planned if `config.plan` is set. Writes nothing.
 
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
+
+    Args:
+        config: configuration of the run.
+        run_folder: its folder.
     """
     clipping_strategy(config.clip)
     check_processes(config.trainer, config.plan)
@@ -31,8 +34,8 @@ def check(config: Config) -> None:
     _check_vocabulary(corpus, config.model)
     if config.logger.name == "wandb":
         _check_wandb()
-    if not (run_path(config) / "result.json").exists():
-        check_folder("paths.runs", config.paths.runs, run_path(config))
+    if not (run_folder / "result.json").exists():
+        check_folder("paths.runs", config.paths.runs, run_folder)
     check_folder("paths.cache", config.paths.cache, Path(config.paths.cache))
 
 

@@ -1,4 +1,4 @@
-"""From Hydra's container to `Config`: the one place inside the packages that knows Hydra and OmegaConf."""
+"""From Hydra's container to `Config`: inside the packages, nobody else sees the container."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from common.errors import ConfigError, UserError, prefix_errors
-from common.settings import S, parse
+from common.errors import ConfigError, UserError, one_line, prefix_errors
+from common.settings import parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
@@ -51,17 +51,12 @@ def container(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_config(cfg: DictConfig) -> Config:
-    """Return the typed configuration of a run. With `resume=FOLDER`, that of the run in the folder.
+    """Return the typed configuration of a run.
 
     Raises:
         UserError: a key is unknown, a value is not allowed, or values do not fit together.
     """
     return parse(Config, container(cfg))
-
-
-def load_section(cfg: DictConfig, section: type[S]) -> S:
-    """Return the typed configuration of a program other than train.py."""
-    return parse(section, container(cfg))
 
 
 def read_config(path: Path) -> Config:
@@ -75,8 +70,7 @@ def read_config(path: Path) -> Config:
         if not isinstance(plain, dict):
             raise ValueError("no mapping of settings")
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}): restore it, or choose another name") from error
+        raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
     return saved_config(plain, path)
 
 

@@ -4,7 +4,7 @@
 the machine is checked when a `Config` is made; `training.config.checks` does the rest.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from training.runtime.hardware import PEAK_FLOPS, peak_flops
 
 #: Parallelism of a run: one process; a full model in each; sharded over all; sharded within each replica.
-STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
+Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 
 
 class ClipConfig(Settings):
@@ -66,7 +66,7 @@ class TrainerConfig(Settings):
 
     accelerator: Literal["cpu", "gpu"]
     """Device type."""
-    strategy: Annotated[Literal["single", "ddp", "fsdp", "hsdp"], Allowed(f"one of {', '.join(STRATEGIES)}")]
+    strategy: Strategy
     """single: one process; ddp: a full model in each; fsdp: sharded over all (FSDP2); hsdp: sharded in each replica."""
     nodes: Count
     """Machines."""
@@ -76,7 +76,7 @@ class TrainerConfig(Settings):
     """Replicas of the whole model, in hsdp."""
     precision: Literal["32-true", "bf16-mixed"]
     """Arithmetic: float32, or bfloat16 with float32 weights."""
-    activation_checkpointing: Annotated[Literal["none", "selective", "full"], Allowed("one of none, selective, full")]
+    activation_checkpointing: Literal["none", "selective", "full"]
     """Which activations are recomputed in the backward pass: less memory for more time."""
     compile: Flag
     """Whether the blocks are compiled with torch.compile."""
@@ -94,7 +94,7 @@ class TrainerConfig(Settings):
     """Newest checkpoints that are kept. The last healthy one is kept as well."""
     keep_every: Count | None
     """Checkpoints at multiples of this many steps are kept as well; null: none."""
-    on_nonfinite: Annotated[Literal["skip", "stop", "rewind"], Allowed("skip, stop or rewind")]
+    on_nonfinite: Literal["skip", "stop", "rewind"]
     """What happens after `max_consecutive_nonfinite` non-finite steps: nothing, an error, or a restart from the last
     healthy checkpoint without the batches since."""
     max_consecutive_nonfinite: Count
@@ -140,7 +140,7 @@ class TrainerConfig(Settings):
                 "strategy",
                 "single",
                 problem=f"is not possible with trainer.nodes={self.nodes} and trainer.devices={self.devices}: "
-                f"it must be one of {', '.join(STRATEGIES[1:])}",
+                f"it must be one of {', '.join(get_args(Strategy)[1:])}",
             )
         if self.dp_replicate > 1 and self.strategy != "hsdp":
             problem = f"is not possible with trainer.strategy={self.strategy}"

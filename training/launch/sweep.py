@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from common.errors import UserError
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
 from training.config.checks import check
@@ -44,10 +43,10 @@ class Job(NamedTuple):
 
     def check(self) -> None:
         """Raise `UserError` if the run cannot be started."""
-        check(self.config)
+        check(self.config, self.run_dir.path)
         self.run_dir.check_same_run(self.config)
         if not self.run_dir.result_file.exists():
-            find_fork_source(self.config)
+            find_fork_source(self.config, self.run_dir)
 
 
 def compose_job(loader: Any, sweep: Any, overrides: Sequence[str]) -> Job:
@@ -100,12 +99,13 @@ def status(run_dir: RunDir, queue: dict[str, str]) -> Status:
     """
     try:
         return _status(run_dir, queue)
-    except (UserError, ValueError, KeyError, AttributeError):
+    except ValueError:
         return Status("damaged", {}, None, None)
 
 
 def _status(run_dir: RunDir, queue: dict[str, str]) -> Status:
-    job = run_dir.slurm_job() if run_dir.slurm_job() in queue else None
+    submitted = run_dir.slurm_job()
+    job = submitted if submitted in queue else None
     if run_dir.read_result() is not None:
         state = "done"
     elif run_dir.is_owned() or (job and queue[job] not in ("PENDING", "REQUEUED")):

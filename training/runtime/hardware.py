@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by its name; `None` if it is unknown."""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in device), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None)
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
