@@ -47,13 +47,12 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=BaseModel)
 
 
-def parse(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
+def parse(section: type[S], values: Mapping[str, Any]) -> S:
     """Return a section with these values.
 
     Args:
         section: the class.
         values: plain values by key, nested for sections within.
-        prefix: dotted key of the section, for messages.
 
     Raises:
         ConfigError: a value is not allowed; only the first is named.
@@ -62,21 +61,19 @@ def parse(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise _user_error(section, error, values, prefix) from None
+        raise _user_error(section, error, values) from None
 
 
-def _user_error(
-    section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any], prefix: str
-) -> UserError:
+def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any]) -> UserError:
     """Return the first of pydantic's errors as one of ours."""
     errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
     first = errors[0]
     path = _settings_path(section, first["loc"])
-    key = ".".join([*([prefix] if prefix else []), *path])
+    key = ".".join(path)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # a validator of a section, or of a key, names the key itself
         owner_path = path if section_at(section, path) is not None else path[:-1]
-        owner_key = ".".join([*([prefix] if prefix else []), *owner_path])
+        owner_key = ".".join(owner_path)
         return cause.within(owner_key) if owner_key else cause
     if isinstance(cause, UserError):
         return cause
@@ -176,7 +173,7 @@ def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield every key of a section and of those within it, dotted, with its declaration."""
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{field.alias or name}"
         inner = section_at(section, [name])
         if inner is not None:
             yield from fields_of(inner, f"{key}.")

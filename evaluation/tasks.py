@@ -22,7 +22,7 @@ from common.errors import UserError, one_line
 FEWSHOT_SEED = 1234
 
 
-class ValidationSet(NamedTuple):
+class TaskData(NamedTuple):
     """The validation set of a task.
 
     Attributes:
@@ -41,14 +41,14 @@ class ValidationSet(NamedTuple):
 
 
 SETS = {
-    "hellaswag": ValidationSet(
+    "hellaswag": TaskData(
         "hellaswag_validation",
         10_042,
         "hellaswag/hellaswag.yaml",
         ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"),
         "36e3f0e62544e3c058f4119fa6e89946b7eeec86e1ad9d2d9d60fab4c09df7ba",
     ),
-    "winogrande": ValidationSet(
+    "winogrande": TaskData(
         "winogrande_xl_validation",
         1_267,
         "winogrande/default.yaml",

@@ -177,7 +177,7 @@ class Slurm(_SweepLauncher):
     def run(self, jobs: list[Any]) -> list[str]:
         """Submit the jobs that are not in the queue, wait for all, and describe those that have not finished."""
         from common.errors import UserError
-        from training.launch.slurm import queued_jobs
+        from training.launch.slurm_queue import queued_jobs
         from training.launch.sweep import status
 
         queue = queued_jobs()
@@ -217,7 +217,7 @@ class Slurm(_SweepLauncher):
 
     def _submit(self, job: Any, queue: dict[str, str]) -> None:
         """Submit a job, unless it is in the queue."""
-        from training.launch.slurm import sbatch_resources, submit
+        from training.launch.slurm_queue import sbatch_resources, submit
 
         if job.run_dir.slurm_job() in queue:
             print(f"job {job.run_dir.slurm_job()} has {job.title} already")

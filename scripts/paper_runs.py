@@ -29,7 +29,7 @@ ALL_NAMES = tuple(dict.fromkeys([*TABLES, *FIGURE_NAMES]))
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
 
 #: Variants of the clipping function, by their names in the paper.
-VARIANTS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
+CLIP_OPTIONS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
 
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0)]], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")
@@ -169,7 +169,7 @@ def draw_figures(
 def figure3() -> Figure:
     """Draw Figure 3: norms with mean 1 and standard deviation 1, clipped by each variant of ZClip."""
     curves = {}
-    for name, option in VARIANTS.items():
+    for name, option in CLIP_OPTIONS.items():
         strategy = ZClip(clip_option=option, z_thresh=ZCLIP_DEFAULTS["z_thresh"], recovery_window=None)
         state = strategy.initial_state(torch.zeros((), dtype=torch.float64))
         state |= {"count": torch.tensor(strategy.warmup_steps), "mean": torch.ones_like(state["mean"])}

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.settings import Folder, Settings, parse
-from training.launch.slurm import queued_jobs
+from training.launch.slurm_queue import queued_jobs
 from training.launch.sweep import status
 from training.run_dir import RunDir
 

@@ -8,10 +8,12 @@
     val_metrics.jsonl  losses on held-out text during training, if `trainer.val_every` is set
     task_scores.json   scores on tasks, of scripts/evaluate.py or during training
     rewinds.json       where the run was rewound and which batches it skips, if it was
+    rewound-N.jsonl    the lines that the Nth rewind removed from metrics.jsonl
     result.json        written last: its presence means that the run is finished
     plots/
     failure.txt        what ended the last start: the traceback of a fault, or why the run cannot continue
     job.json, log.txt  of a run that a sweep started in a process or job of its own
+    wandb/             of a run with logger=wandb
 
 One process owns the folder at a time (a lock that the system releases however that process ends).
 """

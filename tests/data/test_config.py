@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, prefix_errors
 from common.settings import parse
 from data import KINDS, DataConfig, corpus_from
 from data.config import CorruptionKind
@@ -12,7 +12,8 @@ from data.config import CorruptionKind
 
 def data_config(**settings: Any) -> DataConfig:
     required = {"name": "x", "sources": {"s": {"sotu": True}}, "vocab_size": 300, "sequence_length": 16}
-    return parse(DataConfig, {**required, **settings}, "data")
+    with prefix_errors("data"):
+        return parse(DataConfig, {**required, **settings})
 
 
 def test_settings_become_a_corpus():
@@ -64,7 +65,7 @@ def test_bad_setting_is_one_sentence(setting):
 
 def test_unknown_key_of_a_source_names_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"^data\.sources\.s\.wieght=1 .* \(the nearest is data\.sources\.s\.weight\)"
+        ConfigError, match=r"^data\.sources\.s\.wieght=1 .* \(the nearest is sources\.s\.weight\)"
     ):
         data_config(sources={"s": {"wieght": 1}})
 

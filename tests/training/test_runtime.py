@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
-from training.launch.slurm import queued_jobs, sbatch_resources, submit
+from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
 from training.runtime.slurm import export_torchrun_env, requeue
 from training.runtime.stdio import BestEffortStream
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from common.files import write_atomic
-from common.settings import allowed_words, section_at
+from common.settings import allowed_words, fields_of, section_at
 from common.text import flatten
 from training.config.compose import CONFIGS, container
 from training.config.schema import Config
@@ -39,23 +39,16 @@ def markdown() -> str:
     for name in Config.model_fields:
         section = section_at(Config, [name])
         if section is not None:
-            parts += [f"## {name}\n\n{_first_paragraph(section)}\n", _table(f"{name}.", _fields(section), plain)]
+            parts += [
+                f"## {name}\n\n{_first_paragraph(section)}\n",
+                _table(f"{name}.", dict(fields_of(section)), plain),
+            ]
     return "\n".join(parts)
 
 
 def json_schema() -> str:
     """Return the JSON schema of a configuration, for editors."""
     return json.dumps(Config.model_json_schema(), indent=1) + "\n"
-
-
-def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Return the fields of a section and of those within it, by their dotted keys."""
-    fields: dict[str, FieldInfo] = {}
-    for name, field in section.model_fields.items():
-        inner = section_at(section, [name])
-        key = f"{prefix}{field.alias or name}"
-        fields |= {key: field} if inner is None else _fields(inner, f"{key}.")
-    return fields
 
 
 def _table(prefix: str, fields: dict[str, FieldInfo], plain: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from models.llama import Block
 from models.loss import chunk_rows
 from models.parallel import SAVED_OPS
 from training.config.schema import Config
-from training.launch.slurm import sbatch_resources
+from training.launch.slurm_queue import sbatch_resources
 from training.launch.sweep import Job
 from training.runtime.hardware import flops_per_token, peak_flops
 
