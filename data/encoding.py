@@ -34,14 +34,23 @@ def document_batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterat
         yield DocumentBatch(documents, mixture.state())
 
 
-def prefetch(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
-    """Yield the items while a thread computes up to `depth` more."""
+def prefetch(items: Iterable[Item], depth: int = 1, pools: list[ThreadPoolExecutor] | None = None) -> Iterator[Item]:
+    """Yield the items while a thread computes up to `depth` more.
+
+    Args:
+        items: computed one after another.
+        depth: how many are computed before they are asked for.
+        pools: gets the pool of the thread, for callers that wait for its end.
+    """
     iterator, end = iter(items), object()  # a sentinel, because a future cannot raise StopIteration
     pool = ThreadPoolExecutor(1)
+    if pools is not None:
+        pools.append(pool)
     try:
         futures = deque(pool.submit(next, iterator, end) for _ in range(depth))
         while (item := futures.popleft().result()) is not end:
             futures.append(pool.submit(next, iterator, end))
             yield item  # type: ignore[misc]
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Without waiting: the garbage collector may close a generator while it holds the locks that waiting needs.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -143,12 +144,15 @@ class StreamingDataset:
         self._restart(BlockStart(**start))
 
     def close(self) -> None:
-        """Stop the threads that read ahead."""
+        """Stop the threads that read ahead, and wait for their end."""
         self._blocks.close()
+        for pool in self._pools:
+            pool.shutdown()
 
     def _restart(self, start: BlockStart) -> None:
         self._start = start
         self._block: _Block | None = None
+        self._pools: list[ThreadPoolExecutor] = []
         self._blocks = self._make_blocks(start)
 
     def _block_at(self, position: int) -> _Block:
@@ -170,7 +174,7 @@ class StreamingDataset:
         buffer: deque[_EncodedDocuments] = deque()
         number, first, skipped = start.block, start.first_sequence, start.skipped_tokens
         available, first_of_epoch = -skipped, number  # tokens in the buffer that are in no block yet
-        for encoded in prefetch(self._encode(start), depth):
+        for encoded in prefetch(self._encode(start), depth, self._pools):
             if encoded is not None:
                 buffer.append(encoded)
                 available += len(encoded.ids)
@@ -210,7 +214,7 @@ class StreamingDataset:
 
     def _encode_epoch(self, mixture: dict[str, Any] | None, epoch_tokens: int) -> Iterator[_EncodedDocuments]:
         limit = self.corpus.max_tokens or math.inf
-        for batch in prefetch(document_batches(self._open(mixture))):
+        for batch in prefetch(document_batches(self._open(mixture)), pools=self._pools):
             texts = [document.text for document in batch.documents if document.hash_fraction >= self.threshold]
             arrays = self.tokenizer.encode(texts)
             ends = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)

@@ -64,9 +64,7 @@ def test_bad_setting_is_one_sentence(setting):
 
 
 def test_unknown_key_of_a_source_names_the_nearest():
-    with pytest.raises(
-        ConfigError, match=r"^data\.sources\.s\.wieght=1 .* \(the nearest is sources\.s\.weight\)"
-    ):
+    with pytest.raises(ConfigError, match=r"^data\.sources\.s\.wieght=1 .* \(the nearest is sources\.s\.weight\)"):
         data_config(sources={"s": {"wieght": 1}})
 
 

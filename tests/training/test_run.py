@@ -366,7 +366,7 @@ def test_corrupted_batches_are_injected_and_reported(settings, tmp_path):
     corruption = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
     done = train(*settings, *corruption, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"bad batches\s+│ 2 random", done.stdout)
+    assert re.search(r"corrupted batches\s+│ 2 random", done.stdout)
     rows = read_jsonl(only_run(tmp_path) / "metrics.jsonl")
     loss = [row["loss"] for row in rows]
     assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
