@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from common.errors import ConfigError
+from common.errors import ConfigError, prefix_errors
 from common.settings import parse
 from evaluation.config import EvalConfig
 from tests.helpers import CHECKOUT
@@ -33,6 +33,6 @@ def test_one_or_several_numbers_of_examples():
     ],
 )
 def test_wrong_values_are_named(key, value, message):
-    with pytest.raises(ConfigError) as caught:
-        parse(EvalConfig, {key: value}, "eval")
+    with pytest.raises(ConfigError) as caught, prefix_errors("eval"):
+        parse(EvalConfig, {key: value})
     assert str(caught.value) == message
