@@ -127,7 +127,7 @@ class SuiteSweeper(BasicSweeper):
         self.overrides = self.split_arguments(parsed, None)
         jobs = [compose_job(loader, self.config, overrides) for overrides in self.get_job_batch()]
         for job in jobs:
-            check(job.config)
+            check(job.config, job.run_dir.path)
         table, lines = sweep_table(jobs)
         console = Console(soft_wrap=True, highlight=False, markup=False)
         console.print(table, soft_wrap=False)

@@ -103,7 +103,7 @@ def ours(spec: dict[str, Any]) -> None:
     rounds = Rounds(spec["steps"], spec["device"])
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = load_config(compose("train", [*spec["overrides"], f"trainer.compile={str(spec['compile']).lower()}"]))
-    check(config)
+    check(config, run_path(config))
     console = Console(quiet=True)
     tokens = prepare_tokens(config, console)
     run_dir = RunDir(run_path(config))

@@ -13,7 +13,7 @@ from common.settings import fields_of
 from tests.helpers import CHECKOUT, TINY, train
 from training.config.checks import check
 from training.config.compose import load_config, read_config, to_yaml
-from training.config.identity import identity, run_name
+from training.config.identity import identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
@@ -31,6 +31,11 @@ OPTIONS = sorted(
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("train", overrides=list(overrides))
+
+
+def load_and_check(cfg: DictConfig) -> None:
+    loaded = load_config(cfg)
+    check(loaded, run_path(loaded))
 
 
 def config(*overrides: str) -> Config:
@@ -70,9 +75,9 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
     }
     if message := refused.get((group, name)):
         with pytest.raises(Exception, match=message):
-            check(load_config(cfg))
+            load_and_check(cfg)
     else:
-        check(load_config(cfg))
+        load_and_check(cfg)
     assert {path.name for path in tmp_path.iterdir()} <= {"texts"}
     if group == "clip" or (group == "model" and name != "hf"):
         assert name in run_name(load_config(cfg))
