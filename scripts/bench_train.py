@@ -38,6 +38,7 @@ from common.settings import Allowed, Count, Settings, parse
 from data import TrainLoader
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
+from training.config.identity import run_path
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
 
@@ -202,7 +203,7 @@ def specification(config: BenchTrainConfig, folder: Path, console: Console) -> d
     ]  # fmt: skip
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         run = load_config(compose("train", overrides=overrides))
-    check(run)
+    check(run, run_path(run))
     tokens = prepare_tokens(run, console)
     sequences = training_sequences(run, tokens)
     loader = TrainLoader(sequences, tokens.fingerprint, 50, config.batch, config.batch)
