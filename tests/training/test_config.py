@@ -183,6 +183,7 @@ def test_mistake_is_one_sentence_and_writes_nothing(override, tmp_path):
         (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
         (("lr=glob(*)",), "makes no job"),
         (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
+        (("resume=runs/main/x", "seed=0,1"), "resume=runs/main/x is not possible with -m: it continues one run"),
     ],
 )
 def test_sweep_with_one_bad_job_starts_none(overrides, message, tmp_path):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from common.errors import ConfigError
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
 from training.config.checks import check
@@ -58,6 +59,8 @@ def compose_job(loader: Any, sweep: Any, overrides: Sequence[str]) -> Job:
         overrides: of the run.
     """
     config = load_config(loader.load_sweep_config(sweep, list(overrides)))
+    if config.resume is not None:
+        raise ConfigError("resume", config.resume, problem="is not possible with -m: it continues one run")
     return Job(list(overrides), config, RunDir(run_path(config)))
 
 
