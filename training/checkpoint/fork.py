@@ -86,11 +86,12 @@ def _fork_source(config: Config, resume_from: str) -> ForkSource:
         steps = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
         raise impossible(f": the run has no checkpoint of that step, but of {steps}")
     old = read_config(run_dir.config_file)
-    requested, saved = flatten(identity(config)), flatten(identity(old))
-    for key, value in requested.items():
+    requested, saved = identity(config), identity(old)
+    saved_values = flatten(saved)
+    for key, value in flatten(requested).items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
-        if shared and value != saved.get(key):
-            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved.get(key))}")
+        if shared and value != saved_values.get(key):
+            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_values.get(key))}")
     if old.trainer.sharded != config.trainer.sharded:
         raise impossible(
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
@@ -102,5 +103,4 @@ def _fork_source(config: Config, resume_from: str) -> ForkSource:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
     if rank() == 0 and not is_valid(run_dir.checkpoint(step)):
         raise impossible(f": {run_dir.checkpoint(step)} is damaged")
-    same_clipping = identity(config)["clip"] == identity(old)["clip"]
-    return ForkSource(run_dir, step, same_clipping)
+    return ForkSource(run_dir, step, same_clipping=requested["clip"] == saved["clip"])
