@@ -1,5 +1,6 @@
 """Files that are complete or absent, locks that the system releases, and JSON that is checked when it is read."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -99,14 +100,19 @@ def exclusive_lock(path: Path, seconds: float = -1.0, waiting: Callable[[], None
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine, or on one that shares locks with it, holds a lock file. Makes no file."""
+    """Whether a process on this machine, or on one that shares locks with it, holds a lock file.
+
+    The probe opens the file for reading alone, so that it works in somebody else's folder, where a `FileLock` cannot be
+    taken.
+    """
     if not path.exists():
         return False
-    try:
-        with exclusive_lock(path, seconds=0):
-            return False
-    except TimeoutError:
-        return True
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
