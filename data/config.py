@@ -86,9 +86,7 @@ class DataConfig(Settings):
     """Column that holds the text in .jsonl and .parquet files."""
 
     sources: Annotated[
-        dict[str, SourceConfig | None],
-        Predicate(_any_source),
-        Allowed("sources by their names, one at least"),
+        dict[str, SourceConfig | None], Predicate(_any_source), Allowed("sources by their names, one at least")
     ]
     """Sources by name, mixed by weight; null removes a source."""
 

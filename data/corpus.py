@@ -14,14 +14,7 @@ from rich.console import Console
 from common.errors import ConfigError
 from data.config import DataConfig
 from data.sources import Document, Mixture, Source, SourceError, Stream
-from data.tokenizer import (
-    END_OF_TEXT,
-    MIN_VOCAB_SIZE,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_identity,
-    train_tokenizer,
-)
+from data.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
 from data.tokens import MANIFEST
 
 #: Version of the folder's layout, part of the cache key.
@@ -41,20 +34,11 @@ ONE_MORE = "another is needed, to be held out for testing"
 
 @dataclass(frozen=True)
 class Corpus:
-    """What tokens are made from.
+    """What tokens are made from: sources, and settings of `DataConfig`.
 
-    Attributes:
-        sources: sources of the documents.
-        tokenizer: see `load_tokenizer`; `None` trains a byte-level BPE on the training documents.
-        vocab_size: number of ids of that BPE; not used with a given tokenizer.
-        val_fraction: expected share of the documents that is held out, chosen by the hash of their text. If all
-            documents or none would be held out, the split is moved so that each side has one.
-        deduplicate: whether only the first of several documents with the same text is kept. Their hashes stay in
-            memory, about a hundred bytes per document.
-        max_tokens: an epoch ends with the document that reaches this number of training tokens; `None` ends it with
-            the text.
-        streamed: whether the training text is tokenized while training, and not kept. Then only the tokenizer and the
-            held-out documents, from the first `HEAD_BYTES` of text, are prepared.
+    If `val_fraction` would hold out all documents or none, the split is moved so that each side has one. Deduplication
+    keeps about a hundred bytes per document in memory. An epoch ends with the document that reaches `max_tokens`. Of a
+    streamed corpus, only the tokenizer and the held-out documents, from the first `HEAD_BYTES` of text, are prepared.
     """
 
     sources: tuple[Source, ...]
@@ -85,8 +69,7 @@ class Corpus:
         for source in self.sources:
             if (source.hub, source.revision) not in latest:  # one lookup, so that subsets have the same commit
                 latest[source.hub, source.revision] = source.commit()
-        commits = {source.name: latest[source.hub, source.revision] for source in self.sources}
-        return {name: commit for name, commit in commits.items() if commit is not None}
+        return {s.name: commit for s in self.sources if (commit := latest[s.hub, s.revision]) is not None}
 
     def pinned_to(self, commits: Mapping[str, str]) -> "Corpus":
         """Return the corpus at these commits of its sources, so that resumed work reads the same text."""
@@ -112,9 +95,7 @@ class Corpus:
         return int(shortest * sum(weights))
 
     def check(self, cache: Path, sequence_length: int) -> None:
-        """Check the corpus without reading all of it. Writes nothing.
-
-        Sources of tokens that are prepared already are not read.
+        """Check the corpus without reading all of it, or any of it if its tokens are prepared. Writes nothing.
 
         Raises:
             ConfigError: a source or the tokenizer cannot be read, the text is too short or the vocabulary too small.
@@ -165,13 +146,9 @@ def corpus_from(config: DataConfig) -> Corpus:
 def corpus_tokenizer(
     corpus: Corpus, console: Console, max_bytes: int = TOKENIZER_BYTES, threshold: float | None = None
 ) -> Tokenizer:
-    """Train a byte-level BPE on the training documents of a corpus.
+    """Train a byte-level BPE on the training documents of a corpus, up to the one that reaches `max_bytes`.
 
-    Args:
-        corpus: corpus to read; the tokenizer gets its `vocab_size`.
-        console: console for a message, and for progress if it is a terminal.
-        max_bytes: bytes of training text after which reading stops.
-        threshold: documents with a `hash_fraction` below it are held out. Default: `val_fraction` of the corpus.
+    Documents with a `hash_fraction` below the threshold, by default `val_fraction`, are held out.
     """
     threshold = corpus.val_fraction if threshold is None else threshold
     console.print(f"training a byte-level BPE of {corpus.vocab_size:,} tokens, once")
@@ -180,13 +157,12 @@ def corpus_tokenizer(
 
 
 def text_too_short(sequence_length: int, length: str) -> SourceError:
-    """Return the error about a text that is too short for one sequence; `length` is a clause that states its length."""
+    """Return the error about a text that is too short for one sequence; `length` is a clause."""
     problem = f"is longer than the text: {length}, and one sequence needs sequence_length + 1 tokens"
     return SourceError("sequence_length", sequence_length, problem=problem)
 
 
 def _texts(documents: Iterable[Document], max_bytes: int) -> Iterator[str]:
-    """Yield the texts of documents, up to the one that reaches `max_bytes`."""
     remaining = max_bytes
     for document in documents:
         yield document.text

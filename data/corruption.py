@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.errors import ConfigError
-from data.batch import Batch
 from data.config import CorruptionKind
+from data.sequences import Batch
 from data.tokenizer import Tokenizer
 
 #: (first code point, size) of the Unicode blocks of `foreign_script`: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
@@ -19,18 +20,12 @@ SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 
 
 
 class BatchCorruption:
-    """Replaces the content of the batches of chosen steps.
+    """Replaces the content of the batches of chosen steps, counted from 1 as in metrics.jsonl.
 
     - `random`: every token is drawn uniformly from the vocabulary.
     - `repeat`: one token is repeated; each row has its own.
     - `foreign_script`: random letters of a script that the corpus hardly contains; each row has its own script.
     - `labels`: the inputs are unchanged, and the targets are shuffled within each row.
-
-    Args:
-        steps: optimizer steps, counted from 1 as in metrics.jsonl.
-        kind: kind of corruption.
-        seed: seed of the run.
-        tokenizer: tokenizer of the run.
 
     Raises:
         ConfigError: the tokenizer has no tokens for the letters of `foreign_script`.
@@ -47,25 +42,22 @@ class BatchCorruption:
         self.seed = seed
         self.tokenizer = tokenizer
 
-    def replace(self, batch: Batch, positions: np.ndarray, step: int) -> Batch:
-        """Return the batch to train on at a step: a corrupted one if the step is chosen, else `batch` itself.
+    def replace(self, tokens: Tensor, first: int, step: int) -> Batch:
+        """Return the batch to train on at a step: corrupted if the step is chosen, else `tokens` themselves.
 
         Args:
-            batch: batch of (rows, length + 1) token ids.
-            positions: (rows,) number of sequences consumed in the run before each row.
+            tokens: (rows, length + 1) token ids.
+            first: number of sequences consumed in the run before the first row.
             step: optimizer step, counted from 1.
         """
         if step not in self.steps:
-            return batch
-        tokens = batch.tokens.numpy()
+            return Batch(tokens)
         rows = [
             self.corrupt_row(row, np.random.default_rng((self.seed, position)), self.tokenizer)
-            for row, position in zip(tokens, positions.tolist(), strict=True)
+            for position, row in enumerate(tokens.numpy(), first)
         ]
-        corrupted = torch.from_numpy(np.stack(rows).astype(tokens.dtype))
-        if self.corrupt_row is _labels:
-            return batch._replace(targets=corrupted)
-        return batch._replace(tokens=corrupted)
+        corrupted = torch.from_numpy(np.stack(rows)).to(tokens.dtype)
+        return Batch(tokens, corrupted) if self.corrupt_row is _labels else Batch(corrupted)
 
 
 def _random(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:

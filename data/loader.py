@@ -1,18 +1,14 @@
-"""The loader of a training run, whose position is one number.
+"""The loader of a training run. Its position is the number of sequences that all ranks together have consumed.
 
-It yields this rank's rows of the run's global batches, in order, and counts the sequences that all ranks together have
-consumed. That count is its state; a stream adds the start of its block. The state is the same on every rank, so a run
-may be resumed on another number of ranks or with another micro-batch size.
+A stream adds the start of its block. The position is the same on every rank, so a run may be resumed on another number
+of ranks or with another micro-batch size.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from data.batch import Batch
 from data.corruption import BatchCorruption
-from data.sequences import ShuffledDataset
+from data.sequences import Batch, ShuffledDataset
 from data.stream import StreamingDataset
 
 
@@ -29,7 +25,6 @@ class TrainLoader:
         rank: rank of this process among `world_size`.
         world_size: number of data-parallel ranks.
         corruption: replaces the batches of chosen steps; `None` replaces none.
-        documents: whether batches have the document number of each input.
         skipped_batches: global batches before this run's next one on which no step was taken.
     """
 
@@ -43,7 +38,6 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         corruption: BatchCorruption | None = None,
-        documents: bool = False,
         skipped_batches: int = 0,
     ) -> None:
         self.sequences = sequences
@@ -51,7 +45,6 @@ class TrainLoader:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.corruption = corruption
-        self.documents = documents
         self.rank = rank
         self.world_size = world_size
         self.per_forward = micro_batch_size * world_size
@@ -61,22 +54,20 @@ class TrainLoader:
         self.consumed = skipped_batches * global_batch_size
 
     def __len__(self) -> int:
-        """Number of micro-batches of all steps, including those already done, because Lightning counts them too."""
+        """Number of micro-batches of all steps, those already done included, as Lightning counts."""
         return self.steps * self.global_batch_size // self.per_forward
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches up to the end of the run, with ids of the data type in which they are stored."""
         while self.consumed < self.total:
             first = self.consumed + self.rank * self.micro_batch_size
-            batch = self.sequences.take(first, self.micro_batch_size, self.documents)
-            if self.corruption:
-                positions = np.arange(first, first + self.micro_batch_size)
-                batch = self.corruption.replace(batch, positions, self.consumed // self.global_batch_size + 1)
+            tokens = self.sequences.take(first, self.micro_batch_size)
+            step = self.consumed // self.global_batch_size + 1
             self.consumed += self.per_forward
-            yield batch
+            yield self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain values for JSON: the sequences consumed by all ranks, and of which tokens."""
+        """Return the position as plain values for JSON."""
         return {
             "sequences_consumed": self.consumed,
             "skipped_batches": self.skipped_batches,

@@ -2,8 +2,7 @@
 
 Tokens are written in parts that end with a document. After each part the journal is replaced. It lists the complete
 parts, and holds the state of the sources at which the next one starts; all other files in the folder are overwritten.
-The manifest that `open_tokens` reads is written last. If two processes prepare the same corpus, the second waits for
-the first and finds the work done. The folder is named by a hash of the corpus's cache key.
+The manifest that `open_tokens` reads is written last.
 """
 
 import itertools
@@ -15,13 +14,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from common.errors import ConfigError, UserError
 from common.files import exclusive_lock, write_atomic
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
+from data.progress import progress
 from data.sources import Document, Mixture
 from data.stream_head import prepare_head
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -30,26 +28,20 @@ from data.writing import EncodedDocuments, digest_key, write_manifest, write_par
 
 PART_TOKENS = 1 << 26
 JOURNAL = "journal.json"
-#: Seconds between two progress lines where the output is not a terminal.
-SECONDS_BETWEEN_LINES = 30
 
 
 def prepare(
-    corpus: Corpus,
-    cache: Path,
-    sequence_length: int,
-    console: Console | None = None,
-    part_tokens: int = PART_TOKENS,
+    corpus: Corpus, cache: Path, sequence_length: int, console: Console | None = None, part_tokens: int = PART_TOKENS
 ) -> Tokens:
     """Return the tokens of a corpus from the cache, after preparing them if they are not there.
 
     Only the held-out documents of a streamed corpus are prepared; its training tokens are empty.
 
     Args:
-        corpus: corpus to tokenize.
+        corpus: what is tokenized.
         cache: folder that holds one folder per corpus.
-        sequence_length: tokens per training sequence. It is only checked: the prepared tokens do not depend on it.
-        console: console for progress; `None` shows none.
+        sequence_length: is only checked: the prepared tokens do not depend on it.
+        console: for progress; `None` shows none.
         part_tokens: tokens per part, approximately. An interrupted preparation resumes after its last complete part.
 
     Raises:
@@ -77,9 +69,8 @@ def prepare(
 def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
     """Prepare a corpus, unless another process has done so while this one waited for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
     message = "waiting for another process that prepares the same tokens"
-    with exclusive_lock(lock, waiting=lambda: console.print(message)):
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting=lambda: console.print(message)):
         if (folder / MANIFEST).exists():
             return
         if corpus.streamed:
@@ -89,12 +80,7 @@ def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: i
 
 
 def _new_journal(threshold: float, commits: dict[str, str]) -> dict[str, Any]:
-    """Return the journal of a preparation that has read nothing.
-
-    Args:
-        threshold: documents with a `hash_fraction` below it are held out.
-        commits: commits of the sources on the hub, by name.
-    """
+    """Return the journal of a preparation that has read nothing."""
     return {
         "commits": commits,
         "threshold": threshold,
@@ -177,7 +163,8 @@ class _Preparation:
         batches = prefetch(document_batches(mixture, min(BATCH_BYTES, self.part_tokens)))
         arrays_of = prefetch((batch, tokenizer.encode([d.text for d in batch.documents])) for batch in batches)
         total = limit if limit < math.inf else self.pinned.estimated_bytes()
-        with _Report(self.console, total, journal["text_bytes"]) as report:
+        first_bytes, started = journal["text_bytes"], time.monotonic()
+        with progress(self.console) as report:
             for batch, arrays in arrays_of:
                 for document, ids in zip(batch.documents, arrays, strict=True):
                     if not self._keep(document):
@@ -189,8 +176,12 @@ class _Preparation:
                         break
                 journal["bytes_read"] = batch.state["bytes_read"]
                 all_tokens = sum(tokens.values())
-                completed = tokens["train"] if self.corpus.max_tokens else journal["text_bytes"]
-                report.update(completed, journal["documents"], all_tokens, journal["text_bytes"])
+                speed = (journal["text_bytes"] - first_bytes) / 1e6 / (time.monotonic() - started)
+                report(
+                    tokens["train"] if self.corpus.max_tokens else journal["text_bytes"],
+                    total,
+                    f"tokenized {journal['documents']:,} documents, {all_tokens:,} tokens, {speed:.1f} MB/s",
+                )
                 if tokens["train"] >= limit:
                     break
                 if all_tokens - written >= self.part_tokens:
@@ -235,8 +226,7 @@ class _Preparation:
     def _threshold_for_both_splits(self) -> float:
         """Return the threshold, moved as little as is needed for both splits to have a document.
 
-        Raises:
-            UserError: no threshold separates the documents. The folder is removed.
+        If no threshold separates the documents, the folder is removed, and a `UserError` is raised.
         """
         journal = self.journal
         lowest, highest = journal["lowest_hash_fraction"], journal["highest_hash_fraction"]
@@ -269,58 +259,3 @@ class _Preparation:
         if len(journal["bytes_read"]) > 1:
             sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in journal["bytes_read"].items())
             self.console.print(f"read from each source, until one of them or data.max_tokens ended: {sizes}")
-
-
-class _Report:
-    """Shows progress: a bar on a terminal, else a line every `SECONDS_BETWEEN_LINES`.
-
-    Args:
-        console: where to show it.
-        total: value of `completed` at the end; `None` if it is unknown.
-        text_bytes: bytes of text that earlier processes have tokenized.
-    """
-
-    def __init__(self, console: Console, total: float | None, text_bytes: int) -> None:
-        self.console = console
-        self.first_bytes = text_bytes
-        self.started = self.last_line = time.monotonic()
-        self.progress = Progress(
-            TextColumn("tokenizing"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[documents]:,} documents {task.fields[tokens]:,} tokens"),
-            _Speed(),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.bar = self.progress.add_task("", total=total, documents=0, tokens=0, text_bytes=text_bytes)
-
-    def __enter__(self) -> "_Report":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def update(self, completed: float, documents: int, tokens: int, text_bytes: int) -> None:
-        self.progress.update(self.bar, completed=completed, documents=documents, tokens=tokens, text_bytes=text_bytes)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            speed = (text_bytes - self.first_bytes) / 1e6 / (now - self.started)
-            self.console.print(f"tokenized {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s")
-
-
-class _Speed(ProgressColumn):
-    """Megabytes of text per second since this process started."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._first: int | None = None
-
-    def render(self, task: Task) -> Text:
-        text_bytes = task.fields["text_bytes"]
-        if self._first is None:
-            self._first = text_bytes
-        return Text(f"{(text_bytes - self._first) / 1e6 / max(task.elapsed or 0, 1e-3):.1f} MB/s")

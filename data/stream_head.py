@@ -1,4 +1,4 @@
-"""Prepares what is needed before a text can be streamed: the tokenizer and the held-out documents."""
+"""Prepares what a streamed text needs: the tokenizer and the held-out documents."""
 
 import itertools
 import math
@@ -56,8 +56,7 @@ def _choose_held_out(corpus: Corpus) -> tuple[list[Document], float]:
         lowest, highest = min(lowest, fraction), max(highest, fraction)
         if fraction < limit or fraction == lowest:
             candidates.append(document)
-    text_ended = size < HEAD_BYTES or next(documents, None) is None
-    if text_ended:
+    if size < HEAD_BYTES or next(documents, None) is None:  # the text has ended
         if lowest >= highest:
             raise UserError(ALL_THE_SAME if count > 1 else f"the text is one document: {ONE_MORE}")
         threshold = min(max(corpus.val_fraction, math.nextafter(lowest, 1)), highest)

@@ -26,13 +26,7 @@ MIN_VOCAB_SIZE = 257
 
 
 class Tokenizer(NamedTuple):
-    """A tokenizer that appends the end-of-text token to each text.
-
-    Attributes:
-        tokenizer: the tokenizer of the `tokenizers` library.
-        end: id of the end-of-text token.
-        size: vocabulary size, which is the largest id plus one.
-    """
+    """A tokenizer that appends the end-of-text token, with the id `end`, to each text. The largest id is `size` - 1."""
 
     tokenizer: tokenizers.Tokenizer
     end: int
@@ -73,8 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
     Args:
         texts: documents that the merges are learned from.
-        vocab_size: number of ids, `END_OF_TEXT` (id 0) included; at least `MIN_VOCAB_SIZE`. A small corpus may
-            yield fewer.
+        vocab_size: number of ids, from `MIN_VOCAB_SIZE`, `END_OF_TEXT` (id 0) included. A small text may yield fewer.
         progress: whether to show progress bars on standard error.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -117,11 +110,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_identity(name: str) -> Any:
-    """Return the content of a tokenizer's files as JSON, or its name if it is on the hub.
-
-    Raises:
-        ConfigError: there is no tokenizer at that path.
-    """
+    """Return the content of a tokenizer's files as JSON, or its name if it is on the hub."""
     if not _is_path(name):
         return name
     file, config = _files(name)

@@ -6,10 +6,8 @@
     train-00000.documents.npy (documents,) end of each document in its part, and 8 bytes of its digest
     test-00000.npy ...        the same for the held-out documents
 
-The format is numpy's own. Other formats do not suit training with sequences of any length. Arrow tables of `datasets`
-are memory-mapped too, but return whole documents, at about ten microseconds each. litdata and MDS store samples of a
-fixed length, in chunks that are read completely. In a .npy file opening is free, reading is a copy, any program can
-read it, and the sequence length is chosen when training.
+The format is numpy's own: opening is free, reading is a copy, and the sequence length is chosen when training. Arrow
+tables of `datasets` return whole documents; litdata and MDS store samples of a fixed length, in chunks.
 """
 
 import hashlib
@@ -34,8 +32,6 @@ MAX_VERIFIED_BYTES = 2 << 30
 class TokenArray:
     """The tokens of all parts as one array. Each part is mapped into memory when it is first read.
 
-    Next to each file lies its `*.documents.npy`, which only `documents` needs.
-
     Args:
         files: (parts,) `.npy` files of one-dimensional arrays.
         lengths: (parts,) tokens in each file.
@@ -47,19 +43,12 @@ class TokenArray:
         self.dtype = np.dtype(dtype)
         self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._maps: dict[int, np.ndarray] = {}
-        self._ends: dict[int, np.ndarray] = {}
-        self._views: dict[int, np.ndarray] = {}
 
     @classmethod
-    def in_memory(cls, ids: np.ndarray, ends: np.ndarray) -> "TokenArray":
-        """Return an array of one part that is in memory.
-
-        Args:
-            ids: (tokens,) token ids.
-            ends: (documents,) end of each document; the last document may continue after the tokens.
-        """
+    def in_memory(cls, ids: np.ndarray) -> "TokenArray":
+        """Return an array of one part that is in memory."""
         array = cls([Path()], [len(ids)], ids.dtype)
-        array._maps[0], array._ends[0] = ids, ends
+        array._maps[0] = ids
         return array
 
     def __len__(self) -> int:
@@ -74,17 +63,14 @@ class TokenArray:
         return self._maps[index]
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return slices of equal length, which may cross the borders of parts.
+        """Return the slices of so many tokens that begin at some positions, (n, length); they may cross parts.
 
         Args:
-            starts: (n,) int64 positions of the first tokens, each in [0, len(self) - length].
+            starts: (n,) int64 positions, each in [0, len(self) - length].
             length: tokens per slice.
-
-        Returns:
-            (n, length) ids.
         """
         if len(self.files) == 1:
-            return self._windows(length)[starts]
+            return np.lib.stride_tricks.sliding_window_view(self.part(0), length)[starts]
         parts = np.searchsorted(self.starts, starts, side="right") - 1
         slices = [
             self.part(part)[first : first + length]
@@ -94,12 +80,6 @@ class TokenArray:
             slices[row] = self.read(int(starts[row]), int(starts[row]) + length)
         return np.concatenate(slices).reshape(len(starts), length) if slices else np.empty((0, length), self.dtype)
 
-    def _windows(self, length: int) -> np.ndarray:
-        """Return a view of the first part whose row i is the slice that starts at token i."""
-        if length not in self._views:
-            self._views = {length: np.lib.stride_tricks.sliding_window_view(self.part(0), length)}
-        return self._views[length]
-
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) as a new array."""
         slices = []
@@ -108,34 +88,6 @@ class TokenArray:
             if first < stop and start < end:
                 slices.append(self.part(index)[max(start - first, 0) : stop - first])
         return np.concatenate(slices) if slices else np.empty(0, self.dtype)
-
-    def documents(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the number of the document of each token in some slices, counted from 0 in each slice.
-
-        Args:
-            starts: (n,) positions of the first tokens, each in [0, len(self) - length].
-            length: tokens per slice.
-
-        Returns:
-            (n, length) int32.
-        """
-        numbers = np.empty((len(starts), length), np.int32)
-        for row, start in zip(numbers, starts.tolist(), strict=True):
-            position, number = start, 0
-            while position < start + length:
-                part = int(np.searchsorted(self.starts, position, side="right")) - 1
-                stop = min(start + length, int(self.starts[part + 1]))
-                positions_in_part = np.arange(position, stop) - self.starts[part]
-                ended = np.searchsorted(self._document_ends(part), positions_in_part, side="right")
-                row[position - start : stop - start] = ended - ended[0] + number
-                position, number = stop, number + int(ended[-1] - ended[0]) + 1  # a part ends with a document
-        return numbers
-
-    def _document_ends(self, index: int) -> np.ndarray:
-        if index not in self._ends:
-            ends = np.load(documents_file(self.files[index]), mmap_mode="r")["end"]
-            self._ends[index] = np.ascontiguousarray(ends, dtype=np.int64)  # converted once, not by each search
-        return self._ends[index]
 
 
 def documents_file(file: Path) -> Path:
@@ -151,9 +103,7 @@ class Tokens(NamedTuple):
         test: ids of the held-out documents, each followed by end-of-text.
         fingerprint: hash of the tokens and the tokenizer, which does not depend on where they came from. For a
             streamed text: hash of the sources' identities, the tokenizer and the held-out tokens.
-        folder: folder that holds the files.
-        facts: contents of `tokens.json`: the vocabulary, and the documents, bytes of text, tokens and parts of each
-            split.
+        facts: contents of `tokens.json`.
     """
 
     train: TokenArray
@@ -164,12 +114,11 @@ class Tokens(NamedTuple):
 
 
 def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
-    """Open prepared tokens.
+    """Open the tokens of a finished preparation.
 
     Args:
-        folder: folder of a finished preparation.
-        verify: whether to compare every file with its checksum; `None` does so for at most 2 GiB. Sizes are always
-            compared.
+        folder: of the tokens.
+        verify: whether to compare every file with its checksum, besides its size; `None` does so for at most 2 GiB.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -209,11 +158,7 @@ def dump_with_checksum(facts: dict[str, Any]) -> str:
 
 
 def load_with_checksum(text: str) -> dict[str, Any]:
-    """Return the facts that `dump_with_checksum` wrote.
-
-    Raises:
-        ValueError: the text has changed since.
-    """
+    """Return the facts that `dump_with_checksum` wrote; raise `ValueError` if the text has changed since."""
     facts = json.loads(text)
     if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum_of(facts):
         raise ValueError("it does not have the checksum it was written with")

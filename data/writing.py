@@ -39,9 +39,8 @@ def write_part(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write documents and their ids as one part of each split.
 
-    Returns:
-        The manifest's entry about the part, by split; its `file` is `None` if the split has no documents. And the size
-        and checksum of each file, by name.
+    Returns the manifest's entry about the part, by split, whose `file` is `None` if the split has no documents; and the
+    size and checksum of each file, by name.
     """
     part, files = {}, {}
     for split, documents in encoded.items():
@@ -74,11 +73,10 @@ def write_manifest(
     """Write the manifest, which completes the folder, and return its contents.
 
     Args:
-        folder: folder that holds all other files.
-        cache_key: cache key of the corpus when the preparation began.
-        tokenizer: tokenizer, whose files are in the folder.
-        parts: all parts, from `write_part`.
-        files: files of all parts, from `write_part`.
+        folder: that holds all other files, those of the tokenizer too.
+        cache_key: of the corpus when the preparation began.
+        tokenizer: of the tokens.
+        parts, files: of all parts, from `write_part`.
         more: further facts.
     """
     files = files | {name: _file_facts(folder / name) for name in TOKENIZER_FILES}

@@ -3,16 +3,14 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.errors import UserError, one_line
 from common.files import sha256
-from common.text import SECONDS_BETWEEN_LINES
+from data.progress import progress
 from evaluation.config import EvalConfig
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, score_key, score_task
@@ -129,8 +127,14 @@ class Evaluator:
         cache = ResponseCache(path, f"{model.fingerprint()} {self.dtype}")
         start = time.monotonic()
         texts, truncated = getattr(loaded, "num_texts", 0), getattr(loaded, "num_truncated", 0)
-        with _progress(f"{model.title}: {name}, {num_fewshot} shots", self.console) as progress:
-            cached_lm = CachedLM(loaded, cache.responses, cache.add, progress)
+        title = f"{model.title}: {name}, {num_fewshot} shots"
+        with progress(self.console) as report:
+            cached_lm = CachedLM(
+                loaded,
+                cache.responses,
+                cache.add,
+                lambda done, total: report(done, total, f"{title}: {done:,} of {total:,} responses"),
+            )
             task = self.tasks[name, num_fewshot]
             results = score_task(cached_lm, name, task, self.config.limit, self.config.seed)
         if new_texts := getattr(loaded, "num_texts", 0) - texts:
@@ -147,24 +151,3 @@ class Evaluator:
     def _key(self, model: EvaluatedModel, name: str, num_fewshot: int) -> dict[str, Any]:
         config = self.config
         return score_key(name, num_fewshot, config.limit, config.seed, model.step, self.dtype, model.model)
-
-
-@contextmanager
-def _progress(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows how many requests have responses: a bar on a terminal, otherwise a line at times."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(title, total=None)
-        last_line = time.monotonic()
-
-        def update(done: int, total: int) -> None:
-            nonlocal last_line
-            bar.update(task, completed=done, total=total)
-            if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                console.print(f"{title}: {done:,} of {total:,} responses")
-
-        yield update

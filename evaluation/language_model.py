@@ -41,11 +41,7 @@ class LlamaLM(TemplateLM):
     """
 
     def __init__(
-        self,
-        model: Llama,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        batch_tokens: int | None = None,
+        self, model: Llama, tokenizer: Tokenizer, device: torch.device, batch_tokens: int | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -107,12 +103,7 @@ class LlamaLM(TemplateLM):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         part_scores: dict[int, Score] = {}
         for batch in score(
-            self.model,
-            [part for _, part in parts],
-            self.batch_tokens,
-            self.device,
-            rank=rank,
-            world_size=world_size,
+            self.model, [part for _, part in parts], self.batch_tokens, self.device, rank=rank, world_size=world_size
         ):
             part_scores.update(batch)
         if world_size > 1:

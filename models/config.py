@@ -12,13 +12,7 @@ WeightDtype = Annotated[Literal["float32", "bfloat16", "float16"], Allowed("one 
 
 
 class LlamaConfig(Settings):
-    """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`.
-
-    `common.settings.parse(LlamaConfig, values)` makes one with errors of one sentence.
-
-    Raises:
-        ConfigError: a value is not allowed, or the heads do not divide (as pydantic's `ValidationError` by keywords).
-    """
+    """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`."""
 
     vocab_size: Count
     """Number of token ids."""
@@ -53,16 +47,11 @@ class LlamaConfig(Settings):
     def _check_heads(self) -> "LlamaConfig":
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads):
-            raise ConfigError(
-                "num_attention_heads",
-                heads,
-                problem=f"is not allowed: hidden_size={self.hidden_size} must be a multiple of twice the number of "
-                "heads",
-            )
+            required = f"hidden_size={self.hidden_size} must be a multiple of twice the number of heads"
+            raise ConfigError("num_attention_heads", heads, problem=f"is not allowed: {required}")
         if heads % kv_heads:
-            raise ConfigError(
-                "num_key_value_heads", kv_heads, problem=f"is not allowed: it must divide num_attention_heads={heads}"
-            )
+            problem = f"is not allowed: it must divide num_attention_heads={heads}"
+            raise ConfigError("num_key_value_heads", kv_heads, problem=problem)
         return self
 
     @property
@@ -87,7 +76,7 @@ class LlamaConfig(Settings):
 
 
 class ModelConfig(LlamaConfig):
-    """The section `model`: a shape, its name, and the weights that training starts from."""
+    """The section `model`."""
 
     name: FolderName
     """Name of the model, as in run names."""

@@ -34,14 +34,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_of_text: int | None = None) -> None:
-    """Write a model into a folder, in files of at most 5 GB.
-
-    Args:
-        state: `Llama.state_dict()`, in the dtype to be written.
-        config: shape of the model.
-        folder: made if it does not exist.
-        end_of_text: id of the token that ends a text.
-    """
+    """Write `Llama.state_dict()`, in its dtype, into a folder, in files of at most 5 GB."""
     from huggingface_hub import save_torch_state_dict
 
     model_type = "qwen3" if config.qk_norm else "llama"
@@ -67,11 +60,7 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
 
 
 def config_of(folder: Path) -> LlamaConfig:
-    """Return the shape of the model in a folder.
-
-    Raises:
-        ConfigError: `init_from` is not such a folder, its model has another architecture, or its shape is not allowed.
-    """
+    """Return the shape of the model in a folder; raise `ConfigError` if it is not such a folder, or no such model."""
     try:
         content = json.loads((folder / CONFIG).read_text())
         model_type = content["model_type"]
@@ -109,7 +98,7 @@ def load(model: Llama, folder: Path, copy_weight: Callable[[Tensor, Tensor], obj
         copy_weight: called with a parameter and its full weight on the CPU, which it copies into the parameter.
 
     Raises:
-        ConfigError: a weight of `init_from` is missing, unknown, or of another shape, or cannot be read.
+        ConfigError: a weight is missing, unknown, or of another shape, or cannot be read.
     """
     parameters = model.state_dict()
     for name, weight in _weights(folder, model.config, read=True):
@@ -137,11 +126,8 @@ def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[st
                     if _is_tied(name, config) or name.endswith("rotary_emb.inv_freq"):
                         continue
                     shape = tuple(weights.get_slice(name).get_shape())
-                    if missing.get(name) != shape:
-                        raise ValueError(
-                            f"{name} is {shape} in {file}, and {missing.get(name, 'not in the model')} here"
-                        )
-                    del missing[name]
+                    if (expected := missing.pop(name, "not in the model")) != shape:
+                        raise ValueError(f"{name} is {shape} in {file}, and {expected} here")
                     yield name, weights.get_tensor(name) if read else None
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
@@ -167,9 +153,7 @@ def _cannot_be_read(error: Exception) -> str:
 
 def _other_architecture(folder: Path, different: Mapping[str, Any]) -> ConfigError:
     differences = ", ".join(f"{name}={value}" for name, value in different.items())
-    return ConfigError(
-        "init_from",
-        folder,
-        problem=f"is another architecture ({differences}): it must be a LLaMA, or a Qwen3 whose heads make up "
-        "hidden_size, without biases and with plain rotary positions",
+    allowed = (
+        "it must be a LLaMA, or a Qwen3 whose heads make up hidden_size, without biases and with plain rotary positions"
     )
+    return ConfigError("init_from", folder, problem=f"is another architecture ({differences}): {allowed}")

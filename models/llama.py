@@ -101,14 +101,9 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, tree: PrefixTree | None = None) -> Tensor:
-        """Return the normalized hidden states of the last block.
+        """Return the final hidden states of (batch, seq) token ids: (batch, seq, hidden).
 
-        Args:
-            tokens: (batch, seq) token ids; batch is 1 with a tree.
-            tree: layout of several sequences in the row; `None`: each row is one sequence.
-
-        Returns:
-            (batch, seq, hidden), or with a tree (1, n, hidden) at its `query_index`.
+        With a tree, batch is 1, and the states are those at its `query_index`: (1, n, hidden).
         """
         x = self.embed_tokens(tokens)
         cos, sin = rotary(self.config, tokens.shape[1], x.device, x.dtype)
@@ -125,9 +120,6 @@ class Llama(nn.Module):
 
     Initial weights are normal with standard deviation `initializer_range`; norms start at 1. With the default of
     0.02 the untrained 1B model has a loss of 11.5 (ln 65536 + hidden_size 0.02^2 / 2).
-
-    Args:
-        config: its shape.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -147,11 +139,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, copy_weight: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Draw the weights from torch's global CPU generator.
-
-        Args:
-            copy_weight: called with a parameter and its full weight on the CPU, which it copies into the parameter.
-        """
+        """Draw the weights from torch's global CPU generator; `copy_weight` copies a full weight into a parameter."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 weight = torch.empty(module.weight.shape, device="cpu")
@@ -166,16 +154,12 @@ class Llama(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits, or the loss if there are targets.
+        """Return logits, (batch, seq, vocab), or if there are targets what `linear_cross_entropy` returns.
 
         Args:
             tokens: (batch, seq) token ids.
             targets: (batch, seq) ids of the next tokens.
             z_loss: see `linear_cross_entropy`.
-
-        Returns:
-            (batch, seq, vocab) logits. With targets: the loss to minimise, and the mean cross entropy in nats without
-            gradient; both 0-dim float32, and equal without z-loss.
         """
         hidden = self.model(tokens)
         if targets is None:
@@ -184,15 +168,12 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def score(self, tokens: Tensor, tree: PrefixTree, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities of target tokens.
+        """Return the log-probabilities of target tokens in nats, (n,) float32, and whether none is more likely.
 
         Args:
             tokens: (1, seq) token ids.
             tree: layout of the sequences in the row; the targets follow the tokens at its `query_index`.
             targets: (n,) ids.
-
-        Returns:
-            (n,) float32 log-probabilities in nats, and (n,) bool: whether no other token is more likely.
         """
         hidden = self.model(tokens, tree).squeeze(0)
         rows = chunk_rows(len(targets), self.config.vocab_size, hidden.device.type)

@@ -1,8 +1,7 @@
-"""Cross entropy of a language model without the full logits: (tokens x vocabulary) is never materialized.
+"""Cross entropy of a language model without the full logits.
 
 The forward pass computes logits chunk by chunk, and with each chunk its part of the gradients; the backward pass only
-scales them. torch's own `linear_cross_entropy` works the same way, but returns the loss of bfloat16 inputs in bfloat16,
-which is two decimal digits, and has no z-loss.
+scales them. torch's own `linear_cross_entropy` returns the loss of bfloat16 inputs in bfloat16, and has no z-loss.
 """
 
 from collections.abc import Callable

@@ -29,10 +29,7 @@ SAVED_OPS = {
 def apply_activation_checkpointing(model: Llama, mode: str) -> None:
     """Recompute the activations of the blocks in the backward pass instead of saving them.
 
-    Args:
-        model: its blocks are wrapped.
-        mode: `full` saves the inputs of the blocks only, `selective` also the outputs of `SAVED_OPS`, and `none` all
-            activations.
+    The mode `full` saves the inputs of the blocks only, `selective` also the outputs of `SAVED_OPS`, and `none` all.
     """
     if mode == "none":
         return
@@ -52,7 +49,7 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float3
     """Shard the model with FSDP2: each block is a unit; embeddings, final norm and head are another.
 
     Args:
-        model: sharded and moved to the mesh's device, unless it is on the meta device.
+        model: moved to the mesh's device, unless it is on the meta device.
         mesh: of one dimension, along which parameters are sharded; of two (HSDP), replicated along the first.
         dtype: of the gathered weights. Gradients are reduced, and sharded weights stored, in float32.
     """

@@ -22,12 +22,7 @@ MAX_GROUP_FACTOR = 4
 
 
 class Text(NamedTuple):
-    """A text whose end is scored.
-
-    Attributes:
-        tokens: ids.
-        scored: number of tokens at the end that are scored, fewer than all.
-    """
+    """A text whose last `scored` tokens, fewer than all, are scored."""
 
     tokens: Sequence[int]
     scored: int
@@ -44,24 +39,16 @@ def split_long(text: Text, context: int) -> list[Text]:
 
 
 class Score(NamedTuple):
-    """Score of the end of a text.
-
-    Attributes:
-        log_likelihood: sum over its tokens, in nats.
-        greedy: whether each token is the most likely one.
-    """
+    """Score of the end of a text: its log-likelihood in nats, and whether each token is the most likely one."""
 
     log_likelihood: float
     greedy: bool
 
 
 class PrefixGroup(NamedTuple):
-    """Texts with a common prefix, without their last tokens, which are targets only.
+    """Token ids of the texts at some indices: a common prefix, and the suffixes without their last tokens.
 
-    Attributes:
-        prefix: ids.
-        suffixes: ids of each text after the prefix.
-        indices: which texts.
+    The last tokens are targets only.
     """
 
     prefix: list[int]
@@ -79,17 +66,8 @@ class PrefixGroup(NamedTuple):
         return len(self.prefix) + max(map(len, self.suffixes))
 
 
-def group_by_prefix(texts: Sequence[Text], context: int, share: bool = True) -> list[PrefixGroup]:
-    """Group texts by their prefixes.
-
-    Args:
-        texts: in any order.
-        context: tokens that the model sees. Longer texts lose their beginnings; the last token is a target only.
-        share: whether to share prefixes; otherwise each text is a group.
-
-    Raises:
-        ValueError: a text has too few or too many scored tokens.
-    """
+def group_by_prefix(texts: Sequence[Text], context: int) -> list[PrefixGroup]:
+    """Group texts by their prefixes. Those with more than `context` tokens before the last lose their beginnings."""
     for text in texts:
         if not 0 < text.scored < len(text.tokens) or text.scored > context:
             raise ValueError(
@@ -102,7 +80,7 @@ def group_by_prefix(texts: Sequence[Text], context: int, share: bool = True) -> 
     for index in sorted(range(len(texts)), key=inputs.__getitem__):
         length = len(inputs[index])
         tokens, shortest = tokens + length, min(shortest, length)
-        if groups and share:
+        if groups:
             members, old_prefix = groups[-1]
             prefix = _common_length(inputs[members[0]], inputs[index], old_prefix)
             saved = prefix * len(members) - old_prefix * (len(members) - 1)
@@ -152,7 +130,6 @@ def score(
     texts: Sequence[Text],
     batch_tokens: int,
     device: torch.device,
-    share: bool = True,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[tuple[int, Score]]]:
@@ -161,47 +138,35 @@ def score(
     Each rank yields every `world_size`-th batch. All ranks compute the same number of batches, as sharded models need.
 
     Args:
-        model: in evaluation mode; its `max_position_embeddings` is the context.
+        model: its `max_position_embeddings` is the context.
         texts: in any order.
         batch_tokens: tokens in a batch.
         device: of the model.
-        share: whether to compute common prefixes once.
         rank: of this process.
         world_size: number of processes.
     """
-    all_batches = batches(group_by_prefix(texts, model.config.max_position_embeddings, share), batch_tokens)
+    all_batches = batches(group_by_prefix(texts, model.config.max_position_embeddings), batch_tokens)
     for number in range(rank, -(-len(all_batches) // world_size) * world_size, world_size):
         batch = all_batches[min(number, len(all_batches) - 1)]
         indices = [index for group in batch for index in group.indices]
         targets = [list(texts[index].tokens[-texts[index].scored :]) for index in indices]
-        log_probs, greedy = score_batch(model, batch, targets, device)
+        tokens, tree = pack(batch, list(map(len, targets)), device)
+        flat_targets = torch.tensor([token for ids in targets for token in ids], device=device)
+        log_probs, greedy = (values.tolist() for values in model.score(tokens, tree, flat_targets))
         scores: list[tuple[int, Score]] = []
         start = 0
-        for index, tokens in zip(indices, targets, strict=True):
-            end = start + len(tokens)
+        for index, ids in zip(indices, targets, strict=True):
+            end = start + len(ids)
             scores.append((index, Score(sum(log_probs[start:end]), all(greedy[start:end]))))
             start = end
         if number < len(all_batches):
             yield scores
 
 
-def score_batch(
-    model: Llama, batch: Sequence[PrefixGroup], targets: Sequence[Sequence[int]], device: torch.device
-) -> tuple[list[float], list[bool]]:
-    """Return the log-probability of each target token, text after text, and whether it is the most likely one."""
-    tokens, tree = pack(batch, [len(ids) for ids in targets], device)
-    flat_targets = torch.tensor([token for ids in targets for token in ids], device=device)
-    log_probs, greedy = model.score(tokens, tree, flat_targets)
-    return log_probs.tolist(), greedy.tolist()
-
-
 def pack(batch: Sequence[PrefixGroup], scored: Sequence[int], device: torch.device) -> tuple[Tensor, PrefixTree]:
     """Return groups as one row of tokens, (1, seq), and its layout; queries are the tokens before scored ones.
 
-    Args:
-        batch: groups.
-        scored: number of scored tokens of each text, in the order of the groups.
-        device: of the tensors.
+    The number of scored tokens of each text is given in the order of the groups.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -233,13 +198,10 @@ def pack(batch: Sequence[PrefixGroup], scored: Sequence[int], device: torch.devi
 
     prefix_index, suffix_index, sequence_index = padded(prefixes), padded(suffixes), padded(sequences)
     gather = [0] * len(tokens)
-    for rows, longest, offset in (
-        (prefixes, prefix_index.shape[1], 0),
-        (suffixes, suffix_index.shape[1], prefix_index.numel()),
-    ):
+    for rows, index, offset in ((prefixes, prefix_index, 0), (suffixes, suffix_index, prefix_index.numel())):
         for number, row in enumerate(rows):
             for column, token in enumerate(row):
-                gather[token] = offset + number * longest + column
+                gather[token] = offset + number * index.shape[1] + column
     starts = tensor([len(sequence) - len(suffix) for sequence, suffix in zip(sequences, suffixes, strict=True)])
     last_visible = starts[:, None] + torch.arange(suffix_index.shape[1], device=device)
     visible = torch.arange(sequence_index.shape[1], device=device) <= last_visible[:, None, :, None]

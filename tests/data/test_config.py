@@ -6,8 +6,9 @@ import pytest
 
 from common.errors import ConfigError, prefix_errors
 from common.settings import parse
-from data import KINDS, DataConfig, corpus_from
+from data import DataConfig, corpus_from
 from data.config import CorruptionKind
+from data.corruption import KINDS
 
 
 def data_config(**settings: Any) -> DataConfig:

@@ -8,7 +8,8 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from data import KINDS, BatchCorruption, ShuffledDataset, TokenDataset, TrainLoader
+from data import BatchCorruption, ShuffledDataset, TokenDataset, TrainLoader
+from data.corruption import KINDS
 from data.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 from tests.data.arrays import token_array
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from data import Corpus, Mixture, ShuffledDataset, Source, TokenDataset, TrainLoader, open_tokens, prepare
+from data import Corpus, Mixture, Source, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
 from tests.helpers import CHECKOUT
@@ -79,11 +78,6 @@ def test_every_document_is_complete_for_any_part_size(lines, part_tokens, tmp_pa
         assert document_ends.tolist() == ends.tolist()
         assert facts["documents"] == len(expected) and facts["tokens"] == len(ids)
         assert facts["bytes"] == sum(len(text.encode()) for text in expected)
-        sequences = TokenDataset(array, 50)
-        numbers = np.cumsum(np.concatenate([[0], ids == tokenizer.end]))  # of the document at each position
-        for i in range(len(sequences)):
-            row = numbers[i * 50 : (i + 1) * 50]
-            assert sequences.documents(np.array([i]))[0].tolist() == (row - row[0]).tolist()
     assert (len(tokens.facts["train"]["parts"]) > 1) == (part_tokens < 1 << 26)
 
 
@@ -248,17 +242,6 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
     with pytest.raises(ValueError, match="all the same text"):
         prepare(corpus_of(tmp_path / "text"), tmp_path / "cache", 4)
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
-
-
-def test_batches_number_the_documents_of_their_tokens(lines, tmp_path):
-    tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=3000)
-    end = tokens.facts["end_of_text"]
-    sequences = ShuffledDataset(TokenDataset(tokens.train, 64), seed=0)
-    loader = TrainLoader(sequences, tokens.fingerprint, 3, 8, 4, documents=True)
-    for batch in loader:
-        ended = torch.cumsum(batch.tokens[:, :-1].long() == end, dim=1)
-        assert batch.documents[:, 1:].tolist() == ended[:, :-1].tolist()
-        assert not batch.documents[:, 0].any() and batch.documents.max() > 0
 
 
 def test_existing_tokenizer_is_used(lines, tmp_path):

@@ -64,9 +64,8 @@ def test_text_of_one_block_has_the_batches_of_prepared_tokens(corpus, max_tokens
     prepared = ShuffledDataset(TokenDataset(tokens.train, LENGTH), seed=7)
     stream = streamed(corpus)
     for first in range(0, 2 * len(prepared) + 40, 40):
-        actual, expected = stream.take(first, 40, documents=True), prepared.take(first, 40, documents=True)
-        assert torch.equal(actual.tokens, expected.tokens) and actual.tokens.dtype == expected.tokens.dtype
-        assert torch.equal(actual.documents, expected.documents)
+        actual, expected = stream.take(first, 40), prepared.take(first, 40)
+        assert torch.equal(actual, expected) and actual.dtype == expected.dtype
     stream.close()
 
 
@@ -78,12 +77,11 @@ def test_each_block_yields_its_sequences_once(corpus, tmp_path):
         order = []
         for begin in range(0, len(reference), block):
             count = min(block, len(reference) - begin)
-            taken = stream.take(epoch * len(reference) + begin, count, documents=True)
+            taken = stream.take(epoch * len(reference) + begin, count)
             indices = np.arange(begin, begin + count)
             rows = {tuple(row): i for i, row in zip(indices, reference.batch(indices).tolist(), strict=True)}
-            order.append([rows.pop(tuple(row)) for row in taken.tokens.tolist()])
+            order.append([rows.pop(tuple(row)) for row in taken.tolist()])
             assert not rows
-            assert torch.equal(taken.documents, reference.documents(np.array(order[-1])))
         assert all(block_order != sorted(block_order) for block_order in order if len(block_order) > 3)
         assert order != before
         before = order
@@ -100,14 +98,14 @@ def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
 def test_stream_with_max_tokens_resumes_from_any_block(corpus):
     reference, taken, states = streamed(corpus, 9 * LENGTH, max_tokens=4000), [], []
     for first in range(0, 900, 3):
-        taken.append(reference.take(first, 3).tokens)
+        taken.append(reference.take(first, 3))
         states.append(json.dumps(reference.state()))
     reference.close()
     for saved in range(0, len(states) - 1, 17):
         resumed = streamed(corpus, 9 * LENGTH, max_tokens=4000)
         resumed.load_state(json.loads(states[saved]))
         for i in range(saved + 1, min(saved + 40, len(taken))):
-            assert torch.equal(resumed.take(3 * i, 3).tokens, taken[i])
+            assert torch.equal(resumed.take(3 * i, 3), taken[i])
         resumed.close()
     with pytest.raises(
         ValueError, match="trained on blocks of 9 sequences of 16 tokens, but these are blocks of 8 of 16"
@@ -206,7 +204,7 @@ def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, t
     held_out = [d.text for d in Mixture(corpus.sources) if d.hash_fraction < 0.1]
     stream, rows = streamed(corpus), []
     while stream.state()["stream"]["block"] == 0:  # the sequences of an epoch
-        rows.append(stream.take(len(rows), 1).tokens[0])
+        rows.append(stream.take(len(rows), 1)[0])
     trained = tokenizer.tokenizer.decode(torch.cat(rows[:-1]).tolist())
     assert len(trained) > 100_000 and len(held_out) > 50
     assert not any(text in trained for text in held_out)

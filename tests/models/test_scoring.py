@@ -55,13 +55,12 @@ def random_texts(seed: int) -> list[Text]:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10000])
-@pytest.mark.parametrize("share", [True, False])
-def test_scores_equal_those_of_single_texts(model, batch_tokens, share):
+def test_scores_equal_those_of_single_texts(model, batch_tokens):
     texts = random_texts(1)
     with torch.no_grad():
         likeliest = model(torch.tensor([[5, 6, 7]]))[0, -1].argmax()
     texts.append(Text([5, 6, 7, int(likeliest)], 1))
-    scores = dict(pair for batch in score(model, texts, batch_tokens, torch.device("cpu"), share) for pair in batch)
+    scores = dict(pair for batch in score(model, texts, batch_tokens, torch.device("cpu")) for pair in batch)
     assert sorted(scores) == list(range(len(texts)))
     for number, text in enumerate(texts):
         log_likelihood, greedy = score_alone(model, text)
@@ -96,7 +95,6 @@ def test_grouping_does_not_depend_on_the_order_of_texts():
     prefix = list(range(10))
     texts = [Text([*prefix, 50], 1), Text([90, 91, 92], 1), Text([*prefix, 60, 61], 2), Text([90, 91, 93], 1)]
     assert sorted(sorted(group.indices) for group in group_by_prefix(texts, 99)) == [[0, 2], [1, 3]]
-    assert all(len(group.indices) == 1 for group in group_by_prefix(texts, 99, share=False))
 
 
 def test_text_joins_a_group_only_if_that_saves_tokens():
