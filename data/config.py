@@ -1,7 +1,6 @@
 """Settings of the data: which documents are read, how they become tokens, and which batches are corrupted."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
@@ -69,10 +68,6 @@ class SourceConfig(Settings):
         return self
 
 
-def _any_source(sources: Mapping[str, Any]) -> bool:
-    return any(source is not None for source in sources.values())
-
-
 class DataConfig(Settings):
     """The training text, the tokenizer, and how sequences are made of them."""
 
@@ -86,7 +81,9 @@ class DataConfig(Settings):
     """Column that holds the text in .jsonl and .parquet files."""
 
     sources: Annotated[
-        dict[str, SourceConfig | None], Predicate(_any_source), Allowed("sources by their names, one at least")
+        dict[str, SourceConfig | None],
+        Predicate(lambda sources: any(source is not None for source in sources.values())),
+        Allowed("sources by their names, one at least"),
     ]
     """Sources by name, mixed by weight; null removes a source."""
 

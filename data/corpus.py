@@ -95,11 +95,7 @@ class Corpus:
         return int(shortest * sum(weights))
 
     def check(self, cache: Path, sequence_length: int) -> None:
-        """Check the corpus without reading all of it, or any of it if its tokens are prepared. Writes nothing.
-
-        Raises:
-            ConfigError: a source or the tokenizer cannot be read, the text is too short or the vocabulary too small.
-        """
+        """Raise `ConfigError` if the corpus cannot be prepared. Reads its first documents at most."""
         if self.tokenizer is None and self.vocab_size < MIN_VOCAB_SIZE:
             allowed = f"at least {MIN_VOCAB_SIZE}, all bytes and {END_OF_TEXT}"
             raise ConfigError("vocab_size", self.vocab_size, allowed)
@@ -120,11 +116,7 @@ class Corpus:
 
 
 def corpus_from(config: DataConfig) -> Corpus:
-    """Return the corpus that a configuration describes.
-
-    Raises:
-        ConfigError: `path` is set, but none of the sources reads it.
-    """
+    """Return the corpus that a configuration describes; raise `ConfigError` if no source reads its `path`."""
     sources = [
         Source(name=name, **settings.model_dump()) for name, settings in config.sources.items() if settings is not None
     ]

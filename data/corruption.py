@@ -1,7 +1,7 @@
 """Corrupted batches, injected on purpose to study spikes of the loss.
 
-At chosen steps the whole global batch is replaced. The replacement of a row depends only on the seed and the row's
-position in the run. So it is the same on any number of ranks, for any micro-batch size, and after any interruption.
+The replacement of a row depends only on the seed and the row's position in the run. So it is the same on any number of
+ranks, for any micro-batch size, and after any interruption.
 """
 
 from collections.abc import Callable, Collection
@@ -26,9 +26,6 @@ class BatchCorruption:
     - `repeat`: one token is repeated; each row has its own.
     - `foreign_script`: random letters of a script that the corpus hardly contains; each row has its own script.
     - `labels`: the inputs are unchanged, and the targets are shuffled within each row.
-
-    Raises:
-        ConfigError: the tokenizer has no tokens for the letters of `foreign_script`.
     """
 
     def __init__(self, steps: Collection[int], kind: CorruptionKind, seed: int, tokenizer: Tokenizer) -> None:
@@ -45,10 +42,7 @@ class BatchCorruption:
     def replace(self, tokens: Tensor, first: int, step: int) -> Batch:
         """Return the batch to train on at a step: corrupted if the step is chosen, else `tokens` themselves.
 
-        Args:
-            tokens: (rows, length + 1) token ids.
-            first: number of sequences consumed in the run before the first row.
-            step: optimizer step, counted from 1.
+        `first` is the position of the first row in the run.
         """
         if step not in self.steps:
             return Batch(tokens)

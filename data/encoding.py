@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from data.sources import Document, Mixture
 
@@ -13,25 +13,20 @@ BATCH_BYTES = 4 << 20
 Item = TypeVar("Item")
 
 
-class DocumentBatch(NamedTuple):
-    """Documents that are encoded together, and the state of the mixture after them."""
-
-    documents: list[Document]
-    state: dict[str, Any]
-
-
-def document_batches(mixture: Mixture, batch_bytes: int = BATCH_BYTES) -> Iterator[DocumentBatch]:
-    """Yield the documents of a mixture in batches of at least `batch_bytes`; the last batch may be smaller."""
+def document_batches(
+    mixture: Mixture, batch_bytes: int = BATCH_BYTES
+) -> Iterator[tuple[list[Document], dict[str, Any]]]:
+    """Yield the documents of a mixture in batches of at least `batch_bytes`, but for the last; each with its state."""
     documents: list[Document] = []
     size = 0
     for document in mixture:
         documents.append(document)
         size += document.size
         if size >= batch_bytes:
-            yield DocumentBatch(documents, mixture.state())
+            yield documents, mixture.state()
             documents, size = [], 0
     if documents:
-        yield DocumentBatch(documents, mixture.state())
+        yield documents, mixture.state()
 
 
 def prefetch(items: Iterable[Item], depth: int = 1, pools: list[ThreadPoolExecutor] | None = None) -> Iterator[Item]:

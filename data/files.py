@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -53,37 +53,31 @@ def text_ratio(file: Path, column: str) -> float:
 
 def is_empty(file: Path) -> bool:
     """Whether a file has no bytes, or no rows."""
-    footer = _footer(file)  # a damaged file counts as not empty: reading it raises the error
-    return file.stat().st_size == 0 or (footer is not None and not footer.rows)
+    status = file.stat()
+    return status.st_size == 0 or _parquet_rows(file, status.st_size, status.st_mtime_ns) == 0
 
 
 def has_column(file: Path, column: str) -> bool:
     """Whether a file is a Parquet file with this column."""
-    footer = _footer(file)
-    return footer is not None and column in footer.columns
-
-
-class _Footer(NamedTuple):
-    rows: int
-    columns: list[str]
-
-
-def _footer(file: Path) -> _Footer | None:
-    """Return the footer of a Parquet file; `None` if the file has another format or cannot be read."""
-    status = file.stat()
-    return _read_footer(file, status.st_size, status.st_mtime_ns) if file.suffix == ".parquet" else None
+    footer = _parquet_footer(file)
+    return footer is not None and column in footer.schema.to_arrow_schema().names
 
 
 @lru_cache(maxsize=1 << 16)
-def _read_footer(file: Path, size: int, mtime_ns: int) -> _Footer | None:
+def _parquet_rows(file: Path, size: int, mtime_ns: int) -> int | None:
+    footer = _parquet_footer(file)
+    return None if footer is None else footer.num_rows
+
+
+def _parquet_footer(file: Path) -> Any:
+    """Return the footer of a Parquet file; `None` if it is none or damaged: reading it raises the error."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowInvalid
 
     try:
-        metadata = pq.read_metadata(file)
+        return pq.read_metadata(file) if file.suffix == ".parquet" else None
     except (OSError, ArrowInvalid):
         return None
-    return _Footer(metadata.num_rows, metadata.schema.to_arrow_schema().names)
 
 
 def expand_pattern(pattern: Path) -> Iterable[Path]:

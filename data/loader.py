@@ -76,11 +76,7 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved position, and advance by the batches that were skipped since it was saved.
-
-        Raises:
-            ValueError: the position was saved with other tokens, or after more skipped batches.
-        """
+        """Restore a saved position, and advance by the batches that were skipped since it was saved."""
         if state_dict["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"

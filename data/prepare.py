@@ -35,18 +35,12 @@ def prepare(
 ) -> Tokens:
     """Return the tokens of a corpus from the cache, after preparing them if they are not there.
 
-    Only the held-out documents of a streamed corpus are prepared; its training tokens are empty.
-
-    Args:
-        corpus: what is tokenized.
-        cache: folder that holds one folder per corpus.
-        sequence_length: is only checked: the prepared tokens do not depend on it.
-        console: for progress; `None` shows none.
-        part_tokens: tokens per part, approximately. An interrupted preparation resumes after its last complete part.
+    Only the held-out documents of a streamed corpus are prepared; its training tokens are empty. The tokens do not
+    depend on the sequence length, which is only checked. An interrupted preparation resumes after its last complete
+    part, of about `part_tokens` tokens. Without a console no progress is shown.
 
     Raises:
-        UserError: a source cannot be read, all documents are the same, the text is too short for one sequence, or the
-            disk is full. Complete parts are kept if they can be used.
+        UserError: a source cannot be read, its text is too short, or the disk is full.
     """
     console = console or Console(quiet=True)
     folder = corpus.folder(cache)
@@ -161,12 +155,12 @@ class _Preparation:
         written = sum(tokens.values())
         mixture = Mixture(self.pinned.sources, journal["mixture"])
         batches = prefetch(document_batches(mixture, min(BATCH_BYTES, self.part_tokens)))
-        arrays_of = prefetch((batch, tokenizer.encode([d.text for d in batch.documents])) for batch in batches)
+        encodings = prefetch((docs, tokenizer.encode([d.text for d in docs]), state) for docs, state in batches)
         total = limit if limit < math.inf else self.pinned.estimated_bytes()
         first_bytes, started = journal["text_bytes"], time.monotonic()
         with progress(self.console) as report:
-            for batch, arrays in arrays_of:
-                for document, ids in zip(batch.documents, arrays, strict=True):
+            for documents, arrays, state in encodings:
+                for document, ids in zip(documents, arrays, strict=True):
                     if not self._keep(document):
                         continue
                     split = "test" if document.hash_fraction < journal["threshold"] else "train"
@@ -174,7 +168,7 @@ class _Preparation:
                     tokens[split] += len(ids)
                     if tokens["train"] >= limit:
                         break
-                journal["bytes_read"] = batch.state["bytes_read"]
+                journal["bytes_read"] = state["bytes_read"]
                 all_tokens = sum(tokens.values())
                 speed = (journal["text_bytes"] - first_bytes) / 1e6 / (time.monotonic() - started)
                 report(
@@ -185,7 +179,7 @@ class _Preparation:
                 if tokens["train"] >= limit:
                     break
                 if all_tokens - written >= self.part_tokens:
-                    journal["mixture"] = batch.state
+                    journal["mixture"] = state
                     self._write_part(encoded, tokenizer)
                     encoded, written = {split: [] for split in SPLITS}, all_tokens
         journal["complete"] = True
@@ -224,10 +218,7 @@ class _Preparation:
         self._save_journal()
 
     def _threshold_for_both_splits(self) -> float:
-        """Return the threshold, moved as little as is needed for both splits to have a document.
-
-        If no threshold separates the documents, the folder is removed, and a `UserError` is raised.
-        """
+        """Return the threshold, moved as little as is needed for both splits to have a document, or raise."""
         journal = self.journal
         lowest, highest = journal["lowest_hash_fraction"], journal["highest_hash_fraction"]
         if lowest < highest:

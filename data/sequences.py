@@ -21,12 +21,9 @@ _MASK = (1 << 64) - 1
 
 
 class Batch(NamedTuple):
-    """Sequences to train on.
+    """Sequences to train on: (rows, length + 1) token ids of any integer type.
 
-    Attributes:
-        tokens: (rows, length + 1) token ids of any integer type. The inputs are all but the last, the targets all
-            but the first.
-        targets: (rows, length) token ids to predict instead; `None` predicts those of `tokens`.
+    The inputs are all but the last. The targets, (rows, length), are all but the first if they are `None`.
     """
 
     tokens: Tensor
@@ -39,16 +36,12 @@ class TokenDataset:
     def __init__(self, tokens: TokenArray, length: int) -> None:
         self.tokens = tokens
         self.length = length
-        self.count = (len(tokens) - 1) // length
 
     def __len__(self) -> int:
-        return self.count
+        return (len(self.tokens) - 1) // self.length
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Return the sequences with these indices: (len(indices), L + 1) ids, uint16 or uint32 as they are stored.
-
-        Models need `.long()`: call it on the device, after copying a quarter of the bytes.
-        """
+        """Return the sequences with these indices: (len(indices), L + 1) ids, uint16 or uint32 as they are stored."""
         return torch.from_numpy(self.tokens.rows(indices * self.length, self.length + 1))
 
 
@@ -68,7 +61,7 @@ class ShuffledDataset:
         return self.sequences.batch(self.order(first, rows))
 
     def state(self) -> dict[str, Any]:
-        """Return an empty dict: a position needs only its number."""
+        """Return nothing: a position needs only its number."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -97,13 +90,7 @@ class Order:
 
 
 def order(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the index of the sequence at each position: (n,) int64 in [0, count), each once per epoch.
-
-    Args:
-        positions: (n,) int64, the number of sequences consumed before each.
-        count: sequences in one epoch.
-        seed: seed of the run.
-    """
+    """Return the index of the sequence at each position: (n,) int64 in [0, count), each once per epoch."""
     indices = np.empty_like(positions)
     for epoch in np.unique(positions // count):
         in_epoch = positions // count == epoch

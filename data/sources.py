@@ -8,6 +8,7 @@ share of the bytes, so the mixture is deterministic.
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,20 +204,16 @@ class Stream:
         """Return the error about the file being read, by its name if that is known."""
         prefix = ""
         if self.source.hub is None:
-            try:
+            with suppress(ValueError):  # the files have been removed
                 files, index = self.source.files(), _shard_index(self._rows.state_dict())
                 prefix = f"{files[index]}: " if index is not None and index < len(files) else ""
-            except ValueError:
-                pass  # the files have been removed
         return self.source.error(f"cannot be read: {prefix}{reason}")
 
 
 class Mixture:
     """Several sources as one stream of documents, which ends when the first of them ends.
 
-    Args:
-        sources: one or more, with different names.
-        state: of an earlier mixture of the same sources, to continue after its last document.
+    It continues after the state of an earlier mixture of the same sources.
     """
 
     def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:

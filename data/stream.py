@@ -89,11 +89,7 @@ class StreamingDataset:
         self._restart(BlockStart())
 
     def take(self, first: int, rows: int) -> Tensor:
-        """Return the sequences at positions first to first + rows - 1 of the run, from the current block on.
-
-        Raises:
-            SourceError: a source cannot be read, or has changed since the dataset was created.
-        """
+        """Return the sequences at positions first to first + rows - 1 of the run, from the current block on."""
         batches = []
         while rows:
             block = self._block_at(first)
@@ -186,8 +182,8 @@ class StreamingDataset:
 
     def _encode_epoch(self, mixture: dict[str, Any] | None, epoch_tokens: int) -> Iterator[_EncodedDocuments]:
         limit = self.corpus.max_tokens or math.inf
-        for batch in prefetch(document_batches(self._open(mixture)), pools=self._pools):
-            texts = [document.text for document in batch.documents if document.hash_fraction >= self.threshold]
+        for documents, state in prefetch(document_batches(self._open(mixture)), pools=self._pools):
+            texts = [document.text for document in documents if document.hash_fraction >= self.threshold]
             arrays = self.tokenizer.encode(texts)
             ends = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)
             count = int(np.searchsorted(ends, limit - epoch_tokens)) + 1  # up to the document that reaches the limit
@@ -197,7 +193,7 @@ class StreamingDataset:
                 epoch_tokens += int(ends[-1])
             if epoch_tokens >= limit:
                 return
-            mixture = batch.state
+            mixture = state
 
     def _open(self, state: dict[str, Any] | None) -> Mixture:
         self._check_unchanged()

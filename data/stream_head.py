@@ -20,9 +20,6 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
     The threshold is `val_fraction`, or if that holds out less than half a MiB, a larger one of at most 0.1. If no
     document is below the limit, reading continues up to the first that is. A text that ends within the 32 MiB is split
     as by `prepare`, unless `max_tokens` ends it earlier there.
-
-    Raises:
-        UserError: a source cannot be read, or none of its documents can be held out.
     """
     console.print("reading the first documents, to hold some out")
     cache_key, commits = corpus.cache_key(), corpus.commits()

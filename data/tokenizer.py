@@ -65,10 +65,7 @@ def wrap_tokenizer(tokenizer: tokenizers.Tokenizer, end: int) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
     """Train a byte-level BPE. It encodes and decodes any text in any script without loss.
 
-    Args:
-        texts: documents that the merges are learned from.
-        vocab_size: number of ids, from `MIN_VOCAB_SIZE`, `END_OF_TEXT` (id 0) included. A small text may yield fewer.
-        progress: whether to show progress bars on standard error.
+    It has `vocab_size` ids, at least `MIN_VOCAB_SIZE`, `END_OF_TEXT` (id 0) included; a small text may yield fewer.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,10 +81,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return an existing tokenizer.
-
-    Args:
-        name: a `tokenizer.json`, a folder that holds one, or a name on the Hugging Face hub.
+    """Return the tokenizer in a `tokenizer.json`, in a folder that holds one, or of a name on the Hugging Face hub.
 
     Raises:
         ConfigError: the tokenizer does not exist, is damaged, or has no end-of-text token.

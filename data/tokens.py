@@ -30,13 +30,7 @@ MAX_VERIFIED_BYTES = 2 << 30
 
 
 class TokenArray:
-    """The tokens of all parts as one array. Each part is mapped into memory when it is first read.
-
-    Args:
-        files: (parts,) `.npy` files of one-dimensional arrays.
-        lengths: (parts,) tokens in each file.
-        dtype: data type of the ids.
-    """
+    """The tokens of all parts, each in a `.npy` file that is mapped into memory when it is first read, as one array."""
 
     def __init__(self, files: list[Path], lengths: list[int], dtype: Any) -> None:
         self.files = files
@@ -63,12 +57,7 @@ class TokenArray:
         return self._maps[index]
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the slices of so many tokens that begin at some positions, (n, length); they may cross parts.
-
-        Args:
-            starts: (n,) int64 positions, each in [0, len(self) - length].
-            length: tokens per slice.
-        """
+        """Return the slices of `length` tokens at (n,) int64 positions, (n, length); they may cross the parts."""
         if len(self.files) == 1:
             return np.lib.stride_tricks.sliding_window_view(self.part(0), length)[starts]
         parts = np.searchsorted(self.starts, starts, side="right") - 1
@@ -96,14 +85,10 @@ def documents_file(file: Path) -> Path:
 
 
 class Tokens(NamedTuple):
-    """A prepared corpus.
+    """A prepared corpus. Each document is followed by end-of-text; `facts` are the contents of `tokens.json`.
 
-    Attributes:
-        train: ids of the training documents, each followed by end-of-text.
-        test: ids of the held-out documents, each followed by end-of-text.
-        fingerprint: hash of the tokens and the tokenizer, which does not depend on where they came from. For a
-            streamed text: hash of the sources' identities, the tokenizer and the held-out tokens.
-        facts: contents of `tokens.json`.
+    The fingerprint is a hash of the tokens and the tokenizer, which does not depend on where they came from. For a
+    streamed text it is a hash of the sources' identities, the tokenizer and the held-out tokens.
     """
 
     train: TokenArray
@@ -114,14 +99,9 @@ class Tokens(NamedTuple):
 
 
 def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
-    """Open the tokens of a finished preparation.
+    """Open the tokens of a finished preparation; raise `UserError` if a file is missing or damaged.
 
-    Args:
-        folder: of the tokens.
-        verify: whether to compare every file with its checksum, besides its size; `None` does so for at most 2 GiB.
-
-    Raises:
-        UserError: a file is missing or damaged.
+    `verify` says whether to compare every file with its checksum, besides its size; `None` does so for at most 2 GiB.
     """
     try:
         facts = load_with_checksum((folder / MANIFEST).read_text())

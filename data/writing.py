@@ -72,12 +72,8 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write the manifest, which completes the folder, and return its contents.
 
-    Args:
-        folder: that holds all other files, those of the tokenizer too.
-        cache_key: of the corpus when the preparation began.
-        tokenizer: of the tokens.
-        parts, files: of all parts, from `write_part`.
-        more: further facts.
+    The folder has the tokenizer's files too. The cache key is that of the time when the preparation began. The parts
+    and files are all that `write_part` has returned.
     """
     files = files | {name: _file_facts(folder / name) for name in TOKENIZER_FILES}
     facts: dict[str, Any] = {

@@ -30,6 +30,7 @@ class EvalConfig(Settings):
     """Tokens computed at once; null: 1,024 on a CPU, 65,536 on a GPU."""
 
     @property
-    def fewshot_list(self) -> list[int]:
-        """Numbers of solved examples, as a list."""
-        return self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]
+    def requested(self) -> list[tuple[str, int]]:
+        """Each task with each number of solved examples, once."""
+        numbers = self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]
+        return list(dict.fromkeys((name, number) for name in self.tasks for number in numbers))

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,26 +14,18 @@ from common.files import sha256
 from data.progress import progress
 from evaluation.config import EvalConfig
 from evaluation.response_cache import CachedLM, ResponseCache
-from evaluation.scores import Scores, score_key, score_task
+from evaluation.scores import SCORES, Scores, score_key, score_task
 from evaluation.tasks import load_tasks
 
 #: Endings of the files that make up a Hugging Face model.
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
-#: File with the scores of a model.
-SCORES = "task_scores.json"
-
 
 class EvaluatedModel(NamedTuple):
     """A model, and where its scores are saved.
 
-    Attributes:
-        title: its name in tables and messages.
-        step: of a run's checkpoint; `None` for other models.
-        model: identifies a model that is not a run; `None` for runs.
-        scores: its scores so far.
-        fingerprint: returns what identifies its weights.
-        load: returns the model as lm-eval's `LM`.
+    A run has a `step`; `model` identifies a model that is not a run. `fingerprint` returns what identifies the weights,
+    and `load` returns the model as lm-eval's `LM`.
     """
 
     title: str
@@ -44,14 +37,7 @@ class EvaluatedModel(NamedTuple):
 
 
 def hugging_face_model(name: str, scores: Path, device: str, dtype: str) -> EvaluatedModel:
-    """Return a Hugging Face model.
-
-    Args:
-        name: a folder, or a name on the hub.
-        scores: file for its scores.
-        device: where it is evaluated, such as `cpu`.
-        dtype: of its weights.
-    """
+    """Return a Hugging Face model by its folder or its name on the hub."""
     model = _folder_digest(Path(name)) if Path(name).is_dir() else name
 
     def load() -> Any:
@@ -75,45 +61,30 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass
 class Evaluator:
-    """Scores models on the tasks of a configuration.
+    """Scores models, whose weights have a data type, on the tasks of a configuration.
 
-    Args:
-        config: the tasks.
-        dtype: of the weights.
-        folders: searched for validation sets, see `evaluation.tasks.load_tasks`.
-        console: for progress.
-        before_task: called before each task that is scored.
+    Validation sets may be in some folders, see `evaluation.tasks.load_tasks`. `before_task` is called before each task.
     """
 
-    def __init__(
-        self, config: EvalConfig, dtype: str, folders: list[Path], console: Console, before_task: Callable[[], None]
-    ) -> None:
-        self.config = config
-        self.dtype = dtype
-        self.folders = folders
-        self.console = console
-        self.before_task = before_task
-        self.tasks: dict[tuple[str, int], Any] = {}
+    config: EvalConfig
+    dtype: str
+    folders: list[Path]
+    console: Console
+    before_task: Callable[[], None]
+    tasks: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def load_tasks(self, models: list[EvaluatedModel]) -> None:
-        """Load the tasks on which a model has no score, so that missing data is an error before any work.
-
-        Raises:
-            TaskError: a task is unknown, or its data cannot be loaded.
-        """
-        for name, num_fewshot in self._requested():
+        """Load the tasks on which a model has no score, so that missing data is an error before any work."""
+        for name, num_fewshot in self.config.requested:
             if any(model.scores.find(self._key(model, name, num_fewshot)) is None for model in models):
                 self.tasks[name, num_fewshot] = load_tasks(name, self.folders, num_fewshot)
 
     def score(self, model: EvaluatedModel) -> Iterator[dict[str, Any]]:
-        """Yield the scores of a model, each with the model's title as `run`. Missing ones are computed and saved.
-
-        Raises:
-            TaskError: the model has diverged, or cannot be scored on a task.
-        """
+        """Yield the scores of a model, each with the model's title as `run`. Missing ones are computed and saved."""
         loaded: Any = None
-        for name, num_fewshot in self._requested():
+        for name, num_fewshot in self.config.requested:
             score = model.scores.find(self._key(model, name, num_fewshot))
             if score is None:
                 self.before_task()
@@ -129,12 +100,11 @@ class Evaluator:
         texts, truncated = getattr(loaded, "num_texts", 0), getattr(loaded, "num_truncated", 0)
         title = f"{model.title}: {name}, {num_fewshot} shots"
         with progress(self.console) as report:
-            cached_lm = CachedLM(
-                loaded,
-                cache.responses,
-                cache.add,
-                lambda done, total: report(done, total, f"{title}: {done:,} of {total:,} responses"),
-            )
+
+            def show(done: int, total: int) -> None:
+                report(done, total, f"{title}: {done:,} of {total:,} responses")
+
+            cached_lm = CachedLM(loaded, cache.responses, cache.add, show)
             task = self.tasks[name, num_fewshot]
             results = score_task(cached_lm, name, task, self.config.limit, self.config.seed)
         if new_texts := getattr(loaded, "num_texts", 0) - texts:
@@ -143,10 +113,6 @@ class Evaluator:
         score = model.scores.add(self._key(model, name, num_fewshot), results)
         cache.delete()
         return score
-
-    def _requested(self) -> list[tuple[str, int]]:
-        """Return each task and number of solved examples once."""
-        return list(dict.fromkeys((name, shots) for name in self.config.tasks for shots in self.config.fewshot_list))
 
     def _key(self, model: EvaluatedModel, name: str, num_fewshot: int) -> dict[str, Any]:
         config = self.config

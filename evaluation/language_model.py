@@ -4,6 +4,7 @@ Scores equal those of lm-eval's `hf` backend on the exported model, token for to
 longer than the model's context: `hf` fails, and this module scores it in parts.
 """
 
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,16 +29,7 @@ class LlamaLM(TemplateLM):
     """A `Llama` with its tokenizer.
 
     With several processes, all must make the same requests. Each computes a part of them, and gets all responses.
-
-    Args:
-        model: in training or evaluation mode, which are the same as it has no dropout.
-        tokenizer: of the model.
-        device: of the model.
-        batch_tokens: tokens computed at once; `None`: the default of the device.
-
-    Attributes:
-        num_texts: number of texts scored so far.
-        num_truncated: number of them that were longer than the model's context.
+    Of `num_texts` texts scored so far, `num_truncated` were longer than the model's context.
     """
 
     def __init__(
@@ -68,14 +60,12 @@ class LlamaLM(TemplateLM):
         encodings = self.encoder.tokenizer.encode_batch_fast(list(strings), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Return the log-likelihood in nats of each (context, continuation), and whether it is the greedy one."""
-        texts = self._texts([request.args for request in requests])
-        return [(result.log_likelihood, result.greedy) for result in self._score(texts)]
+        return self._score(self._texts([request.args for request in requests]))
 
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        texts = [Text([*context, *continuation], len(continuation)) for _, context, continuation in requests]
-        return [(result.log_likelihood, result.greedy) for result in self._score(texts)]
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Score]:
+        return self._score([Text([*before, *after], len(after)) for _, before, after in requests])
 
     def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
         """Return the tokens to score of each context and continuation, split as by lm-eval's `_encode_pair`."""
@@ -96,20 +86,16 @@ class LlamaLM(TemplateLM):
         return texts
 
     def _score(self, texts: Sequence[Text]) -> list[Score]:
-        """Return the scores of texts, in order."""
         self.num_texts += len(texts)
         self.num_truncated += sum(len(text.tokens) > self.max_length + 1 for text in texts)
         parts = [(index, part) for index, text in enumerate(texts) for part in split_long(text, self.max_length)]
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        part_scores: dict[int, Score] = {}
-        for batch in score(
-            self.model, [part for _, part in parts], self.batch_tokens, self.device, rank=rank, world_size=world_size
-        ):
-            part_scores.update(batch)
+        part_texts = [part for _, part in parts]
+        part_scores = score(self.model, part_texts, self.batch_tokens, self.device, rank, world_size)
         if world_size > 1:
             gathered: list[Any] = [None] * world_size
             dist.all_gather_object(gathered, part_scores)
-            part_scores = {number: result for results in gathered for number, result in results.items()}
+            part_scores = dict(ChainMap(*gathered))
         by_text: list[list[Score]] = [[] for _ in texts]
         for number, (index, _) in enumerate(parts):
             by_text[index].append(part_scores[number])
@@ -135,11 +121,7 @@ class LlamaLM(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the greedy continuation of each context, up to a stop string. There is no key-value cache.
-
-        Raises:
-            ValueError: a request asks for sampling.
-        """
+        """Return the greedy continuation of each context, up to a stop string. There is no key-value cache."""
         responses = []
         for context, settings in (request.args for request in requests):
             if settings.get("do_sample") or settings.get("temperature", 0.0) > 0:

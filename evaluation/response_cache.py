@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,7 @@ class EvaluationInterrupted(Exception):
 
 
 class ResponseCache:
-    """A file of responses. Damaged lines are ignored, and so is the file of another model.
-
-    Args:
-        path: of the file.
-        model: identifies the model and its weights.
-
-    Attributes:
-        responses: by request.
-    """
+    """A file of responses by request. Damaged lines are ignored, and so is the file of a model with another name."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path = path
@@ -61,30 +54,23 @@ def _line(content: Any) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
+@dataclass(eq=False)
 class CachedLM:
     """A language model of lm-eval that computes only responses that are not cached.
 
-    Args:
+    Attributes:
         model: lm-eval's `LM`.
         responses: cached responses by request; new ones are added.
         save: called with new responses.
         progress: called with the number of responses so far and the number of requests.
-        should_stop: called before each chunk of requests; whether to stop.
+        should_stop: called before each chunk of requests; whether to raise `EvaluationInterrupted`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        responses: dict[str, Any],
-        save: Callable[[Mapping[str, Any]], None],
-        progress: Callable[[int, int], None],
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.model = model
-        self.responses = responses
-        self.save = save
-        self.progress = progress
-        self.should_stop = should_stop
+    model: Any
+    responses: dict[str, Any]
+    save: Callable[[Mapping[str, Any]], None]
+    progress: Callable[[int, int], None]
+    should_stop: Callable[[], bool] = lambda: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -102,12 +88,6 @@ class CachedLM:
         return self._respond("generate_until", requests)
 
     def _respond(self, kind: str, requests: list[Instance]) -> list[Any]:
-        """Return the responses to requests, those in the cache included.
-
-        Raises:
-            TaskError: a response is not a finite number.
-            EvaluationInterrupted: `should_stop` returned true.
-        """
         keys = [hashlib.sha256(json.dumps([kind, *request.args]).encode()).hexdigest()[:32] for request in requests]
         unique = dict(zip(keys, requests, strict=True))
         missing = [(key, request) for key, request in unique.items() if key not in self.responses]

@@ -9,6 +9,9 @@ from typing import Any
 from common.files import exclusive_lock, write_atomic
 from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
 
+#: File with the scores of a model.
+SCORES = "task_scores.json"
+
 PACKAGES = ("lm_eval", "datasets", "torch", "transformers", "tokenizers")
 
 #: Fields that identify a score.
@@ -18,33 +21,15 @@ KEY = ("task", "num_fewshot", "limit", "seed", "step", "dtype", "model")
 def score_key(
     task: str, num_fewshot: int, limit: int | None, seed: int, step: int | None, dtype: str, model: str | None = None
 ) -> dict[str, Any]:
-    """Return the fields that identify a score.
-
-    Args:
-        task: name of a task or group in lm-eval.
-        num_fewshot: solved examples before each item.
-        limit: items of each task at most; `None`: all.
-        seed: of the draw of items; part of the key only with a limit.
-        step: of a run's checkpoint.
-        dtype: of the weights.
-        model: identifies a model that is not a run; `None` for runs.
-    """
+    """Return the fields that identify a score, see `EvalConfig` and `EvaluatedModel`; the seed only with a limit."""
     return dict(zip(KEY, (task, num_fewshot, limit, seed if limit else None, step, dtype, model), strict=True))
 
 
 def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
-    """Return lm-eval's results of a model on a task or group.
+    """Return the results of lm-eval's `LM`, or an object with its methods, on a task or group from `load_tasks`.
 
-    Args:
-        model: lm-eval's `LM`, or an object with its methods.
-        name: of the task or group.
-        loaded: see `load_tasks`.
-        limit: items of each task at most, drawn at random; `None`: all.
-        seed: of the draw.
-
-    Returns:
-        `items`, whether they were `drawn`, `task_version`, and the metrics, each with its standard error, such as `acc`
-        and `acc_stderr`.
+    They are `items`, whether they were `drawn`, `task_version`, and the metrics, each with its standard error, such as
+    `acc` and `acc_stderr`.
 
     Raises:
         TaskError: there are fewer solved examples than `num_fewshot`, or the model does not support the task.
@@ -70,23 +55,12 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
 
 
 class Scores:
-    """The scores of a model, in a file. Several processes may add to it at the same time.
+    """All scores of a model, in a file. Several processes may add to it at the same time."""
 
-    Args:
-        path: of task_scores.json.
-        damaged: whether the file is known to be damaged, and is not read.
-
-    Attributes:
-        all: the scores, as in the file.
-
-    Raises:
-        TaskError: the file is damaged.
-    """
-
-    def __init__(self, path: Path, damaged: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = path.with_name(f".{path.name}.lock")
-        self.all = [] if damaged else self._read()
+        self.all = self._read()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -120,13 +94,6 @@ class Scores:
             if number.isdecimal() and int(number) > step:
                 path.unlink()
 
-    def quarantine(self) -> Path:
-        """Rename a damaged file, and return its new name."""
-        quarantined = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
-        self.path.replace(quarantined)
-        self.all = []
-        return quarantined
-
     def add(self, key: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """Save results with the versions of the packages that computed them, and return the score."""
         versions = {package: version(package) for package in PACKAGES}
@@ -139,6 +106,11 @@ class Scores:
     def _write(self, scores: list[dict[str, Any]]) -> None:
         self.all = scores
         write_atomic(self.path.resolve(), json.dumps({"scores": scores}, indent=1))  # a symbolic link stays one
+
+
+def quarantine(path: Path) -> Path:
+    """Rename a damaged file, and return its new path."""
+    return path.replace(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
 
 
 def _has_key(score: dict[str, Any], key: dict[str, Any]) -> bool:

@@ -12,12 +12,7 @@ NOT_METRICS = {"run", *KEY, "items", "drawn", "truncated_fraction", "task_versio
 
 
 def print_scores(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print scores. Of one model, each score is a row; of several models, each model is a row.
-
-    Args:
-        rows: scores, each with the name of its model as `run`.
-        console: to print to.
-    """
+    """Print scores, each with its model as `run`. Of one model, each score is a row; of several, each model is one."""
     names = list(dict.fromkeys(row["run"] for row in rows))
     if len(names) > 1:
         _print_models(names, rows, console)

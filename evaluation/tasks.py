@@ -10,7 +10,7 @@ import logging
 import lzma
 import random
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,10 @@ FEWSHOT_SEED = 1234
 
 
 class TaskData(NamedTuple):
-    """The validation set of a task.
+    """The validation set of a task, in a file that ends in .jsonl or .jsonl.xz.
 
-    Attributes:
-        file: its name without .jsonl or .jsonl.xz.
-        items: number of items.
-        definition: lm-eval's task definition, relative to its tasks/.
-        fields: fields of an item that the task reads.
-        sha256: of these fields, see `_sha256_of_fields`.
+    The definition is lm-eval's, relative to its tasks/. The checksum is that of the fields that the task reads, each
+    item as a line of JSON.
     """
 
     file: str
@@ -68,11 +64,7 @@ class TaskError(UserError):
 
 
 def data_file(folder: Path, task: str) -> Path | None:
-    """Return the validation set of a task in a folder, or `None` if the folder has none.
-
-    Raises:
-        TaskError: the file is damaged, or has too few or too many items.
-    """
+    """Return the validation set of a task in a folder; `None` if there is none, `TaskError` if it is damaged."""
     for suffix in (".jsonl", ".jsonl.xz"):
         path = folder / f"{SETS[task].file}{suffix}"
         if path.is_file():
@@ -94,34 +86,29 @@ def data_folders(data_dir: str | None, cache: str) -> list[Path]:
 def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str, Any]:
     """Return a task, or the tasks of a group, as lm-eval's `evaluate` takes them.
 
-    Args:
-        name: of the task or group in lm-eval.
-        folders: searched for the validation sets of HellaSwag and WinoGrande. All other data comes from the hub.
-        num_fewshot: solved examples before each item. They are drawn from the training set; with data from files, from
-            the other items.
+    The folders are searched for the validation sets of HellaSwag and WinoGrande. All other data comes from the hub.
+    Solved examples are drawn from the training set; with data from files, from the other items.
 
     Raises:
         TaskError: the task is unknown, or its data cannot be loaded.
     """
+    import datasets
     from lm_eval.tasks import TaskManager
 
-    silence_libraries()
+    # Silence what lm-eval and the hub's libraries log about settings that are intended, and their progress bars.
+    for library in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
+    manager = TaskManager(include_defaults=file is None)
+    if file is None and name not in manager.all_tasks:
+        raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval (`lm-eval ls tasks`)")
     try:
         with tempfile.TemporaryDirectory() as temporary:
+            definition = Path(temporary, f"{name}.yaml")
             if file is not None:
-                definition = Path(temporary, f"{name}.yaml")
                 definition.write_text(yaml.safe_dump(_definition(name, file)))
-                loaded: Any = TaskManager(include_defaults=False).load([str(definition)])
-            else:
-                manager = TaskManager()
-                if name not in manager.all_tasks:
-                    raise TaskError(
-                        f"eval.tasks={name} is not known: it must be a task of lm-eval (`lm-eval ls tasks`)"
-                    )
-                loaded = manager.load([name])
-    except TaskError:
-        raise
+            loaded: Any = manager.load([name if file is None else str(definition)])
     except Exception as error:  # from the hub, its libraries, or definitions that need more packages
         sources = f": {DATA_SOURCES}" if name in SETS else ""
         raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({one_line(error, 200)}){sources}") from error
@@ -130,15 +117,6 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
             _check_published(task_name, task, str(file or "the hub"))
         task.set_config(key="num_fewshot", value=num_fewshot)
     return loaded
-
-
-def silence_libraries() -> None:
-    """Silence what lm-eval and the hub's libraries log about settings that are intended, and their progress bars."""
-    import datasets
-
-    for name in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
 
 
 def sample(items: int, limit: int | None, seed: int) -> list[int] | None:
@@ -164,22 +142,17 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
 def _check_published(name: str, task: Any, source: str) -> None:
     """Raise `TaskError` unless a task's items are those of the published validation set."""
     _check_count(len(task.eval_docs), name, source)
-    digest = _sha256_of_fields(task.dataset["validation"], SETS[name].fields)
-    if digest != SETS[name].sha256:
+    digest = hashlib.sha256()
+    for row in task.dataset["validation"]:
+        values = [row.get(field) for field in SETS[name].fields]
+        digest.update((json.dumps(values, ensure_ascii=False) + "\n").encode())
+    if digest.hexdigest() != SETS[name].sha256:
         raise TaskError(
             f"{source} has other items than the validation set of {name} as it was published "
-            f"(sha256 {digest[:12]}): get it again"
+            f"(sha256 {digest.hexdigest()[:12]}): get it again"
         )
 
 
 def _check_count(items: int, task: str, source: str) -> None:
     if items != SETS[task].items:
         raise TaskError(f"{source} has {items:,} items of {task}: the validation set has {SETS[task].items:,}")
-
-
-def _sha256_of_fields(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
-    """Return the SHA-256 of the fields of items, each item as a line of JSON."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update((json.dumps([row.get(field) for field in fields], ensure_ascii=False) + "\n").encode())
-    return digest.hexdigest()

@@ -90,15 +90,9 @@ def config_of(folder: Path) -> LlamaConfig:
 
 
 def load(model: Llama, folder: Path, copy_weight: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-    """Copy the weights in a folder into a model, in the model's dtype.
+    """Copy the weights in a folder into a model; raise `ConfigError` if they are not those of the model.
 
-    Args:
-        model: its parameters are overwritten.
-        folder: with safetensors.
-        copy_weight: called with a parameter and its full weight on the CPU, which it copies into the parameter.
-
-    Raises:
-        ConfigError: a weight is missing, unknown, or of another shape, or cannot be read.
+    `copy_weight` copies a full weight on the CPU into a parameter.
     """
     parameters = model.state_dict()
     for name, weight in _weights(folder, model.config, read=True):

@@ -154,12 +154,9 @@ class Llama(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits, (batch, seq, vocab), or if there are targets what `linear_cross_entropy` returns.
+        """Return logits, (batch, seq, vocab), of (batch, seq) token ids.
 
-        Args:
-            tokens: (batch, seq) token ids.
-            targets: (batch, seq) ids of the next tokens.
-            z_loss: see `linear_cross_entropy`.
+        With the ids of the next tokens as targets, return what `linear_cross_entropy` returns.
         """
         hidden = self.model(tokens)
         if targets is None:

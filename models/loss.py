@@ -65,8 +65,7 @@ def linear_cross_entropy(
     Returns:
         The loss to minimise, and the mean cross entropy in nats without gradient; both 0-dim float32.
     """
-    loss, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_fn)
-    return loss, cross_entropy
+    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_fn)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

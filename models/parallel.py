@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from models.llama import Llama
 from models.loss import linear_cross_entropy, logit_grads
@@ -33,7 +33,9 @@ def apply_activation_checkpointing(model: Llama, mode: str) -> None:
     """
     if mode == "none":
         return
-    options: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, [*SAVED_OPS])
     for i, block in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
@@ -48,16 +50,13 @@ def compile_model(model: Llama) -> None:
 def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> None:
     """Shard the model with FSDP2: each block is a unit; embeddings, final norm and head are another.
 
-    Args:
-        model: moved to the mesh's device, unless it is on the meta device.
-        mesh: of one dimension, along which parameters are sharded; of two (HSDP), replicated along the first.
-        dtype: of the gathered weights. Gradients are reduced, and sharded weights stored, in float32.
+    Parameters are sharded along the last dimension of the mesh, and with two (HSDP) replicated along the first. Weights
+    are gathered in `dtype`; gradients are reduced, and sharded weights stored, in float32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
-    options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
+    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
     for block in model.model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "score")
 
 
@@ -73,13 +72,6 @@ def copy_full_weight(parameter: Tensor, weight: Tensor) -> None:
         local = weight.to(device=parameter.device, dtype=parameter.dtype)
         weight = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(weight)
-
-
-def _selective() -> Any:
-    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:

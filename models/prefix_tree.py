@@ -32,16 +32,11 @@ class PrefixTree(NamedTuple):
     query_index: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grouped: bool, queries_only: bool) -> Tensor:
-        """Return the attention output of each token of the row, or of those at `query_index`.
+        """Return the attention output of each token of q, (1, seq, hidden).
 
         Args:
-            q: (1, heads, seq, head_dim), or (1, heads, n, head_dim) with `queries_only`.
-            k, v: (1, key-value heads, seq, head_dim).
-            grouped: whether there are fewer key-value heads than heads.
-            queries_only: whether q has the tokens at `query_index` only.
-
-        Returns:
-            (1, seq, hidden), or (1, n, hidden) with `queries_only`.
+            q: (1, heads, seq, head_dim); with `queries_only` seq is n, the tokens at `query_index`.
+            k, v: (1, key-value heads, seq, head_dim); `grouped` says whether they have fewer heads than q.
         """
         prefixes, suffixes, gather_index = self.prefixes, self.suffixes, self.gather_index
         if queries_only:

@@ -5,7 +5,7 @@ itself. Groups of similar size form a batch, which is one row of tokens. The las
 scored positions only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,25 +126,13 @@ def batches(groups: Sequence[PrefixGroup], batch_tokens: int) -> list[list[Prefi
 
 
 def score(
-    model: Llama,
-    texts: Sequence[Text],
-    batch_tokens: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[tuple[int, Score]]]:
-    """Yield batches of (index, score) until each text has one.
+    model: Llama, texts: Sequence[Text], batch_tokens: int, device: torch.device, rank: int = 0, world_size: int = 1
+) -> dict[int, Score]:
+    """Return the scores of texts by their indices, those of every `world_size`-th batch.
 
-    Each rank yields every `world_size`-th batch. All ranks compute the same number of batches, as sharded models need.
-
-    Args:
-        model: its `max_position_embeddings` is the context.
-        texts: in any order.
-        batch_tokens: tokens in a batch.
-        device: of the model.
-        rank: of this process.
-        world_size: number of processes.
+    All ranks compute the same number of batches, as sharded models need.
     """
+    scores: dict[int, Score] = {}
     all_batches = batches(group_by_prefix(texts, model.config.max_position_embeddings), batch_tokens)
     for number in range(rank, -(-len(all_batches) // world_size) * world_size, world_size):
         batch = all_batches[min(number, len(all_batches) - 1)]
@@ -153,14 +141,12 @@ def score(
         tokens, tree = pack(batch, list(map(len, targets)), device)
         flat_targets = torch.tensor([token for ids in targets for token in ids], device=device)
         log_probs, greedy = (values.tolist() for values in model.score(tokens, tree, flat_targets))
-        scores: list[tuple[int, Score]] = []
         start = 0
         for index, ids in zip(indices, targets, strict=True):
             end = start + len(ids)
-            scores.append((index, Score(sum(log_probs[start:end]), all(greedy[start:end]))))
+            scores[index] = Score(sum(log_probs[start:end]), all(greedy[start:end]))
             start = end
-        if number < len(all_batches):
-            yield scores
+    return scores
 
 
 def pack(batch: Sequence[PrefixGroup], scored: Sequence[int], device: torch.device) -> tuple[Tensor, PrefixTree]:

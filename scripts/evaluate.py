@@ -23,9 +23,10 @@ from rich.console import Console
 
 from common.errors import ConfigError, RunError, UserError, one_line
 from common.settings import Allowed, Count, Folder, Settings, parse
+from data import CacheConfig
 from evaluation.config import EvalConfig
-from evaluation.evaluator import SCORES, EvaluatedModel, Evaluator, hugging_face_model
-from evaluation.scores import Scores
+from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
+from evaluation.scores import SCORES, Scores
 from evaluation.table import print_scores
 from evaluation.tasks import data_folders
 from models.config import WeightDtype
@@ -36,13 +37,6 @@ from training.launch.cli import CANNOT_WRITE
 from training.runtime.signals import reraise_pending
 
 _Name = Annotated[Folder | None, Allowed("a folder or name, or null")]
-
-
-class Paths(Settings):
-    """Folders of configs/evaluate.yaml."""
-
-    cache: Folder
-    """Cache folder, to which `make eval-data` writes the validation sets."""
 
 
 class EvaluateConfig(Settings):
@@ -64,7 +58,7 @@ class EvaluateConfig(Settings):
     dtype: WeightDtype
     """Data type of the weights."""
     eval: EvalConfig
-    paths: Paths
+    paths: CacheConfig
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -72,9 +66,8 @@ class EvaluateConfig(Settings):
             if self.hf is not None and value is not None:
                 raise ConfigError(key, value, problem=f"means nothing with hf={self.hf}: give one of them")
         if self.hf is None and self.out is not None:
-            raise ConfigError(
-                "out", self.out, problem=f"means nothing without hf: the scores of a run are in its {SCORES}"
-            )
+            problem = f"means nothing without hf: the scores of a run are in its {SCORES}"
+            raise ConfigError("out", self.out, problem=problem)
         if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             allowed = "it must be auto, cpu, or cuda where torch sees a GPU"
             raise ConfigError("device", self.device, problem=f"is not possible: {allowed}")
@@ -83,11 +76,6 @@ class EvaluateConfig(Settings):
             problem = "does not exist: it must be a folder with the validation sets"
             raise ConfigError("eval.data_dir", data_dir, problem=problem)
         return self
-
-    @property
-    def runs(self) -> list[str]:
-        """Values of `run`, as a list."""
-        return self.run if isinstance(self.run, list) else [self.run or "runs/main"]
 
     @property
     def torch_device(self) -> torch.device:
@@ -120,7 +108,7 @@ def main(values: _entry.Values) -> None:
 def run_models(config: EvaluateConfig, console: Console, skipped: list[str]) -> list[EvaluatedModel]:
     """Return the models of the configured runs; the folder of an experiment stands for all runs in it."""
     folders: list[Path] = []
-    for path in map(Path, config.runs):
+    for path in map(Path, config.run if isinstance(config.run, list) else [config.run or "runs/main"]):
         if not path.is_dir():
             raise ConfigError("run", path, problem="does not exist: it must be a run folder, or a folder of such")
         inside = sorted(file.parent for file in path.glob("*/config.yaml"))

@@ -31,6 +31,7 @@ from common.errors import RunError, UserError, shown
 from common.files import exclusive_lock, is_locked, read_json, write_atomic
 from common.text import flatten
 from data import TOKENIZER_FILES, Tokens
+from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
 from training.config.identity import identity
 from training.config.schema import Config
@@ -59,7 +60,7 @@ class RunDir:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.val_metrics_file = path / "val_metrics.jsonl"
-        self.scores_file = path / "task_scores.json"
+        self.scores_file = path / SCORES
         self.rewinds_file = path / "rewinds.json"
         self.result_file = path / "result.json"
         self.failure_file = path / "failure.txt"

@@ -15,7 +15,8 @@ def test_defaults_are_the_papers():
 
 
 def test_one_or_several_numbers_of_examples():
-    assert EvalConfig(num_fewshot=5).fewshot_list == [5] and EvalConfig(num_fewshot=[0, 5]).fewshot_list == [0, 5]
+    assert EvalConfig(tasks=["a"], num_fewshot=5).requested == [("a", 5)]
+    assert EvalConfig(tasks=["a", "b"], num_fewshot=[0, 5, 0]).requested == [("a", 0), ("a", 5), ("b", 0), ("b", 5)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from evaluation.language_model import LlamaLM
 from evaluation.response_cache import CachedLM, ResponseCache
-from evaluation.scores import Scores, score_key, score_task
+from evaluation.scores import Scores, quarantine, score_key, score_task
 from evaluation.tasks import TaskError, load_tasks, sample
 from models import Llama, LlamaConfig
 from tests.evaluation.conftest import items
@@ -260,4 +260,4 @@ def test_damaged_file_is_an_error_and_can_be_quarantined(text, tmp_path):
     path.write_text(text)
     with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
         Scores(path)
-    assert Scores(path, damaged=True).quarantine().read_text() == text and not path.exists()
+    assert quarantine(path).read_text() == text and not path.exists()

@@ -60,7 +60,7 @@ def test_scores_equal_those_of_single_texts(model, batch_tokens):
     with torch.no_grad():
         likeliest = model(torch.tensor([[5, 6, 7]]))[0, -1].argmax()
     texts.append(Text([5, 6, 7, int(likeliest)], 1))
-    scores = dict(pair for batch in score(model, texts, batch_tokens, torch.device("cpu")) for pair in batch)
+    scores = score(model, texts, batch_tokens, torch.device("cpu"))
     assert sorted(scores) == list(range(len(texts)))
     for number, text in enumerate(texts):
         log_likelihood, greedy = score_alone(model, text)

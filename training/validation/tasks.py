@@ -15,7 +15,7 @@ from common.text import SECONDS_BETWEEN_LINES
 from data import Tokenizer
 from evaluation.config import EvalConfig
 from evaluation.response_cache import CachedLM, ResponseCache
-from evaluation.scores import Scores, score_key, score_task
+from evaluation.scores import Scores, quarantine, score_key, score_task
 from evaluation.tasks import TaskError, data_folders, load_tasks
 from models import Llama
 from training.config.schema import Config, TrainerConfig
@@ -36,11 +36,7 @@ def load_eval_tasks(config: Config) -> LoadedTasks:
     if config.trainer.eval_every is None:
         return {}
     folders = data_folders(config.eval.data_dir, config.paths.cache)
-    return {
-        (name, num_fewshot): load_tasks(name, folders, num_fewshot)
-        for name in config.eval.tasks
-        for num_fewshot in config.eval.fewshot_list
-    }
+    return {(name, num_fewshot): load_tasks(name, folders, num_fewshot) for name, num_fewshot in config.eval.requested}
 
 
 class TaskEvaluator:
@@ -153,10 +149,9 @@ class TaskEvaluator:
         try:
             return Scores(self.run_dir.scores_file)
         except TaskError as error:
-            scores = Scores(self.run_dir.scores_file, damaged=True)
-            renamed = scores.quarantine().name
+            renamed = quarantine(self.run_dir.scores_file).name
             self.report.console.print(f"{error}. It is renamed to {renamed}.", style="bold red", markup=False)
-            return scores
+            return Scores(self.run_dir.scores_file)
 
     def _progress(self, title: str) -> Callable[[int, int], None]:
         """Return a function that reports now and then how many requests are answered."""
