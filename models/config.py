@@ -76,7 +76,7 @@ class LlamaConfig(Settings):
 
 
 class ModelConfig(LlamaConfig):
-    """The section `model`."""
+    """The section `model`: a shape, its name, and the weights that training starts from."""
 
     name: FolderName
     """Name of the model, as in run names."""
