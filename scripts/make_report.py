@@ -20,7 +20,7 @@ from common.settings import parse
 from evaluation.tasks import SETS
 from experiments.paper.claims import judge_claims
 from experiments.paper.collect import RunCollection
-from experiments.paper.report import Provenance, report, verdicts_markdown
+from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.suites import TABLES
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 from training.run_dir import environment
@@ -74,11 +74,11 @@ def main(values: _entry.Values) -> None:
     tables = [TABLES[name] for name in names if name in TABLES]
     here = environment()
     made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-    provenance = Provenance(settings.scale, _commands(settings, collection, names), made)
+    commands = _commands(settings, collection, names)
     verdicts = judge_claims(collection)
     write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
     file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
-    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, provenance))
+    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, settings.scale, commands, made))
     for warning in collection.warnings:
         console.print(warning, style="yellow")
     console.print(f"report   {file}")

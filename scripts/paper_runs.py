@@ -13,9 +13,9 @@ from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings
 from common.text import quoted
 from experiments.paper.collect import ExpectedRun, RunCollection, collect
-from experiments.paper.distributions import WindowError, draw_distributions
+from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import NothingToDraw
-from experiments.paper.figures import FIGURES, clipping_functions, draw
+from experiments.paper.figures import FIGURES, clipping_functions
 from experiments.paper.suites import SUITES, TABLES, ZCLIP_DEFAULTS
 from training.config.checks import check_folder
 from training.config.compose import CONFIGS, resolve_runs, saved_identity
@@ -150,17 +150,15 @@ def draw_figures(
     figures: dict[str, Figure] = {}
     not_drawn = []
     for name in (name for name in names if name in FIGURE_NAMES):
+        if name == "figure3":
+            figures[name] = figure3()
+            continue
+        assert collection is not None
         try:
-            if name == "figure3":
-                figures[name] = figure3()
-                continue
-            assert collection is not None
             if name == "figure9" and windows:
                 figures[name] = draw_distributions(collection, [(first, last) for first, last in windows])
             else:
-                figures[name] = draw(name, collection)
-        except WindowError as error:
-            raise UserError(str(error)) from error
+                figures[name] = FIGURES[name](collection)
         except NothingToDraw:
             not_drawn.append(name)
     return figures, not_drawn

@@ -55,20 +55,17 @@ class Reached(NamedTuple):
 
 
 def reach_final_loss(reference: Run, run: Run) -> Reached:
-    """Find when a run reaches the final loss of a reference run; see `definitions.tokens_to_reach`.
-
-    Losses at corrupted batches are interpolated. If the reference run's final loss is not finite, nothing is saved.
-    """
-    reference_loss, reference_tokens = without_corrupted(reference, "loss"), reference.metrics["tokens"]
+    """Find when a run reaches the final loss of a reference run. Losses at corrupted batches are interpolated."""
+    reference_loss, loss = without_corrupted(reference, "loss"), without_corrupted(run, "loss")
     target = float(reference_loss[-REACHED_WINDOW:].mean())
-    first = tokens_to_reach(reference_loss, reference_tokens, target)
-    loss = without_corrupted(run, "loss")
+    first = tokens_to_reach(reference_loss, reference.metrics["tokens"], target)
     tokens = tokens_to_reach(loss, run.metrics["tokens"], target)
     final_difference = float(loss[-REACHED_WINDOW:].mean()) - target
-    return Reached(target, float(reference_tokens[-1]) if first is None else first, tokens, final_difference)
+    return Reached(target, reference.metrics["tokens"][-1] if first is None else first, tokens, final_difference)
 
 
-#: Computes a number from a run and its baseline run.
+#: Computes a number from a run and its baseline run: `None` if it is unknown, not finite if it depends on losses that
+#: are not finite.
 Compute = Callable[[Run, Run | None], float | None]
 
 
@@ -76,8 +73,7 @@ class Measure(NamedTuple):
     """A number of a run.
 
     Attributes:
-        compute: returns it for a finished run and its baseline run. `None` if it is unknown, not finite if it depends
-            on losses that are not finite.
+        compute: computes it for a finished run.
         decimals: to print.
         better: `low` or `high`; empty if neither is better.
         note: definition for the footnote; empty if the name says it.
@@ -86,14 +82,14 @@ class Measure(NamedTuple):
 
     compute: Compute
     decimals: int
-    better: str
+    better: str = ""
     note: str = ""
     needs_baseline: bool = False
 
 
 def _result(key: str, scale: float = 1.0) -> Compute:
     def compute(run: Run, _: Run | None) -> float | None:
-        value = (run.result or {}).get(key)
+        value = run.result.get(key)
         return None if value is None else scale * value
 
     return compute
@@ -101,15 +97,15 @@ def _result(key: str, scale: float = 1.0) -> Compute:
 
 def _score(task: str, metric: str) -> Compute:
     def compute(run: Run, _: Run | None) -> float | None:
-        score = run.score(task)
-        return None if score is None or score.get(metric) is None else 100 * score[metric]
+        value = (run.score(task) or {}).get(metric)
+        return None if value is None else 100 * value
 
     return compute
 
 
 def clip_and_step_seconds(run: Run) -> tuple[float, float] | None:
     """Return the seconds that the median step spends on clipping, and in all; `None` if unknown."""
-    seconds = (run.result or {}).get("step_seconds") or {}
+    seconds = run.result.get("step_seconds") or {}
     total = sum(value for value in seconds.values() if value is not None)
     return (seconds["clip"], total) if seconds.get("clip") is not None and total > 0 else None
 
@@ -151,7 +147,7 @@ def _spikes(run: Run, _: Run | None) -> float | None:
 def _test_loss_increase(run: Run, baseline: Run | None) -> float | None:
     if baseline is None or not corrupted_steps(run):
         return None
-    loss, baseline_loss = ((each.result or {}).get("test_loss") for each in (run, baseline))
+    loss, baseline_loss = (each.result.get("test_loss") for each in (run, baseline))
     return None if loss is None or baseline_loss is None else loss - baseline_loss
 
 
@@ -181,12 +177,12 @@ MEASURES = {
     ),
     "hellaswag": Measure(_score("hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"),
     "winogrande": Measure(_score("winogrande", "acc"), 2, "high"),
-    "tokens_per_hour": Measure(_result("tokens_per_second", 3600 / 1e6), 2, "", "speeds are those of the median step"),
+    "tokens_per_hour": Measure(_result("tokens_per_second", 3600 / 1e6), 2, note="speeds are those of the median step"),
     "clip_share": Measure(
-        _clip_share, 2, "", "clipping includes computing the norm, which runs without clipping compute too"
+        _clip_share, 2, note="clipping includes computing the norm, which runs without clipping compute too"
     ),
-    "clipped_by_z": Measure(_step_share("spike"), 1, "", "corrupted batches are excluded"),
-    "clipped": Measure(_step_share("clipped"), 1, "", "clipped at all includes clipping by max_grad_norm"),
+    "clipped_by_z": Measure(_step_share("spike"), 1, note="corrupted batches are excluded"),
+    "clipped": Measure(_step_share("clipped"), 1, note="clipped at all includes clipping by max_grad_norm"),
     "excess_loss": Measure(
         _against_baseline(excess_loss),
         3,
@@ -199,9 +195,8 @@ MEASURES = {
     "skip_cost": Measure(
         _against_baseline(lambda _, baseline, corrupted: skip_cost(baseline, corrupted)),
         3,
-        "",
-        "the cost of skipping is the excess loss of a run that skips the corrupted batches and so learns from fewer, "
-        f"by the slope of the baseline run's loss over {SLOPE_WINDOW} steps",
+        note="the cost of skipping is the excess loss of a run that skips the corrupted batches and so learns from "
+        f"fewer, by the slope of the baseline run's loss over {SLOPE_WINDOW} steps",
         needs_baseline=True,
     ),
     "recovery_steps": Measure(
