@@ -44,10 +44,8 @@ from experiments.paper.verdict import (
     Judge,
     NotTestable,
     Verdict,
-    complete_seeds,
     difference_by_seed,
     difference_text,
-    diverged_seeds,
     measure_by_seed,
     reached_by_seed,
     require_not_diverged,
@@ -94,7 +92,7 @@ def judge_claim(collection: RunCollection, claim: str) -> Verdict:
 def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
     """Return the learning rate with the lowest train loss by seed, of seeds that have all; 0 if all have diverged."""
     best = {}
-    for seed in complete_seeds(collection, [specs[group] for specs in RATES.values()]):
+    for seed in collection.complete_seeds([specs[group] for specs in RATES.values()]):
         losses = {
             lr: loss
             for lr, specs in RATES.items()
@@ -170,16 +168,16 @@ def _lowest(measure: str, specs: Specs, claimed: str) -> Judge:
     """Judge whether a run, of some by label, has the lowest loss: below each of the others, on the same seeds."""
 
     def judge(collection: RunCollection) -> Verdict:
-        seeds = complete_seeds(collection, specs.values())
+        seeds = collection.complete_seeds(specs.values())
         if len(seeds) < MIN_SEEDS:
             raise NotTestable(TOO_FEW_SEEDS)
-        if bad_seeds := diverged_seeds(collection, specs[claimed]):
+        if bad_seeds := collection.diverged_seeds(specs[claimed]):
             return Verdict(NOT_SUPPORTED, [f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"])
         complete = collection._replace(
             runs={key: run for key, run in collection.runs.items() if key[1] in seeds},
             diverged={key for key in collection.diverged if key[1] in seeds},
         )
-        diverged = {label: bad for label, spec in specs.items() if (bad := diverged_seeds(complete, spec))}
+        diverged = {label: bad for label, spec in specs.items() if (bad := complete.diverged_seeds(spec))}
         losses = {
             label: measure_by_seed(complete, measure, [spec]) for label, spec in specs.items() if label not in diverged
         }
@@ -236,7 +234,7 @@ def _overhead(collection: RunCollection) -> Verdict:
     seconds = {
         label: {
             seed: times
-            for seed in complete_seeds(collection, [spec])
+            for seed in collection.complete_seeds([spec])
             if (times := clip_and_step_seconds(collection.runs[spec, seed]))
         }
         for label, spec in STRATEGIES.items()

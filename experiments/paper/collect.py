@@ -36,21 +36,13 @@ class ExpectedRun(NamedTuple):
 
 
 class RunCollection(NamedTuple):
-    """The runs of a paper's experiments that exist on disk.
+    """The runs of a paper's experiments that exist on disk."""
 
-    Attributes:
-        runs: the finished runs.
-        diverged: the finished runs that have diverged.
-        unfinished: the other runs, with their number of steps.
-        warnings: sentences about excluded folders and missing seeds.
-        excluded: the expected runs among the excluded folders.
-    """
-
-    runs: dict[Key, Run]
-    diverged: set[Key]
-    unfinished: dict[Key, int]
-    warnings: list[str]
-    excluded: frozenset[Key]
+    runs: dict[Key, Run]  # those that are finished
+    diverged: set[Key]  # the finished runs that have diverged
+    unfinished: dict[Key, int]  # their number of steps
+    warnings: list[str]  # sentences about excluded folders and missing seeds
+    excluded: frozenset[Key]  # the expected runs among the excluded folders
 
     @property
     def seeds(self) -> list[int]:
@@ -60,6 +52,14 @@ class RunCollection(NamedTuple):
     def runs_of(self, spec: RunSpec) -> list[Run]:
         """Return the finished runs of a spec, in the order of their seeds."""
         return [run for seed in self.seeds if (run := self.runs.get((spec, seed))) is not None]
+
+    def diverged_seeds(self, spec: RunSpec) -> list[int]:
+        """Return the seeds with which a run has diverged."""
+        return [seed for seed in self.seeds if (spec, seed) in self.diverged]
+
+    def complete_seeds(self, specs: Iterable[RunSpec]) -> list[int]:
+        """Return the seeds of which all runs are finished."""
+        return [seed for seed in self.seeds if all((spec, seed) in self.runs for spec in specs)]
 
     def notes(self, labelled_specs: Iterable[tuple[str, RunSpec]], with_diverged: bool = True) -> list[str]:
         """Return a sentence for each kind of missing run, such as "not run: ZClip (seed 1)", and for diverged runs."""

@@ -27,9 +27,7 @@ MIN_NORMS = 3
 def draw_distributions(collection: RunCollection, windows: Sequence[tuple[int, int]] = ()) -> Figure:
     """Draw norms, and their logarithms, as a histogram with the fitted normal distribution and as a Q-Q plot.
 
-    Args:
-        collection: the runs.
-        windows: first and last steps; none: those of `norm_windows`.
+    Without `windows`, first and last steps, they are those of `norm_windows`.
 
     Raises:
         NothingToDraw: the figure's run is not finished.

@@ -89,13 +89,8 @@ def finish_figure(
 ) -> Figure:
     """Add title, grid, the label of the horizontal axis and the caption to a figure, and return it.
 
-    Args:
-        figure: the figure with its axes.
-        title: above it.
-        axis_note: how values were processed; empty for a horizontal axis other than steps.
-        runs: the runs that it shows.
-        notes: further lines of the caption, such as missing runs.
-        bands: whether it shows the range of the seeds.
+    `axis_note` says how values were processed, and is empty for a horizontal axis other than steps. `notes` are further
+    lines of the caption, and `bands` says whether the figure shows the range of the seeds.
     """
     figure.suptitle(title, fontsize=11)
     draw_grid(figure)

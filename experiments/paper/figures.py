@@ -196,11 +196,7 @@ def _draw_spike_lab(collection: RunCollection) -> Figure:
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw Figure 3: z-scores after clipping over z-scores before.
-
-    Args:
-        curves: z-scores before and after clipping by label, from the code of the strategies.
-    """
+    """Draw Figure 3 from z-scores before and after clipping, by label."""
     figure, ax = plt.subplots(figsize=(6, 4))
     for number, (label, (before, after)) in enumerate(curves.items()):
         ax.plot(before, after, color=COLORS[number], ls=DASHES[number], lw=1.5, label=label)

@@ -37,17 +37,17 @@ def report(
     commands: Sequence[str],
     made: str,
 ) -> str:
-    """Return the page.
+    """Return the page, with the tables of which any run is finished. The figures are closed.
 
     Args:
         collection: the runs.
         verdicts: by claim.
-        tables: to show, if any of their runs is finished.
-        figures: by name, in order. They are closed.
+        tables: in order.
+        figures: by name, in order.
         not_drawn: names of figures without runs.
         scale: of the runs.
         commands: that make the report again.
-        made: date, commit and device.
+        made: sentence with date, commit and device.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())

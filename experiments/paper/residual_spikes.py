@@ -25,7 +25,6 @@ from experiments.paper.verdict import (
     Interval,
     NotTestable,
     Verdict,
-    complete_seeds,
     difference_by_seed,
     difference_text,
     event_rate,
@@ -50,20 +49,12 @@ def _in_lab(collection: RunCollection, label: str, measure: str = "excess_loss")
 
 
 class ResidualSpikes(NamedTuple):
-    """The spikes that a strategy leaves.
+    """The spikes that a strategy leaves."""
 
-    Attributes:
-        diverged: whether a run has diverged or has a loss that is not finite, see `_diverged_seeds`.
-        spikes: spikes minus dips per run, over all learning rates; `None` if fewer than three seeds have all.
-        excess_loss: excess loss after corrupted batches, net of the cost of skipping them; `None` if it is unknown or
-            a run of the spike lab has diverged or has a loss that is not finite.
-        evidence: all of it as sentences.
-    """
-
-    diverged: bool
-    spikes: Interval | None
-    excess_loss: Interval | None
-    evidence: list[str]
+    diverged: bool  # whether a run has diverged or has a loss that is not finite, see `_diverged_seeds`
+    spikes: Interval | None  # spikes minus dips per run, over all learning rates; `None` if it is unknown
+    excess_loss: Interval | None  # after corrupted batches, net of the cost of skipping them; `None` if it is unknown
+    evidence: list[str]  # all of it as sentences
 
     @property
     def is_measured(self) -> bool:
@@ -103,7 +94,7 @@ def _residual_spikes(collection: RunCollection, label: str, group: str) -> Resid
 
 def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Interval | None, str]:
     """Return spikes minus dips per run, and the sentence. Diverged runs count; seeds that lack a run do not."""
-    seeds = complete_seeds(collection, specs)
+    seeds = collection.complete_seeds(specs)
     runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
     counts = [MEASURES["spikes"].compute(run, None) for run in runs]
     if len(seeds) < MIN_SEEDS or None in counts:
@@ -147,7 +138,7 @@ def _diverged_seeds(collection: RunCollection, spec: RunSpec) -> list[int]:
     In a run with corrupted batches, only losses after the first of them count.
     """
     seeds = []
-    for seed in complete_seeds(collection, [spec]):
+    for seed in collection.complete_seeds([spec]):
         run = collection.runs[spec, seed]
         corrupted = corrupted_rows(run)
         loss = np.delete(run.metrics["loss"], sorted(corrupted))[min(corrupted, default=0) :]

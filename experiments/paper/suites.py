@@ -22,17 +22,11 @@ THRESHOLD_NOTE = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the other
 
 
 class RunSpec(NamedTuple):
-    """The overrides of one run; with several seeds, of several runs.
+    """The overrides of one run; with several seeds, of several runs."""
 
-    Attributes:
-        clip: option of the group `clip`.
-        lr: the paper's learning rate, which a scale multiplies by its `paper.lr_scale`.
-        extra: further keys and values.
-    """
-
-    clip: str
-    lr: float = RATE
-    extra: tuple[tuple[str, str], ...] = ()
+    clip: str  # option of the group `clip`
+    lr: float = RATE  # the paper's learning rate, which a scale multiplies by its `paper.lr_scale`
+    extra: tuple[tuple[str, str], ...] = ()  # further keys and values
 
     @property
     def overrides(self) -> list[str]:
@@ -95,39 +89,23 @@ SPIKE_LAB = {
 
 
 class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        header: as printed.
-        measure: key of `measures.MEASURES`.
-        group: group of the run within the row; empty if each row has one run.
-    """
+    """A column of a table."""
 
     header: str
-    measure: str
-    group: str = ""
+    measure: str  # key of `measures.MEASURES`
+    group: str = ""  # of the run within the row; empty if each row has one run
 
 
 class Table(NamedTuple):
-    """A table.
-
-    Attributes:
-        name: `table2` and so on.
-        title: subject of the table.
-        row_header: header of the column of labels.
-        rows: runs by label, which is also the row's name in published.yaml, and group.
-        columns: in order.
-        best_per_row: whether the best values of a measure are compared within a row, as in Table 2, or within a column.
-        note: sentence for the footnote.
-    """
+    """A table."""
 
     name: str
     title: str
-    row_header: str
-    rows: Mapping[str, Specs]
+    row_header: str  # header of the column of labels
+    rows: Mapping[str, Specs]  # runs by group, by label, which is also the row's name in published.yaml
     columns: Sequence[Column]
-    best_per_row: bool = False
-    note: str = ""
+    best_per_row: bool = False  # whether the best values of a measure are those of a row, as in Table 2, or of a column
+    note: str = ""  # sentence for the footnote
 
     def labelled_specs(self) -> list[tuple[str, RunSpec]]:
         """Return each run with its label, such as "ZClip, with corrupted batches"."""

@@ -18,23 +18,14 @@ from experiments.paper.suites import Column, Specs, Table
 
 
 class Cell(NamedTuple):
-    """A number of ours, and the paper's.
+    """A number of ours, and the paper's."""
 
-    Attributes:
-        by_seed: values of the seeds whose run is finished and has one.
-        diverged: number of diverged runs, with or without a value.
-        decimals: to print.
-        is_count: whether it is an integer in each run.
-        seeds: number of seeds in the table.
-        paper: the paper's number; `None` if it has none.
-    """
-
-    by_seed: Mapping[int, float]
-    diverged: int
-    decimals: int
-    is_count: bool
-    seeds: int
-    paper: float | None
+    by_seed: Mapping[int, float]  # values of the seeds whose run is finished and has one
+    diverged: int  # number of diverged runs, with or without a value
+    decimals: int  # to print
+    is_count: bool  # whether it is an integer in each run
+    seeds: int  # number of seeds in the table
+    paper: float | None  # the paper's number, if it has one
 
     @property
     def values(self) -> list[float]:
@@ -142,10 +133,7 @@ def _best_cells(filled: FilledTable, of_paper: bool) -> set[tuple[int, int]]:
 def table_rows(filled: FilledTable, bold: str, escape: Callable[[str], str] = str) -> list[list[str]]:
     """Return header and rows as text. A column with the paper's numbers follows each column that has some.
 
-    Args:
-        filled: the table.
-        bold: format of the best numbers, such as `**{}**`.
-        escape: applied to all text, before `bold`.
+    All text is escaped. Then `bold`, such as `**{}**`, formats the best numbers.
     """
     columns = [[escape(text) for text in (filled.table.row_header, *filled.table.rows)]]
     best, paper_best = _best_cells(filled, of_paper=False), _best_cells(filled, of_paper=True)

@@ -43,17 +43,10 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired difference.
-
-    Attributes:
-        mean: mean of the differences.
-        p: of the two-sided paired t-test. If all differences are equal, of the sign test; 1 if they are 0.
-        seeds: number of pairs.
-        low, high: ends of the 95 % confidence interval of the mean.
-    """
+    """A paired difference, with the 95 % confidence interval of its mean."""
 
     mean: float
-    p: float
+    p: float  # of the two-sided paired t-test; if all differences are equal, of the sign test, or 1 if they are 0
     seeds: int
     low: float
     high: float
@@ -72,8 +65,7 @@ class Difference(NamedTuple):
 def difference_by_seed(one: Mapping[int, float], other: Mapping[int, float] | None = None) -> Difference:
     """Return the difference of numbers by seed, or from zero, over the seeds that both have.
 
-    Raises:
-        NotTestable: there are fewer seeds than a verdict needs.
+    Raises `NotTestable` if there are fewer seeds than a verdict needs.
     """
     if other is None:
         other = dict.fromkeys(one, 0.0)
@@ -102,16 +94,6 @@ def event_rate(events: int, runs: int) -> Interval:
     return Interval(low / runs, float(stats.chi2.ppf(0.975, 2 * events + 2)) / 2 / runs)
 
 
-def diverged_seeds(collection: RunCollection, spec: RunSpec) -> list[int]:
-    """Return the seeds with which a run has diverged."""
-    return [seed for seed in collection.seeds if (spec, seed) in collection.diverged]
-
-
-def complete_seeds(collection: RunCollection, specs: Iterable[RunSpec]) -> list[int]:
-    """Return the seeds of which all runs are finished."""
-    return [seed for seed in collection.seeds if all((spec, seed) in collection.runs for spec in specs)]
-
-
 def run_text(spec: RunSpec, seeds: Sequence[int] = ()) -> str:
     """Return the overrides of runs, as on the command line."""
     return " ".join([*spec.overrides, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])])
@@ -120,7 +102,7 @@ def run_text(spec: RunSpec, seeds: Sequence[int] = ()) -> str:
 def require_not_diverged(collection: RunCollection, specs: Iterable[RunSpec]) -> None:
     """Raise `NotTestable` if a run has diverged."""
     for spec in specs:
-        if seeds := diverged_seeds(collection, spec):
+        if seeds := collection.diverged_seeds(spec):
             raise NotTestable(f"a required run has diverged: {run_text(spec, seeds)}")
 
 
@@ -129,9 +111,7 @@ def measure_by_seed(
 ) -> dict[int, float]:
     """Return the mean of a measure over runs, by seed, for the seeds that have all of them, and the baseline run.
 
-    Raises:
-        NotTestable: a finished run has no such number, or it is not finite. A mean over the others would exclude the
-            worst.
+    Raises `NotTestable` if one has no such number, or it is not finite: a mean over the others would exclude the worst.
     """
     means = {}
     for seed in collection.seeds:
@@ -155,12 +135,11 @@ def measure_by_seed(
 def reached_by_seed(collection: RunCollection, fixed: RunSpec, zclip: RunSpec) -> dict[int, Reached]:
     """Return when ZClip reaches the final loss of fixed clipping, by seed; never if it has diverged.
 
-    Raises:
-        NotTestable: fixed clipping has diverged, or its final loss is not finite.
+    Raises `NotTestable` if fixed clipping has diverged, or its final loss is not finite.
     """
     require_not_diverged(collection, [fixed])
     reached = {}
-    for seed in complete_seeds(collection, [fixed, zclip]):
+    for seed in collection.complete_seeds([fixed, zclip]):
         result = reach_final_loss(collection.runs[fixed, seed], collection.runs[zclip, seed])
         if not math.isfinite(result.loss):
             raise NotTestable(f"a required run has no finite final loss: {run_text(fixed, [seed])}")

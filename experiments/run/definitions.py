@@ -146,12 +146,7 @@ def diverged(loss: np.ndarray) -> bool:
 def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> float | None:
     """Return the tokens after which the mean loss of 20 steps is first at most a target; `None` if it never is.
 
-    Means that differ only by rounding count as equal.
-
-    Args:
-        loss: (steps,) training loss of each step.
-        tokens: (steps,) tokens processed after each step.
-        target: loss in nats.
+    `tokens` are those processed after each step. Means that differ only by rounding count as equal.
     """
     length = min(REACHED_WINDOW, len(loss))
     means = _running_mean(np.where(np.isfinite(loss), loss, np.inf), length)

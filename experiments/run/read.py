@@ -10,25 +10,15 @@ import yaml
 
 
 class Run(NamedTuple):
-    """The contents of a run folder.
-
-    Attributes:
-        path: the folder.
-        config: `config.yaml` as a nested dict.
-        metrics: column name -> (steps,) float64 array; NaN where the line has null or lacks the column.
-        result: `result.json`, empty if the run is not finished.
-        val_metrics: lines of `val_metrics.jsonl`, written while the run trained.
-        starts: entries of `environment.json`, one for each start.
-        scores: entries of `task_scores.json`.
-    """
+    """The contents of a run folder."""
 
     path: Path
-    config: dict[str, Any]
-    metrics: dict[str, np.ndarray]
-    result: dict[str, Any]
-    val_metrics: Sequence[dict[str, Any]]
-    starts: Sequence[Mapping[str, Any]]
-    scores: Sequence[dict[str, Any]]
+    config: dict[str, Any]  # `config.yaml`
+    metrics: dict[str, np.ndarray]  # (steps,) float64 by column; NaN where the line has null or lacks the column
+    result: dict[str, Any]  # `result.json`, empty if the run is not finished
+    val_metrics: Sequence[dict[str, Any]]  # lines of `val_metrics.jsonl`, written while the run trained
+    starts: Sequence[Mapping[str, Any]]  # entries of `environment.json`, one for each start
+    scores: Sequence[dict[str, Any]]  # entries of `task_scores.json`
 
     @property
     def environment(self) -> Mapping[str, Any]:
