@@ -34,12 +34,10 @@ from experiments.paper.suites import (
     Specs,
 )
 from experiments.paper.verdict import (
-    MIN_SEEDS,
     NOT_SUPPORTED,
     NOT_TESTABLE,
     SIGNIFICANT,
     SUPPORTED,
-    TOO_FEW_SEEDS,
     Difference,
     Judge,
     NotTestable,
@@ -49,6 +47,7 @@ from experiments.paper.verdict import (
     measure_by_seed,
     reached_by_seed,
     require_not_diverged,
+    require_seeds,
     run_text,
 )
 
@@ -106,19 +105,15 @@ def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
 def _higher_rates(collection: RunCollection) -> Verdict:
     best = {group: _best_rates(collection, group) for group in ("fixed", "zclip")}
     seeds = sorted(best["fixed"].keys() & best["zclip"].keys())
-    if len(seeds) < MIN_SEEDS:
-        raise NotTestable(TOO_FEW_SEEDS)
+    require_seeds(seeds)
     higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
     lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
     p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
     def at_high_rates() -> Difference:
-        means = []
-        for group in ("zclip", "fixed"):
-            specs = [RATES[lr][group] for lr in HIGH_RATES]
-            require_not_diverged(collection, specs)
-            means.append(measure_by_seed(collection, "train_loss", specs))
-        return difference_by_seed(*means)
+        zclip, fixed = ([RATES[lr][group] for lr in HIGH_RATES] for group in ("zclip", "fixed"))
+        require_not_diverged(collection, [*zclip, *fixed])
+        return difference_by_seed(*(measure_by_seed(collection, "train_loss", specs) for specs in (zclip, fixed)))
 
     shown = {
         group: ", ".join(f"{best[group][seed]:.0e}" if best[group][seed] else "none" for seed in seeds)
@@ -169,8 +164,7 @@ def _lowest(measure: str, specs: Specs, claimed: str) -> Judge:
 
     def judge(collection: RunCollection) -> Verdict:
         seeds = collection.complete_seeds(specs.values())
-        if len(seeds) < MIN_SEEDS:
-            raise NotTestable(TOO_FEW_SEEDS)
+        require_seeds(seeds)
         if bad_seeds := collection.diverged_seeds(specs[claimed]):
             return Verdict(NOT_SUPPORTED, [f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"])
         complete = collection._replace(
@@ -202,8 +196,7 @@ def _normal(collection: RunCollection) -> Verdict:
     spec = FIGURE_RUNS["figure9"]["ZClip"]
     require_not_diverged(collection, [spec])
     runs = collection.runs_of(spec)
-    if len(runs) < MIN_SEEDS:
-        raise NotTestable(TOO_FEW_SEEDS)
+    require_seeds(runs)
     longest = 0.0
     for run in runs:
         for first, last in norm_windows(run):

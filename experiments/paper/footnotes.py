@@ -89,8 +89,7 @@ def _describe_corruption(runs: Sequence[Run]) -> list[str]:
 
 
 def _describe_recovery(runs: Sequence[Run]) -> list[str]:
-    windows = [run.config["clip"].get("recovery_window") for run in runs]
-    recovering = [window for window in windows if window is not None]
+    recovering = [window for run in runs if (window := run.config["clip"].get("recovery_window")) is not None]
     share = f" in {len(recovering)} of the {len(runs)} runs" if len(recovering) < len(runs) else ""
     return [
         f"ZClip with recovery (the library's default, not in the paper) in windows of {window} steps{share}"
@@ -108,20 +107,14 @@ def _short(number: float) -> str:
 
 def _describe_scores(runs: Sequence[Run]) -> str:
     """Return a phrase with the number of items behind the scores, their standard error and the truncated share."""
-    scores = {task: [score for run in runs if (score := run.score(task.lower())) is not None] for task in METRICS}
-    items = [
-        f"{task} on {' or '.join(f'{count:,}' for count in sorted({score['items'] for score in scores[task]}))}"
-        for task in METRICS
-        if scores[task]
-    ]
+    items, errors = [], []
+    for task, metric in METRICS.items():
+        if scores := [score for run in runs if (score := run.score(task.lower())) is not None]:
+            counts = sorted({score["items"] for score in scores})
+            items.append(f"{task} on {' or '.join(f'{count:,}' for count in counts)}")
+            errors += [100 * error for score in scores if (error := score.get(f"{metric}_stderr")) is not None]
     if not items:
         return "the tasks were not scored"
-    errors = [
-        100 * error
-        for task, metric in METRICS.items()
-        for score in scores[task]
-        if (error := score.get(f"{metric}_stderr")) is not None
-    ]
     chance = f"; their standard error is up to {max(errors):.1f}, and chance is 25 and 50" if errors else ""
     share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
     truncated = f"; up to {share:.0%} of the texts are longer than the context and truncated" if share >= 0.005 else ""

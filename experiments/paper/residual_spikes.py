@@ -51,29 +51,10 @@ def _in_lab(collection: RunCollection, label: str, measure: str = "excess_loss")
 class ResidualSpikes(NamedTuple):
     """The spikes that a strategy leaves."""
 
-    diverged: bool  # whether a run has diverged or has a loss that is not finite, see `_diverged_seeds`
-    spikes: Interval | None  # spikes minus dips per run, over all learning rates; `None` if it is unknown
-    excess_loss: Interval | None  # after corrupted batches, net of the cost of skipping them; `None` if it is unknown
-    evidence: list[str]  # all of it as sentences
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether both numbers are known."""
-        return self.spikes is not None and self.excess_loss is not None
-
-    @property
-    def certain(self) -> bool:
-        """Whether spikes are certainly left."""
-        return self.diverged or any(number is not None and number.low > limit for number, limit in self._limits)
-
-    @property
-    def certainly_none(self) -> bool:
-        """Whether certainly no spikes are left."""
-        return not self.diverged and all(number is not None and number.high <= limit for number, limit in self._limits)
-
-    @property
-    def _limits(self) -> list[tuple[Interval | None, float]]:
-        return [(self.spikes, MAX_SPIKES), (self.excess_loss, MAX_EXCESS_LOSS)]
+    is_measured: bool  # whether both numbers are known
+    certain: bool  # whether spikes are certainly left
+    certainly_none: bool
+    evidence: list[str]
 
 
 def _residual_spikes(collection: RunCollection, label: str, group: str) -> ResidualSpikes:
@@ -88,8 +69,13 @@ def _residual_spikes(collection: RunCollection, label: str, group: str) -> Resid
     texts = [f"{DIVERGED_LABEL}: {'; '.join(diverged.values())}"] if diverged else []
     spikes, spikes_text = _spikes_minus_dips(collection, over_rates)
     excess_loss, loss_text = _net_excess_loss(collection, label)
-    evidence = [f"{label}: {text}" for text in (*texts, spikes_text, loss_text)]
-    return ResidualSpikes(bool(diverged), spikes, excess_loss, evidence)
+    limits = ((spikes, MAX_SPIKES), (excess_loss, MAX_EXCESS_LOSS))
+    return ResidualSpikes(
+        is_measured=spikes is not None and excess_loss is not None,
+        certain=bool(diverged) or any(number is not None and number.low > limit for number, limit in limits),
+        certainly_none=not diverged and all(number is not None and number.high <= limit for number, limit in limits),
+        evidence=[f"{label}: {text}" for text in (*texts, spikes_text, loss_text)],
+    )
 
 
 def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Interval | None, str]:

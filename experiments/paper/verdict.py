@@ -1,7 +1,7 @@
 """What all verdicts on claims share: their outcomes, numbers of runs by seed, and statistics of numbers by seed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +70,7 @@ def difference_by_seed(one: Mapping[int, float], other: Mapping[int, float] | No
     if other is None:
         other = dict.fromkeys(one, 0.0)
     differences = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
-    if len(differences) < MIN_SEEDS:
-        raise NotTestable(TOO_FEW_SEEDS)
+    require_seeds(differences)
     mean, seeds = float(differences.mean()), len(differences)
     if np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())):
         return Difference(mean, 1.0 if differences[0] == 0 else 0.5 ** (seeds - 1), seeds, mean, mean)
@@ -97,6 +96,12 @@ def event_rate(events: int, runs: int) -> Interval:
 def run_text(spec: RunSpec, seeds: Sequence[int] = ()) -> str:
     """Return the overrides of runs, as on the command line."""
     return " ".join([*spec.overrides, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])])
+
+
+def require_seeds(values: Sized) -> None:
+    """Raise `NotTestable` if there are fewer values, one for each seed, than a verdict needs."""
+    if len(values) < MIN_SEEDS:
+        raise NotTestable(TOO_FEW_SEEDS)
 
 
 def require_not_diverged(collection: RunCollection, specs: Iterable[RunSpec]) -> None:
