@@ -28,9 +28,6 @@ ALL_NAMES = tuple(dict.fromkeys([*TABLES, *FIGURE_NAMES]))
 #: Scales at which runs can be made.
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
 
-#: Variants of the clipping function, by their names in the paper.
-CLIP_OPTIONS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
-
 Seed = Annotated[int, Field(ge=0)]
 Setting = Annotated[str, StringConstraints(pattern="=")]
 Window = Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -147,13 +144,13 @@ def draw_figures(
 def figure3() -> Figure:
     """Draw Figure 3: norms with mean 1 and standard deviation 1, clipped by each variant of ZClip."""
     curves = {}
-    for name, option in CLIP_OPTIONS.items():
+    z = np.linspace(0, 10, 401)
+    norms = torch.from_numpy(1 + z)
+    for name, option in {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}.items():
         strategy = ZClip(clip_option=option, z_thresh=ZCLIP_DEFAULTS["z_thresh"], recovery_window=None)
         state = strategy.initial_state(torch.zeros((), dtype=torch.float64))
-        state |= {"count": torch.tensor(strategy.warmup_steps), "mean": torch.ones_like(state["mean"])}
-        state["var"] = torch.ones_like(state["var"])
-        z = np.linspace(0, 10, 401)
-        norms = torch.from_numpy(1 + z)
+        one = torch.ones_like(state["mean"])
+        state |= {"count": torch.tensor(strategy.warmup_steps), "mean": one, "var": one}
         clipped = [float(norm.minimum(strategy.decide(norm, dict(state)).target)) - 1 for norm in norms]
         curves[f"{name}, z_thresh {ZCLIP_DEFAULTS['z_thresh']:g}"] = (z, np.array(clipped))
     return clipping_functions(curves)

@@ -147,10 +147,11 @@ def _fewer_tokens(collection: RunCollection) -> Verdict:
             total = len(collection.seeds)
             fewer = f" ({len(results)} of {total} seeds)" if len(results) < total else ""
             equal_rates.append(f"{lr:.0e} {np.mean([result.saved for result in results]):.0%}{fewer}")
+    by_seed = ["never" if result.tokens is None else f"{result.saved:.0%}" for result in reached.values()]
     evidence = [
         f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {saved.mean:.0%} fewer tokens "
-        f"({', '.join(result.saved_text for result in reached.values())} by seed; 0 % if it reaches the loss later, or "
-        f"never), {saved.low:.0%} to {saved.high:.0%} (95 %); its final loss is "
+        f"({', '.join(by_seed)} by seed; 0 % if it reaches the loss later, or never), {saved.low:.0%} to "
+        f"{saved.high:.0%} (95 %); its final loss is "
         f"{np.mean([result.final_difference for result in reached.values()]):+.2f} nats from that of fixed clipping",
         f"at equal learning rates: {', '.join(equal_rates)}",
         "rule: more than none, and with 95 % confidence at least 35 %",
@@ -185,7 +186,7 @@ def _lowest(measure: str, specs: Specs, claimed: str) -> Judge:
             *(f"{label} has diverged: {run_text(specs[label], bad)}" for label, bad in diverged.items()),
             "rule: it is below each of the others; a diverged one counts as higher",
         ]
-        lowest = all(difference.is_negative for difference in differences.values())
+        lowest = all(difference.mean < 0 and difference.p < SIGNIFICANT for difference in differences.values())
         return Verdict(SUPPORTED if lowest else NOT_SUPPORTED, evidence)
 
     return judge

@@ -11,14 +11,6 @@ from experiments.paper.suites import RunSpec
 from experiments.run.definitions import diverged
 from experiments.run.read import Run, corrupted_rows, read_config, read_run
 
-#: Required columns of metrics.jsonl, and those required with ZClip.
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped")
-ZCLIP_COLUMNS = ("mean", "std", "spike")
-#: Required numbers of result.json, those that may be null, and required sections of config.yaml.
-RESULTS = ("steps", "tokens", "parameters")
-NULLABLE_RESULTS = ("train_loss", "test_loss", "tokens_per_second")
-SECTIONS = ("paper", "data", "model", "clip")
-
 #: What can go wrong in reading the files of a run.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -144,14 +136,16 @@ def _listed(names: Sequence[str]) -> str:
 
 def _check(run: Run) -> None:
     """Raise `ValueError` if a file of a finished run lacks something that tables and figures need."""
-    if missing := [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]:
+    if missing := [name for name in ("paper", "data", "model", "clip") if not isinstance(run.config.get(name), dict)]:
         raise ValueError(f"config.yaml has no {', '.join(missing)}")
-    columns = COLUMNS + (ZCLIP_COLUMNS if "z_thresh" in run.config["clip"] else ())
+    columns = ["step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped"]
+    columns += ["mean", "std", "spike"] if "z_thresh" in run.config["clip"] else []
     if missing := [name for name in columns if name not in run.metrics]:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
     result = run.result
     _require(isinstance(result, dict), "result.json is not an object")
-    for key in (*RESULTS, *(key for key in NULLABLE_RESULTS if result.get(key) is not None)):
+    nullable = ("train_loss", "test_loss", "tokens_per_second")
+    for key in ("steps", "tokens", "parameters", *(key for key in nullable if result.get(key) is not None)):
         value = result.get(key)
         _require(isinstance(value, int | float), f"result.json has {key}={value!r}, which is not a number")
     _require(isinstance(result.get("data_fingerprint"), str), "result.json has no data_fingerprint")

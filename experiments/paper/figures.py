@@ -95,7 +95,7 @@ def _draw_rates(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, str]:
     by_rate: dict[str, list[Line]] = {}
     for label, number, runs in lines:
         strategy, rate = label.split(" at ")
-        by_rate.setdefault(rate, []).append(Line(strategy, number % 2, runs))
+        by_rate.setdefault(rate, []).append(Line(strategy, number % 2, runs))  # fixed clipping and ZClip alternate
     rows = len(by_rate)
     figure, axes = plt.subplots(rows, 3, figsize=(11, 2.5 * rows + 0.6), sharex=True, squeeze=False)
     for row, (rate, of_rate) in zip(axes, by_rate.items(), strict=True):

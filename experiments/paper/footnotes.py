@@ -10,9 +10,6 @@ from experiments.paper.suites import Table
 from experiments.run.definitions import min_spike_height, recovery_steps
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
-#: Metric of each task.
-METRICS = {"HellaSwag": "acc_norm", "WinoGrande": "acc"}
-
 
 def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
     """Return the sentences below a table; `seeds` are those of its finished runs."""
@@ -108,7 +105,7 @@ def _short(number: float) -> str:
 def _describe_scores(runs: Sequence[Run]) -> str:
     """Return a phrase with the number of items behind the scores, their standard error and the truncated share."""
     items, errors = [], []
-    for task, metric in METRICS.items():
+    for task, metric in (("HellaSwag", "acc_norm"), ("WinoGrande", "acc")):
         if scores := [score for run in runs if (score := run.score(task.lower())) is not None]:
             counts = sorted({score["items"] for score in scores})
             items.append(f"{task} on {' or '.join(f'{count:,}' for count in counts)}")

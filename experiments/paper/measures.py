@@ -23,11 +23,6 @@ class Reached(NamedTuple):
         """Fraction of tokens that the run saves; 0 if it reaches the loss later, or never."""
         return 0.0 if self.tokens is None else max(0.0, 1 - self.tokens / self.reference_tokens)
 
-    @property
-    def saved_text(self) -> str:
-        """The fraction as printed."""
-        return "never" if self.tokens is None else f"{self.saved:.0%}"
-
 
 def reach_final_loss(reference: Run, run: Run) -> Reached:
     """Find when a run reaches the final loss of a reference run. Losses at corrupted batches are interpolated."""

@@ -20,10 +20,6 @@ from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.style import image
 
-LEAD = (
-    "The paper's tables, figures and claims, tested by runs at this scale. The paper trained a model of a billion "
-    "parameters on 50 billion tokens; numbers at another scale show the direction of differences, not their size."
-)
 HOW_JUDGED = " ".join((how_judged or "").split())
 
 
@@ -62,7 +58,6 @@ def report(
         plt.close(figure)
     return template.render(
         title=_title(scale),
-        lead=LEAD,
         paragraphs=_describe_report(collection),
         made=made,
         verdicts=verdicts,

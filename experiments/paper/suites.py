@@ -102,7 +102,7 @@ class Table(NamedTuple):
     name: str
     title: str
     row_header: str  # header of the column of labels
-    rows: Mapping[str, Specs]  # runs by group, by label, which is also the row's name in published.yaml
+    rows: Mapping[str, Specs]  # runs by label, which is also the row's name in published.yaml, and group
     columns: Sequence[Column]
     best_per_row: bool = False  # whether the best values of a measure are those of a row, as in Table 2, or of a column
     note: str = ""  # sentence for the footnote

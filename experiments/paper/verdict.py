@@ -56,11 +56,6 @@ class Difference(NamedTuple):
         low, high = f"{self.low:.{decimals}f}", f"{self.high:.{decimals}f}"
         return f"{self.mean:+.{decimals}f} (p = {self.p:.2g}, {self.seeds} seeds, 95 %: {low} to {high})"
 
-    @property
-    def is_negative(self) -> bool:
-        """Whether it is significantly below zero."""
-        return self.mean < 0 and self.p < SIGNIFICANT
-
 
 def difference_by_seed(one: Mapping[int, float], other: Mapping[int, float] | None = None) -> Difference:
     """Return the difference of numbers by seed, or from zero, over the seeds that both have.
