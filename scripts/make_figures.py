@@ -7,13 +7,12 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 # isort: split
 
-import io
-
 import matplotlib.pyplot as plt
 from rich.console import Console
 
 from common.files import write_atomic
 from common.settings import parse
+from experiments.run.style import image
 from scripts.paper_runs import FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 
 
@@ -26,10 +25,8 @@ def main(values: _entry.Values) -> None:
     folder = settings.out_folder("figures")
     figures, not_drawn = draw_figures(names, collection, settings.windows)
     for name, figure in figures.items():
-        for suffix, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-            image = io.BytesIO()
-            figure.savefig(image, format=suffix, **options)
-            write_atomic(folder / f"{name}.{suffix}", image.getvalue())
+        write_atomic(folder / f"{name}.png", image(figure, "png", dpi=150))
+        write_atomic(folder / f"{name}.svg", image(figure, "svg"))
         plt.close(figure)
     for warning in collection.warnings if collection is not None else ():
         console.print(warning, style="yellow")

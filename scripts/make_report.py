@@ -20,7 +20,7 @@ from common.settings import parse
 from evaluation.tasks import SETS
 from experiments.paper.claims import judge_claims
 from experiments.paper.collect import RunCollection
-from experiments.paper.report import Provenance, report, verdicts_markdown
+from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.suites import TABLES
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 from training.run_dir import environment
@@ -37,30 +37,25 @@ def _commands(settings: PaperSettings, collection: RunCollection, names: Sequenc
     """Return the commands that make the runs and the report again."""
     seeds = ",".join(map(str, collection.seeds))
     scale, runs = f"scale={settings.scale}", f"paths.runs={settings.paths.runs}"
-    if set(names) == {*ALL_NAMES}:
-        made = trained = "experiment=all"
-    else:
-        made = f"experiment=[{','.join(names)}]"
-        trained = f"experiment=[{','.join(name for name in names if name != 'figure3')}]"
+    made = trained = "experiment=all"
+    if set(names) != {*ALL_NAMES}:
+        made, trained = (f"experiment=[{','.join(some)}]" for some in (names, [n for n in names if n != "figure3"]))
     on_cpus = all("CPU" in str(run.environment.get("device")) for run in collection.runs.values())
     launcher = ["hydra/launcher=local"] if on_cpus else []  # on CPUs, several runs at a time are faster
     readers = [made, scale, f"seeds=[{seeds}]", runs]
     readers += [f"overrides=[{','.join(map(json.dumps, settings.overrides))}]"] if settings.overrides else []
     readers += [] if settings.out is None else [f"out={settings.out}"]
     windows = [f"windows={json.dumps(settings.windows)}".replace(" ", "")] if settings.windows else []
+    scored = f"run={settings.paths.runs}/paper-{settings.scale}"
     commands = [
-        ["python", "train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *launcher],
-        ["python", "scripts/eval_data.py"],
-        [
-            "python", "scripts/evaluate.py", f"run={settings.paths.runs}/paper-{settings.scale}",
-            *_limit_override(collection),
-        ],
-    ]  # fmt: skip
-    if any(name in TABLES for name in names):
-        commands.append(["python", "scripts/make_tables.py", *readers])
-    if any(name in FIGURE_NAMES for name in names):
-        commands.append(["python", "scripts/make_figures.py", *readers, *windows])
-    return [shlex.join(words) for words in [*commands, ["python", "scripts/make_report.py", *readers, *windows]]]
+        ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *launcher],
+        ["scripts/eval_data.py"],
+        ["scripts/evaluate.py", scored, *_limit_override(collection)],
+        ["scripts/make_tables.py", *readers] if {*names} & {*TABLES} else [],
+        ["scripts/make_figures.py", *readers, *windows] if {*names} & {*FIGURE_NAMES} else [],
+        ["scripts/make_report.py", *readers, *windows],
+    ]
+    return [shlex.join(["python", *words]) for words in commands if words]
 
 
 def main(values: _entry.Values) -> None:
@@ -74,11 +69,11 @@ def main(values: _entry.Values) -> None:
     tables = [TABLES[name] for name in names if name in TABLES]
     here = environment()
     made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
-    provenance = Provenance(settings.scale, _commands(settings, collection, names), made)
+    commands = _commands(settings, collection, names)
     verdicts = judge_claims(collection)
     write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
     file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
-    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, provenance))
+    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, settings.scale, commands, made))
     for warning in collection.warnings:
         console.print(warning, style="yellow")
     console.print(f"report   {file}")

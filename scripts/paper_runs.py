@@ -11,11 +11,11 @@ from pydantic import Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings
-from common.text import quoted
+from common.text import overrides_dict, quoted
 from experiments.paper.collect import ExpectedRun, RunCollection, collect
-from experiments.paper.distributions import WindowError, draw_distributions
+from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import NothingToDraw
-from experiments.paper.figures import FIGURES, clipping_functions, draw
+from experiments.paper.figures import FIGURES, clipping_functions
 from experiments.paper.suites import SUITES, TABLES, ZCLIP_DEFAULTS
 from training.config.checks import check_folder
 from training.config.compose import CONFIGS, resolve_runs, saved_identity
@@ -28,20 +28,10 @@ ALL_NAMES = tuple(dict.fromkeys([*TABLES, *FIGURE_NAMES]))
 #: Scales at which runs can be made.
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
 
-#: Variants of the clipping function, by their names in the paper.
-CLIP_OPTIONS = {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}
-
-Seeds = Annotated[
-    list[Annotated[int, Field(ge=0)]], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")
-]
-Overrides = Annotated[
-    list[Annotated[str, StringConstraints(pattern="=")]],
-    Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'"""),
-]
-Windows = Annotated[
-    list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None,
-    Allowed("pairs of the first and last of three steps or more, as [[500,635],[3050,3185]]"),
-]
+Seed = Annotated[int, Field(ge=0)]
+Setting = Annotated[str, StringConstraints(pattern="=")]
+Window = Annotated[list[Count], Field(min_length=2, max_length=2)]
+WINDOWS = "pairs of the first and last of three steps or more, as [[500,635],[3050,3185]]"
 
 
 class RunsPath(Settings):
@@ -58,11 +48,13 @@ class PaperSettings(Settings):
     """Scale of the runs."""
     experiment: Annotated[str | list[str], Allowed(f"of {', '.join(ALL_NAMES)}, or all")]
     """Tables and figures to make: one name, or a list."""
-    seeds: Seeds
+    seeds: Annotated[list[Seed], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")]
     """Seeds of the runs."""
-    overrides: Overrides
+    overrides: Annotated[
+        list[Setting], Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'""")
+    ]
     """Further settings that the runs were made with."""
-    windows: Windows
+    windows: Annotated[list[Window] | None, Allowed(WINDOWS)]
     """First and last steps of Figure 9's windows; null: at the same fractions of the run as in the paper."""
     out: Annotated[str | None, Allowed("a folder, or null")]
     """Folder to write into; null: `results-<scale>` in `paths.runs`."""
@@ -77,42 +69,31 @@ class PaperSettings(Settings):
     def _check(self) -> Self:
         for name in self.names:
             if name not in ("all", *ALL_NAMES):
-                allowed = f"is not known here: it must be of {', '.join(ALL_NAMES)}, or all"
-                raise ConfigError("experiment", name, problem=allowed)
+                problem = f"is not known here: it must be of {', '.join(ALL_NAMES)}, or all"
+                raise ConfigError("experiment", name, problem=problem)
         if self.scale not in SCALES:
             raise ConfigError("scale", self.scale, problem=f"is not known: it must be one of {', '.join(SCALES)}")
-        suite_keys = {override.partition("=")[0] for spec in SUITES["all"] for override in spec.overrides}
-        for key in (override.partition("=")[0].lstrip("+~") for override in self.overrides):
+        suite_keys = overrides_dict(override for spec in SUITES["all"] for override in spec.overrides)
+        for key in overrides_dict(self.overrides):
             if key in (*suite_keys, "lr", "seed", "scale", "experiment"):
                 problem = f"is not allowed: {key} is what the experiments set themselves"
                 raise ConfigError("overrides", self.overrides, problem=problem)
         if self.windows is not None and (not self.windows or any(last - first < 2 for first, last in self.windows)):
-            raise ConfigError("windows", self.windows, Windows.__metadata__[0].words)  # type: ignore[attr-defined]
+            raise ConfigError("windows", self.windows, WINDOWS)
         if not Path(self.paths.runs).is_dir():
             problem = f"is not there: it must be the folder with paper-{self.scale}/"
             raise ConfigError("paths.runs", self.paths.runs, problem=problem)
         return self
 
     def selected(self, available: Sequence[str] = ALL_NAMES) -> list[str]:
-        """Return the names to make.
-
-        Args:
-            available: the names that the script makes; others are ignored.
-
-        Raises:
-            UserError: there are none.
-        """
-        names = [name for name in available if "all" in self.names or name in self.names]
-        if not names:
-            raise UserError(
-                f"experiment={self.experiment} is not made here: it must be of {', '.join(available)}, or all"
-            )
-        return names
+        """Return the names to make, of those that the script makes; raise `UserError` if there are none."""
+        if names := [name for name in available if "all" in self.names or name in self.names]:
+            return names
+        raise UserError(f"experiment={self.experiment} is not made here: it must be of {', '.join(available)}, or all")
 
     def out_folder(self, subfolder: str = "") -> Path:
         """Return the folder to write into, or a subfolder of it. Creates it."""
-        out = Path(self.paths.runs, f"results-{self.scale}") if self.out is None else Path(self.out)
-        out = out / subfolder
+        out = Path(f"{self.paths.runs}/results-{self.scale}" if self.out is None else self.out, subfolder)
         check_folder("out", str(out), out)
         out.mkdir(parents=True, exist_ok=True)
         return out
@@ -140,27 +121,21 @@ def collect_runs(settings: PaperSettings) -> RunCollection:
 def draw_figures(
     names: Sequence[str], collection: RunCollection | None, windows: Sequence[Sequence[int]] | None
 ) -> tuple[dict[str, Figure], list[str]]:
-    """Return figures by name, and the names of those without runs.
+    """Return figures by name, and the names of those without runs. Of `names`, tables without a figure are ignored.
 
-    Args:
-        names: of tables and figures; tables without a figure are ignored.
-        collection: the runs; `None` for Figure 3 alone, which needs none.
-        windows: of Figure 9.
+    Figure 3 needs no runs. `windows` are those of Figure 9.
     """
     figures: dict[str, Figure] = {}
     not_drawn = []
     for name in (name for name in names if name in FIGURE_NAMES):
+        if collection is None or name == "figure3":
+            figures[name] = figure3()
+            continue
         try:
-            if name == "figure3":
-                figures[name] = figure3()
-                continue
-            assert collection is not None
             if name == "figure9" and windows:
                 figures[name] = draw_distributions(collection, [(first, last) for first, last in windows])
             else:
-                figures[name] = draw(name, collection)
-        except WindowError as error:
-            raise UserError(str(error)) from error
+                figures[name] = FIGURES[name](collection)
         except NothingToDraw:
             not_drawn.append(name)
     return figures, not_drawn
@@ -169,13 +144,13 @@ def draw_figures(
 def figure3() -> Figure:
     """Draw Figure 3: norms with mean 1 and standard deviation 1, clipped by each variant of ZClip."""
     curves = {}
-    for name, option in CLIP_OPTIONS.items():
+    z = np.linspace(0, 10, 401)
+    norms = torch.from_numpy(1 + z)
+    for name, option in {"max": "max", "mean": "mean", "reciprocal": "adaptive_scaling"}.items():
         strategy = ZClip(clip_option=option, z_thresh=ZCLIP_DEFAULTS["z_thresh"], recovery_window=None)
         state = strategy.initial_state(torch.zeros((), dtype=torch.float64))
-        state |= {"count": torch.tensor(strategy.warmup_steps), "mean": torch.ones_like(state["mean"])}
-        state["var"] = torch.ones_like(state["var"])
-        z = np.linspace(0, 10, 401)
-        norms = torch.from_numpy(1 + z)
+        one = torch.ones_like(state["mean"])
+        state |= {"count": torch.tensor(strategy.warmup_steps), "mean": one, "var": one}
         clipped = [float(norm.minimum(strategy.decide(norm, dict(state)).target)) - 1 for norm in norms]
         curves[f"{name}, z_thresh {ZCLIP_DEFAULTS['z_thresh']:g}"] = (z, np.array(clipped))
     return clipping_functions(curves)

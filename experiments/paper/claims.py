@@ -12,9 +12,7 @@ that were not run, are named. Further rules of a verdict stand with its numbers.
 do not show the claim: they show the opposite, or a difference within the variation between seeds.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import stats
@@ -23,40 +21,34 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import MIN_NORMS, norm_windows, window_norms
 from experiments.paper.measures import clip_and_step_seconds
 from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
-from experiments.paper.statistics import (
-    MIN_SEEDS,
-    SIGNIFICANT,
-    TOO_FEW_SEEDS,
-    Difference,
-    NotTestable,
-    difference_by_seed,
-    difference_text,
-    sign_test,
-)
 from experiments.paper.suites import (
     ALPHAS,
     FIGURE_RUNS,
     HIGH_RATES,
+    RATES,
     STRATEGIES,
     TABLES,
     THRESHOLDS,
     VARIANTS,
     RunSpec,
+    Specs,
 )
 from experiments.paper.verdict import (
     NOT_SUPPORTED,
     NOT_TESTABLE,
+    SIGNIFICANT,
     SUPPORTED,
+    Difference,
     Judge,
+    NotTestable,
     Verdict,
-    complete_seeds,
-    diverged_seeds,
-    losses_by_seed,
+    difference_by_seed,
+    difference_text,
     measure_by_seed,
     reached_by_seed,
     require_not_diverged,
+    require_seeds,
     run_text,
-    specs_by_rate,
 )
 
 #: Percentage of a step that is negligible.
@@ -65,18 +57,6 @@ NEGLIGIBLE = 1.0
 MIN_SIGN_TEST_SEEDS = 6
 #: Maximum length of a short window, as a fraction of the run; the paper's are 1.1 %.
 MAX_SHORT_WINDOW = 0.05
-
-
-class Claim(NamedTuple):
-    """How a claim is judged.
-
-    Attributes:
-        judge: returns the verdict.
-        labelled_specs: the runs that it needs, with their labels.
-    """
-
-    judge: Judge
-    labelled_specs: Sequence[tuple[str, RunSpec]]
 
 
 def judge_claims(collection: RunCollection) -> dict[str, Verdict]:
@@ -89,12 +69,12 @@ def judge_claim(collection: RunCollection, claim: str) -> Verdict:
 
     If the other runs support it while one is unfinished or excluded, it is not testable.
     """
-    texts = sorted({str((run.result or {}).get("data_fingerprint")) for run in collection.runs.values()})
+    texts = sorted({str(run.result.get("data_fingerprint")) for run in collection.runs.values()})
     judge, labelled_specs = CLAIMS[claim]
+    specs = {spec for _, spec in labelled_specs}
     incomplete = {spec for spec, _ in [*collection.unfinished, *collection.excluded]}
-    begun = incomplete | {spec for spec, _ in collection.runs}
-    if any(spec in begun for _, spec in labelled_specs):
-        missing = collection.notes(labelled_specs, diverged=False)
+    if specs & (incomplete | {spec for spec, _ in collection.runs}):
+        missing = collection.notes(labelled_specs, with_diverged=False)
     else:
         missing = ["none of its runs has begun"]
     try:
@@ -103,52 +83,44 @@ def judge_claim(collection: RunCollection, claim: str) -> Verdict:
         outcome, evidence = judge(collection)
     except NotTestable as reason:
         outcome, evidence = NOT_TESTABLE, [str(reason)]
-    if outcome == SUPPORTED and any(spec in incomplete for _, spec in labelled_specs):
+    if outcome == SUPPORTED and specs & incomplete:
         outcome, evidence = NOT_TESTABLE, [*evidence, "supported, except for runs that are unfinished or excluded"]
     return Verdict(outcome, [*evidence, *missing])
-
-
-def _train_loss(collection: RunCollection, spec: RunSpec, seed: int) -> float | None:
-    """Return the train loss of a run, infinite if it has diverged; `None` if it is not finished."""
-    if (run := collection.runs.get((spec, seed))) is None:
-        return None
-    value = (run.result or {}).get("train_loss")
-    return math.inf if value is None or (spec, seed) in collection.diverged else value
 
 
 def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
     """Return the learning rate with the lowest train loss by seed, of seeds that have all; 0 if all have diverged."""
     best = {}
-    for seed in collection.seeds:
-        losses = {lr: _train_loss(collection, specs[group], seed) for lr, specs in specs_by_rate().items()}
-        known = {lr: loss for lr, loss in losses.items() if loss is not None}
-        if len(known) == len(losses):
-            best[seed] = min(known, key=known.__getitem__) if min(known.values()) < math.inf else 0.0
+    for seed in collection.complete_seeds([specs[group] for specs in RATES.values()]):
+        losses = {
+            lr: loss
+            for lr, specs in RATES.items()
+            if (loss := collection.runs[specs[group], seed].result.get("train_loss")) is not None
+            and (specs[group], seed) not in collection.diverged
+        }
+        best[seed] = min(losses, key=losses.__getitem__, default=0.0)
     return best
 
 
 def _higher_rates(collection: RunCollection) -> Verdict:
     best = {group: _best_rates(collection, group) for group in ("fixed", "zclip")}
     seeds = sorted(best["fixed"].keys() & best["zclip"].keys())
-    if len(seeds) < MIN_SEEDS:
-        raise NotTestable(TOO_FEW_SEEDS)
+    require_seeds(seeds)
     higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
     lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
-    p = sign_test(higher, lower)
-    high = [specs for lr, specs in specs_by_rate().items() if lr in HIGH_RATES]
+    p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
     def at_high_rates() -> Difference:
-        zclip, fixed = (
-            losses_by_seed(collection, "train_loss", [specs[group] for specs in high]) for group in ("zclip", "fixed")
-        )
-        return difference_by_seed(zclip, fixed)
+        zclip, fixed = ([RATES[lr][group] for lr in HIGH_RATES] for group in ("zclip", "fixed"))
+        require_not_diverged(collection, [*zclip, *fixed])
+        return difference_by_seed(*(measure_by_seed(collection, "train_loss", specs) for specs in (zclip, fixed)))
 
+    shown = {
+        group: ", ".join(f"{best[group][seed]:.0e}" if best[group][seed] else "none" for seed in seeds)
+        for group in best
+    }
     evidence = [
-        "best of the paper's learning rates by seed: "
-        + "; ".join(
-            f"{name} {', '.join(f'{best[group][seed]:.0e}' if best[group][seed] else 'none' for seed in seeds)}"
-            for name, group in (("fixed", "fixed"), ("ZClip", "zclip"))
-        ),
+        f"best of the paper's learning rates by seed: fixed {shown['fixed']}; ZClip {shown['zclip']}",
         f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a "
         "diverged run is the worst, and if all have diverged, no rate is best",
         f"mean train loss at 1e-3 to 5e-3, ZClip minus fixed: {difference_text(at_high_rates)}",
@@ -162,11 +134,10 @@ def _higher_rates(collection: RunCollection) -> Verdict:
 
 
 def _fewer_tokens(collection: RunCollection) -> Verdict:
-    rates = specs_by_rate()
-    reached = reached_by_seed(collection, rates[5e-4]["fixed"], rates[3e-3]["zclip"])
+    reached = reached_by_seed(collection, RATES[5e-4]["fixed"], RATES[3e-3]["zclip"])
     saved = difference_by_seed({seed: result.saved for seed, result in reached.items()})
     equal_rates = []
-    for lr, specs in rates.items():
+    for lr, specs in RATES.items():
         try:
             results = reached_by_seed(collection, specs["fixed"], specs["zclip"]).values()
         except NotTestable:
@@ -176,51 +147,46 @@ def _fewer_tokens(collection: RunCollection) -> Verdict:
             total = len(collection.seeds)
             fewer = f" ({len(results)} of {total} seeds)" if len(results) < total else ""
             equal_rates.append(f"{lr:.0e} {np.mean([result.saved for result in results]):.0%}{fewer}")
+    by_seed = ["never" if result.tokens is None else f"{result.saved:.0%}" for result in reached.values()]
     evidence = [
         f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {saved.mean:.0%} fewer tokens "
-        f"({', '.join(result.saved_text for result in reached.values())} by seed; 0 % if it reaches the loss later, or "
-        f"never), {saved.low:.0%} to {saved.high:.0%} (95 %); its final loss is "
+        f"({', '.join(by_seed)} by seed; 0 % if it reaches the loss later, or never), {saved.low:.0%} to "
+        f"{saved.high:.0%} (95 %); its final loss is "
         f"{np.mean([result.final_difference for result in reached.values()]):+.2f} nats from that of fixed clipping",
         f"at equal learning rates: {', '.join(equal_rates)}",
         "rule: more than none, and with 95 % confidence at least 35 %",
     ]
-    return Verdict(SUPPORTED if saved.is_positive and saved.low >= 0.35 else NOT_SUPPORTED, evidence)
+    is_shown = saved.p < SIGNIFICANT and saved.low >= 0.35
+    return Verdict(SUPPORTED if is_shown else NOT_SUPPORTED, evidence)
 
 
-def _lowest(measure: str, specs: Mapping[str, RunSpec], claimed: str) -> Judge:
-    """Judge whether a run has the lowest loss: below each of the others, on the same seeds.
-
-    Args:
-        measure: `train_loss` or `test_loss`.
-        specs: the compared runs by label.
-        claimed: label of the run that is claimed to be best.
-    """
+def _lowest(measure: str, specs: Specs, claimed: str) -> Judge:
+    """Judge whether a run, of some by label, has the lowest loss: below each of the others, on the same seeds."""
 
     def judge(collection: RunCollection) -> Verdict:
-        seeds = complete_seeds(collection, specs.values())
-        if len(seeds) < MIN_SEEDS:
-            raise NotTestable(TOO_FEW_SEEDS)
-        if bad_seeds := diverged_seeds(collection, specs[claimed]):
+        seeds = collection.complete_seeds(specs.values())
+        require_seeds(seeds)
+        if bad_seeds := collection.diverged_seeds(specs[claimed]):
             return Verdict(NOT_SUPPORTED, [f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"])
         complete = collection._replace(
             runs={key: run for key, run in collection.runs.items() if key[1] in seeds},
             diverged={key for key in collection.diverged if key[1] in seeds},
         )
-        diverged = {label: bad for label, spec in specs.items() if (bad := diverged_seeds(complete, spec))}
+        diverged = {label: bad for label, spec in specs.items() if (bad := complete.diverged_seeds(spec))}
         losses = {
-            label: measure_by_seed(complete, measure, [(spec, None)])
-            for label, spec in specs.items()
-            if label not in diverged
+            label: measure_by_seed(complete, measure, [spec]) for label, spec in specs.items() if label not in diverged
         }
         means = ", ".join(f"{label} {np.mean(list(values.values())):.3f}" for label, values in losses.items())
         differences = {
             label: difference_by_seed(losses[claimed], values) for label, values in losses.items() if label != claimed
         }
-        evidence = [f"mean {measure.replace('_', ' ')}: {means}"]
-        evidence += [f"{claimed} minus {label}: {difference.text(4)}" for label, difference in differences.items()]
-        evidence += [f"{label} has diverged: {run_text(specs[label], bad)}" for label, bad in diverged.items()]
-        evidence.append("rule: it is below each of the others; a diverged one counts as higher")
-        lowest = all(difference.is_negative for difference in differences.values())
+        evidence = [
+            f"mean {measure.replace('_', ' ')}: {means}",
+            *(f"{claimed} minus {label}: {difference.text(4)}" for label, difference in differences.items()),
+            *(f"{label} has diverged: {run_text(specs[label], bad)}" for label, bad in diverged.items()),
+            "rule: it is below each of the others; a diverged one counts as higher",
+        ]
+        lowest = all(difference.mean < 0 and difference.p < SIGNIFICANT for difference in differences.values())
         return Verdict(SUPPORTED if lowest else NOT_SUPPORTED, evidence)
 
     return judge
@@ -231,8 +197,7 @@ def _normal(collection: RunCollection) -> Verdict:
     spec = FIGURE_RUNS["figure9"]["ZClip"]
     require_not_diverged(collection, [spec])
     runs = collection.runs_of(spec)
-    if len(runs) < MIN_SEEDS:
-        raise NotTestable(TOO_FEW_SEEDS)
+    require_seeds(runs)
     longest = 0.0
     for run in runs:
         for first, last in norm_windows(run):
@@ -263,9 +228,8 @@ def _overhead(collection: RunCollection) -> Verdict:
     seconds = {
         label: {
             seed: times
-            for seed in collection.seeds
-            if (run := collection.runs.get((spec, seed))) is not None
-            and (times := clip_and_step_seconds(run)) is not None
+            for seed in collection.complete_seeds([spec])
+            if (times := clip_and_step_seconds(collection.runs[spec, seed]))
         }
         for label, spec in STRATEGIES.items()
     }
@@ -288,25 +252,25 @@ def _lab_specs(*labels: str) -> list[tuple[str, RunSpec]]:
     return [pair for pair in TABLES["spike_lab"].labelled_specs() if pair[0].rpartition(", ")[0] in labels]
 
 
-_RATES = [*TABLES["table2"].labelled_specs()]
+_RATE_SPECS = TABLES["table2"].labelled_specs()
+_FIXED_SPECS = [pair for pair in _RATE_SPECS if pair[1].clip == "fixed"]
+_VARIANTS = {name.lower(): VARIANTS[name] for name in ("Reciprocal", "Mean", "Max")}
 
-CLAIMS: Mapping[str, Claim] = {
-    "Fixed clipping leaves spikes.": Claim(
-        fixed_leaves_spikes, [*(pair for pair in _RATES if pair[1].clip == "fixed"), *_lab_specs("Fixed 1.0")]
+#: How each claim is judged, and the runs that it needs, with their labels.
+CLAIMS: Mapping[str, tuple[Judge, list[tuple[str, RunSpec]]]] = {
+    "Fixed clipping leaves spikes.": (fixed_leaves_spikes, [*_FIXED_SPECS, *_lab_specs("Fixed 1.0")]),
+    "ZClip removes the spikes.": (
+        zclip_removes_spikes,
+        [*_RATE_SPECS, *_lab_specs("Fixed 1.0", "ZClip", "No clipping")],
     ),
-    "ZClip removes the spikes.": Claim(
-        zclip_removes_spikes, [*_RATES, *_lab_specs("Fixed 1.0", "ZClip", "No clipping")]
-    ),
-    "ZClip allows higher learning rates.": Claim(_higher_rates, _RATES),
-    "ZClip reaches the baseline's loss with 35 % fewer tokens.": Claim(_fewer_tokens, _RATES),
-    "Reciprocal clipping beats clipping to the mean and to the maximum.": Claim(
-        _lowest("test_loss", {name.lower(): VARIANTS[name] for name in ("Reciprocal", "Mean", "Max")}, "reciprocal"),
+    "ZClip allows higher learning rates.": (_higher_rates, _RATE_SPECS),
+    "ZClip reaches the baseline's loss with 35 % fewer tokens.": (_fewer_tokens, _RATE_SPECS),
+    "Reciprocal clipping beats clipping to the mean and to the maximum.": (
+        _lowest("test_loss", _VARIANTS, "reciprocal"),
         [*VARIANTS.items()],
     ),
-    "z_thresh = 2.5 is best.": Claim(_lowest("train_loss", THRESHOLDS, "2.5"), [*THRESHOLDS.items()]),
-    "alpha = 0.97 is best.": Claim(_lowest("train_loss", ALPHAS, "0.97"), [*ALPHAS.items()]),
-    "Gradient norms are about normally distributed in short windows.": Claim(
-        _normal, [*FIGURE_RUNS["figure9"].items()]
-    ),
-    "The overhead is negligible.": Claim(_overhead, [*STRATEGIES.items()]),
+    "z_thresh = 2.5 is best.": (_lowest("train_loss", THRESHOLDS, "2.5"), [*THRESHOLDS.items()]),
+    "alpha = 0.97 is best.": (_lowest("train_loss", ALPHAS, "0.97"), [*ALPHAS.items()]),
+    "Gradient norms are about normally distributed in short windows.": (_normal, [*FIGURE_RUNS["figure9"].items()]),
+    "The overhead is negligible.": (_overhead, [*STRATEGIES.items()]),
 }

@@ -11,14 +11,6 @@ from experiments.paper.suites import RunSpec
 from experiments.run.definitions import diverged
 from experiments.run.read import Run, corrupted_rows, read_config, read_run
 
-#: Required columns of metrics.jsonl, and those required with ZClip.
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped")
-ZCLIP_COLUMNS = ("mean", "std", "spike")
-#: Required numbers of result.json, those that may be null, and required sections of config.yaml.
-RESULTS = ("steps", "tokens", "parameters")
-NULLABLE_RESULTS = ("train_loss", "test_loss", "tokens_per_second")
-SECTIONS = ("paper", "data", "model", "clip")
-
 #: What can go wrong in reading the files of a run.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -29,33 +21,20 @@ Identity = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 class ExpectedRun(NamedTuple):
-    """A run that a table or figure needs.
-
-    Attributes:
-        path: its folder.
-        identity: the settings that determine its numbers.
-    """
+    """The folder of a run that a table or figure needs, and the settings that determine its numbers."""
 
     path: Path
     identity: Mapping[str, Any]
 
 
 class RunCollection(NamedTuple):
-    """The runs of a paper's experiments that exist on disk.
+    """The runs of a paper's experiments that exist on disk."""
 
-    Attributes:
-        runs: the finished runs.
-        diverged: the finished runs that have diverged.
-        unfinished: the other runs, with their number of steps.
-        warnings: sentences about excluded folders and missing seeds.
-        excluded: the expected runs among the excluded folders.
-    """
-
-    runs: dict[Key, Run]
-    diverged: set[Key]
-    unfinished: dict[Key, int]
-    warnings: list[str]
-    excluded: frozenset[Key] = frozenset()
+    runs: dict[Key, Run]  # those that are finished
+    diverged: set[Key]  # the finished runs that have diverged
+    unfinished: dict[Key, int]  # their number of steps
+    warnings: list[str]  # sentences about excluded folders and missing seeds
+    excluded: frozenset[Key]  # the expected runs among the excluded folders
 
     @property
     def seeds(self) -> list[int]:
@@ -64,15 +43,18 @@ class RunCollection(NamedTuple):
 
     def runs_of(self, spec: RunSpec) -> list[Run]:
         """Return the finished runs of a spec, in the order of their seeds."""
-        return [self.runs[key] for key in sorted(self.runs, key=lambda key: key[1]) if key[0] == spec]
+        return [run for seed in self.seeds if (run := self.runs.get((spec, seed))) is not None]
 
-    def notes(self, labelled_specs: Iterable[tuple[str, RunSpec]], diverged: bool = True) -> list[str]:
-        """Return a sentence for each kind of missing run, such as "not run: ZClip (seed 1)".
+    def diverged_seeds(self, spec: RunSpec) -> list[int]:
+        """Return the seeds with which a run has diverged."""
+        return [seed for seed in self.seeds if (spec, seed) in self.diverged]
 
-        Args:
-            labelled_specs: runs with their labels.
-            diverged: whether diverged runs are named too.
-        """
+    def complete_seeds(self, specs: Iterable[RunSpec]) -> list[int]:
+        """Return the seeds of which all runs are finished."""
+        return [seed for seed in self.seeds if all((spec, seed) in self.runs for spec in specs)]
+
+    def notes(self, labelled_specs: Iterable[tuple[str, RunSpec]], with_diverged: bool = True) -> list[str]:
+        """Return a sentence for each kind of missing run, such as "not run: ZClip (seed 1)", and for diverged runs."""
         kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "excluded": {}, "unfinished": {}, "diverged": {}}
         for label, spec in dict.fromkeys(labelled_specs):
             for seed in self.seeds:
@@ -83,69 +65,65 @@ class RunCollection(NamedTuple):
                     kind = "excluded"
                 elif key not in self.runs:
                     kind = "not run"
-                elif key in self.diverged:
+                elif key in self.diverged and with_diverged:
                     kind = "diverged"
                 else:
                     continue
                 kinds[kind].setdefault(label, []).append(shown)
         return [
-            f"{kind}: "
-            + ", ".join(f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for label, seeds in labels.items())
+            f"{kind}: " + ", ".join(f"{label} ({seeds_text(seeds)})" for label, seeds in labels.items())
             for kind, labels in kinds.items()
-            if labels and (diverged or kind != "diverged")
+            if labels
         ]
 
 
+def seeds_text(seeds: Sequence[object]) -> str:
+    """Return `seed 0` or `seeds 0, 1`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunCollection:
-    """Read the expected runs that exist, and report folders next to them that do not belong.
-
-    Args:
-        expected: the runs to look for.
-        identity: returns the settings that determine a run's numbers.
-    """
-    collection = RunCollection({}, set(), {}, [])
-    folders_by_reason: dict[str, list[str]] = {}
+    """Read the expected runs that exist, and report folders next to them that do not belong."""
+    runs: dict[Key, Run] = {}
+    unfinished: dict[Key, int] = {}
     excluded: set[Key] = set()
-
-    def exclude(key: Key, reason: str) -> None:
-        folders_by_reason.setdefault(reason, []).append(expected[key].path.name)
-        excluded.add(key)
-
+    folders_by_reason: dict[str, list[str]] = {}
     for key, (path, expected_identity) in expected.items():
-        if not (path / "config.yaml").is_file():
-            if (path / "result.json").is_file():
-                exclude(key, "no config.yaml")
-            continue
-        saved = _saved_identity(path, identity)
-        if saved is None:
-            exclude(key, "config.yaml cannot be read")
+        has_config, has_result = ((path / name).is_file() for name in ("config.yaml", "result.json"))
+        reason = ""
+        if not has_config:
+            reason = "no config.yaml" if has_result else ""
+        elif (saved := _saved_identity(path, identity)) is None:
+            reason = "config.yaml cannot be read"
         elif changes := _differences(saved, expected_identity):
-            exclude(key, f"config.yaml was changed ({changes})")
-        elif not (path / "result.json").is_file():
+            reason = f"config.yaml was changed ({changes})"
+        elif not has_result:
             metrics = path / "metrics.jsonl"
-            collection.unfinished[key] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            unfinished[key] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         else:
             try:
-                run = _checked(read_run(path))
+                run = read_run(path)
+                _check(run)
+                runs[key] = run
             except READ_ERRORS as error:
-                exclude(key, f"damaged ({error}): remove the folder to train it again")
-                continue
-            collection.runs[key] = run
-            if _has_diverged(run):
-                collection.diverged.add(key)
+                reason = f"damaged ({error}): remove the folder to train it again"
+        if reason:
+            excluded.add(key)
+            folders_by_reason.setdefault(reason, []).append(path.name)
     for folder in _unexpected_folders(expected):
         if reason := _why_unexpected(folder, expected, identity):
             folders_by_reason.setdefault(reason, []).append(folder.name)
-    collection.warnings.extend(f"{_listed(names)} excluded: {reason}" for reason, names in folders_by_reason.items())
-    collection = collection._replace(excluded=frozenset(excluded))
-    if missing := [str(seed) for seed in dict.fromkeys(seed for _, seed in expected) if seed not in collection.seeds]:
-        collection.warnings.append(f"there is no run of seed{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    warnings = [f"{_listed(names)} excluded: {reason}" for reason, names in folders_by_reason.items()]
+    has_diverged = {key for key, run in runs.items() if _has_diverged(run)}
+    collection = RunCollection(runs, has_diverged, unfinished, warnings, frozenset(excluded))
+    if missing := [seed for seed in dict.fromkeys(seed for _, seed in expected) if seed not in collection.seeds]:
+        warnings.append(f"there is no run of {seeds_text(missing)}")
     return collection
 
 
 def _has_diverged(run: Run) -> bool:
     """Return whether a finished run has a final loss that is not finite, or has diverged by `definitions.diverged`."""
-    finals = [(run.result or {}).get(name) for name in ("train_loss", "test_loss")]
+    finals = [run.result.get(name) for name in ("train_loss", "test_loss")]
     loss = np.delete(run.metrics["loss"], sorted(corrupted_rows(run)))
     return any(final is None or not np.isfinite(final) for final in finals) or diverged(loss)
 
@@ -156,33 +134,38 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} {'are' if names[1:] else 'is'}"
 
 
-def _checked(run: Run) -> Run:
-    """Return a finished run, or raise `ValueError` if a file lacks something that tables and figures need."""
-    if missing := [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]:
+def _check(run: Run) -> None:
+    """Raise `ValueError` if a file of a finished run lacks something that tables and figures need."""
+    if missing := [name for name in ("paper", "data", "model", "clip") if not isinstance(run.config.get(name), dict)]:
         raise ValueError(f"config.yaml has no {', '.join(missing)}")
-    columns = COLUMNS + (ZCLIP_COLUMNS if "z_thresh" in run.config["clip"] else ())
+    columns = ["step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped"]
+    columns += ["mean", "std", "spike"] if "z_thresh" in run.config["clip"] else []
     if missing := [name for name in columns if name not in run.metrics]:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
-    result: Any = run.result
-    if not isinstance(result, dict):
-        raise ValueError("result.json is not an object")
-    for key in (*RESULTS, *(key for key in NULLABLE_RESULTS if result.get(key) is not None)):
-        if not isinstance(result.get(key), int | float):
-            raise ValueError(f"result.json has {key}={result.get(key)!r}, which is not a number")
-    if not isinstance(result.get("data_fingerprint"), str):
-        raise ValueError("result.json has no data_fingerprint")
-    if not isinstance(result.get("step_seconds", {}), dict):
-        raise ValueError(f"result.json has step_seconds={result['step_seconds']!r}, which is not an object")
-    if not np.array_equal(run.metrics["step"], np.arange(1, result["steps"] + 1)):
-        raise ValueError("its metrics.jsonl and result.json are not of the same run")
-    if not all(isinstance(start, dict) and isinstance(start.get("versions"), dict) for start in run.starts):
-        raise ValueError("environment.json has no list of starts with their versions")
+    result = run.result
+    _require(isinstance(result, dict), "result.json is not an object")
+    nullable = ("train_loss", "test_loss", "tokens_per_second")
+    for key in ("steps", "tokens", "parameters", *(key for key in nullable if result.get(key) is not None)):
+        value = result.get(key)
+        _require(isinstance(value, int | float), f"result.json has {key}={value!r}, which is not a number")
+    _require(isinstance(result.get("data_fingerprint"), str), "result.json has no data_fingerprint")
+    seconds = result.get("step_seconds", {})
+    _require(isinstance(seconds, dict), f"result.json has step_seconds={seconds!r}, which is not an object")
+    is_whole = np.array_equal(run.metrics["step"], np.arange(1, result["steps"] + 1))
+    _require(is_whole, "its metrics.jsonl and result.json are not of the same run")
+    for start in run.starts:
+        is_complete = isinstance(start, dict) and isinstance(start.get("versions"), dict)
+        _require(is_complete, "environment.json has no list of starts with their versions")
     for score in run.scores:
         numbers = [value for key, value in score.items() if key.startswith("acc") and value is not None]
-        complete = {"task", "num_fewshot", "step", "items"} <= {*score}
-        if not complete or not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"task_scores.json has an invalid score: {score}")
-    return run
+        is_complete = {"task", "num_fewshot", "step", "items"} <= {*score}
+        is_valid = is_complete and all(isinstance(number, int | float) for number in numbers)
+        _require(is_valid, f"task_scores.json has an invalid score: {score}")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
 
 
 def _saved_identity(folder: Path, identity: Identity) -> Mapping[str, Any] | None:
@@ -204,8 +187,8 @@ def _unexpected_folders(expected: Mapping[Key, ExpectedRun]) -> list[Path]:
     ]
 
 
-def _why_unexpected(folder: Path, expected: Mapping[Key, ExpectedRun], identity: Identity) -> str | None:
-    """Return why a folder is excluded; `None` if it differs from an expected run only in its seed."""
+def _why_unexpected(folder: Path, expected: Mapping[Key, ExpectedRun], identity: Identity) -> str:
+    """Return why a folder is excluded; empty if it differs from an expected run only in its seed."""
     saved = _saved_identity(folder, identity)
     if saved is None:
         return "config.yaml cannot be read"
@@ -213,7 +196,7 @@ def _why_unexpected(folder: Path, expected: Mapping[Key, ExpectedRun], identity:
     nearest = min(expected.values(), key=lambda run: len(settings ^ _settings(run.identity).items()))
     seeds = {run.identity.get("seed") for run in expected.values()}
     if saved.get("seed") not in seeds and not _differences({**saved, "seed": None}, {**nearest.identity, "seed": None}):
-        return None
+        return ""
     differences = _differences(saved, nearest.identity)
     if not differences:
         return f"a copy of {nearest.path.name} under another name"

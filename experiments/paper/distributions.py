@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from common.errors import UserError
 from experiments.paper.collect import RunCollection
 from experiments.paper.drawing import NothingToDraw, finish_figure
 from experiments.paper.suites import FIGURE_RUNS
@@ -23,56 +24,41 @@ MIN_WINDOW_STEPS = 50
 MIN_NORMS = 3
 
 
-class WindowError(ValueError):
-    """A window ends after the run, or has fewer than three norms."""
-
-
-def draw_distributions(collection: RunCollection, windows: Sequence[tuple[int, int]] | None = None) -> Figure:
+def draw_distributions(collection: RunCollection, windows: Sequence[tuple[int, int]] = ()) -> Figure:
     """Draw norms, and their logarithms, as a histogram with the fitted normal distribution and as a Q-Q plot.
 
-    Args:
-        collection: the runs.
-        windows: first and last steps; `None`: those of `norm_windows`.
+    Without `windows`, first and last steps, they are those of `norm_windows`.
 
     Raises:
         NothingToDraw: the figure's run is not finished.
-        WindowError: a window of `windows` ends after the run, or has fewer than three norms.
+        UserError: a window of `windows` ends after the run, or has fewer than three norms.
     """
     title = "Figure 9: distribution of gradient norms in windows of steps at 1e-3"
     runs = collection.runs_of(FIGURE_RUNS["figure9"]["ZClip"])
     if not runs:
         raise NothingToDraw(title)
     run = runs[0]
-    if windows:
-        _check_windows(run, windows)
-    else:
-        windows = [window for window in norm_windows(run) if len(window_norms(run, *window)) >= MIN_NORMS]
-    if not windows:
-        raise NothingToDraw(title)
-    figure, axes = plt.subplots(
-        len(windows), 4, figsize=(13, 3.1 * len(windows) + 0.5), layout="constrained", squeeze=False
-    )
-    for row, (first, last) in zip(axes, windows, strict=True):
-        norms = window_norms(run, first, last)
-        for pair, sample, name in ((row[:2], norms, "norm"), (row[2:], np.log(norms), "log norm")):
-            _draw_sample(pair, sample, name)
-        row[0].set_ylabel(f"steps {first} to {last}\ndensity")
-    longest = max(last - first + 1 for first, last in windows) / len(run.metrics["step"])
-    notes = [f"a window is up to {longest:.0%} of the run", *collection.notes(FIGURE_RUNS["figure9"].items())]
-    return finish_figure(figure, f"{title} (before clipping, no corrupted batches injected)", "", [run], notes)
-
-
-def _check_windows(run: Run, windows: Sequence[tuple[int, int]]) -> None:
-    """Raise `WindowError` if a window does not fit the run."""
     steps = len(run.metrics["step"])
     for first, last in windows:
         norms = len(window_norms(run, first, last))
         if last > steps:
-            raise WindowError(f"windows=[[{first},{last}]] is not allowed: the run has {steps} steps")
+            raise UserError(f"windows=[[{first},{last}]] is not allowed: the run has {steps} steps")
         if norms < MIN_NORMS:
-            raise WindowError(
+            raise UserError(
                 f"windows=[[{first},{last}]] is not allowed: it has {norms} norms, and {MIN_NORMS} are needed"
             )
+    windows = windows or [window for window in norm_windows(run) if len(window_norms(run, *window)) >= MIN_NORMS]
+    if not windows:
+        raise NothingToDraw(title)
+    figure, axes = plt.subplots(len(windows), 4, figsize=(13, 3.1 * len(windows) + 0.5), squeeze=False)
+    for row, (first, last) in zip(axes, windows, strict=True):
+        sample = window_norms(run, first, last)
+        _draw_sample(row[:2], sample, "norm")
+        _draw_sample(row[2:], np.log(sample), "log norm")
+        row[0].set_ylabel(f"steps {first} to {last}\ndensity")
+    longest = max(last - first + 1 for first, last in windows) / steps
+    notes = [f"a window is up to {longest:.0%} of the run", *collection.notes(FIGURE_RUNS["figure9"].items())]
+    return finish_figure(figure, f"{title} (before clipping, no corrupted batches injected)", "", [run], notes)
 
 
 def norm_windows(run: Run) -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.paper.collect import seeds_text
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
-from experiments.run.style import COLORS, DASHES
+from experiments.run.style import COLORS, DASHES, draw_grid
 
 #: Characters per inch of the caption.
 CHARACTERS_PER_INCH = 16
@@ -27,13 +28,9 @@ class NothingToDraw(ValueError):
 
 
 def smooth(values: np.ndarray, corrupted_rows: Collection[int] = ()) -> tuple[np.ndarray, int]:
-    """Return centred running means, and their window.
+    """Return centred running means of the values of each step, and their window.
 
     Windows are shorter at the ends and next to corrupted batches, which have no value: no mean spans one.
-
-    Args:
-        values: (steps,)
-        corrupted_rows: indices of the corrupted batches' steps.
     """
     width = min(MAX_SMOOTHED_STEPS, max(1, round(len(values) * SMOOTHED_FRACTION)) // 2 * 2 + 1)
     smoothed = np.full(len(values), np.nan)
@@ -49,34 +46,29 @@ def smooth(values: np.ndarray, corrupted_rows: Collection[int] = ()) -> tuple[np
 
 def plot_losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = True) -> str:
     """Plot the smoothed losses of several seeds, corrupted batches excluded, and return how they were smoothed."""
-    rows, widths = zip(*(smooth(run.metrics["loss"], corrupted_rows(run)) for run in runs), strict=True)
-    plot_seeds(ax, rows, label, number, band)
-    return f"mean of {widths[0]} steps around each"
+    smoothed = [smooth(run.metrics["loss"], corrupted_rows(run)) for run in runs]
+    plot_seeds(ax, [row for row, _ in smoothed], label, number, band)
+    return f"mean of {smoothed[0][1]} steps around each"
 
 
 def plot_differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
     """Plot the loss of one run minus that of another with the same seed, and return how it was smoothed."""
-    rows, widths = zip(
-        *(
-            smooth(one.metrics["loss"] - other.metrics["loss"], corrupted_rows(one) | corrupted_rows(other))
-            for one, other in pairs
-        ),
-        strict=True,
-    )
-    plot_seeds(ax, rows, label, number)
-    return f"mean of {widths[0]} steps around each"
+    smoothed = [
+        smooth(one.metrics["loss"] - other.metrics["loss"], corrupted_rows(one) | corrupted_rows(other))
+        for one, other in pairs
+    ]
+    plot_seeds(ax, [row for row, _ in smoothed], label, number)
+    return f"mean of {smoothed[0][1]} steps around each"
+
+
+def pairs_by_seed(runs: Iterable[Run], others: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Return each run with the one of the other runs that has the same seed, if there is one."""
+    by_seed = {run.config["seed"]: run for run in others}
+    return [(run, by_seed[seed]) for run in runs if (seed := run.config["seed"]) in by_seed]
 
 
 def plot_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, number: int, band: bool = True) -> None:
-    """Plot the mean of several seeds, and their range.
-
-    Args:
-        ax: axes to draw into.
-        rows: (steps,) values of each seed, from the first step on.
-        label: in the legend.
-        number: of the colour and the dashes.
-        band: whether to draw the range of the seeds.
-    """
+    """Plot the mean of several seeds, and their range if `band`; `number` is that of the colour and the dashes."""
     values = np.array(rows)
     step = np.arange(1, values.shape[1] + 1)
     color = COLORS[number % len(COLORS)]
@@ -93,22 +85,15 @@ def mark_corrupted(ax: Axes, runs: Iterable[Run]) -> None:
 
 
 def finish_figure(
-    figure: Figure, title: str, axis_note: str, runs: Sequence[Run], notes: Sequence[str] = (), bands: bool = True
+    figure: Figure, title: str, axis_note: str, runs: Sequence[Run], notes: Sequence[str], bands: bool = True
 ) -> Figure:
     """Add title, grid, the label of the horizontal axis and the caption to a figure, and return it.
 
-    Args:
-        figure: the figure with its axes.
-        title: above it.
-        axis_note: how values were processed; empty for a horizontal axis other than steps.
-        runs: the runs that it shows.
-        notes: further lines of the caption, such as missing runs.
-        bands: whether it shows the range of the seeds.
+    `axis_note` says how values were processed, and is empty for a horizontal axis other than steps. `notes` are further
+    lines of the caption, and `bands` says whether the figure shows the range of the seeds.
     """
     figure.suptitle(title, fontsize=11)
-    for ax in figure.axes:
-        ax.grid(alpha=0.25)
-        ax.margins(x=0.01)
+    draw_grid(figure)
     axis = f"step ({axis_note})\n" if axis_note else ""
     width = round(figure.get_figwidth() * CHARACTERS_PER_INCH)
     lines = [textwrap.fill(line, width) for line in (*_caption(runs, bands), *notes)]
@@ -121,8 +106,7 @@ def _caption(runs: Sequence[Run], bands: bool) -> list[str]:
     config = runs[0].config
     seeds = sorted({run.config["seed"] for run in runs})
     scale = config["paper"]["lr_scale"]
-    caption = f"{config['paper']['scale']} scale, {config['model']['name']}, seed{'s' * (len(seeds) > 1)} "
-    caption += ", ".join(map(str, seeds))
+    caption = f"{config['paper']['scale']} scale, {config['model']['name']}, {seeds_text(seeds)}"
     caption += f"; learning rates are {scale:g} times those named" if scale != 1 else ""
     if len(seeds) < 2:
         return [caption]

@@ -4,44 +4,35 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.paper.collect import RunCollection
+from experiments.paper.collect import RunCollection, seeds_text
 from experiments.paper.measures import DIVERGED_NOTE, MEASURES
 from experiments.paper.suites import Table
 from experiments.run.definitions import min_spike_height, recovery_steps
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
-#: Metric of each task.
-METRICS = {"HellaSwag": "acc_norm", "WinoGrande": "acc"}
-
 
 def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
-    """Return the sentences below a table.
-
-    Args:
-        table: its declaration.
-        collection: the runs.
-        seeds: of the table's finished runs.
-    """
+    """Return the sentences below a table; `seeds` are those of its finished runs."""
     specs = {spec for _, spec in table.labelled_specs()}
     runs = [run for (spec, _), run in collection.runs.items() if spec in specs]
     missing = collection.notes(table.labelled_specs())
     if not runs:
         return ["no run of this table is finished", *missing]
-    measures = dict.fromkeys(column.measure for column in table.columns)
-    notes = [describe_runs(runs, seeds), table.note, *(MEASURES[name].note for name in measures)]
+    measures = {column.measure: MEASURES[column.measure] for column in table.columns}
+    notes = [describe_runs(runs, seeds), table.note, *(measure.note for measure in measures.values())]
     if "spikes" in measures:
         heights = [min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]
         if not np.isnan(heights).all():
             notes.append(f"at the median step of these runs a spike is a jump by {np.nanmedian(heights):.2f} nats")
-    if {"hellaswag", "winogrande"} & set(measures):
+    if "hellaswag" in measures:
         notes.append(_describe_scores(runs))
     if any(spec in specs for spec, _ in collection.diverged):
         notes.append(DIVERGED_NOTE)
     if "recovery_steps" in measures and (corrupted := [run for run in runs if corrupted_rows(run)]):
         never = np.full(len(corrupted[0].metrics["step"]), np.inf)
         longest = recovery_steps(never, np.zeros(1), corrupted_rows(corrupted[0]))
-        notes.append(f"a run that never recovers has {longest:.{MEASURES['recovery_steps'].decimals}f} steps")
-    if any(MEASURES[name].better for name in measures):
+        notes.append(f"a run that never recovers has {longest:.{measures['recovery_steps'].decimals}f} steps")
+    if any(measure.better for measure in measures.values()):
         notes.append("the best numbers are in bold, whatever their error")
     if len(seeds) > 1:
         notes.append("± is the standard deviation over seeds")
@@ -50,23 +41,23 @@ def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -
 
 def describe_runs(runs: Sequence[Run], seeds: Sequence[int]) -> str:
     """Return a phrase with scale, model, tokens, seeds, text, learning rate, corrupted batches and commit of runs."""
-    results = [run.result or {} for run in runs]
+    starts = [start for run in runs for start in run.starts]
+    commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
+    changed = " with uncommitted changes" if any(start.get("uncommitted_changes") for start in starts) else ""
     parts = [
         f"{_joined(run.config['paper']['scale'] for run in runs)} scale",
         f"model {_joined(run.config['model']['name'] for run in runs)} "
-        f"({_joined(sorted({_short(result['parameters']) for result in results}))} parameters)",
-        f"{_joined(sorted({_short(result['tokens']) for result in results}))} tokens",
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+        f"({_joined(sorted({_short(run.result['parameters']) for run in runs}))} parameters)",
+        f"{_joined(sorted({_short(run.result['tokens']) for run in runs}))} tokens",
+        seeds_text(seeds),
         f"text {_joined(run.config['data']['name'] for run in runs)} "
-        f"(fingerprint {_joined(sorted({result['data_fingerprint'] for result in results}))})",
+        f"(fingerprint {_joined(sorted({run.result['data_fingerprint'] for run in runs}))})",
         *_describe_rates(runs),
         *_describe_corruption(runs),
         *_describe_recovery(runs),
+        f"commit {_joined(commits)}{changed}",
     ]
-    starts = [start for run in runs for start in run.starts]
-    commits = sorted({str(start.get("commit"))[:8] for start in starts}) or ["not known"]
-    changed = any(start.get("uncommitted_changes") for start in starts)
-    return ", ".join([*parts, f"commit {_joined(commits)}" + (" with uncommitted changes" if changed else "")])
+    return ", ".join(parts)
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -90,14 +81,12 @@ def _describe_corruption(runs: Sequence[Run]) -> list[str]:
         f"corrupted batches of kind {kind} injected at steps {', '.join(map(str, steps))}"
         for kind, *steps in sorted(corruptions)
     ]
-    if corruptions and any(not corrupted_steps(run) for run in runs):
-        parts.append("none in the baseline runs")
-    return parts
+    is_everywhere = all(corrupted_steps(run) for run in runs)
+    return parts if is_everywhere or not parts else [*parts, "none in the baseline runs"]
 
 
 def _describe_recovery(runs: Sequence[Run]) -> list[str]:
-    windows = [run.config["clip"].get("recovery_window") for run in runs]
-    recovering = [window for window in windows if window is not None]
+    recovering = [window for run in runs if (window := run.config["clip"].get("recovery_window")) is not None]
     share = f" in {len(recovering)} of the {len(runs)} runs" if len(recovering) < len(runs) else ""
     return [
         f"ZClip with recovery (the library's default, not in the paper) in windows of {window} steps{share}"
@@ -115,20 +104,14 @@ def _short(number: float) -> str:
 
 def _describe_scores(runs: Sequence[Run]) -> str:
     """Return a phrase with the number of items behind the scores, their standard error and the truncated share."""
-    scores = {task: [score for run in runs if (score := run.score(task.lower())) is not None] for task in METRICS}
-    items = [
-        f"{task} on {' or '.join(f'{count:,}' for count in sorted({score['items'] for score in scores[task]}))}"
-        for task in METRICS
-        if scores[task]
-    ]
+    items, errors = [], []
+    for task, metric in (("HellaSwag", "acc_norm"), ("WinoGrande", "acc")):
+        if scores := [score for run in runs if (score := run.score(task.lower())) is not None]:
+            counts = sorted({score["items"] for score in scores})
+            items.append(f"{task} on {' or '.join(f'{count:,}' for count in counts)}")
+            errors += [100 * error for score in scores if (error := score.get(f"{metric}_stderr")) is not None]
     if not items:
         return "the tasks were not scored"
-    errors = [
-        100 * error
-        for task, metric in METRICS.items()
-        for score in scores[task]
-        if (error := score.get(f"{metric}_stderr")) is not None
-    ]
     chance = f"; their standard error is up to {max(errors):.1f}, and chance is 25 and 50" if errors else ""
     share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
     truncated = f"; up to {share:.0%} of the texts are longer than the context and truncated" if share >= 0.005 else ""

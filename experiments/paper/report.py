@@ -1,10 +1,8 @@
 """The report: a self-contained HTML page with runs, verdicts, figures and tables; and the verdicts in Markdown."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import matplotlib.pyplot as plt
@@ -20,25 +18,9 @@ from experiments.paper.tables import fill_table, footnote, table_rows, title
 from experiments.paper.verdict import Verdict
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
+from experiments.run.style import image
 
-LEAD = (
-    "The paper's tables, figures and claims, tested by runs at this scale. The paper trained a model of a billion "
-    "parameters on 50 billion tokens; numbers at another scale show the direction of differences, not their size."
-)
-
-
-class Provenance(NamedTuple):
-    """How a report was made.
-
-    Attributes:
-        scale: of the runs.
-        commands: commands that make it again.
-        made: date, commit and device.
-    """
-
-    scale: str
-    commands: Sequence[str]
-    made: str
+HOW_JUDGED = " ".join((how_judged or "").split())
 
 
 def report(
@@ -47,61 +29,65 @@ def report(
     tables: Sequence[Table],
     figures: Mapping[str, Figure],
     not_drawn: Sequence[str],
-    provenance: Provenance,
+    scale: str,
+    commands: Sequence[str],
+    made: str,
 ) -> str:
-    """Return the page.
+    """Return the page, with the tables of which any run is finished. The figures are closed.
 
     Args:
         collection: the runs.
         verdicts: by claim.
-        tables: to show, if any of their runs is finished.
+        tables: in order.
         figures: by name, in order.
         not_drawn: names of figures without runs.
-        provenance: how it was made.
+        scale: of the runs.
+        commands: that make the report again.
+        made: sentence with date, commit and device.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
     runs = _distinct_runs(collection)
-    filled_tables = [fill_table(table, collection) for table in tables]
     versions = sorted(
-        {f"{name} {number}" for run in runs for name, number in run.environment.get("versions", {}).items()}
+        {f"{name} {version}" for run in runs for name, version in run.environment.get("versions", {}).items()}
     )
     devices = sorted({str(run.environment.get("device", "an unknown device")) for run in runs})
+    images = []
+    for name, figure in figures.items():
+        images.append((name, figure.get_suptitle(), base64.b64encode(image(figure, "svg")).decode()))
+        plt.close(figure)
     return template.render(
-        title=_title(provenance.scale),
-        lead=LEAD,
+        title=_title(scale),
         paragraphs=_describe_report(collection),
-        made=provenance.made,
+        made=made,
         verdicts=verdicts,
-        how_judged=_how_judged().replace("`", ""),
-        figures=[(name, figure.get_suptitle(), _encoded(figure)) for name, figure in figures.items()],
+        how_judged=HOW_JUDGED.replace("`", ""),
+        figures=images,
         not_drawn=not_drawn,
         tables=[
             {"name": each.table.name, "title": title(each), "header": header, "rows": rows, "footnote": footnote(each)}
-            for each in filled_tables
+            for each in (fill_table(table, collection) for table in tables)
             if any(cell.values or cell.diverged for row in each.cells for cell in row)
             for header, *rows in [table_rows(each, Markup("<b>{}</b>"))]
         ],
         warnings=collection.warnings,
-        commands=provenance.commands,
+        commands=commands,
         versions=f"Runs were made with {', '.join(versions)} on {' and '.join(devices)}." if runs else "",
     )
 
 
 def verdicts_markdown(collection: RunCollection, verdicts: Mapping[str, Verdict], scale: str) -> str:
-    """Return the paper's claims with their verdicts in Markdown.
-
-    Args:
-        collection: the runs.
-        verdicts: by claim.
-        scale: of the runs.
-    """
-    parts = [f"# {_title(scale)}, the paper's claims", " ".join(_describe_report(collection)), _how_judged()]
+    """Return the paper's claims with their verdicts in Markdown."""
+    parts = [f"# {_title(scale)}, the paper's claims", " ".join(_describe_report(collection)), HOW_JUDGED]
     if collection.warnings:
         parts.append("\n".join(f"- {warning}" for warning in collection.warnings))
     for claim, (outcome, evidence) in verdicts.items():
         parts += [f"## {claim}", f"**{outcome}**", "\n".join(f"- {sentence}" for sentence in evidence)]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(scale: str) -> str:
+    return f"ZClip (arXiv 2504.02507): results at {scale} scale"
 
 
 def _distinct_runs(collection: RunCollection) -> list[Run]:
@@ -116,27 +102,18 @@ def _describe_report(collection: RunCollection) -> list[str]:
     paragraphs = [f"{len(runs)} runs are finished: {describe_runs(runs, seeds)}."]
     if collection.unfinished:
         paragraphs.append("Some runs are unfinished and not in these numbers.")
-    return [*paragraphs, corruption] if (corruption := _describe_corruption(runs)) else paragraphs
-
-
-def _title(scale: str) -> str:
-    return f"ZClip (arXiv 2504.02507): results at {scale} scale"
-
-
-def _how_judged() -> str:
-    return " ".join((how_judged or "").split())
+    if any(corrupted_steps(run) for run in runs):
+        paragraphs.append(_describe_corruption(runs))
+    return paragraphs
 
 
 def _describe_corruption(runs: Sequence[Run]) -> str:
-    """Return a paragraph on corrupted batches and their effect on norms; empty if there are none."""
+    """Return a paragraph on corrupted batches and their effect on norms."""
     corrupted_runs = [run for run in runs if corrupted_steps(run)]
     other_runs = [run for run in runs if not corrupted_steps(run)]
-    if not corrupted_runs:
-        return ""
     ratios = []
     for run in corrupted_runs:
-        rows = sorted(corrupted_rows(run))
-        norms = run.metrics["grad_norm"]
+        rows, norms = sorted(corrupted_rows(run)), run.metrics["grad_norm"]
         if rows and np.isfinite(norms[rows]).any():
             ratios.append(float(np.nanmedian(norms[rows]) / np.nanmedian(np.delete(norms, rows))))
     kinds = ", ".join(sorted({str(run.config["data"]["corruption"]["kind"]) for run in corrupted_runs}))
@@ -155,10 +132,3 @@ def _describe_corruption(runs: Sequence[Run]) -> str:
         spikes = sum(len(loss_spikes(run.metrics["loss"])) for run in other_runs)
         paragraph += f" The {len(other_runs)} runs without corrupted batches have {spikes} loss spikes."
     return paragraph
-
-
-def _encoded(figure: Figure) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return base64.b64encode(out.getvalue()).decode()

@@ -8,33 +8,29 @@ of either number is above its limit. They are certainly absent if no run has, an
 Otherwise neither is shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.paper.collect import RunCollection
 from experiments.paper.measures import MEASURES
-from experiments.paper.statistics import (
-    MIN_SEEDS,
-    TOO_FEW_SEEDS,
-    Difference,
-    NotTestable,
-    difference_by_seed,
-    difference_text,
-    event_rate,
-)
-from experiments.paper.suites import TABLES, RunSpec
+from experiments.paper.suites import RATES, SPIKE_LAB, RunSpec
 from experiments.paper.verdict import (
+    MIN_SEEDS,
     NOT_SUPPORTED,
     NOT_TESTABLE,
     SUPPORTED,
+    TOO_FEW_SEEDS,
+    Interval,
+    NotTestable,
     Verdict,
-    complete_seeds,
+    difference_by_seed,
+    difference_text,
+    event_rate,
     measure_by_seed,
     require_not_diverged,
     run_text,
-    specs_by_rate,
 )
 from experiments.run.definitions import SPIKE_WINDOW, loss_dips, min_spike_height
 from experiments.run.read import corrupted_rows
@@ -45,142 +41,96 @@ MAX_SPIKES, MAX_EXCESS_LOSS = 0.2, 0.02
 DIVERGED_LABEL = "diverged, or with a loss that is not finite"
 
 
-def _lab_specs(label: str) -> Mapping[str, RunSpec]:
-    """Return a strategy's runs with and without corrupted batches."""
-    return next(row.specs for row in TABLES["spike_lab"].rows if row.label == label)
-
-
 def _in_lab(collection: RunCollection, label: str, measure: str = "excess_loss") -> dict[int, float]:
     """Return a measure of a strategy's run with corrupted batches, against its baseline run, by seed."""
-    specs = _lab_specs(label)
+    specs = SPIKE_LAB[label]
     require_not_diverged(collection, [specs["baseline"]])
-    return measure_by_seed(collection, measure, [(specs["corrupted"], specs["baseline"])])
-
-
-class Interval(NamedTuple):
-    """A confidence interval of at least 95 %."""
-
-    low: float
-    high: float
+    return measure_by_seed(collection, measure, [specs["corrupted"]], specs["baseline"])
 
 
 class ResidualSpikes(NamedTuple):
-    """The spikes that a strategy leaves.
+    """The spikes that a strategy leaves."""
 
-    Attributes:
-        diverged: folders of its runs that have diverged or have a loss that is not finite, see `_is_diverged`.
-        spikes: spikes minus dips per run, over all learning rates; `None` if fewer than three seeds have all.
-        excess_loss: excess loss after corrupted batches, net of the cost of skipping them; `None` if it is unknown or
-            a run of the spike lab is among `diverged`.
-        evidence: all of it as sentences.
-    """
-
-    diverged: list[str]
-    spikes: Interval | None
-    excess_loss: Difference | None
+    is_measured: bool  # whether both numbers are known
+    certain: bool  # whether spikes are certainly left
+    certainly_none: bool
     evidence: list[str]
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether both numbers are known."""
-        return self.spikes is not None and self.excess_loss is not None
-
-    @property
-    def certain(self) -> bool:
-        """Whether spikes are certainly left."""
-        return bool(
-            self.diverged
-            or (self.spikes is not None and self.spikes.low > MAX_SPIKES)
-            or (self.excess_loss is not None and self.excess_loss.low > MAX_EXCESS_LOSS)
-        )
-
-    @property
-    def certainly_none(self) -> bool:
-        """Whether certainly no spikes are left."""
-        return (
-            not self.diverged
-            and (self.spikes is not None and self.spikes.high <= MAX_SPIKES)
-            and (self.excess_loss is not None and self.excess_loss.high <= MAX_EXCESS_LOSS)
-        )
 
 
 def _residual_spikes(collection: RunCollection, label: str, group: str) -> ResidualSpikes:
-    """Return the spikes that a strategy leaves.
-
-    Args:
-        collection: the runs.
-        label: of the strategy in the spike lab.
-        group: of the strategy in Table 2.
-    """
-    lab = _lab_specs(label)
-    over_rates = [specs[group] for specs in specs_by_rate().values()]
+    """Return the spikes that a strategy leaves, by its label in the spike lab and its group in Table 2."""
+    over_rates = [specs[group] for specs in RATES.values()]
     diverged = {
         collection.runs[spec, seed].path: run_text(spec, [seed])
-        for spec in (*over_rates, lab["corrupted"], lab["baseline"])
-        if sum((spec, seed) in collection.runs for seed in collection.seeds) >= MIN_SEEDS
-        for seed in collection.seeds
-        if _is_diverged(collection, spec, seed)
+        for spec in (*over_rates, *SPIKE_LAB[label].values())
+        if len(collection.runs_of(spec)) >= MIN_SEEDS
+        for seed in _diverged_seeds(collection, spec)
     }
-    evidence = [f"{DIVERGED_LABEL}: {'; '.join(diverged.values())}"] if diverged else []
+    texts = [f"{DIVERGED_LABEL}: {'; '.join(diverged.values())}"] if diverged else []
     spikes, spikes_text = _spikes_minus_dips(collection, over_rates)
-    diverged_in_lab = [
-        run_text(spec, [seed])
-        for spec in lab.values()
-        for seed in collection.seeds
-        if _is_diverged(collection, spec, seed)
-    ]
-    if diverged_in_lab:
-        excess_loss, loss_text = None, f"loss after corrupted batches: {DIVERGED_LABEL}: {'; '.join(diverged_in_lab)}"
-    else:
-        excess_loss, loss_text = _net_excess_loss(collection, label)
-    evidence = [f"{label}: {text}" for text in (*evidence, spikes_text, loss_text)]
-    return ResidualSpikes([*diverged.values()], spikes, excess_loss, evidence)
+    excess_loss, loss_text = _net_excess_loss(collection, label)
+    limits = ((spikes, MAX_SPIKES), (excess_loss, MAX_EXCESS_LOSS))
+    return ResidualSpikes(
+        is_measured=spikes is not None and excess_loss is not None,
+        certain=bool(diverged) or any(number is not None and number.low > limit for number, limit in limits),
+        certainly_none=not diverged and all(number is not None and number.high <= limit for number, limit in limits),
+        evidence=[f"{label}: {text}" for text in (*texts, spikes_text, loss_text)],
+    )
 
 
 def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Interval | None, str]:
     """Return spikes minus dips per run, and the sentence. Diverged runs count; seeds that lack a run do not."""
-    seeds = complete_seeds(collection, specs)
+    seeds = collection.complete_seeds(specs)
     runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
     counts = [MEASURES["spikes"].compute(run, None) for run in runs]
     if len(seeds) < MIN_SEEDS or None in counts:
         reason = "runs are too short to have any" if None in counts else TOO_FEW_SEEDS
         return None, f"spikes over all learning rates: {reason}"
-    spikes = event_rate(round(sum(count or 0 for count in counts)), len(runs))
-    dips = event_rate(sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs), len(runs))
-    excess = Interval(spikes.low - dips.high, spikes.high - dips.low)
+    spikes = round(sum(count or 0 for count in counts))
+    dips = sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs)
+    spike_rate, dip_rate = event_rate(spikes, len(runs)), event_rate(dips, len(runs))
+    excess = Interval(spike_rate.low - dip_rate.high, spike_rate.high - dip_rate.low)
     jump = float(np.nanmedian([min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]))
     return excess, (
-        f"{spikes.events} spikes in {spikes.runs} runs over all learning rates, {spikes.low:.2f} to {spikes.high:.2f} "
-        f"per run (95 %, Poisson, as if runs of a seed were independent), and {dips.events} dips, which estimate the "
+        f"{spikes} spikes in {len(runs)} runs over all learning rates, {spike_rate.low:.2f} to {spike_rate.high:.2f} "
+        f"per run (95 %, Poisson, as if runs of a seed were independent), and {dips} dips, which estimate the "
         f"noise: {excess.low:.2f} to {excess.high:.2f} more spikes than dips; in the first {SPIKE_WINDOW} steps only a "
         f"loss that is not finite is a spike, and after that a jump of {jump:.2f} nats (median)"
     )
 
 
-def _net_excess_loss(collection: RunCollection, label: str) -> tuple[Difference | None, str]:
+def _net_excess_loss(collection: RunCollection, label: str) -> tuple[Interval | None, str]:
     """Return the excess loss after corrupted batches, net of the cost of skipping them, and the sentence."""
+    diverged = [
+        run_text(spec, [seed]) for spec in SPIKE_LAB[label].values() for seed in _diverged_seeds(collection, spec)
+    ]
+    if diverged:
+        return None, f"loss after corrupted batches: {DIVERGED_LABEL}: {'; '.join(diverged)}"
     try:
         excess, costs = _in_lab(collection, label), _in_lab(collection, label, "skip_cost")
         net = difference_by_seed(excess, costs)
     except NotTestable as reason:
         return None, f"loss after corrupted batches: {reason}"
-    return net, (
+    return Interval(net.low, net.high), (
         f"loss after corrupted batches minus the baseline run's, in nats: {difference_by_seed(excess).text()}, of "
         f"which skipping the batches would cost about {np.mean(list(costs.values())):.3f}; net of that {net.low:.3f} "
         f"to {net.high:.3f} (95 %)"
     )
 
 
-def _is_diverged(collection: RunCollection, spec: RunSpec, seed: int) -> bool:
-    """Whether a run has diverged or has a loss that is not finite.
+def _diverged_seeds(collection: RunCollection, spec: RunSpec) -> list[int]:
+    """Return the seeds with which a run has diverged or has a loss that is not finite.
 
     In a run with corrupted batches, only losses after the first of them count.
     """
-    if (run := collection.runs.get((spec, seed))) is None:
-        return False
-    corrupted = corrupted_rows(run)
-    loss = np.delete(run.metrics["loss"], sorted(corrupted))[min(corrupted, default=0) :]
-    return (spec, seed) in collection.diverged or not bool(np.isfinite(loss).all())
+    seeds = []
+    for seed in collection.complete_seeds([spec]):
+        run = collection.runs[spec, seed]
+        corrupted = corrupted_rows(run)
+        loss = np.delete(run.metrics["loss"], sorted(corrupted))[min(corrupted, default=0) :]
+        if (spec, seed) in collection.diverged or not np.isfinite(loss).all():
+            seeds.append(seed)
+    return seeds
 
 
 def fixed_leaves_spikes(collection: RunCollection) -> Verdict:

@@ -4,7 +4,7 @@ This is the only declaration: `python train.py -m experiment=table3` trains the 
 and figures read the same runs. A run is identified by its overrides on top of `experiment=paper`. Suites share runs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 #: The paper's learning rates (Table 2).
@@ -22,22 +22,20 @@ THRESHOLD_NOTE = "ZClip's z_thresh is 2.0 at 3e-3 and 5e-3, and 2.5 at the other
 
 
 class RunSpec(NamedTuple):
-    """The overrides of one run; with several seeds, of several runs.
+    """The overrides of one run; with several seeds, of several runs."""
 
-    Attributes:
-        clip: option of the group `clip`.
-        lr: the paper's learning rate, which a scale multiplies by its `paper.lr_scale`.
-        extra: further keys and values.
-    """
-
-    clip: str
-    lr: float = RATE
-    extra: tuple[tuple[str, str], ...] = ()
+    clip: str  # option of the group `clip`
+    lr: float = RATE  # the paper's learning rate, which a scale multiplies by its `paper.lr_scale`
+    extra: tuple[tuple[str, str], ...] = ()  # further keys and values
 
     @property
     def overrides(self) -> list[str]:
         """The overrides, as on the command line."""
         return [f"clip={self.clip}", f"paper.lr={self.lr:g}", *(f"{key}={value}" for key, value in self.extra)]
+
+
+#: Runs by label.
+Specs = Mapping[str, RunSpec]
 
 
 def _zclip(lr: float = RATE, **changes: float) -> RunSpec:
@@ -48,85 +46,27 @@ def _zclip(lr: float = RATE, **changes: float) -> RunSpec:
     return RunSpec("zclip", lr, (NO_RECOVERY, *((f"clip.{key}", f"{value:g}") for key, value in overrides.items())))
 
 
+def _with_corruption(spec: RunSpec, steps: str) -> RunSpec:
+    return spec._replace(extra=(*spec.extra, ("data.corruption.steps", steps)))
+
+
 def _scientific(lr: float) -> str:
     """Format a learning rate like `5e-3`."""
     return f"{lr:.0e}".replace("e-0", "e-")
 
 
-#: Labels of the runs of a row, by group. A baseline run has no corrupted batches.
+#: Labels of the runs of a row, by group.
 GROUPS = {"fixed": "fixed", "zclip": "ZClip", "corrupted": "with corrupted batches", "baseline": "baseline"}
 
-
-class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        header: as printed.
-        measure: key of `measures.MEASURES`.
-        group: group of the run within the row; empty if each row has one run.
-    """
-
-    header: str
-    measure: str
-    group: str = ""
-
-
-class Row(NamedTuple):
-    """A row of a table.
-
-    Attributes:
-        label: as printed; also the row's name in published.yaml.
-        specs: runs by group.
-    """
-
-    label: str
-    specs: Mapping[str, RunSpec]
-
-
-class Table(NamedTuple):
-    """A table.
-
-    Attributes:
-        name: `table2` and so on.
-        title: subject of the table.
-        row_header: header of the column of labels.
-        rows, columns: in order.
-        best_per_row: whether the best values of a measure are compared within a row, as in Table 2, or within a column.
-        note: sentence for the footnote.
-    """
-
-    name: str
-    title: str
-    row_header: str
-    rows: Sequence[Row]
-    columns: Sequence[Column]
-    best_per_row: bool = False
-    note: str = ""
-
-    def labelled_specs(self) -> Iterator[tuple[str, RunSpec]]:
-        """Yield each run with its label, such as "ZClip, with corrupted batches"."""
-        for row in self.rows:
-            for group, spec in row.specs.items():
-                yield (f"{row.label}, {GROUPS[group]}" if group else row.label), spec
-
-
-SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
-TRAINED = (Column("train loss", "train_loss"), Column("spikes", "spikes"), Column("spike score %", "spike_score"))
-TESTED = (Column("spikes", "spikes"), Column("spike score %", "spike_score"), Column("test loss", "test_loss"))
-
-
-def _rows(specs: Mapping[str, RunSpec]) -> list[Row]:
-    """Return a row with one run for each label."""
-    return [Row(label, {"": spec}) for label, spec in specs.items()]
-
-
+#: The runs of Table 2, by learning rate and group.
+RATES = {lr: {"fixed": RunSpec("fixed", lr), "zclip": _zclip(lr)} for lr in LEARNING_RATES}
 STRATEGIES = {
     "No clipping": RunSpec("none"),
     "Fixed 1.0": RunSpec("fixed"),
     "AutoClip": RunSpec("autoclip"),
     "ZClip": _zclip(),
 }
-OTHERS = {
+ALL_STRATEGIES = STRATEGIES | {
     "AdaGC": RunSpec("adagc"),
     "GradientStabilizer": RunSpec("gradient_stabilizer"),
     "Skip-step": RunSpec("skip_step"),
@@ -141,141 +81,131 @@ VARIANTS = {
 }
 THRESHOLDS = {f"{z:.1f}": _zclip(z_thresh=z) for z in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)}
 ALPHAS = {f"{alpha:.2f}": _zclip(alpha=alpha) for alpha in (0.90, 0.93, 0.95, 0.97, 0.98, 0.99)}
-
-
-def _with_corruption(spec: RunSpec, steps: str) -> RunSpec:
-    return spec._replace(extra=(*spec.extra, ("data.corruption.steps", steps)))
-
-
-TABLES = {
-    table.name: table
-    for table in (
-        Table(
-            "table2",
-            "fixed clipping and ZClip at each learning rate",
-            "learning rate",
-            [Row(_scientific(lr), {"fixed": RunSpec("fixed", lr), "zclip": _zclip(lr)}) for lr in LEARNING_RATES],
-            [
-                Column(f"{header}, {label}", measure, group)
-                for header, measure in (
-                    ("train loss", "train_loss"),
-                    ("HellaSwag", "hellaswag"),
-                    ("WinoGrande", "winogrande"),
-                )
-                for label, group in (("fixed", "fixed"), ("ZClip", "zclip"))
-            ],
-            best_per_row=True,
-            note=THRESHOLD_NOTE,
-        ),
-        Table(
-            "table3",
-            "clipping strategies",
-            "strategy",
-            _rows(STRATEGIES),
-            [*TESTED, *SCORES],
-        ),
-        Table(
-            "table5",
-            "variants of the clipping function",
-            "variant",
-            _rows(VARIANTS),
-            [*TESTED, *SCORES],
-        ),
-        Table(
-            "table6",
-            "the threshold of the z-score",
-            "z_thresh",
-            _rows(THRESHOLDS),
-            [*TRAINED, *SCORES],
-        ),
-        Table(
-            "table7",
-            "the smoothing of mean and variance",
-            "alpha",
-            _rows(ALPHAS),
-            [*TRAINED, *SCORES],
-        ),
-        Table(
-            "throughput",
-            "speed of training",
-            "strategy",
-            _rows(STRATEGIES),
-            [Column("million tokens/hour", "tokens_per_hour"), Column("clipping, % of a step", "clip_share")],
-            note="runs that share a machine slow each other down: the cost of clipping is measured by benchmarks",
-        ),
-        Table(
-            "clip_rate",
-            "share of steps that are clipped, by threshold",
-            "z_thresh",
-            _rows(THRESHOLDS),
-            [Column("clipped by z-score %", "clipped_by_z"), Column("clipped at all %", "clipped")],
-        ),
-        Table(
-            "strategies",
-            "beyond the paper: more strategies, and none with QK-norm",
-            "strategy",
-            _rows(STRATEGIES | OTHERS),
-            [Column("train loss", "train_loss"), *TESTED, *SCORES],
-        ),
-        Table(
-            "spike_lab",
-            "beyond the paper: injected corrupted batches, compared with the baseline run of the same seed",
-            "strategy",
-            [
-                Row(
-                    label,
-                    {
-                        "corrupted": _with_corruption(spec, "${paper.lab_steps}"),
-                        "baseline": _with_corruption(spec, "[]"),
-                    },
-                )
-                for label, spec in (STRATEGIES | OTHERS).items()
-            ],
-            [
-                Column("excess loss (nats)", "excess_loss", "corrupted"),
-                Column("cost of skipping", "skip_cost", "corrupted"),
-                Column("steps to recover", "recovery_steps", "corrupted"),
-                Column("test loss, corrupted", "test_loss", "corrupted"),
-                Column("test loss, baseline", "test_loss", "baseline"),
-                Column("difference", "test_loss_increase", "corrupted"),
-            ],
-        ),
-    )
+#: The runs of the spike lab, by strategy and group. A baseline run has no corrupted batches.
+SPIKE_LAB = {
+    label: {"corrupted": _with_corruption(spec, "${paper.lab_steps}"), "baseline": _with_corruption(spec, "[]")}
+    for label, spec in ALL_STRATEGIES.items()
 }
 
 
-#: The strategies that Figures 5 and 6 compare.
-COMPARED = ("Fixed 1.0", "ZClip")
+class Column(NamedTuple):
+    """A column of a table."""
+
+    header: str
+    measure: str  # key of `measures.MEASURES`
+    group: str = ""  # of the run within the row; empty if each row has one run
+
+
+class Table(NamedTuple):
+    """A table."""
+
+    name: str
+    title: str
+    row_header: str  # header of the column of labels
+    rows: Mapping[str, Specs]  # runs by label, which is also the row's name in published.yaml, and group
+    columns: Sequence[Column]
+    best_per_row: bool = False  # whether the best values of a measure are those of a row, as in Table 2, or of a column
+    note: str = ""  # sentence for the footnote
+
+    def labelled_specs(self) -> list[tuple[str, RunSpec]]:
+        """Return each run with its label, such as "ZClip, with corrupted batches"."""
+        return [
+            (f"{label}, {GROUPS[group]}" if group else label, spec)
+            for label, specs in self.rows.items()
+            for group, spec in specs.items()
+        ]
+
+
+def _rows(specs: Specs) -> dict[str, Specs]:
+    """Return a row with one run for each label."""
+    return {label: {"": spec} for label, spec in specs.items()}
+
+
+_SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
+_SPIKES = (Column("spikes", "spikes"), Column("spike score %", "spike_score"))
+_TRAIN_LOSS, _TEST_LOSS = Column("train loss", "train_loss"), Column("test loss", "test_loss")
+_TESTED = (*_SPIKES, _TEST_LOSS, *_SCORES)
+_TRAINED = (_TRAIN_LOSS, *_SPIKES, *_SCORES)
+
+_TABLES = (
+    Table(
+        "table2",
+        "fixed clipping and ZClip at each learning rate",
+        "learning rate",
+        {_scientific(lr): specs for lr, specs in RATES.items()},
+        [
+            Column(f"{column.header}, {GROUPS[group]}", column.measure, group)
+            for column in (_TRAIN_LOSS, *_SCORES)
+            for group in ("fixed", "zclip")
+        ],
+        best_per_row=True,
+        note=THRESHOLD_NOTE,
+    ),
+    Table("table3", "clipping strategies", "strategy", _rows(STRATEGIES), _TESTED),
+    Table("table5", "variants of the clipping function", "variant", _rows(VARIANTS), _TESTED),
+    Table("table6", "the threshold of the z-score", "z_thresh", _rows(THRESHOLDS), _TRAINED),
+    Table("table7", "the smoothing of mean and variance", "alpha", _rows(ALPHAS), _TRAINED),
+    Table(
+        "throughput",
+        "speed of training",
+        "strategy",
+        _rows(STRATEGIES),
+        [Column("million tokens/hour", "tokens_per_hour"), Column("clipping, % of a step", "clip_share")],
+        note="runs that share a machine slow each other down: the cost of clipping is measured by benchmarks",
+    ),
+    Table(
+        "clip_rate",
+        "share of steps that are clipped, by threshold",
+        "z_thresh",
+        _rows(THRESHOLDS),
+        [Column("clipped by z-score %", "clipped_by_z"), Column("clipped at all %", "clipped")],
+    ),
+    Table(
+        "strategies",
+        "beyond the paper: more strategies, and none with QK-norm",
+        "strategy",
+        _rows(ALL_STRATEGIES),
+        [_TRAIN_LOSS, *_TESTED],
+    ),
+    Table(
+        "spike_lab",
+        "beyond the paper: injected corrupted batches, compared with the baseline run of the same seed",
+        "strategy",
+        SPIKE_LAB,
+        [
+            Column("excess loss (nats)", "excess_loss", "corrupted"),
+            Column("cost of skipping", "skip_cost", "corrupted"),
+            Column("steps to recover", "recovery_steps", "corrupted"),
+            Column("test loss, corrupted", "test_loss", "corrupted"),
+            Column("test loss, baseline", "test_loss", "baseline"),
+            Column("difference", "test_loss_increase", "corrupted"),
+        ],
+    ),
+)
+TABLES = {table.name: table for table in _TABLES}
 
 
 def _compared(rates: Sequence[float]) -> dict[str, RunSpec]:
-    """Return the runs of both strategies at some learning rates, by label."""
-    return {
-        f"{label} at {_scientific(lr)}": spec
-        for lr in rates
-        for label, spec in zip(COMPARED, (RunSpec("fixed", lr), _zclip(lr)), strict=True)
-    }
+    """Return the runs of fixed clipping and of ZClip at some learning rates, by label."""
+    labels = {"fixed": "Fixed 1.0", "zclip": "ZClip"}
+    return {f"{label} at {_scientific(lr)}": RATES[lr][group] for lr in rates for group, label in labels.items()}
 
 
 #: The runs that each figure shows, by label. Figure 3 shows none.
 FIGURE_RUNS: dict[str, dict[str, RunSpec]] = {
-    "figure1": {"No clipping": RunSpec("none", 3e-3), "Fixed 1.0": RunSpec("fixed", 3e-3), "ZClip": _zclip(3e-3)},
-    "figure2": {"Fixed 1.0": RunSpec("fixed")},
-    "figure4": {"Fixed 1.0 at 5e-4": RunSpec("fixed", 5e-4), "ZClip at 3e-3": _zclip(3e-3)},
+    "figure1": {"No clipping": RunSpec("none", 3e-3), "Fixed 1.0": RATES[3e-3]["fixed"], "ZClip": RATES[3e-3]["zclip"]},
+    "figure2": {"Fixed 1.0": RATES[1e-3]["fixed"]},
+    "figure4": {"Fixed 1.0 at 5e-4": RATES[5e-4]["fixed"], "ZClip at 3e-3": RATES[3e-3]["zclip"]},
     "figure5": _compared(HIGH_RATES),
     "figure6": _compared([lr for lr in LEARNING_RATES if lr not in HIGH_RATES]),
     "figure7": {"ZClip": _zclip()},
     "figure8": VARIANTS,
-    "figure9": {"ZClip": _with_corruption(_zclip(), "[]")},
+    "figure9": {"ZClip": SPIKE_LAB["ZClip"]["baseline"]},
+    "table3": STRATEGIES,
     "ema": {f"alpha {label}": spec for label, spec in ALPHAS.items()},
 }
 
-
-def _suites() -> dict[str, list[RunSpec]]:
-    suites = {name: [spec for _, spec in table.labelled_specs()] for name, table in TABLES.items()}
-    suites |= {name: list(runs.values()) for name, runs in FIGURE_RUNS.items()}
-    return suites | {"all": list(dict.fromkeys(spec for specs in suites.values() for spec in specs))}
-
-
 #: The runs of each table and figure, by the name that `experiment=` takes; `all` has every run once.
-SUITES = _suites()
+SUITES = {name: [spec for _, spec in table.labelled_specs()] for name, table in TABLES.items()}
+SUITES |= {name: list(runs.values()) for name, runs in FIGURE_RUNS.items()}
+SUITES |= {"all": list(dict.fromkeys(spec for specs in SUITES.values() for spec in specs))}

@@ -14,25 +14,18 @@ import yaml
 from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import table_notes
 from experiments.paper.measures import MEASURES
-from experiments.paper.suites import Column, Row, Table
+from experiments.paper.suites import Column, Specs, Table
 
 
 class Cell(NamedTuple):
-    """One of our numbers.
+    """A number of ours, and the paper's."""
 
-    Attributes:
-        by_seed: values of the seeds whose run is finished and has one.
-        diverged: number of diverged runs, with or without a value.
-        decimals: to print.
-        is_count: whether it is an integer in each run.
-        seeds: number of seeds in the table.
-    """
-
-    by_seed: Mapping[int, float]
-    diverged: int
-    decimals: int
-    is_count: bool = False
-    seeds: int = 0
+    by_seed: Mapping[int, float]  # values of the seeds whose run is finished and has one
+    diverged: int  # number of diverged runs, with or without a value
+    decimals: int  # to print
+    is_count: bool  # whether it is an integer in each run
+    seeds: int  # number of seeds in the table
+    paper: float | None  # the paper's number, if it has one
 
     @property
     def values(self) -> list[float]:
@@ -70,18 +63,10 @@ class Cell(NamedTuple):
 
 
 class FilledTable(NamedTuple):
-    """A table with its numbers.
-
-    Attributes:
-        table: its declaration.
-        cells: our numbers, by row and column.
-        paper: the paper's numbers, by row and column; `None` where it has none.
-        notes: sentences of the footnote.
-    """
+    """A table with its numbers, by row and column, and the sentences of its footnote."""
 
     table: Table
     cells: list[list[Cell]]
-    paper: list[list[float | None]]
     notes: list[str]
 
 
@@ -93,96 +78,80 @@ def paper_numbers() -> Mapping[str, Mapping[str, Mapping[str, float]]]:
 
 def fill_table(table: Table, collection: RunCollection) -> FilledTable:
     """Return a table with the numbers of the finished runs."""
-    published = paper_numbers().get(table.name, {})
     specs = {spec for _, spec in table.labelled_specs()}
     seeds = sorted({seed for spec, seed in collection.runs if spec in specs})
-    cells = [[_cell(row, column, collection, len(seeds)) for column in table.columns] for row in table.rows]
-    paper = [[published.get(row.label, {}).get(column.header) for column in table.columns] for row in table.rows]
-    return FilledTable(table, cells, paper, table_notes(table, collection, seeds))
+    cells = []
+    for label, row in table.rows.items():
+        paper = paper_numbers().get(table.name, {}).get(label, {})
+        cells.append([_cell(row, column, collection, len(seeds), paper.get(column.header)) for column in table.columns])
+    return FilledTable(table, cells, table_notes(table, collection, seeds))
 
 
-def _cell(row: Row, column: Column, collection: RunCollection, seeds: int) -> Cell:
-    spec = row.specs[column.group]
-    measure = MEASURES[column.measure]
+def _cell(row: Specs, column: Column, collection: RunCollection, seeds: int, paper: float | None) -> Cell:
+    spec, measure = row[column.group], MEASURES[column.measure]
+    baseline = row.get("baseline") if measure.needs_baseline else None
     values, diverged = {}, 0
     for seed in collection.seeds:
         if (run := collection.runs.get((spec, seed))) is None:
             continue
-        baseline = row.specs.get("baseline") if measure.needs_baseline else None
         value = measure.compute(run, collection.runs.get((baseline, seed)) if baseline is not None else None)
         is_finite = value is None or math.isfinite(value)
         diverged += not is_finite or (spec, seed) in collection.diverged or (baseline, seed) in collection.diverged
         if value is not None and is_finite:
             values[seed] = value
-    return Cell(values, diverged, measure.decimals, column.measure == "spikes", seeds)
+    return Cell(values, diverged, measure.decimals, column.measure == "spikes", seeds, paper)
 
 
-def best_cells(filled: FilledTable, of_paper: bool) -> set[tuple[int, int]]:
+def _best_cells(filled: FilledTable, of_paper: bool) -> set[tuple[int, int]]:
     """Return row and column of the cells with the best value of their measure, in their column or row.
 
-    Of our numbers, cells that lack a seed that another has are not compared: they may have the lucky seeds. No cell is
-    best if more than half are equal to the best.
+    Of our numbers, those with diverged runs and those that lack a seed that another has are not compared: they may have
+    the lucky seeds. No cell of ours is best if more than half are equal to the best.
     """
-    table = filled.table
-    groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for r in range(len(table.rows)):
-        for c, column in enumerate(table.columns):
-            groups.setdefault((column.measure, r) if table.best_per_row else ("", c), []).append((r, c))
+    groups: dict[tuple[str, int], dict[tuple[int, int], Cell]] = {}
+    for r, row in enumerate(filled.cells):
+        for c, (column, cell) in enumerate(zip(filled.table.columns, row, strict=True)):
+            group = (column.measure, r if filled.table.best_per_row else c)
+            groups.setdefault(group, {})[r, c] = cell
     best: set[tuple[int, int]] = set()
-    for places in groups.values():
-        better = MEASURES[table.columns[places[0][1]].measure].better
-        values = _paper_values(filled, places) if of_paper else _comparable_means(filled, places)
+    for (measure, _), cells in groups.items():
+        seeds = {seed for cell in cells.values() for seed in cell.by_seed}
+        if of_paper:
+            values = {place: cell.paper for place, cell in cells.items()}
+        else:
+            values = {
+                place: None if cell.diverged or seeds - {*cell.by_seed} else cell.mean for place, cell in cells.items()
+            }
         known = [value for value in values.values() if value is not None]
-        if better and len(set(known)) > 1:
+        if (better := MEASURES[measure].better) and len(set(known)) > 1:
             top = min(known) if better == "low" else max(known)
             winners = {place for place, value in values.items() if value == top}
             best |= winners if of_paper or 2 * len(winners) <= len(known) else set()
     return best
 
 
-def _paper_values(filled: FilledTable, places: list[tuple[int, int]]) -> dict[tuple[int, int], float | None]:
-    return {(r, c): filled.paper[r][c] for r, c in places}
-
-
-def _comparable_means(filled: FilledTable, places: list[tuple[int, int]]) -> dict[tuple[int, int], float | None]:
-    """Return the means of cells; `None` for those with diverged runs or without a seed that another cell has."""
-    cells = {(r, c): filled.cells[r][c] for r, c in places}
-    seeds = {seed for cell in cells.values() for seed in cell.by_seed}
-    return {place: None if cell.diverged or seeds - {*cell.by_seed} else cell.mean for place, cell in cells.items()}
-
-
 def table_rows(filled: FilledTable, bold: str, escape: Callable[[str], str] = str) -> list[list[str]]:
     """Return header and rows as text. A column with the paper's numbers follows each column that has some.
 
-    Args:
-        filled: the table.
-        bold: format of the best numbers, such as `**{}**`.
-        escape: applied to all text, before `bold`.
+    All text is escaped. Then `bold`, such as `**{}**`, formats the best numbers.
     """
-    table = filled.table
-    has_paper = [any(row[c] is not None for row in filled.paper) for c in range(len(table.columns))]
-    header = [table.row_header]
-    for c, column in enumerate(table.columns):
-        header += [column.header, "paper"] if has_paper[c] else [column.header]
-    rows = [[escape(text) for text in header]]
-    best, paper_best = best_cells(filled, of_paper=False), best_cells(filled, of_paper=True)
-    for r, row in enumerate(table.rows):
-        cells = [escape(row.label)]
-        for c in range(len(table.columns)):
-            text = escape(filled.cells[r][c].text)
-            cells.append(bold.format(text) if (r, c) in best and text else text)
-            if has_paper[c]:
-                text = escape(_paper_text(filled, r, c))
-                cells.append(bold.format(text) if (r, c) in paper_best and text else text)
-        rows.append(cells)
-    return rows
+    columns = [[escape(text) for text in (filled.table.row_header, *filled.table.rows)]]
+    best, paper_best = _best_cells(filled, of_paper=False), _best_cells(filled, of_paper=True)
 
+    def add_column(header: str, texts: list[str], best_places: set[tuple[int, int]], c: int) -> None:
+        column = [escape(header)]
+        for r, text in enumerate(map(escape, texts)):
+            column.append(bold.format(text) if (r, c) in best_places and text else text)
+        columns.append(column)
 
-def _paper_text(filled: FilledTable, r: int, c: int) -> str:
-    """Return a number of the paper with the decimals that its column has there; empty if there is none."""
-    number = filled.paper[r][c]
-    decimals = max(len(f"{row[c]:.6g}".partition(".")[2]) for row in filled.paper if row[c] is not None)
-    return "" if number is None else f"{number:.{decimals}f}"
+    for c, column in enumerate(filled.table.columns):
+        add_column(column.header, [row[c].text for row in filled.cells], best, c)
+        papers = [row[c].paper for row in filled.cells]
+        if known := [number for number in papers if number is not None]:
+            decimals = max(len(f"{number:.6g}".partition(".")[2]) for number in known)
+            texts = ["" if number is None else f"{number:.{decimals}f}" for number in papers]
+            add_column("paper", texts, paper_best, c)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def title(filled: FilledTable) -> str:
@@ -195,8 +164,7 @@ def title(filled: FilledTable) -> str:
 
 def footnote(filled: FilledTable) -> str:
     """Return the paragraph below a table."""
-    sentences = [note[0].upper() + note[1:] for note in filled.notes]
-    return ". ".join(sentences) + "."
+    return ". ".join(note[0].upper() + note[1:] for note in filled.notes) + "."
 
 
 def markdown(filled: FilledTable) -> str:
@@ -210,37 +178,28 @@ def latex(filled: FilledTable) -> str:
     """Return a table in LaTeX, for the package booktabs."""
     rows = table_rows(filled, "\\textbf{{{}}}", escape_latex)
     header, *lines = (" & ".join(cells) + " \\\\" for cells in rows)
-    return "\n".join(
-        [
-            "\\begin{table}",
-            "\\centering",
-            f"\\caption{{{escape_latex(title(filled))}. {escape_latex(footnote(filled))}}}",
-            f"\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}",
-            "\\toprule",
-            header,
-            "\\midrule",
-            *lines,
-            "\\bottomrule",
-            "\\end{tabular}",
-            "\\end{table}\n",
-        ]
-    )
+    body = "\n".join(lines)
+    return rf"""\begin{{table}}
+\centering
+\caption{{{escape_latex(title(filled))}. {escape_latex(footnote(filled))}}}
+\begin{{tabular}}{{l{"r" * (len(rows[0]) - 1)}}}
+\toprule
+{header}
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""
 
 
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "{}$&#_%"},
-        "\\": "\\textbackslash{}",
-        "^": "\\textasciicircum{}",
-        "~": "\\textasciitilde{}",
-        "±": "$\\pm$",
-    }
-)
+_LATEX: dict[str, str | int | None] = {character: f"\\{character}" for character in "{}$&#_%"}
+_LATEX |= {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "±": "$\\pm$"}
 
 
 def escape_latex(text: str) -> str:
     """Return text with LaTeX's special characters escaped."""
-    return text.translate(_LATEX)
+    return text.translate(str.maketrans(_LATEX))
 
 
 def as_csv(filled: FilledTable) -> str:
@@ -248,9 +207,9 @@ def as_csv(filled: FilledTable) -> str:
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
     write.writerow(["table", "row", "column", "paper", "mean", "std", "runs", "diverged"])
-    for row, cells, paper_row in zip(filled.table.rows, filled.cells, filled.paper, strict=True):
-        for column, cell, paper in zip(filled.table.columns, cells, paper_row, strict=True):
+    for label, cells in zip(filled.table.rows, filled.cells, strict=True):
+        for column, cell in zip(filled.table.columns, cells, strict=True):
             mean = float(np.mean(cell.values)) if cell.values else None
-            numbers = [None if value is None else f"{value:.6g}" for value in (paper, mean, cell.deviation)]
-            write.writerow([filled.table.name, row.label, column.header, *numbers, len(cell.values), cell.diverged])
+            numbers = [None if value is None else f"{value:.6g}" for value in (cell.paper, mean, cell.deviation)]
+            write.writerow([filled.table.name, label, column.header, *numbers, len(cell.values), cell.diverged])
     return out.getvalue()

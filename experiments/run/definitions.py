@@ -1,7 +1,8 @@
 """Terms that the paper leaves open, each defined once.
 
-The test loss is defined elsewhere: the mean cross entropy in nats over the held-out documents
-(training/validation/validation_set.py).
+Losses are (steps,) arrays in nats. `corrupted_rows` are the indices of the steps with corrupted batches, whose losses
+say nothing about the model. The test loss is defined in training/validation/validation_set.py: the mean cross entropy
+over the held-out documents.
 """
 
 from collections.abc import Collection
@@ -36,32 +37,20 @@ class Spike(NamedTuple):
     length: int
 
 
-def loss_spikes(
-    loss: np.ndarray, corrupted_rows: Collection[int] = (), window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS
-) -> list[Spike]:
-    """Find the loss spikes of a run. The paper counts spikes without a definition; this one is ours.
+def loss_spikes(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> list[Spike]:
+    """Find the loss spikes of a run, in order. The paper counts spikes without a definition; this one is ours.
 
-    A step is in a spike if its loss is not finite, or more than `sigmas` robust standard deviations (1.4826 times the
-    median absolute deviation) above the median of the last `window` steps outside spikes. Consecutive steps are one
-    spike. In the first `window` steps, only a loss that is not finite is a spike.
-
-    The loss of a corrupted batch says nothing about the model: it neither belongs to a spike nor ends one.
+    A step is in a spike if its loss is not finite, or more than 5 robust standard deviations (1.4826 times the median
+    absolute deviation) above the median of the last 50 steps outside spikes. Consecutive steps are one spike. In the
+    first 50 steps, only a loss that is not finite is a spike. A corrupted batch neither belongs to a spike nor ends
+    one.
 
     Noise alone makes spikes too, and more of them in a longer run or one with heavier tails: see `loss_dips`. A loss
     that rises and stays high is one spike to its end, which hides later ones; a rise by half a nat is divergence.
-
-    Args:
-        loss: (steps,) training loss of each step.
-        corrupted_rows: indices of the corrupted batches' steps, which are skipped.
-        window: number of preceding normal steps.
-        sigmas: threshold.
-
-    Returns:
-        The spikes in order.
     """
     spikes: list[Spike] = []
     last = -2
-    limits = _spike_limits(loss, corrupted_rows, window, sigmas)
+    limits = _spike_limits(loss, corrupted_rows)
     for step, value in enumerate(loss.tolist()):
         if step in corrupted_rows:
             last += last == step - 1
@@ -82,9 +71,6 @@ def loss_dips(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> int:
     Noise goes up and down equally often, so that the number of dips estimates how many spikes are noise. The reversed
     and negated loss is searched for spikes. It falls on average as the loss does, so that dips and spikes are equally
     far from the normal level. Steps in spikes are skipped.
-
-    Args:
-        loss, corrupted_rows: see `loss_spikes`.
     """
     in_spikes = {
         step for spike in loss_spikes(loss, corrupted_rows) for step in range(spike.start, spike.start + spike.length)
@@ -95,39 +81,30 @@ def loss_dips(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> int:
 def min_spike_height(loss: np.ndarray, corrupted_rows: Collection[int] = ()) -> float:
     """Return the jump in nats that makes a spike: the distance from the loss to its limit, at the median step.
 
-    Args:
-        loss, corrupted_rows: see `loss_spikes`.
-
-    Returns:
-        NaN for a run that is too short to have spikes.
+    NaN for a run that is too short to have spikes.
     """
-    limits = _spike_limits(loss, corrupted_rows, SPIKE_WINDOW, SPIKE_SIGMAS)
-    margin = limits - loss
-    normal = [
-        step
-        for step in range(len(loss))
-        if np.isfinite(margin[step]) and margin[step] >= 0 and step not in corrupted_rows
-    ]
-    return float(np.median(margin[normal])) if normal else float("nan")
+    margin = np.delete(_spike_limits(loss, corrupted_rows) - loss, sorted(corrupted_rows))
+    normal = margin[np.isfinite(margin) & (margin >= 0)]
+    return float(np.median(normal)) if len(normal) else float("nan")
 
 
-def _spike_limits(loss: np.ndarray, corrupted_rows: Collection[int], window: int, sigmas: float) -> np.ndarray:
-    """Return the highest normal loss of each step, infinite where too few steps precede. Results are cached."""
-    return _cached_limits(np.asarray(loss, dtype=np.float64).tobytes(), frozenset(corrupted_rows), window, sigmas)
+def _spike_limits(loss: np.ndarray, corrupted_rows: Collection[int]) -> np.ndarray:
+    """Return the highest normal loss of each step, infinite where too few steps precede."""
+    return _cached_limits(np.asarray(loss, dtype=np.float64).tobytes(), frozenset(corrupted_rows))
 
 
 @lru_cache(maxsize=1 << 9)
-def _cached_limits(loss: bytes, corrupted_rows: frozenset[int], window: int, sigmas: float) -> np.ndarray:
+def _cached_limits(loss: bytes, corrupted_rows: frozenset[int]) -> np.ndarray:
     values = np.frombuffer(loss).tolist()
     normal: list[float] = []
     limits = np.full(len(values), np.inf)
     for step, value in enumerate(values):
         if step in corrupted_rows:
             continue
-        recent = np.array(normal[-window:])
-        if len(recent) == window:
+        recent = np.array(normal[-SPIKE_WINDOW:])
+        if len(recent) == SPIKE_WINDOW:
             median = np.median(recent)
-            limits[step] = median + sigmas * 1.4826 * np.median(np.abs(recent - median))
+            limits[step] = median + SPIKE_SIGMAS * 1.4826 * np.median(np.abs(recent - median))
         if np.isfinite(value) and value <= limits[step]:
             normal.append(value)
     limits.flags.writeable = False
@@ -135,18 +112,11 @@ def _cached_limits(loss: bytes, corrupted_rows: frozenset[int], window: int, sig
 
 
 def spike_score(values: np.ndarray, corrupted_rows: Collection[int] = ()) -> float:
-    """Return OLMo 2's spike score: the fraction of values at least seven standard deviations from the mean.
+    """Return OLMo 2's spike score: the fraction of losses or norms at least seven standard deviations from the mean.
 
     Mean and deviation are those of the last 1,000 values (arXiv 2501.00656, Section 3.1), or of all earlier ones if
-    there are fewer. Values with fewer than 50 before them are not counted. A value that is not finite counts as a spike
-    and enters no mean.
-
-    Args:
-        values: (steps,) losses or norms.
-        corrupted_rows: indices of the corrupted batches' steps, which are skipped.
-
-    Returns:
-        A number from 0 to 1; NaN if no value is counted.
+    there are fewer. Values with fewer than 50 before them are not counted; NaN if none is counted. A value that is not
+    finite counts as a spike and enters no mean.
     """
     before: list[float] = []
     counted = outliers = 0
@@ -165,9 +135,6 @@ def diverged(loss: np.ndarray) -> bool:
 
     A run has diverged if the mean loss of its last tenth is not finite, or more than 0.5 nats above the lowest mean of
     as many consecutive steps.
-
-    Args:
-        loss: (steps,) training loss of each step.
     """
     length = max(1, len(loss) // 10)
     if not np.isfinite(loss[-length:]).all():
@@ -179,12 +146,7 @@ def diverged(loss: np.ndarray) -> bool:
 def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> float | None:
     """Return the tokens after which the mean loss of 20 steps is first at most a target; `None` if it never is.
 
-    Means that differ only by rounding count as equal.
-
-    Args:
-        loss: (steps,) training loss of each step.
-        tokens: (steps,) tokens processed after each step.
-        target: loss in nats.
+    `tokens` are those processed after each step. Means that differ only by rounding count as equal.
     """
     length = min(REACHED_WINDOW, len(loss))
     means = _running_mean(np.where(np.isfinite(loss), loss, np.inf), length)
@@ -192,56 +154,41 @@ def tokens_to_reach(loss: np.ndarray, tokens: np.ndarray, target: float) -> floa
     return float(tokens[reached[0] + length - 1]) if len(reached) else None
 
 
-def excess_loss(loss: np.ndarray, baseline: np.ndarray, corrupted: Collection[int]) -> float:
+def excess_loss(loss: np.ndarray, baseline: np.ndarray, corrupted_rows: Collection[int]) -> float:
     """Return the mean loss after corrupted batches minus that of the baseline run, in nats.
 
     Each mean is over the 10 steps after a corrupted batch, or up to the next one; the result is their mean.
-
-    Args:
-        loss, baseline: (steps,) losses of two runs that see the same batches except for the corrupted ones.
-        corrupted: indices of the corrupted batches' steps.
     """
-    spans = corrupted_spans(corrupted, len(loss))
+    spans = corrupted_spans(corrupted_rows, len(loss))
     means = [float(np.mean((loss - baseline)[at + 1 : min(at + 1 + EXCESS_WINDOW, end)])) for at, end in spans]
     return float(np.mean(means))
 
 
-def skip_cost(baseline: np.ndarray, corrupted: Collection[int]) -> float:
+def skip_cost(baseline: np.ndarray, corrupted_rows: Collection[int]) -> float:
     """Return the excess loss of a run that skips the corrupted batches: it has learnt from fewer batches.
 
     After the n-th corrupted batch such a run is n steps behind. Each step lowers the loss by the slope of a straight
     line through the 50 steps around (25 before to 24 after, as far as they exist). The result is the mean over the same
-    batches as in `excess_loss`, or 0 where the loss rises. It is rather too high: part of the slope can be the decay of
-    the learning rate, in which the run would not be behind.
-
-    Args:
-        baseline: (steps,) loss of the run without corrupted batches.
-        corrupted: indices of the corrupted batches' steps.
-
-    Returns:
-        Nats; NaN where a loss around is not finite.
+    batches as in `excess_loss`, 0 where the loss rises, and NaN where a loss around is not finite. It is rather too
+    high: part of the slope can be the decay of the learning rate, in which the run would not be behind.
     """
     costs = []
-    for at, _ in corrupted_spans(corrupted, len(baseline)):
-        first = max(0, at - SLOPE_WINDOW // 2)
-        around = baseline[first : at + SLOPE_WINDOW // 2]
+    for at, _ in corrupted_spans(corrupted_rows, len(baseline)):
+        around = baseline[max(0, at - SLOPE_WINDOW // 2) : at + SLOPE_WINDOW // 2]
         slope = float(np.polyfit(np.arange(len(around)), around, 1)[0]) if np.isfinite(around).all() else np.nan
-        costs.append(-slope * sum(step <= at for step in corrupted))
+        costs.append(-slope * sum(step <= at for step in corrupted_rows))
     return float(np.maximum(0.0, np.mean(costs)))
 
 
-def recovery_steps(loss: np.ndarray, baseline: np.ndarray, corrupted: Collection[int]) -> float:
+def recovery_steps(loss: np.ndarray, baseline: np.ndarray, corrupted_rows: Collection[int]) -> float:
     """Return the number of steps until a loss has recovered from a corrupted batch, averaged over the batches.
 
     A loss has recovered where the mean of 5 steps is first within 0.05 nats of the baseline run; the steps before the
     first of the 5 are counted. If that does not happen before the next corrupted batch or the end of the run, all steps
     until then are counted.
-
-    Args:
-        loss, baseline, corrupted: see `excess_loss`.
     """
     steps = []
-    for at, end in corrupted_spans(corrupted, len(loss)):
+    for at, end in corrupted_spans(corrupted_rows, len(loss)):
         excess = (loss - baseline)[at + 1 : end]
         length = min(RECOVERED_WINDOW, len(excess))
         recovered = np.flatnonzero(_running_mean(excess, length) <= RECOVERED)
@@ -249,9 +196,9 @@ def recovery_steps(loss: np.ndarray, baseline: np.ndarray, corrupted: Collection
     return float(np.mean(steps))
 
 
-def corrupted_spans(corrupted: Collection[int], steps: int) -> list[tuple[int, int]]:
+def corrupted_spans(corrupted_rows: Collection[int], steps: int) -> list[tuple[int, int]]:
     """Return the index of each corrupted batch and of the next one (or the number of steps), if steps lie between."""
-    return [(at, end) for at, end in pairwise([*sorted(corrupted), steps]) if end > at + 1]
+    return [(at, end) for at, end in pairwise([*sorted(corrupted_rows), steps]) if end > at + 1]
 
 
 def _running_mean(values: np.ndarray, length: int) -> np.ndarray:

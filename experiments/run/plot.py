@@ -1,6 +1,5 @@
 """The plot of one run: loss, gradient norm before and after clipping, z-score and its threshold."""
 
-import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from common.files import write_atomic
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
-from experiments.run.style import BLUE, ORANGE, PURPLE
+from experiments.run.style import BLUE, ORANGE, PURPLE, draw_grid, image
 
 
 def plot_run(run: Run) -> Path:
@@ -19,23 +18,18 @@ def plot_run(run: Run) -> Path:
     target = run.path / "plots" / "run.png"
     target.parent.mkdir(exist_ok=True)
     figure = draw_run(run)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    write_atomic(target, image(figure, "png", dpi=120))
     plt.close(figure)
-    write_atomic(target, image.getvalue())
     return target
 
 
 def draw_run(run: Run) -> Figure:
     """Return the figure: loss, norms on a log axis, z-score (or clip coefficient), over the steps."""
-    figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True, layout="constrained")
-    _draw_loss(axes[0], run)
-    _draw_norm(axes[1], run)
-    _draw_z_score(axes[2], run)
+    figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True)
+    for ax, draw in zip(axes, (_draw_loss, _draw_norm, _draw_z_score), strict=True):
+        draw(ax, run)
     axes[-1].set_xlabel("step")
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.margins(x=0.01)
+    draw_grid(figure)
     figure.align_ylabels(axes)
     figure.suptitle(run.path.name, fontsize=11)
     return figure
@@ -51,14 +45,15 @@ def _draw_loss(ax: Axes, run: Run) -> None:
     for i, corrupted in enumerate(corrupted_steps(run)):
         label = f"injected corrupted batch: {run.config['data']['corruption']['kind']}" if i == 0 else None
         ax.axvline(corrupted, color="0.4", ls="--", lw=0.8, label=label, zorder=0)
+    test = run.result.get("test_loss")
     if validated := [row for row in run.val_metrics if "val_loss" in row]:
         losses = [row["val_loss"] for row in validated]
         steps = [row["step"] for row in validated]
-        if run.result and run.result["test_loss"] is not None:
-            ax.plot([steps[-1], step[-1]], [losses[-1], run.result["test_loss"]], "-", color=ORANGE, lw=1)
+        if test is not None:
+            ax.plot([steps[-1], step[-1]], [losses[-1], test], "-", color=ORANGE, lw=1)
         ax.plot(steps, losses, "o-", color=ORANGE, ms=3, lw=1, label="validation loss")
-    if run.result and run.result["test_loss"] is not None:
-        test, unigram = run.result["test_loss"], run.result["unigram_entropy"]
+    if test is not None:
+        unigram = run.result["unigram_entropy"]
         ax.axhline(unigram, color="0.4", ls=":", lw=1, label=f"unigram entropy of the test text {unigram:.2f}")
         ax.plot(step[-1], test, "D", color=ORANGE, ms=6, label=f"test loss {test:.2f}", clip_on=False, zorder=3)
     ax.set_ylabel("loss (nats/token)")

@@ -1,8 +1,7 @@
 """Reading a run folder."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,25 +10,15 @@ import yaml
 
 
 class Run(NamedTuple):
-    """The contents of a run folder.
-
-    Attributes:
-        path: the folder.
-        config: `config.yaml` as a nested dict.
-        metrics: column name -> (steps,) float64 array; NaN where the line has null or lacks the column.
-        result: `result.json`, or `None` if the run is not finished.
-        val_metrics: lines of `val_metrics.jsonl`, written while the run trained.
-        starts: entries of `environment.json`, one for each start.
-        scores: entries of `task_scores.json`.
-    """
+    """The contents of a run folder."""
 
     path: Path
-    config: dict[str, Any]
-    metrics: dict[str, np.ndarray]
-    result: dict[str, Any] | None
-    val_metrics: Sequence[dict[str, Any]] = ()
-    starts: Sequence[Mapping[str, Any]] = ()
-    scores: Sequence[dict[str, Any]] = ()
+    config: dict[str, Any]  # `config.yaml`
+    metrics: dict[str, np.ndarray]  # (steps,) float64 by column; NaN where the line has null or lacks the column
+    result: dict[str, Any]  # `result.json`, empty if the run is not finished
+    val_metrics: Sequence[dict[str, Any]]  # lines of `val_metrics.jsonl`, written while the run trained
+    starts: Sequence[Mapping[str, Any]]  # entries of `environment.json`, one for each start
+    scores: Sequence[dict[str, Any]]  # entries of `task_scores.json`
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -38,10 +27,8 @@ class Run(NamedTuple):
 
     def score(self, task: str) -> dict[str, Any] | None:
         """Return the zero-shot score of the finished run on a task; of several, the one with the most items."""
-        last = (self.result or {}).get("steps")
-        scores = [
-            score for score in self.scores if (score["task"], score["num_fewshot"], score["step"]) == (task, 0, last)
-        ]
+        place = (task, 0, self.result.get("steps"))
+        scores = [score for score in self.scores if (score["task"], score["num_fewshot"], score["step"]) == place]
         return max(scores, key=lambda score: score["items"], default=None)
 
 
@@ -75,25 +62,22 @@ def read_run(path: Path) -> Run:
     rows = _json_lines(path / "metrics.jsonl")
     names = list(dict.fromkeys(name for row in rows for name in row))
     metrics = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
-    result = _json(path / "result.json") if (path / "result.json").exists() else None
-    validation, environment, tasks = (
-        path / name for name in ("val_metrics.jsonl", "environment.json", "task_scores.json")
-    )
+    validation = path / "val_metrics.jsonl"
+    contents: dict[str, Any] = {
+        "result.json": {},
+        "environment.json": {"starts": []},
+        "task_scores.json": {"scores": []},
+    }
+    for name in contents:
+        if (path / name).exists():
+            contents[name] = _json((path / name).read_bytes(), name)
+    result, environment, tasks = contents.values()
     val_metrics = _json_lines(validation) if validation.exists() else []
-    starts = _json(environment)["starts"] if environment.exists() else []
-    scores = _json(tasks)["scores"] if tasks.exists() else []
-    return Run(path, config, metrics, result, val_metrics, starts, scores)
+    return Run(path, config, metrics, result, val_metrics, environment["starts"], tasks["scores"])
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the configuration of a run as a nested dict.
-
-    Args:
-        path: the run folder.
-
-    Raises:
-        ValueError: `config.yaml` is not YAML, or not a mapping.
-    """
+    """Return the configuration of a run; raise `ValueError` if `config.yaml` is not YAML, or not a mapping."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text())
     except yaml.YAMLError as error:
@@ -103,25 +87,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-@contextmanager
-def _locate_errors(place: str) -> Iterator[None]:
-    """Name the file, and the line, in errors about its content."""
+def _json_lines(path: Path) -> list[Any]:
+    lines = path.read_bytes().splitlines()
+    return [_json(line, f"{path.name}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _json(raw: bytes, place: str) -> Any:
+    """Return the value of a JSON text; an error names its place."""
     try:
-        yield
+        return json.loads(raw.decode())
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-
-
-def _json(path: Path) -> Any:
-    with _locate_errors(path.name):
-        return json.loads(path.read_text())
-
-
-def _json_lines(path: Path) -> list[Any]:
-    with _locate_errors(path.name):
-        lines = path.read_text().splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        with _locate_errors(f"{path.name}, line {number}"):
-            rows.append(json.loads(line))
-    return rows

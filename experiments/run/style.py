@@ -1,14 +1,32 @@
-"""The look of all figures: a colour-blind-safe palette and line styles."""
+"""The look of all figures: a colour-blind-safe palette, line styles and grids."""
+
+import io
+from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
+matplotlib.rcParams["figure.constrained_layout.use"] = True
 matplotlib.rcParams["svg.hashsalt"] = "zclip"  # equal figures are equal files
 
 #: The palette of Okabe and Ito without its yellow; black comes last.
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK)
 #: Line styles, so that lines differ without colour too.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
+
+
+def draw_grid(figure: Figure) -> None:
+    """Draw the grid of all axes, and let lines begin near the edge."""
+    for ax in figure.axes:
+        ax.grid(alpha=0.25)
+        ax.margins(x=0.01)
+
+
+def image(figure: Figure, suffix: str, **options: Any) -> bytes:
+    """Return the content of an image file, without the time at which it was made."""
+    out = io.BytesIO()
+    figure.savefig(out, format=suffix, metadata={"Date": None} if suffix == "svg" else None, **options)
+    return out.getvalue()

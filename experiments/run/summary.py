@@ -75,8 +75,7 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
     """Return the table at the end of a sweep: one row per run, with the best test loss in bold.
 
     Args:
-        jobs: overrides (key to value) and result of each run, in the order of rows. Only overrides that differ are
-            shown.
+        jobs: overrides (key to value) and result of each run. Only overrides that differ are shown.
     """
     keys = dict.fromkeys(key for overrides, _ in jobs for key in overrides)
     varied = [key for key in keys if len({overrides.get(key) for overrides, _ in jobs}) > 1]
@@ -84,20 +83,16 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
     sweep = Table(title="sweep", title_justify="left", show_lines=merged, padding=(0, 0 if merged else 1))
     for column in ["settings"] if merged else varied:
         sweep.add_column(column, min_width=25 if merged else None, overflow="fold")
-    for column in ("test loss", "train loss", "spikes", "clipped"):
-        sweep.add_column(column, justify="right")
     injected = any(result.get("corrupted_batches") for _, result in jobs)
-    if injected:
-        sweep.add_column("corrupted batches", justify="right")
+    for column in ("test loss", "train loss", "spikes", "clipped", *(["corrupted batches"] if injected else [])):
+        sweep.add_column(column, justify="right")
     best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
     for overrides, result in jobs:
-        losses = ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
         values = {key: overrides[key] for key in varied if key in overrides}
         cells = [" ".join(f"{key}={value}" for key, value in values.items())] if merged else [*map(values.get, varied)]
-        cells += losses
+        cells += ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
         cells += [str(result["spikes"]), f"{result['clipped_share']:.1%}"]
-        if injected:
-            cells.append(_corruption(result) or "none")
+        cells += [_corruption(result) or "none"] if injected else []
         sweep.add_row(*cells, style="bold" if result["test_loss"] == best is not None else None)
     return sweep
 
@@ -106,18 +101,6 @@ def _corruption(result: dict[str, Any]) -> str:
     """Return number and kind of the injected corrupted batches; empty if there are none."""
     count = result.get("corrupted_batches")
     return f"{count} {result['corruption_kind']}" if count else ""
-
-
-def _bits_per_byte(result: dict[str, Any]) -> str:
-    """Return the test loss in bits per byte, which do not depend on the tokenizer; empty if unknown."""
-    bits = result.get("test_bits_per_byte")
-    return "" if bits is None else f"{bits:.3f} bits per byte"
-
-
-def _speed(result: dict[str, Any]) -> str:
-    """Return the model's size, and the MFU if it is known."""
-    size = f"{result['parameters'] / 1e6:.2f}M parameters"
-    return size if result.get("mfu") is None else f"{size}, {result['mfu']:.1%} MFU"
 
 
 def _resource_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -136,21 +119,25 @@ def _resource_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the table printed at the end of a run."""
-    test, unigram = result["test_loss"], result["unigram_entropy"]
-    finite = test is not None
+    test, bits, mfu = result["test_loss"], result.get("test_bits_per_byte"), result.get("mfu")
+    loss, perplexity, unigram = "not finite", "not finite", result["unigram_entropy"]
+    if test is not None:
+        loss, perplexity = f"{test:.3f} nats/token", f"{math.exp(min(test, 700)):,.1f}"
     by_z = "" if result.get("clipped_by_z") is None else f", {result['clipped_by_z']} of them by z-score"
     skipped = f"; {result['skipped']} skipped, norm not finite" if result.get("skipped") else ""
-    summary = Table(title=title, show_header=False, title_justify="left", min_width=60)
-    for name, value, remark in (
-        ("test loss", f"{test:.3f} nats/token" if finite else "not finite", f"{result['test_tokens']:,} test tokens"),
-        ("test perplexity", f"{math.exp(min(test, 700)):,.1f}" if finite else "not finite", _bits_per_byte(result)),
+    size = f"{result['parameters'] / 1e6:.2f}M parameters"
+    rows = [
+        ("test loss", loss, f"{result['test_tokens']:,} test tokens"),
+        ("test perplexity", perplexity, "" if bits is None else f"{bits:.3f} bits per byte"),
         ("unigram entropy", f"{unigram:.3f} nats/token", "the lowest loss of a model without context"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
         ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),
-        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s", _speed(result)),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s", size if mfu is None else f"{size}, {mfu:.1%} MFU"),
         *_resource_rows(result),
-    ):
-        summary.add_row(name, value, Text(remark, style="dim"))
+    ]
     if corruption := _corruption(result):
-        summary.add_row("corrupted batches", corruption, Text("injected (data.corruption)", style="dim"))
+        rows.append(("corrupted batches", corruption, "injected (data.corruption)"))
+    summary = Table(title=title, show_header=False, title_justify="left", min_width=60)
+    for name, value, remark in rows:
+        summary.add_row(name, value, Text(remark, style="dim"))
     return summary

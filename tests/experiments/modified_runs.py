@@ -3,12 +3,7 @@
 import numpy as np
 
 from experiments.paper.collect import RunCollection
-from experiments.paper.suites import TABLES, RunSpec
-from experiments.paper.verdict import specs_by_rate
-
-#: The runs of Table 2 by learning rate, and those of the spike lab by strategy.
-RATES = specs_by_rate()
-LAB = {row.label: row.specs for row in TABLES["spike_lab"].rows}
+from experiments.paper.suites import SPIKE_LAB, RunSpec
 
 
 def modify(collection: RunCollection, change, diverged: set | None = None) -> RunCollection:
@@ -45,13 +40,13 @@ def with_excess_loss(collection: RunCollection, label: str, nats: list[float]) -
     """Return the runs with a strategy's excess loss after corrupted batches set to `nats`, by seed."""
 
     def losses(seed, steps, own):
-        run = collection.runs[LAB[label]["corrupted"], seed]
-        loss = collection.runs[LAB[label]["baseline"], seed].metrics["loss"].copy()
+        run = collection.runs[SPIKE_LAB[label]["corrupted"], seed]
+        loss = collection.runs[SPIKE_LAB[label]["baseline"], seed].metrics["loss"].copy()
         for step in run.config["data"]["corruption"]["steps"]:
             loss[step : step + 10] += nats[seed]
         return loss
 
-    return with_loss(collection, {LAB[label]["corrupted"]: losses})
+    return with_loss(collection, {SPIKE_LAB[label]["corrupted"]: losses})
 
 
 def without(collection: RunCollection, *keys) -> RunCollection:

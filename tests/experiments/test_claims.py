@@ -6,11 +6,10 @@ import pytest
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim, judge_claims
 from experiments.paper.collect import RunCollection
 from experiments.paper.measures import reach_final_loss
-from experiments.paper.statistics import TOO_FEW_SEEDS, NotTestable, event_rate, paired_difference
-from experiments.paper.suites import ALPHAS, FIGURE_RUNS, STRATEGIES, THRESHOLDS, VARIANTS
-from experiments.paper.verdict import measure_by_seed
+from experiments.paper.suites import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
+from experiments.paper.verdict import TOO_FEW_SEEDS, NotTestable, difference_by_seed, event_rate, measure_by_seed
 from tests.experiments.conftest import SEEDS
-from tests.experiments.modified_runs import RATES, modify, with_loss, with_result, without
+from tests.experiments.modified_runs import modify, with_loss, with_result, without
 
 LEAVES, _, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS
 
@@ -53,9 +52,9 @@ def test_claims_with_unreadable_runs_are_not_testable(everything):
 
 
 def test_means_over_runs_use_seeds_that_have_all_runs(everything):
-    specs = [(RATES[lr]["fixed"], None) for lr in (1e-3, 3e-3, 5e-3)]
+    specs = [RATES[lr]["fixed"] for lr in (1e-3, 3e-3, 5e-3)]
     numbers = {
-        spec: {"train_loss": [each, each + 1, each + 2]} for (spec, _), each in zip(specs, (1.0, 2.0, 6.0), strict=True)
+        spec: {"train_loss": [each, each + 1, each + 2]} for spec, each in zip(specs, (1.0, 2.0, 6.0), strict=True)
     }
     collection = without(with_result(everything, numbers), (RATES[3e-3]["fixed"], 1))
     assert measure_by_seed(collection, "train_loss", specs) == {0: 3.0, 2: 5.0}
@@ -264,23 +263,27 @@ def test_overhead(everything):
     assert judge_claim(gone, OVERHEAD).outcome == SUPPORTED, "it is not compared"
 
 
+def by_seed(*numbers: float) -> dict[int, float]:
+    return dict(enumerate(numbers))
+
+
 def test_paired_differences():
     with pytest.raises(NotTestable, match="it needs three seeds"):
-        paired_difference([1.0, 2.0], [0.0, 0.0])
-    difference = paired_difference([1.0, 2.0, 3.0], [2.0, 2.5, 4.5])
+        difference_by_seed(by_seed(1.0, 2.0), by_seed(0.0, 0.0, 0.0))
+    difference = difference_by_seed(by_seed(1.0, 2.0, 3.0), by_seed(2.0, 2.5, 4.5))
     # Differences -1, -0.5, -1.5: mean -1, standard error 0.5 / sqrt(3), t = -3.4641 with two degrees of freedom.
     assert difference.mean == -1 and difference.p == pytest.approx(0.07418, abs=1e-4)
     assert difference.high == pytest.approx(-1 + 4.3027 * 0.5 / 3**0.5, abs=1e-4)
     assert difference.low == pytest.approx(-1 - 4.3027 * 0.5 / 3**0.5, abs=1e-4)
     for one, p in ((1.0, 1.0), (2.0, 0.25)):
-        same = paired_difference([one] * 3, [1.0] * 3)
+        same = difference_by_seed(by_seed(one, one, one), by_seed(1.0, 1.0, 1.0))
         assert same.p == p and same.low == same.high == same.mean, "the sign test"
 
 
 def test_rates():
     """Garwood's intervals of Poisson counts: of none 0 to 3.69, of five 1.62 to 11.67."""
-    assert event_rate(0, 10) == (0, 10, 0.0, pytest.approx(0.3689, abs=1e-4))
-    assert event_rate(5, 10) == (5, 10, pytest.approx(0.1623, abs=1e-4), pytest.approx(1.1668, abs=1e-4))
+    assert event_rate(0, 10) == (0.0, pytest.approx(0.3689, abs=1e-4))
+    assert event_rate(5, 10) == (pytest.approx(0.1623, abs=1e-4), pytest.approx(1.1668, abs=1e-4))
 
 
 def test_losses_of_corrupted_batches_do_not_count_as_reached(everything):

@@ -6,12 +6,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from experiments.paper.claims import SUPPORTED, judge_claims
 from experiments.paper.collect import RunCollection
-from experiments.paper.distributions import WindowError, draw_distributions, norm_windows
+from experiments.paper.distributions import draw_distributions, norm_windows
 from experiments.paper.drawing import smooth
-from experiments.paper.figures import FIGURES, draw
-from experiments.paper.report import Provenance, report, verdicts_markdown
+from experiments.paper.figures import FIGURES
+from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.suites import FIGURE_RUNS, STRATEGIES, TABLES
 from experiments.paper.tables import fill_table, markdown
 from scripts.paper_runs import figure3
@@ -20,16 +21,17 @@ from tests.experiments.conftest import SEEDS
 
 def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
     for table in TABLES.values():
-        for row, cells in zip(table.rows, fill_table(table, everything).cells, strict=True):
+        for label, cells in zip(table.rows, fill_table(table, everything).cells, strict=True):
             for column, cell in zip(table.columns, cells, strict=True):
-                assert len(cell.values) == 3, (table.name, row.label, column.header)
-    figures = {name: draw(name, everything) for name in FIGURES}
+                assert len(cell.values) == 3, (table.name, label, column.header)
+    figures = {name: FIGURES[name](everything) for name in FIGURES}
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=30)
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
     verdicts = judge_claims(everything)
-    provenance = Provenance("micro", ["make it so"], "Made today.")
-    page = report(everything, verdicts, list(TABLES.values()), figures, ["figure99"], provenance)
+    page = report(
+        everything, verdicts, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today."
+    )
     assert page.count("data:image/svg+xml;base64,") == len(FIGURES) and "figure99" in page
     assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
@@ -50,21 +52,21 @@ def test_captions_name_missing_runs(everything):
 
 
 def caption(name: str, collection: RunCollection) -> str:
-    figure = draw(name, collection)
+    figure = FIGURES[name](collection)
     plt.close(figure)
     return figure.get_supxlabel()
 
 
 def test_losses_are_compared_seed_by_seed(everything):
     """ZClip's five steps after a corrupted batch are 0.05, 0.055 and 0.06 higher, no clipping's 0.8, 0.88 and 0.96."""
-    losses, minus = draw("table3", everything).axes
+    losses, minus = FIGURES["table3"](everything).axes
     assert [line.get_label() for line in losses.lines[:4]] == list(STRATEGIES)
     zclip = next(line for line in minus.lines if line.get_label() == "ZClip")
     step, difference = zclip.get_data()
     assert difference[step == 83] == pytest.approx(0.055 - 0.88) and difference[step == 70] == pytest.approx(0)
     band = np.concatenate([path.vertices for path in minus.collections[-1].get_paths()])
     assert sorted(set(band[band[:, 0] == 83][:, 1].round(3))) == [-0.9, -0.75]
-    assert len(draw("figure2", everything).axes) == 1, "with nothing to compare"
+    assert len(FIGURES["figure2"](everything).axes) == 1, "with nothing to compare"
 
 
 def drawn(axes, label: str) -> np.ndarray:
@@ -76,11 +78,11 @@ def column(collection: RunCollection, spec, name: str) -> np.ndarray:
 
 
 def test_figures_show_norms_before_and_after_clipping(everything):
-    before, after = draw("figure7", everything).axes
+    before, after = FIGURES["figure7"](everything).axes
     zclip = FIGURE_RUNS["figure7"]["ZClip"]
     assert np.allclose(drawn(before, "norm before"), column(everything, zclip, "grad_norm"))
     assert np.allclose(drawn(after, "norm after"), column(everything, zclip, "clipped_norm"))
-    axes = draw("figure5", everything).axes
+    axes = FIGURES["figure5"](everything).axes
     assert [ax.get_ylabel() for ax in axes[::3]] == [f"learning rate {rate}" for rate in ("5e-3", "3e-3", "1e-3")]
     for row, rate in enumerate(("5e-3", "3e-3", "1e-3")):
         for label in ("Fixed 1.0", "ZClip"):
@@ -90,7 +92,7 @@ def test_figures_show_norms_before_and_after_clipping(everything):
 
 
 def test_statistics_are_drawn_after_warm_up(everything):
-    mean, std = draw("ema", everything).axes
+    mean, std = FIGURES["ema"](everything).axes
     for ax, value in ((mean, 0.4), (std, 0.1)):
         line = drawn(ax, "alpha 0.97")
         assert np.isnan(line[:25]).all() and np.allclose(line[25:], value)
@@ -98,7 +100,7 @@ def test_statistics_are_drawn_after_warm_up(everything):
 
 def test_spike_lab_shows_the_loss_minus_the_baseline_runs(everything):
     """Fixed clipping's five steps after a corrupted batch are 0.3, 0.33 and 0.36 above."""
-    axes = {ax.get_title(): ax for ax in draw("spike_lab", everything).axes}
+    axes = {ax.get_title(): ax for ax in FIGURES["spike_lab"](everything).axes}
     _, above = axes["Fixed 1.0"].lines[0].get_data()
     assert above[82] == pytest.approx(0.33) and above[70] == pytest.approx(0) and len(axes) == 10
 
@@ -114,17 +116,17 @@ def test_figure_4_labels_when_zclip_reaches_the_loss(everything):
         for (spec, seed), run in everything.runs.items()
     }
     faster = everything._replace(runs=runs)
-    labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in FIGURES["figure4"](faster).axes[0].get_legend().get_texts()]
     assert "ZClip reaches it with 52% fewer tokens" in labels and "corrupted batch" in labels
     for diverged, label in (
         ((zclip, 0), "ZClip does not reach it with 1 of 3 seeds"),
         ((fixed, 1), "fixed clipping has diverged"),
     ):
-        figure = draw("figure4", faster._replace(diverged={diverged}))
+        figure = FIGURES["figure4"](faster._replace(diverged={diverged}))
         labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert label in labels, "like the verdict"
     runs[fixed, 1] = runs[fixed, 1]._replace(metrics={**runs[fixed, 1].metrics, "loss": np.full(140, np.nan)})
-    labels = [text.get_text() for text in draw("figure4", faster).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in FIGURES["figure4"](faster).axes[0].get_legend().get_texts()]
     assert "fixed clipping has diverged" in labels
 
 
@@ -132,9 +134,9 @@ def test_labels_name_the_number_of_seeds_if_it_differs(everything):
     modified = everything._replace(
         runs={key: run for key, run in everything.runs.items() if key != (STRATEGIES["ZClip"], 1)}
     )
-    losses, _ = draw("table3", modified).axes
+    losses, _ = FIGURES["table3"](modified).axes
     assert [line.get_label() for line in losses.lines[2:4]] == ["AutoClip", "ZClip (2 of 3 seeds)"]
-    assert "ZClip (2 of 3 seeds)" in [line.get_label() for line in draw("figure5", modified).axes[-1].lines]
+    assert "ZClip (2 of 3 seeds)" in [line.get_label() for line in FIGURES["figure5"](modified).axes[-1].lines]
 
 
 def test_figure_3_shows_the_strategies_clipping_functions():
@@ -146,7 +148,7 @@ def test_figure_3_shows_the_strategies_clipping_functions():
 
 
 def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything):
-    axes = draw("figure9", everything).axes
+    axes = FIGURES["figure9"](everything).axes
     assert [ax.get_ylabel() for ax in axes[::4]] == ["steps 50 to 99\ndensity", "steps 100 to 140\ndensity"]
     baseline = everything.runs[FIGURE_RUNS["figure9"]["ZClip"], 0]
     assert not baseline.config["data"]["corruption"]["steps"]
@@ -164,7 +166,7 @@ def test_diverged_runs_are_drawn_up_to_divergence(everything, tmp_path):
         modified[key] = run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
     collection = everything._replace(runs=modified, diverged=set(modified))
     for name in FIGURES:
-        draw(name, collection).savefig(tmp_path / f"{name}.png", dpi=30)
+        FIGURES[name](collection).savefig(tmp_path / f"{name}.png", dpi=30)
     table3 = markdown(fill_table(TABLES["table3"], collection))
     assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
     assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(collection).values()][2:7])
@@ -181,7 +183,7 @@ def test_figure_9_has_the_papers_windows_in_a_run_of_its_length(everything):
     ("window", "message"), [((50, 400), "the run has 140 steps"), ((79, 80), "it has 2 norms, and 3 are needed")]
 )
 def test_windows_that_do_not_fit_are_rejected(window, message, everything):
-    with pytest.raises(WindowError, match=rf"windows=\[\[{window[0]},{window[1]}\]\] is not allowed: {message}"):
+    with pytest.raises(UserError, match=rf"windows=\[\[{window[0]},{window[1]}\]\] is not allowed: {message}"):
         draw_distributions(everything, [window])
 
 

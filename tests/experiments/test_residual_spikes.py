@@ -4,8 +4,9 @@ import numpy as np
 
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim
 from experiments.paper.collect import RunCollection
+from experiments.paper.suites import RATES, SPIKE_LAB
 from tests.experiments.conftest import SEEDS
-from tests.experiments.modified_runs import LAB, RATES, with_excess_loss, with_loss, without
+from tests.experiments.modified_runs import with_excess_loss, with_loss, without
 
 LEAVES, REMOVES = [*CLAIMS][:2]
 
@@ -61,7 +62,7 @@ def test_fixed_clipping_leaves_spikes(everything):
     assert judge_claim(little, LEAVES).outcome == NOT_SUPPORTED, "that is what the lost batches cost"
     assert judge_claim(little, REMOVES).outcome == NOT_TESTABLE, "nothing for sure"
     assert judge_claim(without(everything, (RATES[5e-3]["fixed"], 1)), LEAVES).outcome == SUPPORTED, "by the lab"
-    gone = without(clean, *((LAB["Fixed 1.0"]["corrupted"], seed) for seed in SEEDS))
+    gone = without(clean, *((SPIKE_LAB["Fixed 1.0"]["corrupted"], seed) for seed in SEEDS))
     verdict = judge_claim(gone, LEAVES)
     assert (
         verdict.outcome == NOT_TESTABLE and "loss after corrupted batches: it needs three seeds" in verdict.evidence[1]
@@ -71,17 +72,17 @@ def test_fixed_clipping_leaves_spikes(everything):
     assert "spikes over all learning rates: it needs three seeds" in judge_claim(fewer, LEAVES).evidence[0]
     some = without(with_spikes(clean, "fixed", [35, 35, 35]), (RATES[5e-3]["fixed"], 1))
     assert judge_claim(some, LEAVES).outcome == NOT_TESTABLE, "two seeds have all learning rates"
-    alone = without(clean, (LAB["Fixed 1.0"]["corrupted"], 0), *((RATES[5e-3]["fixed"], seed) for seed in (0, 1)))
+    alone = without(clean, (SPIKE_LAB["Fixed 1.0"]["corrupted"], 0), *((RATES[5e-3]["fixed"], seed) for seed in (0, 1)))
     alone = alone._replace(diverged={(RATES[5e-3]["fixed"], 2)})
     assert judge_claim(alone, LEAVES).outcome == NOT_TESTABLE, "one run that diverged is no three seeds"
-    alone = without(clean, *((LAB["Fixed 1.0"]["baseline"], seed) for seed in (0, 1)))
-    verdict = judge_claim(alone._replace(diverged={(LAB["Fixed 1.0"]["baseline"], 2)}), LEAVES)
+    alone = without(clean, *((SPIKE_LAB["Fixed 1.0"]["baseline"], seed) for seed in (0, 1)))
+    verdict = judge_claim(alone._replace(diverged={(SPIKE_LAB["Fixed 1.0"]["baseline"], 2)}), LEAVES)
     assert verdict.outcome == NOT_TESTABLE and "corruption.steps=[] seed=2" in verdict.evidence[1], "but it is named"
 
 
 def test_diverged_fixed_clipping_leaves_spikes(everything):
     clean = with_excess_loss(everything, "Fixed 1.0", [0.0, 0.0, 0.0])
-    bad = LAB["Fixed 1.0"]["corrupted"]
+    bad = SPIKE_LAB["Fixed 1.0"]["corrupted"]
     for many, gone in (
         (1, clean._replace(diverged={(bad, 1)})),
         (1, with_loss(clean, {bad: lambda seed, steps, own: np.where((steps == 83) & (seed == 2), np.nan, own)})),
@@ -93,7 +94,7 @@ def test_diverged_fixed_clipping_leaves_spikes(everything):
     for at in (30, 79):
         odd = {bad: lambda seed, steps, own, at=at: np.where((steps == at) & (seed == 2), np.nan, own)}
         assert "diverged, or" not in judge_claim(with_loss(clean, odd), LEAVES).evidence[0], "before, or at a bad batch"
-    calm = LAB["Fixed 1.0"]["baseline"]
+    calm = SPIKE_LAB["Fixed 1.0"]["baseline"]
     assert not everything.runs[calm, 0].config["data"]["corruption"]["steps"]
     odd = with_loss(clean, {calm: lambda seed, steps, own: np.where((steps == 112) & (seed == 2), np.nan, own)})
     verdict = judge_claim(odd, LEAVES)
@@ -131,7 +132,7 @@ def test_zclip_removes_spikes_if_the_rest_is_certainly_small(everything):
     assert judge_claim(
         without(with_excess_loss(everything, "ZClip", [0.5] * 3), (RATES[5e-3]["zclip"], 0)), REMOVES
     ).outcome == (NOT_SUPPORTED), "the lab shows that some are left"
-    verdict = judge_claim(without(clean, (LAB["ZClip"]["corrupted"], 0)), REMOVES)
+    verdict = judge_claim(without(clean, (SPIKE_LAB["ZClip"]["corrupted"], 0)), REMOVES)
     assert verdict.outcome == NOT_TESTABLE
     assert "that loss, ZClip minus Fixed 1.0: -" in judge_claim(clean, REMOVES).evidence[2]
     only_by_spikes = with_excess_loss(with_spikes(clean, "fixed", [9, 9, 9]), "Fixed 1.0", [0.0, 0.0, 0.0])
@@ -153,7 +154,7 @@ def test_dips_are_subtracted_from_spikes(everything):
 
 def test_removal_is_not_testable_without_spikes(everything):
     calm = everything
-    for label in LAB:
+    for label in SPIKE_LAB:
         calm = with_excess_loss(calm, label, [0.0, 0.0, 0.0])
     verdict = judge_claim(calm, REMOVES)
     assert verdict.evidence == ["it is not shown that fixed clipping leaves any spikes that could be removed"]
@@ -162,13 +163,13 @@ def test_removal_is_not_testable_without_spikes(everything):
 
 def test_diverged_zclip_removes_no_spikes(everything):
     clean = with_excess_loss(everything, "ZClip", [0.0, 0.0, 0.0])
-    bad = LAB["ZClip"]["corrupted"]
+    bad = SPIKE_LAB["ZClip"]["corrupted"]
     for spec in (bad, RATES[5e-3]["zclip"]):
         verdict = judge_claim(clean._replace(diverged={(spec, 2)}), REMOVES)
         assert verdict.outcome == NOT_SUPPORTED and "not finite: clip=zclip" in verdict.evidence[0], verdict
     verdict = judge_claim(clean._replace(diverged={(RATES[5e-3]["fixed"], 1)}), REMOVES)
     assert verdict.outcome == SUPPORTED, "fixed clipping is worse still"
-    verdict = judge_claim(clean._replace(diverged={(LAB["ZClip"]["baseline"], 1)}), REMOVES)
+    verdict = judge_claim(clean._replace(diverged={(SPIKE_LAB["ZClip"]["baseline"], 1)}), REMOVES)
     assert verdict.outcome == NOT_SUPPORTED and "corruption.steps=[] seed=1" in verdict.evidence[0]
     assert "required run has diverged" in verdict.evidence[3], "and is no measure"
     for diverged, nans in ((None, [83]), ({(bad, 2)}, range(83, 140))):

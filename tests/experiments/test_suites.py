@@ -34,12 +34,12 @@ def test_declarations_are_complete():
     assert {*TABLES, *FIGURE_RUNS} < {*SUITES} and all(SUITES.values())
     for name, rows in paper_numbers().items():
         table = TABLES[name]
-        assert set(rows) == {row.label for row in table.rows}
+        assert set(rows) == {*table.rows}
         headers = {column.header for column in table.columns}
         assert all(set(numbers) <= headers for numbers in rows.values())
     for table in TABLES.values():
         assert all(column.measure in MEASURES for column in table.columns)
-        assert all(column.group in row.specs for row in table.rows for column in table.columns)
+        assert all(column.group in specs for specs in table.rows.values() for column in table.columns)
     clip = OmegaConf.load(CHECKOUT / "configs" / "clip" / "zclip.yaml")
     assert {key: clip[key] for key in ZCLIP_DEFAULTS} == ZCLIP_DEFAULTS, (
         "what is not set on top is what the option sets"
