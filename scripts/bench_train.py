@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
@@ -63,8 +63,8 @@ class BenchTrainConfig(Settings):
     """Tokens per sequence."""
     batch: Count = 8 if GPU else 16
     """Sequences per optimizer step."""
-    steps: Count = 20 if GPU else 5
-    """Optimizer steps per round, a multiple of `LOG_EVERY`."""
+    steps: Annotated[int, Field(ge=1, multiple_of=LOG_EVERY), Allowed(f"a multiple of {LOG_EVERY}")] = 20 if GPU else 5
+    """Optimizer steps per round."""
     rounds: Count = 5 if GPU else 25
     """Rounds of each contender."""
     only: Annotated[
@@ -80,8 +80,6 @@ class BenchTrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "BenchTrainConfig":
-        if self.steps % LOG_EVERY:
-            raise ConfigError("steps", self.steps, f"a multiple of {LOG_EVERY}")
         if not self.contenders:
             raise ConfigError("only", ",".join(self.only), problem="is not possible with peers=none: they are peers")
         return self
@@ -116,9 +114,7 @@ class Contender:
                 )
             if not self._read_report():
                 return
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         if report := self._read_report():
             self.rounds.append(report)
         if GPU:
@@ -133,7 +129,6 @@ class Contender:
 
     def _read_report(self) -> dict[str, float] | None:
         """Return the next report of the process; `None` if it failed, with the reason in `failure`."""
-        assert self.process is not None and self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
         lines = self.log.read_text().strip().splitlines()
@@ -199,7 +194,6 @@ def specification(config: BenchTrainConfig, folder: Path, console: Console) -> d
         "device": DEVICE,
         "lr": run.lr,
         "log_every": LOG_EVERY,
-        "batches": str(folder / "batches.npy"),
         "folder": str(folder),
         "model": run.model.shape,
         "parameters": run.model.parameters,

@@ -60,7 +60,7 @@ def resident_peak() -> int:
 
 def batches(spec: dict[str, Any]) -> Iterator[Tensor]:
     """Yield int64 tokens of shape (batch, length + 1) on the device, for ever."""
-    for batch in itertools.cycle(np.load(spec["batches"], mmap_mode="r")):
+    for batch in itertools.cycle(np.load(Path(spec["folder"], "batches.npy"), mmap_mode="r")):
         tokens = torch.from_numpy(batch.astype(np.int64))
         yield tokens.pin_memory().to("cuda", non_blocking=True) if spec["device"] == "cuda" else tokens
 

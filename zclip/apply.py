@@ -74,8 +74,8 @@ def supports_fused_scaling(optimizer: Optimizer) -> bool:
 class FusedClip:
     """Applies decisions inside the steps of one optimizer that `supports_fused_scaling`. Use `FusedClip.of`.
 
-    The optimizer's attributes are set immediately, not in a hook: an optimizer that is called with a closure runs its
-    pre-hooks first and then the closure, which calls `ClippingStrategy.step`. A GradScaler multiplies its scale into
+    The optimizer's attributes are set immediately, not in a hook. An optimizer that is called with a closure runs its
+    pre-hooks first, and then the closure, which calls `ClippingStrategy.step`. A GradScaler multiplies its scale into
     `grad_scale`, but overwrites `found_inf` just before the step; the pre-hook combines both values.
     """
 

@@ -46,7 +46,7 @@ def decay(field: str, value: T) -> T:
     return require(is_number(value) and 0 <= value < 1, field, value, "a number from 0 to below 1")
 
 
-def count(field: str, value: T, minimum: int = 1, null: str = "") -> T:
+def integer(field: str, value: T, minimum: int = 1, null: str = "") -> T:
     """Return an int from `minimum` to 2**31 - 1; for `null` see `require`."""
     valid = isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**31
     return require(valid, field, value, f"an integer from {minimum}", null)

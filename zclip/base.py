@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zclip.apply import FusedClip, apply_decision, bind_optimizers
-from zclip.arguments import count, one_of, positive
+from zclip.arguments import integer, one_of, positive
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import Parameters, global_norm, local_gradient, parameters_of, statistics_dtype, tensor_norms
@@ -50,9 +50,9 @@ class ClippingStrategy(Statistics):
         on_nonfinite: "skip" (default), "zero" or "raise".
 
             - "skip": the optimizer passed to `step` skips its step, weight decay and momentum included. A fused
-              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. If no optimizer was passed, or
-              one that is not fused on an accelerator, or one that also holds parameters not passed to `step`,
-              gradients are set to zero as with "zero".
+              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. Gradients are set to zero, as
+              with "zero", without an optimizer, for one that is not fused on an accelerator, and for one that also
+              holds parameters not passed to `step`.
             - "zero": gradients are set to zero. Weight decay, momentum and Adam's moments still move the weights.
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
@@ -229,7 +229,7 @@ class ClippingStrategy(Statistics):
 
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
-        count("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
+        integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""

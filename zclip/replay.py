@@ -51,32 +51,21 @@ def replay(
     return ReplayResult(label, list(norms), clipped_norms, max_consecutive)
 
 
-def parse_args(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, list[Any]]]:
-    """Return the options (`clip`, `column`, `out`, and `loss` if it is given) and the values of each other key.
+def parse_args(arguments: Sequence[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` arguments by their keys.
 
     Raises:
-        ValueError: an argument is not `KEY=VALUE`, a key is repeated, or there are too many combinations.
+        ValueError: an argument is not `KEY=VALUE`, or a key is repeated.
     """
-    options = {"clip": "zclip", "column": "grad_norm", "out": "replay.png"}
-    values: dict[str, list[Any]] = {}
-    keys: set[str] = set()
+    values: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
             raise ValueError(f"{argument} is not KEY=VALUE; the file comes first")
-        if key in keys:
+        if key in values:
             raise ValueError(f"{argument} is the second value of {key}: give several as {key}=VALUE,VALUE")
-        keys.add(key)
-        if key in (*options, "loss"):
-            options[key] = value
-        else:
-            values[key] = [_parse_value(part) for part in value.split(",")]
-    count = math.prod(map(len, values.values()))
-    if count > MAX_COMBINATIONS:
-        raise ValueError(
-            f"these are {count:,} combinations of settings: at most {MAX_COMBINATIONS} are replayed at once"
-        )
-    return options, values
+        values[key] = value
+    return values
 
 
 def _parse_value(text: str) -> Any:
@@ -117,20 +106,22 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if help_requested else 2
     file = arguments[1]
     try:
-        options, values = parse_args(arguments[2:])
-        trace = read_trace(Path(file), options["column"], options.get("loss"))
+        values = parse_args(arguments[2:])
+        clip, out = values.pop("clip", "zclip"), values.pop("out", "replay.png")
+        trace = read_trace(Path(file), values.pop("column", "grad_norm"), values.pop("loss", None))
         if not trace.norms:
             raise ValueError(f"{file} has no steps")
-        varied = [key for key, several in values.items() if len(several) > 1]
-        combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-        strategy_class = _strategy_class(options["clip"])
-        try:
-            strategies = [strategy_class(**combination) for combination in combinations]
-        except TypeError as error:
-            raise ValueError(f"clip={options['clip']} does not take these settings: {error}") from error
+        choices = {key: [_parse_value(part) for part in value.split(",")] for key, value in values.items()}
+        varied = [key for key, several in choices.items() if len(several) > 1]
+        count = math.prod(map(len, choices.values()))
+        if count > MAX_COMBINATIONS:
+            allowed = f"at most {MAX_COMBINATIONS} are replayed at once"
+            raise ValueError(f"these are {count:,} combinations of settings: {allowed}")
+        combinations = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
+        strategies = _make_strategies(clip, combinations)
         results = []
         for strategy, combination in zip(strategies, combinations, strict=True):
-            label = " ".join(f"{key}={combination[key]}" for key in varied) or options["clip"]
+            label = " ".join(f"{key}={combination[key]}" for key in varied) or clip
             results.append(replay(strategy, trace.norms, trace.losses, label))
     except (ValueError, FloatingPointError) as error:
         print(f"zclip replay: error: {error}", file=sys.stderr)
@@ -138,7 +129,15 @@ def main(arguments: Sequence[str]) -> int:
     common = [f"{key}={value!r}" for key, value in strategies[0].config().items() if key not in varied]
     print(f"{len(trace.norms)} steps of {file}, {type(strategies[0]).__name__}({', '.join(common)})")
     _print_table(results)
-    return 0 if options["out"] == "none" else _plot(results, trace, options["out"])
+    return 0 if out == "none" else _plot(results, trace, out)
+
+
+def _make_strategies(clip: str, combinations: Sequence[dict[str, Any]]) -> list[ClippingStrategy]:
+    strategy_class = _strategy_class(clip)
+    try:
+        return [strategy_class(**combination) for combination in combinations]
+    except TypeError as error:
+        raise ValueError(f"clip={clip} does not take these settings: {error}") from error
 
 
 def _print_table(results: Sequence[ReplayResult]) -> None:

@@ -6,8 +6,8 @@ Interruptions are spread over the preparation of the text, the steps, the saving
 Each is SIGKILL to the launcher or to one process, or a signal that asks the run to stop. The same command resumes the
 run. Modes are one process and two (FSDP2), with checkpoints saved synchronously and asynchronously.
 
-In the end, the last checkpoint, metrics.jsonl and the test loss must be those of the uninterrupted run bit for bit,
-every step must have one line, and no temporary file may be left. Prints a table; exits with 1 if anything differs.
+In the end, the last checkpoint, metrics.jsonl and the test loss must be those of the uninterrupted run bit for bit. So
+must the names of all files. Prints a table; exits with 1 if anything differs.
 """
 
 from scripts import _entry  # first: it installs the signal handlers

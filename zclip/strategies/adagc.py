@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import count, decay, positive
+from zclip.arguments import decay, integer, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 
@@ -46,15 +46,13 @@ class AdaGC(ClippingStrategy):
         super().__init__(None, **policy)
         self.lambda_rel = positive("lambda_rel", lambda_rel)
         self.beta = decay("beta", beta)
-        self.warmup_steps = count("warmup_steps", warmup_steps)
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
         self.lambda_abs = positive("lambda_abs", lambda_abs)
 
     def initial_state(self, like: Tensor) -> State:
         """Return averages of infinity, which the minimum of the first step replaces."""
-        return {
-            "count": torch.zeros((), dtype=torch.int64, device=like.device),
-            "gamma": torch.full_like(like, torch.inf),
-        }
+        count = torch.zeros((), dtype=torch.int64, device=like.device)
+        return {"count": count, "gamma": torch.full_like(like, torch.inf)}
 
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each tensor."""

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import count, is_number, require
+from zclip.arguments import integer, is_number, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, Decision, GradStats, State
 
@@ -31,7 +31,7 @@ class AutoClip(ClippingStrategy):
         super().__init__(None, **policy)
         valid = is_number(percentile) and 0 <= percentile <= 100
         self.percentile = require(valid, "percentile", percentile, "a number from 0 to 100")
-        self.window = count("window", window, null="for the full history")
+        self.window = integer("window", window, null="for the full history")
         self._steps = 0  # upper bound of the count on the device, known without a device sync
 
     def initial_state(self, like: Tensor) -> State:

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import count, positive
+from zclip.arguments import integer, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 
@@ -35,7 +35,7 @@ class SkipStep(ClippingStrategy):
     def __init__(self, sigma: float = 6.0, window: int = 128, **policy: Unpack[Policy]) -> None:
         super().__init__(None, **policy)
         self.sigma = positive("sigma", sigma)
-        self.window = count("window", window, minimum=2)
+        self.window = integer("window", window, minimum=2)
 
     def initial_state(self, like: Tensor) -> State:
         """Return empty windows."""

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import count, decay, one_of, positive, require
+from zclip.arguments import decay, integer, one_of, positive, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
 
@@ -46,18 +46,18 @@ class ZClip(ClippingStrategy):
     and every step is clipped for ever. After a lasting fall they need hundreds of steps to forget the old level. After
     each block of `recovery_window` norms, the mean and variance are reset to those of the block's unclipped norms in
 
-    - a rise: three quarters of them were spikes;
-    - a fall: their mean and that of the previous block are both below half of the mean of one of the two blocks before
-      these (or of the warm-up), and the standard deviation is above four times the block's.
+    - a rise: three quarters of them were spikes.
+    - a fall: the standard deviation is above four times the block's. The block's mean and that of the previous block
+      are also below half of the mean of one of the two blocks before these (or of the warm-up).
 
-    Neither happens by chance to independent norms without heavy tails. If a fraction p of the steps are spikes, the
-    probability that three quarters of 40 are spikes is below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below
-    1e-6 for p = 0.36 (z_thresh 1.5). The probability that the variance of 40 normal norms is a sixteenth of the true
-    one is below 1e-15. Smaller windows give less of this protection. A decline to less than half within a few blocks,
-    which is common early in training, counts as a fall; so does an outlier in the warm-up. Without either, the
-    decisions are those of the published package.
+    Neither happens by chance to independent norms without heavy tails. Let a fraction p of the steps be spikes. Three
+    quarters of 40 are spikes with a probability below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper), and below 1e-6
+    for p = 0.36 (z_thresh 1.5). The variance of 40 normal norms is a sixteenth of the true one with a probability below
+    1e-15. Smaller windows give less of this protection. A decline to less than half within a few blocks, which is
+    common early in training, counts as a fall; so does an outlier in the warm-up. Without either, the decisions are
+    those of the published package.
 
-    *Near-constant norms.* The standard deviation in z and in the target is at least 1e-4 of the mean, and no step is a
+    *Near-constant norms.* The standard deviation in z and in the target is at least 1e-4 of the mean. No step is a
     spike while the mean is 0.
 
     Args:
@@ -100,13 +100,13 @@ class ZClip(ClippingStrategy):
         self.alpha = decay("alpha", alpha)
         self.z_thresh = positive("z_thresh", z_thresh)
         self.eps = positive("eps", eps)
-        self.warmup_steps = count("warmup_steps", warmup_steps)
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
         self.mode = one_of("mode", mode, MODES)
         self.clip_option = one_of("clip_option", clip_option, CLIP_OPTIONS)
         self.clip_factor = positive("clip_factor", clip_factor)
         skip = skip_update_on_spike
         self.skip_update_on_spike = require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
-        self.recovery_window = count("recovery_window", recovery_window, minimum=8, null="to switch recovery off")
+        self.recovery_window = integer("recovery_window", recovery_window, minimum=8, null="to switch recovery off")
 
     def initial_state(self, like: Tensor) -> State:
         """Return zero counts, means and variances of all norms and of the current block; zero means of three blocks."""
@@ -149,17 +149,8 @@ class ZClip(ClippingStrategy):
         recovered = torch.zeros_like(spike)
         if self.recovery_window is not None:
             recovered = self._recover(self.recovery_window, norm, warm, spike, new, block)
-        return Decision(
-            target=torch.where(spike, target, torch.inf),
-            state=new | block,
-            telemetry={
-                "z": torch.where(warm, z, torch.nan),
-                "mean": mean.clone(),
-                "std": std,
-                "spike": spike,
-                "recovered": recovered,
-            },
-        )
+        telemetry = {"z": torch.where(warm, z, torch.nan), "mean": mean.clone(), "std": std, "spike": spike}
+        return Decision(torch.where(spike, target, torch.inf), new | block, telemetry | {"recovered": recovered})
 
     @staticmethod
     def _recover(window: int, norm: Tensor, warm: Tensor, spike: Tensor, new: State, block: State) -> Tensor:
