@@ -92,7 +92,7 @@ class FusedClip:
     @classmethod
     def cancel_all(cls, owner: object) -> None:
         """Drop the decisions of `owner` that no step has applied."""
-        for instance in cls._instances.values():
+        for instance in list(cls._instances.values()):
             if instance._owner is not None and instance._owner() is owner:
                 instance.clear()
 
