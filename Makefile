@@ -42,7 +42,7 @@ test-slurm: setup ## run the SLURM tests on a cluster started on this machine (D
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
-	$(BIN)/python scripts/crash_test.py $(ARGS)
+	$(BIN)/python -m tests.faults.interrupt_runs $(ARGS)
 
 tables: setup ## write the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
 	$(BIN)/python scripts/make_tables.py $(ARGS)

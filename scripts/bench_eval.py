@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from common.settings import Allowed, Count, Folder, Settings, parse
 from evaluation.language_model import LlamaLM
@@ -26,6 +25,7 @@ from evaluation.scores import score_task
 from evaluation.tasks import load_tasks
 from models import Llama
 from models.hugging_face import export
+from scripts._bench import DEVICE, numbers_table
 from training.checkpoint.load import RunCheckpoint
 from training.runtime.environment import environment
 
@@ -56,20 +56,17 @@ def main(values: _entry.Values) -> None:
     config = parse(BenchEvalConfig, values)
     console = Console(highlight=False)
     warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = RunCheckpoint(Path(config.run), None, console.print)
     tokenizer, weights = checkpoint.tokenizer(), checkpoint.model_state()
-    model = Llama(checkpoint.config).eval().to(device)
+    model = Llama(checkpoint.config).eval().to(DEVICE)
     model.load_state_dict(weights)
-    llama_lm = LlamaLM(model, tokenizer, device)
+    llama_lm = LlamaLM(model, tokenizer, torch.device(DEVICE))
     with tempfile.TemporaryDirectory() as folder:
         export(weights, checkpoint.config, Path(folder), tokenizer.end)
         tokenizer.save(Path(folder))
-        hf_lm = HFLM(pretrained=folder, device=str(device), dtype="float32", batch_size=1)
+        hf_lm = HFLM(pretrained=folder, device=DEVICE, dtype="float32", batch_size=1)
     title = f"{config.limit} items, {checkpoint.config.parameters / 1e6:.1f}M parameters"
-    table = Table(title=title, title_justify="left")
-    for column in ("task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both"):
-        table.add_column(column, justify="right")
+    table = numbers_table(title, "task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both")
     for task in config.tasks:
         loaded = load_tasks(task, [Path(config.data_dir)], 0)
         seconds = {}
@@ -84,8 +81,7 @@ def main(values: _entry.Values) -> None:
             if scores != hf_scores:
                 raise RuntimeError(f"{task}: {scores} is not {hf_scores}")
             ratios.append(hf_seconds / our_seconds)
-        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        size = str(hf_lm.batch_size_per_gpu)
+        rounds, size = ", ".join(f"{ratio:.2f}" for ratio in ratios), str(hf_lm.batch_size_per_gpu)
         table.add_row(task, f"{statistics.median(ratios):.2f}", rounds, size, f"{scores['acc']:.4f}")
     console.print(table)
     machine = environment()
@@ -108,10 +104,8 @@ def measure(model: Any, task: str, loaded: dict[str, Any], items: int) -> tuple[
         return responses
 
     model.loglikelihood = timed
-    try:
-        scores = score_task(model, task, loaded, items, seed=0)
-    finally:
-        del model.loglikelihood
+    scores = score_task(model, task, loaded, items, seed=0)
+    del model.loglikelihood
     return seconds, scores
 
 

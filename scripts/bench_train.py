@@ -1,6 +1,5 @@
 """Training speed compared with other frameworks, on the same model and batches.
 
-    python scripts/bench_train.py [model=micro] [batch=16] [length=128] ...
     make bench-train ARGS="rounds=5 only=ours,bare"
 
 Contenders are `train.py` with ZClip, metrics and all; our model in a bare loop; transformers' LlamaForCausalLM in the
@@ -21,29 +20,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings, parse
 from data import TrainLoader
+from scripts._bench import DEVICE, GPU, device_name, median_seconds, numbers_table
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
 from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 LOG_EVERY = 5
 CONTENDERS = {
     "ours": "train.py, ZClip",
@@ -67,8 +63,8 @@ class BenchTrainConfig(Settings):
     """Tokens per sequence."""
     batch: Count = 8 if GPU else 16
     """Sequences per optimizer step."""
-    steps: Count = 20 if GPU else 5
-    """Optimizer steps per round, a multiple of `LOG_EVERY`."""
+    steps: Annotated[int, Field(ge=1, multiple_of=LOG_EVERY), Allowed(f"a multiple of {LOG_EVERY}")] = 20 if GPU else 5
+    """Optimizer steps per round."""
     rounds: Count = 5 if GPU else 25
     """Rounds of each contender."""
     only: Annotated[
@@ -84,8 +80,6 @@ class BenchTrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "BenchTrainConfig":
-        if self.steps % LOG_EVERY:
-            raise ConfigError("steps", self.steps, f"a multiple of {LOG_EVERY}")
         if not self.contenders:
             raise ConfigError("only", ",".join(self.only), problem="is not possible with peers=none: they are peers")
         return self
@@ -97,44 +91,34 @@ class BenchTrainConfig(Settings):
 
 
 class Contender:
-    """A process that trains, round by round.
+    """A process that trains, round by round."""
 
-    Args:
-        name: key of `CONTENDERS`.
-        compiled: whether the model is compiled.
-        python: interpreter of the process.
-        spec: see `specification`.
-        folder: for its files.
-    """
-
-    def __init__(self, name: str, compiled: bool, python: str, spec: dict[str, Any], folder: Path) -> None:
-        self.name, self.compiled, self.python = name, compiled, python
+    def __init__(self, name: str, compiled: bool, python: str, spec: dict[str, Any]) -> None:
+        self.name, self.compiled = name, compiled
         self.label = f"{name}{'-compiled' if compiled else ''}"
-        self.spec = folder / f"{self.label}.json"
-        self.log = folder / f"{self.label}.log"
+        self.log = Path(spec["folder"], f"{self.label}.log")
+        spec_file = self.log.with_suffix(".json")
         overrides = [*spec["overrides"], f"name={self.label}"]
-        self.spec.write_text(json.dumps(spec | {"compile": compiled, "overrides": overrides}))
+        spec_file.write_text(json.dumps(spec | {"compile": compiled, "overrides": overrides}))
+        self.command = [python, str(WORKER), name, str(spec_file)]
         self.process: subprocess.Popen[str] | None = None
         self.rounds: list[dict[str, float]] = []
         self.failure = ""
 
-    def run_round(self, keep: bool) -> None:
-        """Train for a round, after the warm-up of a new process. The process ends unless `keep` is true."""
+    def run_round(self) -> None:
+        """Train for a round, after the warm-up of a new process."""
         if self.process is None:
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    [self.python, str(WORKER), self.name, str(self.spec)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                )  # fmt: skip
+                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
             if not self._read_report():
                 return
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         if report := self._read_report():
             self.rounds.append(report)
-        if not keep:
-            self.end()
+        if GPU:
+            self.end()  # one process at a time holds the memory
 
     def end(self) -> None:
         """End the process."""
@@ -145,7 +129,6 @@ class Contender:
 
     def _read_report(self) -> dict[str, float] | None:
         """Return the next report of the process; `None` if it failed, with the reason in `failure`."""
-        assert self.process is not None and self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
         lines = self.log.read_text().strip().splitlines()
@@ -160,18 +143,17 @@ def main(values: _entry.Values) -> None:
     config = parse(BenchTrainConfig, values)
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        spec = specification(config, folder, console)
-        python = sys.executable
-        if set(PEERS) & set(config.contenders):
-            python = config.peers or peers_python(console)
+        spec = specification(config, Path(temporary), console)
+        pythons = dict.fromkeys(config.contenders, sys.executable)
+        if peers := set(PEERS) & pythons.keys():
+            pythons |= dict.fromkeys(peers, config.peers or peers_python(console))
         contenders = [
-            Contender(name, compiled, python if name in PEERS else sys.executable, spec, folder)
+            Contender(name, compiled, python, spec)
             for compiled in ([False, True] if config.compile is None else [config.compile])
-            for name in config.contenders
+            for name, python in pythons.items()
         ]
-        matmul_rate = run_rounds(contenders, config.rounds)
-    print_results(config, spec, contenders, matmul_rate, console)
+        rate = run_rounds(contenders, config.rounds)
+    print_results(config, spec, contenders, rate, console)
 
 
 def run_rounds(contenders: list[Contender], rounds: int) -> float:
@@ -181,12 +163,12 @@ def run_rounds(contenders: list[Contender], rounds: int) -> float:
         bar = progress.add_task("", total=rounds * len(contenders))
         try:
             for turn in range(rounds):
-                rates.append(time_matmul())
+                rates.append(matmul_rate())
                 first = turn % len(contenders)
                 for contender in contenders[first:] + contenders[:first]:
                     progress.update(bar, description=contender.label, advance=1)
                     if not contender.failure:
-                        contender.run_round(keep=not GPU)
+                        contender.run_round()
         finally:
             for contender in contenders:
                 contender.end()
@@ -208,14 +190,10 @@ def specification(config: BenchTrainConfig, folder: Path, console: Console) -> d
     sequences = training_sequences(run, tokens)
     loader = TrainLoader(sequences, tokens.fingerprint, 50, config.batch, config.batch)
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
-    return {
+    return config.model_dump(include={"steps", "batch", "length"}) | {
         "device": DEVICE,
-        "steps": config.steps,
-        "batch": config.batch,
-        "length": config.length,
         "lr": run.lr,
         "log_every": LOG_EVERY,
-        "batches": str(folder / "batches.npy"),
         "folder": str(folder),
         "model": run.model.shape,
         "parameters": run.model.parameters,
@@ -242,68 +220,45 @@ def peers_python(console: Console) -> str:
     return str(python)
 
 
-def time_matmul() -> float:
+def matmul_rate() -> float:
     """Return the FLOP/s of a large matrix product, in the dtype of the training."""
     n = 8192 if GPU else 1024
     x = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
-    times = []
-    for _ in range(10):
-        if GPU:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        x @ x
-        if GPU:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(times)
+    return 2 * n**3 / median_seconds({"product": lambda: x @ x}, rounds=10)["product"]
 
 
 def print_results(
-    config: BenchTrainConfig, spec: dict[str, Any], contenders: list[Contender], matmul_rate: float, console: Console
+    config: BenchTrainConfig, spec: dict[str, Any], contenders: list[Contender], rate: float, console: Console
 ) -> None:
-    """Print a table of the eager contenders, and one of the compiled ones.
-
-    Args:
-        config: settings of the command line.
-        spec: see `specification`.
-        contenders: with their rounds.
-        matmul_rate: FLOP/s of a matrix product.
-        console: prints the tables.
-    """
+    """Print a table of the eager contenders, and one of the compiled ones; `rate` is that of a matrix product."""
     tokens = config.steps * config.batch * config.length
-    device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    setup = f"{spec['parameters'] / 1e6:.1f}M parameters, {config.batch} x {config.length} tokens, {device}"
+    setup = f"{spec['parameters'] / 1e6:.1f}M parameters, {config.batch} x {config.length} tokens, {device_name()}"
     for compiled in (False, True):
         group = [contender for contender in contenders if contender.compiled == compiled]
         if not group:
             continue
-        title = f"{setup}, torch {torch.__version__}, {'compiled' if compiled else 'eager'}"
-        table = Table(title=title, title_justify="left")
         first = {"ours": "train.py"}.get(group[0].name, group[0].name)
+        title = f"{setup}, torch {torch.__version__}, {'compiled' if compiled else 'eager'}"
         columns = ("", "tokens/s", f"{first} over it (rounds)", "of matmul", *(["MFU"] if spec["peak"] else []))
-        for column in (*columns, "GiB", "loss"):
-            table.add_column(column, justify="right" if column else "left")
-        reference = group[0].rounds
+        table = numbers_table(title, *columns, "GiB", "loss")
         for contender in group:
             if contender.failure:
                 table.add_row(CONTENDERS[contender.name], contender.failure)
                 continue
             speed = tokens / statistics.median(r["seconds"] for r in contender.rounds)
-            ratios = [r["seconds"] / o["seconds"] for r, o in zip(contender.rounds, reference, strict=False)]
+            ratios = [r["seconds"] / o["seconds"] for r, o in zip(contender.rounds, group[0].rounds, strict=False)]
             compared = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
             table.add_row(
                 CONTENDERS[contender.name],
                 f"{speed:,.0f}",
                 compared,
-                f"{speed * spec['flops'] / matmul_rate:.0%}",
+                f"{speed * spec['flops'] / rate:.0%}",
                 *([f"{speed / spec['peak']:.1%}"] if spec["peak"] else []),
                 f"{contender.rounds[-1]['memory'] / 2**30:.1f}",
                 f"{contender.rounds[-1]['loss']:.2f}",
             )
         console.print(table)
-    console.print(
-        f"matrix product: {matmul_rate / 1e12:.2f}e12 FLOP/s; model: {spec['flops'] / 1e9:.3f}e9 FLOPs per token"
-    )
+    console.print(f"matrix product: {rate / 1e12:.2f}e12 FLOP/s; model: {spec['flops'] / 1e9:.3f}e9 FLOPs per token")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ warmed up. For each line that it then reads, it trains for a round and prints ho
 numpy it imports its own libraries only, so peers run in an environment without this project.
 """
 
+import itertools
 import json
 import os
 import re
@@ -24,16 +25,11 @@ sys.path[0] = str(Path(__file__).parent.parent)
 
 
 class Rounds:
-    """Pauses a training loop between rounds, and reports how long each took.
+    """Pauses a training loop between rounds, and reports how long each took. The first round is the warm-up."""
 
-    Args:
-        steps: steps of a round, and of the warm-up before the first.
-        device: cpu or cuda; a round ends when it has finished.
-    """
-
-    def __init__(self, steps: int, device: str) -> None:
-        self.steps = steps
-        self.device = device
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.steps = spec["steps"]
+        self.on_gpu = spec["device"] == "cuda"
         self.reports = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # output of libraries goes to the log
         self.steps_done = 0
@@ -45,14 +41,11 @@ class Rounds:
         if self.steps_done % self.steps:
             return
         loss = float(loss)
-        if self.device == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = resident_peak()
         seconds = time.perf_counter() - self._round_began
-        self.reports.write(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}) + "\n")
-        self.reports.flush()
+        memory = torch.cuda.max_memory_allocated() if self.on_gpu else resident_peak()
+        print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}), file=self.reports, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
         self._round_began = time.perf_counter()
@@ -67,16 +60,14 @@ def resident_peak() -> int:
 
 def batches(spec: dict[str, Any]) -> Iterator[Tensor]:
     """Yield int64 tokens of shape (batch, length + 1) on the device, for ever."""
-    stored = np.load(spec["batches"], mmap_mode="r")
-    while True:
-        for batch in stored:
-            tokens = torch.from_numpy(batch.astype(np.int64))
-            yield tokens.pin_memory().to("cuda", non_blocking=True) if spec["device"] == "cuda" else tokens
+    for batch in itertools.cycle(np.load(Path(spec["folder"], "batches.npy"), mmap_mode="r")):
+        tokens = torch.from_numpy(batch.astype(np.int64))
+        yield tokens.pin_memory().to("cuda", non_blocking=True) if spec["device"] == "cuda" else tokens
 
 
 def plain_loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], spec: dict[str, Any]) -> None:
     """Train with the model and AdamW alone, until the process ends."""
-    rounds = Rounds(spec["steps"], spec["device"])
+    rounds = Rounds(spec)
     model.train().to(spec["device"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], fused=True)
     mixed = torch.autocast("cuda", torch.bfloat16) if spec["device"] == "cuda" else nullcontext()
@@ -100,7 +91,7 @@ def ours(spec: dict[str, Any]) -> None:
     from training.run import prepare_tokens, train
     from training.run_dir import RunDir
 
-    rounds = Rounds(spec["steps"], spec["device"])
+    rounds = Rounds(spec)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = load_config(compose("train", [*spec["overrides"], f"trainer.compile={str(spec['compile']).lower()}"]))
     check(config, run_path(config))
@@ -142,7 +133,7 @@ def litgpt(spec: dict[str, Any]) -> None:
     from litgpt.model import GPT
     from litgpt.pretrain import fit, initialize_weights
 
-    rounds, shape = Rounds(spec["steps"], spec["device"]), spec["model"]
+    rounds, shape = Rounds(spec), spec["model"]
     config = Config(
         block_size=spec["length"], n_layer=shape["num_hidden_layers"], n_embd=shape["hidden_size"],
         vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"], norm_class_name="RMSNorm",

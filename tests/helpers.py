@@ -113,6 +113,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def final_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
     """Return the newest checkpoint, the metrics without times and memory, and the test loss of the only run."""
+    from training.checkpoint.format import load_full
+
     path = only_run(folder)
     newest = max((path / "checkpoints").glob("step-*.ckpt"))
     rows = read_jsonl(path / "metrics.jsonl")
@@ -120,7 +122,7 @@ def final_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], flo
         for name in [name for name in row if name.endswith("_seconds")] + ["tokens_per_second", "peak_memory_gib"]:
             assert row.pop(name) >= 0
     result = json.loads((path / "result.json").read_text())
-    return torch.load(newest, weights_only=False), rows, result["test_loss"]
+    return load_full(newest), rows, result["test_loss"]
 
 
 def same(a: Any, b: Any) -> bool:

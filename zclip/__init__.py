@@ -20,9 +20,8 @@ from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.strategies.adagc import AdaGC
 from zclip.strategies.agc import AGC
 from zclip.strategies.autoclip import AutoClip
-from zclip.strategies.fixed_norm import FixedNorm
+from zclip.strategies.fixed_norm import FixedNorm, NoClipping
 from zclip.strategies.gradient_stabilizer import GradientStabilizer
-from zclip.strategies.no_clipping import NoClipping
 from zclip.strategies.skip_step import SkipStep
 from zclip.strategies.zclip import ZClip
 

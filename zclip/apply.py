@@ -9,13 +9,14 @@ fused multiplication always runs.
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zclip.decision import GradStats
 from zclip.norm import Shard
 
 #: Packages whose optimizer wrappers pass gradients to their `optimizer` unchanged; other wrappers may read them first.
@@ -23,12 +24,9 @@ WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
 def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zero: Tensor) -> None:
-    """Multiply gradients in place; where `zero` is true set them to zero, NaN and infinity included.
+    """Multiply gradients in place by one 0-dim coefficient, or by one tensor each that broadcasts to the gradient.
 
-    Args:
-        gradients: n local tensors, any floating dtypes.
-        coefficients: 0-dim for all, or n tensors that broadcast to the gradients.
-        zero: 0-dim bool.
+    Where `zero` is true, all become zero, NaN and infinity included.
     """
     if all(tensor.device.type == "cpu" for tensor in (zero, *gradients)):
         if zero:
@@ -73,18 +71,11 @@ def supports_fused_scaling(optimizer: Optimizer) -> bool:
     return all(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in momentum)
 
 
-def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer inside the wrappers of Accelerate and Lightning."""
-    while type(optimizer).__module__.split(".")[0] in WRAPPERS:
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    return optimizer
-
-
 class FusedClip:
     """Applies decisions inside the steps of one optimizer that `supports_fused_scaling`. Use `FusedClip.of`.
 
-    The optimizer's attributes are set immediately, not in a hook: an optimizer that is called with a closure runs its
-    pre-hooks first and then the closure, which calls `ClippingStrategy.step`. A GradScaler multiplies its scale into
+    The optimizer's attributes are set immediately, not in a hook. An optimizer that is called with a closure runs its
+    pre-hooks first, and then the closure, which calls `ClippingStrategy.step`. A GradScaler multiplies its scale into
     `grad_scale`, but overwrites `found_inf` just before the step; the pre-hook combines both values.
     """
 
@@ -98,33 +89,30 @@ class FusedClip:
             instance = cls._instances[optimizer] = cls(optimizer)
         return instance
 
+    @classmethod
+    def cancel_all(cls, owner: object) -> None:
+        """Drop the decisions of `owner` that no step has applied."""
+        for instance in list(cls._instances.values()):
+            if instance._owner is not None and instance._owner() is owner:
+                instance.clear()
+
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._owner: weakref.ref[object] | None = None
+        self._owner: weakref.ref[object] | None = None  # the strategy that makes the decision
         self._attributes: dict[str, Tensor] = {}
-        self._uses_scaler = False
         optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_step_post_hook(lambda *_: self.clear())
 
     def reserve(self, owner: object) -> None:
-        """Reserve the optimizer's next step for a decision of `owner`; drop that of an owner that was deleted.
-
-        Raises:
-            ValueError: a decision of another strategy waits for this step.
-        """
-        previous = self._owner() if self._owner is not None else None
-        if self._attributes and previous is not None and previous is not owner:
+        """Reserve the optimizer's next step for a decision of `owner`; drop that of an owner that was deleted."""
+        previous = self._owner and self._owner()
+        if self._attributes and previous is not None:
             raise ValueError("two strategies clip for one optimizer's step: give the optimizer to one of them only")
         self.clear()
         self._owner = weakref.ref(owner)
 
     def set(self, coefficient: Tensor | None, skip: Tensor) -> None:
-        """Make the optimizer's next step scale the gradients, or skip.
-
-        Args:
-            coefficient: 0-dim; `None`: the gradients are scaled in place.
-            skip: 0-dim bool, whether to skip the step.
-        """
+        """Make the optimizer's next step skip, or scale the gradients unless they are scaled in place (`None`)."""
         on_cpu = skip.device.type == "cpu"  # only then the host can read values, and set nothing if nothing is to do
         if coefficient is not None and not (on_cpu and coefficient == 1):
             self._attributes["grad_scale"] = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)
@@ -132,11 +120,6 @@ class FusedClip:
             self._attributes["found_inf"] = skip.to(torch.float32)
         for name, value in self._attributes.items():
             setattr(self._optimizer(), name, value)
-
-    def cancel(self, owner: object) -> None:
-        """Drop a decision of `owner` that no step has applied."""
-        if self._owner is not None and self._owner() is owner:
-            self.clear()
 
     def clear(self) -> None:
         """Drop the decision."""
@@ -148,60 +131,46 @@ class FusedClip:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         own, current = self._attributes.get("found_inf"), getattr(optimizer, "found_inf", None)
-        self._uses_scaler = current is not None and current is not own
-        if self._uses_scaler and own is not None:
-            optimizer.found_inf = torch.maximum(own, current.to(own))  # type: ignore[union-attr]
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._uses_scaler:
+        if current is not None and current is not own:
+            if own is not None:
+                optimizer.found_inf = torch.maximum(own, current.to(own))
             self._attributes, self._owner = {}, None  # a GradScaler deletes both attributes itself
-        else:
-            self.clear()
 
 
-class OptimizerTarget(NamedTuple):
-    """An optimizer that a decision is applied to.
-
-    Attributes:
-        parameters: all of its parameters.
-        fused_clip: applies the decision inside its step; `None`: the decision is applied to the gradients.
-    """
-
-    parameters: list[Tensor]
-    fused_clip: FusedClip | None
+#: All parameters of an optimizer, and what applies a decision inside its step; `None`: gradients are scaled in place.
+Target = tuple[list[Tensor], FusedClip | None]
 
 
-def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], owner: object) -> list[OptimizerTarget]:
+def bind_optimizers(
+    optimizer: Optimizer | Iterable[Optimizer] | None, shards: Sequence[Shard], owner: object
+) -> list[Target]:
     """Return the optimizers whose trainable parameters are all among the shards', and reserve their next steps.
 
-    An optimizer is fused only if no other optimizer holds its parameters: both would scale their gradients.
-
-    Args:
-        optimizers: distinct and unwrapped.
-        shards: the parameters that are clipped.
-        owner: the strategy, which must outlive its decision.
+    An optimizer is fused only if no other optimizer holds its parameters: both would scale their gradients. `owner` is
+    the strategy, which must outlive its decision.
 
     Raises:
-        TypeError: one of `optimizers` is not an optimizer.
+        TypeError: one of the optimizers is something else.
         ValueError: a decision of another strategy waits for the step of one of them.
     """
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer= takes an optimizer, or several, not {type(optimizer).__name__}")
     clipped = {id(shard.parameter) for shard in shards}
-    candidates = []
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    candidates: dict[Optimizer, list[Tensor]] = {}
+    for inner in [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ():
+        while type(inner).__module__.split(".")[0] in WRAPPERS:
+            inner = inner.optimizer  # type: ignore[attr-defined]
+        if not hasattr(inner, "param_groups"):
+            raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
+        parameters = [p for group in inner.param_groups for p in group["params"]]
         if {id(p) for p in parameters if p.requires_grad} <= clipped:
-            candidates.append((optimizer, parameters))
-    holders = Counter(id(p) for _, parameters in candidates for p in parameters)
-    targets = []
-    for optimizer, parameters in candidates:
-        fused = supports_fused_scaling(optimizer) and all(holders[id(p)] == 1 for p in parameters)
-        targets.append(OptimizerTarget(parameters, FusedClip.of(optimizer) if fused else None))
-    for target in targets:
-        if target.fused_clip is not None:
-            target.fused_clip.reserve(owner)
+            candidates[inner] = parameters
+    holders = Counter(id(p) for parameters in candidates.values() for p in parameters)
+    targets: list[Target] = []
+    for inner, parameters in candidates.items():
+        fused = supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
+        targets.append((parameters, FusedClip.of(inner) if fused else None))
+    for _, fused_clip in targets:
+        if fused_clip is not None:
+            fused_clip.reserve(owner)
     return targets
 
 
@@ -209,10 +178,9 @@ def apply_decision(
     coefficients: Tensor | Sequence[Tensor],
     skip: Tensor,
     zero_grads: Tensor | None,
-    targets: Sequence[OptimizerTarget],
-    shards: Sequence[Shard],
-    gradients: Sequence[Tensor | None],
-) -> list[FusedClip]:
+    targets: Sequence[Target],
+    stats: GradStats,
+) -> None:
     """Pass a decision to the fused optimizers, and scale the other gradients in place.
 
     Args:
@@ -221,30 +189,25 @@ def apply_decision(
         zero_grads: 0-dim bool, whether gradients are set to zero and the optimizers step, whatever `skip` is; all
             scaling is then in place. `None`: gradients are set to zero only for optimizers that cannot skip a step.
         targets: from `bind_optimizers`.
-        shards: the n parameters.
-        gradients: this rank's shard of each gradient, `None` where a gradient is missing.
-
-    Returns:
-        The `FusedClip` of each optimizer whose next step applies the decision.
+        stats: the n parameters and their gradients.
     """
     common = coefficients if isinstance(coefficients, Tensor) and coefficients.ndim == 0 else None
     fused_coefficient = common if zero_grads is None else None
     skip_step = skip if zero_grads is None else skip & ~zero_grads
-    pending, fused_parameters = [], set()
+    fused_parameters: set[int] = set()
     for parameters, fused_clip in targets:
         if fused_clip is not None:
             fused_clip.set(fused_coefficient, skip_step)
-            pending.append(fused_clip)
-            fused_parameters |= {id(p) for p in parameters} if fused_coefficient is not None else set()
+            if fused_coefficient is not None:
+                fused_parameters.update(map(id, parameters))
         elif skip_step.device.type == "cpu" and skip_step:
             for parameter in parameters:
                 parameter.grad = None  # an optimizer does not change a parameter without a gradient
     in_place = [
         (i, gradient)
-        for i, (shard, gradient) in enumerate(zip(shards, gradients, strict=True))
+        for i, (shard, gradient) in enumerate(zip(stats.shards, stats.gradients, strict=True))
         if gradient is not None and shard.parameter.grad is not None and id(shard.parameter) not in fused_parameters
     ]
     if in_place:
         coefficient = [coefficients[i] for i, _ in in_place] if common is None else common
         scale_([gradient for _, gradient in in_place], coefficient, skip)
-    return pending

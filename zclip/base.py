@@ -1,13 +1,12 @@
 """Base class of all strategies: a strategy implements its rule, and everything around the rule is here.
 
 `ClippingStrategy.step` measures the norms of the gradients (`zclip.norm`), asks the rule for a decision, keeps
-non-finite norms out of the statistics, and applies the decision (`zclip.apply`). A rule is a pure function of
-tensors: it takes the statistics as a dict and returns new ones. An update can then be dropped by `torch.where`,
-without a device sync, and the rule can be compiled. A rule over the global norm implements `decide`. A rule over the
-norm of each tensor, the loss or the gradients implements `clip`.
+non-finite norms out of the statistics (`zclip.state`), and applies the decision (`zclip.apply`). A rule is a pure
+function of tensors: it takes the statistics as a dict and returns new ones. An update can then be dropped by
+`torch.where`, without a device sync, and the rule can be compiled.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -15,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers, unwrap_optimizer
-from zclip.arguments import is_count, is_number, require
+from zclip.apply import FusedClip, apply_decision, bind_optimizers
+from zclip.arguments import integer, one_of, positive
 from zclip.decision import ClipResult, Decision, GradStats, State
-from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message, parameter_names
-from zclip.norm import Parameters, global_norm, local_gradient, parameters_of, tensor_norms
-from zclip.state import COUNTERS, constructor_arguments, pack, unpack
+from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
+from zclip.norm import Parameters, global_norm, local_gradient, parameters_of, statistics_dtype, tensor_norms
+from zclip.state import Statistics
 
 NO_GRADIENTS = (
     "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
@@ -36,9 +35,10 @@ class Policy(TypedDict, total=False):
     max_consecutive_nonfinite: int | None
 
 
-class ClippingStrategy:
-    """Base of all strategies: a subclass implements `decide` (or `clip`), and `initial_state` if it has statistics.
+class ClippingStrategy(Statistics):
+    """Base of all strategies. A subclass implements its rule, and `initial_state` if the rule has statistics.
 
+    A rule over the global norm is `decide`. A rule over the norm of each tensor, the loss or the gradients is `clip`.
     The arguments of a subclass's `__init__` must be kept as attributes of the same names, because `state_dict` records
     them. Arguments that it takes as `**policy` and passes on are not recorded: a saved state can be loaded under
     another policy.
@@ -50,9 +50,9 @@ class ClippingStrategy:
         on_nonfinite: "skip" (default), "zero" or "raise".
 
             - "skip": the optimizer passed to `step` skips its step, weight decay and momentum included. A fused
-              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. If no optimizer was passed, or
-              one that is not fused on an accelerator, or one that also holds parameters not passed to `step`,
-              gradients are set to zero as with "zero".
+              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. Gradients are set to zero, as
+              with "zero", without an optimizer, for one that is not fused on an accelerator, and for one that also
+              holds parameters not passed to `step`.
             - "zero": gradients are set to zero. Weight decay, momentum and Adam's moments still move the weights.
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
@@ -60,7 +60,8 @@ class ClippingStrategy:
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
 
     Raises:
-        ArgumentError: an argument is out of its range; `zclip.arguments.ArgumentError` is a `ValueError`.
+        ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
+            `ValueError`.
 
     `telemetry` holds 0-dim tensors of the last step, on the gradients' device; `read_telemetry` returns them as floats,
     in one transfer. A strategy adds its own, which are NaN (or false) on a step whose norm is not finite.
@@ -73,10 +74,6 @@ class ClippingStrategy:
     - `nonfinite`, `consecutive_nonfinite`: number of non-finite norms, in total and consecutive.
     """
 
-    #: Version of the layout of the saved statistics.
-    version = 1
-    #: Whether the rule has statistics for each tensor: `initial_state` then gets (n,) zeros.
-    per_tensor = False
     #: Whether the rule uses the loss, if the caller passes it.
     uses_loss = False
 
@@ -87,17 +84,12 @@ class ClippingStrategy:
         unknown = policy.keys() - Policy.__annotations__.keys()
         if unknown:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
-        if max_grad_norm is not None:
-            allowed = "a number above 0, or null for no bound"
-            require(is_number(max_grad_norm) and max_grad_norm > 0, "max_grad_norm", max_grad_norm, allowed)
-        self.max_grad_norm = max_grad_norm
+        super().__init__()
+        self.max_grad_norm = positive("max_grad_norm", max_grad_norm, null="for no bound")
         for name, value in policy.items():
             setattr(self, name, value)
         self._check_policy()
-        self.state: State = {}
-        self.counters: State = {}
         self.telemetry: dict[str, Tensor] = {}
-        self._pending: list[FusedClip] = []
         self._monitor = NonFiniteMonitor()
         self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
 
@@ -110,19 +102,11 @@ class ClippingStrategy:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement decide(norm, state)")
 
-    def initial_state(self, like: Tensor) -> State:
-        """Return the statistics before the first step.
-
-        Args:
-            like: zeros of the device and dtype of the statistics; 0-dim, or (n,) if `per_tensor`.
-        """
-        return {}
-
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return how to scale the gradients of this step.
 
-        By default all are scaled by target / (norm + 1e-6), as in the published package, if the norm is above the
-        target, which is the minimum of `decide`'s target and `max_grad_norm`.
+        By default the target is the minimum of `decide`'s target and `max_grad_norm`. If the norm is above it, all
+        gradients are scaled by target / (norm + 1e-6), as in the published package.
 
         Args:
             stats: norms of this step, and the gradients behind them.
@@ -169,11 +153,7 @@ class ClippingStrategy:
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
         self._check_initialised()
-        for fused_clip in self._pending:
-            fused_clip.cancel(self)
-        self._pending = []
-        wrapped = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        optimizers = list(dict.fromkeys(map(unwrap_optimizer, wrapped)))
+        FusedClip.cancel_all(self)
         shards = parameters_of(models)
         gradients = [local_gradient(shard.parameter) for shard in shards]
         no_gradients = all(gradient is None for gradient in gradients)
@@ -183,11 +163,10 @@ class ClippingStrategy:
         norm = global_norm(norms, process_group)
         if no_gradients and norm.device.type == "cpu" and norm == 0:
             raise ValueError(NO_GRADIENTS)
-        targets = bind_optimizers(optimizers, shards, owner=self)
-        result, finite = self._update(GradStats(norm, norms, loss, shards, gradients, process_group), models)
-        assert result.skip is not None
-        zero_grads = ~finite if self.on_nonfinite == "zero" else None
-        self._pending = apply_decision(result.coefficients, result.skip, zero_grads, targets, shards, gradients)
+        targets = bind_optimizers(optimizer, shards, owner=self)
+        stats = GradStats(norm, norms, loss, shards, gradients, process_group)
+        coefficients, skip, finite = self._update(stats, models)
+        apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
         return norm.to(torch.float32)
 
     @torch.no_grad()
@@ -204,24 +183,19 @@ class ClippingStrategy:
             0-dim tensor; 0 where the step would be skipped.
         """
         self._check_initialised()
-        norm = norm.detach().to(torch.float32 if norm.device.type == "mps" else torch.float64)
-        result, _ = self._update(GradStats(norm, norm.reshape(1), loss))
-        assert isinstance(result.coefficients, Tensor) and result.skip is not None
-        return torch.where(result.skip, 0.0, result.coefficients.reshape(()))
+        norm = norm.detach().to(statistics_dtype(norm.device))
+        coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
+        assert isinstance(coefficient, Tensor)
+        return torch.where(skip, 0.0, coefficient.reshape(()))
 
-    def _update(self, stats: GradStats, models: Parameters = ()) -> tuple[ClipResult, Tensor]:
-        """Decide one step; update statistics, counters and telemetry.
-
-        Returns:
-            The result of the rule, whose `skip` is never `None`, and whether the norm was finite, 0-dim bool.
-        """
+    def _update(self, stats: GradStats, models: Parameters = ()) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor]:
+        """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""
         norm = stats.norm
         self._check_policy()
         finite = torch.isfinite(norm)
         if self.on_nonfinite == "raise" and not finite:
-            names = parameter_names(self._naming_module or ()) | parameter_names(models)
-            raise FloatingPointError(nonfinite_message(norm, stats.norms, stats.shards, names))
-        self._prepare_state(stats)
+            raise FloatingPointError(nonfinite_message(stats, (self._naming_module or (), models)))
+        self._prepare_state(stats.norms if self.per_tensor else norm)
         safe = stats._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, stats.norms, 1.0))
         result = self.clip(safe, self.state)
         if not result.state.keys() <= self.state.keys():
@@ -251,68 +225,11 @@ class ClippingStrategy:
             **telemetry,
         }
         self._monitor.update(counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
-        return result._replace(skip=skip), finite
-
-    def _check_initialised(self) -> None:
-        if "_pending" not in self.__dict__:
-            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
+        return result.coefficients, skip, finite
 
     def _check_policy(self) -> None:
-        limit = self.max_consecutive_nonfinite
-        require(self.on_nonfinite in POLICIES, "on_nonfinite", self.on_nonfinite, "one of " + ", ".join(POLICIES))
-        allowed = "an integer from 1, or null for no limit"
-        require(limit is None or is_count(limit), "max_consecutive_nonfinite", limit, allowed)
-
-    def _prepare_state(self, stats: GradStats) -> None:
-        """Create the statistics before the first step, or move restored ones to the gradients' device."""
-        like = torch.zeros_like(stats.norms if self.per_tensor else stats.norm)
-        if not self.counters:
-            self._initialise(like)
-        elif self.counters["nonfinite"].device != like.device:
-            self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
-            self.state = {
-                key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-                for key, value in self.state.items()
-            }
-        if self.per_tensor:
-            other_shapes = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
-            if other_shapes:
-                raise ValueError(
-                    f"{type(self).__name__} has statistics of {other_shapes.pop()[0]} tensors, but step() was given "
-                    f"{like.numel()}: use one strategy for one fixed set of parameters"
-                )
-
-    def _initialise(self, like: Tensor) -> None:
-        self.config()  # raises if an argument is not an attribute, before training rather than at the first save
-        state = self.initial_state(like)
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
-        self.state = {key: value.clone() for key, value in state.items()}
-        zero = torch.zeros((), dtype=torch.int64, device=like.device)
-        self.counters = {key: zero.clone() for key in COUNTERS}
-
-    def prepare(self, *models: Parameters) -> None:
-        """Create the statistics for these parameters, as the first `step` on them would; keep existing statistics.
-
-        `torch.distributed.checkpoint` loads into existing tensors. Call this before it loads into a strategy that has
-        statistics for each tensor and has not taken a step.
-
-        Args:
-            models: modules, parameters, or iterables of either, as for `step`.
-
-        Raises:
-            ValueError: no parameter requires gradients, or the parameters are on the meta device.
-        """
-        self._check_initialised()
-        shards = parameters_of(models)
-        if not shards or shards[0].parameter.is_meta:
-            raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
-        if self.counters:
-            return
-        device = shards[0].parameter.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._initialise(torch.zeros(len(shards) if self.per_tensor else (), dtype=dtype, device=device))
+        one_of("on_nonfinite", self.on_nonfinite, POLICIES)
+        integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
@@ -322,36 +239,9 @@ class ClippingStrategy:
         values = torch.stack([value.to(dtype) for value in self.telemetry.values()]).tolist()
         return dict(zip(self.telemetry, values, strict=True))
 
-    def config(self) -> dict[str, Any]:
-        """Return the arguments this strategy was made with, by name."""
-        return constructor_arguments(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
-
-        It holds only tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
-        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
-        """
-        self._check_initialised()
-        if not self.counters and not self.per_tensor:
-            self._initialise(torch.zeros((), dtype=torch.float64))
-        return pack(type(self).__name__, self.version, self.config(), self.state, self.counters)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
-
-        Raises:
-            ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged.
-        """
-        like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
-        self.state, self.counters = unpack(
-            state_dict, type(self).__name__, self.version, self.config(), lambda: self.initial_state(like)
-        )
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the objects of this process: optimizer hooks and device events."""
-        return {**self.__dict__, "_pending": [], "_monitor": NonFiniteMonitor(), "_naming_module": None}
+        """Copy and pickle without the objects of this process: device events, and the module that is trained."""
+        return {**self.__dict__, "_monitor": NonFiniteMonitor(), "_naming_module": None}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())

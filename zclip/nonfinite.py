@@ -1,43 +1,42 @@
 """Non-finite norms (NaN or infinite): which parameters cause one, and when too many are consecutive."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
-from zclip.norm import Parameters, Shard
+from zclip.decision import GradStats
+from zclip.norm import Parameters
 
 #: Allowed values of `on_nonfinite`; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
+#: Maximum number of parameters that a message names.
+MAX_NAMED = 5
 
 
-def nonfinite_message(
-    norm: Tensor, norms: Tensor, shards: Sequence[Shard], names: Mapping[int, str], max_named: int = 5
-) -> str:
-    """Return a sentence that names the parameters with non-finite gradients. Waits for the device.
+def nonfinite_message(stats: GradStats, models: Parameters) -> str:
+    """Return a sentence that names the first parameters with non-finite gradients. Waits for the device.
 
     Args:
-        norm: 0-dim, the global norm, not finite.
-        norms: (n,) norm of each gradient.
-        shards: the n parameters; empty if they are unknown.
-        names: names of parameters by their ids, from `parameter_names`.
-        max_named: maximum number of parameters to name. Default 5.
+        stats: of a step whose norm is not finite.
+        models: modules that know the names of parameters; anything else among them has no names.
     """
-    indices = [i for i, finite in enumerate(torch.isfinite(norms).tolist()) if not finite] if shards else []
-    parameters = [(i, shards[i].parameter) for i in indices[:max_named]]
-    named = [f"{names.get(id(p), f'parameter {i}')} of shape {tuple(p.shape)}" for i, p in parameters]
-    more = f" and {len(indices) - max_named} more" if len(indices) > max_named else ""
+    names = _parameter_names(models)
+    indices = [i for i, finite in enumerate(torch.isfinite(stats.norms).tolist()) if not finite and stats.shards]
+    named = []
+    for i in indices[:MAX_NAMED]:
+        parameter = stats.shards[i].parameter
+        named.append(f"{names.get(id(parameter), f'parameter {i}')} of shape {tuple(parameter.shape)}")
+    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
     where = f"; so are the norms of the gradients of {', '.join(named)}{more}" if named else ""
-    return f"the gradient norm is {float(norm)}{where}"
+    return f"the gradient norm is {float(stats.norm)}{where}"
 
 
-def parameter_names(models: Parameters) -> dict[int, str]:
+def _parameter_names(models: Parameters) -> dict[int, str]:
     """Return the names of the parameters of the modules among `models`, by the parameters' ids."""
     if isinstance(models, nn.Module):
         return {id(parameter): name for name, parameter in models.named_parameters()}
     if isinstance(models, Tensor):
         return {}
-    return {identity: name for inner in models for identity, name in parameter_names(inner).items()}
+    return {identity: name for inner in models for identity, name in _parameter_names(inner).items()}
 
 
 class NonFiniteMonitor:
@@ -52,25 +51,17 @@ class NonFiniteMonitor:
         self._arrived: torch.Event | None = None
 
     def update(self, count: Tensor, limit: int | None) -> None:
-        """Check the newest value that the host knows.
-
-        Args:
-            count: 0-dim integer tensor, number of consecutive non-finite norms.
-            limit: number that raises; `None`: never raise.
-
-        Raises:
-            FloatingPointError: the count has reached the limit.
-        """
+        """Raise `FloatingPointError` if the newest count that the host knows has reached the limit."""
         if limit is None or count.device.type == "meta":
             return
         if count.device.type == "cpu":
             known = int(count)
         else:
-            if self._arrived is not None and not self._arrived.query():
-                return
-            known = int(self._host_count) if self._host_count is not None else 0
             if self._host_count is None:
                 self._host_count = torch.zeros((), dtype=count.dtype, pin_memory=True)
+            if self._arrived is not None and not self._arrived.query():
+                return
+            known = int(self._host_count)
             self._host_count.copy_(count, non_blocking=True)
             self._arrived = torch.Event(count.device)
             self._arrived.record()

@@ -50,9 +50,8 @@ def parameters_of(models: Parameters) -> list[Shard]:
             for child in item.children():
                 visit(child, fsdp1)
         elif isinstance(item, str):
-            raise TypeError(
-                f"{item!r} is not a parameter: pass modules, parameters, or iterables of either, without names"
-            )
+            problem = "is not a parameter: pass modules, parameters, or iterables of either, without names"
+            raise TypeError(f"{item!r} {problem}")
         elif isinstance(item, Iterable):
             for inner in item:
                 visit(inner, fsdp1)
@@ -75,8 +74,7 @@ def _mesh_groups(parameter: Tensor) -> Groups:
 
 
 def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
-    handle = module._handle
-    group = module.process_group
+    handle, group = module._handle, module.process_group
     return (group,) if handle is not None and group is not None and handle.uses_sharded_strategy else ()
 
 
@@ -100,6 +98,11 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     return gradient.to_local()
 
 
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of norms and statistics: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) -> Tensor:
     """Return the 2-norm of each gradient, over all ranks that hold a shard of it.
 
@@ -108,30 +111,20 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
         gradients: this rank's shard of each gradient, `None` where a gradient is missing; any floating dtypes.
 
     Returns:
-        (n,) float64 tensor (float32 on MPS) on the device of the first gradient, or of the first parameter if there
-        are no gradients; 0 where a gradient is missing.
+        (n,) on the device of the first gradient, or parameter if there are none; 0 where a gradient is missing.
     """
     tensors = [gradient for gradient in gradients if gradient is not None]
     device = tensors[0].device if tensors else shards[0].parameter.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     sum_dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     local_norms = iter(torch._foreach_norm(tensors, 2, dtype=sum_dtype) if tensors else ())
     zero = torch.zeros((), device=device)
     norms = [zero if gradient is None else next(local_norms).to(device) for gradient in gradients]
-    squares = torch.stack(norms).to(dtype).square()
+    squares = torch.stack(norms).to(statistics_dtype(device)).square()
     return sum_over_ranks(shards, squares).sqrt()
 
 
 def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
-    """Sum one number per parameter over the ranks that shard the parameter.
-
-    Args:
-        shards: n parameters, the same on every rank of their groups.
-        values: (n,) numbers of this rank; may be overwritten.
-
-    Returns:
-        (n,) sums, the same on all ranks of each parameter's groups.
-    """
+    """Return the sum of each of (n,) values over the ranks that shard its parameter; may overwrite the values."""
     by_groups: dict[Groups, list[int]] = {}
     for i, shard in enumerate(shards):
         if shard.groups:
@@ -149,16 +142,8 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
     return values
 
 
-def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the 2-norm of all gradients, taken as one vector.
-
-    Args:
-        norms: (n,) from `tensor_norms`.
-        process_group: ranks that hold other parameters of the same model, such as pipeline stages.
-
-    Returns:
-        0-dim tensor of the dtype of `norms`.
-    """
+def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the 2-norm of gradients with these norms, also of those on the other ranks of `process_group`."""
     if process_group is None:
         return torch.linalg.vector_norm(norms)
     total = norms.square().sum()

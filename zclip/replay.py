@@ -23,58 +23,23 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from zclip.base import ClippingStrategy
-from zclip.strategies.autoclip import AutoClip
-from zclip.strategies.fixed_norm import FixedNorm
-from zclip.strategies.no_clipping import NoClipping
-from zclip.strategies.skip_step import SkipStep
-from zclip.strategies.zclip import ZClip
+from zclip import AutoClip, ClippingStrategy, FixedNorm, NoClipping, SkipStep, ZClip
 from zclip.trace import NormTrace, ReplayResult, read_trace
 
-STRATEGIES: dict[str, type[ClippingStrategy]] = {
-    "zclip": ZClip,
-    "fixed": FixedNorm,
-    "autoclip": AutoClip,
-    "skip_step": SkipStep,
-    "none": NoClipping,
-}
+STRATEGIES = {"zclip": ZClip, "fixed": FixedNorm, "autoclip": AutoClip, "skip_step": SkipStep, "none": NoClipping}
 
-#: Maximum number of strategies in one replay: the plot has a panel for each.
+#: The plot has a panel for each combination.
 MAX_COMBINATIONS = 50
-
-
-class ReplayArgs(NamedTuple):
-    """Parsed command line.
-
-    Attributes:
-        options: `clip`, `column`, `out`, and `loss` if it was set.
-        combinations: arguments of each strategy.
-        varied: names of the arguments with several values.
-    """
-
-    options: dict[str, str]
-    combinations: list[dict[str, Any]]
-    varied: list[str]
 
 
 def replay(
     strategy: ClippingStrategy, norms: Sequence[float], losses: Sequence[float] | None, label: str
 ) -> ReplayResult:
-    """Replay the norms of a run through a strategy.
-
-    Args:
-        strategy: one that has not taken a step; its `max_consecutive_nonfinite` is set to `None`.
-        norms: (steps,) in order; NaN is a norm that was not finite.
-        losses: (steps,), for strategies that use them; `None`: unknown.
-        label: name of the result.
-
-    Raises:
-        FloatingPointError: a norm is not finite and the strategy's `on_nonfinite` is "raise".
-    """
+    """Replay the norms of a run through a strategy that has not taken a step; NaN is a norm that was not finite."""
     strategy.max_consecutive_nonfinite = None
     clipped_norms, consecutive, max_consecutive = [], 0, 0
     for i, norm in enumerate(norms):
@@ -86,33 +51,21 @@ def replay(
     return ReplayResult(label, list(norms), clipped_norms, max_consecutive)
 
 
-def parse_args(arguments: Sequence[str]) -> ReplayArgs:
-    """Parse `KEY=VALUE[,VALUE...]` arguments.
+def parse_args(arguments: Sequence[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` arguments by their keys.
 
     Raises:
-        ValueError: an argument is not `KEY=VALUE`, a key is repeated, or there are too many combinations.
+        ValueError: an argument is not `KEY=VALUE`, or a key is repeated.
     """
-    options = {"clip": "zclip", "column": "grad_norm", "out": "replay.png"}
-    values: dict[str, list[Any]] = {}
-    keys: set[str] = set()
+    values: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
             raise ValueError(f"{argument} is not KEY=VALUE; the file comes first")
-        if key in keys:
+        if key in values:
             raise ValueError(f"{argument} is the second value of {key}: give several as {key}=VALUE,VALUE")
-        keys.add(key)
-        if key in (*options, "loss"):
-            options[key] = value
-        else:
-            values[key] = [_parse_value(part) for part in value.split(",")]
-    count = math.prod(map(len, values.values()))
-    if count > MAX_COMBINATIONS:
-        raise ValueError(
-            f"these are {count:,} combinations of settings: at most {MAX_COMBINATIONS} are replayed at once"
-        )
-    combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-    return ReplayArgs(options, combinations, [key for key, several in values.items() if len(several) > 1])
+        values[key] = value
+    return values
 
 
 def _parse_value(text: str) -> Any:
@@ -153,30 +106,38 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if help_requested else 2
     file = arguments[1]
     try:
-        args = parse_args(arguments[2:])
-        trace = read_trace(Path(file), args.options["column"], args.options.get("loss"))
+        values = parse_args(arguments[2:])
+        clip, out = values.pop("clip", "zclip"), values.pop("out", "replay.png")
+        trace = read_trace(Path(file), values.pop("column", "grad_norm"), values.pop("loss", None))
         if not trace.norms:
             raise ValueError(f"{file} has no steps")
-        strategies = _make_strategies(args)
+        choices = {key: [_parse_value(part) for part in value.split(",")] for key, value in values.items()}
+        varied = [key for key, several in choices.items() if len(several) > 1]
+        count = math.prod(map(len, choices.values()))
+        if count > MAX_COMBINATIONS:
+            allowed = f"at most {MAX_COMBINATIONS} are replayed at once"
+            raise ValueError(f"these are {count:,} combinations of settings: {allowed}")
+        combinations = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
+        strategies = _make_strategies(clip, combinations)
         results = []
-        for strategy, combination in zip(strategies, args.combinations, strict=True):
-            label = " ".join(f"{key}={combination[key]}" for key in args.varied) or args.options["clip"]
+        for strategy, combination in zip(strategies, combinations, strict=True):
+            label = " ".join(f"{key}={combination[key]}" for key in varied) or clip
             results.append(replay(strategy, trace.norms, trace.losses, label))
     except (ValueError, FloatingPointError) as error:
         print(f"zclip replay: error: {error}", file=sys.stderr)
         return 2
-    common = [f"{key}={value!r}" for key, value in strategies[0].config().items() if key not in args.varied]
+    common = [f"{key}={value!r}" for key, value in strategies[0].config().items() if key not in varied]
     print(f"{len(trace.norms)} steps of {file}, {type(strategies[0]).__name__}({', '.join(common)})")
     _print_table(results)
-    return 0 if args.options["out"] == "none" else _plot(results, trace, args.options["out"])
+    return 0 if out == "none" else _plot(results, trace, out)
 
 
-def _make_strategies(args: ReplayArgs) -> list[ClippingStrategy]:
-    strategy_class = _strategy_class(args.options["clip"])
+def _make_strategies(clip: str, combinations: Sequence[dict[str, Any]]) -> list[ClippingStrategy]:
+    strategy_class = _strategy_class(clip)
     try:
-        return [strategy_class(**combination) for combination in args.combinations]
+        return [strategy_class(**combination) for combination in combinations]
     except TypeError as error:
-        raise ValueError(f"clip={args.options['clip']} does not take these settings: {error}") from error
+        raise ValueError(f"clip={clip} does not take these settings: {error}") from error
 
 
 def _print_table(results: Sequence[ReplayResult]) -> None:

@@ -1,111 +1,160 @@
-"""Saved states of clipping strategies: their layout, and the checks before one is loaded."""
+"""The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zclip.decision import State
+from zclip.norm import Parameters, parameters_of, statistics_dtype
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
 
-_MISSING = object()
 
+class Statistics:
+    """Statistics of a rule, and counters. Base of `ClippingStrategy`."""
 
-def constructor_arguments(strategy: object) -> dict[str, Any]:
-    """Return the arguments that a strategy was made with, read from its attributes of the same names.
+    #: Version of the layout of the saved statistics.
+    version = 1
+    #: Whether the rule has statistics for each tensor: `initial_state` then gets (n,) zeros.
+    per_tensor = False
 
-    Raises:
-        TypeError: the strategy did not keep an argument as an attribute.
-    """
-    parameters = list(inspect.signature(type(strategy).__init__).parameters.values())[1:]
-    names = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-    arguments = {name: getattr(strategy, name, _MISSING) for name in names}
-    for name, value in arguments.items():
-        if value is _MISSING:
-            raise TypeError(
-                f"{type(strategy).__name__} must keep its argument {name} as an attribute of that name: "
-                "a saved state records it"
+    def __init__(self) -> None:
+        self.state: State = {}
+        self.counters: State = {}
+
+    def initial_state(self, like: Tensor) -> State:
+        """Return the statistics before the first step.
+
+        Args:
+            like: zeros of the device and dtype of the statistics; 0-dim, or (n,) if `per_tensor`.
+        """
+        return {}
+
+    def prepare(self, *models: Parameters) -> None:
+        """Create the statistics for these parameters, as the first `step` on them would; keep existing statistics.
+
+        `torch.distributed.checkpoint` loads into existing tensors. Call this before it loads into a strategy that has
+        statistics for each tensor and has not taken a step.
+
+        Args:
+            models: modules, parameters, or iterables of either, as for `step`.
+
+        Raises:
+            ValueError: no parameter requires gradients, or the parameters are on the meta device.
+        """
+        self._check_initialised()
+        shards = parameters_of(models)
+        if not shards or shards[0].parameter.is_meta:
+            raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
+        if not self.counters:
+            device = shards[0].parameter.device
+            shape = (len(shards),) if self.per_tensor else ()
+            self._initialise(torch.zeros(shape, dtype=statistics_dtype(device), device=device))
+
+    def _check_initialised(self) -> None:
+        if "counters" not in self.__dict__:
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
+
+    def _initialise(self, like: Tensor) -> None:
+        self.config()  # raises if an argument is not an attribute, before training rather than at the first save
+        state = self.initial_state(like)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
+        self.state = {key: value.clone() for key, value in state.items()}
+        self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
+
+    def _prepare_state(self, like: Tensor) -> None:
+        """Create the statistics before the first step, or move restored ones to the device of `like`."""
+        if not self.counters:
+            self._initialise(torch.zeros_like(like))
+        elif self.counters["nonfinite"].device != like.device:
+            self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
+            self.state = {
+                key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+                for key, value in self.state.items()
+            }
+        if self.per_tensor:
+            other_shapes = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
+            if other_shapes:
+                raise ValueError(
+                    f"{type(self).__name__} has statistics of {other_shapes.pop()[0]} tensors, but step() was given "
+                    f"{like.numel()}: use one strategy for one fixed set of parameters"
+                )
+
+    def config(self) -> dict[str, Any]:
+        """Return the arguments this strategy was made with, by name."""
+        parameters = inspect.signature(type(self)).parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for name in names:
+            if not hasattr(self, name):
+                raise TypeError(
+                    f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
+                    "a saved state records it"
+                )
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
+
+        It holds only tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
+        """
+        self._check_initialised()
+        if not self.counters and not self.per_tensor:
+            self._initialise(torch.zeros((), dtype=torch.float64))
+        return {
+            "strategy": type(self).__name__,
+            "version": self.version,
+            "config": self.config(),
+            "state": {key: value.clone() for key, value in self.state.items()},
+            "counters": {key: value.clone() for key, value in self.counters.items()},
+            "started": bool(self.counters),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
+                damaged.
+        """
+        missing = [key for key in ("strategy", "version", "config", "state", "counters") if key not in state_dict]
+        if missing:
+            raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
+        name, version = state_dict["strategy"], state_dict["version"]
+        own = type(self).__name__
+        if (name, version) != (own, self.version):
+            raise ValueError(
+                f"state of {name} (version {version}) cannot be loaded into {own} (version {self.version})"
             )
-    return {name: _plain(value) for name, value in arguments.items()}
+        config, saved_config = self.config(), state_dict["config"]
+        changed = [key for key in config.keys() | saved_config if config.get(key) != _plain(saved_config.get(key))]
+        if changed:
+            pairs = ", ".join(f"{key}={saved_config.get(key)!r}, not {config.get(key)!r}" for key in sorted(changed))
+            raise ValueError(f"the saved {name} was made with {pairs}: make this one with the same arguments")
+        state, counters = dict(state_dict["state"]), dict(state_dict["counters"])
+        if not counters and state_dict.get("started"):
+            raise ValueError(f"the saved {name} has statistics, but none were loaded: call prepare(model) before")
+        if state or counters:
+            like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
+            expected = self.initial_state(like) | dict.fromkeys(COUNTERS, torch.zeros(()))
+            saved = state | counters
+            must_be_0_dim = {key for key in expected.keys() & saved.keys() if not expected[key].ndim}
+            wrong = (expected.keys() ^ saved.keys()) | {key for key in must_be_0_dim if saved[key].ndim}
+            if wrong:
+                raise ValueError(f"the saved {name} is damaged: its statistics differ in {', '.join(sorted(wrong))}")
+        self.state = {key: _wide(value.clone()) for key, value in state.items()}
+        self.counters = {key: value.clone() for key, value in counters.items()}
 
 
-def pack(strategy: str, version: int, config: Mapping[str, Any], state: State, counters: State) -> dict[str, Any]:
-    """Return the saved state of a strategy, with copies of its statistics and counters.
-
-    Args:
-        strategy: name of its class.
-        version: version of the layout of `state`.
-        config: its arguments, from `constructor_arguments`.
-        state: statistics of its rule.
-        counters: the tensors named by `COUNTERS`; empty before the first step.
-    """
-    return {
-        "strategy": strategy,
-        "version": version,
-        "config": dict(config),
-        "state": {key: value.clone() for key, value in state.items()},
-        "counters": {key: value.clone() for key, value in counters.items()},
-        "started": bool(counters),
-    }
-
-
-def unpack(
-    saved: Mapping[str, Any],
-    strategy: str,
-    version: int,
-    config: Mapping[str, Any],
-    initial_state: Callable[[], State],
-) -> tuple[State, State]:
-    """Return copies of the statistics, in float64, and of the counters of a saved state.
-
-    Args:
-        saved: from `pack`.
-        strategy, version, config: as in `pack`, of the strategy that loads the state.
-        initial_state: returns statistics with the expected keys; 0-dim ones must be 0-dim in the saved state too.
-
-    Raises:
-        ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-            damaged.
-    """
-    missing = [key for key in ("strategy", "version", "config", "state", "counters") if key not in saved]
-    if missing:
-        raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
-    name = saved["strategy"]
-    if (name, saved["version"]) != (strategy, version):
-        raise ValueError(
-            f"state of {name} (version {saved['version']}) cannot be loaded into {strategy} (version {version})"
-        )
-    saved_config = saved["config"]
-    changed = [key for key in config.keys() | saved_config.keys() if config.get(key) != _plain(saved_config.get(key))]
-    if changed:
-        pairs = ", ".join(f"{key}={saved_config.get(key)!r}, not {config.get(key)!r}" for key in sorted(changed))
-        raise ValueError(f"the saved {name} was made with {pairs}: make this one with the same arguments")
-    state, counters = dict(saved["state"]), dict(saved["counters"])
-    if not counters and saved.get("started"):
-        raise ValueError(f"the saved {name} has statistics, but none were loaded: call prepare(model) before")
-    if state or counters:
-        wrong = _mismatches(state | counters, initial_state() | dict.fromkeys(COUNTERS, torch.zeros(())))
-        if wrong:
-            raise ValueError(f"the saved {name} is damaged: its statistics differ in {', '.join(sorted(wrong))}")
-    return (
-        {key: _to_float64(value.clone()) for key, value in state.items()},
-        {key: value.clone() for key, value in counters.items()},
-    )
-
-
-def _mismatches(saved: State, expected: State) -> set[str]:
-    """Return the keys that only one state has, and those of tensors that should be 0-dim."""
-    scalars = {key for key, value in expected.items() if not value.ndim}
-    return (expected.keys() ^ saved.keys()) | {key for key, value in saved.items() if key in scalars and value.ndim}
-
-
-def _to_float64(value: Tensor) -> Tensor:
-    """Return a floating-point tensor in float64, which MPS does not have; leave others as they are."""
-    return value.to(torch.float64) if value.is_floating_point() and value.device.type != "mps" else value
+def _wide(value: Tensor) -> Tensor:
+    """Return a floating-point tensor in the dtype of statistics; leave others as they are."""
+    return value.to(statistics_dtype(value.device)) if value.is_floating_point() else value
 
 
 def _plain(value: Any) -> Any:

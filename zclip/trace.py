@@ -57,15 +57,17 @@ def read_trace(path: Path, column: str, loss: str | None) -> NormTrace:
         ValueError: the file cannot be read or lacks a column, a value is not a number, or a row with a norm has no
             loss.
     """
-    rows = _read_rows(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        is_json = path.suffix in (".jsonl", ".json")
+        rows = _json_rows(text) if is_json else list(csv.DictReader(text.splitlines(), restval=""))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     norm_column, loss_column = _find_column(names, column), _find_column(names, loss or "loss")
-    missing = None if norm_column else f"column={column}"
-    if missing is None and loss and not loss_column:
-        missing = f"loss={loss}"
-    if missing:
+    if norm_column is None or (loss and loss_column is None):
+        missing = f"loss={loss}" if norm_column else f"column={column}"
         raise ValueError(f"{missing} is not in {path}: it has {', '.join(names) or 'no columns'}")
-    assert norm_column is not None
     rows = [row for row in rows if row.get(norm_column, "") != ""]
     losses = _numbers(rows, loss_column, path) if loss_column else None
     if loss_column and (without_loss := sum(row.get(loss_column, "") == "" for row in rows)):
@@ -78,16 +80,6 @@ def read_trace(path: Path, column: str, loss: str | None) -> NormTrace:
     if any(norm < 0 for norm in norms):
         raise ValueError(f"column={norm_column} of {path} holds {min(norms):g}: a norm is not below 0")
     return NormTrace(_step_numbers(rows, names, path), norms, losses)
-
-
-def _read_rows(path: Path) -> list[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".jsonl", ".json"):
-            return _json_rows(text)
-        return list(csv.DictReader(text.splitlines(), restval=""))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _json_rows(text: str) -> list[Row]:

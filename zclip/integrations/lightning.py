@@ -13,8 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from zclip.base import ClippingStrategy
-from zclip.strategies.zclip import ZClip
+from zclip import ClippingStrategy, ZClip
 
 
 class ClippingCallback(pl.Callback):
@@ -90,12 +89,11 @@ class ClippingCallback(pl.Callback):
         loss, self._loss = self._loss, None
         if loss is not None:
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
         model = trainer.strategy.model or pl_module
         fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         # The process group of FSDP1 parameters is known to their modules only.
         models: Any = model if fsdp1 else parameters
-        strategy = self.strategies[index]
+        strategy = next(s for s, o in zip(self.strategies, trainer.optimizers, strict=False) if o is optimizer)
         strategy._naming_module = pl_module
         strategy.step(models, optimizer=optimizer, loss=loss)
 
@@ -105,9 +103,8 @@ class ClippingCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states of all strategies."""
-        states = state_dict["strategies"]
-        self._create_strategies(len(states))
-        for strategy, state in zip(self.strategies, states, strict=True):
+        self._create_strategies(len(state_dict["strategies"]))
+        for strategy, state in zip(self.strategies, state_dict["strategies"], strict=True):
             strategy.load_state_dict(state)
 
     def _create_strategies(self, count: int) -> None:

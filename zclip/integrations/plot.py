@@ -12,14 +12,9 @@ from zclip.trace import ReplayResult
 def plot(results: Sequence[ReplayResult], steps: Sequence[float], path: Path) -> None:
     """Plot norms before and after clipping, one panel for each result, with a mark at each clipped step.
 
-    Args:
-        results: at least one; all of the same norms.
-        steps: (steps,) step numbers.
-        path: image file; its suffix is the format.
-
     Raises:
         OSError: the file cannot be written.
-        ValueError: the format is not known.
+        ValueError: the format, which is the suffix of `path`, is not known.
     """
     figure = Figure(figsize=(9, 2.2 * len(results) + 0.8), layout="constrained")
     axes = figure.subplots(len(results), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

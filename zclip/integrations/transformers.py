@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from zclip.base import ClippingStrategy
+from zclip import ClippingStrategy
 
 
 class TrainerClippingCallback(TrainerCallback, ExportableState):

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import is_count, is_number, require
+from zclip.arguments import decay, integer, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 
@@ -30,9 +30,6 @@ class AdaGC(ClippingStrategy):
         lambda_abs: upper bound on the global norm during the warm-up, > 0. Default 1.0.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
-    Raises:
-        ArgumentError: an argument is out of its range.
-
     Telemetry, in addition to that of `ClippingStrategy`: `clipped_tensors`, their number.
     """
 
@@ -46,22 +43,16 @@ class AdaGC(ClippingStrategy):
         lambda_abs: float = 1.0,
         **policy: Unpack[Policy],
     ) -> None:
-        require(is_number(lambda_rel) and lambda_rel > 0, "lambda_rel", lambda_rel, "a number above 0")
-        require(is_number(beta) and 0 <= beta < 1, "beta", beta, "a number from 0 to below 1")
-        require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
-        require(is_number(lambda_abs) and lambda_abs > 0, "lambda_abs", lambda_abs, "a number above 0")
         super().__init__(None, **policy)
-        self.lambda_rel = lambda_rel
-        self.beta = beta
-        self.warmup_steps = warmup_steps
-        self.lambda_abs = lambda_abs
+        self.lambda_rel = positive("lambda_rel", lambda_rel)
+        self.beta = decay("beta", beta)
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
+        self.lambda_abs = positive("lambda_abs", lambda_abs)
 
     def initial_state(self, like: Tensor) -> State:
         """Return averages of infinity, which the minimum of the first step replaces."""
-        return {
-            "count": torch.zeros((), dtype=torch.int64, device=like.device),
-            "gamma": torch.full_like(like, torch.inf),
-        }
+        count = torch.zeros((), dtype=torch.int64, device=like.device)
+        return {"count": count, "gamma": torch.full_like(like, torch.inf)}
 
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each tensor."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zclip.arguments import is_number, require
+from zclip.arguments import positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 from zclip.norm import Shard, sum_over_ranks
@@ -30,18 +30,15 @@ class AGC(ClippingStrategy):
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Raises:
-        ArgumentError: an argument is out of its range.
         ValueError: in `step`, parameters are flattened by FSDP1, so that their rows are unknown; in `observe`, always.
 
     Telemetry, in addition to that of `ClippingStrategy`: `clipped_units`, their number.
     """
 
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:
-        require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
-        require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
         super().__init__(None, **policy)
-        self.ratio = ratio
-        self.eps = eps
+        self.ratio = positive("ratio", ratio)
+        self.eps = positive("eps", eps)
 
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each unit of each tensor."""

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import is_count, is_number, require
+from zclip.arguments import integer, is_number, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, Decision, GradStats, State
 
@@ -24,20 +24,14 @@ class AutoClip(ClippingStrategy):
             full and takes 8 bytes per step.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
-    Raises:
-        ArgumentError: an argument is out of its range.
-
     Telemetry, in addition to that of `ClippingStrategy`: `threshold`, the percentile.
     """
 
     def __init__(self, percentile: float = 10.0, window: int | None = None, **policy: Unpack[Policy]) -> None:
-        allowed = "a number from 0 to 100"
-        require(is_number(percentile) and 0 <= percentile <= 100, "percentile", percentile, allowed)
-        allowed = "an integer from 1, or null for the full history"
-        require(window is None or is_count(window), "window", window, allowed)
         super().__init__(None, **policy)
-        self.percentile = percentile
-        self.window = window
+        valid = is_number(percentile) and 0 <= percentile <= 100
+        self.percentile = require(valid, "percentile", percentile, "a number from 0 to 100")
+        self.window = integer("window", window, null="for the full history")
         self._steps = 0  # upper bound of the count on the device, known without a device sync
 
     def initial_state(self, like: Tensor) -> State:

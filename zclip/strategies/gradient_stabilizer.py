@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import is_number, require
+from zclip.arguments import decay, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 
@@ -28,21 +28,15 @@ class GradientStabilizer(ClippingStrategy):
         gamma2: decay of the second moment, 0 <= gamma2 < 1. Default 0.9.
         eps: added to the root of the second moment, > 0. Default 1e-8.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
-
-    Raises:
-        ArgumentError: an argument is out of its range.
     """
 
     per_tensor = True
 
     def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8, **policy: Unpack[Policy]) -> None:
-        require(is_number(gamma1) and 0 <= gamma1 < 1, "gamma1", gamma1, "a number from 0 to below 1")
-        require(is_number(gamma2) and 0 <= gamma2 < 1, "gamma2", gamma2, "a number from 0 to below 1")
-        require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
         super().__init__(None, **policy)
-        self.gamma1 = gamma1
-        self.gamma2 = gamma2
-        self.eps = eps
+        self.gamma1 = decay("gamma1", gamma1)
+        self.gamma2 = decay("gamma2", gamma2)
+        self.eps = positive("eps", eps)
 
     def initial_state(self, like: Tensor) -> State:
         """Return zero moments, and for each tensor the number of steps for their bias correction."""

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import is_count, is_number, require
+from zclip.arguments import integer, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 
@@ -27,20 +27,15 @@ class SkipStep(ClippingStrategy):
         window: number of values in the window, >= 2. Default 128.
         policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
-    Raises:
-        ArgumentError: an argument is out of its range.
-
     Telemetry, in addition to that of `ClippingStrategy`: `skipped`, 0 or 1.
     """
 
     uses_loss = True
 
     def __init__(self, sigma: float = 6.0, window: int = 128, **policy: Unpack[Policy]) -> None:
-        require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number above 0")
-        require(is_count(window, 2), "window", window, "an integer from 2")
         super().__init__(None, **policy)
-        self.sigma = sigma
-        self.window = window
+        self.sigma = positive("sigma", sigma)
+        self.window = integer("window", window, minimum=2)
 
     def initial_state(self, like: Tensor) -> State:
         """Return empty windows."""

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import is_count, is_number, require
+from zclip.arguments import decay, integer, one_of, positive, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
 
@@ -25,18 +25,15 @@ STALE_STD_RATIO = 4.0
 class ZClip(ClippingStrategy):
     """Z-score clipping with exponential moving statistics (arXiv 2504.02507, section 3).
 
-    The mean and the population variance start as those of the first `warmup_steps` norms. After that a norm x has the
-    z-score
+    The mean and the population variance start as those of the first `warmup_steps` norms. Later norms x have a z-score,
+    from the statistics of the steps before. If it is above z_thresh, the step is a spike, and its norm is clipped.
 
         z = (x - mean) / (std + eps)
+        clipped norm = mean + xi(z) std,   xi(z) = z_thresh^2 / z   ("adaptive_scaling", the paper's reciprocal)
+                                                   0                ("mean")
+                                                   z_thresh         ("max", and mode="percentile")
 
-    with the statistics of the steps before it. If z > z_thresh, the step is a spike and x is clipped to
-
-        mean + xi(z) std,   xi(z) = z_thresh^2 / z   ("adaptive_scaling", the paper's reciprocal)
-                                    0                ("mean")
-                                    z_thresh         ("max", and mode="percentile")
-
-    Then, with y the clipped norm if the step is a spike and x otherwise,
+    The norm then enters the statistics: y is the clipped norm of a spike, and x otherwise.
 
         mean <- alpha mean + (1 - alpha) y
         var  <- alpha var  + (1 - alpha) (y - mean)^2     with the new mean
@@ -47,20 +44,20 @@ class ZClip(ClippingStrategy):
 
     *Recovery.* The statistics use clipped norms. After a lasting rise of the norm they may never reach the new level,
     and every step is clipped for ever. After a lasting fall they need hundreds of steps to forget the old level. After
-    each block of `recovery_window` norms, the mean and variance are reset to those of the block's unclipped norms if
+    each block of `recovery_window` norms, the mean and variance are reset to those of the block's unclipped norms in
 
-    - three quarters of them were spikes (a rise), or
-    - their mean and that of the previous block are both below half of the mean of one of the two blocks before these
-      (or of the warm-up), and the standard deviation is above four times the block's (a fall).
+    - a rise: three quarters of them were spikes.
+    - a fall: the standard deviation is above four times the block's. The block's mean and that of the previous block
+      are also below half of the mean of one of the two blocks before these (or of the warm-up).
 
-    Neither happens by chance to independent norms without heavy tails. If a fraction p of the steps are spikes, the
-    probability that three quarters of 40 are spikes is below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper) and below
-    1e-6 for p = 0.36 (z_thresh 1.5). The probability that the variance of 40 normal norms is a sixteenth of the true
-    one is below 1e-15. Smaller windows give less of this protection. A decline to less than half within a few blocks,
-    which is common early in training, counts as a fall; so does an outlier in the warm-up. Without a rise or a fall,
-    the decisions are those of the published package.
+    Neither happens by chance to independent norms without heavy tails. Let a fraction p of the steps be spikes. Three
+    quarters of 40 are spikes with a probability below 1e-18 for p = 0.12 (z_thresh 2.0 in the paper), and below 1e-6
+    for p = 0.36 (z_thresh 1.5). The variance of 40 normal norms is a sixteenth of the true one with a probability below
+    1e-15. Smaller windows give less of this protection. A decline to less than half within a few blocks, which is
+    common early in training, counts as a fall; so does an outlier in the warm-up. Without either, the decisions are
+    those of the published package.
 
-    *Near-constant norms.* The standard deviation in z and in the target is at least 1e-4 of the mean, and no step is a
+    *Near-constant norms.* The standard deviation in z and in the target is at least 1e-4 of the mean. No step is a
     spike while the mean is 0.
 
     Args:
@@ -77,13 +74,7 @@ class ZClip(ClippingStrategy):
             1.0.
         skip_update_on_spike: whether a spike leaves the statistics unchanged. Default False.
         recovery_window: number of norms in a block of the recovery rule, >= 8. Default 40; `None` disables the rule.
-        on_nonfinite: what happens on a norm that is NaN or infinite: "skip" (default) the optimizer's step, set the
-            gradients to "zero", or "raise"; see `ClippingStrategy`.
-        max_consecutive_nonfinite: number of consecutive such norms that raises `FloatingPointError`. Default 20;
-            `None`: never.
-
-    Raises:
-        ArgumentError: an argument is out of its range; the message names it, its value and what is allowed.
+        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
 
     Telemetry, in addition to that of `ClippingStrategy`: `z` (NaN during the warm-up), `mean` and `std` before the
     step, `spike` (whether z was above z_thresh) and `recovered` (whether the statistics were reset), 0 or 1.
@@ -105,28 +96,17 @@ class ZClip(ClippingStrategy):
         recovery_window: int | None = 40,
         **policy: Unpack[Policy],
     ) -> None:
-        require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "a number from 0 to below 1")
-        require(is_number(z_thresh) and z_thresh > 0, "z_thresh", z_thresh, "a number above 0")
-        require(is_number(eps) and eps > 0, "eps", eps, "a number above 0")
-        require(is_count(warmup_steps), "warmup_steps", warmup_steps, "an integer from 1")
-        require(mode in MODES, "mode", mode, "one of " + ", ".join(MODES))
-        require(clip_option in CLIP_OPTIONS, "clip_option", clip_option, "one of " + ", ".join(CLIP_OPTIONS))
-        require(is_number(clip_factor) and clip_factor > 0, "clip_factor", clip_factor, "a number above 0")
-        skip = skip_update_on_spike
-        require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
-        window = recovery_window
-        valid = window is None or is_count(window, 8)
-        require(valid, "recovery_window", window, "an integer from 8, or null to switch recovery off")
         super().__init__(max_grad_norm, **policy)
-        self.alpha = alpha
-        self.z_thresh = z_thresh
-        self.eps = eps
-        self.warmup_steps = warmup_steps
-        self.mode = mode
-        self.clip_option = clip_option
-        self.clip_factor = clip_factor
-        self.skip_update_on_spike = skip_update_on_spike
-        self.recovery_window = recovery_window
+        self.alpha = decay("alpha", alpha)
+        self.z_thresh = positive("z_thresh", z_thresh)
+        self.eps = positive("eps", eps)
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
+        self.mode = one_of("mode", mode, MODES)
+        self.clip_option = one_of("clip_option", clip_option, CLIP_OPTIONS)
+        self.clip_factor = positive("clip_factor", clip_factor)
+        skip = skip_update_on_spike
+        self.skip_update_on_spike = require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
+        self.recovery_window = integer("recovery_window", recovery_window, minimum=8, null="to switch recovery off")
 
     def initial_state(self, like: Tensor) -> State:
         """Return zero counts, means and variances of all norms and of the current block; zero means of three blocks."""
@@ -169,17 +149,8 @@ class ZClip(ClippingStrategy):
         recovered = torch.zeros_like(spike)
         if self.recovery_window is not None:
             recovered = self._recover(self.recovery_window, norm, warm, spike, new, block)
-        return Decision(
-            target=torch.where(spike, target, torch.inf),
-            state=new | block,
-            telemetry={
-                "z": torch.where(warm, z, torch.nan),
-                "mean": mean.clone(),
-                "std": std,
-                "spike": spike,
-                "recovered": recovered,
-            },
-        )
+        telemetry = {"z": torch.where(warm, z, torch.nan), "mean": mean.clone(), "std": std, "spike": spike}
+        return Decision(torch.where(spike, target, torch.inf), new | block, telemetry | {"recovered": recovered})
 
     @staticmethod
     def _recover(window: int, norm: Tensor, warm: Tensor, spike: Tensor, new: State, block: State) -> Tensor:
