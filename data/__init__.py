@@ -9,7 +9,7 @@ from data.batch import Batch
 from data.config import CacheConfig, CorruptionConfig, DataConfig, SourceConfig
 from data.corpus import Corpus, corpus_from, corpus_tokenizer
 from data.corruption import KINDS, BatchCorruption
-from data.loader import TrainLoader
+from data.loader import BatchShare, TrainLoader
 from data.prepare import prepare
 from data.sequences import ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Document, Mixture, Source, SourceError
@@ -22,6 +22,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "Batch",
     "BatchCorruption",
+    "BatchShare",
     "CacheConfig",
     "Corpus",
     "CorruptionConfig",

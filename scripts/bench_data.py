@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from common.settings import AtLeastOne, Count, Positive, Settings, parse
 from data import (
+    BatchShare,
     Corpus,
     Mixture,
     ShuffledDataset,
@@ -163,7 +164,7 @@ def reading(config: BenchDataConfig, folder: Path) -> Table:
     tokens = batches * BATCH_SIZE * (SEQUENCE_LENGTH + 1)
 
     def batches_of(source: TokenDataset) -> Callable[[], None]:
-        loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BATCH_SIZE, BATCH_SIZE))
+        loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BatchShare(BATCH_SIZE, BATCH_SIZE)))
         return lambda: [next(loader) for _ in range(batches)] and None
 
     def copying() -> None:

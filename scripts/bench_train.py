@@ -35,7 +35,7 @@ from rich.table import Table
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings, parse
-from data import TrainLoader
+from data import BatchShare, TrainLoader
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
@@ -206,7 +206,7 @@ def specification(config: BenchTrainConfig, folder: Path, console: Console) -> d
     check(run, run_path(run))
     tokens = prepare_tokens(run, console)
     sequences = training_sequences(run, tokens)
-    loader = TrainLoader(sequences, tokens.fingerprint, 50, config.batch, config.batch)
+    loader = TrainLoader(sequences, tokens.fingerprint, 50, BatchShare(config.batch, config.batch))
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
     return {
         "device": DEVICE,

@@ -21,6 +21,7 @@ from rich.console import Console
 from common.errors import UserError, prefix_errors
 from data import (
     BatchCorruption,
+    BatchShare,
     ShuffledDataset,
     SourceError,
     StreamingDataset,
@@ -273,15 +274,13 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
 
 def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainLoader:
     """Return the loader of this process's micro-batches."""
+    trainer = config.trainer
     return TrainLoader(
         training_sequences(config, tokens),
-        fingerprint=tokens.fingerprint,
-        steps=config.trainer.max_steps,
-        global_batch_size=config.trainer.global_batch_size,
-        micro_batch_size=config.trainer.micro_batch_size,
-        rank=rank(),
-        world_size=config.trainer.world_size,
-        corruption=batch_corruption(config, tokens),
+        tokens.fingerprint,
+        trainer.max_steps,
+        BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
+        batch_corruption(config, tokens),
         skipped_batches=skipped_batches,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Corpus, Mixture, ShuffledDataset, Source, TokenDataset, TrainLoader, open_tokens, prepare
+from data import BatchShare, Corpus, Mixture, ShuffledDataset, Source, TokenDataset, TrainLoader, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
 from tests.helpers import CHECKOUT
@@ -254,7 +254,7 @@ def test_batches_number_the_documents_of_their_tokens(lines, tmp_path):
     tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=3000)
     end = tokens.facts["end_of_text"]
     sequences = ShuffledDataset(TokenDataset(tokens.train, 64), seed=0)
-    loader = TrainLoader(sequences, tokens.fingerprint, 3, 8, 4, documents=True)
+    loader = TrainLoader(sequences, tokens.fingerprint, 3, BatchShare(8, 4), documents=True)
     for batch in loader:
         ended = torch.cumsum(batch.tokens[:, :-1].long() == end, dim=1)
         assert batch.documents[:, 1:].tolist() == ended[:, :-1].tolist()
