@@ -39,7 +39,8 @@ from data import BatchShare, TrainLoader
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
-from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
+from training.monitor.metrics import peak_tokens_per_second
+from training.run import prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
 
 GPU = torch.cuda.is_available()
