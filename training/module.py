@@ -13,16 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.errors import prefix_errors
 from data import Batch
-from models import Llama
+from models import Llama, parallel
 from models.hugging_face import load
-from models.parallel import (
-    apply_activation_checkpointing,
-    apply_fsdp,
-    compile_model,
-    copy_full_weight,
-    materialize,
-    set_gradient_sync,
-)
 from training.config.schema import Config
 from training.validation.loss import ValidationSet
 
@@ -53,26 +45,26 @@ class PretrainingModule(pl.LightningModule):
         model, trainer = self.model, self.config.trainer
         if not next(model.parameters()).is_meta:
             return
-        apply_activation_checkpointing(model, trainer.activation_checkpointing)
+        parallel.apply_activation_checkpointing(model, trainer.activation_checkpointing)
         if trainer.compile:
             torch.compiler.reset()  # drops the compiled code of an earlier run of a sweep
-            compile_model(model)
+            parallel.compile_model(model)
         device = torch.device("cpu")  # Lightning moves an unsharded model to its device
         if trainer.sharded:
             device = torch.device("cuda" if trainer.accelerator == "gpu" else "cpu")
             sizes, names = (trainer.dp_replicate, trainer.dp_shard), ("replicate", "shard")
             mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
             dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-            apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
-        materialize(model, device)
+            parallel.apply_fsdp(model, mesh if trainer.strategy == "hsdp" else mesh["shard"], dtype)
+        parallel.materialize(model, device)
         if not self.fresh:
             return
         if self.config.model.init_from is None:
             torch.manual_seed(self.config.seed)
-            model.init_weights(copy_full_weight)
+            model.init_weights(parallel.copy_full_weight)
         else:
             with prefix_errors("model"):
-                load(model, Path(self.config.model.init_from), copy_full_weight)
+                load(model, Path(self.config.model.init_from), parallel.copy_full_weight)
 
     def on_train_start(self) -> None:
         """Apply the optimizer settings of this run: the checkpoint may come from a run with others."""
@@ -84,7 +76,7 @@ class PretrainingModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Reduce sharded gradients after the last micro-batch of a step only. Lightning does so for other models."""
-        set_gradient_sync(self.model, (batch_idx + 1) % self.config.trainer.grad_accum_steps == 0)
+        parallel.set_gradient_sync(self.model, (batch_idx + 1) % self.config.trainer.grad_accum_steps == 0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss to minimise, and the mean cross entropy of a batch in nats per token."""
