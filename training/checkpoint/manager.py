@@ -44,7 +44,7 @@ class CheckpointManager:
     run_dir: RunDir
     config: Config
     is_healthy: Callable[[int], bool]  # whether the run was healthy after a step
-    assert_metrics_on_disk: Callable[[int], None]  # raises `OSError` unless the metrics up to a step are
+    assert_metrics_on_disk: Callable[[int], None]  # raises `OSError` unless the metrics up to a step are there
     console: Console
 
     def __post_init__(self) -> None:

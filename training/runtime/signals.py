@@ -104,7 +104,7 @@ def enable_exit() -> None:
 
 @contextmanager
 def override_handler(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each signal until the block ends, and raise only what is pending before."""
+    """Call `handler` with the number of each signal until the block ends. A pending `Interrupted` is raised first."""
     global _handler, _interrupts
     reraise_pending()
     previous, _handler, _interrupts = _handler, handler, 0
