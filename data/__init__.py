@@ -7,7 +7,7 @@ batches of a run.
 from data.config import CacheConfig, DataConfig
 from data.corpus import Corpus, corpus_from, corpus_tokenizer
 from data.corruption import BatchCorruption
-from data.loader import TrainLoader
+from data.loader import BatchShare, TrainLoader
 from data.prepare import prepare
 from data.sequences import Batch, ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Mixture, Source, SourceError
@@ -19,6 +19,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "Batch",
     "BatchCorruption",
+    "BatchShare",
     "CacheConfig",
     "Corpus",
     "DataConfig",

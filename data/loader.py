@@ -5,64 +5,49 @@ of ranks or with another micro-batch size.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from data.corruption import BatchCorruption
 from data.sequences import Batch, ShuffledDataset
 from data.stream import StreamingDataset
 
 
+class BatchShare(NamedTuple):
+    """What one of `world_size` data-parallel ranks takes of each global batch."""
+
+    global_batch_size: int  # sequences per optimizer step, over all ranks; a multiple of world_size * micro_batch_size
+    micro_batch_size: int  # sequences per forward pass on one rank
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(eq=False)
 class TrainLoader:
-    """Iterates over the micro-batches of a run from its current position.
+    """Iterates over the micro-batches of a run from its current position."""
 
-    Args:
-        sequences: dataset to read from.
-        fingerprint: fingerprint of the tokens; a state saved with other tokens is refused.
-        steps: optimizer steps in the whole run.
-        global_batch_size: sequences per optimizer step, over all ranks.
-        micro_batch_size: sequences per forward pass on one rank; `world_size * micro_batch_size` divides
-            `global_batch_size`.
-        rank: rank of this process among `world_size`.
-        world_size: number of data-parallel ranks.
-        corruption: replaces the batches of chosen steps; `None` replaces none.
-        skipped_batches: global batches before this run's next one on which no step was taken.
-    """
+    sequences: ShuffledDataset | StreamingDataset
+    fingerprint: str  # of the tokens; a state saved with other tokens is refused
+    steps: int  # optimizer steps in the whole run
+    share: BatchShare
+    corruption: BatchCorruption | None = None  # replaces the batches of chosen steps
+    skipped_batches: int = 0  # global batches before this run's next one on which no step was taken
 
-    def __init__(
-        self,
-        sequences: ShuffledDataset | StreamingDataset,
-        fingerprint: str,
-        steps: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        corruption: BatchCorruption | None = None,
-        skipped_batches: int = 0,
-    ) -> None:
-        self.sequences = sequences
-        self.fingerprint = fingerprint
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.corruption = corruption
-        self.rank = rank
-        self.world_size = world_size
-        self.per_forward = micro_batch_size * world_size
-        self.skipped_batches = skipped_batches
-        self.steps = steps
-        self.total = (steps + skipped_batches) * global_batch_size
-        self.consumed = skipped_batches * global_batch_size
+    def __post_init__(self) -> None:
+        self.per_forward = self.share.micro_batch_size * self.share.world_size
+        self.total = (self.steps + self.skipped_batches) * self.share.global_batch_size
+        self.consumed = self.skipped_batches * self.share.global_batch_size
 
     def __len__(self) -> int:
-        """Number of micro-batches of all steps, those already done included, as Lightning counts."""
-        return self.steps * self.global_batch_size // self.per_forward
+        """Number of micro-batches of all steps, including those already done, because Lightning counts them too."""
+        return self.steps * self.share.global_batch_size // self.per_forward
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches up to the end of the run, with ids of the data type in which they are stored."""
         while self.consumed < self.total:
-            first = self.consumed + self.rank * self.micro_batch_size
-            tokens = self.sequences.take(first, self.micro_batch_size)
-            step = self.consumed // self.global_batch_size + 1
+            first = self.consumed + self.share.rank * self.share.micro_batch_size
+            tokens = self.sequences.take(first, self.share.micro_batch_size)
+            step = self.consumed // self.share.global_batch_size + 1
             self.consumed += self.per_forward
             yield self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
 
@@ -88,4 +73,4 @@ class TrainLoader:
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
                 "is missing"
             )
-        self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.global_batch_size
+        self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.share.global_batch_size

@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 from common.settings import AtLeastOne, Count, Positive, Settings, parse
 from data import (
+    BatchShare,
     Corpus,
     Mixture,
     ShuffledDataset,
@@ -143,7 +144,7 @@ def reading(config: BenchDataConfig, folder: Path) -> Table:
     all_tokens = sequences.tokens.read(0, len(sequences.tokens))
 
     def batches_of(source: TokenDataset) -> Callable[[], object]:
-        loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BATCH_SIZE, BATCH_SIZE))
+        loader = iter(TrainLoader(ShuffledDataset(source, seed=0), "", 10**6, BatchShare(BATCH_SIZE, BATCH_SIZE)))
         return lambda: [next(loader) for _ in range(batches)]
 
     contenders = {

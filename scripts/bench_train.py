@@ -32,12 +32,13 @@ from rich.progress import Progress
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings, parse
-from data import TrainLoader
+from data import BatchShare, TrainLoader
 from scripts._bench import DEVICE, GPU, device_name, median_seconds, numbers_table
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
-from training.run import peak_tokens_per_second, prepare_tokens, training_sequences
+from training.monitor.metrics import peak_tokens_per_second
+from training.run import prepare_tokens, training_sequences
 from training.runtime.hardware import flops_per_token
 
 LOG_EVERY = 5
@@ -188,7 +189,7 @@ def specification(config: BenchTrainConfig, folder: Path, console: Console) -> d
     check(run, run_path(run))
     tokens = prepare_tokens(run, console)
     sequences = training_sequences(run, tokens)
-    loader = TrainLoader(sequences, tokens.fingerprint, 50, config.batch, config.batch)
+    loader = TrainLoader(sequences, tokens.fingerprint, 50, BatchShare(config.batch, config.batch))
     np.save(folder / "batches.npy", np.stack([batch.tokens.numpy() for batch in loader]).astype(np.int32))
     return config.model_dump(include={"steps", "batch", "length"}) | {
         "device": DEVICE,

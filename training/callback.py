@@ -1,5 +1,6 @@
 """What happens around each optimizer step: the one place where Lightning calls the parts of a run, in order."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,8 @@ from evaluation.response_cache import EvaluationInterrupted
 from training.checkpoint.manager import CheckpointManager
 from training.lightning_internals import dump_checkpoint, forward_context, rescale_batch_counts
 from training.module import PretrainingModule
-from training.monitor.divergence import DivergenceDetector
+from training.monitor.health import NonFiniteGuard
 from training.monitor.metrics import MetricsRecorder
-from training.monitor.nonfinite import NonFiniteGuard
 from training.monitor.step_timer import StepTimer
 from training.runtime.coordinated_stop import CoordinatedStop
 from training.validation.loss import LossValidator
@@ -21,42 +21,22 @@ from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
 
 
+@dataclass(eq=False)
 class RunCallback(pl.Callback):
     """Calls the parts of a run, which know neither Lightning nor each other.
 
     After each optimizer step: record the metrics, agree on stopping, save if due, guard against non-finite steps,
     validate if due. `ClipCallback` clips before the optimizer's step.
-
-    Args:
-        metrics: records every step.
-        divergence: decides whether the run is healthy.
-        guard: ends training after too many non-finite steps.
-        stop: ends training after a signal.
-        checkpoints: saves the run.
-        loss_validator: evaluates the loss on held-out text.
-        task_evaluator: scores the model on tasks.
-
-    Attributes:
-        timer: measures the phases of each step.
     """
 
-    def __init__(
-        self,
-        metrics: MetricsRecorder,
-        divergence: DivergenceDetector,
-        guard: NonFiniteGuard,
-        stop: CoordinatedStop,
-        checkpoints: CheckpointManager,
-        loss_validator: LossValidator,
-        task_evaluator: TaskEvaluator,
-    ) -> None:
-        self.metrics = metrics
-        self.divergence = divergence
-        self.guard = guard
-        self.stop = stop
-        self.checkpoints = checkpoints
-        self.loss_validator = loss_validator
-        self.task_evaluator = task_evaluator
+    metrics: MetricsRecorder
+    guard: NonFiniteGuard
+    stop: CoordinatedStop
+    checkpoints: CheckpointManager
+    loss_validator: LossValidator
+    task_evaluator: TaskEvaluator
+
+    def __post_init__(self) -> None:
         self.timer = StepTimer(torch.device("cpu"))
 
     def on_load_checkpoint(
@@ -75,11 +55,8 @@ class RunCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start every part at the step that the run resumes from, and do the evaluations that are due there."""
         step = trainer.global_step
-        losses = self.metrics.start(
-            step, pl_module.device, lambda tensor, how: trainer.strategy.reduce(tensor, reduce_op=how)
-        )
-        for loss in losses:
-            self.divergence.add(loss)
+        reduce = trainer.strategy.reduce
+        losses = self.metrics.start(step, pl_module.device, lambda tensor, how: reduce(tensor, reduce_op=how))
         self.guard.restore(losses)
         self.timer.restart(pl_module.device)
         self.stop.start(trainer.world_size)
@@ -113,11 +90,7 @@ class RunCallback(pl.Callback):
             self._validate_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Complete what is pending.
-
-        Raises:
-            RunError: the last checkpoint could not be saved.
-        """
+        """Complete what is pending. If the last checkpoint could not be saved, that is a `RunError`."""
         self._flush()
         self.metrics.close()
         self.stop.finish()
@@ -126,10 +99,6 @@ class RunCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do the evaluations after the last step, if the run was killed before they were done."""
         self._validate_if_due(trainer, pl_module)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the metrics of a run that fails."""
-        self.metrics.close()
 
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, PretrainingModule)
@@ -140,10 +109,9 @@ class RunCallback(pl.Callback):
             self._flush()
 
     def _flush(self) -> None:
-        """Write the recorded steps, and pass their losses to the parts that judge the run by them."""
+        """Write the recorded steps, and judge the run by their losses."""
         losses = self.metrics.flush()
         for step, loss in losses:
-            self.divergence.add(loss)
             self.guard.add(step, loss)
         if losses:
             self.timer.record("flush")
@@ -179,13 +147,10 @@ class RunCallback(pl.Callback):
 class ClipCallback(ClippingCallback):
     """Clips the gradients, and measures how long that takes.
 
-    Args:
-        strategy: clipping strategy.
-        timer: measures the phases of each step.
-        reset_state: whether to reset the statistics in a checkpoint, which belong to another strategy.
+    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy.
     """
 
-    def __init__(self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool = False) -> None:
+    def __init__(self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool) -> None:
         super().__init__(strategy)
         self.timer = timer
         self.reset_state = reset_state

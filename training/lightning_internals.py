@@ -4,7 +4,7 @@ Each function says why it is needed. tests/training/test_lightning_internals.py 
 upgrade of Lightning fails there with a sentence, and not in a run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -39,15 +39,11 @@ def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def rescale_batch_counts(checkpoint: dict[str, Any], grad_accum_steps: int) -> None:
-    """Convert the batch counters in a checkpoint to micro-batches of this run.
+    """Convert the batch counters in a checkpoint, in place, to micro-batches of this run.
 
     Lightning counts micro-batches, and resumes in the middle of a step if the new run has more or fewer of them in a
     step: with another micro-batch size, or on another number of processes. Checkpoints are saved in
     `on_train_batch_end`, where the last micro-batch is not counted as completed yet.
-
-    Args:
-        checkpoint: as Lightning loads it; changed in place.
-        grad_accum_steps: micro-batches in an optimizer step of this run.
     """
     micro_batches = checkpoint["global_step"] * grad_accum_steps
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -56,20 +52,17 @@ def rescale_batch_counts(checkpoint: dict[str, Any], grad_accum_steps: int) -> N
 
 
 @contextmanager
-def interrupts_as_raised(current_step: Callable[[], int]) -> Iterator[None]:
+def interrupts_as_raised(trainer: pl.Trainer) -> Iterator[None]:
     """Raise `Interrupted` with the step again in place of what Lightning makes of it.
 
     Lightning catches `KeyboardInterrupt`, of which `Interrupted` is a kind, and exits with status 1.
-
-    Args:
-        current_step: returns the optimizer step after which the run continues.
     """
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.__context__, Interrupted):
             raise
-        raise Interrupted(stop.__context__.signum, current_step()) from stop
+        raise Interrupted(stop.__context__.signum, trainer.global_step) from stop
 
 
 def forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:

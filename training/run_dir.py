@@ -19,6 +19,7 @@ One process owns the folder at a time (a lock that the system releases however t
 """
 
 import json
+import math
 import os
 import traceback
 from collections.abc import Iterator
@@ -39,18 +40,14 @@ from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
 
 #: A SLURM job that starts this many times at the same step is not requeued any more.
-MAX_RESTARTS_WITHOUT_PROGRESS = 5
+MAX_RESTARTS = 5
 
 #: Seconds to wait for the lock of a folder, and of a requeued job, whose lost node may hold it for a while.
 LOCK_SECONDS, LOCK_SECONDS_REQUEUED = 2.0, 120.0
 
 
 class RunDir:
-    """Paths of a run folder, and the files that are written in one piece.
-
-    Args:
-        path: the folder; need not exist.
-    """
+    """Paths of a run folder, which need not exist, and the files that are written in one piece."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,10 +69,6 @@ class RunDir:
     @contextmanager
     def acquire(self, config: Config, tokens: Tokens) -> Iterator[None]:
         """Make the folder, record this start, and hold the folder's lock until the block ends.
-
-        Args:
-            config: configuration of the run.
-            tokens: prepared tokens of the run; their tokenizer is copied.
 
         Raises:
             UserError: another process holds the folder, or the run was started on other tokens.
@@ -117,14 +110,11 @@ class RunDir:
     def _check_progress(self, starts: list[dict[str, Any]]) -> None:
         """Raise `RunError` if requeued starts of one SLURM job stay at the same step."""
         step, job = starts[-1]["step"], starts[-1]["slurm_job"]
-        last = [(start.get("step"), start.get("slurm_job")) for start in starts[-MAX_RESTARTS_WITHOUT_PROGRESS:]]
-        if (
-            restart_count() >= MAX_RESTARTS_WITHOUT_PROGRESS - 1
-            and last == [(step, job)] * MAX_RESTARTS_WITHOUT_PROGRESS
-        ):
+        last = [(start.get("step"), start.get("slurm_job")) for start in starts[-MAX_RESTARTS:]]
+        if restart_count() >= MAX_RESTARTS - 1 and last == [(step, job)] * MAX_RESTARTS:
             raise RunError(
-                f"job {job} has started {MAX_RESTARTS_WITHOUT_PROGRESS} times after step {step} of {self.path} without "
-                "progress: its time limit is too short, or its nodes fail; a new job continues"
+                f"job {job} has started {MAX_RESTARTS} times after step {step} of {self.path} without progress: its "
+                "time limit is too short, or its nodes fail; a new job continues"
             )
 
     def check_same_run(self, config: Config) -> None:
@@ -135,11 +125,9 @@ class RunDir:
         requested = flatten(identity(config))
         changed = sorted(key for key in requested.keys() | saved.keys() if requested.get(key) != saved.get(key))
         if changed:
-            pairs = ", ".join(
-                f"{key}={shown(requested.get(key))} (there: {shown(saved.get(key))})" for key in changed[:4]
-            )
+            pairs = [f"{key}={shown(requested.get(key))} (there: {shown(saved.get(key))})" for key in changed[:4]]
             raise UserError(
-                f"name={config.name} is taken: {self.path} holds a run with other settings, {pairs}; "
+                f"name={config.name} is taken: {self.path} holds a run with other settings, {', '.join(pairs)}; "
                 "choose another name, or none"
             )
 
@@ -148,11 +136,7 @@ class RunDir:
         return read_config(self.config_file).trainer.max_steps if self.config_file.exists() else None
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the final numbers; `None` while the run is not finished.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return the final numbers; `None` while the run is not finished. A damaged file is a `UserError`."""
         if not self.result_file.exists():
             return None
         result = read_json(self.result_file)
@@ -192,8 +176,7 @@ class RunDir:
     def losses(self, steps: int) -> Iterator[float | None]:
         """Yield the losses of the first steps; `None` where the loss or the gradients were not finite.
 
-        Raises:
-            RunError: a line of metrics.jsonl is damaged.
+        A damaged line is a `RunError`.
         """
         for number, line in enumerate(self.metrics_lines(steps), 1):
             try:
@@ -222,12 +205,13 @@ class RunDir:
         """Return the steps that have a checkpoint, in order."""
         return sorted(int(path.stem[5:]) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
 
-    def rewinds(self) -> list[dict[str, int]]:
-        """Return the rewinds of the run: `from_step`, `to_step`, and `skipped_batches` in all so far."""
+    def rewinds(self, last: float = math.inf) -> list[dict[str, int]]:
+        """Return the rewinds to steps up to `last`: `from_step`, `to_step`, and `skipped_batches` in all so far."""
         if not self.rewinds_file.exists():
             return []
         try:
-            return json.loads(self.rewinds_file.read_text())["rewinds"]
+            rewinds = json.loads(self.rewinds_file.read_text())["rewinds"]
+            return [rewind for rewind in rewinds if rewind["to_step"] <= last]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self.rewinds_file} is damaged ({error}): restore it, as it says which batches the run skips"
@@ -240,5 +224,5 @@ class RunDir:
 
     def skipped_batches(self, step: int) -> int:
         """Return how many global batches the run has skipped before it begins the step after this one."""
-        counts = [rewind["skipped_batches"] for rewind in self.rewinds() if rewind["to_step"] <= step]
-        return counts[-1] if counts else 0
+        rewinds = self.rewinds(step)
+        return rewinds[-1]["skipped_batches"] if rewinds else 0

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import (
+    BatchShare,
     Corpus,
     ShuffledDataset,
     Source,
@@ -38,7 +39,7 @@ def sequences(folder: Path) -> ShuffledDataset | StreamingDataset:
 
 
 def loader(folder: Path, steps: int, micro: int, rank: int = 0, world: int = 1) -> TrainLoader:
-    return TrainLoader(sequences(folder), "f", steps, GLOBAL_BATCH, micro, rank, world)
+    return TrainLoader(sequences(folder), "f", steps, BatchShare(GLOBAL_BATCH, micro, rank, world))
 
 
 def run_rank(folder: Path, world: int, micro: int, steps: int, rank: int, barrier) -> None:

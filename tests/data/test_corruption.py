@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from data import BatchCorruption, ShuffledDataset, TokenDataset, TrainLoader
+from data import BatchCorruption, BatchShare, ShuffledDataset, TokenDataset, TrainLoader
 from data.corruption import KINDS
 from data.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 from tests.data.arrays import token_array
@@ -28,7 +28,7 @@ def loader(tmp_path, tokenizer):
 
     def make(kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1) -> TrainLoader:
         corruption = BatchCorruption([2, 5], kind, seed, tokenizer) if kind else None
-        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, 8, micro, rank, world, corruption)
+        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, BatchShare(8, micro, rank, world), corruption)
 
     return make
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import ShuffledDataset, TokenDataset, TrainLoader
+from data import BatchShare, ShuffledDataset, TokenDataset, TrainLoader
 from data.tokenizer import train_tokenizer
 from tests.data import reader_process
 from tests.data.arrays import token_array
@@ -27,8 +27,8 @@ def loader(tmp_path):
         TokenDataset(token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3), 10), seed=1
     )
 
-    def make(**changes) -> TrainLoader:
-        settings = dict(fingerprint="f", steps=20, global_batch_size=8, micro_batch_size=8)
+    def make(micro_batch_size: int = 8, rank: int = 0, world_size: int = 1, **changes) -> TrainLoader:
+        settings = dict(fingerprint="f", steps=20, share=BatchShare(8, micro_batch_size, rank, world_size))
         return TrainLoader(sequences, **{**settings, **changes})
 
     return make

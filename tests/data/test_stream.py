@@ -12,6 +12,7 @@ import torch
 
 import data.stream_head
 from data import (
+    BatchShare,
     Corpus,
     Mixture,
     ShuffledDataset,
@@ -90,7 +91,7 @@ def test_each_block_yields_its_sequences_once(corpus, tmp_path):
 
 def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
     """The rows of each step, over all ranks."""
-    per_step = loaders[0].global_batch_size // loaders[0].per_forward
+    per_step = loaders[0].share.global_batch_size // loaders[0].per_forward
     rows = [[row for batch in batches for row in batch.tokens.tolist()] for batches in zip(*loaders, strict=True)]
     return [list(itertools.chain(*rows[i : i + per_step])) for i in range(0, len(rows), per_step)]
 
@@ -179,7 +180,7 @@ def test_stream_resumes_from_any_step_on_any_number_of_ranks(corpus):
         ranks = []
         for rank in range(world):
             sequences = streamed(corpus, 37 * LENGTH)
-            ranks.append(TrainLoader(sequences, "f", steps, batch, micro, rank, world))
+            ranks.append(TrainLoader(sequences, "f", steps, BatchShare(batch, micro, rank, world)))
             if state:
                 ranks[-1].load_state_dict(json.loads(state))
         return ranks

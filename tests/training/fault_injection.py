@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -11,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import files
 from training import run_dir
 from training.checkpoint import manager
-from training.module import PretrainingModule
 from training.monitor import metrics
+from training.validation.loss import ValidationSet
 
 
 def kill_self() -> None:
@@ -60,14 +61,13 @@ def while_writing_metrics(step: int) -> None:
 
 def while_evaluating(batch: int) -> None:
     """Kill the run after some batches of the final evaluation."""
-    test_step = PretrainingModule.test_step
+    batches = ValidationSet.__iter__
 
-    def test_step_until(self, validation_batch, batch_idx):
-        if batch_idx == batch:
-            kill_self()
-        test_step(self, validation_batch, batch_idx)
+    def batches_until(self):
+        yield from islice(batches(self), batch)
+        kill_self()
 
-    PretrainingModule.test_step = test_step_until
+    ValidationSet.__iter__ = batches_until
 
 
 def while_writing(name: str) -> None:

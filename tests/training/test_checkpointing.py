@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.helpers import FSDP, SLOW, TINY, final_state, only_run, read_jsonl, same, start, train, train_command
-from training.checkpoint.format import is_valid, load_model_state, step_of
-from training.monitor.divergence import LOSS_MARGIN, WINDOW, DivergenceDetector
-from training.runtime.rng import rng_states, set_rng_states
+from training.checkpoint.format import is_valid, load_model_state
+from training.checkpoint.manager import rng_states, set_rng_states
+from training.monitor.health import LOSS_MARGIN, WINDOW, DivergenceDetector
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,10 @@ def fill(disk: Path) -> Path:
                 file.write(bytes(65536))
         except OSError:
             return filler
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -210,7 +211,7 @@ def test_interrupts_during_an_evaluation_are_raised_with_their_step(tmp_path):
         raise Interrupted(signal.SIGTERM)
 
     trainer = trainer_in(tmp_path)
-    with pytest.raises(BaseException) as raised, interrupts_as_raised(lambda: 5):
+    with pytest.raises(BaseException) as raised, interrupts_as_raised(SimpleNamespace(global_step=5)):
         trainer.test(TinyModule(interrupt), CountedBatches(1), verbose=False)
     assert isinstance(raised.value, Interrupted), (
         f"Lightning turns an interrupt into {raised.value!r}, not into SystemExit with the interrupt as its context: "
@@ -220,7 +221,7 @@ def test_interrupts_during_an_evaluation_are_raised_with_their_step(tmp_path):
 
 
 def test_other_exits_stay_exits():
-    with pytest.raises(SystemExit), interrupts_as_raised(lambda: 5):
+    with pytest.raises(SystemExit), interrupts_as_raised(SimpleNamespace(global_step=5)):
         raise SystemExit(4)
 
 

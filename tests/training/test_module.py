@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from models import Llama
 from tests.helpers import compose_config
 from training.module import PretrainingModule
 from training.monitor.progress import ProgressDisplay
@@ -17,7 +16,9 @@ from training.monitor.step_timer import STEP_PHASES, TIMED_PHASES, StepTimer, se
 @pytest.fixture(scope="module")
 def module() -> PretrainingModule:
     config = compose_config("model.num_hidden_layers=1", "lr=1e-3", "trainer.max_steps=1000")
-    return PretrainingModule(Llama(config.model.llama), config.lr, config.optim, config.trainer)
+    module = PretrainingModule(config, fresh=True)
+    module.configure_model()
+    return module
 
 
 def test_optimizer_is_that_of_table_1(module):
@@ -52,6 +53,7 @@ def test_progress_display_shows_each_number(terminal):
     with ProgressDisplay(20, 0, Console(file=out, force_terminal=terminal, width=100)) as display:
         for step in (10, 20):
             display(
+                step,
                 {"step": step, "loss": 5.4321, "grad_norm": 0.765, "z": 3.21, "clipped": 1.0, "mfu": 0.4,
                  "tokens_per_second": 7654.0, "peak_memory_gib": 12.34, "data_seconds": 0.1,
                  "forward_backward_seconds": 0.9}

@@ -15,7 +15,7 @@ from data.tokenizer import train_tokenizer
 from tests.data.arrays import token_array
 from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
 from tests.helpers import FSDP, TINY, read_jsonl, start, train, wait_for_steps
-from training.validation.validation_set import ValidationSet, bits_per_byte
+from training.validation.loss import ValidationSet, bits_per_byte
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(settings,
     for processes in (1, 2, 3):
         shares = [ValidationSet(sequences, 4, 40 * 64, quiet, rank, processes) for rank in range(processes)]
         assert len({len(share) for share in shares}) == 1
-        assert sum(batch.tokens for share in shares for batch in share) == 40 * 64
+        assert sum(tokens for share in shares for _, tokens in share) == 40 * 64
     text = tokenizer.tokenizer.decode(tokens.test.read(1, result["test_tokens"] + 1).tolist(), skip_special_tokens=True)
     size = ValidationSet(sequences, 4, None, quiet).bytes(tokenizer)
     assert size == pytest.approx(len(text.encode()), abs=3), "except the last character"

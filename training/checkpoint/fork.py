@@ -23,17 +23,11 @@ SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precisi
 
 
 class ForkSource(NamedTuple):
-    """Where a forked run starts.
-
-    Attributes:
-        run_dir: folder of the old run.
-        step: step of the old run after which the new one starts.
-        same_clipping: whether the old run's clipping settings are the new one's.
-    """
+    """Where a forked run starts: after a step of the old run."""
 
     run_dir: RunDir
     step: int
-    same_clipping: bool
+    same_clipping: bool  # whether the old run's clipping settings are the new one's
 
     @property
     def checkpoint(self) -> Path:
@@ -44,7 +38,7 @@ class ForkSource(NamedTuple):
         """Write the old run's metrics and rewinds up to the step into the new run's folder, unless it has metrics."""
         if run_dir.metrics_file.exists():
             return
-        run_dir.write_rewinds([rewind for rewind in self.run_dir.rewinds() if rewind["to_step"] <= self.step])
+        run_dir.write_rewinds(self.run_dir.rewinds(self.step))
         lines = self.run_dir.metrics_lines(self.step)
         write_atomic(run_dir.metrics_file, "".join(f"{line}\n" for line in lines))
 
@@ -54,10 +48,6 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
 
     A run that has a checkpoint of its own can do without the other run, which may be gone. If it is there, the run can
     be rewound to its step.
-
-    Args:
-        config: configuration of the run.
-        run_dir: folder of the run.
 
     Raises:
         ConfigError: there is no such checkpoint, or its run has other settings.

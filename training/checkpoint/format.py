@@ -25,20 +25,10 @@ from common.files import commit, sha256
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was saved."""
-    return int(checkpoint.stem.removeprefix("step-"))
+def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: bool, group: Any) -> None:
+    """Write a checkpoint of Lightning under a temporary name, for `publish`.
 
-
-def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: bool, group: Any = None) -> None:
-    """Write a checkpoint under a temporary name, for `publish`. Of a sharded one every process writes its shard.
-
-    Args:
-        checkpoint: as Lightning makes it.
-        temporary: temporary name.
-        sharded: whether its tensors are sharded.
-        is_rank0: whether this process is rank 0, which writes all else.
-        group: process group that writes; `None`: all processes.
+    Of a sharded one, every process of `group` (`None`: of the run) writes its shard, and rank 0 all else.
     """
     if not sharded:
         if is_rank0:

@@ -8,11 +8,15 @@ run each process writes its shard. With `trainer.async_save` a copy is written w
 A save that fails, for example on a full disk, is reported and does not end training. The last one must succeed.
 """
 
+import random
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -27,47 +31,31 @@ from training.checkpoint.format import publish, write
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
-from training.runtime.rng import rng_states, set_rng_states
 
 
+@dataclass
 class CheckpointManager:
     """Saves every `trainer.checkpoint_every` steps, after the last step, and before training stops.
 
     Kept are the newest `trainer.keep_last` checkpoints, those at multiples of `trainer.keep_every`, and the last
     healthy ones, of any step and of a multiple of `trainer.checkpoint_every`.
-
-    Args:
-        run_dir: run folder.
-        config: configuration of the run, which is stored in each checkpoint.
-        is_healthy: whether the run was healthy after a step.
-        assert_metrics_on_disk: raises `OSError` unless the metrics up to a step are on the disk.
-        console: reports saves that fail.
-
-    Attributes:
-        last_saved: step of the last complete checkpoint, as rank 0 knows it; `None`: none.
     """
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        config: Config,
-        is_healthy: Callable[[int], bool],
-        assert_metrics_on_disk: Callable[[int], None],
-        console: Console,
-    ) -> None:
-        self.run_dir = run_dir
-        self.config = config
-        self.is_healthy = is_healthy
-        self.assert_metrics_on_disk = assert_metrics_on_disk
-        self.console = console
-        self.last_saved: int | None = None
+    run_dir: RunDir
+    config: Config
+    is_healthy: Callable[[int], bool]  # whether the run was healthy after a step
+    assert_metrics_on_disk: Callable[[int], None]  # raises `OSError` unless the metrics up to a step are there
+    console: Console
+
+    def __post_init__(self) -> None:
         self._last_attempt = -1
+        self._last_saved: int | None = None  # as rank 0 knows it
+        self._failure: BaseException | None = None
         self._rng_states: dict[str, Any] | None = None
         self._group: Any = None
         self._device_type = "cpu"
         self._writer: ThreadPoolExecutor | None = None
-        self._pending: tuple[int, Future[None]] | None = None
-        self._failure: BaseException | None = None
+        self._await_pending: Callable[[], None] = lambda: None
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides Lightning's state."""
@@ -80,7 +68,7 @@ class CheckpointManager:
     def start(self, step: int, device: torch.device) -> None:
         """Prepare for training from a step on, which has a checkpoint unless it is 0. All processes call it."""
         self._last_attempt = step
-        self.last_saved = step or None
+        self._last_saved = step or None
         self._device_type = device.type
         if self._rng_states is not None:
             set_rng_states(self._rng_states)
@@ -92,48 +80,27 @@ class CheckpointManager:
                 self._group = dist.new_group(backend="gloo")
 
     def is_due(self, step: int, stopping: bool) -> bool:
-        """Whether a checkpoint is to be saved after a step.
-
-        Args:
-            step: optimizer step, counted from 1.
-            stopping: whether training ends after it.
-        """
+        """Whether a checkpoint is to be saved after a step, after which training may be stopping."""
         trainer = self.config.trainer
         regular = step % trainer.checkpoint_every == 0
         return step != self._last_attempt and (regular or stopping or step == trainer.max_steps)
 
     def save(self, step: int, dump: Callable[[], dict[str, Any]]) -> None:
-        """Save a checkpoint, once the one before is written. All processes call it.
-
-        Args:
-            step: optimizer step, counted from 1.
-            dump: returns the state of the run.
-        """
+        """Save what `dump` returns after a step, once the checkpoint before is written. All processes call it."""
         self._last_attempt = step
-        self._wait()
+        self._await_pending()
         checkpoint = dump()
         if not (rank() == 0 or self.config.trainer.sharded):
             return
-        if self._writer is not None:
-            done = self._writer.submit(self._write, _copy_to_cpu(checkpoint, self._device_type), step)
-        else:
-            done = Future()
-            try:
-                self._write(checkpoint, step)
-                done.set_result(None)
-            except (Exception, CheckpointException) as error:  # a full disk can raise almost anything
-                done.set_exception(error)
-        self._pending = step, done
         if self._writer is None:
-            self._wait()
+            self._conclude(step, partial(self._write, checkpoint, step))
+        else:
+            written = self._writer.submit(self._write, _copy_to_cpu(checkpoint, self._device_type), step)
+            self._await_pending = partial(self._conclude, step, written.result)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. All processes call it, and learn whether rank 0 saved it.
-
-        Raises:
-            RunError: the last checkpoint could not be saved.
-        """
-        self._wait()
+        """Wait for the last checkpoint. In all processes it is a `RunError` if rank 0 could not save it."""
+        self._await_pending()
         if self._writer is not None:
             self._writer.shutdown()
         if problem := broadcast_from_rank0(self._unsaved):
@@ -143,28 +110,28 @@ class CheckpointManager:
         """Return a sentence about the last step if it could not be saved."""
         if self._failure is None:
             return None
-        restart = "starts again" if self.last_saved is None else f"continues after step {self.last_saved}"
+        restart = "starts again" if self._last_saved is None else f"continues after step {self._last_saved}"
         return f"step {self._last_attempt} is not saved ({_reason(self._failure)}): the same command {restart}"
 
     def _write(self, checkpoint: dict[str, Any], step: int) -> None:
         """Write a checkpoint, give it its final name, and remove those that need not be kept."""
-        final, is_rank0 = self.run_dir.checkpoint(step), rank() == 0
+        final, sharded = self.run_dir.checkpoint(step), self.config.trainer.sharded
         temporary = tmp_path(final)
+        if rank() > 0:
+            write(checkpoint, temporary, sharded, False, self._group)
+            return
         try:
-            write(checkpoint, temporary, self.config.trainer.sharded, is_rank0, self._group)
-            if is_rank0:
-                self.assert_metrics_on_disk(step)
-                publish(temporary, final)
+            write(checkpoint, temporary, sharded, True, self._group)
+            self.assert_metrics_on_disk(step)
+            publish(temporary, final)
         except (Exception, CheckpointException):
-            if is_rank0:
-                with suppress(OSError):  # it may not exist, and the cause is about to be reported
-                    remove(temporary)
+            with suppress(OSError):  # it may not exist, and the cause is about to be reported
+                remove(temporary)
             raise
-        if is_rank0:
-            try:
-                self._remove_old(step)
-            except OSError as error:
-                self.console.print(f"older checkpoints could not be removed: {error}", style="bold red", markup=False)
+        try:
+            self._remove_old(step)
+        except OSError as error:
+            self.console.print(f"older checkpoints could not be removed: {error}", style="bold red")
 
     def _remove_old(self, step: int) -> None:
         """Remove the checkpoints up to a step that need not be kept. Later ones are damaged, and were skipped."""
@@ -177,22 +144,18 @@ class CheckpointManager:
             if other not in kept and not (trainer.keep_every and other % trainer.keep_every == 0):
                 remove(self.run_dir.checkpoint(other))
 
-    def _wait(self) -> None:
-        """Wait until the pending checkpoint is written, and report it if that failed."""
-        if self._pending is None:
-            return
-        (step, done), self._pending = self._pending, None
-        error = done.exception()
-        if error is None:
-            self.last_saved, self._failure = step, None
-            return
-        self._failure = error
-        last = "there is none yet" if self.last_saved is None else f"the last is of step {self.last_saved}"
-        self.console.print(
-            f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}. Training continues; {last}.",
-            style="bold red",
-            markup=False,
-        )
+    def _conclude(self, step: int, write: Callable[[], None]) -> None:
+        """Write a checkpoint, or wait until it is written, and report it if that fails."""
+        self._await_pending = lambda: None
+        try:
+            write()
+        except (Exception, CheckpointException) as error:  # a full disk can raise almost anything
+            self._failure = error
+            last = "there is none yet" if self._last_saved is None else f"the last is of step {self._last_saved}"
+            problem = f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}"
+            self.console.print(f"{problem}. Training continues; {last}.", style="bold red")
+        else:
+            self._last_saved, self._failure = step, None
 
 
 def _copy_to_cpu(checkpoint: dict[str, Any], device_type: str) -> dict[str, Any]:
@@ -211,3 +174,28 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return one_line(error)
+
+
+def rng_states() -> dict[str, Any]:
+    """Return the states of the generators of Python, NumPy, torch on the CPU, and torch on this process's GPU.
+
+    They consist of types that `torch.load(weights_only=True)` accepts.
+    """
+    state: Any = np.random.get_state()  # noqa: NPY002 - libraries use the global generator
+    kind, keys, *rest = state
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.tensor(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Restore what `rng_states` returned."""
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,64 +1,75 @@
-"""Which checkpoint a run continues from, and how a run folder is taken back to an earlier one."""
+"""Where a run starts or resumes, and how a run folder is taken back to an earlier step."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import RunError
 from common.files import remove, write_atomic
-from training.checkpoint.format import is_valid, step_of
+from training.checkpoint.fork import ForkSource
+from training.checkpoint.format import is_valid
 from training.run_dir import RunDir
 
 
-def newest_checkpoint(run_dir: RunDir, report: Callable[[str], None]) -> Path | None:
-    """Return the newest valid checkpoint; `None` if there is no checkpoint.
+class Start(NamedTuple):
+    """Where a run starts or resumes."""
 
-    Args:
-        run_dir: the run folder.
-        report: called with a sentence about each damaged checkpoint that is skipped.
+    step: int
+    checkpoint: Path | None  # to load; `None`: new weights
+    skipped_batches: int  # global batches that the run has skipped before
+    fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
+    fork_step: int  # step of the other run that this one can be rewound to; 0: none
 
-    Raises:
-        RunError: there are checkpoints, and all are damaged.
-    """
-    steps = run_dir.checkpoint_steps()
-    for checkpoint in map(run_dir.checkpoint, reversed(steps)):
-        if is_valid(checkpoint):
-            return checkpoint
-        report(f"{checkpoint} is damaged: skipped")
-    if steps:
-        raise RunError(
-            f"{run_dir.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
-            "or remove that folder to train again from the start"
-        )
-    return None
+    @property
+    def reset_clipper(self) -> bool:
+        """Whether the clipper's statistics in the checkpoint belong to another strategy."""
+        return self.fork is not None and not self.fork.same_clipping
 
 
-def resume_checkpoint(run_dir: RunDir, report: Callable[[str], None], start: int = 0) -> Path | None:
-    """Return the checkpoint to continue from, and remove from the folder what does not belong to it.
+def find_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str], None]) -> Start:
+    """Return where a run starts or resumes, and make its folder that of the run at this step. Rank 0 calls it.
 
-    That is what a killed save left, and rewinds after the checkpoint's step: the run will come to them again.
-
-    Args:
-        run_dir: the run folder.
-        report: see `newest_checkpoint`.
-        start: step of another run from which this one starts, if it has no checkpoint yet.
+    It starts from `fork` if it has no checkpoint yet. What a killed save left is removed, and so are rewinds after the
+    step: the run will come to them again.
 
     Raises:
         RunError: metrics.jsonl is damaged or lacks steps before the checkpoint, or all checkpoints are damaged.
     """
     for leftover in run_dir.checkpoints.glob(".*-step-*.ckpt"):
         remove(leftover)
-    checkpoint = newest_checkpoint(run_dir, report)
-    step = start if checkpoint is None else step_of(checkpoint)
-    run_dir.write_rewinds([rewind for rewind in run_dir.rewinds() if rewind["to_step"] <= step])
-    if checkpoint is None:
-        return None
+    own_step = newest_step(run_dir, report)
+    fork_step = 0 if fork is None else fork.step
+    step = fork_step if own_step is None else own_step
+    run_dir.write_rewinds(run_dir.rewinds(step))
+    if own_step is None:
+        if fork is not None:
+            fork.copy_history(run_dir)
+        return Start(step, fork and fork.checkpoint, run_dir.skipped_batches(step), fork, fork_step)
     lines = sum(1 for _ in run_dir.losses(step))
     if lines < step:
         raise RunError(
             f"{run_dir.metrics_file} has {lines} lines, but the checkpoint is of step {step}: "
             "restore the file, or remove the folder to train again"
         )
-    return checkpoint
+    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
+
+
+def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
+    """Return the step of the newest valid checkpoint; `None` if there is none.
+
+    Damaged ones are skipped and reported. If all are damaged, that is a `RunError`.
+    """
+    steps = run_dir.checkpoint_steps()
+    for step in reversed(steps):
+        if is_valid(run_dir.checkpoint(step)):
+            return step
+        report(f"{run_dir.checkpoint(step)} is damaged: skipped")
+    if steps:
+        raise RunError(
+            f"{run_dir.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
+            "or remove that folder to train again from the start"
+        )
+    return None
 
 
 def rewind(run_dir: RunDir, to_step: int, from_step: int) -> None:

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
@@ -18,16 +19,21 @@ from rich.console import Console
 from torch import Tensor
 
 from common.files import write_atomic
+from training.config.schema import Config
 from training.monitor.step_timer import Timings, seconds
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
-from training.runtime.hardware import peak_memory, reset_peak_memory
+from training.runtime.hardware import flops_per_token, peak_flops, peak_memory, reset_peak_memory
 from zclip import ClippingStrategy
 
-#: A line of metrics.jsonl.
-Row = dict[str, float | int | None]
+#: The numbers of a step by name: a line of metrics.jsonl, or the results of an evaluation.
+Row = Mapping[str, float | None]
+
+#: Called with a step and its numbers.
+Listener = Callable[[int, Row], None]
 
 
+@dataclass
 class MetricsRecorder:
     """Records every optimizer step.
 
@@ -37,54 +43,29 @@ class MetricsRecorder:
     `forward_backward_seconds`, `clip_seconds` and `optimizer_seconds`, and the waits `saving_seconds` and
     `evaluation_seconds` before the step. `peak_memory_gib` is the maximum over processes since training started:
     allocated memory on a GPU, resident memory otherwise.
-
-    Args:
-        run_dir: run folder.
-        strategy: clipping strategy, whose telemetry is recorded.
-        log_every: steps between transfers.
-        tokens_per_step: tokens in a global batch.
-        peak_tokens_per_second: tokens per second of all devices at their peak; `None` if it is not known.
-        listeners: called on rank 0 with each row, after it is written.
-        console: reports a file that cannot be written.
     """
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        strategy: ClippingStrategy,
-        log_every: int,
-        tokens_per_step: int,
-        peak_tokens_per_second: float | None,
-        listeners: Sequence[Callable[[Row], None]],
-        console: Console,
-    ) -> None:
-        self.run_dir = run_dir
-        self.strategy = strategy
-        self.log_every = log_every
-        self.tokens_per_step = tokens_per_step
-        self.peak_tokens_per_second = peak_tokens_per_second
-        self.listeners = listeners
-        self.console = console
+    run_dir: RunDir
+    config: Config
+    strategy: ClippingStrategy
+    listeners: Sequence[Listener]  # called on rank 0 with each line, after it is written
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.tokens_per_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
+        self.peak_tokens_per_second = peak_tokens_per_second(self.config)
         self._pending: list[tuple[int, float, dict[str, Tensor], Timings]] = []
         self._losses: list[Tensor] = []
         self._file: BinaryIO | None = None
         self._unwritten: list[bytes] = []
         self._step = self._length = 0  # step of the last line on the disk, and bytes up to its end
         self._failure: OSError | None = None
-        self._device = torch.device("cpu")
-        self._reduce: Callable[[Tensor, str], Tensor] = lambda tensor, _: tensor
-        self._last_transfer = 0.0
 
     def start(self, step: int, device: torch.device, reduce: Callable[[Tensor, str], Tensor]) -> Sequence[float | None]:
         """Open the file behind the line of the step that the run resumes from. All processes call it.
 
-        Args:
-            step: step that the run resumes from; 0: none.
-            device: device of the model.
-            reduce: returns the `"mean"` or `"max"` of a tensor over the processes.
-
-        Returns:
-            The losses of the steps so far in nats per token; `None` for steps that were not finite.
+        `reduce` returns the `"mean"` or `"max"` of a tensor over the processes. Returned are the losses of the steps so
+        far in nats per token; `None` stands for steps that were not finite.
         """
         self._device, self._reduce = device, reduce
         losses = broadcast_from_rank0(lambda: list(self.run_dir.losses(step)))
@@ -109,27 +90,26 @@ class MetricsRecorder:
 
     def is_due(self, step: int) -> bool:
         """Whether recorded steps are to be flushed after this one."""
-        return step % self.log_every == 0
+        return step % self.config.trainer.log_every == 0
 
     def flush(self) -> list[tuple[int, float | None]]:
         """Copy the recorded steps to the host, write them, and call the listeners. All processes call it.
 
-        Returns:
-            Each step with its loss in nats per token; `None` if the loss or the gradients were not finite.
+        Returned is each step with its loss in nats per token; `None` if it or the gradients were not finite.
         """
         if not self._pending:
             return []
         rows = self._transfer()
         if self._file is not None:
-            self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows]
+            self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows.values()]
             self._write(self._file)
-            for row in rows:
+            for step, row in rows.items():
                 for listener in self.listeners:
-                    listener(row)
-        return [(int(row["step"] or 0), None if row["grad_norm"] is None else row["loss"]) for row in rows]
+                    listener(step, row)
+        return [(step, None if row["grad_norm"] is None else row["loss"]) for step, row in rows.items()]
 
-    def _transfer(self) -> list[Row]:
-        """Return the recorded steps as rows. The device is waited for once."""
+    def _transfer(self) -> dict[int, Row]:
+        """Return the lines of the recorded steps. The device is waited for once."""
         names = list(self._pending[0][2])
         table = torch.stack(
             [
@@ -145,8 +125,8 @@ class MetricsRecorder:
         now = time.perf_counter()
         rate = len(self._pending) * self.tokens_per_step / (now - self._last_transfer)
         self._last_transfer = now
-        rows: list[Row] = [
-            {
+        rows: dict[int, Row] = {
+            step: {
                 "step": step,
                 "tokens": step * self.tokens_per_step,
                 "lr": lr,
@@ -157,7 +137,7 @@ class MetricsRecorder:
                 "peak_memory_gib": round(peak_bytes / 2**30, 3),
             }
             for (step, lr, _, timings), numbers in zip(self._pending, values, strict=True)
-        ]
+        }
         self._pending.clear()
         return rows
 
@@ -171,12 +151,9 @@ class MetricsRecorder:
             os.fsync(file.fileno())
         except OSError as error:
             if self._failure is None:
-                self.console.print(
-                    f"{self.run_dir.metrics_file} CANNOT BE WRITTEN: {error.strerror}. Training continues and tries "
-                    "again; no checkpoint is saved until then.",
-                    style="bold red",
-                    markup=False,
-                )
+                problem = f"{self.run_dir.metrics_file} CANNOT BE WRITTEN: {error.strerror}"
+                advice = "Training continues and tries again; no checkpoint is saved until then."
+                self.console.print(f"{problem}. {advice}", style="bold red")
             self._failure = error
             return
         self._length += sum(map(len, self._unwritten))
@@ -194,3 +171,11 @@ class MetricsRecorder:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def peak_tokens_per_second(config: Config) -> float | None:
+    """Return the tokens per second of all devices at their peak FLOP/s; `None` if the peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name()) if config.trainer.accelerator == "gpu" else None
+    if peak is None:
+        return None
+    return config.trainer.world_size * peak / flops_per_token(config.model.llama, config.data.sequence_length)

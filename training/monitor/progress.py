@@ -1,17 +1,11 @@
 """What a user sees while a run trains: a bar on a terminal, a line now and then in a log file."""
 
 import time
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.text import SECONDS_BETWEEN_LINES
 from training.monitor.metrics import Row
@@ -23,20 +17,15 @@ SHORT_NAMES = dict(zip(STEP_PHASES, ("data", "fwd+bwd", "clip", "optim"), strict
 WIDE = 160
 
 
+@dataclass
 class ProgressDisplay:
-    """Shows rows of metrics as they arrive, while it is entered as a context.
+    """Shows rows of metrics as they arrive, while it is entered as a context."""
 
-    Args:
-        steps: steps of the whole run.
-        first_step: steps that were done before this process started.
-        console: console to draw on.
-    """
+    steps: int  # of the whole run
+    first_step: int  # steps that were done before this process started
+    console: Console
 
-    def __init__(self, steps: int, first_step: int, console: Console) -> None:
-        self.steps = steps
-        self.first_step = first_step
-        self.console = console
-        self._last_line = time.monotonic()
+    def __post_init__(self) -> None:
         self._first_row: tuple[float, int] | None = None
         self._bar: Progress | None = None
 
@@ -55,16 +44,12 @@ class ProgressDisplay:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, row: Row) -> None:
-        """Show one row."""
-        step = row["step"]
-        assert isinstance(step, int)
+    def __call__(self, step: int, row: Row) -> None:
+        """Show the row of a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_numbers(row, self.console.width >= WIDE))
             return

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 #: Phases of a step: waiting for the batch and its copy to the device; forward and backward; clipping; the optimizer.
-STEP_PHASES = ("data", "forward_backward", "clip", "optimizer")
+StepPhase = Literal["data", "forward_backward", "clip", "optimizer"]
 
 #: Phases whose time is recorded: those of the step, and the waits for a checkpoint and for an evaluation before it.
-TIMED_PHASES = (*STEP_PHASES, "saving", "evaluation")
+TimedPhase = Literal[StepPhase, "saving", "evaluation"]
+
+STEP_PHASES, TIMED_PHASES = get_args(StepPhase), get_args(TimedPhase)
 
 #: Phases with the times at which each began and ended.
 Timings = Sequence[tuple[str, Any, Any]]
@@ -20,9 +22,6 @@ class StepTimer:
     """Divides time into phases, each from the end of the phase before it.
 
     On a GPU the times are events in the current stream: they measure when the GPU got there, not when Python did.
-
-    Args:
-        device: device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,8 +33,8 @@ class StepTimer:
         self._last = self._now()
         self._timings: list[tuple[str, Any, Any]] = []
 
-    def record(self, phase: str) -> None:
-        """End a phase: one of `TIMED_PHASES`, or any other name for time that is not recorded."""
+    def record(self, phase: TimedPhase | Literal["flush"]) -> None:
+        """End a phase."""
         now = self._now()
         self._timings.append((phase, self._last, now))
         self._last = now

@@ -1,6 +1,5 @@
-"""Weights & Biases as a listener of a run, imported only if it is chosen. Its failures never stop training."""
+"""Weights & Biases as a listener of a run. wandb is imported only if it is chosen. Its failures never stop training."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch.loggers import WandbLogger
@@ -19,11 +18,6 @@ class WandbRun:
     """The wandb run of a run folder. It has the folder's name, so that a resumed run continues there.
 
     If the server cannot be reached, the records stay in the folder, for `wandb sync`.
-
-    Args:
-        config: checked configuration.
-        folder: run folder.
-        console: reports failures.
     """
 
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
@@ -31,13 +25,13 @@ class WandbRun:
 
         self.folder = folder
         self.console = console
+        self._failed = False
         try:
             self.logger = self._open(config, offline=False)
         except (wandb.errors.CommError, TimeoutError, OSError) as error:
             self._warn(error, "its records are kept")
             wandb.teardown()
             self.logger = self._open(config, offline=True)
-        self._failed = False
 
     def _open(self, config: Config, offline: bool) -> WandbLogger:
         import wandb
@@ -58,16 +52,12 @@ class WandbRun:
         logger.log_hyperparams(config.model_dump(mode="json", by_alias=True))
         return logger
 
-    def __call__(self, row: Row) -> None:
-        """Log a row of metrics.jsonl."""
-        self.log({key: value for key, value in row.items() if value is not None}, int(row["step"] or 0))
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step. The first failure is reported, and nothing is logged after it."""
+    def __call__(self, step: int, numbers: Row) -> None:
+        """Log the numbers of a step. The first failure is reported, and nothing is logged after it."""
         if self._failed:
             return
         try:
-            self.logger.log_metrics(dict(numbers), step=step)
+            self.logger.log_metrics({key: value for key, value in numbers.items() if value is not None}, step=step)
         except Exception as error:  # no failure of a logger may stop training
             self._failed = True
             self._warn(error, "its records so far are kept")
@@ -80,9 +70,6 @@ class WandbRun:
             self._warn(error, "its records are kept")
 
     def _warn(self, error: BaseException, records: str) -> None:
-        self.console.print(
-            f"WANDB CANNOT BE REACHED: {one_line(error, 200)}. Training continues; {records} in {self.folder}/wandb, "
-            "for `wandb sync`.",
-            style="bold red",
-            markup=False,
-        )
+        where = f"{self.folder}/wandb, for `wandb sync`"
+        problem = f"WANDB CANNOT BE REACHED: {one_line(error, 200)}"
+        self.console.print(f"{problem}. Training continues; {records} in {where}.", style="bold red")

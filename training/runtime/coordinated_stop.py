@@ -16,15 +16,11 @@ class CoordinatedStop:
 
     An asynchronous gloo all-reduce overlaps with each step: the processes learn one step later whether any of them got
     a signal. No device is waited for.
-
-    Attributes:
-        local_signal: number of the first signal that this process received; 0: none.
-        global_signal: number of the signal that ends training in all processes; 0: none.
     """
 
     def __init__(self) -> None:
-        self.local_signal = 0
-        self.global_signal = 0
+        self.local_signal = 0  # number of the first signal that this process received; 0: none
+        self.global_signal = 0  # number of the signal that ends training in all processes; 0: none
         self._group: Any = None
         self._pending: tuple[Tensor, Any] | None = None
 
@@ -42,7 +38,12 @@ class CoordinatedStop:
 
     def poll(self) -> bool:
         """Return whether training is to end, as of the end of the step before. All processes call it after a step."""
-        self.global_signal = self._exchange() if self._group is not None else self.local_signal
+        self.finish()
+        if self._group is None:
+            self.global_signal = self.local_signal
+        else:
+            signum = torch.tensor([self.local_signal])
+            self._pending = signum, dist.all_reduce(signum, dist.ReduceOp.MAX, self._group, async_op=True)
         return self.global_signal > 0
 
     def sync(self) -> bool:
@@ -59,19 +60,8 @@ class CoordinatedStop:
 
     def finish(self) -> None:
         """Complete the last exchange."""
-        self._result()
-
-    def _exchange(self) -> int:
-        """Return the result of the last exchange, and start the next."""
-        result = self._result()
-        signum = torch.tensor([self.local_signal])
-        self._pending = signum, dist.all_reduce(signum, dist.ReduceOp.MAX, self._group, async_op=True)
-        return result
-
-    def _result(self) -> int:
-        if self._pending is None:
-            return 0
-        signum, work = self._pending
-        self._pending = None
-        work.wait()
-        return int(signum)
+        if self._pending is not None:
+            signum, work = self._pending
+            self._pending = None
+            work.wait()
+            self.global_signal = self.global_signal or int(signum)

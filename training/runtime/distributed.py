@@ -27,11 +27,7 @@ def rank() -> int:
 
 
 def init_process_group(gpu: bool) -> None:
-    """Connect the processes of the run, if there are several and they are not connected.
-
-    Args:
-        gpu: whether each has a GPU, and NCCL connects these.
-    """
+    """Connect the processes of the run, if there are several and they are not connected. NCCL connects GPUs."""
     if not is_distributed() or dist.is_initialized():
         return
     if gpu:

@@ -37,11 +37,8 @@ def environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     """Return what a git command prints in this checkout; `None` without git or a repository."""
-    command = ["git", *arguments]
+    command, checkout = ["git", *arguments], Path(__file__).parent
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.check_output(command, cwd=checkout, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

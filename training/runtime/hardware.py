@@ -45,12 +45,7 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
 
 
 def available_memory(accelerator: str, processes: int) -> int:
-    """Return the bytes available to each process: its GPU's memory, or its share of the machine's or container's.
-
-    Args:
-        accelerator: cpu or gpu.
-        processes: number of processes that share this machine.
-    """
+    """Return the bytes available to each process: its GPU's memory, or its share of the machine's or container's."""
     if accelerator == "gpu":
         return torch.cuda.mem_get_info()[1]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -58,12 +53,7 @@ def available_memory(accelerator: str, processes: int) -> int:
 
 
 def container_memory(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes to which cgroups (v2 or v1) limit this process; `None` if they do not.
-
-    Args:
-        proc: folder of this process in procfs.
-        cgroups: folder in which the cgroup file systems are mounted.
-    """
+    """Return the bytes to which cgroups (v2 or v1) limit this process; `None` if they do not."""
     try:
         lines = (proc / "cgroup").read_text(errors="replace").splitlines()
     except OSError:
@@ -81,14 +71,9 @@ def container_memory(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys
 
 
 def _group_limits(root: Path, path: str, name: str) -> list[int]:
-    """Return the limits of a control group and of all groups above it, which hold as well.
+    """Return the limits of a control group, such as `/system.slice/a.service`, and of all groups above it.
 
     Inside a container the group's own path may not be mounted. Its limit is then in the root.
-
-    Args:
-        root: folder in which the hierarchy is mounted.
-        path: of the group in the hierarchy, such as `/system.slice/a.service`.
-        name: of the file with a group's limit.
     """
     limits = []
     parts = [part for part in path.split("/") if part]

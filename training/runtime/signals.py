@@ -25,9 +25,7 @@ MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 class Interrupted(KeyboardInterrupt):
     """A signal ends the program. Later signals are ignored, except Ctrl-C, unless this exception was swallowed.
 
-    Args:
-        signum: number of the signal.
-        step: optimizer step after which the run resumes; `None` outside training.
+    `step` is the optimizer step after which the run resumes; `None` outside training.
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
@@ -106,11 +104,7 @@ def enable_exit() -> None:
 
 @contextmanager
 def override_handler(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each signal until the block ends, instead of raising `Interrupted`.
-
-    Raises:
-        Interrupted: one is pending.
-    """
+    """Call `handler` with the number of each signal until the block ends. A pending `Interrupted` is raised first."""
     global _handler, _interrupts
     reraise_pending()
     previous, _handler, _interrupts = _handler, handler, 0
@@ -122,12 +116,7 @@ def override_handler(handler: Callable[[int], None]) -> Iterator[None]:
 
 
 def print_interrupted(error: Interrupted, requeued: bool) -> None:
-    """Print on stderr where the run stopped and how to resume it.
-
-    Args:
-        error: the interruption.
-        requeued: whether SLURM restarts the job.
-    """
+    """Print on stderr where the run stopped and how to resume it; SLURM restarts a job that is requeued."""
     where = "interrupted" if error.step is None else f"interrupted after step {error.step}"
     resume = "the job is requeued and resumes by itself" if requeued else "run the same command to resume"
     print(f"{where}; {resume}", file=sys.stderr)

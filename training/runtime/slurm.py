@@ -52,10 +52,9 @@ def export_torchrun_env() -> None:
 
 
 def requeue(signum: int) -> bool:
-    """Requeue the job of this process, if the signal announces the end of its time.
+    """Requeue the job of this process, if the signal announces the end of its time, and return whether it is requeued.
 
-    Returns:
-        Whether the job is requeued. If it should be and cannot, stderr says why.
+    If it should be and cannot, stderr says why.
     """
     if signum not in TIME_LIMIT_SIGNALS or not started_by_srun() or has_local_launcher():
         return False

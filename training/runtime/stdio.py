@@ -6,11 +6,7 @@ from typing import Any, TextIO
 
 
 class BestEffortStream:
-    """A text stream that drops output which cannot be written.
-
-    Args:
-        stream: the stream to write to.
-    """
+    """A text stream that drops output which cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -1,53 +1,114 @@
-"""Loss on held-out text every `trainer.val_every` steps, in val_metrics.jsonl."""
+"""Loss on held-out text: on some of it every `trainer.val_every` steps, in val_metrics.jsonl, and on all at the end."""
 
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+
 from common.files import write_atomic
-from data import Tokenizer
+from common.text import SECONDS_BETWEEN_LINES
+from data import Batch, TokenDataset, Tokenizer
 from training.config.schema import TrainerConfig
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
 from training.validation.report import EvaluationReport
-from training.validation.validation_set import ValidationSet, bits_per_byte
 
 
-class LossValidator:
-    """Evaluates the loss on held-out text during training.
+class ValidationSet:
+    """The held-out sequences in batches, in order, once; distributed over the processes of a run.
 
-    Training waits for it and is not changed: no random number is drawn, and no gradient is computed.
-
-    Args:
-        run_dir: run folder.
-        trainer: `val_every` and `max_steps`.
-        validation_set: held-out sequences.
-        tokenizer: tokenizer of the run.
-        report: where the results go.
+    Each process gets the same number of batches, as sharded models need. At most `max_tokens` tokens are evaluated, in
+    whole sequences, but at least one sequence; `None` stands for all.
     """
 
     def __init__(
         self,
-        run_dir: RunDir,
-        trainer: TrainerConfig,
-        validation_set: ValidationSet,
-        tokenizer: Tokenizer,
-        report: EvaluationReport,
+        sequences: TokenDataset,
+        batch_size: int,
+        max_tokens: float | None,
+        console: Console,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.run_dir = run_dir
-        self.trainer = trainer
-        self.validation_set = validation_set
-        self.tokenizer = tokenizer
-        self.report = report
-        self._bytes: int | None = None
+        limit = len(sequences) if max_tokens is None else max(1, int(max_tokens) // sequences.length)
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.count = min(len(sequences), limit)
+        self.tokens = self.count * sequences.length
+        self.console = console
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return math.ceil(math.ceil(self.count / self.batch_size) / self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        """Yield batches, each with the number of its tokens that count.
+
+        It is 0 if another process counts them, and this process evaluates them only to make as many forward passes.
+        """
+        last_line = time.monotonic()
+        for number in range(len(self)):
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                self.console.print(f"evaluated {number / len(self):.0%}")
+            first = (number * self.world_size + self.rank) * self.batch_size
+            counts = first < self.count
+            first = first if counts else 0
+            rows = np.arange(first, min(first + self.batch_size, self.count))
+            tokens = len(rows) * self.sequences.length if counts else 0
+            yield Batch(self.sequences.batch(rows)), tokens
+
+    def bytes(self, tokenizer: Tokenizer) -> int:
+        """Return the length in UTF-8 of the text of the predicted tokens.
+
+        A sequence begins where the one before ends, which may be within a character: whole documents are decoded.
+        """
+        length, size = self.sequences.length, 0
+        ids: list[int] = []
+        for row in range(self.count):
+            ids += self.sequences.batch(np.array([row]))[0, 1 : length + 1].tolist()
+            last = row == self.count - 1
+            while ids and (last or tokenizer.end in ids):
+                end = ids.index(tokenizer.end) + 1 if tokenizer.end in ids else len(ids)
+                size += len(tokenizer.tokenizer.decode(ids[:end], skip_special_tokens=True).encode())
+                del ids[:end]
+        return size
+
+
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """Return the bits per byte of a text, which can be compared between tokenizers.
+
+    `loss` is the mean in nats per token of a text of so many tokens, whose size is in bytes.
+    """
+    return loss * tokens / size / math.log(2)
+
+
+@dataclass
+class LossValidator:
+    """Evaluates the loss on held-out text during training.
+
+    Training waits for it and is not changed: no random number is drawn, and no gradient is computed.
+    """
+
+    run_dir: RunDir
+    trainer: TrainerConfig
+    validation_set: ValidationSet
+    tokenizer: Tokenizer
+    report: EvaluationReport
 
     def start(self, step: int) -> None:
         """Drop the results of later steps than the one that the run resumes from: they will be computed again."""
-        if rank() == 0:
+        if rank() == 0 and self.run_dir.val_metrics_file.exists():
             rows = [row for row in self.run_dir.val_metrics() if row["step"] <= step]
-            if rows or self.run_dir.val_metrics_file.exists():
-                write_atomic(self.run_dir.val_metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomic(self.run_dir.val_metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be evaluated after a step. The last step has the final evaluation instead."""
@@ -57,17 +118,13 @@ class LossValidator:
     def validate(self, step: int, evaluate: Callable[[ValidationSet], float]) -> None:
         """Evaluate the loss after a step, unless its result is there already. All processes call it.
 
-        Args:
-            step: optimizer step, counted from 1.
-            evaluate: returns the mean loss over held-out sequences in nats per token.
+        `evaluate` returns the mean loss in nats per token.
         """
         if step in broadcast_from_rank0(lambda: [row["step"] for row in self.run_dir.val_metrics()]):
             return
         loss = evaluate(self.validation_set)
         if rank() > 0:
             return
-        if self._bytes is None:
-            self._bytes = self.validation_set.bytes(self.tokenizer)
         tokens = self.validation_set.tokens
         numbers: dict[str, float] = {}
         if math.isfinite(loss):
@@ -81,3 +138,7 @@ class LossValidator:
             file.write(json.dumps(row) + "\n")
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
         self.report.report(step, text or "val loss not finite", numbers)
+
+    @cached_property
+    def _bytes(self) -> int:
+        return self.validation_set.bytes(self.tokenizer)

@@ -6,6 +6,7 @@ continues with them when the run resumes.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,65 +14,38 @@ import torch
 
 from common.text import SECONDS_BETWEEN_LINES
 from data import Tokenizer
-from evaluation.config import EvalConfig
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
 from evaluation.tasks import TaskError, data_folders, load_tasks
 from models import Llama
-from training.config.schema import Config, TrainerConfig
+from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
 from training.validation.report import EvaluationReport
 
-#: Tasks as lm-eval takes them, by name and number of few-shot examples.
-LoadedTasks = Mapping[tuple[str, int], Any]
 
-
-def load_eval_tasks(config: Config) -> LoadedTasks:
-    """Return the tasks that are scored during training, with their data.
-
-    Raises:
-        TaskError: a task is unknown, or its data cannot be read.
-    """
-    if config.trainer.eval_every is None:
-        return {}
-    folders = data_folders(config.eval.data_dir, config.paths.cache)
-    return {(name, num_fewshot): load_tasks(name, folders, num_fewshot) for name, num_fewshot in config.eval.requested}
-
-
+@dataclass
 class TaskEvaluator:
-    """Scores the model on tasks during training.
+    """Scores the model on the tasks of `eval` during training.
 
-    Training waits for it and is not changed: no random number of the run is drawn, and no gradient is computed.
-
-    Args:
-        run_dir: run folder.
-        trainer: `eval_every`, and `precision`, in which the model computes.
-        settings: settings of the evaluation.
-        tasks: tasks with their data.
-        tokenizer: tokenizer of the run.
-        should_stop: called now and then by all processes; whether to end early, the same in all of them.
-        report: where the results go.
+    Training waits for it and is not changed: no random number of the run is drawn, and no gradient is computed. If a
+    task is unknown, or its data cannot be read, that is a `TaskError` at once.
     """
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        trainer: TrainerConfig,
-        settings: EvalConfig,
-        tasks: LoadedTasks,
-        tokenizer: Tokenizer,
-        should_stop: Callable[[], bool],
-        report: EvaluationReport,
-    ) -> None:
-        self.run_dir = run_dir
-        self.every = trainer.eval_every
-        self.dtype = "float32" if trainer.precision == "32-true" else "training"
-        self.settings = settings
-        self.tasks = tasks
-        self.tokenizer = tokenizer
-        self.should_stop = should_stop
-        self.report = report
+    run_dir: RunDir
+    config: Config
+    tokenizer: Tokenizer
+    should_stop: Callable[[], bool]  # all processes call it now and then; whether to end early, the same in all
+    report: EvaluationReport
+
+    def __post_init__(self) -> None:
+        self.every = self.config.trainer.eval_every
+        self.dtype = "float32" if self.config.trainer.precision == "32-true" else "training"
+        self.tasks: dict[tuple[str, int], Any] = {}  # with their data, by name and number of few-shot examples
+        if self.every is not None:
+            folders = data_folders(self.config.eval.data_dir, self.config.paths.cache)
+            for name, num_fewshot in self.config.eval.requested:
+                self.tasks[name, num_fewshot] = load_tasks(name, folders, num_fewshot)
         self._cache: ResponseCache | None = None  # on rank 0
 
     def start(self, step: int) -> None:
@@ -86,23 +60,17 @@ class TaskEvaluator:
     def evaluate(self, step: int, model: Llama, device: torch.device) -> None:
         """Score the tasks after a step, except those that have a score. All processes call it.
 
-        Args:
-            step: optimizer step, counted from 1.
-            model: model to score.
-            device: its device.
-
-        Raises:
-            EvaluationInterrupted: training is to stop.
+        If training is to stop, it raises `EvaluationInterrupted`.
         """
         from evaluation.language_model import LlamaLM
 
-        language_model = LlamaLM(model, self.tokenizer, device, self.settings.batch_tokens)
+        language_model = LlamaLM(model, self.tokenizer, device, self.config.eval.batch_tokens)
         with torch.compiler.set_stance("force_eager"):  # each batch has another shape
             for (name, num_fewshot), task in self.tasks.items():
                 self._evaluate_task(step, language_model, name, num_fewshot, task)
 
     def _evaluate_task(self, step: int, language_model: Any, name: str, num_fewshot: int, task: Any) -> None:
-        limit, seed = self.settings.limit, self.settings.seed
+        limit, seed = self.config.eval.limit, self.config.eval.seed
         key = score_key(name, num_fewshot, limit, seed, step, self.dtype)
         responses = broadcast_from_rank0(partial(self._known_responses, key))
         if responses is None:
