@@ -64,6 +64,6 @@ def shown(value: Any) -> Any:
     return "null" if value is None else value
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """Return an error's message as one line of at most so many characters."""
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """Return an error's message as one line of at most so many characters; `None`: all."""
     return " ".join(str(error).split())[:most]

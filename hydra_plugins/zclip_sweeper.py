@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from experiments.paper.suites import SUITES
+from training.launch.sweep import Job, compose_job, print_plans
 
 
 class SuiteConfigs(ConfigSource):
@@ -116,29 +117,17 @@ class SuiteSweeper(BasicSweeper):
         assert self.config is not None and self.hydra_context is not None
         if not self.config.plan:
             return super().sweep(arguments)
-        from rich.console import Console
-
-        from training.config.checks import check
-        from training.launch.plan import sweep_table
-        from training.launch.sweep import compose_job
-
-        loader = self.hydra_context.config_loader
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        self.overrides = self.split_arguments(parsed, None)
-        jobs = [compose_job(loader, self.config, overrides) for overrides in self.get_job_batch()]
-        for job in jobs:
-            check(job.config, job.run_dir.path)
-        table, lines = sweep_table(jobs)
-        console = Console(soft_wrap=True, highlight=False, markup=False)
-        console.print(table, soft_wrap=False)
-        console.print("\n".join(lines))
-        return None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        self.overrides = self.split_arguments(parser.parse_overrides(arguments), None)
+        return print_plans(self._jobs())
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """Return the jobs, without duplicates of the same run."""
-        from training.launch.sweep import compose_job
+        """Return the overrides of the jobs."""
+        return [job.overrides for job in self._jobs()]
 
+    def _jobs(self) -> list[Job]:
+        """Return the jobs of the next batch, without duplicates of the same run."""
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
         jobs = [compose_job(loader, self.config, overrides) for overrides in super().get_job_batch()]
-        return list({job.run_dir.path: job.overrides for job in reversed(jobs)}.values())[::-1]
+        return list({job.run_dir.path: job for job in reversed(jobs)}.values())[::-1]

@@ -2,7 +2,6 @@
 
 Hydra reports errors over several lines with status 1. `command_line` makes it raise instead, and `reporting` prints one
 sentence for errors of the user; program faults keep their traceback. With HYDRA_FULL_ERROR=1 every error has one.
-`CheckSweep` checks all jobs of a sweep before the first one starts.
 """
 
 import errno
@@ -15,24 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from hydra.utils import get_class
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
 from training.launch.hydra_errors import describe
-from training.launch.processes import (
-    ERROR_REPORT_DELAY,
-    AlreadyReported,
-    ProcessFailed,
-    Stopped,
-    die_with_parent,
-    report_failure,
-)
-from training.launch.sweep import Job, compose_job
+from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
 from training.runtime import slurm
 from training.runtime.distributed import is_distributed, rank
 from training.runtime.signals import (
@@ -51,9 +38,9 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
 
-# Errors that `reporting` has printed. They decide the exit status.
-_user_errors: list[Exception] = []
-_run_errors: list[RunError] = []
+#: Errors that `reporting` has printed. They decide the exit status.
+user_errors: list[Exception] = []
+run_errors: list[RunError] = []
 
 
 def command_line(main: Callable[[], Any]) -> int:
@@ -74,13 +61,6 @@ def command_line(main: Callable[[], Any]) -> int:
     os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        return _run(main)
-    finally:
-        flush_stdio()
-
-
-def _run(main: Callable[[], Any]) -> int:
-    try:
         enable_exit()
         with reporting():
             main()
@@ -93,16 +73,22 @@ def _run(main: Callable[[], Any]) -> int:
             if not isinstance(error, Stopped):
                 print_interrupted(error, requeued)
         return 128 + error.signum
-    if rank() > 0 and (_run_errors or _user_errors):
-        time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends, and rank 0 reports the error
-    if _run_errors:
-        return 1 if isinstance(_run_errors[0], ProcessFailed) else EXIT_CANNOT_CONTINUE
-    return EXIT_USER_ERROR if _user_errors else 0
+    else:
+        if rank() > 0 and (run_errors or user_errors):
+            time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends; rank 0 reports the error
+        if run_errors:
+            return 1 if isinstance(run_errors[0], ProcessFailed) else EXIT_CANNOT_CONTINUE
+        return EXIT_USER_ERROR if user_errors else 0
+    finally:
+        flush_stdio()
 
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Print an error of the user, or why the run cannot continue, as one sentence. Later jobs of a sweep still run."""
+    """Print an error of the user, or why the run cannot continue, as one sentence. Later jobs of a sweep still run.
+
+    An error without a message has been reported by another process.
+    """
     try:
         yield
     except BaseException as error:
@@ -110,12 +96,10 @@ def reporting() -> Iterator[None]:
         if not isinstance(error, Exception):
             raise
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            file = error.filename or "a file"
-            error = RunError(
-                f"{file} cannot be written ({error.strerror}): when it can, run the same command to resume"
-            )
+            what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+            error = RunError(f"{what}: when it can, run the same command to resume")
         if isinstance(error, RunError):
-            _run_errors.append(error)
+            run_errors.append(error)
             if str(error) and rank() == 0:
                 print(error, file=sys.stderr)
             return
@@ -124,8 +108,8 @@ def reporting() -> Iterator[None]:
                 report_failure(error)
                 os._exit(1)  # exit handlers would wait for the other processes for ever
             raise
-        _user_errors.append(error)
-        if isinstance(error, AlreadyReported) or rank() > 0:
+        user_errors.append(error)
+        if rank() > 0 or (isinstance(error, UserError) and not str(error)):
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
@@ -146,40 +130,3 @@ def _raised_by_hydra(error: Exception) -> bool:
     ours = Path(__file__).parents[2]
     started = any(Path(f.filename).parent in (ours, ours / "scripts") and f.name == "main" for f in frames)
     return not started and any("hydra" in Path(frame.filename).parts for frame in frames)
-
-
-class CheckSweep(Callback):
-    """Hydra callback: compose and check all jobs of a sweep, so that a bad one stops it before any work.
-
-    Sweepers that choose values as they go, such as Optuna's, have no list of jobs: each job is checked when it runs.
-    """
-
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Check each combination of the sweep's overrides; exit with status 2 at the first error."""
-        with reporting():
-            sweeper: Any = get_class(config.hydra.sweeper._target_)
-            if hasattr(sweeper, "split_arguments"):
-                loader: Any = GlobalHydra.instance().config_loader()
-                overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
-                (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
-                _check_jobs(config, [compose_job(loader, config, job) for job in jobs])
-        if _user_errors:
-            sys.exit(EXIT_USER_ERROR)  # Hydra continues after other exceptions of a callback
-
-
-def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
-    """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
-    if not jobs:
-        raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
-    seen: dict[Path, list[str]] = {}
-    for job in jobs:
-        job.check()
-        path = job.run_dir.path
-        if path in seen and job.config.name is None and sweep.paper.suite is None:
-            raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
-        if path in seen and job.config.name is not None:
-            raise UserError(
-                f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
-                f"({' '.join(job.overrides)}): omit the name, and each gets its own"
-            )
-        seen[path] = job.overrides

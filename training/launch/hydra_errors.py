@@ -15,21 +15,16 @@ from omegaconf.errors import (
     MissingMandatoryValue,
 )
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.text import nearest
 from training.config.compose import CONFIGS
 
 
 def describe(error: Exception, sweeps: bool) -> str:
-    """Return one line that says what is wrong with the command line.
-
-    Args:
-        error: an error of ours, of Hydra or of OmegaConf.
-        sweeps: whether the program accepts `-m`.
-    """
+    """Return one line that says what is wrong with the command line of a program, which accepts `-m` if `sweeps`."""
     if not isinstance(error, UserError):  # ours may be the cause of theirs
         error = next((cause for cause in _causes(error) if isinstance(cause, UserError)), error)
-    message = " ".join(str(error).split())
+    message = one_line(error, most=None)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):

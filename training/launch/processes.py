@@ -29,16 +29,8 @@ ERROR_REPORT_DELAY = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-class AlreadyReported(UserError):
-    """A user error that a process of the run has reported."""
-
-
 class ProcessFailed(RunError):
     """A process of the run failed; the message is empty if that process reported why."""
-
-
-class CannotContinue(RunError):
-    """The run cannot continue, as one of its processes has reported."""
 
 
 class Stopped(Interrupted):
@@ -66,13 +58,8 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
 
     Signals are forwarded to them. When one fails, the others are killed.
 
-    Args:
-        processes: number of processes.
-        arguments: command-line arguments of each.
-
     Raises:
-        AlreadyReported: a process reported a user error.
-        CannotContinue: a process reported why the run cannot continue.
+        UserError, RunError: a process reported one; the message is empty.
         ProcessFailed: a process failed, or was killed.
         Stopped: a signal ended the processes.
         Interrupted: a signal killed a process before its handlers were installed.
@@ -116,7 +103,7 @@ def _supervise(processes: list[subprocess.Popen[bytes]]) -> None:
         raise Interrupted(-status)
     if status in (EXIT_USER_ERROR, EXIT_CANNOT_CONTINUE):
         _wait(processes[:1], ERROR_REPORT_DELAY)  # rank 0 reports the error
-        raise AlreadyReported if status == EXIT_USER_ERROR else CannotContinue
+        raise UserError if status == EXIT_USER_ERROR else RunError
     if status - 128 not in SIGNALS:
         message = ""
         if status < 0:

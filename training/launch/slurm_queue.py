@@ -4,12 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from common.errors import UserError
+from training.config.compose import CONFIGS
 from training.config.schema import TrainerConfig
-
-CHECKOUT = Path(__file__).parents[2]
 
 
 def queued_jobs() -> dict[str, str]:
@@ -36,15 +34,12 @@ def sbatch_resources(trainer: TrainerConfig) -> list[str]:
 def submit(options: list[str], overrides: list[str]) -> str:
     """Submit scripts/slurm/train.sbatch from the current folder, and return the number of the job.
 
-    Args:
-        options: of sbatch.
-        overrides: of the run.
-
     Raises:
         UserError: sbatch rejects the job, or is not installed.
     """
-    command = ["sbatch", "--parsable", *options, str(CHECKOUT / "scripts" / "slurm" / "train.sbatch"), *overrides]
-    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(CHECKOUT / "train.py")}
+    checkout = CONFIGS.parent
+    command = ["sbatch", "--parsable", *options, str(checkout / "scripts" / "slurm" / "train.sbatch"), *overrides]
+    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(checkout / "train.py")}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     except FileNotFoundError as error:
