@@ -28,10 +28,6 @@ class ConfigError(UserError):
         self.problem = problem or f"is not allowed: it must be {allowed}"
         super().__init__(f"{field}={shown(value)} {self.problem}")
 
-    def within(self, section: str) -> "ConfigError":
-        """Return the same error for a setting of a section."""
-        return ConfigError(f"{section}.{self.field}", self.value, problem=self.problem)
-
 
 class RunError(RuntimeError):
     """A run cannot continue, though no code is at fault; the message is one sentence."""
@@ -41,13 +37,8 @@ class RunError(RuntimeError):
 def prefix_errors(section: str) -> Iterator[None]:
     """Put a section's name in front of the key that an error of the block names.
 
-    Args:
-        section: such as `data`.
-
-    Raises:
-        ConfigError: an error of the block that has a `field`, a `value` and a `problem`, as `ConfigError` and
-            `zclip.arguments.ArgumentError` do.
-        UserError: any other `ValueError`.
+    Errors with `field`, `value` and `problem`, as `ConfigError` and `zclip.arguments.ArgumentError` have, become a
+    `ConfigError`; any other `ValueError` becomes a `UserError`.
     """
     try:
         yield

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from common.errors import ConfigError, UserError
-from common.files import exclusive_lock, write_atomic
+from common.files import is_locked, write_atomic
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.sources import Document, Mixture
@@ -78,8 +79,9 @@ def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: i
     """Prepare a corpus, unless another process has done so while this one waited for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    message = "waiting for another process that prepares the same tokens"
-    with exclusive_lock(lock, waiting=lambda: console.print(message)):
+    if is_locked(lock):
+        console.print("waiting for another process that prepares the same tokens")
+    with FileLock(lock):
         if (folder / MANIFEST).exists():
             return
         if corpus.streamed:
