@@ -51,7 +51,7 @@ def command_line(main: Callable[[], Any]) -> int:
         for the reason reported. 128 + n: signal n interrupted the program.
     """
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
-    if sys.argv[1:2] in (["-m"], ["--multirun"]) and not _has_sweeps():
+    if sys.argv[1:2] in (["-m"], ["--multirun"]) and _program() != "train.py":
         print(f"{_program()}: error: -m is not possible: only train.py has sweeps", file=sys.stderr)
         return EXIT_USER_ERROR
     die_with_parent()
@@ -113,15 +113,11 @@ def reporting() -> Iterator[None]:
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"{_program()}: error: {describe(error, sweeps=_has_sweeps())}", file=sys.stderr)
+        print(f"{_program()}: error: {describe(error, sweeps=_program() == 'train.py')}", file=sys.stderr)
 
 
 def _program() -> str:
     return Path(sys.argv[0]).name
-
-
-def _has_sweeps() -> bool:
-    return _program() == "train.py"
 
 
 def _raised_by_hydra(error: Exception) -> bool:
