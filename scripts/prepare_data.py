@@ -6,8 +6,6 @@ compares every file of prepared tokens with its checksum. After an interruption,
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 from pathlib import Path
 
 from rich.console import Console

@@ -2,8 +2,6 @@
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ documents are used: those that `data.val_fraction` holds out are skipped.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import math
 import shutil
 from pathlib import Path
