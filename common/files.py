@@ -21,13 +21,9 @@ def tmp_path(path: Path) -> Path:
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
-    temporary = tmp_path(path)
-    with temporary.open("wb") as file:
+    with tmp_path(path).open("wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
+    commit(tmp_path(path), path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -38,7 +34,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def commit(temporary: Path, path: Path) -> None:
     """Give a file or folder its final name once the disk holds it. A folder of that name is replaced."""
-    for written in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+    for written in [*temporary.rglob("*"), temporary]:
         sync(written)
     if path.is_dir():  # folders are not replaced
         remove(path)

@@ -45,7 +45,9 @@ class _SweepLauncher(Launcher):
         self.run(list({job.run_dir.path: job for job in unfinished}.values()))  # equal jobs are one run
         if self.failed:
             raise RunError(f"{len(self.failed)} of {len(jobs)} runs have not finished: {', '.join(self.failed)}")
-        return [_job_return(job) for job in jobs]
+        losses = [(job.run_dir.read_result() or {}).get("test_loss") for job in jobs]  # `None`: submitted only
+        done = zip(jobs, losses, strict=True)
+        return [JobReturn(overrides=j.overrides, status=JobStatus.COMPLETED, _return_value=loss) for j, loss in done]
 
     def run(self, jobs: list[Job]) -> None:
         """Run the jobs."""
@@ -59,13 +61,6 @@ class _SweepLauncher(Launcher):
         self.failed.append(f"{job.title} ({how}, {job.run_dir.log_file})")
         reason = job.run_dir.failure_reason()
         print(f"failed {self.failed[-1]}" + ("" if reason is None else f": {reason}"))
-
-
-def _job_return(job: Job) -> JobReturn:
-    """Return what `train.py`'s main returns: the test loss, or `None` if the run was submitted only."""
-    result = job.run_dir.read_result()
-    value = None if result is None else result["test_loss"]
-    return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=value)
 
 
 def _check_n_jobs(n_jobs: Any) -> None:

@@ -69,11 +69,7 @@ class SuiteSweeper(BasicSweeper):
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """Return the overrides of each job, in one batch.
-
-        Raises:
-            UserError: an override sets a key that the suites set, or names no suite, or there is no scale.
-        """
+        """Return the overrides of each job, in one batch."""
         by_key = {override.get_key_element(): override for override in overrides}
         if "experiment" not in by_key:
             raise UserError("hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites")

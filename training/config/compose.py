@@ -52,11 +52,7 @@ def load_config(cfg: DictConfig) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """Return the configuration in the config.yaml of a run folder.
-
-    Raises:
-        UserError: the file is damaged, or was written by a version of this project with other keys.
-    """
+    """Return the configuration in a config.yaml; raise `UserError` if it is damaged, or of another version."""
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
@@ -77,11 +73,7 @@ def to_yaml(config: Config) -> str:
 
 
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
-    """Return the configuration of `resume=FOLDER`: the saved one, with overrides that do not change the result.
-
-    Raises:
-        ConfigError: an override would change the result of the run.
-    """
+    """Return the configuration of `resume=FOLDER`: the saved one, with overrides; raise if one changes the result."""
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
     for key in overrides_dict(overrides):
         section, _, name = key.partition(".")

@@ -142,8 +142,7 @@ def memory_warning(config: Config, available: int) -> str | None:
 class _Results(TorchDispatchMode):
     """Adds up the results of the operations that selective checkpointing keeps.
 
-    Args:
-        weights: storages of weights; those of their copies in another dtype are added.
+    To the storages of weights, it adds those of their copies in another dtype.
     """
 
     def __init__(self, weights: dict[int, Any]) -> None:
@@ -188,5 +187,4 @@ def _activations(
         with mixed, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results(own) as results:
             out = block(x, angles, angles)
         assert out.requires_grad
-        parameters = sum(parameter.numel() for parameter in block.parameters())
-        return parameters, results.bytes + x.nbytes, sum(saved.values())
+        return sum(parameter.numel() for parameter in block.parameters()), results.bytes + x.nbytes, sum(saved.values())

@@ -22,7 +22,6 @@ from training.runtime.slurm import LAUNCHER
 
 #: Seconds between a signal to all processes and SIGKILL to those that still run.
 SHUTDOWN_GRACE = 60.0
-
 #: Seconds to wait before a lost connection is reported, so that the process that caused it reports first.
 ERROR_REPORT_DELAY = 5.0
 
@@ -133,5 +132,4 @@ def report_failure(error: BaseException) -> None:
         with override_handler(lambda signum: os._exit(1)):  # the launcher knows the cause
             time.sleep(ERROR_REPORT_DELAY)
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"process {rank()} of the run has failed:\n{text}")
-    sys.stderr.flush()
+    print(f"process {rank()} of the run has failed:\n{text}", end="", file=sys.stderr, flush=True)
