@@ -38,10 +38,9 @@ def every(seconds: float = SECONDS_BETWEEN_LINES) -> Callable[[], bool]:
 
     def is_due() -> bool:
         nonlocal last
-        now = time.monotonic()
-        if now - last <= seconds:
+        if time.monotonic() - last <= seconds:
             return False
-        last = now
+        last = time.monotonic()
         return True
 
     return is_due

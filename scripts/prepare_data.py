@@ -23,10 +23,8 @@ class PrepareDataConfig(Settings):
 
     data: DataConfig
     """Corpus to prepare."""
-
     model: ModelConfig
     """Model that the tokens are for; its vocabulary size is that of a trained tokenizer."""
-
     paths: CacheConfig
     """Folders."""
 

@@ -32,10 +32,8 @@ def _shape(folder: str | None) -> LlamaConfig:
 
 # A field of a Hugging Face folder's model, in configs/model/hf.yaml.
 OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
-
 # Learning rates of the paper's experiments, in configs/experiment/paper.yaml.
 OmegaConf.register_new_resolver("multiply", lambda value, factor: float(f"{value * factor:.6g}"), replace=True)
-
 # The sequence length where a model's context may be shorter, in configs/scale/main.yaml.
 OmegaConf.register_new_resolver("min", min, replace=True)
 

@@ -20,16 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
 from training.launch.hydra_errors import describe
 from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
-from training.runtime import slurm
+from training.runtime import signals, slurm
 from training.runtime.distributed import is_distributed, rank
-from training.runtime.signals import (
-    Interrupted,
-    clear_pending,
-    enable_exit,
-    install_handlers,
-    print_interrupted,
-    reraise_pending,
-)
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
 #: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only.
@@ -56,22 +48,22 @@ def command_line(main: Callable[[], Any]) -> int:
         return EXIT_USER_ERROR
     die_with_parent()
     install_best_effort_stdio()
-    install_handlers()
+    signals.install_handlers()
     slurm.export_torchrun_env()
     os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        enable_exit()
+        signals.enable_exit()
         with reporting():
             main()
-    except Interrupted as error:
-        clear_pending()
+    except signals.Interrupted as error:
+        signals.clear_pending()
         if rank() > 0 and slurm.started_by_srun():
             return 0  # with any other status, srun would end rank 0, which may be saving
         if rank() == 0:
             requeued = slurm.requeue(error.signum)
             if not isinstance(error, Stopped):
-                print_interrupted(error, requeued)
+                signals.print_interrupted(error, requeued)
         return 128 + error.signum
     else:
         if rank() > 0 and (run_errors or user_errors):
@@ -92,7 +84,7 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reraise_pending()
+        signals.reraise_pending()
         if not isinstance(error, Exception):
             raise
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:

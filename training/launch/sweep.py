@@ -137,14 +137,10 @@ def print_plans(jobs: Sequence[Job]) -> None:
 
 
 class Status(NamedTuple):
-    """State of a run.
+    """State of a run, with the last line of metrics.jsonl, the steps of the whole run, and its SLURM job in the queue.
 
-    Attributes:
-        state: done, running, waiting (in SLURM's queue), failed (failure.txt says why), stopped, or damaged (a file
-            of its folder cannot be read).
-        row: last line of metrics.jsonl; empty if there is none.
-        steps: of the whole run; `None` if it has not begun.
-        job: number of its SLURM job in the queue; `None`: none.
+    States are done, running, waiting (in SLURM's queue), failed (failure.txt says why), stopped, or damaged (a file of
+    its folder cannot be read).
     """
 
     state: str
