@@ -75,9 +75,8 @@ def type_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "choice"
     names = {int: "integer", float: "number", str: "text", bool: "flag", type(None): "null"}
-    kinds = {list: "list", tuple: "list", dict: "mapping"}
-    origin = get_origin(annotation)
-    return kinds[origin] if origin in kinds else names.get(annotation, "value")
+    names |= {list: "list", tuple: "list", dict: "mapping"}
+    return names.get(get_origin(annotation) or annotation, "value")
 
 
 if __name__ == "__main__":
