@@ -13,13 +13,9 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting has a value that is not allowed; the message is one sentence that names both.
+    """A setting, by its dotted key, has a value that is not allowed; the message is one sentence that names both.
 
-    Args:
-        field: dotted key of the setting, such as `trainer.max_steps`.
-        value: its value.
-        allowed: what is allowed, such as "an integer from 1".
-        problem: what is wrong and what to do, for messages that are not "is not allowed: it must be `allowed`".
+    `problem` replaces "is not allowed: it must be `allowed`"; it says what is wrong and what to do.
     """
 
     def __init__(self, field: str, value: Any, allowed: str = "", problem: str = "") -> None:

@@ -48,11 +48,9 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def parse(section: type[S], values: Mapping[str, Any]) -> S:
-    """Return a section with these values, which are plain, and nested for sections within.
+    """Return a section with these values, nested for sections within.
 
-    Raises:
-        ConfigError: a value is not allowed; only the first is named.
-        UserError: a key is unknown, or has no value.
+    The first value that is not allowed, key that is unknown, or key without a value is a `UserError`.
     """
     try:
         return section.model_validate(values)
@@ -92,10 +90,7 @@ def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapp
 
 
 def _locate(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], Any, type[BaseModel] | None]:
-    """Return the part of an error's location that is keys of sections, or of mappings of sections.
-
-    The type of the value there comes with it, and the section to which the last key belongs, if it belongs to one.
-    """
+    """Return the keys of an error's location, the type of the value there, and the section that has the last key."""
     path: list[str] = []
     annotation: Any = section
     owner: type[BaseModel] | None = None

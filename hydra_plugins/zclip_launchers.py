@@ -46,11 +46,13 @@ class _SweepLauncher(Launcher):
         if self.failed:
             raise RunError(f"{len(self.failed)} of {len(jobs)} runs have not finished: {', '.join(self.failed)}")
         losses = [(job.run_dir.read_result() or {}).get("test_loss") for job in jobs]  # `None`: submitted only
-        done = zip(jobs, losses, strict=True)
-        return [JobReturn(overrides=j.overrides, status=JobStatus.COMPLETED, _return_value=loss) for j, loss in done]
+        return [
+            JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=loss)
+            for job, loss in zip(jobs, losses, strict=True)
+        ]
 
-    def run(self, jobs: list[Job]) -> None:
-        """Run the jobs."""
+    def run(self, waiting: list[Job]) -> None:
+        """Run the jobs, which it removes from the list."""
         raise NotImplementedError
 
     def ended(self, job: Job, left: int, how: str) -> None:
@@ -75,7 +77,7 @@ class Local(_SweepLauncher):
         _check_n_jobs(n_jobs)
         self.n_jobs = n_jobs
 
-    def run(self, jobs: list[Job]) -> None:
+    def run(self, waiting: list[Job]) -> None:
         """Run the jobs, `n_jobs` at a time."""
         running: list[tuple[Job, subprocess.Popen[bytes]]] = []
         received: list[int] = []
@@ -85,7 +87,6 @@ class Local(_SweepLauncher):
             for _, process in running:
                 process.send_signal(signum)
 
-        waiting = list(jobs)
         with override_handler(forward):
             while running or (waiting and not received):
                 if waiting and not received and len(running) < self.n_jobs:
@@ -141,10 +142,10 @@ class Slurm(_SweepLauncher):
         self.wait = wait
         self.poll_seconds = poll_seconds
 
-    def run(self, jobs: list[Job]) -> None:
+    def run(self, waiting: list[Job]) -> None:
         """Submit the jobs that are not in the queue, and wait for all."""
         queue = queued_jobs()
-        waiting = sorted(jobs, key=lambda job: job.run_dir.slurm_job() not in queue)
+        waiting.sort(key=lambda job: job.run_dir.slurm_job() not in queue)
         submitted: list[Job] = []
         printed: dict[str, str] = {}
         answered = time.monotonic()

@@ -15,7 +15,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
@@ -42,8 +42,6 @@ class _SuiteConfigs(ConfigSource):
         return group == "experiment" and name in SUITES
 
     def load_config(self, config_path: str) -> ConfigResult:
-        if not self.is_config(config_path):
-            raise ConfigLoadError(f"no suite is named {config_path}")
         name = Path(config_path).stem
         defaults = ["paper", {"override /hydra/sweeper": "suite"}]
         config = OmegaConf.create({"defaults": defaults, "paper": {"suite": name}})

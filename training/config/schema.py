@@ -140,12 +140,10 @@ class TrainerConfig(Settings):
             processes = f"trainer.nodes={self.nodes} and trainer.devices={self.devices}"
             problem = f"is not possible with {processes}: it must be one of {', '.join(get_args(Strategy)[1:])}"
             raise ConfigError("strategy", "single", problem=problem)
-        if self.dp_replicate > 1 and self.strategy != "hsdp":
-            problem = f"is not possible with trainer.strategy={self.strategy}"
+        if (self.dp_replicate > 1) != (self.strategy == "hsdp"):
+            hint = ": it must be from 2; fsdp has one replica" if self.strategy == "hsdp" else ""
+            problem = f"is not possible with trainer.strategy={self.strategy}{hint}"
             raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)
-        if self.dp_replicate == 1 and self.strategy == "hsdp":
-            problem = "is not possible with trainer.strategy=hsdp: it must be from 2; fsdp has one replica"
-            raise ConfigError("dp_replicate", 1, problem=problem)
         if self.world_size % self.dp_replicate:
             problem = f"is not allowed: it must divide the {self.world_size} processes"
             raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)

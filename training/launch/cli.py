@@ -30,9 +30,8 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
 
-#: Errors that `reporting` has printed. They decide the exit status.
-user_errors: list[Exception] = []
-run_errors: list[RunError] = []
+#: Exit statuses of the errors that `reporting` has printed.
+exit_statuses: list[int] = []
 
 
 def command_line(main: Callable[[], Any]) -> int:
@@ -66,11 +65,10 @@ def command_line(main: Callable[[], Any]) -> int:
                 signals.print_interrupted(error, requeued)
         return 128 + error.signum
     else:
-        if rank() > 0 and (run_errors or user_errors):
+        if rank() > 0 and exit_statuses:
             time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends; rank 0 reports the error
-        if run_errors:
-            return 1 if isinstance(run_errors[0], ProcessFailed) else EXIT_CANNOT_CONTINUE
-        return EXIT_USER_ERROR if user_errors else 0
+        failures = [status for status in exit_statuses if status != EXIT_USER_ERROR]
+        return (failures or exit_statuses or [0])[0]
     finally:
         flush_stdio()
 
@@ -91,7 +89,7 @@ def reporting() -> Iterator[None]:
             what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
             error = RunError(f"{what}: when it can, run the same command to resume")
         if isinstance(error, RunError):
-            run_errors.append(error)
+            exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
             if str(error) and rank() == 0:
                 print(error, file=sys.stderr)
             return
@@ -100,7 +98,7 @@ def reporting() -> Iterator[None]:
                 report_failure(error)
                 os._exit(1)  # exit handlers would wait for the other processes for ever
             raise
-        user_errors.append(error)
+        exit_statuses.append(EXIT_USER_ERROR)
         if rank() > 0 or (isinstance(error, UserError) and not str(error)):
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):

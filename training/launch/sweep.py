@@ -21,7 +21,7 @@ from training.config.checks import check
 from training.config.compose import load_config
 from training.config.identity import run_path
 from training.config.schema import Config
-from training.launch.cli import reporting, user_errors
+from training.launch.cli import exit_statuses, reporting
 from training.launch.plan import GIB, plan
 from training.launch.slurm_queue import sbatch_resources
 from training.run_dir import RunDir
@@ -81,7 +81,7 @@ class CheckSweep(Callback):
                 overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
                 (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
                 _check_jobs(config, [compose_job(loader, config, job) for job in jobs])
-        if user_errors:
+        if EXIT_USER_ERROR in exit_statuses:
             sys.exit(EXIT_USER_ERROR)  # Hydra continues after other exceptions of a callback
 
 
