@@ -123,21 +123,25 @@ class Slurm(_SweepLauncher):
 
     def __init__(
         self,
+        time: str,
         signal_seconds: int,
+        partition: str | None,
+        account: str | None,
+        qos: str | None,
+        cpus_per_task: int | None,
         options: Sequence[str],
         n_jobs: int | None,
         wait: bool,
         poll_seconds: float,
-        **named_options: Any,
     ) -> None:
         if n_jobs is not None:
             _check_n_jobs(n_jobs)
         if n_jobs is not None and not wait:
             problem = "is not possible with hydra.launcher.wait=false: it must be null"
             raise ConfigError("hydra.launcher.n_jobs", n_jobs, problem=problem)
-        given = {name.replace("_", "-"): value for name, value in named_options.items() if value is not None}
-        self.options = [*(f"--{name}={value}" for name, value in given.items()), f"--signal=USR1@{signal_seconds}"]
-        self.options += options
+        values = {"partition": partition, "account": account, "qos": qos, "cpus-per-task": cpus_per_task, "time": time}
+        self.options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        self.options += [f"--signal=USR1@{signal_seconds}", *options]
         self.n_jobs = n_jobs
         self.wait = wait
         self.poll_seconds = poll_seconds
