@@ -108,14 +108,10 @@ class Local(_SweepLauncher):
 
     def _start(self, job: Job) -> subprocess.Popen[bytes]:
         job.run_dir.path.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides]
+        env = child_environment(self.n_jobs)
         with job.run_dir.log_file.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=child_environment(self.n_jobs),
-                start_new_session=True,
-            )
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
 class Slurm(_SweepLauncher):
