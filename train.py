@@ -24,12 +24,15 @@ from common.errors import UserError
 from common.files import write_atomic
 from common.text import overrides_dict
 from data import corpus_from
+from experiments.run.read import read_run
+from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
 from training.config.checks import check
 from training.config.compose import load_config, read_config, resumed_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
+from training.launch.plan import plan_table
 from training.launch.processes import launch
 from training.launch.sweep import completed_jobs, config_search_overrides
 from training.run_dir import RunDir
@@ -41,7 +44,6 @@ from training.runtime.slurm import has_local_launcher
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run the job that the configuration describes; return its test loss, for sweepers that minimise it."""
-    result: dict | None = None
     with reporting():
         hydra_cfg = HydraConfig.get()
         config, run_dir = configured(cfg, list(hydra_cfg.overrides.task))
@@ -50,14 +52,12 @@ def main(cfg: DictConfig) -> float | None:
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
         if config.plan:
-            from training.launch.plan import plan_table
-
             Console().print(plan_table(config))
         elif config.print_run_dir:
             print(run_dir.path)
         else:
-            result = run_or_show(config, run_dir)
-    return None if result is None else result["test_loss"]
+            return run_or_show(config, run_dir)["test_loss"]
+    return None
 
 
 def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
@@ -86,7 +86,8 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
         else:
             result = run(config, run_dir, console, fork)
     if not (has_local_launcher() or rank() > 0):
-        show(result, run_dir, console)
+        console.print(table(result, title="result"), soft_wrap=False)
+        console.print(f"picture  {run_dir.plot}\nfolder   {run_dir.path}")
         completed_jobs.append((overrides_dict(HydraConfig.get().overrides.task), result))
     return result
 
@@ -100,7 +101,6 @@ def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
         console.print("evaluations during training are not repeated; scripts/evaluate.py scores the run now")
     if not run_dir.plot.exists() and rank() == 0:
         from experiments.run.plot import plot_run
-        from experiments.run.read import read_run
 
         plot_run(read_run(run_dir.path))
 
@@ -123,8 +123,6 @@ def run_in_processes(config: Config, run_dir: RunDir, console: Console) -> dict:
 def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | None) -> dict:
     """Train, from a step of another run if `fork` is given, evaluate, summarise and draw; `result.json` comes last."""
     from experiments.run.plot import plot_run
-    from experiments.run.read import read_run
-    from experiments.run.summary import summarise
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(config, console)
@@ -146,18 +144,8 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     return result
 
 
-def show(result: dict, run_dir: RunDir, console: Console) -> None:
-    """Print the final table and where everything is."""
-    from experiments.run.summary import table
-
-    console.print(table(result, title="result"), soft_wrap=False)
-    console.print(f"picture  {run_dir.plot}\nfolder   {run_dir.path}")
-
-
 if __name__ == "__main__":
     status = command_line(main)
     if len(completed_jobs) > 1:
-        from experiments.run.summary import comparison
-
         Console().print(comparison(completed_jobs))
     sys.exit(status)

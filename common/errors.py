@@ -13,13 +13,9 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting has a value that is not allowed; the message is one sentence that names both.
+    """A setting, by its dotted key, has a value that is not allowed; the message is one sentence that names both.
 
-    Args:
-        field: dotted key of the setting, such as `trainer.max_steps`.
-        value: its value.
-        allowed: what is allowed, such as "an integer from 1".
-        problem: what is wrong and what to do, for messages that are not "is not allowed: it must be `allowed`".
+    `problem` replaces "is not allowed: it must be `allowed`"; it says what is wrong and what to do.
     """
 
     def __init__(self, field: str, value: Any, allowed: str = "", problem: str = "") -> None:
@@ -27,10 +23,6 @@ class ConfigError(UserError):
         self.value = value
         self.problem = problem or f"is not allowed: it must be {allowed}"
         super().__init__(f"{field}={shown(value)} {self.problem}")
-
-    def within(self, section: str) -> "ConfigError":
-        """Return the same error for a setting of a section."""
-        return ConfigError(f"{section}.{self.field}", self.value, problem=self.problem)
 
 
 class RunError(RuntimeError):
@@ -41,13 +33,8 @@ class RunError(RuntimeError):
 def prefix_errors(section: str) -> Iterator[None]:
     """Put a section's name in front of the key that an error of the block names.
 
-    Args:
-        section: such as `data`.
-
-    Raises:
-        ConfigError: an error of the block that has a `field`, a `value` and a `problem`, as `ConfigError` and
-            `zclip.arguments.ArgumentError` do.
-        UserError: any other `ValueError`.
+    Errors with `field`, `value` and `problem`, as `ConfigError` and `zclip.arguments.ArgumentError` have, become a
+    `ConfigError`; any other `ValueError` becomes a `UserError`.
     """
     try:
         yield
@@ -64,6 +51,6 @@ def shown(value: Any) -> Any:
     return "null" if value is None else value
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """Return an error's message as one line of at most so many characters."""
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """Return an error's message as one line of at most so many characters; `None`: all."""
     return " ".join(str(error).split())[:most]

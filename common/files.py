@@ -1,35 +1,29 @@
-"""Files that are complete or absent, locks that the system releases, and JSON that is checked when it is read."""
+"""Files that are complete or absent, the probe of a lock, and JSON that is checked when it is read."""
 
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
 
 def tmp_path(path: Path) -> Path:
-    """Return the temporary name under which a file or folder is written before it gets its own."""
+    """Return the temporary name under which a file or folder is written."""
     return path.with_name(f".saving-{path.name}")
 
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
-    temporary = tmp_path(path)
-    with temporary.open("wb") as file:
+    with tmp_path(path).open("wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
+    commit(tmp_path(path), path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -40,7 +34,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def commit(temporary: Path, path: Path) -> None:
     """Give a file or folder its final name once the disk holds it. A folder of that name is replaced."""
-    for written in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+    for written in [*temporary.rglob("*"), temporary]:
         sync(written)
     if path.is_dir():  # folders are not replaced
         remove(path)
@@ -71,39 +65,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def exclusive_lock(path: Path, seconds: float = -1.0, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock file until the block ends. The system releases it however the process ends.
-
-    Args:
-        path: the lock file; made if need be.
-        seconds: how long to wait for another process; negative: until it releases the lock.
-        waiting: called once before waiting.
-
-    Raises:
-        TimeoutError: another process still holds it.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if waiting is not None:
-            waiting()
-        try:
-            lock.acquire(timeout=seconds)
-        except Timeout as error:
-            raise TimeoutError(f"another process holds {path}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine, or on one that shares locks with it, holds a lock file.
+    """Whether a process on this machine, or on one that shares locks with it, holds a `FileLock`.
 
-    The probe opens the file for reading alone, so that it works in somebody else's folder, where a `FileLock` cannot be
-    taken.
+    The probe only reads, so that it works in somebody else's folder, where the lock cannot be taken.
     """
     if not path.exists():
         return False
@@ -116,15 +81,11 @@ def is_locked(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: it is not JSON, or not an object.
-    """
+    """Return the object in a JSON file. Raise `UserError` if it is not JSON, or not an object."""
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not an object): remove it, and the same command makes it again")
     return content

@@ -48,15 +48,9 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def parse(section: type[S], values: Mapping[str, Any]) -> S:
-    """Return a section with these values.
+    """Return a section with these values, nested for sections within.
 
-    Args:
-        section: the class.
-        values: plain values by key, nested for sections within.
-
-    Raises:
-        ConfigError: a value is not allowed; only the first is named.
-        UserError: a key is unknown, or has no value.
+    The first value that is not allowed, key that is unknown, or key without a value is a `UserError`.
     """
     try:
         return section.model_validate(values)
@@ -66,19 +60,17 @@ def parse(section: type[S], values: Mapping[str, Any]) -> S:
 
 def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any]) -> UserError:
     """Return the first of pydantic's errors as one of ours."""
-    errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
-    first = errors[0]
-    path = _settings_path(section, first["loc"])
+    first = min(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
+    path, annotation, owner = _locate(section, first["loc"])
     key = ".".join(path)
+    inner = section_in(annotation)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # a validator of a section, or of a key, names the key itself
-        owner_path = path if section_at(section, path) is not None else path[:-1]
-        owner_key = ".".join(owner_path)
-        return cause.within(owner_key) if owner_key else cause
+        owner_path = path if inner is not None else path[:-1]
+        return ConfigError(".".join([*owner_path, cause.field]), cause.value, problem=cause.problem)
     if isinstance(cause, UserError):
         return cause
     if first["type"] == "extra_forbidden":
-        owner = section_at(section, path[:-1])
         near = nearest(path[-1], owner.model_fields) if owner is not None else None
         meant = f" (the nearest is {key.removesuffix(path[-1])}{near})" if near else ""
         return ConfigError(key, first["input"], problem=f"is not possible: there is no key {key}{meant}")
@@ -89,7 +81,6 @@ def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapp
     value: Any = values
     for name in path:  # the whole value is named, of a list too
         value = value[name]
-    inner, owner = section_at(section, path), section_at(section, path[:-1])
     if inner is not None or owner is None:
         fields = sorted(inner.model_fields) if inner else ["keys"]
         return ConfigError(key, value, problem=f"is not allowed: it must have {', '.join(fields)}")
@@ -98,58 +89,36 @@ def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapp
     return ConfigError(key, value, allowed_words(field.annotation, field.metadata))
 
 
-def _settings_path(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Return the part of an error's location that is keys of sections, or of mappings of sections."""
+def _locate(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], Any, type[BaseModel] | None]:
+    """Return the keys of an error's location, the type of the value there, and the section that has the last key."""
     path: list[str] = []
     annotation: Any = section
+    owner: type[BaseModel] | None = None
     for name in map(str, loc):
-        if not _has_keys(annotation):
+        inner = section_in(annotation)
+        values = next((get_args(option)[1] for option in _options(annotation) if get_origin(option) is dict), None)
+        if inner is None and section_in(values) is None:
             break
         path.append(name)
-        annotation = _type_within(annotation, name)
-    return path
+        field = _field(inner, name) if inner is not None else None
+        annotation, owner = field.annotation if field else values, inner
+    return path, annotation, owner
 
 
-def section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """Return the class of the section at a path of keys, those of mappings included; `None` if there is none."""
-    annotation: Any = section
-    for name in path:
-        annotation = _type_within(annotation, name)
-    return next((option for option in _options(annotation) if _is_section(option)), None)
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a type is, or may be besides null; `None` if it is none."""
+    sections = (option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel))
+    return next(sections, None)
 
 
 def _field(section: type[BaseModel], key: str) -> FieldInfo | None:
     """Return the declaration of a key of a section, which may be an alias; `None` if there is no such key."""
-    declared = (field for name, field in section.model_fields.items() if key in (name, field.alias))
-    return next(declared, None)
+    return next((field for name, field in section.model_fields.items() if key in (name, field.alias)), None)
 
 
 def _options(annotation: Any) -> Sequence[Any]:
     """Return the members of a union; a type that is no union is its only member."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _has_keys(annotation: Any) -> bool:
-    """Whether a type is a section, or a mapping of sections by name."""
-    for option in _options(annotation):
-        if _is_section(option) or (get_origin(option) is dict and _has_keys(get_args(option)[1])):
-            return True
-    return False
-
-
-def _type_within(annotation: Any, name: str) -> Any:
-    """Return the type of the value at a key of a section, or of a mapping; `None` if there is no such key."""
-    for option in _options(annotation):
-        if _is_section(option):
-            field = _field(option, name)
-            return field.annotation if field else None
-        if get_origin(option) is dict:
-            return get_args(option)[1]
-    return None
 
 
 def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -163,10 +132,9 @@ def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) is Literal:
         *others, last = map(str, get_args(annotation))
         return f"one of {', '.join([*others, last])}" if len(others) > 2 else f"{', '.join(others)} or {last}"
-    if get_origin(annotation) in (Union, types.UnionType):
-        words = ["null" if each is type(None) else allowed_words(each) for each in get_args(annotation)]
-        return ", or ".join(words)
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    if len(options := _options(annotation)) > 1:
+        return ", or ".join(map(allowed_words, options))
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null"}
     return names.get(annotation, "of the right kind")
 
 
@@ -174,8 +142,5 @@ def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     """Yield every key of a section and of those within it, dotted, with its declaration."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        inner = section_at(section, [name])
-        if inner is not None:
-            yield from fields_of(inner, f"{key}.")
-        else:
-            yield key, field
+        inner = section_in(field.annotation)
+        yield from [(key, field)] if inner is None else fields_of(inner, f"{key}.")

@@ -1,7 +1,8 @@
-"""Small things done to text and nested settings."""
+"""Small things done to text, nested settings and lines of progress."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 #: Seconds between two progress lines where the output is not a terminal.
@@ -29,3 +30,17 @@ def overrides_dict(overrides: Iterable[str]) -> dict[str, str]:
 def quoted(value: str) -> str:
     """Return a text as Hydra's command line takes it, whatever is in it."""
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def every(seconds: float = SECONDS_BETWEEN_LINES) -> Callable[[], bool]:
+    """Return a function that is true at most once in so many seconds, the first time not before they have passed."""
+    last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        if time.monotonic() - last <= seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return is_due

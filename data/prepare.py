@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from rich.console import Console
 
 from common.errors import ConfigError, UserError
-from common.files import exclusive_lock, write_atomic
+from common.files import is_locked, write_atomic
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.progress import progress
@@ -63,8 +64,10 @@ def prepare(
 def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: int) -> None:
     """Prepare a corpus, unless another process has done so while this one waited for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    message = "waiting for another process that prepares the same tokens"
-    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting=lambda: console.print(message)):
+    lock = folder.with_name(f".{folder.name}.lock")
+    if is_locked(lock):
+        console.print("waiting for another process that prepares the same tokens")
+    with FileLock(lock):
         if (folder / MANIFEST).exists():
             return
         if corpus.streamed:

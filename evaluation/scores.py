@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.files import exclusive_lock, write_atomic
+from filelock import FileLock
+
+from common.files import write_atomic
 from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
 
 #: File with the scores of a model.
@@ -85,7 +87,7 @@ class Scores:
 
     def remove_after(self, step: int) -> None:
         """Remove scores and cached responses of later steps: a run that resumes at this step may differ after it."""
-        with exclusive_lock(self._lock):
+        with FileLock(self._lock):
             scores = [score for score in self._read() if (score["step"] or 0) <= step]
             if self.path.exists():
                 self._write(scores)
@@ -98,7 +100,7 @@ class Scores:
         """Save results with the versions of the packages that computed them, and return the score."""
         versions = {package: version(package) for package in PACKAGES}
         score = {**key, **results, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        with exclusive_lock(self._lock):
+        with FileLock(self._lock):
             others = self._read()  # another process may have added scores
             self._write([other for other in others if not _has_key(other, key)] + [score])
         return score

@@ -1,9 +1,9 @@
 """Hydra plugins of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
 
 `experiments/paper/suites.py` declares the suites: the runs of each table and figure. Hydra sees one option of the group
-`experiment` for each, made by `SuiteConfigs`, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`,
-shell completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs
-of the suites times the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
+`experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`, shell completion and
+error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs of the suites times
+the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
 """
 
 from collections.abc import Sequence
@@ -15,59 +15,51 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from common.errors import UserError
 from experiments.paper.suites import SUITES
+from training.launch.sweep import Job, compose_job, print_plans
 
 
-class SuiteConfigs(ConfigSource):
+class _SuiteConfigs(ConfigSource):
     """Config source with one option of the group `experiment` for each suite, made on demand."""
 
     @staticmethod
     def scheme() -> str:
-        """Return the scheme of this source in Hydra's search path."""
         return "suites"
 
     def available(self) -> bool:
-        """Return whether the source exists, which it always does."""
         return True
 
     def is_group(self, config_path: str) -> bool:
-        """Return whether a path is a group of this source."""
         return config_path.strip("/") in ("", "experiment")
 
     def is_config(self, config_path: str) -> bool:
-        """Return whether a path names a suite."""
         group, _, name = config_path.strip("/").removesuffix(".yaml").rpartition("/")
         return group == "experiment" and name in SUITES
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Return the configuration of a suite."""
-        if not self.is_config(config_path):
-            raise ConfigLoadError(f"no suite is named {config_path}")
         name = Path(config_path).stem
         defaults = ["paper", {"override /hydra/sweeper": "suite"}]
         config = OmegaConf.create({"defaults": defaults, "paper": {"suite": name}})
         return ConfigResult(self.provider, f"{self.scheme()}://", config, {"package": "_global_"})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Return the groups and options at a path."""
         if config_path.strip("/") == "experiment":
             return [] if results_filter == ObjectType.GROUP else sorted(SUITES)
         return ["experiment"] if config_path.strip("/") == "" and results_filter != ObjectType.CONFIG else []
 
 
-class SuiteSearchPath(SearchPathPlugin):
-    """Adds the suites to the search path of programs whose configurations have `experiment/paper.yaml`."""
+class _SuiteSearchPath(SearchPathPlugin):
+    """Adds the suites to the search path of programs whose configurations have the file that they extend."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source of suites if the main folder of configurations has the file they extend."""
         folders = [Path(entry.path.removeprefix("file://")) for entry in search_path.get_path() if entry.path]
         if any((folder / "experiment" / "paper.yaml").is_file() for folder in folders):
-            search_path.append("zclip", f"{SuiteConfigs.scheme()}://")
+            search_path.append("zclip", f"{_SuiteConfigs.scheme()}://")
 
 
 class SuiteSweeper(BasicSweeper):
@@ -75,11 +67,7 @@ class SuiteSweeper(BasicSweeper):
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """Return the overrides of each job, in one batch.
-
-        Raises:
-            UserError: an override sets a key that the suites set, or names no suite, or there is no scale.
-        """
+        """Return the overrides of each job, in one batch."""
         by_key = {override.get_key_element(): override for override in overrides}
         if "experiment" not in by_key:
             raise UserError("hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites")
@@ -89,10 +77,9 @@ class SuiteSweeper(BasicSweeper):
             raise UserError(
                 f"experiment={value} is not possible: {unknown[0]} is none of the suites {', '.join(sorted(SUITES))}"
             )
-        specs = list(dict.fromkeys(spec for name in names for spec in SUITES[name]))
         suite_keys = {override.partition("=")[0] for spec in SUITES["all"] for override in spec.overrides}
         for key in (key.lstrip("+~") for key in by_key):
-            if key in {*suite_keys, "lr"}:
+            if key in suite_keys or key == "lr":
                 steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
                 keys = ", ".join(sorted(suite_keys))
                 raise UserError(f"{key} cannot be set with experiment={value}: the suites set {keys}{steps}")
@@ -100,45 +87,28 @@ class SuiteSweeper(BasicSweeper):
         if scale in (None, "main"):
             problem = "scale is not set" if scale is None else "scale=main is not possible"
             raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
-        (combinations,) = BasicSweeper.split_arguments(
-            [override for override in overrides if override.get_key_element() != "experiment"], None
-        )
-        return [
-            [
-                ["experiment=paper", *spec.overrides, *combination]
-                for combination in combinations or [[]]
-                for spec in specs
-            ]
-        ]
+        specs = dict.fromkeys(spec for name in names for spec in SUITES[name])
+        others = [override for override in overrides if override.get_key_element() != "experiment"]
+        (combinations,) = BasicSweeper.split_arguments(others, None)
+        combinations = combinations or [[]]
+        return [[["experiment=paper", *spec.overrides, *more] for more in combinations for spec in specs]]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs, or with `plan=true` print what they need."""
         assert self.config is not None and self.hydra_context is not None
         if not self.config.plan:
             return super().sweep(arguments)
-        from rich.console import Console
-
-        from training.config.checks import check
-        from training.launch.plan import sweep_table
-        from training.launch.sweep import compose_job
-
-        loader = self.hydra_context.config_loader
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        self.overrides = self.split_arguments(parsed, None)
-        jobs = [compose_job(loader, self.config, overrides) for overrides in self.get_job_batch()]
-        for job in jobs:
-            check(job.config, job.run_dir.path)
-        table, lines = sweep_table(jobs)
-        console = Console(soft_wrap=True, highlight=False, markup=False)
-        console.print(table, soft_wrap=False)
-        console.print("\n".join(lines))
-        return None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        self.overrides = self.split_arguments(parser.parse_overrides(arguments), None)
+        return print_plans(self._jobs())
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """Return the jobs, without duplicates of the same run."""
-        from training.launch.sweep import compose_job
+        """Return the overrides of the jobs."""
+        return [job.overrides for job in self._jobs()]
 
+    def _jobs(self) -> list[Job]:
+        """Return the jobs of the next batch, without duplicates of the same run."""
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
         jobs = [compose_job(loader, self.config, overrides) for overrides in super().get_job_batch()]
-        return list({job.run_dir.path: job.overrides for job in reversed(jobs)}.values())[::-1]
+        return list({job.run_dir.path: job for job in reversed(jobs)}.values())[::-1]

@@ -22,21 +22,17 @@ install_handlers()
 Values = dict[str, Any]
 
 
-def run(main: Callable[..., None], config: str | None = None) -> NoReturn:
+def run(main: Callable[[Values], None], config: str | None = None) -> NoReturn:
     """Run a script's main function, report a mistake as one sentence, and exit with the script's status.
 
     Args:
-        main: called with the settings as plain nested values. If it takes no argument, it parses the command line.
+        main: called with the settings as plain nested values.
         config: file below configs/ without its ending, such as "evaluate", from which Hydra composes the settings;
             `None`: the settings are the KEY=VALUE arguments of the command line.
     """
     from training.launch.cli import command_line
 
-    if config is not None:
-        main = _composed(main, config)
-    elif inspect.signature(main).parameters:
-        main = _from_arguments(main)
-    sys.exit(command_line(main))
+    sys.exit(command_line(_from_arguments(main) if config is None else _composed(main, config)))
 
 
 def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:

@@ -6,8 +6,6 @@ The folder has weights, configuration and tokenizer. `AutoModelForCausalLM.from_
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import logging
 import shutil
 import warnings

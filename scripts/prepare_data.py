@@ -6,8 +6,6 @@ compares every file of prepared tokens with its checksum. After an interruption,
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 from pathlib import Path
 
 from rich.console import Console
@@ -25,10 +23,8 @@ class PrepareDataConfig(Settings):
 
     data: DataConfig
     """Corpus to prepare."""
-
     model: ModelConfig
     """Model that the tokens are for; its vocabulary size is that of a trained tokenizer."""
-
     paths: CacheConfig
     """Folders."""
 

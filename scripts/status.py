@@ -2,10 +2,7 @@
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,14 +15,7 @@ from training.launch.sweep import status
 from training.run_dir import RunDir
 
 #: States in the order of the summary, with their colours.
-STYLES = {
-    "done": "green",
-    "running": "cyan",
-    "waiting": "yellow",
-    "failed": "red",
-    "stopped": "magenta",
-    "damaged": "red",
-}
+STYLES = dict(done="green", running="cyan", waiting="yellow", failed="red", stopped="magenta", damaged="red")
 
 
 class StatusConfig(Settings):
@@ -35,7 +25,7 @@ class StatusConfig(Settings):
     """Folder whose subfolders are runs."""
 
 
-def main(values: dict[str, Any]) -> None:
+def main(values: _entry.Values) -> None:
     """Print the table."""
     folder = Path(parse(StatusConfig, values).folder)
     if not folder.is_dir():

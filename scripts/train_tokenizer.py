@@ -6,8 +6,6 @@ documents are used: those that `data.val_fraction` holds out are skipped.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import math
 import shutil
 from pathlib import Path
@@ -26,16 +24,12 @@ class TrainTokenizerConfig(Settings):
 
     data: DataConfig
     """Corpus to learn from."""
-
     vocab_size: Count
     """Number of ids; a small corpus may yield fewer."""
-
     max_bytes: AtLeastOne
     """Bytes of text after which reading stops."""
-
     out: Folder
     """Folder that is written. It must not exist."""
-
     paths: CacheConfig
     """Folders."""
 

@@ -28,8 +28,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from common.errors import RunError, UserError, shown
-from common.files import exclusive_lock, is_locked, read_json, write_atomic
+from common.files import is_locked, read_json, write_atomic
 from common.text import flatten
 from data import TOKENIZER_FILES, Tokens
 from evaluation.scores import SCORES
@@ -78,7 +80,7 @@ class RunDir:
         with ExitStack() as stack:
             try:
                 seconds = LOCK_SECONDS_REQUEUED if restart_count() else LOCK_SECONDS
-                stack.enter_context(exclusive_lock(self.lock_file, seconds))
+                stack.enter_context(FileLock(self.lock_file, seconds))
             except TimeoutError as error:
                 raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
             starts = self._starts()

@@ -19,15 +19,11 @@ def check(config: Config, run_folder: Path) -> None:
     """Raise `UserError` if the run cannot be started here, or planned if `config.plan` is set. Writes nothing.
 
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
-
-    Args:
-        config: configuration of the run.
-        run_folder: its folder.
     """
     clipping_strategy(config.clip)
-    check_processes(config.trainer, config.plan)
-    if config.plan:  # for another machine, and without its data
+    if config.plan:  # for another machine, without its data, and with the next batch size that is possible
         return
+    _check_processes(config.trainer)
     _check_memory(config)
     _check_initial_weights(config)
     corpus = check_data(config.data, config.paths.cache, config.data.sequence_length)
@@ -39,9 +35,9 @@ def check(config: Config, run_folder: Path) -> None:
     check_folder("paths.cache", config.paths.cache, Path(config.paths.cache))
 
 
-def check_processes(trainer: TrainerConfig, plan: bool) -> None:
+def _check_processes(trainer: TrainerConfig) -> None:
     """Raise `UserError` unless there are the devices and processes, and the processes can share the global batch."""
-    if trainer.accelerator == "gpu" and not plan:
+    if trainer.accelerator == "gpu":
         if not torch.cuda.is_available():
             raise UserError(
                 "trainer.accelerator=gpu is not possible: torch sees no GPU here; use trainer=cpu, "
@@ -56,21 +52,19 @@ def check_processes(trainer: TrainerConfig, plan: bool) -> None:
             f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices} are {processes} processes, but "
             f"{started} were started"
         )
-    at_once = processes * trainer.micro_batch_size
-    if trainer.global_batch_size % at_once and not plan:  # a plan takes the next batch size that is possible
-        raise ConfigError(
-            "trainer.micro_batch_size",
-            trainer.micro_batch_size,
-            problem=f"is not allowed: {processes} process{'es' * (processes > 1)} x {trainer.micro_batch_size} = "
-            f"{at_once} sequences at once must divide trainer.global_batch_size={trainer.global_batch_size}",
+    micro, at_once = trainer.micro_batch_size, processes * trainer.micro_batch_size
+    if trainer.global_batch_size % at_once:
+        problem = (
+            f"is not allowed: {processes} process{'es' * (processes > 1)} x {micro} = {at_once} sequences at once must "
+            f"divide trainer.global_batch_size={trainer.global_batch_size}"
         )
+        raise ConfigError("trainer.micro_batch_size", micro, problem=problem)
 
 
 def check_data(data: DataConfig, cache: str, sequence_length: int) -> Corpus:
-    """Return the corpus of `data`. Writes nothing, and reads the first documents only.
+    """Return the corpus of `data`; raise `UserError` if it cannot be read, or is too short for one sequence.
 
-    Raises:
-        UserError: it cannot be read, or is too short for one sequence.
+    Writes nothing, and reads the first documents only.
     """
     with prefix_errors("data"):
         corpus = corpus_from(data)
@@ -97,13 +91,11 @@ def _check_memory(config: Config) -> None:
     available = available_memory(trainer.accelerator, trainer.devices)
     needed = 16 * parameters // trainer.dp_shard
     if needed > available:
-        where = "GPU" if trainer.accelerator == "gpu" else "process"
-        raise ConfigError(
-            "model.name",
-            config.model.name,
-            problem=f"has {parameters:,} parameters, which take {needed / 2**30:,.0f} GiB to train: it must fit the "
-            f"{available / 2**30:,.0f} GiB of each {where}",
+        problem = (
+            f"has {parameters:,} parameters, which take {needed / 2**30:,.0f} GiB to train: it must fit the "
+            f"{available / 2**30:,.0f} GiB of each {'GPU' if trainer.accelerator == 'gpu' else 'process'}"
         )
+        raise ConfigError("model.name", config.model.name, problem=problem)
 
 
 def _check_initial_weights(config: Config) -> None:
@@ -130,13 +122,13 @@ def _check_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
     """Raise `ConfigError` if the tokenizer has more ids than the model."""
     with prefix_errors("data"):
         if (ids := corpus.vocabulary()) > model.vocab_size:
-            own = corpus.tokenizer is None
-            raise ConfigError(
-                "vocab_size" if own else "tokenizer",
-                corpus.vocab_size if own else corpus.tokenizer,
-                problem=f"is larger than the model's vocabulary: it has {ids:,} ids, and must have at most "
-                f"model.vocab_size={model.vocab_size}",
+            problem = (
+                f"is larger than the model's vocabulary: it has {ids:,} ids, and must have at most "
+                f"model.vocab_size={model.vocab_size}"
             )
+            own = corpus.tokenizer is None
+            key, value = ("vocab_size", corpus.vocab_size) if own else ("tokenizer", corpus.tokenizer)
+            raise ConfigError(key, value, problem=problem)
 
 
 def _check_wandb() -> None:

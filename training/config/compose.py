@@ -32,65 +32,37 @@ def _shape(folder: str | None) -> LlamaConfig:
 
 # A field of a Hugging Face folder's model, in configs/model/hf.yaml.
 OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
-
 # Learning rates of the paper's experiments, in configs/experiment/paper.yaml.
 OmegaConf.register_new_resolver("multiply", lambda value, factor: float(f"{value * factor:.6g}"), replace=True)
-
 # The sequence length where a model's context may be shorter, in configs/scale/main.yaml.
 OmegaConf.register_new_resolver("min", min, replace=True)
 
 
 def container(cfg: DictConfig) -> dict[str, Any]:
-    """Return a composed configuration as plain nested dicts, without Hydra's own section.
-
-    Raises:
-        OmegaConfBaseException: a mandatory value is missing, or an interpolation fails.
-    """
+    """Return a composed configuration as plain nested dicts, without Hydra's own section."""
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def load_config(cfg: DictConfig) -> Config:
-    """Return the typed configuration of a run.
-
-    Raises:
-        UserError: a key is unknown, a value is not allowed, or values do not fit together.
-    """
+    """Return the typed configuration of a run."""
     return parse(Config, container(cfg))
 
 
 def read_config(path: Path) -> Config:
-    """Return the configuration in the config.yaml of a run folder.
-
-    Raises:
-        UserError: the file is damaged, or was written by a version of this project with other keys.
-    """
+    """Return the configuration in a config.yaml; raise `UserError` if it is damaged, or of another version."""
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
             raise ValueError("no mapping of settings")
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
-    return saved_config(plain, path)
-
-
-def saved_config(plain: Mapping[str, Any], path: Path) -> Config:
-    """Return the configuration that a run folder's config.yaml holds.
-
-    Args:
-        plain: content of the file.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: it is not one of this version.
-    """
-    try:
         return parse(Config, plain)
     except UserError as error:
         raise UserError(
             f"{path} is not a configuration of this version ({error}): a run of another version cannot be read or "
             "continued; choose another name"
         ) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
 
 
 def to_yaml(config: Config) -> str:
@@ -99,28 +71,17 @@ def to_yaml(config: Config) -> str:
 
 
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
-    """Return the configuration of `resume=FOLDER`: the saved one, with overrides that do not change the result.
-
-    Args:
-        composed: of the command line.
-        saved: of the folder.
-        overrides: of the command line.
-
-    Raises:
-        ConfigError: an override would change the result of the run.
-    """
+    """Return the configuration of `resume=FOLDER`: the saved one, with overrides; raise if one changes the result."""
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
     for key in overrides_dict(overrides):
         section, _, name = key.partition(".")
-        if key == "resume":
-            continue
         if changes_result(key) or key in ("name", "experiment"):
             value = flatten(ours).get(key, "...")
             problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
             raise ConfigError(key, value, problem=problem)
         if section == "trainer":
             plain["trainer"][name] = ours["trainer"][name]
-        elif section != "hydra":
+        elif key != "resume":
             plain[section] = ours[section]
     return parse(Config, plain)
 
@@ -128,12 +89,7 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
 def resolve_runs(
     runs: Iterable[Sequence[str]], seeds: Iterable[int]
 ) -> dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]]:
-    """Return the folder and the identity of each run, by its overrides and seed. Writes nothing.
-
-    Args:
-        runs: overrides of each.
-        seeds: that each is run with.
-    """
+    """Return the folder and the identity of each run, by its overrides and each of the seeds."""
     resolved: dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]] = {}
     GlobalHydra.instance().clear()  # the calling script itself has been composed
     with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):

@@ -11,43 +11,24 @@ from training.config.schema import ClipConfig, Config
 from training.config.strategy import strategy_class
 
 #: Sections and keys that change what is written or shown, but not what is computed.
-OUTPUT_KEYS = (
-    "name",
-    "experiment",
-    "resume",
-    "paths",
-    "logger",
-    "plan",
-    "hardware",
-    "print_run_dir",
-    "eval",
-    "paper",
-    "trainer.log_every",
-    "trainer.checkpoint_every",
-    "trainer.keep_last",
-    "trainer.keep_every",
-    "trainer.async_save",
-    "trainer.val_every",
-    "trainer.val_tokens",
-    "trainer.eval_every",
-    "trainer.nodes",
-    "trainer.devices",
-)
+OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware", "print_run_dir", "eval", "paper"}
+#: Likewise in the section `trainer`: of checkpoints, and all others.
+CHECKPOINTS = {"checkpoint_every", "keep_last", "keep_every", "async_save"}
+TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_every", "nodes", "devices"}
 
 
 def changes_result(key: str) -> bool:
     """Whether a setting, by its dotted key, can change the result of a run."""
-    return not any(f"{key}.".startswith(f"{output}.") for output in OUTPUT_KEYS)
+    section, _, name = key.partition(".")
+    return section not in OUTPUT and (section != "trainer" or name not in TRAINER_OUTPUT)
 
 
 def identity(config: Config) -> dict[str, Any]:
     """Return the settings on which the run's numbers depend, as a plain nested dict that JSON holds."""
-    plain = config.model_dump(mode="json", by_alias=True)
-    kept = {key: value for key, value in plain.items() if changes_result(key)}
-    trainer = config.trainer
-    kept["trainer"] = {key: value for key, value in plain["trainer"].items() if changes_result(f"trainer.{key}")}
-    if trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
-        kept["trainer"]["checkpoint_every"] = trainer.checkpoint_every
+    dropped: dict[str, Any] = {**dict.fromkeys(OUTPUT, True), "trainer": TRAINER_OUTPUT}
+    kept = config.model_dump(mode="json", by_alias=True, exclude=dropped)
+    if config.trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
+        kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
     kept["clip"] |= _as_declared(config.clip)
     return kept
 
@@ -59,9 +40,7 @@ def _as_declared(clip: ClipConfig) -> dict[str, Any]:
     except ConfigError:  # the class of another run, which cannot be imported here
         return clip.arguments
     floats = {name for name, parameter in parameters.items() if "float" in str(parameter.annotation)}
-    return {
-        name: float(value) if name in floats and type(value) is int else value for name, value in clip.arguments.items()
-    }
+    return {k: float(value) if k in floats and type(value) is int else value for k, value in clip.arguments.items()}
 
 
 def run_name(config: Config) -> str:

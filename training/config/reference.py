@@ -6,15 +6,13 @@ Both are generated from the typed models, so they cannot differ from what train.
 
 import json
 import types
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from common.files import write_atomic
-from common.settings import allowed_words, fields_of, section_at
+from common.settings import allowed_words, fields_of, section_in
 from common.text import flatten
 from training.config.compose import CONFIGS, container
 from training.config.schema import Config
@@ -34,16 +32,16 @@ def markdown() -> str:
     """Return the reference as Markdown: one table for each section."""
     with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):
         plain = container(compose("train"))
-    tops = {name: field for name, field in Config.model_fields.items() if section_at(Config, [name]) is None}
-    parts = [HEADER, _table("", tops, plain)]
-    for name in Config.model_fields:
-        section = section_at(Config, [name])
-        if section is not None:
-            parts += [
-                f"## {name}\n\n{_first_paragraph(section)}\n",
-                _table(f"{name}.", dict(fields_of(section)), plain),
-            ]
-    return "\n".join(parts)
+    top: dict[str, FieldInfo] = {}
+    parts: list[str] = []
+    for name, field in Config.model_fields.items():
+        section = section_in(field.annotation)
+        if section is None:
+            top[name] = field
+        else:
+            meaning = " ".join((section.__doc__ or "").split("\n\n")[0].split())
+            parts += [f"## {name}\n\n{meaning}\n", _table(f"{name}.", dict(fields_of(section)), plain)]
+    return "\n".join([HEADER, _table("", top, plain), *parts])
 
 
 def json_schema() -> str:
@@ -77,22 +75,12 @@ def type_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "choice"
     names = {int: "integer", float: "number", str: "text", bool: "flag", type(None): "null"}
-    kinds = {list: "list", tuple: "list", dict: "mapping"}
-    origin = get_origin(annotation)
-    return kinds[origin] if origin in kinds else names.get(annotation, "value")
-
-
-def _first_paragraph(section: type[BaseModel]) -> str:
-    return " ".join((section.__doc__ or "").split("\n\n")[0].split())
-
-
-def main() -> None:
-    """Write both files."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_atomic(FOLDER / "config.md", markdown())
-    write_atomic(FOLDER / "config.schema.json", json_schema())
-    print(f"wrote {Path(FOLDER, 'config.md')} and config.schema.json")
+    names |= {list: "list", tuple: "list", dict: "mapping"}
+    return names.get(get_origin(annotation) or annotation, "value")
 
 
 if __name__ == "__main__":
-    main()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_atomic(FOLDER / "config.md", markdown())
+    write_atomic(FOLDER / "config.schema.json", json_schema())
+    print(f"wrote {FOLDER / 'config.md'} and config.schema.json")

@@ -6,6 +6,7 @@ the machine is checked when a `Config` is made; `training.config.checks` does th
 
 from typing import Annotated, Any, Literal, Self, get_args
 
+from annotated_types import Predicate
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
@@ -136,18 +137,13 @@ class TrainerConfig(Settings):
             allowed = f"a multiple of trainer.checkpoint_every={self.checkpoint_every}, or null"
             raise ConfigError("keep_every", self.keep_every, allowed)
         if self.strategy == "single" and self.world_size > 1:
-            raise ConfigError(
-                "strategy",
-                "single",
-                problem=f"is not possible with trainer.nodes={self.nodes} and trainer.devices={self.devices}: "
-                f"it must be one of {', '.join(get_args(Strategy)[1:])}",
-            )
-        if self.dp_replicate > 1 and self.strategy != "hsdp":
-            problem = f"is not possible with trainer.strategy={self.strategy}"
+            processes = f"trainer.nodes={self.nodes} and trainer.devices={self.devices}"
+            problem = f"is not possible with {processes}: it must be one of {', '.join(get_args(Strategy)[1:])}"
+            raise ConfigError("strategy", "single", problem=problem)
+        if (self.dp_replicate > 1) != (self.strategy == "hsdp"):
+            hint = ": it must be from 2; fsdp has one replica" if self.strategy == "hsdp" else ""
+            problem = f"is not possible with trainer.strategy={self.strategy}{hint}"
             raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)
-        if self.dp_replicate == 1 and self.strategy == "hsdp":
-            problem = "is not possible with trainer.strategy=hsdp: it must be from 2; fsdp has one replica"
-            raise ConfigError("dp_replicate", 1, problem=problem)
         if self.world_size % self.dp_replicate:
             problem = f"is not allowed: it must divide the {self.world_size} processes"
             raise ConfigError("dp_replicate", self.dp_replicate, problem=problem)
@@ -174,18 +170,14 @@ class LoggerConfig(Settings):
 class HardwareConfig(Settings):
     """The device for which `plan=true` computes."""
 
-    device: Annotated[str, Allowed(f"one of {', '.join(PEAK_FLOPS)}")]
+    device: Annotated[
+        str, Predicate(lambda device: peak_flops(device) is not None), Allowed(f"one of {', '.join(PEAK_FLOPS)}")
+    ]
     """Its name."""
     memory_gib: Positive
     """Memory of each device, GiB."""
     mfu: Annotated[float, Field(gt=0, le=1), Allowed("a number above 0 and at most 1")]
     """Share of its peak FLOP/s that training reaches."""
-
-    @model_validator(mode="after")
-    def _known_device(self) -> Self:
-        if peak_flops(self.device) is None:
-            raise ConfigError("device", self.device, f"one of {', '.join(PEAK_FLOPS)}")
-        return self
 
 
 class PathsConfig(Settings):
@@ -257,10 +249,7 @@ class Config(Settings):
             problem = f"is not allowed: step {late[0]} is after the last, trainer.max_steps={last}"
             raise ConfigError("data.corruption.steps", list(steps), problem=problem)
         if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ConfigError(
-                "data.sequence_length",
-                self.data.sequence_length,
-                problem="is longer than the model's context: it must be at most "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}",
-            )
+            longest = f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            problem = f"is longer than the model's context: it must be at most {longest}"
+            raise ConfigError("data.sequence_length", self.data.sequence_length, problem=problem)
         return self

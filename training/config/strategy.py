@@ -10,20 +10,15 @@ from zclip import ClippingStrategy
 
 
 def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
-    """Return a new strategy.
-
-    Raises:
-        UserError: the class cannot be imported or is no strategy, or an argument is unknown, missing or not allowed.
-    """
+    """Return a new strategy; raise `UserError` if its class or an argument is not possible."""
     made_by, arguments = strategy_class(clip), clip.arguments
-    parameters = list(inspect.signature(made_by).parameters.values())
+    parameters = inspect.signature(made_by).parameters.values()
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    known: list[str] | None = [p.name for p in named]
-    for keywords in (p for p in parameters if p.kind is p.VAR_KEYWORD):
-        takes_any = get_origin(keywords.annotation) is not Unpack
-        known = None if takes_any or known is None else [*known, *get_args(keywords.annotation)[0].__annotations__]
+    known = [p.name for p in named]
+    for keywords in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
+        known += get_args(keywords)[0].__annotations__ if get_origin(keywords) is Unpack else arguments
     for name in arguments:
-        if known is not None and name not in known:
+        if name not in known:
             problem = f"is not an argument of {made_by.__name__}: it has {', '.join(known)}"
             raise ConfigError(f"clip.{name}", arguments[name], problem=problem)
     for parameter in named:
@@ -34,11 +29,7 @@ def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
 
 
 def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
-    """Return the class that `clip._target_` names.
-
-    Raises:
-        ConfigError: it cannot be imported, or is no strategy.
-    """
+    """Return the class that `clip._target_` names; raise `ConfigError` if it cannot be imported, or is no strategy."""
     module, _, name = clip.target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -2,7 +2,6 @@
 
 Hydra reports errors over several lines with status 1. `command_line` makes it raise instead, and `reporting` prints one
 sentence for errors of the user; program faults keep their traceback. With HYDRA_FULL_ERROR=1 every error has one.
-`CheckSweep` checks all jobs of a sweep before the first one starts.
 """
 
 import errno
@@ -15,34 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from hydra.utils import get_class
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
 from training.launch.hydra_errors import describe
-from training.launch.processes import (
-    ERROR_REPORT_DELAY,
-    AlreadyReported,
-    ProcessFailed,
-    Stopped,
-    die_with_parent,
-    report_failure,
-)
-from training.launch.sweep import Job, compose_job
-from training.runtime import slurm
+from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
+from training.runtime import signals, slurm
 from training.runtime.distributed import is_distributed, rank
-from training.runtime.signals import (
-    Interrupted,
-    clear_pending,
-    enable_exit,
-    install_handlers,
-    print_interrupted,
-    reraise_pending,
-)
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
 #: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only.
@@ -51,9 +30,8 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
 
-# Errors that `reporting` has printed. They decide the exit status.
-_user_errors: list[Exception] = []
-_run_errors: list[RunError] = []
+#: Exit statuses of the errors that `reporting` has printed.
+exit_statuses: list[int] = []
 
 
 def command_line(main: Callable[[], Any]) -> int:
@@ -64,58 +42,54 @@ def command_line(main: Callable[[], Any]) -> int:
         for the reason reported. 128 + n: signal n interrupted the program.
     """
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
-    if sys.argv[1:2] in (["-m"], ["--multirun"]) and not _has_sweeps():
+    if sys.argv[1:2] in (["-m"], ["--multirun"]) and _program() != "train.py":
         print(f"{_program()}: error: -m is not possible: only train.py has sweeps", file=sys.stderr)
         return EXIT_USER_ERROR
     die_with_parent()
     install_best_effort_stdio()
-    install_handlers()
+    signals.install_handlers()
     slurm.export_torchrun_env()
     os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        return _run(main)
-    finally:
-        flush_stdio()
-
-
-def _run(main: Callable[[], Any]) -> int:
-    try:
-        enable_exit()
+        signals.enable_exit()
         with reporting():
             main()
-    except Interrupted as error:
-        clear_pending()
+    except signals.Interrupted as error:
+        signals.clear_pending()
         if rank() > 0 and slurm.started_by_srun():
             return 0  # with any other status, srun would end rank 0, which may be saving
         if rank() == 0:
             requeued = slurm.requeue(error.signum)
             if not isinstance(error, Stopped):
-                print_interrupted(error, requeued)
+                signals.print_interrupted(error, requeued)
         return 128 + error.signum
-    if rank() > 0 and (_run_errors or _user_errors):
-        time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends, and rank 0 reports the error
-    if _run_errors:
-        return 1 if isinstance(_run_errors[0], ProcessFailed) else EXIT_CANNOT_CONTINUE
-    return EXIT_USER_ERROR if _user_errors else 0
+    else:
+        if rank() > 0 and exit_statuses:
+            time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends; rank 0 reports the error
+        failures = [status for status in exit_statuses if status != EXIT_USER_ERROR]
+        return (failures or exit_statuses or [0])[0]
+    finally:
+        flush_stdio()
 
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Print an error of the user, or why the run cannot continue, as one sentence. Later jobs of a sweep still run."""
+    """Print an error of the user, or why the run cannot continue, as one sentence. Later jobs of a sweep still run.
+
+    An error without a message has been reported by another process.
+    """
     try:
         yield
     except BaseException as error:
-        reraise_pending()
+        signals.reraise_pending()
         if not isinstance(error, Exception):
             raise
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            file = error.filename or "a file"
-            error = RunError(
-                f"{file} cannot be written ({error.strerror}): when it can, run the same command to resume"
-            )
+            what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+            error = RunError(f"{what}: when it can, run the same command to resume")
         if isinstance(error, RunError):
-            _run_errors.append(error)
+            exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
             if str(error) and rank() == 0:
                 print(error, file=sys.stderr)
             return
@@ -124,20 +98,16 @@ def reporting() -> Iterator[None]:
                 report_failure(error)
                 os._exit(1)  # exit handlers would wait for the other processes for ever
             raise
-        _user_errors.append(error)
-        if isinstance(error, AlreadyReported) or rank() > 0:
+        exit_statuses.append(EXIT_USER_ERROR)
+        if rank() > 0 or (isinstance(error, UserError) and not str(error)):
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"{_program()}: error: {describe(error, sweeps=_has_sweeps())}", file=sys.stderr)
+        print(f"{_program()}: error: {describe(error, sweeps=_program() == 'train.py')}", file=sys.stderr)
 
 
 def _program() -> str:
     return Path(sys.argv[0]).name
-
-
-def _has_sweeps() -> bool:
-    return _program() == "train.py"
 
 
 def _raised_by_hydra(error: Exception) -> bool:
@@ -146,40 +116,3 @@ def _raised_by_hydra(error: Exception) -> bool:
     ours = Path(__file__).parents[2]
     started = any(Path(f.filename).parent in (ours, ours / "scripts") and f.name == "main" for f in frames)
     return not started and any("hydra" in Path(frame.filename).parts for frame in frames)
-
-
-class CheckSweep(Callback):
-    """Hydra callback: compose and check all jobs of a sweep, so that a bad one stops it before any work.
-
-    Sweepers that choose values as they go, such as Optuna's, have no list of jobs: each job is checked when it runs.
-    """
-
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Check each combination of the sweep's overrides; exit with status 2 at the first error."""
-        with reporting():
-            sweeper: Any = get_class(config.hydra.sweeper._target_)
-            if hasattr(sweeper, "split_arguments"):
-                loader: Any = GlobalHydra.instance().config_loader()
-                overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
-                (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
-                _check_jobs(config, [compose_job(loader, config, job) for job in jobs])
-        if _user_errors:
-            sys.exit(EXIT_USER_ERROR)  # Hydra continues after other exceptions of a callback
-
-
-def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
-    """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
-    if not jobs:
-        raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
-    seen: dict[Path, list[str]] = {}
-    for job in jobs:
-        job.check()
-        path = job.run_dir.path
-        if path in seen and job.config.name is None and sweep.paper.suite is None:
-            raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
-        if path in seen and job.config.name is not None:
-            raise UserError(
-                f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
-                f"({' '.join(job.overrides)}): omit the name, and each gets its own"
-            )
-        seen[path] = job.overrides

@@ -7,29 +7,18 @@ from collections.abc import Iterator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationToMissingValueError,
-    MissingMandatoryValue,
-)
+from omegaconf import OmegaConf, errors
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.text import nearest
 from training.config.compose import CONFIGS
 
 
 def describe(error: Exception, sweeps: bool) -> str:
-    """Return one line that says what is wrong with the command line.
-
-    Args:
-        error: an error of ours, of Hydra or of OmegaConf.
-        sweeps: whether the program accepts `-m`.
-    """
+    """Return one line that says what is wrong with the command line of a program, which accepts `-m` if `sweeps`."""
     if not isinstance(error, UserError):  # ours may be the cause of theirs
         error = next((cause for cause in _causes(error) if isinstance(cause, UserError)), error)
-    message = " ".join(str(error).split())
+    message = one_line(error, most=None)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):
@@ -37,9 +26,9 @@ def describe(error: Exception, sweeps: bool) -> str:
             return f"{error.override} is not allowed: settings are given as KEY=VALUE"
         example = "'overrides=[\"trainer.max_steps=400\"]'"
         return f"{error.override} cannot be read: special characters must be quoted, as {example}"
-    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+    if isinstance(error, errors.MissingMandatoryValue | errors.InterpolationToMissingValueError):
         return f"{error.full_key} is not set: give it as {error.full_key}=..."
-    if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+    if isinstance(error.__cause__, errors.ConfigAttributeError | errors.ConfigKeyError):
         return _unknown_key(error.__cause__)
     if match := re.match(r"Ambiguous value for argument '([^']+)'", message):
         hint = "add -m to run a sweep, or quote the value" if sweeps else "give a list, as KEY=[0,1]"
@@ -66,7 +55,7 @@ def _unknown_option(error: MissingConfigException) -> str:
     return f"there is no configuration file {error.missing_cfg_file}.yaml in configs/"
 
 
-def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
+def _unknown_key(error: errors.ConfigAttributeError | errors.ConfigKeyError) -> str:
     key, last = str(error.full_key), str(error.key)
     argument = next((a for a in sys.argv[1:] if re.match(rf"\+*{re.escape(key)}[.=]", a)), key)
     near = nearest(last, map(str, error.parent_node)) if OmegaConf.is_dict(error.parent_node) else None

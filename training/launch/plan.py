@@ -4,8 +4,6 @@ Activations are those that autograd keeps: a block runs on tensors that have a s
 is added up. Whatever else a device holds (kernels, fragmentation, communication buffers) is not in the table.
 """
 
-import shlex
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +16,13 @@ from models.llama import Block
 from models.loss import chunk_rows
 from models.parallel import SAVED_OPS
 from training.config.schema import Config
-from training.launch.slurm_queue import sbatch_resources
-from training.launch.sweep import Job
 from training.runtime.hardware import flops_per_token, peak_flops
 
 GIB = 2**30
 
 
 class Plan(NamedTuple):
-    """What a run needs.
-
-    Attributes:
-        memory: bytes on each device, by what takes them.
-        tokens_per_step: over all devices.
-        steps: of the run.
-        flops: of the whole run.
-    """
+    """What a run needs: bytes on each device by what takes them, tokens over all devices, FLOPs of the whole run."""
 
     memory: dict[str, float]
     tokens_per_step: int
@@ -55,25 +44,23 @@ def plan(config: Config) -> Plan:
     model, trainer, length = config.model.llama, config.trainer, config.data.sequence_length
     shards, sharded = trainer.dp_shard, trainer.sharded
     mixed = trainer.precision == "bf16-mixed"
-    autocast = mixed and not sharded  # a sharded model is in bfloat16 itself
     size = 2 if mixed else 4
     tokens = trainer.micro_batch_size * length
-    dtype = torch.bfloat16 if mixed and not autocast else torch.float32
-    block, selective, within = _activations(model, trainer.micro_batch_size, length, dtype, autocast)
+    dtype = torch.bfloat16 if mixed and sharded else torch.float32  # other models are in bfloat16 by autocast
+    block, selective, within = _activations(model, trainer.micro_batch_size, length, dtype, mixed and not sharded)
     rows = chunk_rows(tokens, model.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
     mode = trainer.activation_checkpointing
-    rest = model.parameters - model.num_hidden_layers * block
-    head = model.vocab_size * model.hidden_size
     saved = {"none": within, "selective": selective, "full": tokens * model.hidden_size * dtype.itemsize}[mode]
-    full_gradients = sharded and trainer.grad_accum_steps > 1
-    in_use = rest + 2 * block if sharded else (model.parameters if mixed else 0)
+    whole_gradients = sharded and trainer.grad_accum_steps > 1
+    outside_of_blocks = model.parameters - model.num_hidden_layers * block
+    in_use = outside_of_blocks + 2 * block if sharded else (model.parameters if mixed else 0)
     memory = {
         "weights": 4 * model.parameters / shards,
         "optimizer": 8 * model.parameters / shards,
-        "gradients": 4 * model.parameters * (1 if full_gradients else 1 / shards),
+        "gradients": 4 * model.parameters * (1 if whole_gradients else 1 / shards),
         "weights in use": size * in_use,
         "activations": model.num_hidden_layers * saved + (within if mode != "none" else 0),
-        "loss": 4 * head + 2 * tokens * model.hidden_size * size + 8 * rows * model.vocab_size,
+        "loss": (4 * model.vocab_size + 2 * tokens * size) * model.hidden_size + 8 * rows * model.vocab_size,
     }
     if trainer.async_save and trainer.accelerator == "cpu":  # a GPU's copy is in the host's memory
         memory["copy that is saved"] = 12 * model.parameters / shards
@@ -105,16 +92,18 @@ def plan_table(configured: Config) -> Table:
     """Return the plan of a run as a table."""
     config = with_possible_batch(configured)
     model, trainer, hardware, needed = config.model, config.trainer, config.hardware, plan(config)
-    devices = trainer.world_size
+    devices, accumulated = trainer.world_size, trainer.grad_accum_steps
+    whole_gradients = trainer.sharded and accumulated > 1
+    notes = {
+        "weights": "on each device",
+        "gradients": "whole: they are reduced after the last micro-batch only" if whole_gradients else "",
+        "weights in use": "gathered: two blocks, and what is outside of blocks" if trainer.sharded else "",
+    }
     table = Table(title=f"{model.name}: {model.parameters:,} parameters", title_justify="left", show_header=False)
     for name, value in needed.memory.items():
-        table.add_row(name, f"{value / GIB:,.2f} GiB", _note(name, config))
-    available, room = hardware.memory_gib, hardware.memory_gib - needed.bytes / GIB
-    fits = (
-        f"fits {available:g} GiB, {room:,.1f} left"
-        if room > 0
-        else f"does not fit {available:g} GiB: {-room:,.1f} too much"
-    )
+        table.add_row(name, f"{value / GIB:,.2f} GiB", notes.get(name, ""))
+    available, room = f"{hardware.memory_gib:g} GiB", hardware.memory_gib - needed.bytes / GIB
+    fits = f"fits {available}, {room:,.1f} left" if room > 0 else f"does not fit {available}: {-room:,.1f} too much"
     table.add_row("memory", f"{needed.bytes / GIB:,.2f} GiB", fits)
     if config is not configured:
         table.add_row(
@@ -124,53 +113,17 @@ def plan_table(configured: Config) -> Table:
             f"{trainer.micro_batch_size}: {devices} processes cannot share "
             f"{configured.trainer.global_batch_size} sequences, {configured.trainer.micro_batch_size} each at once",
         )
-    accumulated = trainer.grad_accum_steps
     at_once = f"{devices} x {trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
     table.add_row("tokens a step", f"{needed.tokens_per_step:,}", at_once)
     table.add_row("steps", f"{needed.steps:,}", f"{needed.tokens_per_step * needed.steps / 1e9:,.3g}B tokens")
     flops = flops_per_token(model, config.data.sequence_length)
     table.add_row("operations a token", f"{flops / 1e9:,.2f}e9", "forward and backward")
     peak = peak_flops(hardware.device)
-    if peak is not None:
-        speed = f"{devices * peak * hardware.mfu / flops:,.0f} tokens/s, {hardware.mfu:.0%} MFU"
-        hours = f"{needed.hours(devices, peak, hardware.mfu):,.3g} hours"
-        table.add_row("time", hours, f"{speed} on {devices} {hardware.device}")
+    assert peak is not None  # `HardwareConfig` checks it
+    speed = f"{devices * peak * hardware.mfu / flops:,.0f} tokens/s, {hardware.mfu:.0%} MFU"
+    hours = f"{needed.hours(devices, peak, hardware.mfu):,.3g} hours"
+    table.add_row("time", hours, f"{speed} on {devices} {hardware.device}")
     return table
-
-
-def sweep_table(jobs: Sequence[Job]) -> tuple[Table, list[str]]:
-    """Return the plans of the runs of a sweep as a table, and the lines that submit them to SLURM."""
-    hardware = jobs[0].config.hardware
-    total_tokens = total_hours = 0.0
-    peak = peak_flops(hardware.device)
-    table = Table(title=f"{len(jobs)} runs, computed for {hardware.mfu:.0%} MFU", title_justify="left")
-    for column in ("run", "tokens", f"hours of {hardware.device}", "GiB on each"):
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    lines = []
-    for job in jobs:
-        needed, devices = plan(job.config), job.config.trainer.world_size
-        tokens = needed.tokens_per_step * needed.steps
-        hours = 0.0 if peak is None else devices * needed.hours(devices, peak, job.config.hardware.mfu)
-        total_tokens, total_hours = total_tokens + tokens, total_hours + hours
-        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
-        overrides = [override for override in job.overrides if not override.lower().startswith("plan=")]
-        resources = sbatch_resources(job.config.trainer)
-        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
-    table.add_section()
-    table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
-    return table, lines
-
-
-def _note(name: str, config: Config) -> str:
-    """Return what is not obvious about a row."""
-    sharded = config.trainer.sharded
-    if name == "weights":
-        return "on each device"
-    if name == "gradients" and sharded and config.trainer.grad_accum_steps > 1:
-        return "whole: they are reduced after the last micro-batch only"
-    if name == "weights in use" and sharded:
-        return "gathered: two blocks, and what is outside of blocks"
-    return ""
 
 
 def memory_warning(config: Config, available: int) -> str | None:
@@ -189,8 +142,7 @@ def memory_warning(config: Config, available: int) -> str | None:
 class _Results(TorchDispatchMode):
     """Adds up the results of the operations that selective checkpointing keeps.
 
-    Args:
-        weights: storages of weights; those of their copies in another dtype are added.
+    To the storages of weights, it adds those of their copies in another dtype.
     """
 
     def __init__(self, weights: dict[int, Any]) -> None:
@@ -214,10 +166,7 @@ def _activations(
 ) -> tuple[int, int, int]:
     """Return a block's parameters, and the bytes that it keeps for its backward pass: selectively, and by itself.
 
-    Args:
-        config, batch, length: of the model and its input.
-        dtype: of weights and input.
-        autocast: whether operations are done in bfloat16 where autocast does so; copies of weights do not count.
+    Weights and input are of `dtype`. The copies of weights that autocast makes do not count.
     """
     with FakeTensorMode():
         block = Block(config)
@@ -238,5 +187,4 @@ def _activations(
         with mixed, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results(own) as results:
             out = block(x, angles, angles)
         assert out.requires_grad
-        parameters = sum(parameter.numel() for parameter in block.parameters())
-        return parameters, results.bytes + x.nbytes, sum(saved.values())
+        return sum(parameter.numel() for parameter in block.parameters()), results.bytes + x.nbytes, sum(saved.values())

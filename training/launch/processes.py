@@ -22,23 +22,14 @@ from training.runtime.slurm import LAUNCHER
 
 #: Seconds between a signal to all processes and SIGKILL to those that still run.
 SHUTDOWN_GRACE = 60.0
-
 #: Seconds to wait before a lost connection is reported, so that the process that caused it reports first.
 ERROR_REPORT_DELAY = 5.0
 
 _PR_SET_PDEATHSIG = 1
 
 
-class AlreadyReported(UserError):
-    """A user error that a process of the run has reported."""
-
-
 class ProcessFailed(RunError):
     """A process of the run failed; the message is empty if that process reported why."""
-
-
-class CannotContinue(RunError):
-    """The run cannot continue, as one of its processes has reported."""
 
 
 class Stopped(Interrupted):
@@ -66,13 +57,8 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
 
     Signals are forwarded to them. When one fails, the others are killed.
 
-    Args:
-        processes: number of processes.
-        arguments: command-line arguments of each.
-
     Raises:
-        AlreadyReported: a process reported a user error.
-        CannotContinue: a process reported why the run cannot continue.
+        UserError, RunError: a process reported one; the message is empty.
         ProcessFailed: a process failed, or was killed.
         Stopped: a signal ended the processes.
         Interrupted: a signal killed a process before its handlers were installed.
@@ -116,7 +102,7 @@ def _supervise(processes: list[subprocess.Popen[bytes]]) -> None:
         raise Interrupted(-status)
     if status in (EXIT_USER_ERROR, EXIT_CANNOT_CONTINUE):
         _wait(processes[:1], ERROR_REPORT_DELAY)  # rank 0 reports the error
-        raise AlreadyReported if status == EXIT_USER_ERROR else CannotContinue
+        raise UserError if status == EXIT_USER_ERROR else RunError
     if status - 128 not in SIGNALS:
         message = ""
         if status < 0:
@@ -146,5 +132,4 @@ def report_failure(error: BaseException) -> None:
         with override_handler(lambda signum: os._exit(1)):  # the launcher knows the cause
             time.sleep(ERROR_REPORT_DELAY)
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"process {rank()} of the run has failed:\n{text}")
-    sys.stderr.flush()
+    print(f"process {rank()} of the run has failed:\n{text}", end="", file=sys.stderr, flush=True)

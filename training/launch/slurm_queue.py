@@ -4,20 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from common.errors import UserError
+from training.config.compose import CONFIGS
 from training.config.schema import TrainerConfig
-
-CHECKOUT = Path(__file__).parents[2]
 
 
 def queued_jobs() -> dict[str, str]:
-    """Return the states of the user's jobs in the queue by their numbers; empty where there is no SLURM.
-
-    Raises:
-        UserError: squeue fails.
-    """
+    """Return the states of the user's jobs by their numbers, if there is SLURM; raise `UserError` if squeue fails."""
     if shutil.which("squeue") is None:
         return {}
     done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %T"], capture_output=True, text=True)
@@ -34,17 +28,10 @@ def sbatch_resources(trainer: TrainerConfig) -> list[str]:
 
 
 def submit(options: list[str], overrides: list[str]) -> str:
-    """Submit scripts/slurm/train.sbatch from the current folder, and return the number of the job.
-
-    Args:
-        options: of sbatch.
-        overrides: of the run.
-
-    Raises:
-        UserError: sbatch rejects the job, or is not installed.
-    """
-    command = ["sbatch", "--parsable", *options, str(CHECKOUT / "scripts" / "slurm" / "train.sbatch"), *overrides]
-    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(CHECKOUT / "train.py")}
+    """Submit scripts/slurm/train.sbatch from the current folder; return the number of the job, or raise `UserError`."""
+    checkout = CONFIGS.parent
+    command = ["sbatch", "--parsable", *options, str(checkout / "scripts" / "slurm" / "train.sbatch"), *overrides]
+    env = {**os.environ, "PYTHON": sys.executable, "TRAIN": str(checkout / "train.py")}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     except FileNotFoundError as error:

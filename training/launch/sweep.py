@@ -1,30 +1,38 @@
-"""The runs of a sweep, and the state of each."""
+"""The runs of a sweep: their checks before the first one starts, the state of each, and what they need together."""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import ConfigError
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.utils import get_class
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
 from training.config.checks import check
 from training.config.compose import load_config
 from training.config.identity import run_path
 from training.config.schema import Config
+from training.launch.cli import exit_statuses, reporting
+from training.launch.plan import GIB, plan
+from training.launch.slurm_queue import sbatch_resources
 from training.run_dir import RunDir
+from training.runtime.hardware import peak_flops
 
 #: Finished runs of this sweep: their overrides, key to value, and results.
 completed_jobs: list[tuple[dict[str, str], dict[str, Any]]] = []
 
 
 class Job(NamedTuple):
-    """A run of a sweep.
-
-    Attributes:
-        overrides: as on the command line.
-        config: its configuration.
-        run_dir: its folder.
-    """
+    """A run of a sweep, with its overrides as on the command line."""
 
     overrides: list[str]
     config: Config
@@ -51,40 +59,88 @@ class Job(NamedTuple):
 
 
 def compose_job(loader: Any, sweep: Any, overrides: Sequence[str]) -> Job:
-    """Return a run of a sweep.
-
-    Args:
-        loader: Hydra's configuration loader.
-        sweep: Hydra's configuration of the sweep.
-        overrides: of the run.
-    """
+    """Return a run of a sweep, from Hydra's configuration loader and its configuration of the sweep."""
     config = load_config(loader.load_sweep_config(sweep, list(overrides)))
     if config.resume is not None:
         raise ConfigError("resume", config.resume, problem="is not possible with -m: it continues one run")
     return Job(list(overrides), config, RunDir(run_path(config)))
 
 
-def config_search_overrides(hydra: Any) -> list[str]:
-    """Return the arguments with which another process looks for configurations where this one does.
+class CheckSweep(Callback):
+    """Hydra callback: compose and check all jobs of a sweep, so that a bad one stops it before any work.
 
-    Args:
-        hydra: Hydra's own configuration.
+    Sweepers that choose values as they go, such as Optuna's, have no list of jobs: each job is checked when it runs.
     """
-    folders = [
-        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
-    ]
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Check each combination of the sweep's overrides; exit with status 2 at the first error."""
+        with reporting():
+            sweeper: Any = get_class(config.hydra.sweeper._target_)
+            if hasattr(sweeper, "split_arguments"):
+                loader: Any = GlobalHydra.instance().config_loader()
+                overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
+                (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
+                _check_jobs(config, [compose_job(loader, config, job) for job in jobs])
+        if EXIT_USER_ERROR in exit_statuses:
+            sys.exit(EXIT_USER_ERROR)  # Hydra continues after other exceptions of a callback
+
+
+def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
+    """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
+    if not jobs:
+        raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
+    seen: dict[Path, list[str]] = {}
+    for job in jobs:
+        job.check()
+        path = job.run_dir.path
+        if path in seen and job.config.name is None and sweep.paper.suite is None:
+            raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
+        if path in seen and job.config.name is not None:
+            raise UserError(
+                f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
+                f"({' '.join(job.overrides)}): omit the name, and each gets its own"
+            )
+        seen[path] = job.overrides
+
+
+def config_search_overrides(hydra: Any) -> list[str]:
+    """Return the arguments with which another process looks for configurations where this one does, by Hydra's own."""
+    sources = hydra.runtime.config_sources
+    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     return folders + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
 
 
-class Status(NamedTuple):
-    """State of a run.
+def print_plans(jobs: Sequence[Job]) -> None:
+    """Print the plans of the runs of a sweep, and the lines that submit them to SLURM."""
+    hardware = jobs[0].config.hardware
+    total_tokens = total_hours = 0.0
+    peak = peak_flops(hardware.device)
+    assert peak is not None  # `HardwareConfig` checks it
+    table = Table(title=f"{len(jobs)} runs, computed for {hardware.mfu:.0%} MFU", title_justify="left")
+    for column in ("run", "tokens", f"hours of {hardware.device}", "GiB on each"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    lines = []
+    for job in jobs:
+        needed, devices = plan(job.config), job.config.trainer.world_size
+        tokens = needed.tokens_per_step * needed.steps
+        hours = devices * needed.hours(devices, peak, job.config.hardware.mfu)
+        total_tokens, total_hours = total_tokens + tokens, total_hours + hours
+        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
+        overrides = [override for override in job.overrides if not override.lower().startswith("plan=")]
+        resources = sbatch_resources(job.config.trainer)
+        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
+    table.add_section()
+    table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(table, soft_wrap=False)
+    console.print("\n".join(lines))
 
-    Attributes:
-        state: done, running, waiting (in SLURM's queue), failed (failure.txt says why), stopped, or damaged (a file
-            of its folder cannot be read).
-        row: last line of metrics.jsonl; empty if there is none.
-        steps: of the whole run; `None` if it has not begun.
-        job: number of its SLURM job in the queue; `None`: none.
+
+class Status(NamedTuple):
+    """State of a run, with the last line of metrics.jsonl, the steps of the whole run, and its SLURM job in the queue.
+
+    States are done, running, waiting (in SLURM's queue), failed (failure.txt says why), stopped, or damaged (a file of
+    its folder cannot be read).
     """
 
     state: str
@@ -94,30 +150,21 @@ class Status(NamedTuple):
 
 
 def status(run_dir: RunDir, queue: dict[str, str]) -> Status:
-    """Return the state of a run.
-
-    Args:
-        run_dir: its folder.
-        queue: states of SLURM's jobs by their numbers.
-    """
+    """Return the state of a run, by its folder and the states of SLURM's jobs by their numbers."""
     try:
-        return _status(run_dir, queue)
+        submitted = run_dir.slurm_job()
+        job = submitted if submitted in queue else None
+        if run_dir.read_result() is not None:
+            state = "done"
+        elif run_dir.is_owned() or (job and queue[job] not in ("PENDING", "REQUEUED")):
+            state = "running"
+        elif job:
+            state = "waiting"
+        else:
+            state = "failed" if run_dir.failure_file.exists() else "stopped"
+        return Status(state, _last_row(run_dir), run_dir.max_steps(), job)
     except ValueError:
         return Status("damaged", {}, None, None)
-
-
-def _status(run_dir: RunDir, queue: dict[str, str]) -> Status:
-    submitted = run_dir.slurm_job()
-    job = submitted if submitted in queue else None
-    if run_dir.read_result() is not None:
-        state = "done"
-    elif run_dir.is_owned() or (job and queue[job] not in ("PENDING", "REQUEUED")):
-        state = "running"
-    elif job:
-        state = "waiting"
-    else:
-        state = "failed" if run_dir.failure_file.exists() else "stopped"
-    return Status(state, _last_row(run_dir), run_dir.max_steps(), job)
 
 
 def _last_row(run_dir: RunDir) -> dict[str, Any]:
