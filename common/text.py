@@ -5,9 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-#: Seconds between two progress lines where the output is not a terminal.
-SECONDS_BETWEEN_LINES = 10.0
-
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested mappings by their keys, joined with dots."""
@@ -32,8 +29,11 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def every(seconds: float = SECONDS_BETWEEN_LINES) -> Callable[[], bool]:
-    """Return a function that is true at most once in so many seconds, the first time not before they have passed."""
+def every(seconds: float = 10.0) -> Callable[[], bool]:
+    """Return a function that is true at most once in so many seconds, and not before they have passed once.
+
+    The default is the time between two lines of progress where the output is not a terminal.
+    """
     last = time.monotonic()
 
     def is_due() -> bool:

@@ -1,13 +1,12 @@
 """Progress in the terminal, and in files and pipes."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.text import SECONDS_BETWEEN_LINES
+from common.text import every
 
 
 @contextmanager
@@ -19,13 +18,11 @@ def progress(console: Console) -> Iterator[Callable[[float, float | None, str], 
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        last_line = time.monotonic()
+        line_due = every()
 
         def update(completed: float, total: float | None, text: str) -> None:
-            nonlocal last_line
             bar.update(task, completed=completed, total=total, description=text)
-            if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if not console.is_terminal and line_due():
                 console.print(text)
 
         yield update

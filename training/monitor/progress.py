@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.text import SECONDS_BETWEEN_LINES
+from common.text import every
 from training.monitor.metrics import Row
 from training.monitor.step_timer import STEP_PHASES
 
@@ -30,7 +30,7 @@ class ProgressDisplay:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
-        self._last_line = time.monotonic()
+        self._line_due = every()
         if self.console.is_terminal:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -56,8 +56,7 @@ class ProgressDisplay:
         now = time.monotonic()
         if self._first_row is None:  # the first steps are slower than the others
             self._first_row = (now, step)
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self.steps:
-            self._last_line = now
+        if self._line_due() or step == self.steps:
             first_time, first_step = self._first_row
             done = step - first_step
             seconds = round((now - first_time) / done * (self.steps - step)) if done > 0 else None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from common.files import write_atomic
-from common.text import SECONDS_BETWEEN_LINES
+from common.text import every
 from data import Batch, TokenDataset, Tokenizer
 from training.config.schema import TrainerConfig
 from training.run_dir import RunDir
@@ -54,10 +53,9 @@ class ValidationSet:
 
         It is 0 if another process counts them, and this process evaluates them only to make as many forward passes.
         """
-        last_line = time.monotonic()
+        line_due = every()
         for number in range(len(self)):
-            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if line_due():
                 self.console.print(f"evaluated {number / len(self):.0%}")
             first = (number * self.world_size + self.rank) * self.batch_size
             counts = first < self.count

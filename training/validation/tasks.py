@@ -4,7 +4,6 @@ If a signal arrives while tasks are scored, the run saves that step. The respons
 continues with them when the run resumes.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.text import SECONDS_BETWEEN_LINES
+from common.text import every
 from data import Tokenizer
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
@@ -123,12 +122,10 @@ class TaskEvaluator:
 
     def _progress(self, title: str) -> Callable[[int, int], None]:
         """Return a function that reports now and then how many requests are answered."""
-        last_line = time.monotonic()
+        line_due = every()
 
         def report(done: int, total: int) -> None:
-            nonlocal last_line
-            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if line_due():
                 self.report.console.print(f"{title}: {done:,} of {total:,} answers")
 
         return report
