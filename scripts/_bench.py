@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE: Literal["cpu", "cuda"] = "cuda" if GPU else "cpu"
 
 
 def device_name(device: str = DEVICE) -> str:

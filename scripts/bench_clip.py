@@ -6,8 +6,6 @@ with the same optimizer step: the floor, which computes the norm and clips nothi
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import importlib
 import sys
 from collections.abc import Callable
@@ -73,7 +71,7 @@ def main(values: _entry.Values) -> None:
     for p in weights:
         p.grad = torch.randn_like(p) * 1e-3
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    gradients = [p.grad for p in weights]
+    gradients = [p.grad for p in weights if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     zclip, clip_always = ZClip(), ClipAlways()
     methods: dict[str, Callable[[], object]] = {

@@ -12,8 +12,6 @@ It prints three tables, each with the ratio to a reference. The contenders take 
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import itertools
 import json
 import resource

@@ -5,8 +5,6 @@ Both score the same items in turns in one process, and their scores must be equa
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import statistics
 import tempfile
 import time
@@ -81,8 +79,10 @@ def main(values: _entry.Values) -> None:
             if scores != hf_scores:
                 raise RuntimeError(f"{task}: {scores} is not {hf_scores}")
             ratios.append(hf_seconds / our_seconds)
-        rounds, size = ", ".join(f"{ratio:.2f}" for ratio in ratios), str(hf_lm.batch_size_per_gpu)
-        table.add_row(task, f"{statistics.median(ratios):.2f}", rounds, size, f"{scores['acc']:.4f}")
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        table.add_row(
+            task, f"{statistics.median(ratios):.2f}", rounds, str(hf_lm.batch_size_per_gpu), f"{scores['acc']:.4f}"
+        )
     console.print(table)
     machine = environment()
     versions = " ".join(f"{name} {machine['versions'][name]}" for name in ("python", "torch"))

@@ -13,8 +13,6 @@ memory.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import json
 import statistics
 import subprocess
@@ -130,6 +128,7 @@ class Contender:
 
     def _read_report(self) -> dict[str, float] | None:
         """Return the next report of the process; `None` if it failed, with the reason in `failure`."""
+        assert self.process is not None and self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
         lines = self.log.read_text().strip().splitlines()

@@ -119,7 +119,8 @@ def transformers(spec: dict[str, Any]) -> None:
 
     shape = {name: value for name, value in spec["model"].items() if name not in ("qk_norm", "rope_theta")}
     rope = {"rope_type": "default", "rope_theta": spec["model"]["rope_theta"]}
-    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, use_cache=False, attn_implementation="sdpa"))
+    config = LlamaConfig(**shape, rope_parameters=rope, use_cache=False, attn_implementation="sdpa")  # type: ignore[call-arg]
+    model = LlamaForCausalLM(config)
     check_size(model, spec)
     run = torch.compile(model) if spec["compile"] else model
     plain_loop(model, lambda tokens, targets: run(tokens, labels=targets, shift_labels=targets).loss, spec)
@@ -141,16 +142,17 @@ def litgpt(spec: dict[str, Any]) -> None:
         n_query_groups=shape["num_key_value_heads"], rope_base=int(shape["rope_theta"]), rotary_percentage=1.0,
         intermediate_size=shape["intermediate_size"], bias=False, mlp_class_name="LLaMAMLP",
     )  # fmt: skip
-    precision = "bf16-mixed" if spec["device"] == "cuda" else "32-true"
-    fabric = lightning.Fabric(accelerator=spec["device"], devices=1, precision=precision)
+    fabric = lightning.Fabric(
+        accelerator=spec["device"], devices=1, precision="bf16-mixed" if rounds.on_gpu else "32-true"
+    )
     fabric.launch()
     model = GPT(config)
     check_size(model, spec)
     initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
-    prepared = fabric.setup(torch.compile(model) if spec["compile"] else model)
+    prepared = fabric.setup(torch.compile(model) if spec["compile"] else model)  # type: ignore[arg-type]
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=spec["lr"], fused=True))
     losses = [float("nan")]
-    fabric.log_dict = lambda metrics, step: losses.append(metrics["loss"])  # type: ignore[method-assign]
+    fabric.log_dict = lambda metrics, step: losses.append(metrics["loss"])  # type: ignore[assignment,method-assign,misc]
 
     def feed() -> Iterator[Tensor]:
         source = batches(spec)

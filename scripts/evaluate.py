@@ -5,8 +5,6 @@ Each score is saved as soon as it is computed, in task_scores.json of the run fo
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import logging
 import warnings
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Each figure is written as SVG and PNG into `figures/` of `out`, which is runs/re
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import matplotlib.pyplot as plt
 from rich.console import Console
 

@@ -6,8 +6,6 @@ these, and is named report-table3-figure2.html.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 import json
 import shlex
 import time
@@ -23,7 +21,7 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.suites import TABLES
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
-from training.run_dir import environment
+from training.runtime.environment import environment
 
 
 def _limit_override(collection: RunCollection) -> list[str]:

@@ -5,8 +5,6 @@ Each table is written as Markdown, LaTeX and CSV into `tables/` of `out`, which 
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-# isort: split
-
 from rich.console import Console
 
 from common.files import write_atomic
