@@ -21,9 +21,12 @@ def tmp_path(path: Path) -> Path:
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
-    with tmp_path(path).open("wb") as file:
+    temporary = tmp_path(path)
+    with temporary.open("wb") as file:
         yield file
-    commit(tmp_path(path), path)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

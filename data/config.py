@@ -122,7 +122,7 @@ class DataConfig(Settings):
 
 
 class CacheConfig(Settings):
-    """Folders of a program that only prepares data."""
+    """Folders of a program that reads or prepares data, but does not train."""
 
     cache: Folder
     """Folder of prepared tokens and trained tokenizers."""

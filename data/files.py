@@ -71,11 +71,13 @@ def _parquet_rows(file: Path, size: int, mtime_ns: int) -> int | None:
 
 def _parquet_footer(file: Path) -> Any:
     """Return the footer of a Parquet file; `None` if it is none or damaged: reading it raises the error."""
-    import pyarrow.parquet as pq
+    if file.suffix != ".parquet":
+        return None
+    import pyarrow.parquet as pq  # takes half a second
     from pyarrow import ArrowInvalid
 
     try:
-        return pq.read_metadata(file) if file.suffix == ".parquet" else None
+        return pq.read_metadata(file)
     except (OSError, ArrowInvalid):
         return None
 

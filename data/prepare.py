@@ -161,7 +161,7 @@ class _Preparation:
         encodings = prefetch((docs, tokenizer.encode([d.text for d in docs]), state) for docs, state in batches)
         total = limit if limit < math.inf else self.pinned.estimated_bytes()
         first_bytes, started = journal["text_bytes"], time.monotonic()
-        with progress(self.console) as report:
+        with progress(self.console, "tokenizing") as report:
             for documents, arrays, state in encodings:
                 for document, ids in zip(documents, arrays, strict=True):
                     if not self._keep(document):

@@ -250,4 +250,4 @@ def _shard_index(state: Any) -> int | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
-    return one_line(error, 200) or type(error).__name__
+    return one_line(error, 200).rstrip(".") or type(error).__name__

@@ -99,7 +99,7 @@ class Evaluator:
         start = time.monotonic()
         texts, truncated = getattr(loaded, "num_texts", 0), getattr(loaded, "num_truncated", 0)
         title = f"{model.title}: {name}, {num_fewshot} shots"
-        with progress(self.console) as report:
+        with progress(self.console, title) as report:
 
             def show(done: int, total: int) -> None:
                 report(done, total, f"{title}: {done:,} of {total:,} responses")

@@ -100,15 +100,17 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
-    manager = TaskManager(include_defaults=file is None)
-    if file is None and name not in manager.all_tasks:
-        raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval (`lm-eval ls tasks`)")
     try:
+        manager = TaskManager(include_defaults=file is None)
+        if file is None and name not in manager.all_tasks:
+            raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval (`lm-eval ls tasks`)")
         with tempfile.TemporaryDirectory() as temporary:
             definition = Path(temporary, f"{name}.yaml")
             if file is not None:
                 definition.write_text(yaml.safe_dump(_definition(name, file)))
             loaded: Any = manager.load([name if file is None else str(definition)])
+    except TaskError:
+        raise
     except Exception as error:  # from the hub, its libraries, or definitions that need more packages
         sources = f": {DATA_SOURCES}" if name in SETS else ""
         raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({one_line(error, 200)}){sources}") from error

@@ -34,7 +34,10 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_of_text: int | None = None) -> None:
-    """Write `Llama.state_dict()`, in its dtype, into a folder, in files of at most 5 GB."""
+    """Write `Llama.state_dict()`, in its dtype, into a folder, which is made, in files of at most 5 GB.
+
+    `end_of_text` is the id of the token that ends a text.
+    """
     from huggingface_hub import save_torch_state_dict
 
     model_type = "qwen3" if config.qk_norm else "llama"

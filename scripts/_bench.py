@@ -32,7 +32,7 @@ def median_seconds(
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender()
-            if GPU:
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if number >= warm_up:
                 times[name].append(time.perf_counter() - start)

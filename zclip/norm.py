@@ -111,7 +111,8 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
         gradients: this rank's shard of each gradient, `None` where a gradient is missing; any floating dtypes.
 
     Returns:
-        (n,) on the device of the first gradient, or parameter if there are none; 0 where a gradient is missing.
+        (n,) of `statistics_dtype`, on the device of the first gradient, or parameter if there are none; 0 where a
+        gradient is missing.
     """
     tensors = [gradient for gradient in gradients if gradient is not None]
     device = tensors[0].device if tensors else shards[0].parameter.device
@@ -143,7 +144,10 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
 
 
 def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the 2-norm of gradients with these norms, also of those on the other ranks of `process_group`."""
+    """Return the 2-norm of gradients with these (n,) norms, 0-dim and of their dtype.
+
+    A `process_group` has ranks that hold other parameters of the model, such as pipeline stages; they count as well.
+    """
     if process_group is None:
         return torch.linalg.vector_norm(norms)
     total = norms.square().sum()

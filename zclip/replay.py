@@ -39,7 +39,11 @@ MAX_COMBINATIONS = 50
 def replay(
     strategy: ClippingStrategy, norms: Sequence[float], losses: Sequence[float] | None, label: str
 ) -> ReplayResult:
-    """Replay the norms of a run through a strategy that has not taken a step; NaN is a norm that was not finite."""
+    """Replay the norms of a run through a strategy that has not taken a step; NaN is a norm that was not finite.
+
+    The strategy's `max_consecutive_nonfinite` is set to `None`. If its `on_nonfinite` is "raise", such a norm raises
+    `FloatingPointError`.
+    """
     strategy.max_consecutive_nonfinite = None
     clipped_norms, consecutive, max_consecutive = [], 0, 0
     for i, norm in enumerate(norms):

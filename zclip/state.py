@@ -88,7 +88,7 @@ class Statistics:
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
-        parameters = inspect.signature(type(self)).parameters.values()
+        parameters = [*inspect.signature(type(self).__init__).parameters.values()][1:]  # all but self
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         for name in names:
             if not hasattr(self, name):

@@ -1,6 +1,6 @@
 """Collecting the runs of tables and figures from disk, with warnings about runs that are missing or do not fit."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class RunCollection(NamedTuple):
         """Return the seeds with which a run has diverged."""
         return [seed for seed in self.seeds if (spec, seed) in self.diverged]
 
-    def complete_seeds(self, specs: Iterable[RunSpec]) -> list[int]:
+    def complete_seeds(self, specs: Collection[RunSpec]) -> list[int]:
         """Return the seeds of which all runs are finished."""
         return [seed for seed in self.seeds if all((spec, seed) in self.runs for spec in specs)]
 

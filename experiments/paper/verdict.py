@@ -1,7 +1,7 @@
 """What all verdicts on claims share: their outcomes, numbers of runs by seed, and statistics of numbers by seed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +107,7 @@ def require_not_diverged(collection: RunCollection, specs: Iterable[RunSpec]) ->
 
 
 def measure_by_seed(
-    collection: RunCollection, measure: str, specs: Iterable[RunSpec], baseline: RunSpec | None = None
+    collection: RunCollection, measure: str, specs: Collection[RunSpec], baseline: RunSpec | None = None
 ) -> dict[int, float]:
     """Return the mean of a measure over runs, by seed, for the seeds that have all of them, and the baseline run.
 

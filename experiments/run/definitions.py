@@ -1,7 +1,7 @@
 """Terms that the paper leaves open, each defined once.
 
 Losses are (steps,) arrays in nats. `corrupted_rows` are the indices of the steps with corrupted batches, whose losses
-say nothing about the model. The test loss is defined in training/validation/validation_set.py: the mean cross entropy
+say nothing about the model. The test loss is defined in training/validation/loss.py: the mean cross entropy
 over the held-out documents.
 """
 

@@ -246,3 +246,12 @@ def test_unreachable_hub_is_one_sentence():
     )
     message = "SourceError: sources.s.hub=HuggingFaceTB/smollm-corpus cannot be opened"
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_parquet_reader_is_not_imported_for_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    code = (
+        "import sys; from pathlib import Path; from data.files import is_empty; "
+        "assert not is_empty(Path(sys.argv[1])); assert 'pyarrow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], cwd=CHECKOUT, check=True)

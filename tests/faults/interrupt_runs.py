@@ -143,6 +143,8 @@ class Run:
 
 def differences(run: Run, reference: Run) -> str:
     """Return in what the end of a run differs from that of the uninterrupted one; empty if in nothing."""
+    if not run.run_dir.result_file.exists():
+        return "the result, which is missing"
     parts = ("the last checkpoint", "metrics.jsonl", "the test loss")
     ends = zip(final_state(run.folder), final_state(reference.folder), strict=True)
     differing = [part for part, both in zip(parts, ends, strict=True) if not same(*both)]

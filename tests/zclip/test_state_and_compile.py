@@ -72,3 +72,14 @@ def test_statistics_are_updated_in_place(make):
     before = {key: value.data_ptr() for key, value in strategy.state.items()}
     run(strategy, 2, 100)
     assert before == {key: value.data_ptr() for key, value in strategy.state.items()}
+
+
+def test_saved_arguments_are_those_of_init_whatever_new_takes():
+    class Counted(FixedNorm):
+        def __new__(cls, *args, **kwargs):
+            return super().__new__(cls)
+
+    saved = Counted(1.0).state_dict()
+    assert saved["config"]["max_norm"] == 1.0
+    with pytest.raises(ValueError, match=r"max_norm=1\.0, not 5\.0"):
+        Counted(5.0).load_state_dict(saved)

@@ -12,6 +12,8 @@ from zclip.trace import ReplayResult
 def plot(results: Sequence[ReplayResult], steps: Sequence[float], path: Path) -> None:
     """Plot norms before and after clipping, one panel for each result, with a mark at each clipped step.
 
+    There must be at least one result, and all must be of the same norms.
+
     Raises:
         OSError: the file cannot be written.
         ValueError: the format, which is the suffix of `path`, is not known.

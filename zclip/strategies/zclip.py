@@ -74,7 +74,13 @@ class ZClip(ClippingStrategy):
             1.0.
         skip_update_on_spike: whether a spike leaves the statistics unchanged. Default False.
         recovery_window: number of norms in a block of the recovery rule, >= 8. Default 40; `None` disables the rule.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        on_nonfinite: what happens on a norm that is NaN or infinite: "skip" (default) the optimizer's step, set the
+            gradients to "zero", or "raise"; see `ClippingStrategy`.
+        max_consecutive_nonfinite: number of consecutive such norms that raises `FloatingPointError`. Default 20;
+            `None`: never.
+
+    Raises:
+        ArgumentError: an argument is out of its range; the message names it, its value and what is allowed.
 
     Telemetry, in addition to that of `ClippingStrategy`: `z` (NaN during the warm-up), `mean` and `std` before the
     step, `spike` (whether z was above z_thresh) and `recovered` (whether the statistics were reset), 0 or 1.
