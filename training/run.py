@@ -85,7 +85,8 @@ def train(
 ) -> dict[str, Any]:
     """Train from the last checkpoint in the run folder, if there is one, and evaluate. All processes call it.
 
-    Rank 0 has acquired the folder. It calls the listeners with each line of metrics.jsonl, after it is written.
+    Rank 0 has acquired the folder. It calls the listeners with each line of metrics.jsonl, after it is written. The
+    fork is used if the folder has no checkpoint.
 
     Returns:
         `test_loss` and `unigram_entropy` in nats per token, `test_bits_per_byte`, `test_tokens`, `parameters`, and

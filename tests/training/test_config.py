@@ -264,6 +264,11 @@ def test_run_is_resumed_from_its_folder_alone(tmp_path, corpus, cache):
     assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in done.stderr
 
 
+def test_plan_is_made_by_as_many_processes_as_the_configuration_has(tmp_path):
+    done = train("model=micro", "trainer=cpu", "plan=true", cwd=tmp_path, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 2 and done.stderr.endswith("are 1 processes, but 2 were started\n")
+
+
 def test_plan_takes_a_batch_that_the_processes_can_share(tmp_path):
     done = train("model=1b", "trainer=fsdp", "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ def check(config: Config, run_folder: Path) -> None:
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
     """
     clipping_strategy(config.clip)
+    _check_started_processes(config.trainer)
     if config.plan:  # for another machine, without its data, and with the next batch size that is possible
         return
     _check_processes(config.trainer)
@@ -35,8 +36,18 @@ def check(config: Config, run_folder: Path) -> None:
     check_folder("paths.cache", config.paths.cache, Path(config.paths.cache))
 
 
+def _check_started_processes(trainer: TrainerConfig) -> None:
+    """Raise `UserError` if a launcher such as torchrun has started another number of processes."""
+    processes = trainer.world_size
+    if (started := os.environ.get("WORLD_SIZE", str(processes))) != str(processes):
+        raise UserError(
+            f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices} are {processes} processes, but "
+            f"{started} were started"
+        )
+
+
 def _check_processes(trainer: TrainerConfig) -> None:
-    """Raise `UserError` unless there are the devices and processes, and the processes can share the global batch."""
+    """Raise `UserError` unless there are the devices, and the processes can share the global batch."""
     if trainer.accelerator == "gpu":
         if not torch.cuda.is_available():
             raise UserError(
@@ -46,13 +57,8 @@ def _check_processes(trainer: TrainerConfig) -> None:
         if (visible := torch.cuda.device_count()) < trainer.devices:
             problem = f"is not possible: torch sees {visible} GPUs here"
             raise ConfigError("trainer.devices", trainer.devices, problem=problem)
-    processes = trainer.world_size
-    if (started := os.environ.get("WORLD_SIZE", str(processes))) != str(processes):
-        raise UserError(
-            f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices} are {processes} processes, but "
-            f"{started} were started"
-        )
-    micro, at_once = trainer.micro_batch_size, processes * trainer.micro_batch_size
+    processes, micro = trainer.world_size, trainer.micro_batch_size
+    at_once = processes * micro
     if trainer.global_batch_size % at_once:
         problem = (
             f"is not allowed: {processes} process{'es' * (processes > 1)} x {micro} = {at_once} sequences at once must "

@@ -39,13 +39,16 @@ OmegaConf.register_new_resolver("min", min, replace=True)
 
 
 def container(cfg: DictConfig) -> dict[str, Any]:
-    """Return a composed configuration as plain nested dicts, without Hydra's own section."""
+    """Return a composed configuration as plain nested dicts, without Hydra's own section.
+
+    Raises omegaconf's errors for a key without a value, and for an interpolation that fails.
+    """
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def load_config(cfg: DictConfig) -> Config:
-    """Return the typed configuration of a run."""
+    """Return the typed configuration of a run; raise `UserError` if a key or value is not allowed."""
     return parse(Config, container(cfg))
 
 
@@ -71,7 +74,10 @@ def to_yaml(config: Config) -> str:
 
 
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
-    """Return the configuration of `resume=FOLDER`: the saved one, with overrides; raise if one changes the result."""
+    """Return the configuration of `resume=FOLDER`: the saved one, with overrides.
+
+    Raises `ConfigError` if an override changes the result.
+    """
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
     for key in overrides_dict(overrides):
         section, _, name = key.partition(".")

@@ -59,7 +59,7 @@ class CoordinatedStop:
         return self.global_signal > 0
 
     def finish(self) -> None:
-        """Complete the last exchange."""
+        """Complete the last exchange: a signal in the last step ends the run in all processes too."""
         if self._pending is not None:
             signum, work = self._pending
             self._pending = None

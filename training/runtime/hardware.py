@@ -45,7 +45,10 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
 
 
 def available_memory(accelerator: str, processes: int) -> int:
-    """Return the bytes available to each process: its GPU's memory, or its share of the machine's or container's."""
+    """Return the bytes available to each process: its GPU's memory, or its share of the machine's or container's.
+
+    `processes` is the number of those that share this machine.
+    """
     if accelerator == "gpu":
         return torch.cuda.mem_get_info()[1]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
