@@ -1,1 +1,1 @@
-"""The ground floor: errors, files, text. Every package but `zclip` may import it; it imports none of them."""
+"""The shared base: errors, files, settings, text. Every package but `zclip` may import it; it imports none of them."""

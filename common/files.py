@@ -1,4 +1,4 @@
-"""Files that are complete or absent, the probe of a lock, and JSON that is checked when it is read."""
+"""Files that are complete or absent, a check whether a lock is held, and JSON that is checked when it is read."""
 
 import fcntl
 import hashlib

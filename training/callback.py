@@ -26,7 +26,7 @@ class RunCallback(pl.Callback):
     """Calls the parts of a run, which know neither Lightning nor each other.
 
     After each optimizer step: record the metrics, agree on stopping, save if due, guard against non-finite steps,
-    validate if due. `ClipCallback` clips before the optimizer's step.
+    validate if due. `TimedClippingCallback` clips before the optimizer's step.
     """
 
     metrics: MetricsRecorder
@@ -42,7 +42,7 @@ class RunCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the state that is ours, and convert Lightning's counters to this run's micro-batches."""
+        """Restore the state that Lightning does not save, and convert its counters to this run's micro-batches."""
         self.checkpoints.load_extra_state(checkpoint)
         rescale_batch_counts(checkpoint, trainer.accumulate_grad_batches)
 
@@ -144,7 +144,7 @@ class RunCallback(pl.Callback):
         self.timer.record("evaluation")
 
 
-class ClipCallback(ClippingCallback):
+class TimedClippingCallback(ClippingCallback):
     """Clips the gradients, and measures how long that takes.
 
     With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy.

@@ -32,10 +32,11 @@ from data import (
     prepare,
     unigram_entropy,
 )
-from training.callback import ClipCallback, RunCallback
+from training.callback import RunCallback, TimedClippingCallback
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.manager import CheckpointManager
-from training.checkpoint.resume import Start, find_start, rewind
+from training.checkpoint.resume import Start, prepare_start
+from training.checkpoint.rewind import rewind
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
@@ -101,15 +102,15 @@ def train(
     while True:
         pl.seed_everything(config.seed, verbose=False)
         init_process_group(config.trainer.accelerator == "gpu")
-        start = broadcast_from_rank0(partial(find_start, run_dir, fork, console.print))
+        start = broadcast_from_rank0(partial(prepare_start, run_dir, fork, console.print))
         run = build_run(start, config, run_dir, tokens, console, listeners)
         test_set = validation_set(config, tokens, console, config.data.max_val_tokens)
         try:
             with interrupts_as_raised(run.trainer):
                 if not fit(run, start):
-                    continue
+                    continue  # after a rewind, all parts are built again
                 console.print(f"evaluating on {test_set.tokens:,} held-out tokens")
-                # All of it is one batch. Lightning would take a list for several loaders.
+                # The set is the only batch of an iterable. Lightning would take a list for several loaders.
                 run.trainer.test(run.module, dataloaders={test_set}, verbose=False)
                 for logger in run.loggers:
                     logger(config.trainer.max_steps, {"test_loss": run.module.test_loss})
@@ -132,6 +133,7 @@ def fit(run: Run, start: Start) -> bool:
     with run.display, override_handler(run.stop.request):
         # Checkpoints are our own files, and hold more than tensors.
         run.trainer.fit(run.module, train_dataloaders=run.loader, ckpt_path=start.checkpoint, weights_only=False)
+    # After a rewind the folder already ends at an earlier step, which is then the one to report.
     rewound_to = run.guard.rewind() if run.guard.limit_reached else None
     if signum := run.stop.global_signal or run.stop.local_signal:
         raise Interrupted(signum, run.trainer.global_step if rewound_to is None else rewound_to)
@@ -147,7 +149,7 @@ def build_run(
     report_start(start, config, run_dir, loader, console)
 
     strategy = clipping_strategy(config.clip)
-    strategy.max_consecutive_nonfinite = None  # a run that diverges ends like any other, unless the guard ends it
+    strategy.max_consecutive_nonfinite = None  # the clipper must not raise: `NonFiniteGuard` decides
     use_wandb = config.logger.name == "wandb" and rank() == 0
     loggers = [WandbRun(config, run_dir.path, console)] if use_wandb else []
     display = ProgressDisplay(config.trainer.max_steps, start.step, console)
@@ -163,7 +165,7 @@ def build_run(
     task_evaluator = TaskEvaluator(run_dir, config, tokenizer, stop.sync, report)
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
-    clipper = ClipCallback(strategy, callback.timer, reset_state=start.reset_clipper)
+    clipper = TimedClippingCallback(strategy, callback.timer, reset_state=start.reset_clipper)
     trainer = build_trainer(config, run_dir, [clipper, callback])
     return Run(trainer, module, loader, stop, guard, display, loggers)
 

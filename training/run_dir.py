@@ -12,7 +12,7 @@
     result.json        written last: its presence means that the run is finished
     plots/
     failure.txt        what ended the last start: the traceback of a fault, or why the run cannot continue
-    job.json, log.txt  of a run that a sweep started in a process or job of its own
+    job.json, log.txt  of a run that a sweep started in a process or job of its own; logs/ of its tasks under SLURM
     wandb/             of a run with logger=wandb
 
 One process owns the folder at a time (a lock that the system releases however that process ends).

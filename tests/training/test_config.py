@@ -9,10 +9,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from common.errors import ConfigError
 from common.settings import fields_of
-from tests.helpers import CHECKOUT, TINY, train
+from tests.helpers import CHECKOUT, TINY, compose_config, train
 from training.config.checks import check
-from training.config.compose import load_config, read_config, to_yaml
+from training.config.compose import load_config, read_config, resumed_config, to_yaml
 from training.config.identity import identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
 from training.config.schema import Config
@@ -262,6 +263,14 @@ def test_run_is_resumed_from_its_folder_alone(tmp_path, corpus, cache):
     done = train(f"resume={moved}", "lr=1e-4", cwd=tmp_path)
     assert done.returncode == 2
     assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in done.stderr
+
+
+def test_resumed_run_that_rewinds_keeps_the_checkpoints_to_which_it_goes_back():
+    change = "trainer.checkpoint_every=7"
+    resumed = compose_config("resume=x", change)
+    assert resumed_config(resumed, compose_config(), [change]).trainer.checkpoint_every == 7
+    with pytest.raises(ConfigError, match=r"^trainer\.checkpoint_every=7 is not possible with resume=x: the run has"):
+        resumed_config(resumed, compose_config("trainer.on_nonfinite=rewind"), [change])
 
 
 def test_plan_is_made_by_as_many_processes_as_the_configuration_has(tmp_path):

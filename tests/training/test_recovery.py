@@ -64,7 +64,7 @@ def test_run_is_rewound_and_skips_the_corrupted_batches(mode, fragile, tmp_path)
     assert [row["step"] for row in read_jsonl(path / "metrics.jsonl") if row["grad_norm"] is None] == []
     removed = read_jsonl(path / "rewound-1.jsonl")
     assert [row["step"] for row in removed] == [21, 22, 23, 24] and {row["grad_norm"] for row in removed} == {None}
-    overrides = ("trainer.on_nonfinite=rewind", "name=fork", "resume_from=runs/main/x@35")
+    overrides = ("trainer.on_nonfinite=rewind", "name=fork", "fork_from=runs/main/x@35")
     done = train(*settings, *mode, *overrides, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     fork = read_jsonl(tmp_path / "runs" / "main" / "fork" / "metrics.jsonl")
@@ -99,7 +99,7 @@ def test_fork_can_be_rewound_to_its_start(fragile, tmp_path, monkeypatch):
     settings, env = fragile
     settings = (*(s for s in settings if not s.startswith("name")), "trainer.keep_last=9")
     assert train(*settings, "name=old", cwd=tmp_path, env=env).returncode == 0
-    overrides = ("trainer.on_nonfinite=rewind", "resume_from=runs/main/old@20", "name=new")
+    overrides = ("trainer.on_nonfinite=rewind", "fork_from=runs/main/old@20", "name=new")
     done = train(*settings, *overrides, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     rewinds = json.loads((tmp_path / "runs" / "main" / "new" / "rewinds.json").read_text())["rewinds"]
@@ -170,12 +170,12 @@ def test_on_nonfinite_stop_ends_the_run_with_advice(fragile, tmp_path):
             f"for {step - 20} steps in a row, up to step {step}: trainer.on_nonfinite=stop ends the run here"
             in done.stderr
         )
-        assert "resume_from=runs/main/x@20 is a run from the last healthy checkpoint" in done.stderr
+        assert "fork_from=runs/main/x@20 is a run from the last healthy checkpoint" in done.stderr
         assert (path / "x" / "failure.txt").read_text() == done.stderr
         assert (path / "x" / "checkpoints" / "step-00000025.ckpt").exists()
         assert len(read_jsonl(path / "x" / "metrics.jsonl")) == step and not (path / "x" / "result.json").exists()
     others = tuple(s for s in settings if not s.startswith(("clip.", "name=")))
-    fork = (*others, "clip=none", "data.corruption.steps=[]", "resume_from=runs/main/x@20", "name=y")
+    fork = (*others, "clip=none", "data.corruption.steps=[]", "fork_from=runs/main/x@20", "name=y")
     done = train(*fork, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training runs/main/y from runs/main/x/checkpoints/step-00000020.ckpt, with the clipper's" in done.stdout
@@ -188,12 +188,12 @@ def test_fork_with_the_same_settings_equals_the_old_run(mode, settings, tmp_path
     settings = (*settings, *mode, "trainer.keep_last=9")
     assert train(*settings, "name=old", cwd=tmp_path).returncode == 0
     old, new, other = (tmp_path / "runs" / "main" / name for name in ("old", "new", "other"))
-    done = train(*settings, "name=new", "resume_from=runs/main/old@20", cwd=tmp_path)
+    done = train(*settings, "name=new", "fork_from=runs/main/old@20", cwd=tmp_path)
     assert done.returncode == 0 and "statistics reset" not in done.stdout, done.stderr
     ends = [load_model_state(folder / "checkpoints" / "step-00000040.ckpt") for folder in (old, new)]
     assert same(*ends)
     assert losses(old / "metrics.jsonl") == losses(new / "metrics.jsonl")
-    done = train(*settings, "name=other", "resume_from=runs/main/old@20", "lr=1e-4", cwd=tmp_path)
+    done = train(*settings, "name=other", "fork_from=runs/main/old@20", "lr=1e-4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lrs = [row["lr"] for row in read_jsonl(other / "metrics.jsonl")]
     assert lrs[:20] == [row["lr"] for row in read_jsonl(old / "metrics.jsonl")][:20] and max(lrs[20:]) <= 1e-4
@@ -217,19 +217,19 @@ def test_impossible_forks_are_refused_in_one_sentence(settings, tmp_path):
     assert train(*settings, "name=old", "trainer.max_steps=10", cwd=tmp_path).returncode == 0
     old = tmp_path / "runs" / "main" / "old"
     for override, message in (
-        ("resume_from=runs/main/old", "it must be a run folder and a step, as runs/main/NAME@100"),
-        ("resume_from=runs/main/none@5", "there is no run in runs/main/none"),
-        ("resume_from=runs/main/old@7", "the run has no checkpoint of that step, but of 5, 10"),
+        ("fork_from=runs/main/old", "it must be a run folder and a step, as runs/main/NAME@100"),
+        ("fork_from=runs/main/none@5", "there is no run in runs/main/none"),
+        ("fork_from=runs/main/old@7", "the run has no checkpoint of that step, but of 5, 10"),
         ("seed=1", "is not possible with seed=1: that run has seed=0"),
         ("model.num_hidden_layers=1", "with model.num_hidden_layers=1: that run has model.num_hidden_layers=2"),
         ("trainer.max_steps=10", "is not possible with trainer.max_steps=10: it must be more"),
         ("trainer.strategy=fsdp", "is not possible with trainer.strategy=fsdp: the checkpoints of"),
     ):
-        fork = () if "resume_from" in override else ("resume_from=runs/main/old@10",)
+        fork = () if "fork_from" in override else ("fork_from=runs/main/old@10",)
         done = train(*settings, "name=new", *fork, override, cwd=tmp_path)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     file = old / "checkpoints" / "step-00000010.ckpt"
     file.write_bytes(file.read_bytes()[:-100])
-    done = train(*settings, "name=new", "resume_from=runs/main/old@10", cwd=tmp_path)
+    done = train(*settings, "name=new", "fork_from=runs/main/old@10", cwd=tmp_path)
     assert done.returncode == 2 and "step-00000010.ckpt is damaged" in done.stderr
     assert not (tmp_path / "runs" / "main" / "new").exists()

@@ -113,7 +113,7 @@ def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
         assert same(checkpoint[part], other_checkpoint[part]), part
     assert checkpoint["loops"]["fit_loop"]["state_dict"] == other_checkpoint["loops"]["fit_loop"]["state_dict"]
-    clipper = checkpoint["callbacks"]["ClipCallback"]
+    clipper = checkpoint["callbacks"]["TimedClippingCallback"]
     assert int(clipper["strategies"][0]["state"]["count"]) == 40
 
 

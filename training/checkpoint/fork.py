@@ -1,4 +1,4 @@
-"""A new run from a step of an old one: `resume_from=runs/main/NAME@STEP`, for example with another clipping strategy.
+"""A new run from a step of an old one: `fork_from=runs/main/NAME@STEP`, for example with another clipping strategy.
 
 Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The clipper's
 statistics are restored if its settings are the same, and reset otherwise.
@@ -52,23 +52,23 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
     Raises:
         ConfigError: there is no such checkpoint, or its run has other settings.
     """
-    if config.resume_from is None:
+    if config.fork_from is None:
         return None
     try:
-        return _fork_source(config, config.resume_from)
+        return _fork_source(config, config.fork_from)
     except ConfigError:
         if run_dir.checkpoint_steps():
             return None
         raise
 
 
-def _fork_source(config: Config, resume_from: str) -> ForkSource:
+def _fork_source(config: Config, fork_from: str) -> ForkSource:
     def impossible(problem: str) -> ConfigError:
-        return ConfigError("resume_from", resume_from, problem=f"is not possible{problem}")
+        return ConfigError("fork_from", fork_from, problem=f"is not possible{problem}")
 
-    match = re.fullmatch(r"(.+)@(\d+)", resume_from)
+    match = re.fullmatch(r"(.+)@(\d+)", fork_from)
     if match is None:
-        raise ConfigError("resume_from", resume_from, "a run folder and a step, as runs/main/NAME@100")
+        raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
     run_dir, step = RunDir(Path(match[1])), int(match[2])
     if not run_dir.config_file.is_file():
         raise impossible(f": there is no run in {run_dir.path}")

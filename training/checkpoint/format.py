@@ -1,8 +1,8 @@
 """What a checkpoint is on the disk: one file, or of a sharded run a folder in torch's distributed format.
 
-A folder has a file for each process that saved, `.metadata` with the place of each tensor, Lightning's `meta.pt` with
-all that is no tensor, and a checksum that is written last. Any number of processes can load it. Each record of either
-kind is an archive with checksums of its own; the checksum file has that of `.metadata`.
+A folder has a file for each process that saved, and `.metadata` with the place of each tensor. Lightning's `meta.pt`
+has the state that is not in tensors. A checksum is written last. Any number of processes can load it. Each record of
+either kind is an archive with checksums of its own; the checksum file has that of `.metadata`.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import commit, sha256
 
-#: Files of a sharded checkpoint: all that is no tensor, torch's index of tensors, and the index's checksum.
+#: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
 
 
 def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: bool, group: Any) -> None:
     """Write a checkpoint of Lightning under a temporary name, for `publish`.
 
-    Of a sharded one, every process of `group` (`None`: of the run) writes its shard, and rank 0 all else.
+    If it is sharded, every process of `group` (`None`: of the run) writes its shard, and rank 0 all else.
     """
     if not sharded:
         if is_rank0:

@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class RunCheckpoint:
     """A checkpoint of a run folder, with the shape of its model and its tokenizer.
 
-    It is that of `step`; `None` stands for the newest valid one, and `report` gets a sentence about each damaged one.
+    `step=None` loads the newest valid one, and `report` gets a sentence about each damaged one.
 
     Raises:
         UserError: there is no such run, or it has no such checkpoint.

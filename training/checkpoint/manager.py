@@ -37,7 +37,7 @@ from training.runtime.distributed import broadcast_from_rank0, rank
 class CheckpointManager:
     """Saves every `trainer.checkpoint_every` steps, after the last step, and before training stops.
 
-    Kept are the newest `trainer.keep_last` checkpoints, those at multiples of `trainer.keep_every`, and the last
+    It keeps the newest `trainer.keep_last` checkpoints, those at multiples of `trainer.keep_every`, and the last
     healthy ones, of any step and of a multiple of `trainer.checkpoint_every`.
     """
 
@@ -145,7 +145,7 @@ class CheckpointManager:
                 remove(self.run_dir.checkpoint(other))
 
     def _conclude(self, step: int, write: Callable[[], None]) -> None:
-        """Write a checkpoint, or wait until it is written, and report it if that fails."""
+        """Call `write`, which writes a checkpoint or waits until it is written. Report the error if that fails."""
         self._await_pending = lambda: None
         try:
             write()

@@ -1,11 +1,14 @@
-"""Where a run starts or resumes, and how a run folder is taken back to an earlier step."""
+"""Where a run starts or resumes.
+
+`training.config.compose` makes the settings of `resume=FOLDER`. `fit` in `training/run.py` loads the checkpoint.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import RunError
-from common.files import remove, write_atomic
+from common.files import remove
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.format import is_valid
 from training.run_dir import RunDir
@@ -26,7 +29,7 @@ class Start(NamedTuple):
         return self.fork is not None and not self.fork.same_clipping
 
 
-def find_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str], None]) -> Start:
+def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str], None]) -> Start:
     """Return where a run starts or resumes, and make its folder that of the run at this step. Rank 0 calls it.
 
     It starts from `fork` if it has no checkpoint yet. What a killed save left is removed, and so are rewinds after the
@@ -44,7 +47,7 @@ def find_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str],
     if own_step is None:
         if fork is not None:
             fork.copy_history(run_dir)
-        return Start(step, fork and fork.checkpoint, run_dir.skipped_batches(step), fork, fork_step)
+        return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
     lines = sum(1 for _ in run_dir.losses(step))
     if lines < step:
         raise RunError(
@@ -70,19 +73,3 @@ def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
             "or remove that folder to train again from the start"
         )
     return None
-
-
-def rewind(run_dir: RunDir, to_step: int, from_step: int) -> None:
-    """Take a run folder back from one step to the checkpoint of another.
-
-    The lines that are removed from metrics.jsonl go into rewound-N.jsonl. If this is interrupted, the rewind has not
-    happened: the run comes to the same step again.
-    """
-    skipped = run_dir.skipped_batches(from_step) + from_step - to_step
-    rewinds = [*run_dir.rewinds(), {"from_step": from_step, "to_step": to_step, "skipped_batches": skipped}]
-    for step in reversed(run_dir.checkpoint_steps()):
-        if step > to_step:
-            remove(run_dir.checkpoint(step))
-    lines = run_dir.metrics_lines()[to_step:]
-    write_atomic(run_dir.path / f"rewound-{len(rewinds)}.jsonl", "".join(f"{line}\n" for line in lines))
-    run_dir.write_rewinds(rewinds)

@@ -22,7 +22,7 @@ def check(config: Config, run_folder: Path) -> None:
     """
     clipping_strategy(config.clip)
     _check_started_processes(config.trainer)
-    if config.plan:  # for another machine, without its data, and with the next batch size that is possible
+    if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
     _check_processes(config.trainer)
     _check_memory(config)
@@ -91,11 +91,15 @@ def check_folder(key: str, value: str, folder: Path) -> None:
         raise ConfigError(key, value, problem=problem) from error
 
 
+#: Weights, gradients and AdamW's two moments, in float32.
+BYTES_PER_PARAMETER = 16
+
+
 def _check_memory(config: Config) -> None:
-    """Raise `ConfigError` unless weights, gradients and two moments in float32 fit the machine or each GPU."""
+    """Raise `ConfigError` unless what is kept of each parameter fits the machine or each GPU."""
     trainer, parameters = config.trainer, config.model.parameters
     available = available_memory(trainer.accelerator, trainer.devices)
-    needed = 16 * parameters // trainer.dp_shard
+    needed = BYTES_PER_PARAMETER * parameters // trainer.dp_shard
     if needed > available:
         problem = (
             f"has {parameters:,} parameters, which take {needed / 2**30:,.0f} GiB to train: it must fit the "

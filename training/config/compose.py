@@ -79,17 +79,24 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
     Raises `ConfigError` if an override changes the result.
     """
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
+
+    def refusal(key: str) -> ConfigError:
+        problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
+        return ConfigError(key, flatten(ours).get(key, "..."), problem=problem)
+
     for key in overrides_dict(overrides):
         section, _, name = key.partition(".")
         if changes_result(key) or key in ("name", "experiment"):
-            value = flatten(ours).get(key, "...")
-            problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
-            raise ConfigError(key, value, problem=problem)
+            raise refusal(key)
         if section == "trainer":
             plain["trainer"][name] = ours["trainer"][name]
         elif key != "resume":
             plain[section] = ours[section]
-    return parse(Config, plain)
+    resumed = parse(Config, plain)
+    before, after = flatten(identity(saved)), flatten(identity(resumed))
+    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+        raise refusal(changed[0])  # a key of checkpoints, to which the run is rewound
+    return resumed
 
 
 def resolve_runs(

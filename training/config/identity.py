@@ -10,9 +10,9 @@ from common.errors import ConfigError
 from training.config.schema import ClipConfig, Config
 from training.config.strategy import strategy_class
 
-#: Sections and keys that change what is written or shown, but not what is computed.
+#: Sections, and keys outside of them, that change what is written or shown, but not what is computed.
 OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware", "print_run_dir", "eval", "paper"}
-#: Likewise in the section `trainer`: of checkpoints, and all others.
+#: Keys of the section `trainer` that do not change it either; the first are about checkpoints.
 CHECKPOINTS = {"checkpoint_every", "keep_last", "keep_every", "async_save"}
 TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_every", "nodes", "devices"}
 

@@ -70,7 +70,7 @@ class TrainerConfig(Settings):
     strategy: Strategy
     """single: one process; ddp: a full model in each; fsdp: sharded over all (FSDP2); hsdp: sharded in each replica."""
     nodes: Count
-    """Machines."""
+    """Number of machines."""
     devices: Count
     """Processes per node, each with a GPU of its own if `accelerator` is gpu."""
     dp_replicate: Count
@@ -92,7 +92,7 @@ class TrainerConfig(Settings):
     checkpoint_every: Count
     """Steps between two checkpoints."""
     keep_last: Count
-    """Newest checkpoints that are kept. The last healthy one is kept as well."""
+    """Newest checkpoints that are kept. The last healthy one is kept as well, and the last at a regular step."""
     keep_every: Count | None
     """Checkpoints at multiples of this many steps are kept as well; null: none."""
     on_nonfinite: Literal["skip", "stop", "rewind"]
@@ -173,7 +173,7 @@ class HardwareConfig(Settings):
     device: Annotated[
         str, Predicate(lambda device: peak_flops(device) is not None), Allowed(f"one of {', '.join(PEAK_FLOPS)}")
     ]
-    """Its name."""
+    """Model of the device."""
     memory_gib: Positive
     """Memory of each device, GiB."""
     mfu: Annotated[float, Field(gt=0, le=1), Allowed("a number above 0 and at most 1")]
@@ -181,7 +181,7 @@ class HardwareConfig(Settings):
 
 
 class PathsConfig(Settings):
-    """Folders."""
+    """Folders of runs and of data."""
 
     runs: Folder
     """Run folders are <runs>/<experiment>/<name>."""
@@ -221,7 +221,7 @@ class Config(Settings):
     """Folder in `paths.runs` that groups runs."""
     resume: Annotated[str | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
-    resume_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
+    fork_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
     """FOLDER@STEP: start a new run from a step of another."""
     print_run_dir: Flag
     """Print the path of the run folder and exit."""

@@ -107,7 +107,7 @@ class NonFiniteGuard:
             )
         if self.trainer.on_nonfinite == "stop":
             raise RunError(
-                f"{reason}: trainer.on_nonfinite=stop ends the run here; resume_from={self.run_dir.path}@{healthy} is "
+                f"{reason}: trainer.on_nonfinite=stop ends the run here; fork_from={self.run_dir.path}@{healthy} is "
                 "a run from the last healthy checkpoint, with other settings"
             )
         if rewinds >= self.trainer.max_rewinds:

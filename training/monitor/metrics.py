@@ -64,7 +64,7 @@ class MetricsRecorder:
     def start(self, step: int, device: torch.device, reduce: Callable[[Tensor, str], Tensor]) -> Sequence[float | None]:
         """Open the file behind the line of the step that the run resumes from. All processes call it.
 
-        `reduce` returns the `"mean"` or `"max"` of a tensor over the processes. Returned are the losses of the steps so
+        `reduce` returns the `"mean"` or `"max"` of a tensor over the processes. It returns the losses of the steps so
         far in nats per token; `None` stands for steps that were not finite.
         """
         self._device, self._reduce = device, reduce
@@ -95,7 +95,7 @@ class MetricsRecorder:
     def flush(self) -> list[tuple[int, float | None]]:
         """Copy the recorded steps to the host, write them, and call the listeners. All processes call it.
 
-        Returned is each step with its loss in nats per token; `None` if it or the gradients were not finite.
+        It returns each step with its loss in nats per token; `None` if it or the gradients were not finite.
         """
         if not self._pending:
             return []
