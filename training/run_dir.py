@@ -32,11 +32,10 @@ from filelock import FileLock
 
 from common.errors import RunError, UserError, shown
 from common.files import is_locked, read_json, write_atomic
-from common.text import flatten
 from data import TOKENIZER_FILES, Tokens
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
-from training.config.identity import identity
+from training.config.identity import differences
 from training.config.schema import Config
 from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
@@ -123,11 +122,9 @@ class RunDir:
         """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
         if not self.config_file.exists():
             return
-        saved = flatten(identity(read_config(self.config_file)))
-        requested = flatten(identity(config))
-        changed = sorted(key for key in requested.keys() | saved.keys() if requested.get(key) != saved.get(key))
+        changed = differences(config, read_config(self.config_file))
         if changed:
-            pairs = [f"{key}={shown(requested.get(key))} (there: {shown(saved.get(key))})" for key in changed[:4]]
+            pairs = [f"{key}={shown(ours)} (there: {shown(theirs)})" for key, (ours, theirs) in changed.items()][:4]
             raise UserError(
                 f"name={config.name} is taken: {self.path} holds a run with other settings, {', '.join(pairs)}; "
                 "choose another name, or none"

@@ -15,7 +15,7 @@ from common.settings import parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
-from training.config.identity import changes_result, identity, run_path
+from training.config.identity import changes_result, differences, identity, run_path
 from training.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -93,9 +93,8 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         elif key != "resume":
             plain[section] = ours[section]
     resumed = parse(Config, plain)
-    before, after = flatten(identity(saved)), flatten(identity(resumed))
-    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
-        raise refusal(changed[0])  # a key of checkpoints, to which the run is rewound
+    if changed := differences(resumed, saved):  # keys of checkpoints, to which the run is rewound
+        raise refusal(next(iter(changed)))
     return resumed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.text import flatten
 from training.config.schema import ClipConfig, Config
 from training.config.strategy import strategy_class
 
@@ -31,6 +32,13 @@ def identity(config: Config) -> dict[str, Any]:
         kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
     kept["clip"] |= _as_declared(config.clip)
     return kept
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none."""
+    ours, theirs = flatten(identity(config)), flatten(identity(other))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _as_declared(clip: ClipConfig) -> dict[str, Any]:

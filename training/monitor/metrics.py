@@ -64,8 +64,10 @@ class MetricsRecorder:
     def start(self, step: int, device: torch.device, reduce: Callable[[Tensor, str], Tensor]) -> Sequence[float | None]:
         """Open the file behind the line of the step that the run resumes from. All processes call it.
 
-        `reduce` returns the `"mean"` or `"max"` of a tensor over the processes. It returns the losses of the steps so
-        far in nats per token; `None` stands for steps that were not finite.
+        `reduce` returns the `"mean"` or `"max"` of a tensor over the processes.
+
+        Returns:
+            The losses of the steps so far in nats per token; `None` stands for steps that were not finite.
         """
         self._device, self._reduce = device, reduce
         losses = broadcast_from_rank0(lambda: list(self.run_dir.losses(step)))

@@ -110,8 +110,8 @@ class LossValidator:
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be evaluated after a step. The last step has the final evaluation instead."""
-        every = self.trainer.val_every
-        return every is not None and step % every == 0 and step < self.trainer.max_steps
+        interval = self.trainer.val_every
+        return interval is not None and step % interval == 0 and step < self.trainer.max_steps
 
     def validate(self, step: int, evaluate: Callable[[ValidationSet], float]) -> None:
         """Evaluate the loss after a step, unless its result is there already. All processes call it.
