@@ -1,9 +1,9 @@
 """Hydra plugins of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
 
-`experiments/paper/suites.py` declares the suites: the runs of each table and figure. Hydra sees one option of the group
-`experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`, shell completion and
-error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs of the suites times
-the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
+`experiments/paper/tables_and_figures.py` declares the suites: the runs of each table and figure. Hydra sees one option
+of the group `experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`, shell
+completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs of the
+suites times the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from experiments.paper.suites import SUITES
+from experiments.paper.tables_and_figures import SUITES
 from training.launch.sweep import Job, compose_job, print_plans
 
 

@@ -19,7 +19,7 @@ from evaluation.tasks import SETS
 from experiments.paper.claims import judge_claims
 from experiments.paper.collect import RunCollection
 from experiments.paper.report import report, verdicts_markdown
-from experiments.paper.suites import TABLES
+from experiments.paper.tables_and_figures import TABLES
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 from training.runtime.environment import environment
 

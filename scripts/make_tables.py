@@ -9,8 +9,8 @@ from rich.console import Console
 
 from common.files import write_atomic
 from common.settings import parse
-from experiments.paper.render_tables import as_csv, fill_table, latex, markdown
-from experiments.paper.suites import TABLES
+from experiments.paper.render import as_csv, fill_table, latex, markdown
+from experiments.paper.tables_and_figures import TABLES
 from scripts.paper_runs import PaperSettings, collect_runs
 
 

@@ -16,7 +16,7 @@ from experiments.paper.collect import ExpectedRun, RunCollection, collect
 from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES, clipping_functions
-from experiments.paper.suites import SUITES, TABLES, ZCLIP_DEFAULTS
+from experiments.paper.tables_and_figures import SUITES, TABLES, ZCLIP_DEFAULTS
 from training.config.checks import check_folder
 from training.config.compose import CONFIGS, resolve_runs, saved_identity
 from zclip import ZClip

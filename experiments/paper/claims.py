@@ -21,7 +21,7 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import MIN_NORMS, norm_windows, window_norms
 from experiments.paper.measures import clip_and_step_seconds
 from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
-from experiments.paper.suites import (
+from experiments.paper.tables_and_figures import (
     ALPHAS,
     FIGURE_RUNS,
     HIGH_RATES,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.text import flatten
-from experiments.paper.suites import RunSpec
+from experiments.paper.tables_and_figures import RunSpec
 from experiments.run.definitions import diverged
 from experiments.run.read import Run, corrupted_rows, read_config, read_run
 

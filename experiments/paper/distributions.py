@@ -11,7 +11,7 @@ from scipy import stats
 from common.errors import UserError
 from experiments.paper.collect import RunCollection
 from experiments.paper.drawing import NothingToDraw, finish_figure
-from experiments.paper.suites import FIGURE_RUNS
+from experiments.paper.tables_and_figures import FIGURE_RUNS
 from experiments.run.read import Run, corrupted_steps
 from experiments.run.style import BLUE, ORANGE, SKY
 

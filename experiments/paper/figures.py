@@ -19,7 +19,7 @@ from experiments.paper.drawing import (
     plot_losses,
     plot_seeds,
 )
-from experiments.paper.suites import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
+from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
 from experiments.paper.verdict import NotTestable, reached_by_seed
 from experiments.run.read import Run
 from experiments.run.style import COLORS, DASHES, ORANGE

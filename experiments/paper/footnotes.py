@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.paper.collect import RunCollection, seeds_text
 from experiments.paper.measures import DIVERGED_NOTE, MEASURES
-from experiments.paper.suites import Table
+from experiments.paper.tables_and_figures import Table
 from experiments.run.definitions import min_spike_height, recovery_steps
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 

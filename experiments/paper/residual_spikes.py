@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.paper.collect import RunCollection
 from experiments.paper.measures import MEASURES
-from experiments.paper.suites import RATES, SPIKE_LAB, RunSpec
+from experiments.paper.tables_and_figures import RATES, SPIKE_LAB, RunSpec
 from experiments.paper.verdict import (
     MIN_SEEDS,
     NOT_SUPPORTED,

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from common.settings import parse
 from experiments.paper.collect import ExpectedRun, RunCollection, collect
-from experiments.paper.suites import STRATEGIES, SUITES
+from experiments.paper.tables_and_figures import STRATEGIES, SUITES
 from tests.helpers import CHECKOUT
 from training.config.compose import container, saved_identity, to_yaml
 from training.config.identity import identity, run_path

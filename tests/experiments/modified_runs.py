@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.paper.collect import RunCollection
-from experiments.paper.suites import SPIKE_LAB, RunSpec
+from experiments.paper.tables_and_figures import SPIKE_LAB, RunSpec
 
 
 def modify(collection: RunCollection, change, diverged: set | None = None) -> RunCollection:

@@ -6,7 +6,7 @@ import pytest
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim, judge_claims
 from experiments.paper.collect import RunCollection
 from experiments.paper.measures import reach_final_loss
-from experiments.paper.suites import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
+from experiments.paper.tables_and_figures import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
 from experiments.paper.verdict import TOO_FEW_SEEDS, NotTestable, difference_by_seed, event_rate, measure_by_seed
 from tests.experiments.conftest import SEEDS
 from tests.experiments.modified_runs import modify, with_loss, with_result, without

@@ -12,9 +12,9 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import draw_distributions, norm_windows
 from experiments.paper.drawing import smooth
 from experiments.paper.figures import FIGURES
-from experiments.paper.render_tables import fill_table, markdown
+from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
-from experiments.paper.suites import FIGURE_RUNS, STRATEGIES, TABLES
+from experiments.paper.tables_and_figures import FIGURE_RUNS, STRATEGIES, TABLES
 from scripts.paper_runs import figure3
 from tests.experiments.conftest import SEEDS
 

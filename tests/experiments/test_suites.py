@@ -8,8 +8,16 @@ from omegaconf import OmegaConf
 from common.errors import UserError
 from common.settings import parse
 from experiments.paper.measures import MEASURES
-from experiments.paper.render_tables import paper_numbers
-from experiments.paper.suites import ALPHAS, FIGURE_RUNS, STRATEGIES, SUITES, TABLES, THRESHOLDS, ZCLIP_DEFAULTS
+from experiments.paper.render import paper_numbers
+from experiments.paper.tables_and_figures import (
+    ALPHAS,
+    FIGURE_RUNS,
+    STRATEGIES,
+    SUITES,
+    TABLES,
+    THRESHOLDS,
+    ZCLIP_DEFAULTS,
+)
 from scripts.paper_runs import PaperSettings
 from tests.helpers import CHECKOUT, script, train
 from training.config.compose import load_config

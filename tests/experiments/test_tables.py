@@ -11,8 +11,8 @@ from experiments.paper.collect import collect
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES
 from experiments.paper.footnotes import describe_runs
-from experiments.paper.render_tables import as_csv, escape_latex, fill_table, latex, markdown
-from experiments.paper.suites import SPIKE_LAB, STRATEGIES, TABLES
+from experiments.paper.render import as_csv, escape_latex, fill_table, latex, markdown
+from experiments.paper.tables_and_figures import SPIKE_LAB, STRATEGIES, TABLES
 from tests.experiments.conftest import CORRUPTED_STEPS, expected_runs, with_settings, write_run
 from training.config.compose import saved_identity, to_yaml
 

@@ -190,7 +190,7 @@ class PathsConfig(Settings):
 
 
 class PaperConfig(Settings):
-    """The paper's experiments (experiments/paper/suites.py); `experiment=` and `scale=` set these."""
+    """The paper's experiments (experiments/paper/tables_and_figures.py); `experiment=` and `scale=` set these."""
 
     suite: Annotated[str | None, Allowed("set by experiment=")]
     """Table or figure whose runs these are; null: none."""

@@ -1,4 +1,4 @@
-"""The paper's tables: our numbers next to the paper's, as Markdown, LaTeX and CSV."""
+"""Tables with our numbers next to the paper's, as Markdown, LaTeX and CSV; tables_and_figures.py declares them."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ import yaml
 from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import table_notes
 from experiments.paper.measures import MEASURES
-from experiments.paper.suites import Column, Specs, Table
+from experiments.paper.tables_and_figures import Column, Specs, Table
 
 
 class Cell(NamedTuple):
