@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.process_pool import CHECKOUT, run
+from tests.process_pool import CHECKOUT, Job, run, run_ranks
 
 if TYPE_CHECKING:
     from training.config.schema import Config
@@ -52,13 +54,16 @@ def compose_config(*overrides: str) -> "Config":
 
 
 def train_command(*overrides: str, program: str = "train.py") -> list[str]:
+    """Return the command of a new process."""
     return [sys.executable, str(CHECKOUT / program), *overrides]
 
 
 def train(
-    *overrides: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+    *overrides: str, cwd: Path, processes: int = 1, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run train.py to its end in the folder `cwd`."""
+    """Run train.py to its end in the folder `cwd`; in several processes as torchrun does, without our launcher."""
+    if processes > 1:
+        return run_ranks("train.py", *overrides, processes=processes, cwd=cwd, timeout=timeout)
     return run("train.py", *overrides, cwd=cwd, env=env, timeout=timeout)
 
 
@@ -67,8 +72,13 @@ def script(name: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Comp
     return run(f"scripts/{name}", *arguments, cwd=cwd, env=env)
 
 
-def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> subprocess.Popen[str]:
-    """Start a program as a terminal does, with no signal ignored."""
+def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> Job:
+    """Start a program whose slow imports are done."""
+    return Job(program, settings, cwd, env)
+
+
+def start_from_nothing(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> subprocess.Popen[str]:
+    """Start a program as a terminal does, with all of its imports to do and no signal ignored."""
     return subprocess.Popen(
         train_command(*settings, program=program),
         cwd=cwd,
@@ -80,7 +90,16 @@ def start(*settings: str, cwd: Path, program: str = "train.py", **env: str) -> s
     )
 
 
-def wait_for_steps(job: subprocess.Popen[str], cwd: Path, steps: int) -> None:
+def kill_after(steps: int, *settings: str, cwd: Path) -> None:
+    """Start training, and send SIGKILL a moment after the run has written the metrics of so many steps."""
+    job = start(*settings, cwd=cwd)
+    wait_for_steps(job, cwd, steps)
+    time.sleep(random.random() * 0.05)
+    job.kill()
+    assert job.wait() == -signal.SIGKILL, f"the run ended before it could be killed: {job.output()}"
+
+
+def wait_for_steps(job: Job, cwd: Path, steps: int) -> None:
     """Wait until the run has written the metrics of so many steps."""
     while job.poll() is None:
         files = list(cwd.glob("runs/main/*/metrics.jsonl"))
@@ -90,7 +109,7 @@ def wait_for_steps(job: subprocess.Popen[str], cwd: Path, steps: int) -> None:
     raise AssertionError(job.communicate())
 
 
-def ranks(job: subprocess.Popen[str]) -> dict[str, int]:
+def ranks(job: Job) -> dict[str, int]:
     """Return the process ids of a run by rank."""
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     pids = {}
@@ -104,6 +123,11 @@ def only_run(folder: Path) -> Path:
     """Return the only run folder below `folder`."""
     (path,) = (folder / "runs" / "main").iterdir()
     return path
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    """Copy a run's folder to `folder`, where the command that trained it finds it; return the copy."""
+    return shutil.copytree(run, folder / "runs" / "main" / run.name)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

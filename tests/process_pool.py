@@ -1,8 +1,8 @@
 """Run train.py and the scripts as processes that start with their slow imports done.
 
-`run` keeps one server process that has imported Lightning and the rest, and forks for each program. The fork has its
-own folder, arguments, environment and output, and is the program from its first line to its exit. Tests of what is
-imported, and of programs that are interrupted from outside, use `subprocess`.
+One server process for each pytest worker has imported Lightning and the rest, and forks for each program. The fork has
+its own folder, arguments, environment and output, and is the program from its first line to its exit. Tests of what is
+imported, and of signals during imports, use `subprocess`.
 """
 
 import atexit
@@ -15,15 +15,109 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 CHECKOUT = Path(__file__).parent.parent
 #: Modules that take long to import.
-PRELOADED = ("training.run", "training.launch.plan", "matplotlib.pyplot", "datasets", "scipy.stats")
+PRELOADED = (
+    "training.run",
+    "training.launch.plan",
+    "matplotlib.pyplot",
+    "datasets",
+    "scipy.stats",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch._dynamo",
+)
+#: Seconds after which the other ranks are killed when one has failed; the program waits 5 s before it reports.
+RANK_GRACE = 8.0
 _servers: list[subprocess.Popen[str]] = []
+
+
+def _request(message: dict[str, Any]) -> Any:
+    """Send a request to the server, which is started by the first one, and return its answer."""
+    if not _servers:
+        _servers.append(subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, cwd=CHECKOUT))
+        atexit.register(_servers[0].kill)
+    server = _servers[0]
+    assert server.stdin is not None and server.stdout is not None
+    print(json.dumps(message), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
+
+
+class Job:
+    """A program that runs, with the methods of `subprocess.Popen`; its output goes to files.
+
+    Args:
+        program: path in the checkout.
+        arguments: command-line arguments.
+        cwd: working directory.
+        env: additional environment variables.
+    """
+
+    def __init__(self, program: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        self.args = [str(CHECKOUT / program), *arguments]
+        self.returncode: int | None = None
+        self._out, self._err = (NamedTemporaryFile("r") for _ in range(2))  # noqa: SIM115 - open as long as the job
+        files = [self._out.name, self._err.name]
+        self.pid: int = _request({"command": self.args, "cwd": str(cwd), "env": {**(env or {})}, "files": files})
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; `None` while the program runs."""
+        if self.returncode is None:
+            self.returncode = _request({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        """Return the exit status once there is one. Kill the program and its children, and raise, after `timeout`."""
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                self.wait()
+                raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
+            time.sleep(0.005)
+        return status
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Return stdout and stderr once the program has ended; see `wait`."""
+        self.wait(timeout)
+        return self.output()
+
+    def output(self) -> tuple[str, str]:
+        """Return what the program has written on stdout and stderr since the last call."""
+        return self._out.read(), self._err.read()
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of stdout as they are written, until the program ends."""
+        text = ""
+        while (running := self.poll() is None) or not text.endswith("\n"):
+            text += self._out.readline()
+            if text.endswith("\n"):
+                yield text
+                text = ""
+            elif running:
+                time.sleep(0.005)
+            else:
+                return
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the program, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
 def run(
@@ -45,42 +139,72 @@ def run(
     if any(name.startswith("HF_") for name in env or ()):
         command, variables = [sys.executable, str(CHECKOUT / program), *arguments], {**os.environ, **(env or {})}
         return subprocess.run(command, cwd=cwd, env=variables, timeout=timeout, capture_output=True, text=True)
-    if not _servers:
-        _servers.append(subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, cwd=CHECKOUT))
-        atexit.register(_servers[0].kill)
-    server = _servers[0]
-    assert server.stdin is not None and server.stdout is not None
-    request: dict[str, Any] = {"command": [str(CHECKOUT / program), *arguments], "cwd": str(cwd), "timeout": timeout}
-    with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
-        request |= {"env": {**(env or {})}, "files": [out.name, err.name]}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        status = json.loads(server.stdout.readline())
-        output = out.read(), err.read()
-    if status is None:
-        raise subprocess.TimeoutExpired(request["command"], timeout, *output)
-    return subprocess.CompletedProcess(request["command"], status, *output)
+    job = Job(program, arguments, cwd, env)
+    output = job.communicate(timeout)
+    return subprocess.CompletedProcess(job.args, job.wait(), *output)
+
+
+def run_ranks(
+    program: str, *arguments: str, processes: int, cwd: Path, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the checkout in several connected processes, as torchrun does.
+
+    The result has the output of all ranks, and the status of the first rank that failed.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects to this store instead of making one
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    jobs = [
+        Job(program, arguments, cwd, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    deadline = time.monotonic() + timeout
+    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+        if any(job.poll() for job in jobs):
+            deadline = min(deadline, time.monotonic() + RANK_GRACE)
+        time.sleep(0.005)
+    status = next((job.returncode for job in jobs if job.returncode), 0)
+    timed_out = not status and any(job.returncode is None for job in jobs)
+    for job in jobs:
+        job.kill()
+        job.wait()
+    out, err = map("".join, zip(*(job.output() for job in jobs), strict=True))
+    if timed_out:
+        raise subprocess.TimeoutExpired(jobs[0].args, timeout, out, err)
+    return subprocess.CompletedProcess(jobs[0].args, status, out, err)
 
 
 def _serve() -> dict[str, Any] | None:
-    """Fork for each request. Return the request in the fork, and `None` in the server when there are no more."""
+    """Answer each request. Return the request in a fork, and `None` in the server when there are no more."""
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        if not (child := os.fork()):
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif not (answer := os.fork()):
             return request
-        print(json.dumps(_wait(child, time.monotonic() + request["timeout"])), flush=True)
+        print(json.dumps(answer), flush=True)
     return None
 
 
-def _wait(child: int, deadline: float) -> int | None:
-    """Return the exit status of a child, negative for a signal; `None` if it was killed at the deadline."""
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+def _fill_caches() -> None:
+    """Do what is slow the first time: parse an override, find the fonts, and draw text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from matplotlib import pyplot
+
+    overrides = ["a.b=[1,x]", "c=1e-3,'y'", "+d=null", "~e", "f={g:true}", "h=a/b_c.d-e", "i=glob(*)"]
+    OverridesParser.create().parse_overrides(overrides)
+    figure, axes = pyplot.subplots(layout="constrained")
+    axes.set(title="title", yscale="log", ylim=(0.1, 10))
+    figure.savefig(BytesIO(), dpi=50)
+    pyplot.close(figure)
 
 
 def _become(request: dict[str, Any]) -> None:
@@ -88,7 +212,7 @@ def _become(request: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(request["cwd"])
     for number, file in enumerate([os.devnull, *request["files"]]):
-        descriptor = os.open(file, os.O_RDWR)
+        descriptor = os.open(file, os.O_RDWR | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.update(request["env"])
@@ -99,9 +223,11 @@ def _become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
     sys.path[0] = str(CHECKOUT)
     for module in PRELOADED:
         importlib.import_module(module)
+    _fill_caches()
     gc.freeze()  # memory stays shared with forks
     if (request := _serve()) is not None:
         _become(request)

@@ -1,4 +1,4 @@
-"""The validation sets, and a tokenizer trained on them."""
+"""Items of the validation sets, and a tokenizer trained on them."""
 
 import json
 import lzma
@@ -9,21 +9,6 @@ import pytest
 from data import Tokenizer
 from data.tokenizer import train_tokenizer
 from evaluation.tasks import SETS, data_file
-from tests.helpers import CHECKOUT, script
-
-SHARED = CHECKOUT.parent / "shared" / "data" / "eval"
-
-
-@pytest.fixture(scope="session")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both validation sets."""
-    if SHARED.is_dir():
-        return SHARED
-    folder = tmp_path_factory.mktemp("sets")
-    done = script("eval_data.py", f"out={folder}", cwd=folder)
-    if done.returncode:
-        pytest.skip(f"the validation sets cannot be downloaded: {done.stderr}")
-    return folder
 
 
 def items(folder: Path, task: str) -> list[dict]:

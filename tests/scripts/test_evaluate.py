@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
 from tests.helpers import CHECKOUT, TINY, script, train
 
 
@@ -54,7 +53,7 @@ def numbers(score: dict) -> dict:
     }
 
 
-def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):  # noqa: F811
+def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):
     settings = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
     done = script("evaluate.py", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
     assert done.returncode == 3 and done.stderr == "3 of the runs were skipped, see above\n", done.stderr
@@ -83,7 +82,7 @@ def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):  # n
     assert not list(runs.rglob(".task_scores-*"))
 
 
-def test_exported_run_has_the_same_scores(runs, sets, tmp_path):  # noqa: F811
+def test_exported_run_has_the_same_scores(runs, sets, tmp_path):
     assert script("export_hf.py", f"run={runs}/main/one", "out=exported", cwd=tmp_path).returncode == 0
     settings = (f"eval.data_dir={sets}", "eval.limit=50", "eval.seed=4")
     for subject in ("hf=exported", f"run={runs}/main/one"):
@@ -102,7 +101,7 @@ def test_exported_run_has_the_same_scores(runs, sets, tmp_path):  # noqa: F811
     assert len(scores(tmp_path / "both.json")) == 2, "the scores of two models in one file"
 
 
-def test_killed_evaluation_resumes(runs, sets, tmp_path):  # noqa: F811
+def test_killed_evaluation_resumes(runs, sets, tmp_path):
     for name in ("complete", "killed"):
         shutil.copytree(runs / "main" / "one", tmp_path / name)
         (tmp_path / name / "task_scores.json").unlink(missing_ok=True)

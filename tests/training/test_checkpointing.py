@@ -66,12 +66,11 @@ def test_training_continues_on_a_full_disk(mode, settings, small_disk, tmp_path)
     assert train(*overrides, cwd=uninterrupted).returncode == 0
 
     job = start(*overrides, cwd=small_disk)
-    assert job.stdout is not None
     while not list(small_disk.glob("runs/main/*/checkpoints/step-*.ckpt")):
         assert job.poll() is None, job.communicate()
         time.sleep(0.005)
     filler = fill(small_disk)
-    for line in job.stdout:
+    for line in job.lines():
         if "COULD NOT BE SAVED" in line:
             break
     assert "No space left on device" in line and "the last is of step" in line

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from models import Llama
 from models.hugging_face import export
-from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, ranks, read_jsonl, script, train, train_command
+from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, ranks, read_jsonl, script, start, train
 from training.checkpoint.format import is_valid, load_model_state
 
 #: Overrides of each mode. The global batch has 8 sequences.
@@ -66,6 +66,12 @@ def runs(settings, tmp_path_factory) -> Path:
     return folder
 
 
+def processes(mode: str) -> int:
+    return next(
+        (int(override.removeprefix("trainer.devices=")) for override in MODES[mode] if "devices" in override), 1
+    )
+
+
 def rows(folder: Path, name: str) -> list[dict]:
     return read_jsonl(folder / "runs" / "main" / name / "metrics.jsonl")
 
@@ -84,7 +90,7 @@ def assert_same_run(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("mode", [SLOW(mode) if mode in SLOWER else mode for mode in MODES])
 def test_every_mode_has_the_losses_and_clipping_decisions_of_one_process(mode, runs, settings):
-    done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs)
+    done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs, processes=processes(mode))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluating on") == 1 and done.stderr == ""
     assert_same_run(runs, mode)
@@ -102,7 +108,7 @@ def test_killed_run_resumes_on_another_number_of_processes(runs, settings):
     settings = (
         *settings, "trainer.strategy=fsdp", "trainer.micro_batch_size=2", "trainer.checkpoint_every=5", "name=killed"
     )  # fmt: skip
-    job = subprocess.Popen(train_command(*settings, "trainer.devices=2"), cwd=runs, stderr=subprocess.PIPE, text=True)
+    job = start(*settings, "trainer.devices=2", cwd=runs)
     checkpoints = runs / "runs" / "main" / "killed" / "checkpoints"
     while job.poll() is None and not (checkpoints / "step-00000015.ckpt").exists():
         time.sleep(0.01)
@@ -155,7 +161,7 @@ def test_sharded_run_starts_from_the_weights_of_one_process(initial, runs, setti
         export(Llama(config).state_dict(), config, tmp_path / "start")
         overrides += ["model.init_from=start", f"data.tokenizer={runs}/runs/main/one/tokenizer"]
     for name, mode in (("one", []), ("sharded", MODES["fsdp"])):
-        done = train(*overrides, *mode, f"name={name}", cwd=tmp_path)
+        done = train(*overrides, *mode, f"name={name}", cwd=tmp_path, processes=2 if mode else 1)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     one, sharded = (rows(tmp_path, name) for name in ("one", "sharded"))
     assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in one], abs=1e-5)
@@ -187,7 +193,7 @@ def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(runs,
         "trainer.checkpoint_every=2",
         "trainer.keep_last=5",
     )
-    done = train(*overrides, cwd=tmp_path)
+    done = train(*overrides, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs" / "main").iterdir()
     result = json.loads((path / "result.json").read_text())
@@ -201,7 +207,7 @@ def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(runs,
     for checkpoint, how in zip(checkpoints[1:], kinds, strict=True):
         damage(checkpoint, how)
         assert not is_valid(checkpoint), how
-    done = train(*overrides, cwd=tmp_path)
+    done = train(*overrides, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is damaged") == 4 and "after step 2 of 10" in done.stdout
     assert json.loads((path / "result.json").read_text())["test_loss"] == result["test_loss"]

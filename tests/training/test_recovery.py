@@ -147,8 +147,7 @@ def test_rewinds_are_counted_and_survive_interruption(fragile, tmp_path):
     assert [rewind["skipped_batches"] for rewind in rewinds] == [2, 4, 6]
     assert {rewind["to_step"] for rewind in rewinds} == {20}
     job = start(*settings, "name=killed", cwd=tmp_path, **env)
-    assert job.stdout is not None
-    for line in job.stdout:
+    for line in job.lines():
         if "rewinding" in line:
             job.kill()
     job.wait()

@@ -19,7 +19,18 @@ from data import TokenDataset, corpus_from, prepare, unigram_entropy
 from data.tokenizer import END_OF_TEXT, wrap_tokenizer
 from experiments.run.read import read_run
 from models import Llama
-from tests.helpers import CHECKOUT, TINY, final_state, only_run, read_jsonl, same, train, train_command
+from tests.helpers import (
+    CHECKOUT,
+    TINY,
+    final_state,
+    kill_after,
+    only_run,
+    read_jsonl,
+    same,
+    start,
+    train,
+    train_command,
+)
 from tests.process_pool import run
 from training.checkpoint.format import load_model_state
 from training.config.compose import read_config
@@ -74,20 +85,6 @@ def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(settings, 
     assert state == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
-def kill_after(steps: int, command: list[str], cwd: Path) -> None:
-    """Start training, and send SIGKILL a moment after the run has written the metrics of so many steps."""
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        files = list(cwd.glob("runs/main/*/metrics.jsonl"))
-        if files and len(files[0].read_text().splitlines()) >= steps:
-            time.sleep(random.random() * 0.05)
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-
-
 @pytest.mark.parametrize("clip", ["zclip", pytest.param("autoclip", marks=pytest.mark.slow)])
 def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
     """The run is killed twice, and accumulates gradients over two micro-batches."""
@@ -100,7 +97,7 @@ def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
         folder.mkdir()
     assert train(*settings, cwd=uninterrupted).returncode == 0
     for steps in (random.randint(8, 14), random.randint(20, 36)):
-        kill_after(steps, train_command(*settings), killed)
+        kill_after(steps, *settings, cwd=killed)
     done = train(*settings, cwd=killed)
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
@@ -127,7 +124,7 @@ def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_
     for name in runs:
         (tmp_path / name).mkdir()
     for steps in (random.randint(8, 14), random.randint(20, 36)):
-        kill_after(steps, train_command(*blocks), tmp_path / "killed")
+        kill_after(steps, *blocks, cwd=tmp_path / "killed")
     for name, overrides in runs.items():
         done = train(*overrides, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
@@ -146,7 +143,7 @@ def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(setting
     file = tmp_path / "text.jsonl"
     file.write_text(text)
     settings = (*settings, f"data.path={file}", "data.mode=stream", "trainer.checkpoint_every=5")
-    kill_after(12, train_command(*settings), tmp_path)
+    kill_after(12, *settings, cwd=tmp_path)
     written = file.stat()
     file.write_text(text[:-9] + "x" * 9)  # same size and time: only reading shows the damage
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
@@ -210,7 +207,7 @@ def test_damaged_checkpoint_does_not_displace_newer_ones(settings, tmp_path):
     saved = sorted((path / "checkpoints").iterdir())
     for damaged in saved[1:]:
         damaged.write_bytes(damaged.read_bytes()[:-1000])
-    job = subprocess.Popen(train_command(*settings, "trainer.checkpoint_every=4"), cwd=tmp_path)
+    job = start(*settings, "trainer.checkpoint_every=4", cwd=tmp_path)
     while job.poll() is None and not (path / "checkpoints" / "step-00000016.ckpt").exists():
         time.sleep(0.002)
     job.kill()
@@ -297,7 +294,7 @@ def test_finished_run_reports_changed_text(corpus, cache, tmp_path):
 
 def test_second_process_cannot_train_the_same_run(settings, tmp_path):
     settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1")
-    process = subprocess.Popen(train_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = start(*settings, cwd=tmp_path)
     try:
         while not list(tmp_path.glob("runs/main/*/metrics.jsonl")):
             assert process.poll() is None

@@ -22,6 +22,7 @@ from tests.helpers import (
     ranks,
     same,
     start,
+    start_from_nothing,
     train,
     wait_for_steps,
 )
@@ -100,7 +101,7 @@ def test_signal_during_data_preparation_exits(tmp_path):
 
 def test_signal_during_imports_exits_after_them(settings, tmp_path):
     for signum, delay in ((signal.SIGINT, 0.4), (signal.SIGUSR1, 0.8)):
-        job = start(*settings, cwd=tmp_path)
+        job = start_from_nothing(*settings, cwd=tmp_path)
         time.sleep(delay)
         job.send_signal(signum)
         _, err = job.communicate(timeout=60)
@@ -110,7 +111,7 @@ def test_signal_during_imports_exits_after_them(settings, tmp_path):
 
 @LINUX
 def test_script_handles_signals_before_slow_imports(tmp_path):
-    job = start(cwd=tmp_path, program="scripts/status.py")
+    job = start_from_nothing(cwd=tmp_path, program="scripts/status.py")
     deadline = time.monotonic() + 60
     while not has_handler(job.pid, signal.SIGUSR2):  # installed after that of SIGINT
         assert job.poll() is None and time.monotonic() < deadline

@@ -13,7 +13,6 @@ from rich.console import Console
 from data import TokenDataset, load_tokenizer, open_tokens
 from data.tokenizer import train_tokenizer
 from tests.data.arrays import token_array
-from tests.evaluation.conftest import sets  # noqa: F401 - a fixture
 from tests.helpers import FSDP, TINY, read_jsonl, start, train, wait_for_steps
 from training.validation.loss import ValidationSet, bits_per_byte
 
@@ -24,7 +23,7 @@ def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
     return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, *every)
 
 
-def test_evaluations_are_the_same_on_any_number_of_processes_and_leave_training_unchanged(settings, sets, tmp_path):  # noqa: F811
+def test_evaluations_are_the_same_on_any_number_of_processes_and_leave_training_unchanged(settings, sets, tmp_path):
     tasks = ("trainer.eval_every=20", "eval.tasks=[winogrande]", "eval.limit=40", f"eval.data_dir={sets}")
     tasks += ("model.max_position_embeddings=128",)
     ends = []
@@ -73,7 +72,7 @@ def test_killed_run_has_each_evaluation_once(settings, tmp_path):
     assert read_jsonl(path) == read_jsonl(tmp_path / "uninterrupted" / "runs" / "main" / "x" / "val_metrics.jsonl")
 
 
-def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_path):  # noqa: F811
+def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_path):
     overrides = (*settings, "trainer.val_every=null", "trainer.eval_every=20", "eval.tasks=[hellaswag]", "name=x")
     overrides += (
         "eval.limit=700",
