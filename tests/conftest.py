@@ -19,6 +19,11 @@ SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests on a SLURM cluster: they take longest, and mostly wait while others run."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every twentieth of the embedded documents."""

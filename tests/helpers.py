@@ -39,7 +39,7 @@ TINY = (
 TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
 FSDP = (*TWO, "trainer.strategy=fsdp")
 
-#: A case that only `make test-slow` runs.
+#: A case that only `make test-all` runs.
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 

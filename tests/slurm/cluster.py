@@ -1,6 +1,6 @@
 """A SLURM cluster on this machine: each node has its own network, host name, mounts and daemons.
 
-It needs Linux, root, and the packages that `make test-slurm` installs.
+It needs Linux, root, and the packages that `make slurm` installs.
 """
 
 import os
@@ -161,7 +161,7 @@ def missing() -> str | None:
     """Return why no cluster can run here; `None` if one can."""
     not_installed = [name for name in DAEMONS if shutil.which(name) is None]
     if not_installed:
-        return f"{', '.join(not_installed)} not installed: make test-slurm installs them"
+        return f"{', '.join(not_installed)} not installed: make slurm installs them"
     if os.geteuid():
         return "it needs root"
     probe = subprocess.run(["ip", "link", "add", "zcprobe", "type", "bridge"], capture_output=True, text=True)

@@ -76,7 +76,7 @@ class Job:
 def uninterrupted(settings, tmp_path_factory) -> Path:
     """The run folder of two processes on this machine."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = train(*settings, "trainer.devices=2", "trainer.max_steps=300", "name=x", cwd=folder)
+    done = train(*settings, "trainer.devices=2", "trainer.max_steps=200", "name=x", cwd=folder, processes=2)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "main" / "x"
 
@@ -84,17 +84,17 @@ def uninterrupted(settings, tmp_path_factory) -> Path:
 def assert_identical(path: Path, other: Path) -> None:
     """Assert that two runs have the same metrics of each step, once, and the same weights, bit for bit."""
     rows, other_rows = (read_jsonl(folder / "metrics.jsonl") for folder in (path, other))
-    assert [row["step"] for row in rows] == list(range(1, 301))
+    assert [row["step"] for row in rows] == list(range(1, 201))
     for name in ("loss", "grad_norm", "clipped"):
         assert [row[name] for row in rows] == [row[name] for row in other_rows]
-    weights = [load_model_state(folder / "checkpoints" / "step-00000300.ckpt") for folder in (path, other)]
+    weights = [load_model_state(folder / "checkpoints" / "step-00000200.ckpt") for folder in (path, other)]
     assert same(*weights)
     results = [json.loads((folder / "result.json").read_text())["test_loss"] for folder in (path, other)]
     assert results[0] == results[1]
 
 
 def test_twice_requeued_job_ends_as_the_uninterrupted_run(cluster, settings, uninterrupted, tmp_path):
-    job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=300")
+    job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=200")
     for number, signal in enumerate(("USR1", "USR2"), 1):
         job.wait_for_steps(60 * number)
         cluster.ask("scancel", f"--signal={signal}", job.number)
@@ -132,7 +132,7 @@ def test_user_error_ends_the_job_before_its_tasks(cluster, settings, tmp_path):
 
 
 def test_job_resumes_on_other_nodes_after_a_node_failure(cluster, settings, uninterrupted, tmp_path):
-    job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=300")
+    job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=200")
     job.wait_for_steps(60)
     nodes = cluster.ask("scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()
     cluster.cut_off(nodes[1])
