@@ -201,3 +201,37 @@ def test_warmup_of_zeros_does_not_clip_the_next_norm():
     for _ in range(30):
         assert float(zclip.observe(torch.tensor(0.0))) == 1
     assert float(zclip.observe(torch.tensor(3.0))) == 1
+
+
+def last_recovered(norms: list[float], warmup: list[float]) -> bool:
+    """Return whether the last norm, which ends a block of 8, resets the statistics; these hardly move before."""
+    zclip = ZClip(alpha=1 - 1e-9, warmup_steps=len(warmup), recovery_window=8)
+    for norm in (*warmup, *norms):
+        zclip.observe(torch.tensor(norm, dtype=torch.float64))
+    return bool(zclip.telemetry["recovered"])
+
+
+@pytest.mark.parametrize(("count", "recovers"), [(5, False), (6, True), (8, True)])
+def test_three_quarters_of_a_block_must_be_spikes(count, recovers):
+    assert last_recovered([10.0] * count + [1.0] * (8 - count), warmup=[0.9, 1.1] * 5) == recovers
+
+
+@pytest.mark.parametrize(("level", "recovers"), [(0.51, False), (0.49, True)])
+def test_fall_must_be_below_half(level, recovers):
+    assert last_recovered([level] * 16, warmup=[0.9, 1.1] * 5) == recovers
+    assert not last_recovered([level] * 8, warmup=[0.9, 1.1] * 5), "a fall lasts two blocks"
+
+
+@pytest.mark.parametrize(("ratio", "recovers"), [(3.8, False), (4.2, True)])
+def test_deviation_must_be_four_times_that_of_the_block(ratio, recovers):
+    wobble = 0.1 / ratio
+    assert last_recovered([0.4 - wobble, 0.4 + wobble] * 8, warmup=[0.9, 1.1] * 5) == recovers
+
+
+@pytest.mark.parametrize(("deviations", "spike"), [(2.49, False), (2.51, True)])
+def test_deviation_is_at_least_a_ten_thousandth_of_the_mean(deviations, spike):
+    zclip = ZClip(warmup_steps=2, eps=1e-12)
+    for norm in (3.0, 3.0, 3.0 * (1 + 1e-4 * deviations)):
+        zclip.observe(torch.tensor(norm, dtype=torch.float64))
+    assert bool(zclip.telemetry["spike"]) == spike
+    assert float(zclip.telemetry["std"]) == pytest.approx(3e-4, rel=1e-9)
