@@ -1,7 +1,6 @@
 """Processes for tests to kill and to run at once. They start in milliseconds.
 
-They are forks of a server that has imported the package `data` and the library `datasets`. Functions that run in them
-are those of modules: `preparation` and `reader_process`.
+They are forks of a server that has imported the package `data` and the library `datasets`.
 """
 
 import multiprocessing
@@ -12,15 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
+_fresh_context = multiprocessing.get_context("spawn")
 _context.set_forkserver_preload(["data", "datasets", "tests.data.preparation", "tests.data.reader_process"])
 
 
 class Job:
-    """A process that calls a function; what it prints, tracebacks included, is appended to a file."""
+    """A process that calls a function of a module; what it prints, tracebacks included, is appended to a file.
 
-    def __init__(self, output: Path, function: Callable[..., object], *arguments: object) -> None:
+    A fresh one imports everything itself, because libraries read environment variables when they are imported.
+    """
+
+    def __init__(self, output: Path, function: Callable[..., object], *arguments: object, fresh: bool = False) -> None:
         self._output = output
-        self._process = _context.Process(target=_run, args=(output, function, *arguments))
+        context = _fresh_context if fresh else _context
+        self._process = context.Process(target=_run, args=(output, function, *arguments))
         self._process.start()
 
     @property
