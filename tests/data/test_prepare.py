@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import common.files
+from common.errors import UserError
 from data import Corpus, Mixture, Source, Tokens, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
@@ -322,6 +323,16 @@ def test_damaged_journal_is_reported(lines, tmp_path, monkeypatch):
     journal.write_text(journal.read_text().replace('"complete": false', '"complete": true'))
     with pytest.raises(ValueError, match=r"journal.json is damaged \(.*\): remove the folder"):
         prepare(corpus_of(lines), tmp_path, 16)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink])
+def test_damaged_part_of_an_interrupted_preparation_is_named(damage, lines, tmp_path):
+    job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", 36)
+    job.wait()
+    (file,) = (tmp_path / "cache").glob("*/train-00001.documents.npy")
+    damage(file)
+    with pytest.raises(UserError, match=rf"{file} is damaged \(it does not have .*\): remove the folder {file.parent}"):
+        prepare(corpus_of(lines, deduplicate=True), tmp_path / "cache", 16, part_tokens=PART_TOKENS)
 
 
 @pytest.mark.parametrize(
