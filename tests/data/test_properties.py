@@ -89,7 +89,7 @@ def global_batches(
     return rows
 
 
-@pytest.mark.parametrize("examples", [40, SLOW(1000)])
+@pytest.mark.parametrize("examples", [40, SLOW(300)])
 def test_interrupted_runs_on_any_ranks_yield_the_batches_of_one_rank(examples, tmp_path):
     @holds_for(examples, st.data(), st.integers(), st.integers(0, 10), INTERRUPTIONS)
     def property_(data, seed, steps, interruptions):
@@ -106,7 +106,7 @@ def test_interrupted_runs_on_any_ranks_yield_the_batches_of_one_rank(examples, t
         assert global_batches(sequences, steps, interruptions) == expected
 
 
-@pytest.mark.parametrize("examples", [40, SLOW(1000)])
+@pytest.mark.parametrize("examples", [40, SLOW(300)])
 def test_every_epoch_reads_every_token_once(examples, tmp_path):
     """All but the first token, and a remainder that is shorter than a sequence."""
 
@@ -123,7 +123,7 @@ def test_every_epoch_reads_every_token_once(examples, tmp_path):
         assert len(shuffled) == (len(tokens) - 1) // length
 
 
-@pytest.mark.parametrize("examples", [100, SLOW(5000)])
+@pytest.mark.parametrize("examples", [100, SLOW(1000)])
 def test_any_text_is_decoded_as_it_was(examples, tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder))
 
@@ -136,7 +136,7 @@ def test_any_text_is_decoded_as_it_was(examples, tokenizer_folder):
         assert ids.max() < tokenizer.size
 
 
-@pytest.mark.parametrize("examples", [12, SLOW(200)])
+@pytest.mark.parametrize("examples", [8, SLOW(60)])
 def test_stream_has_the_sequences_of_prepared_tokens(examples, tokenizer_folder, tmp_path):
     """The sequences of each block are those at the same place of the prepared text; one block has their order too."""
 
@@ -173,7 +173,7 @@ def test_stream_has_the_sequences_of_prepared_tokens(examples, tokenizer_folder,
         blocks.close()
 
 
-@pytest.mark.parametrize("examples", [6, SLOW(80)])
+@pytest.mark.parametrize("examples", [6, SLOW(40)])
 def test_interrupted_streams_on_any_ranks_yield_the_batches_of_one_rank(examples, tokenizer_folder, tmp_path):
     @holds_for(examples, st.integers(2, 30), st.integers(1, 6), st.integers(1, 60), INTERRUPTIONS)
     def property_(documents, length, block, interruptions):
@@ -202,7 +202,7 @@ def contents(tokens: Tokens) -> list[list[int]]:
     return [array.read(0, len(array)).tolist() for array in (tokens.train, tokens.test)]
 
 
-@pytest.mark.parametrize("examples", [150, SLOW(3000)])
+@pytest.mark.parametrize("examples", [100, SLOW(800)])
 def test_any_damage_of_prepared_tokens_is_reported(examples, tokenizer_folder, tmp_path):
     lines = write_lines(tmp_path / "lines.jsonl", 40, duplicates=0)
     reference = prepare(corpus_of(lines, tokenizer=str(tokenizer_folder)), tmp_path / "cache", 16, part_tokens=600)
@@ -223,7 +223,7 @@ def test_any_damage_of_prepared_tokens_is_reported(examples, tokenizer_folder, t
             assert name == "tokens.json" and facts == reference.facts
 
 
-@pytest.mark.parametrize("examples", [25, SLOW(400)])
+@pytest.mark.parametrize("examples", [25, SLOW(150)])
 def test_any_damage_of_an_interrupted_preparation_is_reported(examples, tokenizer_folder, tmp_path, monkeypatch):
     """The files of its parts and its journal; files that are written again may be damaged."""
     lines = write_lines(tmp_path / "lines.jsonl", 60, duplicates=10)
