@@ -4,13 +4,11 @@ Each case trains the same small model on the same global batches, one of which i
 test compares it with `train` in one process. SGD keeps rounding errors visible in the parameters.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -18,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.gloo_pool import run
 from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
 
 STEPS = 12
@@ -286,18 +285,10 @@ def nan_on_one_rank(rank: int, world: int) -> Curve:
     return (torch.zeros(1),) * 3
 
 
-def worker(rank: int, world: int, name: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[name](rank, world), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(case: Callable, world: int, folder) -> list[Curve]:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    mp.spawn(worker, args=(world, case.__name__, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+def in_group(rank: int, world: int, name: str) -> Curve:
+    """Run a case in a process group."""
+    dist.init_process_group("gloo")
+    return globals()[name](rank, world)
 
 
 CASES = [
@@ -313,10 +304,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "world", "options"), CASES, ids=[case.__name__ for case, *_ in CASES])
-def test_sharded_training_equals_unsharded_training(case, world, options, tmp_path):
+def test_sharded_training_equals_unsharded_training(case, world, options):
     norms, clipped_norms, parameters = train(Net(), **options)
     assert ((clipped_norms / norms - 1).abs() > 0.1).any(), "some gradients are scaled"
-    for curve in run(case, world, tmp_path):
+    for curve in run(in_group, world, case.__name__):
         torch.testing.assert_close(curve[0], norms, rtol=1e-6, atol=0)
         torch.testing.assert_close(curve[1], clipped_norms, rtol=2e-6, atol=0)
         torch.testing.assert_close(curve[2], parameters, rtol=1e-5, atol=1e-7)
@@ -332,5 +323,5 @@ def test_sharded_training_equals_unsharded_training(case, world, options, tmp_pa
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_all_ranks_make_the_same_decision(case, world, tmp_path):
-    run(case, world, tmp_path)
+def test_all_ranks_make_the_same_decision(case, world):
+    run(in_group, world, case.__name__)
