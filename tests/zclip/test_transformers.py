@@ -1,14 +1,13 @@
 """Training with Hugging Face's Trainer equals a plain loop and resumes exactly; wrong settings are errors."""
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
+from tests import gloo_pool
+from tests.helpers import same
+from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, train_plain
 from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
 
 
@@ -124,21 +123,18 @@ def test_second_callback_is_rejected(tmp_path):
         run.train()
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+def train_rank(rank: int, world: int, folder: str) -> tuple[dict, dict]:
+    """Return the final states of the model and the strategy."""
     callback = TrainerClippingCallback(zclip())
-    run = trainer(folder, callback, "adamw_torch_fused", per_device_train_batch_size=4, ddp_backend="gloo")
-    assert run.args.world_size == 2
+    run = trainer(folder, callback, "adamw_torch_fused", per_device_train_batch_size=8 // world, ddp_backend="gloo")
+    assert run.args.world_size == world
     run.train()
-    torch.save((run.model.state_dict(), callback.strategy.state), f"{folder}/{rank}.pt")
+    return run.model.state_dict(), callback.strategy.state
 
 
 def test_two_processes_match_the_plain_loop(tmp_path):
-    mp.spawn(run_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    (weights, state), (other, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(weights[key], other[key]) for key in weights)
-    assert all(torch.equal(state[key], other_state[key]) for key in state)
+    (weights, state), (other, other_state) = gloo_pool.run(train_rank, 2, str(tmp_path))
+    assert same(weights, other) and same(state, other_state)
     model, expected_zclip = reference()
     wrapped = Wrapped()
     wrapped.load_state_dict(weights)
