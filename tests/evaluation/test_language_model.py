@@ -7,7 +7,6 @@ from lm_eval.models.huggingface import HFLM
 
 from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
-from evaluation.tasks import load_tasks
 from models import Llama, LlamaConfig
 from models.hugging_face import export
 
@@ -37,11 +36,11 @@ def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
 
 @pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
 @pytest.mark.parametrize("num_fewshot", [0, 2])
-def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, sets):
+def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, load):
     responses: list[list[tuple[float, bool]]] = []
     results = []
     for model in both:
-        loaded = load_tasks(task, [sets], num_fewshot)
+        loaded = load(task, num_fewshot)
         results.append(score_task(model, task, loaded, limit=30, seed=0))
         responses.append([instance.resps[0] for instance in loaded["tasks"][task].instances])
     assert len(responses[0]) == len(responses[1]) == 30 * (4 if task == "hellaswag" else 2)
