@@ -128,26 +128,35 @@ def _serve(connection: Connection) -> None:
 
 
 def _wait(ranks: dict[int, int], request: _Request, connection: Connection) -> str | None:
-    """Wait until all ranks have ended. Return why one failed, with the output of all; `None` if none did."""
+    """Wait until all ranks have ended. Return which failed, with the output of all; `None` if none did."""
     deadline = time.monotonic() + request.timeout
-    failure = None
-    while ranks and failure is None:
+    failures: list[str] = []
+
+    def note_end(pid: int, status: int) -> None:
+        rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            failures.append(f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else "raised an error"))
+
+    while ranks and not failures:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
-            if code:
-                failure = f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else "raised an error")
+            note_end(pid, status)
         elif time.monotonic() > deadline:
-            failure = f"ranks {sorted(ranks.values())} took more than {request.timeout:g} seconds"
+            failures.append(f"ranks {sorted(ranks.values())} took more than {request.timeout:g} seconds")
         elif connection.poll(0.005):  # the test process has closed the connection
             os.killpg(0, signal.SIGKILL)
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if failure is None:
+    for pid in [*ranks]:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:  # it may have ended before the one that was noted first
+            note_end(pid, status)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    if not failures:
         return None
     files = sorted(request.folder.glob("*.txt"))
-    return "\n".join([failure, *(f"--- rank {file.stem}\n{file.read_text(errors='replace')}" for file in files)])
+    outputs = (f"--- rank {file.stem}\n{file.read_text(errors='replace')}" for file in files)
+    return "\n".join([", ".join(failures), *outputs])
 
 
 def _become(rank: int, request: _Request) -> None:
