@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.gloo_pool import run
+from tests.helpers import SLOW
 from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
 
 STEPS = 12
@@ -294,16 +295,22 @@ def in_group(rank: int, world: int, name: str) -> Curve:
 CASES = [
     (ddp, 2, {}), (fsdp2, 2, {}), (hsdp, 4, {}), (tensor_parallel, 2, {}), (tensor_parallel_and_fsdp2, 4, {}),
     (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
-    (fsdp1, 2, {}), (fsdp1_flat, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}),
-    (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (fsdp2_agc, 2, {"make": AGC}),
-    (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (two_dimensions_fused, 4, {"make_optimizer": fused_adamw}),
-    (tensor_parallel_agc, 2, {"make": AGC}), (fsdp1_ignoring_a_layer, 2, {}),
-    (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (pipeline_agc, 2, {"make": AGC}),
+    (fsdp1, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}), (fsdp1_ignoring_a_layer, 2, {}),
+    (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (tensor_parallel_agc, 2, {"make": AGC}),
+    (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
+]  # fmt: skip
+SLOW_CASES = [
+    (fsdp1_flat, 2, {}), (fsdp2_agc, 2, {"make": AGC}), (pipeline_agc, 2, {"make": AGC}),
+    (two_dimensions_fused, 4, {"make_optimizer": fused_adamw}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "world", "options"), CASES, ids=[case.__name__ for case, *_ in CASES])
+@pytest.mark.parametrize(
+    ("case", "world", "options"),
+    [pytest.param(*case, id=case[0].__name__) for case in CASES]
+    + [SLOW(*case, id=case[0].__name__) for case in SLOW_CASES],
+)
 def test_sharded_training_equals_unsharded_training(case, world, options):
     norms, clipped_norms, parameters = train(Net(), **options)
     assert ((clipped_norms / norms - 1).abs() > 0.1).any(), "some gradients are scaled"
@@ -319,7 +326,7 @@ def test_sharded_training_equals_unsharded_training(case, world, options):
         (no_rank_has_gradients, 2),
         (nan_on_one_rank, 2),
         (fsdp1_agc, 2),
-        pytest.param(every_strategy, 4, marks=pytest.mark.slow),
+        SLOW(every_strategy, 4),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
