@@ -1,5 +1,6 @@
 """Scores from end to end, of oracle, inverted-oracle and uniform models, and computed by hand."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,72 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from lm_eval.tasks import TaskManager
 
 from evaluation.language_model import LlamaLM
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
 from evaluation.tasks import TaskError, sample
 from models import Llama, LlamaConfig
-from models.scoring import Score
 from tests import gloo_pool
 from tests.evaluation.conftest import HELLASWAG_ITEMS, items
+from tests.evaluation.known_models import CPU, Oracle, Recorder, Uniform
 
 LIMIT = 100
-CPU = torch.device("cpu")
-
-
-class Oracle:
-    """Stands in for a `Llama`: a token is likely if it continues a known text.
-
-    It gets each token's context from the prefix tree, so that an error in the tree changes the scores.
-    """
-
-    def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
-        self.config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=2,
-            intermediate_size=1,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            max_position_embeddings=2048,
-        )
-        self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
-
-    def score(self, tokens, tree, targets):
-        assert len(tree.query_index) == len(targets)
-        prefix_tokens = tree.prefixes.numel()
-        log_probs = []
-        for index, target in zip(tree.gather_index[tree.query_index].tolist(), targets.tolist(), strict=True):
-            if index < prefix_tokens:
-                number, last = divmod(index, tree.prefixes.shape[1])
-                row = tree.prefixes[number, : last + 1]
-            else:
-                number, last = divmod(index - prefix_tokens, tree.suffixes.shape[1])
-                row = tree.sequences[number][tree.visible[number, 0, last]]
-            assert tree.positions[row].tolist() == list(range(len(row)))
-            log_probs.append(0.0 if (*tokens[0, row].tolist(), target) in self.known else -9.0)
-        return torch.tensor(log_probs), torch.tensor([log_prob == 0.0 for log_prob in log_probs])
-
-
-class Uniform(Oracle):
-    """Every token is as likely as any other."""
-
-    def score(self, tokens, tree, targets):
-        return torch.full(targets.shape, -math.log(self.config.vocab_size)), torch.zeros(len(targets), dtype=torch.bool)
-
-
-class Recorder(LlamaLM):
-    """Keeps the responses of each evaluation by request."""
-
-    def __init__(self, model, tokenizer) -> None:
-        super().__init__(model, tokenizer, CPU)
-        self.recorded: list[dict[tuple[str, str], Score]] = []
-
-    def loglikelihood(self, requests, **kwargs):
-        responses = super().loglikelihood(requests)
-        self.recorded.append({request.args: got for request, got in zip(requests, responses, strict=True)})
-        return responses
 
 
 def cleaned(text: str) -> str:
@@ -199,6 +147,27 @@ def test_fewshot_examples_are_the_same_each_time(load, tokenizer):
     assert list(first) == list(second)
     with pytest.raises(TaskError, match=r"eval.tasks=winogrande cannot be scored \(Sample larger than population"):
         score_task(recorder, "winogrande", load("winogrande", 5000), LIMIT, 0)
+
+
+def test_group_score_is_the_mean_of_its_tasks(tokenizer, tmp_path):
+    """The group has two tasks of local data, on which the model scores 1 of 4 and 1 of 2."""
+    for name, answers in (("four", [0, 1, 1, 1]), ("two", [0, 1])):
+        rows = [{"question": "Which", "answer": answer} for answer in answers]
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+        files = {"data_files": {"validation": f"{tmp_path}/{name}.json"}}
+        task = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": files,
+            "validation_split": "validation", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+            "doc_to_choice": ["first", "second"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "both", "task": ["four", "two"], "aggregate_metric_list": metrics}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["both"])
+    known = tokenizer.tokenizer.encode("Which first").ids
+    results = score_task(LlamaLM(Oracle(tokenizer.size, [known]), tokenizer, CPU), "both", loaded, None, 0)
+    assert results["items"] == 6 and results["acc"] == pytest.approx(2 / 6) and not results["drawn"]
 
 
 def cached(model, cache: ResponseCache) -> CachedLM:
