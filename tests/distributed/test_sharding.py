@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -126,6 +126,17 @@ def tensor_parallel_and_fsdp2(rank: int, world: int, **options) -> Curve:
     model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
     return train(model, rank // (world // 2), 2, **options)
+
+
+def partial_gradients(rank: int, world: int) -> Curve:
+    """Parameters are replicated and the batch is sharded, as DTensors: each rank's gradient is one term of a sum."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = distribute_module(
+        Net(), mesh, input_fn=lambda module, inputs, mesh: DTensor.from_local(inputs[0], mesh, [Shard(0)])
+    )
+    model(batch(0).chunk(world)[rank]).square().mean().backward()
+    assert all(isinstance(p.grad.placements[0], Partial) for p in model.parameters())
+    return train(model, rank, world)
 
 
 def two_meshes(rank: int, world: int) -> Curve:
@@ -294,8 +305,9 @@ def in_group(rank: int, world: int, name: str) -> Curve:
 
 CASES = [
     (ddp, 2, {}), (fsdp2, 2, {}), (hsdp, 4, {}), (tensor_parallel, 2, {}), (tensor_parallel_and_fsdp2, 4, {}),
-    (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
-    (fsdp1, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}), (fsdp1_ignoring_a_layer, 2, {}),
+    (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (partial_gradients, 2, {}),
+    (pipeline, 2, {}), (rank_without_gradients, 2, {}), (fsdp1, 2, {}), (fsdp1_no_shard, 2, {}),
+    (fsdp1_hybrid, 4, {}), (fsdp1_ignoring_a_layer, 2, {}),
     (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (tensor_parallel_agc, 2, {"make": AGC}),
     (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
