@@ -15,6 +15,7 @@ from models.hugging_face import export
 from models.scoring import Score
 from tests import gloo_pool
 from tests.evaluation.known_models import CPU, Uniform
+from tests.helpers import SLOW
 
 
 @pytest.fixture(scope="module", params=[96, 1024])
@@ -38,8 +39,9 @@ def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
     return LlamaLM(model, tokenizer, CPU), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
 
 
-@pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
-@pytest.mark.parametrize("num_fewshot", [0, 2])
+@pytest.mark.parametrize(
+    "task, num_fewshot", [("hellaswag", 0), ("winogrande", 0), ("winogrande", 2), SLOW("hellaswag", 2)]
+)
 def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, load):
     responses: list[list[tuple[float, bool]]] = []
     results = []
