@@ -234,6 +234,12 @@ def test_manual_optimization_ignores_the_loss(tmp_path):
     assert [int(s.state["loss_count"]) for s in callback.strategies] == [0, 0]
 
 
+def test_fp16_ignores_the_scaled_loss(tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    _, callback = fit(Automatic(fused=False), tmp_path, ClippingCallback(SkipStep(window=8)), plugins=[plugin])
+    assert int(callback.strategy.state["loss_count"]) == 0
+
+
 def train_rank(rank: int, world: int, folder: str) -> tuple[list[float], dict, dict]:
     """Return the losses of this rank, and the final states of the strategy and the module."""
     losses = []
