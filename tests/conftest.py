@@ -18,6 +18,7 @@ from tests.helpers import CHECKOUT, FSDP, TINY, kill_after, only_run, script, tr
 #: The validation sets, if they lie beside the checkout.
 SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests on a SLURM cluster: they take longest, and mostly wait while others run."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
