@@ -8,8 +8,8 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.measures import reach_final_loss
 from experiments.paper.tables_and_figures import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
 from experiments.paper.verdict import TOO_FEW_SEEDS, NotTestable, difference_by_seed, event_rate, measure_by_seed
-from tests.experiments.conftest import SEEDS
-from tests.experiments.modified_runs import modify, with_loss, with_result, without
+from tests.experiments.modified_runs import with_loss, with_result
+from tests.experiments.written_runs import SEEDS, modify, without
 
 LEAVES, _, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS
 
