@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from common.settings import parse
+from common.text import quoted
 from experiments.paper.collect import ExpectedRun, Key, RunCollection
 from experiments.paper.tables_and_figures import RunSpec
 from experiments.run.read import Run
@@ -22,6 +23,8 @@ from training.config.schema import Config
 CORRUPTED_STEPS = [80, 100, 120]
 SMALL = ("trainer.max_steps=140", f"paper.corruption_steps={CORRUPTED_STEPS}", f"paper.lab_steps={CORRUPTED_STEPS}")
 SEEDS = (0, 1, 2)
+#: Overrides of the scripts that read runs; other folders are set afterwards, so that no run is composed twice.
+BASE = ("experiment=paper", "scale=micro", f"paths.runs={quoted('runs')}")
 
 
 @cache
@@ -37,7 +40,7 @@ def expected_runs(
     """Return each expected run with its configuration, by spec and seed."""
     expected = {}
     for spec in dict.fromkeys(specs):
-        plain = container(composed("experiment=paper", "scale=micro", "paths.runs=runs", *settings, *spec.overrides))
+        plain = container(composed(*BASE, *settings, *spec.overrides))
         for seed in seeds:
             config = parse(Config, plain | {"seed": seed, "paths": plain["paths"] | {"runs": str(runs)}})
             expected[spec, seed] = ExpectedRun(run_path(config), identity(config)), config
