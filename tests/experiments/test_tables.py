@@ -132,6 +132,8 @@ def test_latex_and_csv(table3):
     rows = as_csv(filled).splitlines()
     assert rows[0] == "table,row,column,paper,mean,std,runs,diverged"
     assert "table3,No clipping,test loss,2.9,6.91,0.01,3,0" in rows
+    (row,) = (row for row in rows if row.startswith("table3,ZClip,WinoGrande,"))
+    assert row.endswith(",51,1,3,0"), "the scores on most items"
 
 
 def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
