@@ -17,7 +17,7 @@ from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, STRATEGIES, TABLES
-from scripts.paper_runs import figure3
+from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.written_runs import SEEDS, modify
 from tests.helpers import SLOW
 
@@ -39,6 +39,7 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     images = [base64.b64decode(image) for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
     assert len(images) == len(names) and "figure99" in page
     assert all(image.startswith(b"<?xml") and len(image) > 20_000 for image in images), [*map(len, images)]
+    assert not any(b"dc:date" in image for image in images), "equal figures are equal files"
     assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
@@ -218,3 +219,9 @@ def test_smoothing_never_spans_a_corrupted_batch():
     first, _ = smooth(values, {0})
     assert np.isnan(first[0]) and first[1] == 1.5
     assert [smooth(np.zeros(steps))[1] for steps in (240, 300, 11_900)] == [5, 5, 9], "odd, and no more than nine"
+
+
+def test_windows_of_figure_9_can_be_chosen(everything):
+    drawn_figures, not_drawn = draw_figures(["table2", "figure3", "figure9"], everything, [[20, 70]])
+    assert list(drawn_figures) == ["figure3", "figure9"] and not not_drawn
+    assert [ax.get_ylabel() for ax in drawn_figures["figure9"].axes[::4]] == ["steps 20 to 70\ndensity"]

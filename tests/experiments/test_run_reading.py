@@ -113,6 +113,7 @@ def test_plot_shows_the_columns(tmp_path):
     rows = [r | {"grad_norm": 2.0 + i, "clipped_norm": 1.0 + i} for i, r in enumerate(rows)]
     loss, norm, z = draw_run(write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})).axes
     assert norm.get_yscale() == "log"
+    assert all(ax.xaxis.get_gridlines()[0].get_visible() for ax in (loss, norm, z)), "there is a grid"
     assert loss.lines[0].get_ydata().tolist() == [r["loss"] for r in rows]
     assert [line.get_ydata().tolist() for line in norm.lines[:2]] == [
         [r["grad_norm"] for r in rows], [r["clipped_norm"] for r in rows]

@@ -111,7 +111,8 @@ def assert_made(folder: Path, corrupted: str, figures: tuple[str, ...]) -> None:
     assert "**not testable here**" in (folder / "verdicts.md").read_text()
     text = (folder / "tables" / "table5.md").read_text()
     assert "seed 0, text sotu" in text and f"corrupted batches of kind repeat injected at steps {corrupted}" in text
-    assert all((folder / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
+    assert (folder / "tables" / "table5.tex").read_text().startswith("\\begin{table}")
+    assert (folder / "tables" / "table5.csv").read_text().startswith("table,row,column,paper,mean,std")
 
 
 @pytest.fixture
@@ -151,6 +152,7 @@ def test_scripts_make_tables_figures_and_a_report(paper_script, tmp_path, capsys
     assert_made(Path("here"), corrupted="80, 100, 120", figures=("figure3", "figure7"))
     page = Path("here/report-table5-figure3-figure7.html").read_text()
     assert "scripts/evaluate.py run=runs/paper-micro eval.limit=100" in page, "the scores are on 100 items"
+    assert "unknown is excluded: config.yaml cannot be read" in page
 
 
 def test_nothing_is_written_without_finished_runs(paper_script):
