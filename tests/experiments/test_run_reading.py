@@ -151,3 +151,9 @@ def test_every_kind_of_run_can_be_plotted(tmp_path, kind):
         assert summarise(run)["spikes"] == 1
         assert summarise(run)["skipped"] == 40
         assert summarise(run)["clipped_share"] == 0
+
+
+def test_best_run_of_a_sweep_is_bold():
+    result = {"train_loss": 4.6, "spikes": 0, "clipped_share": 0.1}
+    shown = comparison([({"clip": name}, result | {"test_loss": loss}) for name, loss in (("a", 4.5), ("b", 4.4))])
+    assert [row.style for row in shown.rows] == [None, "bold"]
