@@ -82,7 +82,7 @@ class Ranks:
             job.kill()
             assert job.wait() is not None
 
-    def wait(self, timeout: float = 100) -> list[int]:
+    def wait(self, timeout: float = 60) -> list[int]:
         """Return the exit statuses by rank once all have ended; kill all and return those after `timeout`."""
         deadline = time.monotonic() + timeout
         while any(job.poll() is None for job in self.jobs) and time.monotonic() < deadline:

@@ -1,5 +1,7 @@
 """Evaluations during training: their results on any number of processes, and that they do not change training."""
 
+import errno
+import io
 import json
 import math
 import signal
@@ -27,6 +29,7 @@ from tests.helpers import (
     wait_for_steps,
 )
 from training.validation.loss import ValidationSet, bits_per_byte
+from training.validation.report import EvaluationReport
 
 #: Requests that are computed before their responses are saved.
 SAVED_AT_ONCE = 16
@@ -114,6 +117,19 @@ def test_evaluations_are_the_same_on_two_processes(validated_run, settings, task
         assert abs(score["acc"] - other["acc"]) <= 1 / 12, "they differ by rounding"
     results = [json.loads((run / "result.json").read_text()) for run in (validated_run, other_run)]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-5)
+
+
+def test_evaluation_whose_file_cannot_be_written_is_reported_and_logged():
+    output, logged = io.StringIO(), []
+    report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda *row: logged.append(row)])
+    with report.tolerate_io_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    report.report(10, "val loss 5", {"val_loss": 5.0})
+    with pytest.raises(ValueError, match="another"), report.tolerate_io_errors():
+        raise ValueError("another")
+    first, second = output.getvalue().splitlines()
+    assert first.startswith("AN EVALUATION COULD NOT BE WRITTEN: [Errno 28] No space left") and "continues" in first
+    assert second == "after step 10: val loss 5" and logged == [(10, {"val_loss": 5.0})]
 
 
 @pytest.mark.parametrize("killed_after", [(25,), SLOW((10, 20, 25))])
