@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, final_state, only_run, read_jsonl, same, start, train
 from tests.training.process_control import Gates, Ranks
 from training.checkpoint.format import is_valid, load_model_state
-from training.checkpoint.manager import rng_states, set_rng_states
+from training.checkpoint.manager import CheckpointManager, rng_states, set_rng_states
 from training.config.identity import run_path
 from training.monitor.health import LOSS_MARGIN, WINDOW, DivergenceDetector
+from training.run_dir import RunDir
 
 #: Bytes that a file on that disk takes at once; it can be written further until they are used.
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -132,6 +134,18 @@ def test_kept_checkpoints(tiny, tmp_path):
     healthy = max(step for step in range(5, 41, 5) if detector.is_healthy(step))
     assert 20 <= healthy < 35
     assert checkpoint_steps(tmp_path) == sorted({15, 30, 35, 40, healthy})
+
+
+def test_newest_healthy_checkpoints_of_any_and_of_a_regular_step_are_kept(tmp_path):
+    """The run was stopped after step 13, and diverged after it. A checkpoint of a later step was skipped as damaged."""
+    run_dir = RunDir(tmp_path)
+    run_dir.checkpoints.mkdir()
+    for step in (5, 10, 13, 20, 40):
+        run_dir.checkpoint(step).touch()
+    config = compose_config("trainer.checkpoint_every=10", "trainer.keep_last=1", "trainer.async_save=false")
+    manager = CheckpointManager(run_dir, config, lambda step: step <= 13, lambda step: None, Console(quiet=True))
+    manager.save(30, dict)
+    assert run_dir.checkpoint_steps() == [10, 13, 30, 40]
 
 
 def test_divergence_detector_compares_medians_of_windows():

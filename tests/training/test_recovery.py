@@ -304,6 +304,11 @@ def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_pa
             find_fork_source(compose_config(*settings, *fork, override), RunDir(Path("runs/main/new")))
         (line,) = str(error.value).splitlines()
         assert message in line
+    lines = (old / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (old / "metrics.jsonl").write_text("".join(lines[:7]))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl does not reach that step"):
+        find_fork_source(compose_config(*settings, "fork_from=runs/main/old@8"), RunDir(Path("runs/main/new")))
+    (old / "metrics.jsonl").write_text("".join(lines))
     file = old / "checkpoints" / "step-00000008.ckpt"
     file.write_bytes(file.read_bytes()[:-100])
     done = train(*settings, "fork_from=runs/main/old@8", cwd=tmp_path)
