@@ -6,16 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
+from tests.process_pool import run_ranks
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
-from training.runtime.coordinated_stop import CoordinatedStop
 from training.runtime.slurm import export_torchrun_env, requeue
 from training.runtime.stdio import BestEffortStream
 
@@ -172,20 +169,7 @@ def test_submission_is_one_command(command, tmp_path, monkeypatch):
         submit(options, [])
 
 
-def stop_in_the_last_step(rank: int, folder: str) -> None:
-    """Let rank 1 receive a signal before the last poll of a run, and write down which signal each rank stops for."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    stop = CoordinatedStop()
-    stop.start(2)
-    stop.poll()
-    if rank == 1:
-        stop.request(signal.SIGTERM)
-    assert not stop.poll(), "other ranks learn of it one step later"
-    stop.finish()
-    Path(folder, f"rank{rank}").write_text(str(stop.global_signal))
-    dist.destroy_process_group()
-
-
 def test_all_ranks_learn_of_a_signal_in_the_last_step(tmp_path):
-    mp.spawn(stop_in_the_last_step, args=(str(tmp_path),), nprocs=2)
-    assert [int(Path(tmp_path, f"rank{rank}").read_text()) for rank in range(2)] == [signal.SIGTERM] * 2
+    done = run_ranks("tests/training/last_step_signal.py", processes=2, cwd=tmp_path)
+    expected = [f"rank {rank} stops for {int(signal.SIGTERM)}" for rank in range(2)]
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, expected), done.stderr
