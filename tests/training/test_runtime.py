@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -13,6 +15,7 @@ from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
 from tests.process_pool import run_ranks
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
+from training.runtime.environment import environment
 from training.runtime.slurm import export_torchrun_env, requeue
 from training.runtime.stdio import BestEffortStream
 
@@ -173,3 +176,28 @@ def test_all_ranks_learn_of_a_signal_in_the_last_step(tmp_path):
     done = run_ranks("tests/training/last_step_signal.py", processes=2, cwd=tmp_path)
     expected = [f"rank {rank} stops for {int(signal.SIGTERM)}" for rank in range(2)]
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, expected), done.stderr
+
+
+def test_environment_names_commit_versions_and_command(tmp_path, monkeypatch):
+    """The checkout is a repository of one commit."""
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py", "lr=1e-3"])
+    checkout = tmp_path / "training" / "runtime"
+    checkout.mkdir(parents=True)
+    monkeypatch.setattr("training.runtime.environment.__file__", str(checkout / "environment.py"))
+    assert environment()["commit"] is None, "without a repository"
+
+    def git(*arguments: str) -> str:
+        author = ("-c", "user.name=me", "-c", "user.email=me@localhost")
+        return subprocess.check_output(["git", *author, *arguments], cwd=tmp_path, text=True).strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("text")
+    git("add", "file")
+    git("commit", "-qm", "One")
+    clean = environment()
+    assert (clean["commit"], clean["uncommitted_changes"]) == (git("rev-parse", "HEAD"), False)
+    assert clean["command"] == ["train.py", "lr=1e-3"]
+    assert clean["versions"]["torch"] == version("torch")
+    assert clean["versions"]["python"] == platform.python_version()
+    (tmp_path / "file").write_text("changed")
+    assert environment()["uncommitted_changes"]
