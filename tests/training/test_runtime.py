@@ -97,6 +97,17 @@ def test_stream_drops_what_cannot_be_written():
     stream.flush()
 
 
+def test_stream_of_a_closed_pipe_is_discarded():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        stream = BestEffortStream(pipe)
+        for _ in range(2):
+            stream.write("text")
+            stream.flush()
+        pipe.write("text")  # closing flushes, as Python does at exit
+
+
 def test_closed_pipe_does_not_change_the_exit_status():
     code = "from training.runtime.stdio import *\ninstall_best_effort_stdio()\nprint('x' * 100000)\nflush_stdio()"
     done = subprocess.run(
