@@ -83,13 +83,25 @@ def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete, and every record has its checksum."""
+    """Whether a checkpoint is complete, every record has its checksum, and torch can read it."""
     try:
         if checkpoint.is_dir() and (checkpoint / CHECKSUM).read_text() != sha256(checkpoint / INDEX):
             return False
-        return all(zipfile.ZipFile(record).testzip() is None for record in _records(checkpoint))
+        return all(map(_is_intact, _records(checkpoint)))
     except Exception:  # what is damaged can fail in any way
         return False
+
+
+def _is_intact(record: BinaryIO) -> bool:
+    """Whether the entries of an archive have their checksums, and torch can find them; other errors are raised.
+
+    Python's zipfile ignores fields of the archive's directory without which torch cannot read it.
+    """
+    if zipfile.ZipFile(record).testzip() is not None:
+        return False
+    record.seek(0)
+    torch.load(record, map_location="meta", weights_only=False)  # reads no tensors
+    return True
 
 
 def fingerprint(checkpoint: Path) -> str:
