@@ -97,10 +97,14 @@ def _is_intact(record: BinaryIO) -> bool:
 
     Python's zipfile ignores fields of the archive's directory without which torch cannot read it.
     """
-    if zipfile.ZipFile(record).testzip() is not None:
-        return False
+    archive = zipfile.ZipFile(record)
+    if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
+        return False  # torch reads nothing of an entry with the attribute of a folder
     record.seek(0)
-    torch.load(record, map_location="meta", weights_only=False)  # reads no tensors
+    if isinstance(record, io.BytesIO):
+        torch.load(record, map_location="cpu", weights_only=False)
+    else:
+        torch.load(record.name, map_location="cpu", weights_only=False, mmap=True)  # finds tensors without reading them
     return True
 
 
