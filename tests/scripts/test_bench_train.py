@@ -24,6 +24,7 @@ def test_our_contenders_are_timed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
+@pytest.mark.slow
 def test_contender_is_timed_in_its_own_process(corpus, cache, tmp_path, monkeypatch, capfd):
     """On the text of the tests; the whole text takes ten seconds to prepare."""
     bench_train = load_script("bench_train")

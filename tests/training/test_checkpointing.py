@@ -225,6 +225,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_stdout_errors_do_not_stop_training(tiny, small_disk, tmp_path):
     """Neither a full disk under the output nor a closed pipe stops a run."""
     (tmp_path / "redirected.py").write_text(REDIRECTED)

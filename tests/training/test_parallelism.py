@@ -181,7 +181,8 @@ def test_train_refuses_what_this_machine_cannot_run_in_one_sentence(overrides, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("initial", [SLOW("tied"), "from a folder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("initial", ["tied", "from a folder"])
 def test_sharded_run_starts_from_the_weights_of_one_process(initial, runs, settings, tmp_path):
     overrides = [*settings, "trainer.max_steps=6"]
     if initial == "tied":

@@ -139,6 +139,7 @@ def test_rewind_of_an_uninterrupted_run_does_not_depend_on_log_every(log_every, 
     assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_fork_can_be_rewound_to_its_start(fragile, tmp_path, monkeypatch):
     settings, env = fragile
     settings = (*(s for s in settings if not s.startswith("name")), "trainer.keep_last=9")
@@ -271,6 +272,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_training_continues_without_wandb(tiny, tmp_path):
     """The server refuses connections for the whole run."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)

@@ -151,7 +151,7 @@ def launched(folder: Path, what: str) -> Job:
     [
         ("ends", 0, ""),
         ("2", 2, ""),
-        ("3", 3, ""),
+        SLOW("3", 3, ""),
         ("1", 1, ""),
         ("killed", 1, "process 1 of the run was killed by SIGKILL; run the same command to resume\n"),
     ],
