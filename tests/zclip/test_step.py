@@ -100,23 +100,6 @@ def test_no_gradients_is_an_error(make):
         make().step(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nonfinite_norm_changes_nothing(make, value):
-    with_nonfinite, without = make(), make()
-    for i in range(20):
-        if i in (0, 3, 12):
-            model = model_with_gradients(100 + i)
-            next(model.parameters()).grad[0, 0] = value
-            with_nonfinite.step(model)
-            assert torch.equal(flat(model), torch.zeros_like(flat(model)))
-        one, other = model_with_gradients(i), model_with_gradients(i)
-        with_nonfinite.step(one)
-        without.step(other)
-        assert torch.equal(flat(one), flat(other))
-    for key in without.state:
-        assert torch.equal(without.state[key], with_nonfinite.state[key])
-
-
 def test_restored_strategy_continues_bitwise(make):
     for stop in (0, 2, 5, 17):
         uninterrupted = make()
@@ -127,7 +110,7 @@ def test_restored_strategy_continues_bitwise(make):
         file.seek(0)
         restored = make()
         restored.load_state_dict(torch.load(file, weights_only=True))
-        for i in range(stop, stop + 20):
+        for i in range(stop, stop + 10):
             a, b = (model_with_gradients(i, 1 + 9 * (i % 7 == 0)) for _ in range(2))
             uninterrupted.step(a)
             restored.step(b)
@@ -135,14 +118,21 @@ def test_restored_strategy_continues_bitwise(make):
 
 
 def test_autoclip_enlarges_a_full_history():
-    clip = AutoClip(percentile=50)
-    trace = torch.rand(3000, dtype=torch.float64)
+    class SmallHistory(AutoClip):
+        def initial_state(self, like):
+            state = super().initial_state(like)
+            assert state["history"].shape == (1024,)
+            return {**state, "history": state["history"][:8]}
+
+    clip = SmallHistory(percentile=50)
+    trace = torch.rand(40, dtype=torch.float64)
     for i, norm in enumerate(trace):
         clip.observe(norm)
-        if i in (1023, 1024, 2999):
-            expected = torch.quantile(trace[: i + 1], 0.5)
-            assert float(clip.telemetry["threshold"]) == pytest.approx(float(expected), rel=1e-12)
-            saved, clip = clip.state_dict(), AutoClip(percentile=50)
+        expected = torch.quantile(trace[: i + 1], 0.5)
+        assert float(clip.telemetry["threshold"]) == pytest.approx(float(expected), rel=1e-12)
+        assert clip.state["history"].shape == (8 if i < 8 else 16 if i < 16 else 32 if i < 32 else 64,)
+        if i in (7, 8, 31):
+            saved, clip = clip.state_dict(), SmallHistory(percentile=50)
             clip.load_state_dict(saved)
 
 

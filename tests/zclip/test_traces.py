@@ -1,42 +1,25 @@
-"""Thresholds and statistics against float64 transcriptions of the formulas, over 10,000 steps with spikes."""
+"""Thresholds and statistics against float64 transcriptions of the formulas, over traces with spikes."""
 
 import math
-import statistics
 
+import numpy as np
 import pytest
 import torch
 
-from tests.zclip.norm_traces import spiky_norms
+from tests.zclip.norm_traces import replay_lanes, spiky_norms
+from tests.zclip.transcriptions import ZClipEquations
 from zclip import AutoClip, FixedNorm, NoClipping, ZClip
 
-STEPS = 10_000
+TRACES, STEPS = 20, 225
 
 
-def reference(trace, alpha, z_thresh, option, warmup_steps, eps, max_grad_norm, clip_factor, skip):
-    """The paper's formulas in Python floats. Yields (target or None, mean, var) after each step."""
-    first: list[float] = []
-    mean = var = 0.0
-    for x in trace:
-        target = None
-        if len(first) < warmup_steps:
-            first.append(x)
-            mean, var = statistics.fmean(first), statistics.pvariance(first)
-        else:
-            std = math.sqrt(var)
-            z = (x - mean) / (std + eps)
-            spike = z > z_thresh
-            if spike:
-                xi = {"adaptive_scaling": z_thresh**2 / z, "mean": 0.0, "max": z_thresh}[option]
-                target = mean + xi * std
-                if option == "adaptive_scaling":
-                    target *= clip_factor
-            if not (spike and skip):
-                y = target if spike else x
-                mean = alpha * mean + (1 - alpha) * y
-                var = alpha * var + (1 - alpha) * (y - mean) ** 2
-        if max_grad_norm is not None:
-            target = max_grad_norm if target is None else min(target, max_grad_norm)
-        yield target, mean, var
+@pytest.fixture(scope="module")
+def traces():
+    """Twenty traces, two of them with a lasting change of level at step 80, for the recovery rule."""
+    traces = np.array([spiky_norms(seed, STEPS) for seed in range(TRACES)])
+    traces[0, 80:] *= 5
+    traces[1, 80:] *= 0.1
+    return traces
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -52,22 +35,43 @@ def reference(trace, alpha, z_thresh, option, warmup_steps, eps, max_grad_norm, 
     ],
     ids=lambda s: "-".join(str(v) for v in s.values()),
 )
-def test_zclip_follows_its_equations(settings, max_grad_norm, skip):
-    zclip = ZClip(**settings, max_grad_norm=max_grad_norm, skip_update_on_spike=skip)
-    option = "max" if zclip.mode == "percentile" else zclip.clip_option
-    trace = spiky_norms(seed=1, steps=STEPS if max_grad_norm is None else 2000)
-    expected = reference(
-        trace, zclip.alpha, zclip.z_thresh, option, 25, zclip.eps, max_grad_norm, zclip.clip_factor, skip
-    )
-    spikes = 0
-    for x, (target, mean, var) in zip(trace, expected, strict=True):
+def test_zclip_follows_its_equations(settings, max_grad_norm, skip, traces):
+    """225 steps decide: they hold the warm-up, five blocks of the recovery rule and six time constants of the mean."""
+    settings = {**settings, "max_grad_norm": max_grad_norm, "skip_update_on_spike": skip}
+    lanes = replay_lanes(ZClip(**settings), traces)
+    counts = {"spike": 0.0, "recovered": 0.0}
+    for i, trace in enumerate(traces):
+        expected = ZClipEquations(**settings)
+        rows = []
+        for x in trace:
+            coefficient = expected.observe(x)
+            rows.append({**expected.telemetry, "coefficient": coefficient, "new mean": expected.mean,
+                         "new var": expected.var})  # fmt: skip
+        columns = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
+        np.testing.assert_array_equal(lanes.telemetry["spike"][i], columns["spike"])
+        np.testing.assert_array_equal(lanes.telemetry["recovered"][i], columns["recovered"])
+        np.testing.assert_array_equal(lanes.telemetry["clipped_by_max"][i], columns["clipped_by_max"])
+        np.testing.assert_allclose(lanes.coefficients[i], columns["coefficient"], rtol=1e-9)
+        np.testing.assert_allclose(lanes.telemetry["z"][i], columns["z"], rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(lanes.telemetry["mean"][i], columns["mean"], rtol=1e-9)
+        np.testing.assert_allclose(lanes.telemetry["std"][i], columns["std"], rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(lanes.state["mean"][i], columns["new mean"], rtol=1e-9)
+        np.testing.assert_allclose(lanes.state["var"][i], columns["new var"], rtol=1e-7, atol=1e-18)
+        for key in counts:
+            counts[key] += columns[key].sum()
+    assert counts["spike"] > traces.size / 200
+    assert (counts["recovered"] > 0) == (settings.get("recovery_window", 40) is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"clip_option": "mean", "recovery_window": None}], ids=str)
+def test_no_error_accumulates_over_ten_thousand_steps(settings):
+    zclip, expected = ZClip(**settings), ZClipEquations(**settings)
+    for x in spiky_norms(seed=1, steps=10_000):
         coefficient = float(zclip.observe(torch.tensor(x, dtype=torch.float64)))
-        expected_coefficient = 1.0 if target is None or x <= target else target / (x + 1e-6)
-        assert coefficient == pytest.approx(expected_coefficient, rel=1e-9)
-        assert float(zclip.state["mean"]) == pytest.approx(mean, rel=1e-9)
-        assert float(zclip.state["var"]) == pytest.approx(var, rel=1e-7, abs=1e-18)
-        spikes += float(zclip.telemetry["spike"])
-    assert spikes > len(trace) / 200
+        assert coefficient == pytest.approx(expected.observe(x), rel=1e-9)
+        assert float(zclip.state["mean"]) == pytest.approx(expected.mean, rel=1e-9)
+        assert float(zclip.state["var"]) == pytest.approx(expected.var, rel=1e-7, abs=1e-18)
 
 
 def percentile(history: list[float], p: float) -> float:
@@ -79,9 +83,10 @@ def percentile(history: list[float], p: float) -> float:
 
 @pytest.mark.parametrize(("p", "window"), [(10, None), (90, None), (50, 64), (0, 7), (100, 16)])
 def test_autoclip_follows_its_algorithm(p, window):
+    """300 steps fill the largest window four times; `test_autoclip_enlarges_a_full_history` is in test_step.py."""
     clip = AutoClip(percentile=p, window=window)
     history: list[float] = []
-    for x in spiky_norms(seed=2, steps=2500):
+    for x in spiky_norms(seed=2, steps=300):
         history = [*history, x][-(window or 10**9) :]
         target = percentile(history, p)
         coefficient = float(clip.observe(torch.tensor(x, dtype=torch.float64)))
