@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
+import zclip
 from tests.helpers import same
 from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
 from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
@@ -61,11 +62,11 @@ def fit(module: pl.LightningModule, folder, callback=None, **settings):
 @pytest.mark.parametrize("fused", [False, True])
 def test_automatic_optimization_matches_the_plain_loop(fused, tmp_path):
     module = Automatic(fused)
-    _, callback = fit(module, tmp_path)
+    _, callback = fit(module, tmp_path, ZClipLightningCallback(0.97, 2.0, warmup_steps=5))
     model = build_model()
-    zclip = train_plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    expected = train_plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     assert_same_weights(module.net, model)
-    torch.testing.assert_close(callback.zclip.state["mean"], zclip.state["mean"])
+    torch.testing.assert_close(callback.zclip.state["mean"], expected.state["mean"])
 
 
 def test_two_optimizers_have_separate_statistics(tmp_path):
@@ -157,6 +158,10 @@ def test_training_step_that_returns_none_is_ignored(tmp_path):
 def test_trainer_with_gradient_clip_val_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
         fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)
+
+
+def test_callbacks_are_found_in_the_package():
+    assert zclip.ClippingCallback is ClippingCallback and issubclass(zclip.ZClipLightningCallback, ClippingCallback)
 
 
 def test_second_callback_and_strategy_class_are_rejected(tmp_path):

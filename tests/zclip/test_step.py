@@ -342,6 +342,10 @@ def test_load_state_dict_rejects_a_damaged_state():
 
 def test_prepare_keeps_statistics_and_rejects_meta_parameters():
     strategy, model = AdaGC(), model_with_gradients(0)
+    for single in (ZClip(), AdaGC()):
+        single.prepare(nn.Parameter(torch.ones(3)))
+        shape = (1,) if single.per_tensor else ()
+        assert single.state["gamma" if single.per_tensor else "mean"].shape == shape
     with pytest.raises(ValueError, match="prepare"):
         strategy.prepare(nn.Linear(2, 2, device="meta"))
     strategy.prepare(model)
