@@ -145,6 +145,7 @@ def test_fifty_combinations_are_replayed(tmp_path, capsys):
         ("other.csv", "step,loss\n1,2\n", "column=grad_norm is not in FILE: it has step, loss"),
         ("two.csv", "a - grad_norm,b - grad_norm\n1,2\n",
          "column=grad_norm is not in FILE: it has a - grad_norm, b - grad_norm"),
+        ("word.csv", "my grad_norm\n1\n", "column=grad_norm is not in FILE: it has my grad_norm"),
         ("blank.csv", "step,grad_norm\n1,\n", "FILE has no steps"),
         ("broken.jsonl", '{"grad_norm": 1}\n{"grad\n', "FILE cannot be read: line 2 is not JSON (Unterminated string"),
         ("only.jsonl", '{"grad', "FILE cannot be read: line 1 is not JSON (Unterminated string"),
