@@ -149,14 +149,15 @@ def test_skip_step_uses_the_mean_loss_of_the_micro_batches(tmp_path):
 def test_training_step_that_returns_none_is_ignored(tmp_path):
     class SometimesNone(Automatic):
         def training_step(self, x, index):
-            return None if index % 3 == 1 else super().training_step(x, index)
+            return None if index % 3 == 0 else super().training_step(x, index)
 
     _, callback = fit(SometimesNone(fused=True), tmp_path)
     assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
 
 
 def test_trainer_with_gradient_clip_val_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
+    allowed = r"^gradient_clip_val=1\.0 is not allowed: leave it unset, ZClip clips the gradients$"
+    with pytest.raises(ValueError, match=allowed):
         fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)
 
 
@@ -171,7 +172,7 @@ def test_second_callback_and_strategy_class_are_rejected(tmp_path):
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[ZClipLightningCallback(), ClippingCallback(ZClip())], default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="two clipping callbacks clip for one Trainer"):
+    with pytest.raises(ValueError, match=r"^two clipping callbacks clip for one Trainer: give it one$"):
         trainer.fit(Automatic(fused=False), DataLoader([batch(0)], batch_size=None))
 
 
@@ -179,8 +180,12 @@ def test_deepspeed_is_rejected(tmp_path):
     """DeepSpeedStrategy needs the package, so the Trainer gets an instance without __init__."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     trainer._accelerator_connector.strategy = object.__new__(DeepSpeedStrategy)
-    with pytest.raises(ValueError, match="strategy=deepspeed is not supported"):
+    with pytest.raises(ValueError) as error:
         ZClipLightningCallback().on_fit_start(trainer, Automatic(fused=False))
+    assert str(error.value) == (
+        "strategy=deepspeed is not supported: its engine keeps gradients to itself; shard with ModelParallelStrategy "
+        "(FSDP2) instead"
+    )
 
 
 def test_norm_is_taken_over_the_optimizers_parameters(tmp_path):
@@ -207,7 +212,7 @@ def test_norm_is_taken_over_the_optimizers_parameters(tmp_path):
 def test_training_step_that_returns_none_is_ignored_in_fp16(fused, tmp_path):
     class SometimesNone(Automatic):
         def training_step(self, x, index):
-            return None if index % 3 == 1 else super().training_step(x, index)
+            return None if index % 3 == 0 else super().training_step(x, index)
 
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
     _, callback = fit(SometimesNone(fused), tmp_path, plugins=[plugin])
@@ -279,6 +284,18 @@ def test_raise_policy_names_parameters(tmp_path):
 
     with pytest.raises(FloatingPointError, match=r"gradients of net\.2\.bias of shape \(3,\)$"):
         fit(NaNGradient(fused=False), tmp_path, callback=ZClipLightningCallback(on_nonfinite="raise"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_skips_a_nonfinite_step(fused, tmp_path):
+    class NaNGradient(Automatic):
+        def on_after_backward(self):
+            self.net[2].bias.grad[0] = torch.nan
+
+    module = NaNGradient(fused)
+    before = [p.detach().clone() for p in module.parameters()]
+    fit(module, tmp_path, limit_train_batches=2)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)), "no weight decay either"
 
 
 def test_optimizer_without_gradients_is_ignored(tmp_path):
