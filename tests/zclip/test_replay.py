@@ -223,15 +223,15 @@ def test_table_counts_clipped_and_skipped_steps(tmp_path, capsys, monkeypatch):
 def test_plot_shows_norms_before_and_after_with_marks(tmp_path):
     norms = [1.0, 2.0, 40.0, math.nan, 5.0]
     results = [
-        ReplayResult("z_thresh=2", norms, [1.0, 2.0, 4.0, 0.0, 0.0], 1),
+        ReplayResult("z_thresh=2", norms, [1.0, 0.5, 4.0, 0.0, 0.0], 1),
         ReplayResult("z_thresh=3", norms, [1.0, 2.0, 40.0, 1.0, 5.0], 0),
     ]
     plot(results, [10, 20, 30, 40, 50], tmp_path / "plot.svg")
     svg = (tmp_path / "plot.svg").read_text()
     assert 'width="648pt" height="374.4pt"' in svg, "9 by 5.2 inches"
     texts = re.findall(r"<!-- (.*?) -->", svg)
-    assert [text for text in texts if not text.isdigit()] == [
-        "z_thresh=2: 40.0% of the steps clipped, 2 skipped", "before", "after",
+    assert [text for text in texts if not text[0].isdigit()] == [
+        "z_thresh=2: 60.0% of the steps clipped, 2 skipped", "before", "after",
         "step", "z_thresh=3: 0.0% of the steps clipped", "gradient norm",
     ]  # fmt: skip
     assert {"1", "2", "4", "6", "10", "20", "40"} <= set(texts) and "3" not in texts and "5" not in texts
@@ -239,8 +239,21 @@ def test_plot_shows_norms_before_and_after_with_marks(tmp_path):
     points = [(color, len(path.split("\n")) - 1) for path, color in lines if color in ("#c2410c", "#1d4ed8")]
     assert points == [("#c2410c", 4), ("#1d4ed8", 3), ("#c2410c", 4), ("#1d4ed8", 5)]
     marks = re.findall(r'<use [^>]* x="([\d.]+)" y="([\d.]+)" style="fill: #c2410c; stroke: #c2410c"', svg)
-    assert len(marks) == 1, "the clipped step; skipped ones have no mark"
-    assert "L {} {}".format(*marks[0]) in lines[0][0].replace("\n", " "), "at the norm before clipping"
+    assert len(marks) == 2, "the clipped steps; skipped ones have no mark"
+    assert all(f"L {x} {y}" in lines[0][0] for x, y in marks), "at the norm before clipping"
+    assert lines[1][0].split()[:3] == lines[0][0].split()[:3], "both lines start at the first step"
+    assert texts.count("15") == 1 and texts.count("0.6") == 2, "the panels share both axes"
+    assert "M 0 1.5" in svg, "a mark has a radius of 1.5 points"
+
+
+def test_table_is_printed_without_matplotlib(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("grad_norm\n1\n")
+    monkeypatch.setitem(sys.modules, "zclip.integrations.plot", None)  # importing it raises
+    assert main(["replay", str(tmp_path / "metrics.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "zclip           0    0.0%        0             0               1",
+        "no plot: matplotlib is not installed",
+    ]
 
 
 def test_rows_without_a_norm_and_an_incomplete_last_line_are_skipped(tmp_path):
