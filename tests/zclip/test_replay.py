@@ -158,6 +158,7 @@ def test_fifty_combinations_are_replayed(tmp_path, capsys):
         ("field.csv", "grad_norm\n" + "1" * 200_000 + "\n", "FILE cannot be read: field larger than field limit"),
         ("list.jsonl", '{"grad_norm": [1]}\n', "column=grad_norm of FILE holds a value that is not a number: float()"),
         ("words.csv", "grad_norm\nlarge\n", "column=grad_norm of FILE holds a value that is not a number: could not"),
+        ("loss.csv", "grad_norm,loss\n1,high\n", "column=loss of FILE holds a value that is not a number: could not"),
         ("missing.csv", None, "FILE cannot be read: [Errno 2] No such file or directory"),
     ],
 )  # fmt: skip
