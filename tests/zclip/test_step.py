@@ -117,7 +117,8 @@ def test_restored_strategy_continues_bitwise(make):
             assert torch.equal(flat(a), flat(b))
 
 
-def test_autoclip_enlarges_a_full_history():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_autoclip_enlarges_a_full_history(loaded):
     class SmallHistory(AutoClip):
         def initial_state(self, like):
             state = super().initial_state(like)
@@ -125,7 +126,8 @@ def test_autoclip_enlarges_a_full_history():
             return {**state, "history": state["history"][:8]}
 
     clip = SmallHistory(percentile=50)
-    clip.load_state_dict({**clip.state_dict(), "state": {}, "counters": {}, "started": False})
+    if loaded:
+        clip.load_state_dict({**clip.state_dict(), "state": {}, "counters": {}, "started": False})
     trace = torch.rand(40, dtype=torch.float64)
     for i, norm in enumerate(trace):
         clip.observe(norm)

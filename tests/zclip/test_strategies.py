@@ -84,6 +84,15 @@ def test_skip_step_follows_its_equations():
     assert 8 < skipped < 20
 
 
+@pytest.mark.parametrize(("count", "skipped"), [(2, False), (3, True)])
+def test_skip_step_waits_for_half_a_window(count, skipped):
+    clip = SkipStep(window=9)
+    for norm in (1.0, 1.01, 1.0)[:count]:
+        clip.observe(torch.tensor(norm))
+    assert float(clip.observe(torch.tensor(100.0))) == 1 - skipped
+    assert bool(clip.telemetry["skipped"]) == skipped
+
+
 def test_skip_step_skips_nonfinite_losses_and_excludes_them():
     clip = SkipStep()
     for loss, coefficient in ((1.0, 1.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 1.0)):
