@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-all slurm faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm mutants faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ slurm: ## install SLURM, for the tests that start a cluster on this machine (Deb
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2) >/dev/null 2>&1 || \
 		echo "SLURM's packages could not be installed: its tests will be skipped"
+
+mutants: setup ## change zclip/ in 3,200 places, one at a time; a test must fail: ARGS="zclip.base*" (25 minutes)
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/mutmut run $(ARGS)
+	@$(BIN)/python -m tests.zclip.mutants
 
 faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
 	$(BIN)/python -m tests.faults.interrupt_runs $(ARGS)
@@ -89,5 +93,5 @@ format: setup ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix $(CODE)
 
 clean: ## remove the environment, caches and build products; run folders stay
-	rm -rf $(VENV) cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) cache mutants build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

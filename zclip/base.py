@@ -122,7 +122,6 @@ class ClippingStrategy(Statistics):
         telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
         return ClipResult(coefficient, norm * coefficient, clipped, decision.state, telemetry)
 
-    @torch.no_grad()
     def step(
         self,
         *models: Parameters,
@@ -152,24 +151,24 @@ class ClippingStrategy(Statistics):
             TypeError: an argument has the wrong type, or a gradient is sparse or complex.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
-        self._check_initialised()
-        FusedClip.cancel_all(self)
-        shards = parameters_of(models)
-        gradients = [local_gradient(shard.parameter) for shard in shards]
-        no_gradients = all(gradient is None for gradient in gradients)
-        if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
-            raise ValueError(NO_GRADIENTS)
-        norms = tensor_norms(shards, gradients)
-        norm = global_norm(norms, process_group)
-        if no_gradients and norm.device.type == "cpu" and norm == 0:
-            raise ValueError(NO_GRADIENTS)
-        targets = bind_optimizers(optimizer, shards, owner=self)
-        stats = GradStats(norm, norms, loss, shards, gradients, process_group)
-        coefficients, skip, finite = self._update(stats, models)
-        apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
-        return norm.to(torch.float32)
+        with torch.no_grad():
+            self._check_initialised()
+            FusedClip.cancel_all(self)
+            shards = parameters_of(models)
+            gradients = [local_gradient(shard.parameter) for shard in shards]
+            no_gradients = all(gradient is None for gradient in gradients)
+            if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
+                raise ValueError(NO_GRADIENTS)
+            norms = tensor_norms(shards, gradients)
+            norm = global_norm(norms, process_group)
+            if no_gradients and norm.device.type == "cpu" and norm == 0:
+                raise ValueError(NO_GRADIENTS)
+            targets = bind_optimizers(optimizer, shards, owner=self)
+            stats = GradStats(norm, norms, loss, shards, gradients, process_group)
+            coefficients, skip, finite = self._update(stats, models)
+            apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
+            return norm.to(torch.float32)
 
-    @torch.no_grad()
     def observe(self, norm: Tensor, loss: Tensor | None = None) -> Tensor:
         """Update the statistics with one norm, without gradients, and return the coefficient for that norm.
 
@@ -182,11 +181,12 @@ class ClippingStrategy(Statistics):
         Returns:
             0-dim tensor; 0 where the step would be skipped.
         """
-        self._check_initialised()
-        norm = norm.detach().to(statistics_dtype(norm.device))
-        coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
-        assert isinstance(coefficient, Tensor)
-        return torch.where(skip, 0.0, coefficient.reshape(()))
+        with torch.no_grad():
+            self._check_initialised()
+            norm = norm.detach().to(statistics_dtype(norm.device))
+            coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
+            assert isinstance(coefficient, Tensor)
+            return torch.where(skip, 0.0, coefficient.reshape(()))
 
     def _update(self, stats: GradStats, models: Parameters = ()) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor]:
         """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""

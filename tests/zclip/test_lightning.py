@@ -7,6 +7,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
+import zclip
 from tests import gloo_pool
 from tests.helpers import same
 from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, train_plain
@@ -59,11 +60,11 @@ def fit(module: pl.LightningModule, folder, callback=None, **settings):
 @pytest.mark.parametrize("fused", [False, True])
 def test_automatic_optimization_matches_the_plain_loop(fused, tmp_path):
     module = Automatic(fused)
-    _, callback = fit(module, tmp_path)
+    _, callback = fit(module, tmp_path, ZClipLightningCallback(0.97, 2.0, warmup_steps=5))
     model = build_model()
-    zclip = train_plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    expected = train_plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     assert_same_weights(module.net, model)
-    torch.testing.assert_close(callback.zclip.state["mean"], zclip.state["mean"])
+    torch.testing.assert_close(callback.zclip.state["mean"], expected.state["mean"])
 
 
 def test_two_optimizers_have_separate_statistics(tmp_path):
@@ -146,15 +147,20 @@ def test_skip_step_uses_the_mean_loss_of_the_micro_batches(tmp_path):
 def test_training_step_that_returns_none_is_ignored(tmp_path):
     class SometimesNone(Automatic):
         def training_step(self, x, index):
-            return None if index % 3 == 1 else super().training_step(x, index)
+            return None if index % 3 == 0 else super().training_step(x, index)
 
     _, callback = fit(SometimesNone(fused=True), tmp_path)
     assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
 
 
 def test_trainer_with_gradient_clip_val_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0 is not allowed"):
+    allowed = r"^gradient_clip_val=1\.0 is not allowed: leave it unset, ZClip clips the gradients$"
+    with pytest.raises(ValueError, match=allowed):
         fit(Automatic(fused=False), tmp_path, gradient_clip_val=1.0)
+
+
+def test_callbacks_are_found_in_the_package():
+    assert zclip.ClippingCallback is ClippingCallback and issubclass(zclip.ZClipLightningCallback, ClippingCallback)
 
 
 def test_second_callback_and_strategy_class_are_rejected(tmp_path):
@@ -164,7 +170,7 @@ def test_second_callback_and_strategy_class_are_rejected(tmp_path):
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[ZClipLightningCallback(), ClippingCallback(ZClip())], default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="two clipping callbacks clip for one Trainer"):
+    with pytest.raises(ValueError, match=r"^two clipping callbacks clip for one Trainer: give it one$"):
         trainer.fit(Automatic(fused=False), DataLoader([batch(0)], batch_size=None))
 
 
@@ -172,8 +178,12 @@ def test_deepspeed_is_rejected(tmp_path):
     """DeepSpeedStrategy needs the package, so the Trainer gets an instance without __init__."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     trainer._accelerator_connector.strategy = object.__new__(DeepSpeedStrategy)
-    with pytest.raises(ValueError, match="strategy=deepspeed is not supported"):
+    with pytest.raises(ValueError) as error:
         ZClipLightningCallback().on_fit_start(trainer, Automatic(fused=False))
+    assert str(error.value) == (
+        "strategy=deepspeed is not supported: its engine keeps gradients to itself; shard with ModelParallelStrategy "
+        "(FSDP2) instead"
+    )
 
 
 def test_norm_is_taken_over_the_optimizers_parameters(tmp_path):
@@ -200,11 +210,17 @@ def test_norm_is_taken_over_the_optimizers_parameters(tmp_path):
 def test_training_step_that_returns_none_is_ignored_in_fp16(fused, tmp_path):
     class SometimesNone(Automatic):
         def training_step(self, x, index):
-            return None if index % 3 == 1 else super().training_step(x, index)
+            return None if index % 3 == 0 else super().training_step(x, index)
 
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
     _, callback = fit(SometimesNone(fused), tmp_path, plugins=[plugin])
     assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
+
+
+def test_loss_is_not_used_in_fp16(tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    _, callback = fit(Automatic(fused=False), tmp_path, callback=ClippingCallback(SkipStep(window=8)), plugins=[plugin])
+    assert int(callback.strategy.state["loss_count"]) == 0 and int(callback.strategy.state["norm_count"]) == STEPS
 
 
 def test_missing_gradients_are_an_error(tmp_path):
@@ -270,6 +286,18 @@ def test_raise_policy_names_parameters(tmp_path):
 
     with pytest.raises(FloatingPointError, match=r"gradients of net\.2\.bias of shape \(3,\)$"):
         fit(NaNGradient(fused=False), tmp_path, callback=ZClipLightningCallback(on_nonfinite="raise"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_skips_a_nonfinite_step(fused, tmp_path):
+    class NaNGradient(Automatic):
+        def on_after_backward(self):
+            self.net[2].bias.grad[0] = torch.nan
+
+    module = NaNGradient(fused)
+    before = [p.detach().clone() for p in module.parameters()]
+    fit(module, tmp_path, limit_train_batches=2)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)), "no weight decay either"
 
 
 def test_optimizer_without_gradients_is_ignored(tmp_path):

@@ -1,6 +1,7 @@
 """Defaults, bounds of arguments and whole error messages of the clipper."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_values_out_of_bounds_are_rejected_with_what_is_allowed(strategy, name, 
             strategy(**{name: value})
         assert str(error.value) == f"{name}={value} is not allowed: it must be {allowed}"
         assert error.value.field == name and error.value.problem == f"is not allowed: it must be {allowed}"
+        assert error.value.args == (name, value, error.value.problem)
     for value in accepted:
         assert getattr(strategy(**{name: value}), name) == value
 
@@ -84,6 +86,22 @@ def test_unknown_argument_is_named():
     assert str(error.value) == "FixedNorm() got an unexpected keyword argument 'beta'"
     with pytest.raises(AttributeError, match=r"^module 'zclip' has no attribute 'Nothing'$"):
         zclip.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "requirement"),
+    [
+        ("ClippingCallback", "lightning", "lightning"),
+        ("ZClipLightningCallback", "lightning", "lightning"),
+        ("TrainerClippingCallback", "transformers", "'transformers[torch]'"),
+    ],
+)
+def test_missing_requirement_of_an_integration_is_named(name, module, requirement, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"zclip.integrations.{module}", None)  # importing it raises
+    with pytest.raises(ModuleNotFoundError) as error:
+        getattr(zclip, name)
+    assert str(error.value) == f"zclip.{name} needs {module}: pip install {requirement}"
+    assert error.value.name == f"zclip.integrations.{module}"
 
 
 @pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (7, " and 2 more")])

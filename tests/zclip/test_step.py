@@ -117,7 +117,8 @@ def test_restored_strategy_continues_bitwise(make):
             assert torch.equal(flat(a), flat(b))
 
 
-def test_autoclip_enlarges_a_full_history():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_autoclip_enlarges_a_full_history(loaded):
     class SmallHistory(AutoClip):
         def initial_state(self, like):
             state = super().initial_state(like)
@@ -125,6 +126,8 @@ def test_autoclip_enlarges_a_full_history():
             return {**state, "history": state["history"][:8]}
 
     clip = SmallHistory(percentile=50)
+    if loaded:
+        clip.load_state_dict({**clip.state_dict(), "state": {}, "counters": {}, "started": False})
     trace = torch.rand(40, dtype=torch.float64)
     for i, norm in enumerate(trace):
         clip.observe(norm)
@@ -185,6 +188,28 @@ def test_step_reads_no_value_from_an_accelerator(make):
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         assert strategy.step(model).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [NoClipping, FixedNorm, AutoClip, lambda: AutoClip(window=8), ZClip, AdaGC, GradientStabilizer, SkipStep, AGC],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_statistics_lie_on_the_device_of_the_gradients(make, device):
+    strategy, parameters = make(), [nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(2)]
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        strategy.step(parameters, loss=torch.ones((), device=device))
+    tensors = {**strategy.state, **strategy.counters, **strategy.telemetry}
+    assert {value.device.type for value in tensors.values()} == {device}
+    for key, value in {**strategy.state, **strategy.counters}.items():
+        counts = key.endswith(("count", "clips", "nonfinite", "block_spikes"))
+        assert value.dtype == (torch.int64 if counts else torch.float64), key
+    names = {key for key in tensors if tensors[key].ndim}
+    assert names <= {"history", "blocks", "losses", "norms", "gamma", "steps", "m", "v"}
+    measured = {"grad_norm", "clipped_norm", "mean", "std", "z", "threshold"} & strategy.telemetry.keys()
+    assert {strategy.telemetry[key].dtype for key in measured} == {torch.float64}
 
 
 class WithoutAttribute(ClippingStrategy):
@@ -342,6 +367,10 @@ def test_load_state_dict_rejects_a_damaged_state():
 
 def test_prepare_keeps_statistics_and_rejects_meta_parameters():
     strategy, model = AdaGC(), model_with_gradients(0)
+    for single in (ZClip(), AdaGC()):
+        single.prepare(nn.Parameter(torch.ones(3)))
+        shape = (1,) if single.per_tensor else ()
+        assert single.state["gamma" if single.per_tensor else "mean"].shape == shape
     with pytest.raises(ValueError, match="prepare"):
         strategy.prepare(nn.Linear(2, 2, device="meta"))
     strategy.prepare(model)

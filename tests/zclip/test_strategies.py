@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from zclip import AGC, AdaGC, GradientStabilizer, SkipStep
+from zclip import AGC, AdaGC, GradientStabilizer, GradStats, SkipStep
+from zclip.norm import Shard
 
 
 def parameters_with_gradients(seed: int, shapes=((7, 5), (5,), (3, 7, 2)), spike: float = 1.0) -> list[nn.Parameter]:
@@ -83,6 +84,15 @@ def test_skip_step_follows_its_equations():
     assert 8 < skipped < 20
 
 
+@pytest.mark.parametrize(("count", "skipped"), [(2, False), (3, True)])
+def test_skip_step_waits_for_half_a_window(count, skipped):
+    clip = SkipStep(window=9)
+    for norm in (1.0, 1.01, 1.0)[:count]:
+        clip.observe(torch.tensor(norm))
+    assert float(clip.observe(torch.tensor(100.0))) == 1 - skipped
+    assert bool(clip.telemetry["skipped"]) == skipped
+
+
 def test_skip_step_skips_nonfinite_losses_and_excludes_them():
     clip = SkipStep()
     for loss, coefficient in ((1.0, 1.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 1.0)):
@@ -115,6 +125,31 @@ def test_agc_follows_its_equation():
         assert clip.read_telemetry()["clipped_norm"] == pytest.approx(clipped_norm, rel=1e-6)
     with pytest.raises(ValueError, match="a norm alone"):
         clip.observe(torch.tensor(1.0))
+
+
+def test_stabilizer_adds_eps_to_the_root_of_the_second_moment():
+    assert float(GradientStabilizer(eps=0.25).observe(torch.tensor(1.0))) == pytest.approx(0.8, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [AdaGC, GradientStabilizer])
+def test_coefficient_of_a_zero_gradient_is_one(make):
+    norms = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    result = make().clip(GradStats(norms.norm(), norms), make().initial_state(torch.zeros_like(norms)))
+    assert result.coefficients.tolist() == pytest.approx([1.0, 0.25])
+
+
+def test_agc_rejects_flattened_weights_and_leaves_zero_gradients():
+    one, norm = nn.Parameter(torch.ones(2, 2)), torch.ones((), dtype=torch.float64)
+    stats = GradStats(
+        norm, norm.reshape(1), shards=[Shard(one, ())], gradients=[torch.tensor([[0.0, 0.0], [3.0, 4.0]])]
+    )
+    result = AGC().clip(stats, {})
+    assert result.coefficients[0].flatten().tolist() == pytest.approx([1.0, 0.01 * 2**0.5 / 5], rel=1e-6)
+    assert result.clipped_norm.dtype == result.telemetry["clipped_units"].dtype == torch.float64
+    flattened = stats._replace(shards=[Shard(one, (object(),))])
+    with pytest.raises(ValueError) as error:
+        AGC().clip(flattened, {})
+    assert str(error.value) == "AGC needs the rows of weights, which FSDP1 flattens: shard with FSDP2 instead"
 
 
 @pytest.mark.parametrize("make", [AdaGC, GradientStabilizer, AGC])

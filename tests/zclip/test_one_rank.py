@@ -1,0 +1,98 @@
+"""A process group of one rank, and DTensors on a mesh of one rank, change nothing; tests/distributed has several."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip.norm import parameters_of
+
+STRATEGIES = [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC]
+SHAPES = [(4, 3), (5,), (2, 3, 2), (6, 1)]
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def mesh(group) -> DeviceMesh:
+    return init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+
+
+def drawn(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights and gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)) for shape in SHAPES]
+
+
+def plain(seed: int) -> list[nn.Parameter]:
+    parameters = []
+    for weight, gradient in drawn(seed):
+        parameters.append(nn.Parameter(weight))
+        parameters[-1].grad = gradient
+    return parameters
+
+
+def distributed(seed: int, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """The same as DTensors of several placements, but for the last one; one gradient has another placement."""
+    placements = [(Replicate(), Shard(0)), (Shard(0), Shard(0)), (Replicate(), Shard(1)), None]
+    parameters = []
+    for i, ((weight, gradient), where) in enumerate(zip(drawn(seed), placements, strict=True)):
+        if where is None:
+            parameters.append(nn.Parameter(weight))
+            parameters[-1].grad = gradient
+        else:
+            parameters.append(nn.Parameter(distribute_tensor(weight, mesh, where)))
+            parameters[-1].grad = distribute_tensor(gradient, mesh, (Replicate(), Replicate()) if i == 0 else where)
+    return parameters
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def assert_same_step(ours: ClippingStrategy, other: ClippingStrategy, parameters, expected, **arguments) -> None:
+    torch.testing.assert_close(ours.step(parameters, **arguments), other.step(expected))
+    for p, q in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad)
+    assert ours.read_telemetry() == pytest.approx(other.read_telemetry(), nan_ok=True)
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_group_of_one_rank_changes_nothing(make, group):
+    ours, other = make(), make()
+    for t in range(3):
+        assert_same_step(ours, other, plain(t), plain(t), process_group=group)
+    for p in (without := plain(0)):
+        p.grad = None
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        ours.step(without, process_group=group)
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_mesh_of_one_rank_changes_nothing(make, mesh):
+    ours, other = make(), make()
+    for t in range(3):
+        parameters = distributed(t, mesh)
+        assert_same_step(ours, other, parameters, plain(t))
+        assert parameters[0].grad.placements == parameters[0].placements
+    for p in (without := distributed(0, mesh)):
+        p.grad = None
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        ours.step(without)
+
+
+def test_groups_are_those_that_shard_a_parameter(mesh):
+    replicas, shards = mesh.get_group("replicas"), mesh.get_group("shards")
+    parameters = distributed(0, mesh)
+    assert [shard.groups for shard in parameters_of(parameters)] == [(shards,), (replicas, shards), (shards,), ()]
+    fsdp1 = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    assert [shard.groups for shard in parameters_of([fsdp1, fsdp1])] == [()], "one rank shards nothing"
