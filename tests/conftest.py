@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: tests run in parallel, and more threads spin while they wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from data import Source
 from tests.helpers import CHECKOUT, FSDP, TINY, kill_after, only_run, script, train
 
 #: The validation sets, if they lie beside the checkout.
 SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"
-
-# Tests run in parallel; more threads in each would slow all of them down.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

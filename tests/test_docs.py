@@ -5,9 +5,11 @@ that make runs short. Sweeps and runs on GPUs are planned (`plan=true`). `HUB` l
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import datasets
 import pytest
 import torch
 import zstandard
+from hydra import compose, initialize_config_dir
 from torch import nn
 
+from experiments.paper.tables_and_figures import SUITES
 from tests.helpers import CHECKOUT, TINY, compose_config, copy_run
 from tests.process_pool import run, run_ranks
 from zclip import ClippingStrategy
@@ -52,7 +56,7 @@ def programs(words: Sequence[str]) -> Iterator[list[str]]:
         )
         assert listing.returncode == 0, listing.stderr
         found = [shlex.split(line)[1:] for line in listing.stdout.splitlines() if "/python " in line]
-        found = [program for program in found if not program[0].startswith("-m")]
+        found = [program for program in found if program[0] == "train.py" or program[0].startswith("scripts/")]
         assert found or {*words[1:]} <= OTHER_TARGETS, listing.stdout
         yield from found
     elif any(word.endswith("train.sbatch") for word in words):
@@ -72,7 +76,7 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
         if "resume" in given or "--cfg" in given or "plan" in given:
             return arguments
         if "-m" in arguments or any(argument in GPU for argument in arguments):
-            return [*arguments, "plan=true"]
+            return [*("seed=0" if a == "seed=0,1,2" else a for a in arguments), "plan=true"]
         added = [a for a in TINY if not a.startswith("trainer.max_steps")]
         added += ["trainer.max_steps=4", f"paths.cache={data['cache']}"]
         added += [f"data.path={data['corpus']}"] if not {"data", "data.path"} & given else []
@@ -99,18 +103,50 @@ def reader(finished_run: Path, corpus: Path, cache: Path, sets: Path, tmp_path: 
     return tmp_path, {"corpus": corpus, "cache": cache, "sets": sets}
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands(d)], ids=lambda d: d.name)
+WITH_COMMANDS = pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands(d)], ids=lambda d: d.name)
+
+
+@WITH_COMMANDS
+def test_commands_of_document_name_programs_and_settings(document):
+    """Each program exists; a configuration is composed of each command's overrides, with the first value of a sweep."""
+    for words in commands(document):
+        for program, *arguments in programs(words):
+            overrides = [argument for argument in arguments if not argument.startswith("-") and argument != "zclip"]
+            if "-m" in arguments:
+                suites = {
+                    suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")
+                }
+                assert suites <= {*SUITES}, words
+                overrides = ["experiment=paper" if o.startswith("experiment=") else o for o in overrides]
+                overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
+            try:
+                if "model=hf" in arguments:
+                    continue  # the folder does not exist
+                if program == "train.py":
+                    compose_config(*(o for o in overrides if o != "job"))
+                elif program == "scripts/evaluate.py":
+                    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+                        compose("evaluate", overrides=overrides)
+                else:
+                    assert program == "-m" or (CHECKOUT / program).is_file(), program
+            except Exception as error:
+                raise AssertionError(shlex.join(words)) from error
+
+
+@pytest.mark.slow
+@WITH_COMMANDS
 def test_commands_of_document_run(document, reader):
     folder, data = reader
     for words in commands(document):
         for program, *arguments in programs(words):
             if any(hub in word for word in arguments for hub in HUB):
-                overrides = [a for a in arguments if a.startswith(("data", "eval", "model")) and program == "train.py"]
-                compose_config(*overrides)
                 continue
             arguments = shortened(program, arguments, data)
             (*_, devices) = (1, *(int(a.partition("=")[2]) for a in arguments if a.startswith("trainer.devices=")))
-            if devices > 1:
+            if program == "-m":
+                command, env = [sys.executable, program, *arguments], {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+                done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+            elif devices > 1:
                 done = run_ranks(program, *arguments, processes=devices, cwd=folder)
             else:
                 done = run(program, *arguments, cwd=folder)

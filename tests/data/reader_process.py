@@ -1,4 +1,4 @@
-"""Stands in for a training job: `python -m tests.data.reader_process FOLDER WORLD MICRO STEPS`, which tests kill.
+"""Stands in for a training job, as a job of `processes` that tests kill.
 
 It reads the tokens in the folder. If the folder has a `text` folder, it streams that with the tokenizer in `tokenizer`.
 
@@ -7,8 +7,6 @@ so, the position is saved, as in a checkpoint. A job that is started again resum
 """
 
 import json
-import os
-import sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -62,9 +60,8 @@ def run_rank(folder: Path, world: int, micro: int, steps: int, rank: int, barrie
             barrier.wait()
 
 
-if __name__ == "__main__":
-    os.setpgid(0, 0)  # so that one signal kills all ranks
-    folder, (world, micro, steps) = Path(sys.argv[1]), map(int, sys.argv[2:])
+def run_ranks(folder: Path, world: int, micro: int, steps: int) -> None:
+    """Run the ranks of a job to their ends."""
     context = get_context("fork")
     barrier = context.Barrier(world)
     ranks = [
@@ -74,3 +71,4 @@ if __name__ == "__main__":
         process.start()
     for process in ranks:
         process.join()
+    assert [process.exitcode for process in ranks] == [0] * world

@@ -2,11 +2,7 @@
 
 import itertools
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,7 +13,8 @@ from data import BatchShare, ShuffledDataset, TokenDataset, TrainLoader
 from data.tokenizer import train_tokenizer
 from tests.data import reader_process
 from tests.data.arrays import token_array
-from tests.helpers import CHECKOUT
+from tests.data.processes import Job
+from tests.helpers import SLOW
 
 
 @pytest.fixture
@@ -92,40 +89,28 @@ def test_batches_are_skipped_once(loader):
         loader(skipped_batches=4).load_state_dict(resumed_again.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("mode", "times"),
-    [
-        ("stream", 5),
-        pytest.param("stream", 20, marks=pytest.mark.slow),
-        pytest.param("prepared", 20, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, times, tmp_path):
+@pytest.mark.parametrize(("mode", "kills"), [("stream", 3), ("prepared", 3), SLOW("stream", 10), SLOW("prepared", 10)])
+def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, kills, tmp_path):
     """Real processes are killed at random moments, and resumed on another number of ranks each time."""
     if mode == "prepared":
         token_array(tmp_path, np.arange(501, dtype=np.uint16), 207, 3)
     else:
         write_text(tmp_path)
-    steps, max_steps_per_job = (1500, 60) if mode == "prepared" else (700, 25)
-    rng, kills = random.Random(0), 0
+    rng, steps = random.Random(0), 30 * (kills + 1)
     state = tmp_path / "state.json"
     worlds = itertools.cycle([(4, 2), (1, 8), (2, 1), (4, 1), (2, 4), (1, 2)])
 
     def done() -> int:
         return json.loads(state.read_text())["sequences_consumed"] // 8 if state.exists() else 0
 
-    while done() < steps:
-        world, micro = next(worlds)
-        command = [sys.executable, "-m", "tests.data.reader_process", str(tmp_path), str(world), str(micro), str(steps)]
-        before, steps_until_kill = done(), rng.randint(1, max_steps_per_job)
-        job = subprocess.Popen(command, cwd=CHECKOUT)
-        while job.poll() is None and (kills >= times or done() < before + steps_until_kill):
+    for kill in range(kills + 1):
+        before, steps_until_kill = done(), rng.randint(1, 25)
+        job = Job(tmp_path / "output", reader_process.run_ranks, tmp_path, *next(worlds), steps)
+        while job.running and (kill == kills or done() < before + steps_until_kill):
             time.sleep(0.001)
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            kills += 1
-        job.wait()
-    assert kills == times and done() == steps
+        job.kill()
+        assert job.status in (-9, 0), job.output
+    assert job.status == 0 and done() == steps, job.output
 
     reference = iter(reader_process.loader(tmp_path, steps, 8))
     for step in range(steps):

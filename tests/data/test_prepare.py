@@ -4,34 +4,38 @@ import json
 import lzma
 import random
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from data import Corpus, Mixture, Source, open_tokens, prepare
+import common.files
+from common.errors import UserError
+from data import Corpus, Mixture, Source, Tokens, open_tokens, prepare
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
-from tests.helpers import CHECKOUT
-
-
-def corpus_of(path: Path, **settings) -> Corpus:
-    return Corpus((Source(name="text", path=str(path)),), **{"vocab_size": 300, "val_fraction": 0.2, **settings})
+from tests.data.preparation import PART_TOKENS, corpus_of, prepare_lines, write_lines
+from tests.data.processes import Job
+from tests.helpers import SLOW
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory, corpus) -> Path:
-    """A file of 2,000 short documents, of which 100 are duplicates."""
-    file = tmp_path_factory.mktemp("lines") / "lines.jsonl"
-    words = " ".join(p.read_text() for p in sorted(corpus.glob("*.txt"))).split()
-    rng = random.Random(0)
-    texts = [" ".join(words[i : i + rng.randint(5, 60)]) for i in rng.sample(range(len(words) - 60), 1900)]
-    texts += texts[:100]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return file
+def lines(tmp_path_factory) -> Path:
+    """A file of 300 short documents, of which 20 are duplicates."""
+    return write_lines(tmp_path_factory.mktemp("lines") / "lines.jsonl")
+
+
+@pytest.fixture(scope="module")
+def reference(lines, tmp_path_factory) -> Tokens:
+    """Tokens that a preparation without interruption makes of the lines without duplicates."""
+    cache = tmp_path_factory.mktemp("reference")
+    tokens = prepare(corpus_of(lines, deduplicate=True), cache, 16, part_tokens=PART_TOKENS)
+    assert tokens.facts["duplicates"] == 20 and len(tokens.facts["train"]["parts"]) > 10
+    return tokens
 
 
 def contents(tokens) -> dict[str, np.ndarray]:
@@ -42,22 +46,25 @@ def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(contents(one).values(), contents(other).values(), strict=True))
 
 
-def test_tokens_are_prepared_once_and_cached(corpus, tmp_path, capsys):
-    from rich.console import Console
+def without_cache_key(facts: dict) -> dict:
+    """Facts that do not depend on where the text lies and when it was written."""
+    return {key: value for key, value in facts.items() if key != "cache_key"}
 
+
+def test_tokens_are_prepared_once_and_cached(lines, tmp_path, capsys):
     console = Console(force_terminal=False)
-    first = prepare(corpus_of(corpus), tmp_path, 16, console)
+    first = prepare(corpus_of(lines), tmp_path, 16, console)
     assert "training a byte-level BPE of 300 tokens" in capsys.readouterr().out
-    again = prepare(corpus_of(corpus), tmp_path, 16, console)
+    again = prepare(corpus_of(lines), tmp_path, 16, console)
     assert capsys.readouterr().out == ""
     assert again.fingerprint == first.fingerprint and same(first, again) and first.train.dtype == np.uint16
     assert [p.name for p in tmp_path.glob("[!.]*")] == [first.folder.name]
     assert not list(first.folder.glob(".saving-*")) and not (first.folder / "journal.json").exists()
-    other = prepare(corpus_of(corpus, vocab_size=301), tmp_path, 16)
+    other = prepare(corpus_of(lines, vocab_size=301), tmp_path, 16)
     assert other.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("part_tokens", [300, 20_000, 1 << 26])
+@pytest.mark.parametrize("part_tokens", [400, 5_000, 1 << 26])
 def test_every_document_is_complete_for_any_part_size(lines, part_tokens, tmp_path):
     tokens = prepare(corpus_of(lines), tmp_path, 16, part_tokens=part_tokens)
     tokenizer = load_tokenizer(str(tokens.folder))
@@ -81,51 +88,101 @@ def test_every_document_is_complete_for_any_part_size(lines, part_tokens, tmp_pa
     assert (len(tokens.facts["train"]["parts"]) > 1) == (part_tokens < 1 << 26)
 
 
-PREPARE = """
-import sys
-from pathlib import Path
-from rich.console import Console
-from data import Corpus, Source, prepare
-corpus = Corpus((Source(name="text", path=sys.argv[1]),), vocab_size=300, val_fraction=0.2, deduplicate=True)
-prepare(corpus, Path(sys.argv[2]), 16, Console(force_terminal=False), part_tokens=int(sys.argv[3]))
-"""
+def snapshots_of(preparation: Callable[[], object], cache: Path, folder: Path, patch: pytest.MonkeyPatch) -> list[Path]:
+    """Return copies of the cache at the moments of a preparation that matter: what a kill there leaves.
+
+    For each file these are: half of it written under its temporary name, all of it, and its final name.
+    """
+    copies: list[Path] = []
+    sync = common.files.sync
+
+    def copy() -> Path:
+        copies.append(shutil.copytree(cache, folder / str(len(copies))))
+        return copies[-1]
+
+    def sync_and_copy(path: Path) -> None:
+        sync(path)
+        copied = copy() / path.relative_to(cache)
+        if path.is_file():
+            with copied.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+            copy()
+
+    with patch.context() as patched:
+        patched.setattr(common.files, "sync", sync_and_copy)
+        preparation()
+    return copies
 
 
-def start_preparation(path: Path, cache: Path, part_tokens: int = 2000, before: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", before + PREPARE, str(path), str(cache), str(part_tokens)]
-    return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("documents", [60, SLOW(120)])
+def test_preparation_killed_at_any_moment_resumes_to_the_same_tokens(documents, tmp_path, monkeypatch):
+    lines = write_lines(tmp_path / "lines.jsonl", documents, duplicates=10)
+    corpus = corpus_of(lines, deduplicate=True)
+    whole = prepare(corpus, tmp_path / "whole", 16, part_tokens=PART_TOKENS // 2)
+    assert whole.facts["duplicates"] == 10 and len(whole.facts["train"]["parts"]) >= 3
+
+    def preparation() -> None:
+        prepare(corpus, tmp_path / "cache", 16, part_tokens=PART_TOKENS // 2)
+
+    copies = snapshots_of(preparation, tmp_path / "cache", tmp_path / "copies", monkeypatch)
+    written = len(whole.facts["files"]) + len(whole.facts["train"]["parts"]) + 2  # with journals and the manifest
+    assert len(copies) >= 3 * written
+    for number, cache in enumerate(copies):
+        tokens = prepare(corpus, cache, 16, part_tokens=PART_TOKENS // 2)
+        assert same(tokens, whole), number
+        assert tokens.facts == whole.facts, number
 
 
-def test_killed_preparations_end_with_the_same_tokens(lines, tmp_path):
-    reference = prepare(corpus_of(lines, deduplicate=True), tmp_path / "reference", 16, part_tokens=2000)
-    assert reference.facts["duplicates"] == 100 and len(reference.facts["train"]["parts"]) > 10
-    rng, continued = random.Random(0), 0
-    for _ in range(12):
-        process = start_preparation(lines, tmp_path / "killed")
-        before = time.time()
-        while process.poll() is None:  # at a random part after the existing ones
-            journal = next(tmp_path.glob("killed/tokens-*/journal.json"), None)
-            if journal is not None and journal.stat().st_mtime > before and rng.random() < 0.2:
-                process.kill()
-            time.sleep(0.002)
-        out, err = process.communicate()
-        continued += "continuing" in out
-        if process.returncode == 0:
-            break
-        assert process.returncode == -9, err
-    tokens = prepare(corpus_of(lines, deduplicate=True), tmp_path / "killed", 16, part_tokens=2000)
-    assert continued >= 2
+def journal_parts(cache: Path) -> int:
+    """Number of parts in the journal of the only preparation; -1 if there is none, and many after the last."""
+    if list(cache.glob("tokens-*/tokens.json")):
+        return 1 << 30
+    journal = next(cache.glob("tokens-*/journal.json"), None)
+    return -1 if journal is None else len(json.loads(journal.read_text())["parts"])
+
+
+def check_finished(cache: Path, reference: Tokens) -> None:
+    (folder,) = cache.glob("tokens-*")
+    tokens = open_tokens(folder, verify=True)
     assert tokens.fingerprint == reference.fingerprint and same(tokens, reference)
-    assert {**tokens.facts, "cache_key": None} == {**reference.facts, "cache_key": None}
+    assert without_cache_key(tokens.facts) == without_cache_key(reference.facts)
 
 
-def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, corpus, tmp_path, monkeypatch):
+def test_killed_preparations_end_with_the_same_tokens(lines, reference, tmp_path):
+    """Processes kill themselves within a part: 10 synchronizations write a part, and 6 what is before the first."""
+    for syncs, parts in ((33, 2), (5, 2), (47, 6), (None, 6)):
+        job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", syncs)
+        output = job.wait()
+        assert job.status == (0 if syncs is None else -9), output
+        assert syncs is None or journal_parts(tmp_path / "cache") == parts, output
+    assert output.count("continuing") == 3
+    check_finished(tmp_path / "cache", reference)
+
+
+@pytest.mark.parametrize("kills", [1, SLOW(8)])
+def test_preparations_killed_at_random_times_end_with_the_same_tokens(kills, lines, reference, tmp_path):
+    rng = random.Random(0)
+    for _ in range(kills):
+        complete = journal_parts(tmp_path / "cache")
+        job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache")
+        while job.running and journal_parts(tmp_path / "cache") <= complete:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        job.kill()
+        assert job.status in (-9, 0), job.output
+    last = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache")
+    last.wait()
+    assert last.status == 0, last.output
+    check_finished(tmp_path / "cache", reference)
+
+
+def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, tmp_path, monkeypatch):
     """Some sources have no document in some parts."""
     rare = tmp_path / "rare.jsonl"
-    rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(100)))
-    sources = (Source(name="lines", path=str(lines), weight=200), Source(name="rare", path=str(rare)))
+    rare.write_text("".join(json.dumps({"text": f"rare document {i} " * 5}) + "\n" for i in range(30)))
+    sources = (Source(name="lines", path=str(lines), weight=100), Source(name="rare", path=str(rare)))
     settings = Corpus(sources, vocab_size=300, val_fraction=0.2)
-    reference = prepare(settings, tmp_path / "reference", 16, part_tokens=3000)
+    whole = prepare(settings, tmp_path / "whole", 16, part_tokens=PART_TOKENS)
     module, stops = sys.modules["data.prepare"], 0
     write, write_atomic, stopping = module.write_part, module.write_atomic, [False]
 
@@ -143,35 +200,30 @@ def test_preparation_stopped_after_every_part_has_the_same_tokens(lines, corpus,
     while not list((tmp_path / "pieces").glob("*/tokens.json")):
         stopping[0] = False
         try:
-            pieces = prepare(settings, tmp_path / "pieces", 16, part_tokens=3000)
+            pieces = prepare(settings, tmp_path / "pieces", 16, part_tokens=PART_TOKENS)
         except KeyboardInterrupt:
             stops += 1
-    assert stops > 10 and pieces.fingerprint == reference.fingerprint and same(reference, pieces)
+    assert stops > 10 and pieces.fingerprint == whole.fingerprint and same(whole, pieces)
 
 
 def test_concurrent_processes_prepare_once(lines, tmp_path):
-    processes = [start_preparation(lines, tmp_path) for _ in range(3)]
-    results = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], results
-    outputs = [out for out, _ in results]
-    assert sum("training a byte-level BPE" in out for out in outputs) == 1
-    assert sum("waiting for another process" in out or out == "" for out in outputs) == 2
+    jobs = [Job(tmp_path / f"output-{i}", prepare_lines, lines, tmp_path / "cache") for i in range(3)]
+    outputs = [job.wait() for job in jobs]
+    assert [job.status for job in jobs] == [0, 0, 0], outputs
+    assert sum("training a byte-level BPE" in output for output in outputs) == 1, outputs
+    assert sum("waiting for another process" in output or output == "" for output in outputs) == 2, outputs
 
 
-def test_full_disk_is_one_sentence_and_preparation_resumes(lines, tmp_path):
-    """A limit on the size of files stands in for the full disk."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-    first = start_preparation(lines, tmp_path)
-    while first.poll() is None and not list(tmp_path.glob("tokens-*/train-00003.npy")):
-        time.sleep(0.002)
-    first.kill()
-    first.communicate()
-    full = start_preparation(lines, tmp_path, before=limit)
-    _, err = full.communicate()
-    assert full.returncode == 1
-    assert "cannot be written (File too large): complete parts are kept, and the same command continues" in err
-    tokens = prepare(corpus_of(lines, deduplicate=True), tmp_path, 16, part_tokens=2000)
-    assert same(tokens, prepare(corpus_of(lines, deduplicate=True), tmp_path / "other", 16, part_tokens=2000))
+def test_full_disk_is_one_sentence_and_preparation_resumes(lines, reference, tmp_path):
+    """A limit on the size of files stands in for the full disk. The journal grows beyond it."""
+    killed = Job(tmp_path / "killed", prepare_lines, lines, tmp_path / "cache", 36)
+    killed.wait()
+    full = Job(tmp_path / "full", prepare_lines, lines, tmp_path / "cache", None, 4096)
+    message = "cannot be written (File too large): complete parts are kept, and the same command continues"
+    assert message in full.wait() and full.status == 1, full.output
+    assert journal_parts(tmp_path / "cache") >= 2, full.output
+    resumed = prepare(corpus_of(lines, deduplicate=True), tmp_path / "cache", 16, part_tokens=PART_TOKENS)
+    assert same(resumed, reference)
 
 
 def test_truncated_file_is_named(lines, tmp_path):
@@ -184,7 +236,7 @@ def test_truncated_file_is_named(lines, tmp_path):
 
 
 def test_damaged_file_is_named(lines, tmp_path):
-    reference = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=100_000)
+    reference = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=4_000)
     assert len(reference.facts["train"]["parts"]) > 1
     assert reference.facts["files"].keys() == {p.name for p in reference.folder.iterdir()} - {"tokens.json"}
     for name in reference.facts["files"]:
@@ -253,10 +305,8 @@ def test_existing_tokenizer_is_used(lines, tmp_path):
 def test_text_shorter_than_a_sequence_is_rejected(lines, tmp_path):
     with pytest.raises(ValueError, match=r"sequence_length=10000000 is longer than the text: the text has .* bytes"):
         corpus_of(lines).check(tmp_path, 10_000_000)
-    with pytest.raises(
-        ValueError, match=r"sequence_length=100000 is longer than the text: the test text has \S+ tokens"
-    ):
-        prepare(corpus_of(lines), tmp_path, 100_000)
+    with pytest.raises(ValueError, match=r"sequence_length=4000 is longer than the text: the test text has \S+ tokens"):
+        prepare(corpus_of(lines), tmp_path, 4_000)
 
 
 def test_damaged_journal_is_reported(lines, tmp_path, monkeypatch):
@@ -273,6 +323,16 @@ def test_damaged_journal_is_reported(lines, tmp_path, monkeypatch):
     journal.write_text(journal.read_text().replace('"complete": false', '"complete": true'))
     with pytest.raises(ValueError, match=r"journal.json is damaged \(.*\): remove the folder"):
         prepare(corpus_of(lines), tmp_path, 16)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink])
+def test_damaged_part_of_an_interrupted_preparation_is_named(damage, lines, tmp_path):
+    job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", 36)
+    job.wait()
+    (file,) = (tmp_path / "cache").glob("*/train-00001.documents.npy")
+    damage(file)
+    with pytest.raises(UserError, match=rf"{file} is damaged \(it does not have .*\): remove the folder {file.parent}"):
+        prepare(corpus_of(lines, deduplicate=True), tmp_path / "cache", 16, part_tokens=PART_TOKENS)
 
 
 @pytest.mark.parametrize(

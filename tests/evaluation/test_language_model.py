@@ -1,17 +1,21 @@
 """LlamaLM against lm-eval's `hf` backend on the exported model."""
 
+import random
+
 import pytest
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
-from evaluation.tasks import load_tasks
 from models import Llama, LlamaConfig
 from models.hugging_face import export
-
-CPU = torch.device("cpu")
+from models.scoring import Score
+from tests import gloo_pool
+from tests.evaluation.known_models import CPU, Uniform
+from tests.helpers import SLOW
 
 
 @pytest.fixture(scope="module", params=[96, 1024])
@@ -35,13 +39,14 @@ def both(request, tokenizer, tmp_path_factory) -> tuple[LlamaLM, HFLM]:
     return LlamaLM(model, tokenizer, CPU), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
 
 
-@pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
-@pytest.mark.parametrize("num_fewshot", [0, 2])
-def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, sets):
+@pytest.mark.parametrize(
+    "task, num_fewshot", [("hellaswag", 0), ("winogrande", 0), ("winogrande", 2), SLOW("hellaswag", 2)]
+)
+def test_item_scores_equal_the_hf_backend(both, task, num_fewshot, load):
     responses: list[list[tuple[float, bool]]] = []
     results = []
     for model in both:
-        loaded = load_tasks(task, [sets], num_fewshot)
+        loaded = load(task, num_fewshot)
         results.append(score_task(model, task, loaded, limit=30, seed=0))
         responses.append([instance.resps[0] for instance in loaded["tasks"][task].instances])
     assert len(responses[0]) == len(responses[1]) == 30 * (4 if task == "hellaswag" else 2)
@@ -56,7 +61,11 @@ def instances(kind: str, *arguments) -> list[Instance]:
 
 def test_empty_shared_and_space_terminated_contexts(both):
     requests = instances(
-        "loglikelihood", ("", "The trophy"), ("The trophy ", "fits"), ("The trophy", " fits"), ("a", " b")
+        "loglikelihood",
+        ("", "The trophy"),
+        ("The trophy ", "fits"),
+        ("The trophy", " fits"),
+        ("a", " b"),
     )
     ours, reference = (model.loglikelihood(requests, disable_tqdm=True) for model in both)
     for (value, greedy), (expected, expected_greedy) in zip(ours, reference, strict=True):
@@ -75,3 +84,62 @@ def test_greedy_generation_equals_the_hf_backend(both):
     requests = instances("generate_until", ("The trophy does not fit into the", settings), ("Once", settings))
     ours, reference = (model.generate_until(requests, disable_tqdm=True) for model in both)
     assert ours == reference and all(ours)
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True}, {"temperature": 0.5}])
+def test_generation_that_samples_is_an_error(tokenizer, settings):
+    model = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
+    with pytest.raises(ValueError, match="a task that samples its answers cannot be evaluated"):
+        model.generate_until(instances("generate_until", ("Once", settings)))
+
+
+class Dictated(Uniform):
+    """Generates given tokens, and records its inputs."""
+
+    def __init__(self, vocab_size: int, tokens: list[int], context: int) -> None:
+        super().__init__(vocab_size, [], context)
+        self.tokens, self.inputs = tokens, []
+
+    def __call__(self, inputs):
+        self.inputs.append(inputs[0].tolist())
+        token = torch.tensor(self.tokens[len(self.inputs) - 1])
+        return torch.nn.functional.one_hot(token, self.config.vocab_size).expand(1, inputs.shape[1], -1)
+
+
+def test_generation_ends_at_the_end_token_and_stays_in_the_context(tokenizer):
+    """The context of four tokens holds the last four."""
+    before, after = (tokenizer.tokenizer.encode(text).ids for text in ("Once", " the trophy fits into the suitcase"))
+    model = Dictated(tokenizer.size, [*after, tokenizer.end, *after], context=4)
+    requests = instances("generate_until", ("Once", {"until": "\n"}))
+    assert LlamaLM(model, tokenizer, CPU).generate_until(requests) == [" the trophy fits into the suitcase"]
+    tokens = [*before, *after]
+    assert model.inputs == [tokens[max(0, end - 4) : end] for end in range(len(before), len(tokens) + 1)]
+
+
+def scores_of_rank(rank: int, world: int, tokenizer, texts: list[tuple[None, list[int], list[int]]]) -> list[Score]:
+    """Return the scores of texts by a model of any number of processes."""
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        initializer_range=0.5,
+    )
+    return LlamaLM(Llama(config).eval(), tokenizer, CPU, batch_tokens=32)._loglikelihood_tokens(texts)
+
+
+def test_all_processes_have_the_scores_of_one(tokenizer):
+    draw = random.Random(0)
+    lengths = [(draw.randint(1, 9), draw.randint(1, 20)) for _ in range(20)]
+    texts = [(None, *([draw.randrange(tokenizer.size) for _ in range(length)] for length in pair)) for pair in lengths]
+    expected = scores_of_rank(0, 1, tokenizer, texts)
+    for results in gloo_pool.run(scores_of_rank, 2, tokenizer, texts):
+        for ours, reference in zip(results, expected, strict=True):
+            assert ours.log_likelihood == pytest.approx(reference.log_likelihood, rel=1e-5)
+            assert ours.greedy == reference.greedy

@@ -1,63 +1,26 @@
 """Scores from end to end, of oracle, inverted-oracle and uniform models, and computed by hand."""
 
+import json
 import math
-import multiprocessing
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import yaml
+from lm_eval.tasks import TaskManager
 
 from evaluation.language_model import LlamaLM
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
-from evaluation.tasks import TaskError, load_tasks, sample
+from evaluation.tasks import TaskError, sample
 from models import Llama, LlamaConfig
-from tests.evaluation.conftest import items
+from tests import gloo_pool
+from tests.evaluation.conftest import HELLASWAG_ITEMS, items
+from tests.evaluation.known_models import CPU, Oracle, Recorder, Uniform
 
-LIMIT = 150
-CPU = torch.device("cpu")
-
-
-class Oracle:
-    """Stands in for a `Llama`: a token is likely if it continues a known text.
-
-    It gets each token's context from the prefix tree, so that an error in the tree changes the scores.
-    """
-
-    def __init__(self, vocab_size: int, texts: list[list[int]]) -> None:
-        self.config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=2,
-            intermediate_size=1,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            max_position_embeddings=2048,
-        )
-        self.known = {tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)}
-
-    def score(self, tokens, tree, targets):
-        assert len(tree.query_index) == len(targets)
-        prefix_tokens = tree.prefixes.numel()
-        log_probs = []
-        for index, target in zip(tree.gather_index[tree.query_index].tolist(), targets.tolist(), strict=True):
-            if index < prefix_tokens:
-                number, last = divmod(index, tree.prefixes.shape[1])
-                row = tree.prefixes[number, : last + 1]
-            else:
-                number, last = divmod(index - prefix_tokens, tree.suffixes.shape[1])
-                row = tree.sequences[number][tree.visible[number, 0, last]]
-            assert tree.positions[row].tolist() == list(range(len(row)))
-            log_probs.append(0.0 if (*tokens[0, row].tolist(), target) in self.known else -9.0)
-        return torch.tensor(log_probs), torch.tensor([log_prob == 0.0 for log_prob in log_probs])
-
-
-class Uniform(Oracle):
-    """Every token is as likely as any other."""
-
-    def score(self, tokens, tree, targets):
-        return torch.full(targets.shape, -math.log(self.config.vocab_size)), torch.zeros(len(targets), dtype=torch.bool)
+LIMIT = 100
 
 
 def cleaned(text: str) -> str:
@@ -86,33 +49,31 @@ def texts(task: str, item: dict, right: bool) -> list[str]:
     return [context + end for number, context in enumerate(contexts) if (number == gold) == right]
 
 
-def scores(model, tokenizer, sets, task: str, num_fewshot: int = 0, limit: int | None = LIMIT) -> dict:
-    return score_task(LlamaLM(model, tokenizer, CPU), task, load_tasks(task, [sets], num_fewshot), limit, seed=0)
-
-
 @pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
 @pytest.mark.parametrize("right", [True, False])
-def test_oracle_scores_one_and_inverted_oracle_zero(task, right, sets, tokenizer):
-    all_items = items(sets, task)
+def test_oracle_scores_one_and_inverted_oracle_zero(task, right, sets, load, tokenizer):
+    all_items = items(sets, task)[: len(load(task)["tasks"][task].eval_docs)]
     drawn = [all_items[index] for index in sample(len(all_items), LIMIT, seed=0) or ()]
     known = [tokenizer.tokenizer.encode(text).ids for item in drawn for text in texts(task, item, right)]
-    results = scores(Oracle(tokenizer.size, known), tokenizer, sets, task)
+    oracle = LlamaLM(Oracle(tokenizer.size, known), tokenizer, CPU)
+    results = score_task(oracle, task, load(task), LIMIT, seed=0)
     assert results["items"] == LIMIT
     for metric in ("acc", "acc_norm") if task == "hellaswag" else ("acc",):
         assert results[metric] == (1.0 if right else 0.0)
 
 
-def test_uniform_model_scores_at_chance(sets, tokenizer):
-    uniform = Uniform(tokenizer.size, [])
-    results = scores(uniform, tokenizer, sets, "winogrande", limit=None)
+def test_uniform_model_scores_at_chance(sets, load, tokenizer):
+    uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
+    results = score_task(uniform, "winogrande", load("winogrande"), None, seed=0)
     answers = [item["answer"] for item in items(sets, "winogrande")]
     assert results["items"] == 1267 and results["acc"] == answers.count("1") / 1267, "the first option wins all ties"
     assert results["acc_stderr"] == pytest.approx(math.sqrt(results["acc"] * (1 - results["acc"]) / 1266))
-    results = scores(uniform, tokenizer, sets, "hellaswag", limit=2000)
+    results = score_task(uniform, "hellaswag", load("hellaswag"), None, seed=0)
+    assert results["items"] == HELLASWAG_ITEMS
     assert abs(results["acc"] - 0.25) < 0.05 and abs(results["acc_norm"] - 0.25) < 0.05
 
 
-def test_metrics_equal_those_computed_by_hand(sets, tokenizer):
+def test_metrics_equal_those_computed_by_hand(sets, load, tokenizer):
     """Two items of each task, from the logits of a real model alone."""
     torch.manual_seed(0)
     model = Llama(
@@ -134,17 +95,10 @@ def test_metrics_equal_those_computed_by_hand(sets, tokenizer):
             log_p = model(torch.tensor([full]))[0].log_softmax(-1)
         return sum(float(log_p[at - 1, full[at]]) for at in range(len(before), len(full)))
 
-    responses: dict[tuple[str, str], float] = {}
-
-    class Recorder(LlamaLM):
-        def loglikelihood(self, requests, **kwargs):
-            results = super().loglikelihood(requests)
-            responses.update({request.args: result[0] for request, result in zip(requests, results, strict=True)})
-            return results
-
+    recorder = Recorder(model, tokenizer)
     for task in ("hellaswag", "winogrande"):
-        responses.clear()
-        results = score_task(Recorder(model, tokenizer, CPU), task, load_tasks(task, [sets], 0), limit=2, seed=3)
+        results = score_task(recorder, task, load(task), limit=2, seed=3)
+        responses = recorder.recorded[-1]
         drawn = [item for item in items(sets, task) if set(pairs(task, item)) <= responses.keys()]
         assert len(drawn) == 2 and results["items"] == 2
         right, right_normed = 0, 0
@@ -152,7 +106,7 @@ def test_metrics_equal_those_computed_by_hand(sets, tokenizer):
             requests = pairs(task, item)
             sums = [likelihood(*pair) for pair in requests]
             for pair, by_hand in zip(requests, sums, strict=True):
-                assert responses[pair] == pytest.approx(by_hand, abs=1e-3)
+                assert responses[pair].log_likelihood == pytest.approx(by_hand, abs=1e-3)
             gold = hellaswag(item)[2] if task == "hellaswag" else winogrande(item)[2]
             right += max(range(len(sums)), key=sums.__getitem__) == gold
             # lm-eval divides by the characters of the ending without its leading space.
@@ -172,47 +126,56 @@ def pairs(task: str, item: dict) -> list[tuple[str, str]]:
     return [(context, end) for context in contexts]
 
 
-def test_fewshot_examples_are_other_items(sets, tokenizer):
-    known = [tokenizer.tokenizer.encode(text).ids for text in ["a"]]
-    model = Oracle(tokenizer.size, known)
-    contexts: list[str] = []
-
-    class Recorder(LlamaLM):
-        def loglikelihood(self, requests, **kwargs):
-            contexts.extend(request.args[0] for request in requests)
-            return super().loglikelihood(requests)
-
-    results = score_task(Recorder(model, tokenizer, CPU), "winogrande", load_tasks("winogrande", [sets], 3), 20, 0)
+def test_fewshot_examples_are_other_items(sets, load, tokenizer):
+    recorder = Recorder(Oracle(tokenizer.size, [tokenizer.tokenizer.encode("a").ids]), tokenizer)
+    results = score_task(recorder, "winogrande", load("winogrande", 3), 20, 0)
     sentences = {text for item in items(sets, "winogrande") for text in texts("winogrande", item, True)}
-    for context in contexts:
+    (responses,) = recorder.recorded
+    assert len(responses) == 40
+    for context, _ in responses:
         *solved, question = context.split("\n\n")
         assert len(solved) == 3 and sentences.issuperset(solved)
         assert not any(example.startswith(question) for example in solved)
     assert results["items"] == 20 and results["acc"] < 1
 
 
-def test_fewshot_examples_are_the_same_each_time(sets, tokenizer):
-    contexts: list[list[str]] = []
-
-    class Recorder(LlamaLM):
-        def loglikelihood(self, requests, **kwargs):
-            contexts.append([request.args[0] for request in requests])
-            return super().loglikelihood(requests)
-
-    loaded = load_tasks("winogrande", [sets], 2)
+def test_fewshot_examples_are_the_same_each_time(load, tokenizer):
+    recorder, loaded = Recorder(Uniform(tokenizer.size, []), tokenizer), load("winogrande", 2)
     for _ in range(2):
-        score_task(Recorder(Uniform(tokenizer.size, []), tokenizer, CPU), "winogrande", loaded, 20, 0)
-    assert contexts[0] == contexts[1]
+        score_task(recorder, "winogrande", loaded, 20, 0)
+    first, second = recorder.recorded
+    assert list(first) == list(second)
     with pytest.raises(TaskError, match=r"eval.tasks=winogrande cannot be scored \(Sample larger than population"):
-        scores(Uniform(tokenizer.size, []), tokenizer, sets, "winogrande", num_fewshot=5000)
+        score_task(recorder, "winogrande", load("winogrande", 5000), LIMIT, 0)
+
+
+def test_group_score_is_the_mean_of_its_tasks(tokenizer, tmp_path):
+    """The group has two tasks of local data, on which the model scores 1 of 4 and 1 of 2."""
+    for name, answers in (("four", [0, 1, 1, 1]), ("two", [0, 1])):
+        rows = [{"question": "Which", "answer": answer} for answer in answers]
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+        files = {"data_files": {"validation": f"{tmp_path}/{name}.json"}}
+        task = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": files,
+            "validation_split": "validation", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+            "doc_to_choice": ["first", "second"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "both", "task": ["four", "two"], "aggregate_metric_list": metrics}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["both"])
+    known = tokenizer.tokenizer.encode("Which first").ids
+    results = score_task(LlamaLM(Oracle(tokenizer.size, [known]), tokenizer, CPU), "both", loaded, None, 0)
+    assert results["items"] == 6 and results["acc"] == pytest.approx(2 / 6) and not results["drawn"]
 
 
 def cached(model, cache: ResponseCache) -> CachedLM:
     return CachedLM(model, cache.responses, cache.add, lambda done, total: None)
 
 
-def test_cached_responses_are_used_for_the_same_weights_only(sets, tokenizer, tmp_path):
-    loaded, path = load_tasks("winogrande", [sets], 0), tmp_path / ".task_scores-20-float32.jsonl"
+def test_cached_responses_are_used_for_the_same_weights_only(load, tokenizer, tmp_path):
+    loaded, path = load("winogrande"), tmp_path / ".task_scores-20-float32.jsonl"
     uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     results = score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0)
     assert uniform.num_texts == 40 and ResponseCache(path, "these").responses and uniform.num_truncated == 0
@@ -223,7 +186,7 @@ def test_cached_responses_are_used_for_the_same_weights_only(sets, tokenizer, tm
     assert ResponseCache(path, "those").responses == {} == ResponseCache(path, "these").responses
 
 
-def test_nan_responses_are_an_error_and_not_cached(sets, tokenizer, tmp_path):
+def test_nan_responses_are_an_error_and_not_cached(load, tokenizer, tmp_path):
     class Diverged(Uniform):
         def score(self, tokens, tree, targets):
             log_probs, greedy = super().score(tokens, tree, targets)
@@ -232,23 +195,22 @@ def test_nan_responses_are_an_error_and_not_cached(sets, tokenizer, tmp_path):
     cache = ResponseCache(tmp_path / "responses", "these")
     model = cached(LlamaLM(Diverged(tokenizer.size, []), tokenizer, CPU), cache)
     with pytest.raises(TaskError, match="the model's answers are not numbers: it has diverged, and has no score"):
-        score_task(model, "winogrande", load_tasks("winogrande", [sets], 0), 20, 0)
+        score_task(model, "winogrande", load("winogrande"), 20, 0)
     assert not cache.responses
 
 
-def add_scores(path: Path, first: int) -> None:
+def add_scores(rank: int, world: int, path: Path) -> None:
+    """Add scores of twenty steps while the other processes do."""
+    dist.init_process_group("gloo")
+    first = 100 * rank
+    dist.barrier()
     for step in range(first, first + 20):
         Scores(path).add(score_key("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
 
 
 def test_two_processes_add_scores_to_one_file(tmp_path):
     path = tmp_path / "task_scores.json"
-    processes = [multiprocessing.get_context("spawn").Process(target=add_scores, args=(path, at)) for at in (0, 100)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    gloo_pool.run(add_scores, 2, path)
     assert {score["step"] for score in Scores(path).all} == {*range(20), *range(100, 120)}
     Scores(path).remove_after(10)
     assert {score["step"] for score in Scores(path).all} == {*range(11)}

@@ -47,6 +47,7 @@ def test_changed_items_are_an_error(changed, sets, tmp_path):
         load_tasks("winogrande", [tmp_path], 0)
 
 
+@pytest.mark.slow
 def test_unknown_task_is_an_error(tmp_path):
     with pytest.raises(TaskError, match=r"eval.tasks=hellaswug is not known: it must be a task of lm-eval"):
         load_tasks("hellaswug", [tmp_path], 0)

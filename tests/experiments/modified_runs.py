@@ -4,12 +4,7 @@ import numpy as np
 
 from experiments.paper.collect import RunCollection
 from experiments.paper.tables_and_figures import SPIKE_LAB, RunSpec
-
-
-def modify(collection: RunCollection, change, diverged: set | None = None) -> RunCollection:
-    """Return the runs as returned by `change(spec, seed, run)`."""
-    runs = {key: change(*key, run) for key, run in collection.runs.items()}
-    return collection._replace(runs=runs, diverged=set(diverged or ()))
+from tests.experiments.written_runs import modify
 
 
 def with_result(collection: RunCollection, numbers: dict[RunSpec, dict], diverged: set | None = None) -> RunCollection:
@@ -21,7 +16,7 @@ def with_result(collection: RunCollection, numbers: dict[RunSpec, dict], diverge
         }
         return run._replace(result={**run.result, **modified})
 
-    return modify(collection, change, diverged)
+    return modify(collection, change, diverged or ())
 
 
 def with_loss(collection: RunCollection, losses: dict[RunSpec, object], diverged: set | None = None) -> RunCollection:
@@ -33,7 +28,7 @@ def with_loss(collection: RunCollection, losses: dict[RunSpec, object], diverged
         loss = losses[spec](seed, np.arange(len(run.metrics["loss"])), run.metrics["loss"])
         return run._replace(metrics={**run.metrics, "loss": loss})
 
-    return modify(collection, change, diverged)
+    return modify(collection, change, diverged or ())
 
 
 def with_excess_loss(collection: RunCollection, label: str, nats: list[float]) -> RunCollection:
@@ -47,7 +42,3 @@ def with_excess_loss(collection: RunCollection, label: str, nats: list[float]) -
         return loss
 
     return with_loss(collection, {SPIKE_LAB[label]["corrupted"]: losses})
-
-
-def without(collection: RunCollection, *keys) -> RunCollection:
-    return collection._replace(runs={key: run for key, run in collection.runs.items() if key not in keys})

@@ -8,8 +8,8 @@ from experiments.paper.collect import RunCollection
 from experiments.paper.measures import reach_final_loss
 from experiments.paper.tables_and_figures import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
 from experiments.paper.verdict import TOO_FEW_SEEDS, NotTestable, difference_by_seed, event_rate, measure_by_seed
-from tests.experiments.conftest import SEEDS
-from tests.experiments.modified_runs import modify, with_loss, with_result, without
+from tests.experiments.modified_runs import with_loss, with_result
+from tests.experiments.written_runs import SEEDS, modify, without
 
 LEAVES, _, HIGHER, FEWER, RECIPROCAL, THRESHOLD, ALPHA, NORMAL, OVERHEAD = CLAIMS
 
@@ -301,3 +301,11 @@ def test_losses_of_corrupted_batches_do_not_count_as_reached(everything):
     hard[138] = 900.0
     reached = reach_final_loss(late._replace(metrics={**run.metrics, "loss": hard}), one)
     assert reached.loss == pytest.approx(6 - 129.5 / 139) and reached.final_difference == pytest.approx(0, abs=1e-9)
+
+
+def test_run_that_reaches_the_loss_later_saves_nothing(everything):
+    run = everything.runs[RATES[1e-3]["fixed"], 0]
+    early, late = (
+        run._replace(metrics={**run.metrics, "loss": np.maximum(5.0, 6 - np.arange(140) / steps)}) for steps in (60, 90)
+    )
+    assert reach_final_loss(early, late).saved == 0 < 0.2 < reach_final_loss(late, early).saved < 0.35

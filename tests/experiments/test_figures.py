@@ -1,5 +1,7 @@
 """Figures and the report from run folders."""
 
+import base64
+import io
 import re
 
 import matplotlib.pyplot as plt
@@ -15,32 +17,38 @@ from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, STRATEGIES, TABLES
-from scripts.paper_runs import figure3
-from tests.experiments.conftest import SEEDS
+from scripts.paper_runs import draw_figures, figure3
+from tests.experiments.written_runs import SEEDS, modify
+from tests.helpers import SLOW
 
 
-def test_every_table_is_filled_and_every_figure_drawn(everything, tmp_path):
+def test_every_table_is_filled(everything):
     for table in TABLES.values():
         for label, cells in zip(table.rows, fill_table(table, everything).cells, strict=True):
             for column, cell in zip(table.columns, cells, strict=True):
                 assert len(cell.values) == 3, (table.name, label, column.header)
-    figures = {name: FIGURES[name](everything) for name in FIGURES}
-    for name, figure in figures.items():
-        figure.savefig(tmp_path / f"{name}.png", dpi=30)
-        assert (tmp_path / f"{name}.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("names", [("figure2", "figure9"), SLOW(tuple(FIGURES))], ids=["two", "all"])
+def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     verdicts = judge_claims(everything)
+    drawn = {name: figures[name] for name in names}
     page = report(
-        everything, verdicts, list(TABLES.values()), figures, ["figure99"], "micro", ["make it so"], "Made today."
+        everything, verdicts, list(TABLES.values()), drawn, ["figure99"], "micro", ["make it so"], "Made today."
     )
-    assert page.count("data:image/svg+xml;base64,") == len(FIGURES) and "figure99" in page
+    images = [base64.b64decode(image) for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert len(images) == len(names) and "figure99" in page
+    assert all(image.startswith(b"<?xml") and len(image) > 20_000 for image in images), [*map(len, images)]
+    assert not any(b"dc:date" in image for image in images), "equal figures are equal files"
     assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
     assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
+    assert all(f">{label}<" in page for label in STRATEGIES), "tables have their rows"
     text = verdicts_markdown(everything, verdicts, "micro")
     assert text.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in text
 
 
-def test_captions_name_missing_runs(everything):
+def test_captions_name_missing_runs(everything, figures):
     modified = {(STRATEGIES["AutoClip"], 1), (STRATEGIES["ZClip"], 2)}
     collection = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in modified})
     captions = {name: caption(name, collection) for name in FIGURES}
@@ -48,7 +56,7 @@ def test_captions_name_missing_runs(everything):
     assert {name for name, line in captions.items() if "not run" in line} == {
         "table3", "figure5", "figure7", "figure8", "ema",
     }  # fmt: skip
-    assert all("not run" not in caption(name, everything) for name in FIGURES)
+    assert all("not run" not in figure.get_supxlabel() for figure in figures.values())
 
 
 def caption(name: str, collection: RunCollection) -> str:
@@ -57,16 +65,16 @@ def caption(name: str, collection: RunCollection) -> str:
     return figure.get_supxlabel()
 
 
-def test_losses_are_compared_seed_by_seed(everything):
+def test_losses_are_compared_seed_by_seed(figures):
     """ZClip's five steps after a corrupted batch are 0.05, 0.055 and 0.06 higher, no clipping's 0.8, 0.88 and 0.96."""
-    losses, minus = FIGURES["table3"](everything).axes
+    losses, minus = figures["table3"].axes
     assert [line.get_label() for line in losses.lines[:4]] == list(STRATEGIES)
     zclip = next(line for line in minus.lines if line.get_label() == "ZClip")
     step, difference = zclip.get_data()
     assert difference[step == 83] == pytest.approx(0.055 - 0.88) and difference[step == 70] == pytest.approx(0)
     band = np.concatenate([path.vertices for path in minus.collections[-1].get_paths()])
     assert sorted(set(band[band[:, 0] == 83][:, 1].round(3))) == [-0.9, -0.75]
-    assert len(FIGURES["figure2"](everything).axes) == 1, "with nothing to compare"
+    assert len(figures["figure2"].axes) == 1, "with nothing to compare"
 
 
 def drawn(axes, label: str) -> np.ndarray:
@@ -77,12 +85,12 @@ def column(collection: RunCollection, spec, name: str) -> np.ndarray:
     return np.mean([collection.runs[spec, seed].metrics[name] for seed in SEEDS], axis=0)
 
 
-def test_figures_show_norms_before_and_after_clipping(everything):
-    before, after = FIGURES["figure7"](everything).axes
+def test_figures_show_norms_before_and_after_clipping(everything, figures):
+    before, after = figures["figure7"].axes
     zclip = FIGURE_RUNS["figure7"]["ZClip"]
     assert np.allclose(drawn(before, "norm before"), column(everything, zclip, "grad_norm"))
     assert np.allclose(drawn(after, "norm after"), column(everything, zclip, "clipped_norm"))
-    axes = FIGURES["figure5"](everything).axes
+    axes = figures["figure5"].axes
     assert [ax.get_ylabel() for ax in axes[::3]] == [f"learning rate {rate}" for rate in ("5e-3", "3e-3", "1e-3")]
     for row, rate in enumerate(("5e-3", "3e-3", "1e-3")):
         for label in ("Fixed 1.0", "ZClip"):
@@ -91,16 +99,16 @@ def test_figures_show_norms_before_and_after_clipping(everything):
             assert np.allclose(drawn(axes[3 * row + 2], label), column(everything, spec, "clipped_norm"))
 
 
-def test_statistics_are_drawn_after_warm_up(everything):
-    mean, std = FIGURES["ema"](everything).axes
+def test_statistics_are_drawn_after_warm_up(figures):
+    mean, std = figures["ema"].axes
     for ax, value in ((mean, 0.4), (std, 0.1)):
         line = drawn(ax, "alpha 0.97")
         assert np.isnan(line[:25]).all() and np.allclose(line[25:], value)
 
 
-def test_spike_lab_shows_the_loss_minus_the_baseline_runs(everything):
+def test_spike_lab_shows_the_loss_minus_the_baseline_runs(figures):
     """Fixed clipping's five steps after a corrupted batch are 0.3, 0.33 and 0.36 above."""
-    axes = {ax.get_title(): ax for ax in FIGURES["spike_lab"](everything).axes}
+    axes = {ax.get_title(): ax for ax in figures["spike_lab"].axes}
     _, above = axes["Fixed 1.0"].lines[0].get_data()
     assert above[82] == pytest.approx(0.33) and above[70] == pytest.approx(0) and len(axes) == 10
 
@@ -147,8 +155,8 @@ def test_figure_3_shows_the_strategies_clipping_functions():
     assert np.allclose(reciprocal.get_ydata(), np.where(z > 2.5, 2.5**2 / np.maximum(z, 1e-9), z), atol=1e-3)
 
 
-def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything):
-    axes = FIGURES["figure9"](everything).axes
+def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything, figures):
+    axes = figures["figure9"].axes
     assert [ax.get_ylabel() for ax in axes[::4]] == ["steps 50 to 99\ndensity", "steps 100 to 140\ndensity"]
     baseline = everything.runs[FIGURE_RUNS["figure9"]["ZClip"], 0]
     assert not baseline.config["data"]["corruption"]["steps"]
@@ -157,19 +165,33 @@ def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything):
         assert np.allclose(ax.lines[0].get_ydata(), values)
 
 
-def test_diverged_runs_are_drawn_up_to_divergence(everything, tmp_path):
-    modified = {}
-    for key, run in everything.runs.items():
-        metrics = {name: column.copy() for name, column in run.metrics.items()}
+@pytest.fixture(scope="module")
+def all_diverged(everything) -> RunCollection:
+    """The runs of all experiments, whose numbers are NaN from step 61 on."""
+
+    def change(spec, seed, run):
+        metrics = {name: values.copy() for name, values in run.metrics.items()}
         for name in ("loss", "grad_norm", "clipped_norm"):
             metrics[name][60:] = np.nan
-        modified[key] = run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
-    collection = everything._replace(runs=modified, diverged=set(modified))
+        return run._replace(metrics=metrics, result={**run.result, "train_loss": None, "test_loss": None})
+
+    return modify(everything, change, diverged=everything.runs)
+
+
+@pytest.mark.parametrize("name", [name if name in ("figure4", "figure7") else SLOW(name) for name in FIGURES])
+def test_images_of_diverged_runs_are_written(name, all_diverged):
+    image = io.BytesIO()
+    FIGURES[name](all_diverged).savefig(image, format="png", dpi=30)
+    assert len(image.getvalue()) > 2000
+
+
+def test_diverged_runs_are_drawn_up_to_divergence(all_diverged):
     for name in FIGURES:
-        FIGURES[name](collection).savefig(tmp_path / f"{name}.png", dpi=30)
-    table3 = markdown(fill_table(TABLES["table3"], collection))
+        assert FIGURES[name](all_diverged).axes, name
+    assert np.isfinite(drawn(FIGURES["figure7"](all_diverged).axes[0], "norm before")).sum() == 60
+    table3 = markdown(fill_table(TABLES["table3"], all_diverged))
     assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
-    assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(collection).values()][2:7])
+    assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(all_diverged).values()][2:7])
 
 
 def test_figure_9_has_the_papers_windows_in_a_run_of_its_length(everything):
@@ -197,3 +219,9 @@ def test_smoothing_never_spans_a_corrupted_batch():
     first, _ = smooth(values, {0})
     assert np.isnan(first[0]) and first[1] == 1.5
     assert [smooth(np.zeros(steps))[1] for steps in (240, 300, 11_900)] == [5, 5, 9], "odd, and no more than nine"
+
+
+def test_windows_of_figure_9_can_be_chosen(everything):
+    drawn_figures, not_drawn = draw_figures(["table2", "figure3", "figure9"], everything, [[20, 70]])
+    assert list(drawn_figures) == ["figure3", "figure9"] and not not_drawn
+    assert [ax.get_ylabel() for ax in drawn_figures["figure9"].axes[::4]] == ["steps 20 to 70\ndensity"]

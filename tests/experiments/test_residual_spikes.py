@@ -5,8 +5,8 @@ import numpy as np
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim
 from experiments.paper.collect import RunCollection
 from experiments.paper.tables_and_figures import RATES, SPIKE_LAB
-from tests.experiments.conftest import SEEDS
-from tests.experiments.modified_runs import with_excess_loss, with_loss, without
+from tests.experiments.modified_runs import with_excess_loss, with_loss
+from tests.experiments.written_runs import SEEDS, without
 
 LEAVES, REMOVES = [*CLAIMS][:2]
 

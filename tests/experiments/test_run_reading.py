@@ -113,6 +113,7 @@ def test_plot_shows_the_columns(tmp_path):
     rows = [r | {"grad_norm": 2.0 + i, "clipped_norm": 1.0 + i} for i, r in enumerate(rows)]
     loss, norm, z = draw_run(write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})).axes
     assert norm.get_yscale() == "log"
+    assert all(ax.xaxis.get_gridlines()[0].get_visible() for ax in (loss, norm, z)), "there is a grid"
     assert loss.lines[0].get_ydata().tolist() == [r["loss"] for r in rows]
     assert [line.get_ydata().tolist() for line in norm.lines[:2]] == [
         [r["grad_norm"] for r in rows], [r["clipped_norm"] for r in rows]
@@ -150,3 +151,9 @@ def test_every_kind_of_run_can_be_plotted(tmp_path, kind):
         assert summarise(run)["spikes"] == 1
         assert summarise(run)["skipped"] == 40
         assert summarise(run)["clipped_share"] == 0
+
+
+def test_best_run_of_a_sweep_is_bold():
+    result = {"train_loss": 4.6, "spikes": 0, "clipped_share": 0.1}
+    shown = comparison([({"clip": name}, result | {"test_loss": loss}) for name, loss in (("a", 4.5), ("b", 4.4))])
+    assert [row.style for row in shown.rows] == [None, "bold"]

@@ -1,5 +1,8 @@
 """The suites on the command line, and the settings of the scripts that read their runs."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -7,8 +10,9 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from common.settings import parse
+from experiments.paper.collect import collect
 from experiments.paper.measures import MEASURES
-from experiments.paper.render import paper_numbers
+from experiments.paper.render import fill_table, markdown, paper_numbers
 from experiments.paper.tables_and_figures import (
     ALPHAS,
     FIGURE_RUNS,
@@ -19,16 +23,19 @@ from experiments.paper.tables_and_figures import (
     ZCLIP_DEFAULTS,
 )
 from scripts.paper_runs import PaperSettings
-from tests.helpers import CHECKOUT, script, train
-from training.config.compose import load_config
+from tests.experiments.written_runs import BASE, SMALL, composed, expected_runs, places, score, with_settings, write_run
+from tests.helpers import CHECKOUT, SLOW, script, train
+from tests.scripts.loading import load_script
+from training.config.compose import load_config, saved_identity
 
 
-def test_every_suite_is_an_option_of_experiment():
+@pytest.mark.parametrize("names", [("table3", "all"), SLOW(tuple(SUITES))], ids=["two", "all"])
+def test_every_suite_is_an_option_of_experiment(names):
     assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {"main", "paper"}
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         assert {*loader.get_group_options("experiment")} == {*SUITES, "main", "paper"}
-        for name in SUITES:
+        for name in names:
             cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
             assert cfg.paper.suite == name and cfg.hydra.sweeper._target_.endswith(".SuiteSweeper")
             assert cfg.experiment.startswith("paper-")
@@ -55,56 +62,139 @@ def test_declarations_are_complete():
     assert THRESHOLDS["2.5"] == ALPHAS["0.97"] == STRATEGIES["ZClip"], "runs that are shared are the same"
 
 
-def test_suite_is_trained_and_read_by_its_name(tmp_path, corpus, cache):
-    """The real thing, small: a sweep over a suite, its table, and its mistakes."""
-    tiny = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
-    tiny += ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4", f"data.path={corpus}")
-    tiny += (f"paths.cache={cache}", "paper.corruption_steps=[6]", "data.max_val_tokens=2048", "paper.lab_steps=[6]")
+@pytest.fixture(scope="module")
+def tiny(corpus: Path, cache: Path) -> tuple[str, ...]:
+    """Settings on top of scale=micro with which a run takes half a second."""
+    model = ("model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=64")
+    trainer = ("trainer.max_steps=12", "trainer.global_batch_size=4", "trainer.micro_batch_size=4")
+    data = (f"data.path={corpus}", f"paths.cache={cache}", "data.max_val_tokens=2048")
+    return (*model, *trainer, *data, "paper.corruption_steps=[6]", "paper.lab_steps=[6]")
+
+
+def test_suite_is_trained_in_the_folders_that_tables_read(tmp_path, tiny):
     done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").iterdir())
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
+    expected = expected_runs(SUITES["table5"], tmp_path / "runs", seeds=[0], settings=tiny)
+    collection = collect(places(expected), saved_identity)
+    assert collection.runs.keys() == expected.keys() and not collection.warnings, collection.warnings
+    text = markdown(fill_table(TABLES["table5"], collection))
+    assert "seed 0, text sotu" in text and "corrupted batches of kind repeat injected at steps 6" in text
+
+
+@pytest.mark.slow
+def test_suite_is_trained_and_read_by_its_name(tmp_path, tiny):
+    """The commands of a user, small: a sweep over a suite, its table, its mistakes."""
+    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout.count("finished already") == 3, "they are shared with Table 5"
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished already") == 3, "they are shared with Table 5"
     overrides = "overrides=[" + ",".join(f"'{setting}'" for setting in tiny) + "]"
     for name in ("make_tables.py", "make_figures.py", "make_report.py"):
         made = script(name, "experiment=[table5,figure3,figure7]", overrides, "out=here", cwd=tmp_path)
         assert made.returncode == 0, made.stderr
-    assert sorted(path.name for path in (tmp_path / "here").rglob("figure*")) == [
-        "figure3.png", "figure3.svg", "figure7.png", "figure7.svg", "figures",
-    ]  # fmt: skip
-    page = (tmp_path / "here" / "report-table5-figure3-figure7.html").read_text()
-    assert "python train.py -m &#39;experiment=[table5,figure7]&#39; scale=micro" in page
-    assert "**not testable here**" in (tmp_path / "here" / "verdicts.md").read_text()
-    text = (tmp_path / "here" / "tables" / "table5.md").read_text()
-    assert "seed 0, text sotu" in text and "corrupted batches of kind repeat injected at steps 6" in text
-    assert all((tmp_path / "here" / "tables" / f"table5.{ending}").is_file() for ending in ("tex", "csv"))
+    assert_made(tmp_path / "here", corrupted="6", figures=("figure3", "figure7"))
     other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
-    assert other.returncode == 2 and "nothing is written; nano-" in other.stderr
+    assert other.returncode == 2 and "nothing is written; nano-" in other.stderr, other.stderr
     assert "excluded: not a run of these experiments (" in other.stderr and not (tmp_path / "there").exists()
+
+
+def assert_made(folder: Path, corrupted: str, figures: tuple[str, ...]) -> None:
+    """Assert that the scripts have made Table 5 and some figures of one seed."""
+    drawn = sorted(path.name for path in folder.rglob("figure*.*"))
+    assert drawn == [f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")]
+    (report,) = folder.glob("report-table5-*.html")
+    page = report.read_text()
+    assert f"python train.py -m &#39;experiment=[table5,{figures[-1]}]&#39; scale=micro" in page
+    assert "**not testable here**" in (folder / "verdicts.md").read_text()
+    text = (folder / "tables" / "table5.md").read_text()
+    assert "seed 0, text sotu" in text and f"corrupted batches of kind repeat injected at steps {corrupted}" in text
+    assert (folder / "tables" / "table5.tex").read_text().startswith("\\begin{table}")
+    assert (folder / "tables" / "table5.csv").read_text().startswith("table,row,column,paper,mean,std")
+
+
+@pytest.fixture
+def paper_script(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Run the main function of a script that reads runs in this process, in the folder `tmp_path`.
+
+    A script composes the configurations of all experiments. Here they are composed once in a session.
+    """
+    for spec in SUITES["all"]:
+        composed(*BASE, *SMALL, *spec.overrides)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.config.compose.compose", lambda _, overrides: composed(*overrides))
+
+    def run(name: str, *overrides: str) -> None:
+        with initialize_config_dir(str(CHECKOUT / "configs" / "paper"), version_base="1.3"):
+            values = OmegaConf.to_container(compose("results", [*overrides, "seeds=[0]"]))
+        load_script(name).main(values | {"overrides": [*SMALL]})
+
+    return run
+
+
+def test_scripts_make_tables_figures_and_a_report(paper_script, tmp_path, capsys):
+    for (_, seed), (place, config) in expected_runs(SUITES["table5"], Path("runs"), seeds=[0]).items():
+        write_run(place.path, config, seed, scores=[score("winogrande", 100, acc=0.5)])
+    warned = place.path.with_name("unknown")
+    warned.mkdir()
+    (warned / "config.yaml").write_text("{")
+    for name, names in (
+        ("make_tables", "[table5]"),
+        ("make_figures", "[figure3,figure6,figure7]"),
+        ("make_report", "[table5,figure3,figure7]"),
+    ):
+        paper_script(name, f"experiment={names}", "out=here")
+        printed = capsys.readouterr().out
+        assert "unknown is excluded: config.yaml cannot be read" in printed, printed
+        assert ("figure6 is not drawn: none of its runs is finished" in printed) == (name == "make_figures"), printed
+    assert_made(Path("here"), corrupted="80, 100, 120", figures=("figure3", "figure7"))
+    page = Path("here/report-table5-figure3-figure7.html").read_text()
+    assert "scripts/evaluate.py run=runs/paper-micro eval.limit=100" in page, "the scores are on 100 items"
+    assert "unknown is excluded: config.yaml cannot be read" in page
+
+
+def test_nothing_is_written_without_finished_runs(paper_script):
+    """Tables of earlier runs stay."""
+    kept = Path("runs/results-micro/tables/table3.md")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("numbers")
+    message = r"paths.runs=runs has no finished run of scale=micro with seeds=\[0\] and .*: nothing is written"
+    for name in ("make_tables", "make_report"):
+        with pytest.raises(UserError, match=message):
+            paper_script(name)
+    for (_, seed), (place, config) in expected_runs(SUITES["table5"], Path("runs"), seeds=[0]).items():
+        write_run(place.path, with_settings(config, {"trainer.max_steps": 150}), seed)
+    with pytest.raises(UserError, match=rf"{message}.*nano-.* excluded: config.yaml was changed \(trainer"):
+        paper_script("make_tables", "experiment=table5")
+    assert kept.read_text() == "numbers" and {*kept.parent.parent.rglob("*.*")} == {kept}
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
+        SLOW(("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
         (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
         (("-m", "experiment=table3", "scale=micro", "++paper.lr=1"), "paper.lr cannot be set with"),
         (
             ("-m", "experiment=table3", "clip=none"),
             "clip cannot be set with experiment=table3: the suites set clip,",
         ),
-        (("-m", "experiment=table3", "lr=1e-3"), "lr cannot be set with experiment=table3: the suites set clip,"),
-        (
+        SLOW(("-m", "experiment=table3", "lr=1e-3"), "lr cannot be set with experiment=table3: the suites set clip,"),
+        SLOW(
             ("-m", "experiment=table3", "scale=micro", "seed=-1"),
             "seed=-1 is not allowed: it must be an integer from 0 to",
         ),
-        (
+        SLOW(
             ("-m", "experiment=figure2", "scale=micro", "data.corruption.steps=[5]"),
             "data.corruption.steps cannot be set with experiment=figure2: the suites set",
         ),
         (("-m", "hydra/sweeper=suite"), "hydra/sweeper=suite is not possible without experiment=, which sets it"),
-        (("-m", "experiment=table2,table3"), "experiment=table2 is a set of runs: it needs -m; several are a list, as"),
+        SLOW(
+            ("-m", "experiment=table2,table3"),
+            "experiment=table2 is a set of runs: it needs -m; several are a list, as",
+        ),
         (
             ("-m", "experiment=[table2,main]"),
             "experiment=[table2,main] is not possible: main is none of the suites all,",
@@ -130,24 +220,31 @@ def test_plan_of_a_suite_is_checked(tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_nothing_is_written_without_finished_runs(tmp_path):
-    """Tables of earlier runs stay."""
-    kept = tmp_path / "runs" / "results-micro" / "tables" / "table3.md"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("numbers")
-    for overrides, message in (
-        (("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
-        (("seeds=0,1",), "seeds=0,1 has several values: give a list, as KEY=[0,1]"),
-        (("overrides=[a=1]",), "overrides=[a=1] cannot be read: special characters must be quoted, as 'overrides=["),
-    ):
-        done = script("make_tables.py", *overrides, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(f"make_tables.py: error: {message}"), done.stderr
-        assert len(done.stderr.splitlines()) == 1
-    for name in ("make_tables.py", "make_report.py"):
-        done = script(name, "seeds=[7]", cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert "paths.runs=runs has no finished run of scale=micro with seeds=[7]: nothing is written" in done.stderr
-    assert kept.read_text() == "numbers" and [*kept.parent.parent.rglob("*.*")] == [kept]
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("make_tables.py", ("-m", "seeds=[7]"), "-m is not possible: only train.py has sweeps"),
+        SLOW("make_figures.py", ("seeds=0,1",), "seeds=0,1 has several values: give a list, as KEY=[0,1]"),
+        SLOW(
+            "make_tables.py", ("overrides=[a=1]",), "overrides=[a=1] cannot be read: special characters must be quoted"
+        ),
+        ("make_report.py", ("experiment=[]",), "experiment=[] is not made here: it must be of table2,"),
+    ],
+)
+def test_mistakes_of_scripts_are_one_sentence(name, override, message, tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = script(name, *override, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {message}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert [*tmp_path.rglob("*")] == [tmp_path / "runs"]
+
+
+def test_figure_3_needs_no_runs(tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = script("make_figures.py", "experiment=figure3", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "figures  runs/results-micro/figures\n", done.stderr
+    written = {path.name: path.read_bytes() for path in (tmp_path / "runs" / "results-micro" / "figures").iterdir()}
+    assert written["figure3.png"].startswith(b"\x89PNG") and written["figure3.svg"].startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.paper.claims import NOT_TESTABLE, judge_claims
@@ -13,7 +14,15 @@ from experiments.paper.figures import FIGURES
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.render import as_csv, escape_latex, fill_table, latex, markdown
 from experiments.paper.tables_and_figures import SPIKE_LAB, STRATEGIES, TABLES
-from tests.experiments.conftest import CORRUPTED_STEPS, expected_runs, with_settings, write_run
+from tests.experiments.written_runs import (
+    CORRUPTED_STEPS,
+    expected_runs,
+    places,
+    run_of,
+    score,
+    with_settings,
+    write_run,
+)
 from training.config.compose import saved_identity, to_yaml
 
 
@@ -23,6 +32,17 @@ def test_tables_match_golden_files(name, everything):
     assert (
         markdown(fill_table(TABLES[name], everything)) == (Path(__file__).parent / "tables" / f"{name}.md").read_text()
     )
+
+
+def test_collected_runs_have_what_was_written(tmp_path):
+    """Other tests have these contents in memory, and no files."""
+    (key, (place, config)), *_ = expected_runs([STRATEGIES["ZClip"]], tmp_path).items()
+    contents = {"bump": 0.3, "scores": [score("hellaswag", 100, acc=0.3)], "train_loss": 4.5}
+    write_run(place.path, config, 0, **contents)
+    run, expected = collect({key: place}, saved_identity).runs[key], run_of(place.path, config, 0, **contents)
+    assert run.metrics.keys() == expected.metrics.keys()
+    assert all(np.array_equal(run.metrics[name], column) for name, column in expected.metrics.items())
+    assert run._replace(metrics={}) == expected._replace(metrics={})
 
 
 def test_cells_with_fewer_seeds_say_so_and_are_never_best(everything):
@@ -106,18 +126,20 @@ def test_latex_escapes_every_special_character(everything):
 
 
 def test_latex_and_csv(table3):
-    _, places = table3
-    filled = fill_table(TABLES["table3"], collect(places, saved_identity))
+    _, expected = table3
+    filled = fill_table(TABLES["table3"], collect(expected, saved_identity))
     assert "No clipping & 3.0 $\\pm$ 0.0 & 12 &" in latex(filled) and "\\textbf{4.910 $\\pm$ 0.010}" in latex(filled)
     rows = as_csv(filled).splitlines()
     assert rows[0] == "table,row,column,paper,mean,std,runs,diverged"
     assert "table3,No clipping,test loss,2.9,6.91,0.01,3,0" in rows
+    (row,) = (row for row in rows if row.startswith("table3,ZClip,WinoGrande,"))
+    assert row.endswith(",51,1,3,0"), "the scores on most items"
 
 
 def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     labels = list(STRATEGIES)
-    places = expected_runs(STRATEGIES.values(), tmp_path, seeds=(0, 1))
-    folders = {(label, seed): places[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
+    expected = expected_runs(STRATEGIES.values(), tmp_path, seeds=(0, 1))
+    folders = {(label, seed): expected[STRATEGIES[label], seed] for label in labels for seed in (0, 1)}
     for (label, seed), (place, config) in folders.items():
         if (label, seed) == ("AutoClip", 1):
             continue
@@ -131,7 +153,7 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     (broken / "config.yaml").write_text("{")
     changed, config = folders["ZClip", 1]
     (changed.path / "config.yaml").write_text(to_yaml(with_settings(config, {"clip.alpha": 0.5})))
-    collection = collect({key: place for key, (place, _) in places.items()}, saved_identity)
+    collection = collect(places(expected), saved_identity)
     text = markdown(fill_table(TABLES["table3"], collection))
     assert (
         "Not run: AutoClip (seed 1). Excluded: ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
@@ -147,16 +169,23 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     )
 
 
-def moved_to(folder: Path, table3: tuple[Path, dict]) -> dict:
-    """Copy the runs of Table 3, and return where each is then."""
-    runs, places = table3
-    shutil.copytree(runs, folder / "runs")
-    return {key: place._replace(path=folder / "runs" / place.path.relative_to(runs)) for key, place in places.items()}
+def moved_to(folder: Path, table3: tuple[Path, dict], *labels: str) -> dict:
+    """Copy the runs of some strategies, or of all, and return where each is then."""
+    runs, expected = table3
+    specs = [STRATEGIES[label] for label in labels or STRATEGIES]
+    moved = {
+        key: place._replace(path=folder / "runs" / place.path.relative_to(runs))
+        for key, place in expected.items()
+        if key[0] in specs
+    }
+    for key, place in moved.items():
+        shutil.copytree(expected[key].path, place.path)
+    return moved
 
 
 def test_divergence_is_detected_from_losses_and_results(table3, tmp_path):
     """Finite losses can have diverged; those of corrupted batches do not count."""
-    moved = moved_to(tmp_path, table3)
+    moved = moved_to(tmp_path, table3, "ZClip", "Fixed 1.0")
 
     def write(label, seed, loss=None, **numbers):
         path = moved[STRATEGIES[label], seed].path
@@ -173,7 +202,7 @@ def test_divergence_is_detected_from_losses_and_results(table3, tmp_path):
     write("Fixed 1.0", 0, test_loss=float("inf"))
     write("Fixed 1.0", 1, train_loss=None)
     collection = collect(moved, saved_identity)
-    assert len(collection.runs) == 12
+    assert len(collection.runs) == 6
     assert collection.diverged == {(STRATEGIES["ZClip"], 0), (STRATEGIES["Fixed 1.0"], 0), (STRATEGIES["Fixed 1.0"], 1)}
 
 
@@ -193,8 +222,7 @@ def test_missing_seeds_are_named_and_excluded_ones_are_not_missing(table3, tmp_p
 
 
 def test_tables_and_figures_without_runs_are_empty(tmp_path):
-    places = {key: place for key, (place, _) in expected_runs(STRATEGIES.values(), tmp_path).items()}
-    collection = collect(places, saved_identity)
+    collection = collect(places(expected_runs(STRATEGIES.values(), tmp_path)), saved_identity)
     for table in TABLES.values():
         text = markdown(fill_table(table, collection))
         assert text.endswith("\n\nNo run of this table is finished.\n")
@@ -235,7 +263,7 @@ def test_tables_and_figures_without_runs_are_empty(tmp_path):
     ],
 )
 def test_damaged_files_are_named_and_their_run_excluded(file, text, message, table3, tmp_path):
-    moved, key = moved_to(tmp_path, table3), (STRATEGIES["AutoClip"], 1)
+    moved, key = moved_to(tmp_path, table3, "AutoClip"), (STRATEGIES["AutoClip"], 1)
     damaged = moved[key].path / file
     lines = damaged.read_text().splitlines(keepends=True) if text is None else []
     damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
@@ -243,7 +271,7 @@ def test_damaged_files_are_named_and_their_run_excluded(file, text, message, tab
     unexpected.mkdir()
     (unexpected / "config.yaml").write_text("[1]")
     collection = collect(moved, saved_identity)
-    assert key not in collection.runs and len(collection.runs) == 11 and collection.excluded == {key}
+    assert key not in collection.runs and len(collection.runs) == 2 and collection.excluded == {key}
     assert file == "config.yaml" or "remove the folder to train it again" in "".join(collection.warnings)
     assert any(message in line and moved[key].path.name in line for line in collection.warnings), collection.warnings
     (unread,) = [line for line in collection.warnings if "unexpected" in line]
@@ -251,7 +279,7 @@ def test_damaged_files_are_named_and_their_run_excluded(file, text, message, tab
 
 
 def test_folders_excluded_for_the_same_reason_are_listed_together(table3, tmp_path):
-    moved = moved_to(tmp_path, table3)
+    moved = moved_to(tmp_path, table3, "ZClip")
     (folder,) = {place.path.parent for place in moved.values()}
     for name in "edcba":
         (folder / name).mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import stat
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 import models
 from models import Llama
-from models.hugging_face import config_of, export, load
+from models.hugging_face import check_weights, config_of, export, load
 
 
 def shapes() -> list[models.LlamaConfig]:
@@ -98,17 +99,29 @@ def test_other_architectures_and_damaged_folders_are_errors(tmp_path):
 
     folder = tmp_path / "exported"
     export(random_model(config).state_dict(), config, folder)
-    with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(\S+ is \(64, 32\)"):
-        load(Llama(models.LlamaConfig(**{**vars(config), "vocab_size": 65})), folder)
-    with pytest.raises(ValueError, match=r"9 weights are missing, model.layers.1.input_layernorm.weight among them"):
-        load(Llama(models.LlamaConfig(**{**vars(config), "num_hidden_layers": 2})), folder)
+    check_weights(folder, config)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \("):
-        load(Llama(config), folder)
-    weights.unlink()
-    with pytest.raises(ValueError, match=r"init_from=\S+ cannot be read \(there is no model.safetensors\)"):
-        load(Llama(config), folder)
+    for change, damage, message in (
+        ({"vocab_size": 65}, None, r"init_from=\S+ cannot be read \(\S+ is \(64, 32\)"),
+        ({"num_hidden_layers": 2}, None, "9 weights are missing, model.layers.1.input_layernorm.weight among them"),
+        ({}, lambda: weights.write_bytes(weights.read_bytes()[:-100]), r"init_from=\S+ cannot be read \("),
+        ({}, weights.unlink, r"init_from=\S+ cannot be read \(there is no model.safetensors\)"),
+    ):
+        if damage is not None:
+            damage()
+        other = models.LlamaConfig(**{**vars(config), **change})
+        with pytest.raises(ValueError, match=message):
+            load(Llama(other), folder)
+        with pytest.raises(ValueError, match=message):
+            check_weights(folder, other)
+
+
+def test_exported_files_can_be_read_by_those_who_can_read_new_files(tmp_path):
+    config = shapes()[0]
+    export(random_model(config).state_dict(), config, tmp_path)
+    (tmp_path / "new").touch()
+    modes = {file.name: stat.filemode(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert set(modes) == {"new", "config.json", "model.safetensors"} and len(set(modes.values())) == 1, modes
 
 
 def test_qwen3_with_wide_heads_is_an_error(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data import Mixture, Source
-from tests.helpers import CHECKOUT, TINY, script, train
+from tests.helpers import CHECKOUT, SLOW, TINY, script, train
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "corpus"
 
@@ -32,23 +32,25 @@ def test_run_uses_the_prepared_tokenizer_and_tokens(corpus, tmp_path):
     assert len([path for path in after if path.name == "tokens.json"]) == 1, "the run trains on the prepared tokens"
 
 
-def test_mistakes_are_one_sentence(corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train_tokenizer.py", ["out=existing"], "out=existing exists already"),
+        SLOW("train_tokenizer.py", ["vocab_size=100"], "data.vocab_size=100 is not allowed: it must be at least 257"),
+        SLOW("train_tokenizer.py", ["max_bytes=no"], "max_bytes=no is not allowed"),
+        SLOW("prepare_data.py", ["data.path=/nope"], "data.sources.text.path=/nope does not exist"),
+        SLOW("prepare_data.py", ["data.val_fraction=2"], "data.val_fraction=2 is not allowed"),
+        SLOW("prepare_data.py", ["data.tokenizer=/nope"], "data.tokenizer=/nope does not exist"),
+        SLOW("prepare_data.py", ["data=smollm"], "data.sources.cosmopedia.hub=HuggingFaceTB/smollm-corpus cannot be"),
+        ("prepare_data.py", ["data.mode=stream"], "data.mode=stream is not possible"),
+        SLOW("prepare_data.py", ["dta=smollm"], "dta=smollm is not possible"),
+    ],
+)
+def test_mistakes_are_one_sentence(name, arguments, message, tmp_path):
     (tmp_path / "existing").mkdir()
-    cases = [
-        ("train_tokenizer.py", ("out=existing",), "out=existing exists already"),
-        ("train_tokenizer.py", ("vocab_size=100",), "data.vocab_size=100 is not allowed: it must be at least 257"),
-        ("train_tokenizer.py", ("max_bytes=no",), "max_bytes=no is not allowed"),
-        ("prepare_data.py", ("data.path=/nope",), "data.sources.text.path=/nope does not exist"),
-        ("prepare_data.py", ("data.val_fraction=2",), "data.val_fraction=2 is not allowed"),
-        ("prepare_data.py", ("data.tokenizer=/nope",), "data.tokenizer=/nope does not exist"),
-        ("prepare_data.py", ("data=smollm",), "data.sources.cosmopedia.hub=HuggingFaceTB/smollm-corpus cannot be"),
-        ("prepare_data.py", ("data.mode=stream",), "data.mode=stream is not possible"),
-        ("prepare_data.py", ("dta=smollm",), "dta=smollm is not possible"),
-    ]  # fmt: skip
-    for name, arguments, message in cases:
-        offline = {"HF_HUB_OFFLINE": "1"} if "data=smollm" in arguments else {}
-        done = script(name, *arguments, cwd=tmp_path, **offline)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    offline = {"HF_HUB_OFFLINE": "1"} if "data=smollm" in arguments else {}
+    done = script(name, *arguments, cwd=tmp_path, **offline)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 
@@ -72,6 +74,7 @@ def test_smollm_from_local_files(corpus, tmp_path):
     assert documents == pytest.approx(len(texts) * (1 + 28 / 220), abs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the corpus of prose is missing")
 def test_vocabulary_of_the_paper_on_prose(tmp_path):
     """openstax.jsonl.xz has enough text for 65,536 tokens, and is small enough for a test."""

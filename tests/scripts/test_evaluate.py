@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,36 +9,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import CHECKOUT, TINY, script, train
+from common.errors import UserError
+from tests.helpers import SLOW, script, start
 
 
 @pytest.fixture(scope="module")
-def runs(corpus, cache, tmp_path_factory) -> Path:
+def runs(finished_run, sharded_run, tmp_path_factory) -> Path:
     """A folder with two finished runs, one of them sharded, and three runs that cannot be scored."""
-    folder = tmp_path_factory.mktemp("runs")
-    settings = (
-        *TINY,
-        f"data.path={corpus}",
-        f"paths.cache={cache}",
-        "trainer.max_steps=20",
-        "model.max_position_embeddings=384",
-    )
-    two = ("trainer.strategy=fsdp", "trainer.devices=2", "trainer.micro_batch_size=4")
-    for more in (("name=one",), ("name=two", *two)):
-        done = train(*settings, *more, cwd=folder)
-        assert done.returncode == 0, done.stderr
-    one = folder / "runs" / "main" / "one"
-    empty = one.with_name("empty")
-    empty.mkdir()
-    shutil.copy(one / "config.yaml", empty)
-    for name in ("diverged", "lost"):
-        shutil.copytree(one, one.with_name(name))
+    folder = tmp_path_factory.mktemp("runs") / "runs"
+    one = folder / "main" / "one"
+    for name, run in (("one", finished_run), ("two", sharded_run), ("diverged", finished_run), ("lost", finished_run)):
+        shutil.copytree(run, one.with_name(name))
+    one.with_name("empty").mkdir()
+    shutil.copy(one / "config.yaml", one.with_name("empty"))
     shutil.rmtree(one.with_name("lost") / "tokenizer")
-    (path,) = one.with_name("diverged").glob("checkpoints/*20.ckpt")
+    (path,) = one.with_name("diverged").glob("checkpoints/*40.ckpt")
     checkpoint = torch.load(path, weights_only=False)
     checkpoint["state_dict"]["model.model.norm.weight"].fill_(float("nan"))
     torch.save(checkpoint, path)
-    return folder / "runs"
+    return folder
 
 
 def scores(path: Path) -> list[dict]:
@@ -53,8 +40,8 @@ def numbers(score: dict) -> dict:
     }
 
 
-def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):
-    settings = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=60")
+def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path, evaluate, capsys):
+    settings = (f"run={runs}/main", f"eval.data_dir={sets}", "eval.limit=20")
     done = script("evaluate.py", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
     assert done.returncode == 3 and done.stderr == "3 of the runs were skipped, see above\n", done.stderr
     for name, why in (
@@ -65,50 +52,71 @@ def test_only_missing_scores_of_a_sweep_are_computed(runs, sets, tmp_path):
         assert f"{name}: {why}" in done.stdout
     one = runs / "main" / "one" / "task_scores.json"
     (first,) = scores(one)
-    assert first["items"] == first["limit"] == 60 and first["step"] == 20 and first["num_fewshot"] == 0
+    assert first["items"] == first["limit"] == 20 and first["step"] == 40 and first["num_fewshot"] == 0
     assert 0 <= first["acc"] <= 1 and first["acc_stderr"] > 0 and first["versions"]["lm_eval"]
-    done = script(
-        "evaluate.py", f"run=[{runs}/main/one,{runs}/main/two]", *settings[1:], "eval.num_fewshot=[0,1]", cwd=tmp_path
+    evaluate(
+        f"run=[{runs}/main/one,{runs}/main/two]", *settings[1:], "eval.tasks=[winogrande]", "eval.num_fewshot=[0,1]"
     )
-    assert done.returncode == 0, done.stderr
     assert scores(one)[0] == first, "it was not scored again"
-    assert [(s["task"], s["num_fewshot"]) for s in scores(one)] == [
-        ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
-    ]  # fmt: skip
-    assert "items: hellaswag 60 drawn, winogrande 60 drawn" in done.stdout and "acc_norm" in done.stdout
-    others = scores(runs / "main" / "two" / "task_scores.json")
-    for score, other in zip(scores(one), others, strict=True):
-        assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) < 0.1, "they differ by rounding"
+    assert [(s["task"], s["num_fewshot"]) for s in scores(one)] == [("winogrande", 0), ("winogrande", 1)]
+    assert "items: winogrande 20 drawn" in capsys.readouterr().out
+    assert_similar(one, runs / "main" / "two" / "task_scores.json")
     assert not list(runs.rglob(".task_scores-*"))
 
 
-def test_exported_run_has_the_same_scores(runs, sets, tmp_path):
-    assert script("export_hf.py", f"run={runs}/main/one", "out=exported", cwd=tmp_path).returncode == 0
-    settings = (f"eval.data_dir={sets}", "eval.limit=50", "eval.seed=4")
-    for subject in ("hf=exported", f"run={runs}/main/one"):
-        done = script("evaluate.py", subject, *settings, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    ours = [numbers(score) for score in scores(runs / "main" / "one" / "task_scores.json") if score["seed"] == 4]
+def assert_similar(file: Path, other_file: Path) -> None:
+    """Assert that scores differ by no more than those of a run and of its sharded version: by rounding."""
+    for score, other in zip(scores(file), scores(other_file), strict=True):
+        assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) <= 0.1
+
+
+@pytest.mark.slow
+def test_both_tasks_are_scored_by_default(runs, sets, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "main" / name, tmp_path / name)
+        (tmp_path / name / "task_scores.json").unlink(missing_ok=True)
+    settings = (f"eval.data_dir={sets}", "eval.limit=60", "eval.num_fewshot=[0,1]")
+    done = script("evaluate.py", "run=[one,two]", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {(s["task"], s["num_fewshot"]) for s in scores(tmp_path / "one" / "task_scores.json")} == {
+        ("winogrande", 0), ("hellaswag", 0), ("hellaswag", 1), ("winogrande", 1),
+    }  # fmt: skip
+    assert "items: hellaswag 60 drawn, winogrande 60 drawn" in done.stdout and "acc_norm" in done.stdout
+    assert_similar(tmp_path / "one" / "task_scores.json", tmp_path / "two" / "task_scores.json")
+
+
+@pytest.mark.parametrize("task", ["winogrande", SLOW("hellaswag")])
+def test_exported_run_has_the_same_scores(task, runs, exported, sets, tmp_path, evaluate):
+    shutil.copytree(exported, tmp_path / "exported")
+    shutil.copytree(runs / "main" / "one", tmp_path / "one")
+    settings = (f"eval.data_dir={sets}", "eval.limit=30", "eval.seed=4", f"eval.tasks=[{task}]")
+    for subject in (f"hf={tmp_path}/exported", f"run={tmp_path}/one"):
+        evaluate(subject, *settings)
+    ours = [numbers(score) for score in scores(tmp_path / "one" / "task_scores.json") if score["seed"] == 4]
     assert ours == [numbers(score) for score in scores(tmp_path / "exported" / "task_scores.json")]
-    weights = load_file(tmp_path / "exported" / "model.safetensors")
-    shutil.copytree(tmp_path / "exported", tmp_path / "other")
-    save_file(
-        {name: -tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
-    )
-    for model in ("exported", "other"):
-        done = script("evaluate.py", f"hf={model}", "out=both.json", *settings, "eval.tasks=[winogrande]", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_scores_of_two_models_can_be_in_one_file(exported, sets, tmp_path):
+    weights = load_file(exported / "model.safetensors")
+    shutil.copytree(exported, tmp_path / "other")
+    negated = {name: -tensor for name, tensor in weights.items()}
+    save_file(negated, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    settings = (f"eval.data_dir={sets}", "eval.limit=20", "eval.tasks=[winogrande]")
+    for model in (exported, "other"):
+        done = script("evaluate.py", f"hf={model}", "out=both.json", *settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert len(scores(tmp_path / "both.json")) == 2, "the scores of two models in one file"
+    assert len(scores(tmp_path / "both.json")) == 2
 
 
+@pytest.mark.slow
 def test_killed_evaluation_resumes(runs, sets, tmp_path):
     for name in ("complete", "killed"):
         shutil.copytree(runs / "main" / "one", tmp_path / name)
         (tmp_path / name / "task_scores.json").unlink(missing_ok=True)
     settings = (f"eval.data_dir={sets}", "eval.limit=600", "eval.tasks=[hellaswag]")
-    command = [sys.executable, str(CHECKOUT / "scripts" / "evaluate.py"), "run=killed", *settings]
-    job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    responses = tmp_path / "killed" / ".task_scores-20-float32.jsonl"
+    job = start("run=killed", *settings, cwd=tmp_path, program="scripts/evaluate.py")
+    responses = tmp_path / "killed" / ".task_scores-40-float32.jsonl"
     while not responses.exists() or responses.stat().st_size == 0:
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
@@ -126,7 +134,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    ("override", "message"),
     [
         ("run=nothing", "run=nothing does not exist: it must be a run folder, or a folder of such"),
         ("run=.", "run=. is not a run folder: it must be one, with a config.yaml in it, or hold such"),
@@ -140,22 +148,58 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
-        (
+    ],
+)
+def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path, monkeypatch, evaluate):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        evaluate(override)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run=nothing", "run=nothing does not exist: it must be a run folder, or a folder of such"),
+        SLOW(
             "eval.task=[x]",
             "eval.task=[x] is not possible: there is no key eval.task (the nearest is eval.tasks); `--cfg job` lists "
             "all keys",
         ),
     ],
 )
-def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path):
+def test_evaluate_prints_a_mistake_with_status_2(override, message, tmp_path):
     done = script("evaluate.py", override, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {message}\n"
+    assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {message}\n", done.stderr
 
 
-def test_missing_data_error_names_the_sources(runs, tmp_path):
+SOURCES = ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`")
+
+
+class UnreachableHub:
+    """Stands in for lm-eval's task manager, which takes ten seconds to read all of its tasks."""
+
+    all_tasks = ("hellaswag",)
+
+    def __init__(self, include_defaults: bool) -> None:
+        assert include_defaults, "no folder has the validation set"
+
+    def load(self, names: list[str]) -> None:
+        raise ConnectionError(f"{names[0]} is out of reach")
+
+
+def test_missing_data_error_names_the_sources(runs, tmp_path, monkeypatch, evaluate):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", UnreachableHub)
+    message = r"the data of eval.tasks=hellaswag cannot be loaded \(.*hellaswag is out of reach"
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(f"run={runs}/main/two", "eval.seed=9", "eval.limit=5", f"paths.cache={tmp_path}")
+    assert all(source in str(error.value) for source in SOURCES)
+
+
+@pytest.mark.slow
+def test_missing_data_is_an_error_of_one_sentence(runs, tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "none")}
     done = script("evaluate.py", f"run={runs}/main/two", "eval.seed=9", "eval.limit=5", cwd=tmp_path, **env)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "the data of eval.tasks=hellaswag cannot be loaded (" in done.stderr
-    for source in ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`"):
-        assert source in done.stderr
+    assert all(source in done.stderr for source in SOURCES)

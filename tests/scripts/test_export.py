@@ -1,91 +1,106 @@
 """A run is exported to Hugging Face's format, and another run starts from the export."""
 
-import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import TINY, script, train
+from tests.helpers import SLOW, TINY, read_jsonl, script, train
 from training.checkpoint.format import load_model_state
 
 
-@pytest.fixture(scope="module")
-def run(corpus, cache, tmp_path_factory):
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("run")
-    done = train(*TINY, f"data.path={corpus}", f"paths.cache={cache}", "name=first", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "main" / "first"
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")]
 
 
-def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_exported_run_starts_another_run(run, corpus, cache, tmp_path):
-    done = script("export_hf.py", f"run={run}", "out=exported", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert re.fullmatch(r"step 40, [\d,]+ parameters in float32: exported\n", done.stdout), done.stdout
-    assert len({file.stat().st_mode for file in (tmp_path / "exported").iterdir()}) == 1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+def test_export_has_the_weights_and_the_tokenizer_of_the_run(exported, finished_run):
+    assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
     ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]
-    saved = load_model_state(max((run / "checkpoints").glob("step-*.ckpt")))
+    saved = load_model_state(finished_run / "checkpoints" / "step-00000040.ckpt")
     assert model.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert model.config.eos_token_id == tokenizer.eos_token_id and ids.max() < model.config.vocab_size
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
 
-    shape = [setting for setting in TINY if not setting.startswith("model.")]
-    settings = [*shape, f"data.path={corpus}", f"paths.cache={cache}", "trainer.max_steps=3", "lr=1e-5"]
-    on = [*settings, "model.init_from=exported", "data.tokenizer=exported"]
-    for name, more in (("shape", ["model=hf", *on]), ("explicit", [*TINY, *on])):
-        done = train(*more, f"name={name}", cwd=tmp_path)
-        assert done.returncode == 0 and "starting from the weights in exported" in done.stdout, done.stderr
-    started = losses(tmp_path / "runs" / "main" / "shape")
-    assert started == losses(tmp_path / "runs" / "main" / "explicit")
-    assert started[0] < losses(run)[0] - 0.5 and abs(started[0] - losses(run)[-1]) < 0.5
 
-
-def test_step_and_dtype_of_the_export(run, tmp_path):
-    done = script("export_hf.py", f"run={run}", "out=exported", "step=40", "dtype=bfloat16", cwd=tmp_path)
+def test_step_and_dtype_of_the_export(finished_run, tmp_path):
+    done = script("export_hf.py", f"run={finished_run}", "out=exported", "step=8", "dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"step 8 .*[\d,]+ parameters in bfloat16: exported\n", done.stdout), done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+    saved = load_model_state(finished_run / "checkpoints" / "step-00000008.ckpt")
     assert model.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, saved[name].bfloat16()) for name, tensor in model.state_dict().items())
 
 
-def test_export_and_init_from_mistakes_are_one_sentence(run, tmp_path):
-    assert script("export_hf.py", f"run={run}", "out=exported", cwd=tmp_path).returncode == 0
-    cases = [
-        (script, "export_hf.py", [], "run is not set: give it as run=..."),
-        (script, "export_hf.py", ["run=nowhere"], "run=nowhere is not a run folder: it must be one"),
-        (script, "export_hf.py", [f"run={run}", "out=exported"], "out=exported exists already"),
-        (script, "export_hf.py", [f"run={run}", "out=x", "step=7"], "step=7 has no checkpoint in"),
-        (script, "export_hf.py", [f"run={run}", "out=x", "dtype=int8"], "dtype=int8 is not allowed: it must be one of"),
-        (train, "", ["model=hf"], "model.init_from=null is not possible with model=hf"),
-        (train, "", ["model=hf", "model.init_from=x"], "model.init_from=x cannot be read"),
-        (train, "", ["model.init_from=exported"], "model.vocab_size=4096 is not allowed: exported has 512; model=hf"),
-        (train, "", ["model=hf", "model.init_from=exported"], "data.tokenizer=null is not possible with model.init"),
-    ]  # fmt: skip
-    for command, name, arguments, message in cases:
-        done = command(*([name] if name else []), *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+def started_from(exported: Path, corpus: Path, cache: Path) -> tuple[str, ...]:
+    """Return the settings of a run of three steps that starts from the export."""
+    own = ("trainer.max_steps=3", "lr=1e-5", f"model.init_from={exported}", f"data.tokenizer={exported}")
+    return (f"data.path={corpus}", f"paths.cache={cache}", *own)
 
 
-def test_resumed_run_does_not_load_initial_weights_again(run, corpus, cache, tmp_path):
-    done = script("export_hf.py", f"run={run}", "out=exported", cwd=tmp_path)
-    settings = [
-        *TINY, f"data.path={corpus}", f"paths.cache={cache}", "model.init_from=exported",
-        "data.tokenizer=exported", "name=x", "trainer.checkpoint_every=10",
-    ]  # fmt: skip
-    assert train(*settings, cwd=tmp_path).returncode == 0
+def test_run_starts_from_an_export_and_takes_its_shape(exported, finished_run, corpus, cache, tmp_path):
+    shape = [setting for setting in TINY if not setting.startswith("model.")]
+    done = train("model=hf", *shape, *started_from(exported, corpus, cache), "name=shape", cwd=tmp_path)
+    assert done.returncode == 0 and f"starting from the weights in {exported}" in done.stdout, done.stderr
+    started, first = losses(tmp_path / "runs" / "main" / "shape"), losses(finished_run)
+    assert started[0] < first[0] - 0.5 and abs(started[0] - first[-1]) < 0.5
+
+
+@pytest.mark.slow
+def test_shape_can_be_given_or_taken_from_the_export(exported, corpus, cache, tmp_path):
+    shape = [setting for setting in TINY if not setting.startswith("model.")]
+    for name, model in (("shape", ["model=hf", *shape]), ("explicit", TINY)):
+        done = train(*model, *started_from(exported, corpus, cache), f"name={name}", cwd=tmp_path)
+        assert done.returncode == 0 and f"starting from the weights in {exported}" in done.stdout, done.stderr
+    assert losses(tmp_path / "runs" / "main" / "shape") == losses(tmp_path / "runs" / "main" / "explicit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        SLOW([], "run is not set: give it as run=..."),
+        SLOW(["run=nowhere", "out=x"], "run=nowhere is not a run folder: it must be one"),
+        (["run={run}", "out={exported}"], "out={exported} exists already"),
+        (["run={run}", "out=x", "step=7"], "step=7 has no checkpoint in"),
+        SLOW(["run={run}", "out=x", "dtype=int8"], "dtype=int8 is not allowed: it must be one of"),
+    ],
+)
+def test_mistakes_of_an_export_are_one_sentence(arguments, message, exported, finished_run, tmp_path):
+    given = [argument.format(run=finished_run, exported=exported) for argument in arguments]
+    done = script("export_hf.py", *given, cwd=tmp_path)
+    assert done.returncode == 2 and message.format(exported=exported) in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not [*tmp_path.iterdir()], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        SLOW(["model=hf"], "model.init_from=null is not possible with model=hf"),
+        SLOW(["model=hf", "model.init_from=x"], "model.init_from=x cannot be read"),
+        (["model.init_from={exported}"], "model.vocab_size=4096 is not allowed: {exported} has 512; model=hf"),
+        SLOW(["model=hf", "model.init_from={exported}"], "data.tokenizer=null is not possible with model.init"),
+    ],
+)
+def test_mistakes_of_a_run_from_an_export_are_one_sentence(arguments, message, exported, tmp_path):
+    done = train(*(argument.format(exported=exported) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2 and message.format(exported=exported) in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not [*tmp_path.iterdir()], done.stderr
+
+
+@pytest.mark.slow
+def test_resumed_run_does_not_load_initial_weights_again(exported, corpus, cache, tmp_path):
+    settings = [*TINY, *started_from(exported, corpus, cache), "name=x", "trainer.checkpoint_every=2"]
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "main" / "x"
     before = losses(path)
     (path / "result.json").unlink()
     max((path / "checkpoints").glob("step-*.ckpt")).unlink()
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 0 and "starting from the weights" not in done.stdout and "continuing" in done.stdout
-    assert losses(path) == before
+    assert done.returncode == 0 and "starting from the weights" not in done.stdout, done.stderr
+    assert "continuing" in done.stdout and losses(path) == before

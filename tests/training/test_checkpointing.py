@@ -1,7 +1,9 @@
 """What is saved, which checkpoints are kept, and what happens when they cannot be written."""
 
 import math
+import os
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -12,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from tests.helpers import FSDP, SLOW, TINY, final_state, only_run, read_jsonl, same, start, train, train_command
+from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, final_state, only_run, read_jsonl, same, start, train
+from tests.training.process_control import Gates, Ranks
 from training.checkpoint.format import is_valid, load_model_state
-from training.checkpoint.manager import rng_states, set_rng_states
+from training.checkpoint.manager import CheckpointManager, rng_states, set_rng_states
+from training.config.identity import run_path
 from training.monitor.health import LOSS_MARGIN, WINDOW, DivergenceDetector
+from training.run_dir import RunDir
 
-
-@pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY)
+#: Bytes that a file on that disk takes at once; it can be written further until they are used.
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not sys.platform.startswith("linux") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here: it takes Linux, and root")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk: Path) -> Path:
@@ -56,38 +60,42 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["one", SLOW("one, async"), SLOW("sharded"), SLOW("sharded, async")])
-def test_training_continues_on_a_full_disk(mode, settings, small_disk, tmp_path):
+def test_training_continues_on_a_full_disk(mode, tiny, small_disk, tmp_path, request):
     """Saving works once there is space again. If there is none until the last step, the run resumes later."""
-    overrides = (*settings, "trainer.checkpoint_every=10", "trainer.log_every=2", "trainer.max_steps=120")
-    overrides += FSDP if "sharded" in mode else ()
+    sharded = "sharded" in mode
+    uninterrupted = request.getfixturevalue("sharded_run" if sharded else "finished_run").parents[2]
+    gates = Gates(tmp_path / "gates", 12, 32)
+    overrides = (*tiny, *gates.overrides, "trainer.checkpoint_every=10", "trainer.log_every=2")
+    overrides += FSDP if sharded else ()
     overrides += ("trainer.async_save=true",) if "async" in mode else ()
-    uninterrupted = tmp_path / "uninterrupted"
-    uninterrupted.mkdir()
-    assert train(*overrides, cwd=uninterrupted).returncode == 0
-
-    job = start(*overrides, cwd=small_disk)
-    while not list(small_disk.glob("runs/main/*/checkpoints/step-*.ckpt")):
+    run = Ranks(*overrides, cwd=small_disk, **gates.env) if sharded else None
+    job = run.jobs[0] if run else start(*overrides, cwd=small_disk, **gates.env)
+    gates.wait(12, job)
+    while not list(small_disk.glob("runs/main/*/checkpoints/step-*10.ckpt")):  # an asynchronous save takes a moment
         assert job.poll() is None, job.communicate()
         time.sleep(0.005)
     filler = fill(small_disk)
+    gates.open(12)
     for line in job.lines():
         if "COULD NOT BE SAVED" in line:
             break
-    assert "No space left on device" in line and "the last is of step" in line
+    assert "No space left on device" in line and "the last is of step 10" in line, line
     saved = (only_run(small_disk) / "checkpoints").glob("step-*")
     assert all(is_valid(path) for path in saved)
-    if mode == "one":  # full until the last step
-        err = job.communicate(timeout=120)[1]
-        assert job.returncode == 3 and "Traceback" not in err
-        assert err.startswith("step 120 is not saved (") and "No space left on device" in err
+    if mode != "one":
         filler.unlink()
-        done = train(*overrides, cwd=small_disk)
+    gates.open(32)
+    err = job.communicate(timeout=120)[1]
+    if mode == "one":  # full until the last step
+        assert job.returncode == 3 and "Traceback" not in err, err
+        assert err.startswith("step 40 is not saved (") and "No space left on device" in err
+        filler.unlink()
+        done = train(*overrides, cwd=small_disk, env=gates.env)
         assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
     else:
-        filler.unlink()
-        err = job.communicate(timeout=120)[1]
         assert job.returncode == 0, err
-    if "sharded" in mode:
+        assert run is None or run.wait() == [0, 0], run.errors()
+    if sharded:
         ends = [load_model_state(max((only_run(f) / "checkpoints").iterdir())) for f in (uninterrupted, small_disk)]
         assert same(*ends)
     else:
@@ -97,26 +105,27 @@ def test_training_continues_on_a_full_disk(mode, settings, small_disk, tmp_path)
     assert [p.name for p in only_run(small_disk).rglob(".saving*")] == []
 
 
-def test_async_save_writes_the_same_checkpoints(settings, tmp_path):
+@pytest.mark.parametrize("mode", ["one", SLOW("sharded")])
+def test_async_save_writes_the_same_checkpoints(mode, tiny, tmp_path, request):
+    sharded = mode == "sharded"
+    settings = (*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", "trainer.async_save=true")
+    done = train(*settings, *(FSDP if sharded else ()), cwd=tmp_path, processes=2 if sharded else 1)
+    assert done.returncode == 0, done.stderr
     ends = []
-    for number, mode in enumerate(((), ("trainer.async_save=true",), FSDP, (*FSDP, "trainer.async_save=true"))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        kept = ("trainer.checkpoint_every=8", "trainer.keep_last=9")
-        done = train(*settings, *mode, *kept, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert checkpoint_steps(folder) == [8, 16, 24, 32, 40]
-        ends.append({path.name: load_model_state(path) for path in (only_run(folder) / "checkpoints").iterdir()})
-        waited = [row["saving_seconds"] for row in read_jsonl(only_run(folder) / "metrics.jsonl")]
+    for run in (only_run(tmp_path), request.getfixturevalue("sharded_run" if sharded else "finished_run")):
+        checkpoints = sorted((run / "checkpoints").iterdir())
+        assert [step_of(path) for path in checkpoints] == [8, 16, 24, 32, 40]
+        ends.append({path.name: load_model_state(path) for path in checkpoints})
+        waited = [row["saving_seconds"] for row in read_jsonl(run / "metrics.jsonl")]
         assert [step for step, seconds in enumerate(waited, 1) if seconds] == [9, 17, 25, 33]
-    assert same(ends[0], ends[1]) and same(ends[2], ends[3])
+    assert same(*ends)
 
 
-def test_kept_checkpoints(settings, tmp_path):
+def test_kept_checkpoints(tiny, tmp_path):
     """The last two are kept, those at multiples of 15, and the last one from before the run diverged."""
     kept = ("trainer.checkpoint_every=5", "trainer.keep_last=2", "trainer.keep_every=15")
     corruption = ("data.corruption.steps=[21,22,23,24,25,26,27,28,29,30,31,32,33,34,35,36,37,38,39,40]", "clip=none")
-    settings = tuple(s for s in settings if not s.startswith("clip."))
+    settings = tuple(s for s in tiny if not s.startswith("clip."))
     done = train(*settings, *kept, *corruption, "lr=1e-2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     detector = DivergenceDetector()
@@ -125,6 +134,18 @@ def test_kept_checkpoints(settings, tmp_path):
     healthy = max(step for step in range(5, 41, 5) if detector.is_healthy(step))
     assert 20 <= healthy < 35
     assert checkpoint_steps(tmp_path) == sorted({15, 30, 35, 40, healthy})
+
+
+def test_newest_healthy_checkpoints_of_any_and_of_a_regular_step_are_kept(tmp_path):
+    """The run was stopped after step 13, and diverged after it. A checkpoint of a later step was skipped as damaged."""
+    run_dir = RunDir(tmp_path)
+    run_dir.checkpoints.mkdir()
+    for step in (5, 10, 13, 20, 40):
+        run_dir.checkpoint(step).touch()
+    config = compose_config("trainer.checkpoint_every=10", "trainer.keep_last=1", "trainer.async_save=false")
+    manager = CheckpointManager(run_dir, config, lambda step: step <= 13, lambda step: None, Console(quiet=True))
+    manager.save(30, dict)
+    assert run_dir.checkpoint_steps() == [10, 13, 30, 40]
 
 
 def test_divergence_detector_compares_medians_of_windows():
@@ -147,9 +168,8 @@ def test_divergence_detector_compares_medians_of_windows():
     assert not detector.is_healthy(3 * WINDOW + 3 + WINDOW // 2)
 
 
-def test_checkpoint_holds_configuration_and_random_states(settings, tmp_path):
-    assert train(*settings, cwd=tmp_path).returncode == 0
-    checkpoint = final_state(tmp_path)[0]
+def test_checkpoint_holds_configuration_and_random_states(finished_run):
+    checkpoint = final_state(finished_run.parents[2])[0]
     assert checkpoint["config"]["lr"] == 3e-3 and checkpoint["config"]["clip"]["name"] == "zclip"
     assert checkpoint["global_step"] == 40
     set_rng_states(checkpoint["random"])
@@ -159,51 +179,79 @@ def test_checkpoint_holds_configuration_and_random_states(settings, tmp_path):
     assert numbers == [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
 
 
-@pytest.mark.parametrize("before, after, steps", [(8, 2, 15), SLOW(2, 8, 15), SLOW(4, 1, 13)])
-def test_run_resumes_from_any_step_with_another_micro_batch_size(before, after, steps, settings, tmp_path):
+@pytest.mark.parametrize("before, after, steps", [(8, 2, 16), SLOW(2, 8, 15), SLOW(4, 1, 13)])
+def test_run_resumes_from_any_step_with_another_micro_batch_size(before, after, steps, tiny, finished_run, tmp_path):
     """Another number of processes is the same: another number of micro-batches in a step."""
-    for name in ("uninterrupted", "changed"):
-        (tmp_path / name).mkdir()
-    overrides = (
-        *settings,
-        "trainer.log_every=1",
-        f"trainer.checkpoint_every={steps}",
-        "trainer.keep_last=9",
-        "name=x",
-    )
-    done = train(*overrides, f"trainer.micro_batch_size={before}", cwd=tmp_path / "uninterrupted")
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "changed" / "runs" / "main" / "x"
-    shutil.copytree(tmp_path / "uninterrupted" / "runs" / "main" / "x", path)
+    overrides = (*tiny, "trainer.log_every=1", f"trainer.checkpoint_every={steps}", "trainer.keep_last=9")
+    if before == 8:
+        uninterrupted = finished_run
+    else:
+        (tmp_path / "uninterrupted").mkdir()
+        done = train(*overrides, f"trainer.micro_batch_size={before}", cwd=tmp_path / "uninterrupted")
+        assert done.returncode == 0, done.stderr
+        uninterrupted = only_run(tmp_path / "uninterrupted")
+    overrides += (f"trainer.micro_batch_size={after}",)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    path = shutil.copytree(uninterrupted, changed / run_path(compose_config(*overrides)))
     (path / "result.json").unlink()
-    for checkpoint in sorted((path / "checkpoints").iterdir()):
+    for checkpoint in (path / "checkpoints").iterdir():
         if step_of(checkpoint) > steps:
             checkpoint.unlink()
     (path / "config.yaml").write_text(
         (path / "config.yaml").read_text().replace(f"micro_batch_size: {before}", f"micro_batch_size: {after}")
     )
-    done = train(*overrides, f"trainer.micro_batch_size={after}", cwd=tmp_path / "changed")
+    done = train(*overrides, cwd=changed)
     assert done.returncode == 0 and "COULD NOT" not in done.stdout, done.stdout + done.stderr
-    losses = [[row["loss"] for row in final_state(tmp_path / name)[1]] for name in ("uninterrupted", "changed")]
+    assert f"after step {steps} of 40" in done.stdout, done.stdout
+    losses = [[row["loss"] for row in final_state(run.parents[2])[1]] for run in (uninterrupted, path)]
     assert len(losses[0]) == len(losses[1]) == 40 and losses[0][:steps] == losses[1][:steps]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert [step for step in checkpoint_steps(tmp_path / "changed") if step > steps]
+    assert [step for step in checkpoint_steps(changed) if step > steps]
 
 
-def test_stdout_errors_do_not_stop_training(settings, small_disk, tmp_path):
+#: train.py with its output in a file, or in a pipe whose reader ends after the first line.
+REDIRECTED = """
+import os
+import runpy
+import sys
+
+path, sys.argv = sys.argv[1], sys.argv[2:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+output = os.open(path, os.O_WRONLY | os.O_APPEND)
+os.dup2(output, 1)
+os.dup2(output, 2)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_stdout_errors_do_not_stop_training(tiny, small_disk, tmp_path):
     """Neither a full disk under the output nor a closed pipe stops a run."""
-    overrides = (*settings, "trainer.checkpoint_every=10", "trainer.max_steps=150", f"paths.runs={small_disk}/runs")
-    with (small_disk / "log").open("w") as log:
-        job = subprocess.Popen(train_command(*overrides), cwd=tmp_path, stdout=log, stderr=log)
-        while not list(small_disk.glob("runs/main/*/checkpoints/step-*.ckpt")):
-            assert job.poll() is None, (small_disk / "log").read_text()
-            time.sleep(0.005)
-        filler = fill(small_disk)
-        time.sleep(1)
-        filler.unlink()
-        assert job.wait(timeout=120) == 0, (small_disk / "log").read_text()
-    job = subprocess.Popen(train_command(*settings, "name=closed"), cwd=tmp_path, stdout=subprocess.PIPE)
-    assert job.stdout is not None and job.stdout.readline()
-    job.stdout.close()
+    (tmp_path / "redirected.py").write_text(REDIRECTED)
+    gates = Gates(tmp_path / "gates", 12, 35)
+    settings = (str(CHECKOUT / "train.py"), *tiny, *gates.overrides, "trainer.log_every=2")
+    log, program = small_disk / "log", str(tmp_path / "redirected.py")
+    log.touch()
+    job = start(str(log), *settings, f"paths.runs={small_disk}/runs", cwd=tmp_path, program=program, **gates.env)
+    gates.wait(12, job)
+    with log.open("ab") as file:
+        file.write(b"\n" * (PAGE - log.stat().st_size % PAGE))
+    filler = fill(small_disk)
+    written = log.stat().st_size
+    gates.open(12)
+    gates.wait(35, job)
+    assert log.stat().st_size == written, "nothing can be written"
+    filler.unlink()
+    gates.open(35)
+    assert job.wait(timeout=120) == 0, log.read_text()
+    assert log.stat().st_size > written and list(small_disk.glob("runs/main/*/result.json"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    job = start(str(pipe), *settings, "name=closed", cwd=tmp_path, program=program, **gates.env)
+    while not select.select([reader], [], [], 0.05)[0]:
+        assert job.poll() is None, job.output()
+    os.close(reader)
     assert job.wait(timeout=120) == 0
     assert (tmp_path / "runs" / "main" / "closed" / "result.json").exists()

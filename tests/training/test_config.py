@@ -1,23 +1,28 @@
 """Every option composes and makes its parts; every mistake is one sentence, before anything is written."""
 
-import json
+import io
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from common.errors import ConfigError
 from common.settings import fields_of
-from tests.helpers import CHECKOUT, TINY, compose_config, train
+from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, train
 from training.config.checks import check
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
 from training.config.identity import identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
+from training.launch.plan import plan_table
+from training.launch.sweep import CheckSweep
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -156,7 +161,6 @@ BAD = {
     "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",
     "model.vocab_size=100": "data.vocab_size=100 is not allowed: it must be at least 257",
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
-    "logger=wandb": "logger=wandb is not possible: wandb is not logged in",
     "trainer.compile=1": "trainer.compile=1 is not allowed: it must be true or false",
     "trainer.keep_every=30": "trainer.keep_every=30 is not allowed: it must be a multiple of trainer.",
     "optim.betas=[0.9]": "optim.betas=[0.9] is not allowed: it must be two numbers from 0 to below 1",
@@ -166,60 +170,89 @@ BAD = {
 
 
 @pytest.mark.parametrize("override", BAD)
-def test_mistake_is_one_sentence_and_writes_nothing(override, tmp_path):
-    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
-    done = train(*override.split(" "), cwd=tmp_path, env=online)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert BAD[override] in line
+def test_mistake_is_one_sentence_and_writes_nothing(override, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert BAD[override] in refusal(*override.split(" "))
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
-        (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
-        (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
-        (("lr=glob(*)",), "makes no job"),
-        (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
-        (("resume=runs/main/x", "seed=0,1"), "resume=runs/main/x is not possible with -m: it continues one run"),
-    ],
-)
-def test_sweep_with_one_bad_job_starts_none(overrides, message, tmp_path):
+@pytest.mark.parametrize("override", ["clip=zclop", "lr=fast", "clip.alhpa=0.9", "data.path=/nope", "resume=gone"])
+def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = train(override, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", refusal(override) + "\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_wandb_without_a_login_is_refused(tmp_path):
+    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
+    done = train("logger=wandb", cwd=tmp_path, env=online)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "logger=wandb is not possible: wandb is not logged in" in line
+    assert not any(tmp_path.iterdir())
+
+
+BAD_SWEEPS = [
+    (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
+    (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
+    (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
+    (("lr=glob(*)",), "makes no job"),
+    (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
+    (("resume=runs/main/x", "seed=0,1"), "resume=runs/main/x is not possible with -m: it continues one run"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_SWEEPS)
+def test_sweep_with_one_bad_job_is_refused(overrides, message, tmp_path, monkeypatch, capsys):
+    """Hydra calls the check of the sweep before the first job."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "-m", *overrides])
+    monkeypatch.setattr("training.launch.cli.exit_statuses", statuses := [])
+    monkeypatch.setattr("training.launch.sweep.exit_statuses", statuses)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        sweep = hydra.compose_config("train", list(overrides), RunMode.MULTIRUN, with_log_configuration=False)
+        with pytest.raises(SystemExit) as end:
+            CheckSweep().on_multirun_start(sweep)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_sweep_with_one_bad_job_starts_none(tmp_path):
+    overrides, message = BAD_SWEEPS[0]
     done = train("-m", *overrides, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not any(tmp_path.iterdir())
 
 
 def test_hydra_full_error_shows_the_traceback(tmp_path):
     done = train("lr=-1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "Traceback" in done.stderr and "ConfigError: lr=-1 is not allowed" in done.stderr
 
 
-def test_text_with_fewer_tokens_than_a_sequence_is_refused_after_tokenizing(tmp_path):
+def test_text_with_fewer_tokens_than_a_sequence_is_refused_after_tokenizing(run_in_process, tmp_path):
     """The prepared tokens are kept for shorter sequences, and no run is begun."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "ab":
         (texts / f"{name}.txt").write_text(f"{name} short text " * 50)
     settings = ("data.sequence_length=600", "model.max_position_embeddings=600", "model.vocab_size=512")
-    done = train("data.path=texts", *settings, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "data.sequence_length=600 is longer than the text: the " in done.stderr
+    with pytest.raises(ConfigError, match=r"^data\.sequence_length=600 is longer than the text: the "):
+        run_in_process(f"data.path={texts}", *settings)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "texts"]
 
 
-def test_taken_name_is_refused(tmp_path: Path, corpus, cache):
-    settings = ("name=mine", f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.max_steps=2")
-    assert train(*settings, cwd=tmp_path).returncode == 0
+def test_taken_name_is_refused(finished_run, tiny, refusal, tmp_path, monkeypatch):
+    run = copy_run(finished_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    done = train(*settings, "lr=1e-4", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "name=mine is taken" in done.stderr and "lr=0.0001 (there: 0.003)" in done.stderr
+    line = refusal(*tiny, f"name={run.name}", "lr=1e-4")
+    assert f"name={run.name} is taken" in line and "lr=0.0001 (there: 0.003)" in line
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
@@ -230,39 +263,29 @@ def test_saved_configuration_is_the_same_configuration(tmp_path):
     assert identity(read_config(tmp_path / "config.yaml")) == identity(saved)
 
 
-def test_run_folder_of_another_version_is_named(tmp_path, corpus, cache):
+def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "main" / "old"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
-    done = train("name=old", f"data.path={corpus}", f"paths.cache={cache}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    line = refusal(*tiny, "name=old")
+    assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in line
 
 
-def test_run_is_resumed_from_its_folder_alone(tmp_path, corpus, cache):
-    settings = (
-        f"data.path={corpus}",
-        f"paths.cache={cache}",
-        *TINY,
-        "trainer.max_steps=6",
-        "trainer.checkpoint_every=2",
-    )
-    assert train(*settings, cwd=tmp_path).returncode == 0
-    (folder,) = (tmp_path / "runs" / "main").iterdir()
-    metrics = (folder / "metrics.jsonl").read_bytes().splitlines()
-    (folder / "result.json").unlink()
-    (folder / "checkpoints" / "step-00000006.ckpt").unlink()
-    moved = folder.rename(tmp_path / "moved")
+def test_run_is_resumed_from_its_folder_alone(finished_run, refusal, tmp_path, monkeypatch):
+    moved = shutil.copytree(finished_run, tmp_path / "moved")
+    metrics = read_jsonl(moved / "metrics.jsonl")
+    (moved / "result.json").unlink()
+    (moved / "checkpoints" / "step-00000040.ckpt").unlink()
     done = train(f"resume={moved}", "trainer.log_every=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"continuing {moved} after step 4 of 6" in done.stdout
-    resumed = [json.loads(line) for line in (moved / "metrics.jsonl").read_bytes().splitlines()]
-    assert [row["loss"] for row in resumed] == [json.loads(line)["loss"] for line in metrics]
-    assert "finished already" in train(f"resume={moved}", cwd=tmp_path).stdout
-    done = train(f"resume={moved}", "lr=1e-4", cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in done.stderr
+    assert f"continuing {moved} after step 32 of 40" in done.stdout
+    assert [row["loss"] for row in read_jsonl(moved / "metrics.jsonl")] == [row["loss"] for row in metrics]
+    done = train(f"resume={moved}", cwd=tmp_path)
+    assert "finished already" in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)
+    line = refusal(f"resume={moved}", "lr=1e-4")
+    assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in line
 
 
 def test_resumed_run_that_rewinds_keeps_the_checkpoints_to_which_it_goes_back():
@@ -273,15 +296,18 @@ def test_resumed_run_that_rewinds_keeps_the_checkpoints_to_which_it_goes_back():
         resumed_config(resumed, compose_config("trainer.on_nonfinite=rewind"), [change])
 
 
-def test_plan_is_made_by_as_many_processes_as_the_configuration_has(tmp_path):
-    done = train("model=micro", "trainer=cpu", "plan=true", cwd=tmp_path, env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == 2 and done.stderr.endswith("are 1 processes, but 2 were started\n")
+def test_plan_is_made_by_as_many_processes_as_the_configuration_has(refusal, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert refusal("model=micro", "trainer=cpu", "plan=true").endswith("are 1 processes, but 2 were started")
 
 
-def test_plan_takes_a_batch_that_the_processes_can_share(tmp_path):
-    done = train("model=1b", "trainer=fsdp", "plan=true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "planned for" in done.stdout and "trainer.global_batch_size=64" in " ".join(done.stdout.split())
+def test_plan_takes_a_batch_that_the_processes_can_share(checked):
+    planned, _ = checked("model=1b", "trainer=fsdp", "plan=true")
+    out = io.StringIO()
+    Console(file=out, width=100).print(plan_table(planned))
+    text = " ".join(out.getvalue().split())
+    assert "planned for" in text and "trainer.global_batch_size=64" in text, text
 
 
 def test_reference_of_settings_is_current():

@@ -193,6 +193,11 @@ def test_a_run_resumes_at_a_step_with_another_number_of_micro_batches(before, af
             "must write the same"
         )
 
+    checkpoint = torch.load(file, weights_only=False)
+    rescale_batch_counts(checkpoint, before)
+    unchanged = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert unchanged == counts, "counts of as many micro-batches are those that Lightning saves"
+
     seen: list[tuple[int, int]] = []
     batches = CountedBatches(STEPS * after)
     batches.position = 4 * after

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.errors import UserError
 from models import Llama
 from models.hugging_face import export
-from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, ranks, read_jsonl, script, start, train
+from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, copy_run, ranks, read_jsonl, script, start, train
 from training.checkpoint.format import is_valid, load_model_state
+from training.config.checks import check
+from training.config.identity import run_path
 
 #: Overrides of each mode. The global batch has 8 sequences.
 MODES = {
@@ -40,16 +44,14 @@ MODES = {
         "trainer.activation_checkpointing=full",
     ],
 }  # fmt: skip
-#: Modes whose parts are in others.
-SLOWER = ("ddp-accumulated", "fsdp-accumulated")
+#: Modes that have the parts of all others, except replication, compilation, and full checkpointing of activations.
+FAST = ("ddp-streamed", "fsdp-accumulated")
 
 
 @pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
+def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
     return (
-        *TINY,
-        f"data.path={corpus}",
-        f"paths.cache={cache}",
+        *tiny,
         "trainer.max_steps=50",
         "lr=1e-3",  # with a higher one, rounding becomes visible in a run of this seed
         "clip.max_grad_norm=null",
@@ -88,7 +90,7 @@ def assert_same_run(folder: Path, name: str) -> None:
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", [SLOW(mode) if mode in SLOWER else mode for mode in MODES])
+@pytest.mark.parametrize("mode", [mode if mode in FAST else SLOW(mode) for mode in MODES])
 def test_every_mode_has_the_losses_and_clipping_decisions_of_one_process(mode, runs, settings):
     done = train(*settings, *MODES[mode], f"name={mode}", cwd=runs, processes=processes(mode))
     assert done.returncode == 0, done.stderr
@@ -103,6 +105,21 @@ def test_every_mode_has_the_losses_and_clipping_decisions_of_one_process(mode, r
         assert all(torch.allclose(weights[name], reference[name], atol=2e-3) for name in reference)
 
 
+def test_run_resumes_on_another_number_of_processes(sharded_run, tiny, tmp_path):
+    path = copy_run(sharded_run, tmp_path)
+    (path / "result.json").unlink()
+    for step in (24, 32, 40):
+        shutil.rmtree(path / "checkpoints" / f"step-{step:08d}.ckpt")
+    settings = (*tiny, *FSDP, "trainer.devices=1")
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0 and "continuing" in done.stdout, done.stdout + done.stderr
+    assert "after step 16 of 40" in done.stdout
+    two, one = (read_jsonl(run / "metrics.jsonl") for run in (sharded_run, path))
+    assert two[:16] == one[:16] and [row["step"] for row in one] == list(range(1, 41))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_killed_run_resumes_on_another_number_of_processes(runs, settings):
     """SIGKILL of one of two processes ends the other. Four processes resume, started by torchrun."""
     settings = (
@@ -138,19 +155,34 @@ def test_killed_run_resumes_on_another_number_of_processes(runs, settings):
         (["trainer.strategy=hsdp", "trainer.devices=2", "trainer.micro_batch_size=4"],
          "trainer.dp_replicate=1 is not possible with trainer.strategy=hsdp: it must be from 2"),
         (["trainer=fsdp"], "trainer.accelerator=gpu is not possible: torch sees no GPU here"),
-        (["trainer.strategy=ddp", "trainer.nodes=2", "trainer.micro_batch_size=1"], "trainer.nodes=2 is more than"),
         (["trainer.activation_checkpointing=some"], "trainer.activation_checkpointing=some is not allowed"),
     ],
 )  # fmt: skip
-def test_impossible_splits_are_refused_with_the_arithmetic(overrides, message, settings, tmp_path):
+def test_impossible_splits_are_refused_with_the_arithmetic(overrides, message, settings):
     if "trainer=fsdp" in overrides and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    with pytest.raises(UserError) as error:
+        config = compose_config(*settings, *overrides)
+        check(config, run_path(config))
+    (line,) = str(error.value).splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.strategy=ddp", "trainer.devices=3", "trainer.micro_batch_size=2"], "= 6 sequences at once must di"),
+        (["trainer.strategy=ddp", "trainer.nodes=2", "trainer.micro_batch_size=1"], "trainer.nodes=2 is more than"),
+    ],
+)
+def test_train_refuses_what_this_machine_cannot_run_in_one_sentence(overrides, message, settings, tmp_path):
     done = train(*settings, *overrides, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("initial", [SLOW("tied"), "from a folder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("initial", ["tied", "from a folder"])
 def test_sharded_run_starts_from_the_weights_of_one_process(initial, runs, settings, tmp_path):
     overrides = [*settings, "trainer.max_steps=6"]
     if initial == "tied":
@@ -185,33 +217,25 @@ def damage(checkpoint: Path, how: str) -> None:
     file.write_bytes(data)
 
 
-def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(runs, settings, tmp_path):
-    overrides = (
-        *settings,
-        *MODES["fsdp"],
-        "trainer.max_steps=10",
-        "trainer.checkpoint_every=2",
-        "trainer.keep_last=5",
-    )
-    done = train(*overrides, cwd=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "runs" / "main").iterdir()
+def test_sharded_checkpoints_hold_the_weights_and_damaged_ones_are_skipped(sharded_run, tiny, tmp_path):
+    path = copy_run(sharded_run, tmp_path)
     result = json.loads((path / "result.json").read_text())
     (path / "result.json").unlink()
     checkpoints = sorted((path / "checkpoints").iterdir())
-    assert [c.name for c in checkpoints] == [f"step-{step:08d}.ckpt" for step in range(2, 11, 2)]
+    assert [c.name for c in checkpoints] == [f"step-{step:08d}.ckpt" for step in range(8, 41, 8)]
     assert all(c.is_dir() and is_valid(c) and len(list(c.glob("*.distcp"))) == 2 for c in checkpoints)
-    shapes = {name: tensor.shape for name, tensor in Llama(compose_config(*settings).model.llama).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in Llama(compose_config(*tiny).model.llama).state_dict().items()}
     assert {name: tensor.shape for name, tensor in load_model_state(checkpoints[0]).items()} == shapes
     kinds = ("shard cut", "shard missing", "index cut", "bit of a shard")
     for checkpoint, how in zip(checkpoints[1:], kinds, strict=True):
         damage(checkpoint, how)
         assert not is_valid(checkpoint), how
-    done = train(*overrides, cwd=tmp_path, processes=2)
+    settings = ("trainer.checkpoint_every=8", "trainer.keep_last=9")
+    done = train(*tiny, *FSDP, *settings, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is damaged") == 4 and "after step 2 of 10" in done.stdout
+    assert done.stdout.count("is damaged") == 4 and "after step 8 of 40" in done.stdout
     assert json.loads((path / "result.json").read_text())["test_loss"] == result["test_loss"]
     damage(checkpoints[0], "bit of the index")
     assert not is_valid(checkpoints[0])
-    refused = script("export_hf.py", f"run={path}", "step=2", "out=exported", cwd=tmp_path)
-    assert refused.returncode == 2 and "step=2 is damaged" in refused.stderr and not (tmp_path / "exported").exists()
+    refused = script("export_hf.py", f"run={path}", "step=8", "out=exported", cwd=tmp_path)
+    assert refused.returncode == 2 and "step=8 is damaged" in refused.stderr and not (tmp_path / "exported").exists()

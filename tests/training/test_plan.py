@@ -1,12 +1,15 @@
 """Plans: their numbers are the paper's, those of formulas, and those of what autograd saves."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 from models import Llama, LlamaConfig
 from models.parallel import apply_activation_checkpointing
 from tests.helpers import compose_config, train
-from training.launch.plan import _activations, memory_warning, plan
+from training.launch.plan import _activations, memory_warning, plan, plan_table
 from training.runtime.hardware import PEAK_FLOPS, flops_per_token, peak_flops
 
 SMALL = LlamaConfig(
@@ -83,16 +86,18 @@ def test_peak_flops_are_found_by_torchs_device_names():
     assert peak_flops("x86_64") is None
 
 
-def test_plan_is_printed_and_writes_nothing(tmp_path):
+def test_plan_is_printed_and_writes_nothing(refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = ("model=1b", "trainer=fsdp", "trainer.global_batch_size=512", "trainer.micro_batch_size=64")
     settings = (*settings, "data.sequence_length=2048", "plan=true")
     done = train(*settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("1b: 1,071,712,256 parameters", "does not fit 80 GiB", "operations a token", "40% MFU on 8 H100"):
         assert text in done.stdout, done.stdout
-    assert "fits 80 GiB" in train(*settings, "trainer.activation_checkpointing=full", cwd=tmp_path).stdout
-    wrong = train(*settings, "hardware.device=H800", cwd=tmp_path)
-    assert wrong.returncode == 2 and "hardware.device=H800 is not allowed: it must be one of H200" in wrong.stderr
+    out = io.StringIO()
+    Console(file=out, width=120).print(plan_table(compose_config(*settings, "trainer.activation_checkpointing=full")))
+    assert "fits 80 GiB" in out.getvalue(), out.getvalue()
+    assert "hardware.device=H800 is not allowed: it must be one of H200" in refusal(*settings, "hardware.device=H800")
     assert not list(tmp_path.iterdir())
 
 

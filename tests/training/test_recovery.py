@@ -2,13 +2,24 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
-from tests.helpers import FSDP, SLOW, TINY, read_jsonl, same, start, train
+from tests.helpers import (
+    CHECKOUT,
+    FSDP,
+    SLOW,
+    compose_config,
+    copy_run,
+    only_run,
+    read_jsonl,
+    same,
+    start,
+    train,
+    wait_for_steps,
+)
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.format import load_model_state
 from training.config.compose import read_config
@@ -31,32 +42,39 @@ class Fragile(ZClip):
 
 
 @pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.checkpoint_every=5", "lr=1e-2")
+def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
+    return (*tiny, "trainer.checkpoint_every=5", "lr=1e-2")
 
 
-@pytest.fixture
-def fragile(settings, tmp_path) -> tuple[tuple[str, ...], dict[str, str]]:
+@pytest.fixture(scope="module")
+def fragile(settings, tmp_path_factory) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return settings and environment of a run in which batches 21 to 26 give non-finite steps."""
-    (tmp_path / "fragile.py").write_text(FRAGILE)
+    folder = tmp_path_factory.mktemp("fragile")
+    (folder / "fragile.py").write_text(FRAGILE)
     overrides = (
         *settings, "clip._target_=fragile.Fragile", "data.corruption.steps=[21,22,23,24,25,26]",
         "data.corruption.kind=random", "trainer.max_consecutive_nonfinite=3", "trainer.log_every=2", "name=x",
     )  # fmt: skip
-    return overrides, {"PYTHONPATH": str(tmp_path)}
+    return overrides, {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def rewound_run(fragile, tmp_path_factory) -> tuple[Path, str]:
+    """Return the folder of that run, rewound twice, with all of its checkpoints; and what the run has printed."""
+    settings, env = fragile
+    folder = tmp_path_factory.mktemp("rewound")
+    done = train(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return only_run(folder), done.stdout
 
 
 def losses(path: Path) -> list[float | None]:
     return [row["loss"] for row in read_jsonl(path)]
 
 
-@pytest.mark.parametrize("mode", [(), SLOW(FSDP)])
-def test_run_is_rewound_and_skips_the_corrupted_batches(mode, fragile, tmp_path):
-    settings, env = fragile
-    done = train(*settings, *mode, "trainer.on_nonfinite=rewind", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "runs" / "main" / "x"
-    assert "for 3 steps in a row, up to step 23: rewinding to step 20 and skipping the 3 batches since" in done.stdout
+def assert_rewound(path: Path, output: str) -> None:
+    """Assert that a run was rewound twice, from step 23 to step 20."""
+    assert "for 3 steps in a row, up to step 23: rewinding to step 20 and skipping the 3 batches since" in output
     assert json.loads((path / "rewinds.json").read_text()) == {
         "rewinds": [{"from_step": 23, "to_step": 20, "skipped_batches": number} for number in (3, 6)]
     }
@@ -64,37 +82,64 @@ def test_run_is_rewound_and_skips_the_corrupted_batches(mode, fragile, tmp_path)
     assert [row["step"] for row in read_jsonl(path / "metrics.jsonl") if row["grad_norm"] is None] == []
     removed = read_jsonl(path / "rewound-1.jsonl")
     assert [row["step"] for row in removed] == [21, 22, 23, 24] and {row["grad_norm"] for row in removed} == {None}
-    overrides = ("trainer.on_nonfinite=rewind", "name=fork", "fork_from=runs/main/x@35")
-    done = train(*settings, *mode, *overrides, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    fork = read_jsonl(tmp_path / "runs" / "main" / "fork" / "metrics.jsonl")
-    assert [row["loss"] for row in fork] == losses(path / "metrics.jsonl")
 
 
-def test_rewind_depends_neither_on_log_every_nor_on_an_interruption(fragile, tmp_path):
+def test_run_is_rewound_and_skips_the_corrupted_batches(rewound_run, fragile, tmp_path):
+    """A run forked from a later step skips the same batches."""
+    path, output = rewound_run
+    assert_rewound(path, output)
     settings, env = fragile
-    settings = tuple(s for s in settings if not s.startswith(("trainer.log_every", "name")))
-    settings = (*settings, "trainer.on_nonfinite=rewind")
-    ends = []
-    for log_every in (1, 7):
-        done = train(*settings, f"trainer.log_every={log_every}", f"name=every{log_every}", cwd=tmp_path, env=env)
-        assert done.returncode == 0, done.stderr
-        ends.append(tmp_path / "runs" / "main" / f"every{log_every}")
-    job = start(*settings, "trainer.log_every=1", "name=stopped", cwd=tmp_path, **env)
-    path = tmp_path / "runs" / "main" / "stopped"
-    while not path.exists() or not (path / "metrics.jsonl").exists() or len(read_jsonl(path / "metrics.jsonl")) < 17:
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.001)
+    copy_run(path, tmp_path)
+    done = train(
+        *settings, "trainer.on_nonfinite=rewind", "name=fork", "fork_from=runs/main/x@35", cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "runs" / "main" / "fork" / "metrics.jsonl") == losses(path / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_sharded_run_is_rewound_and_skips_the_corrupted_batches(fragile, tmp_path):
+    settings, env = fragile
+    settings = (*settings, *FSDP, "trainer.on_nonfinite=rewind")
+    done = train(*settings, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "runs" / "main" / "x"
+    assert_rewound(path, done.stdout)
+    done = train(*settings, "name=fork", "fork_from=runs/main/x@35", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "runs" / "main" / "fork" / "metrics.jsonl") == losses(path / "metrics.jsonl")
+
+
+def test_rewind_depends_neither_on_log_every_nor_on_an_interruption(rewound_run, fragile, tmp_path):
+    """The reference logs every second step; this run every step, and every seventh once it resumes."""
+    settings, env = fragile
+    settings = (*(s for s in settings if not s.startswith("trainer.log_every")), "trainer.on_nonfinite=rewind")
+    job = start(*settings, "trainer.log_every=1", cwd=tmp_path, **env)
+    wait_for_steps(job, tmp_path, 17)
     job.terminate()
     job.wait()
-    done = train(*settings, "trainer.log_every=1", "name=stopped", cwd=tmp_path, env=env)
+    done = train(*settings, "trainer.log_every=7", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
-    for end in (*ends, path):
-        rewinds = json.loads((end / "rewinds.json").read_text())["rewinds"]
-        assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
-        assert losses(end / "metrics.jsonl") == losses(ends[0] / "metrics.jsonl")
+    path = tmp_path / "runs" / "main" / "x"
+    rewinds = json.loads((path / "rewinds.json").read_text())["rewinds"]
+    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
+    assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_rewind_of_an_uninterrupted_run_does_not_depend_on_log_every(log_every, rewound_run, fragile, tmp_path):
+    settings, env = fragile
+    settings = (*(s for s in settings if not s.startswith("trainer.log_every")), f"trainer.log_every={log_every}")
+    done = train(*settings, "trainer.on_nonfinite=rewind", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "runs" / "main" / "x"
+    rewinds = json.loads((path / "rewinds.json").read_text())["rewinds"]
+    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
+    assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
+
+
+@pytest.mark.slow
 def test_fork_can_be_rewound_to_its_start(fragile, tmp_path, monkeypatch):
     settings, env = fragile
     settings = (*(s for s in settings if not s.startswith("name")), "trainer.keep_last=9")
@@ -117,44 +162,52 @@ def test_fork_can_be_rewound_to_its_start(fragile, tmp_path, monkeypatch):
         find_fork_source(read_config(new.config_file), new)
 
 
-def test_rewind_is_replayed_when_resuming_before_it(fragile, tmp_path):
+def test_rewind_is_replayed_when_resuming_before_it(rewound_run, fragile, tmp_path):
     """The checkpoints after the rewind are damaged."""
     settings, env = fragile
-    settings = (*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9")
-    done = train(*settings, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "runs" / "main" / "x"
+    path = copy_run(rewound_run[0], tmp_path)
     before, rewinds = losses(path / "metrics.jsonl"), (path / "rewinds.json").read_text()
     (path / "result.json").unlink()
     for checkpoint in sorted((path / "checkpoints").iterdir())[1:]:
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
-    done = train(*settings, cwd=tmp_path, env=env)
+    done = train(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "after step 5 of 40" in done.stdout, done.stdout + done.stderr
     assert (path / "rewinds.json").read_text() == rewinds
     assert losses(path / "metrics.jsonl") == before
 
 
-def test_rewinds_are_counted_and_survive_interruption(fragile, tmp_path):
-    """A run that is killed after a rewind ends as one that was not."""
+def test_run_ends_after_too_many_rewinds(fragile, tmp_path):
     settings, env = fragile
     settings = (*settings, "trainer.on_nonfinite=rewind", "trainer.max_consecutive_nonfinite=2")
-    done = train(*settings, "name=few", "trainer.max_rewinds=1", cwd=tmp_path, env=env)
+    done = train(*settings, "trainer.max_rewinds=1", cwd=tmp_path, env=env)
     assert done.returncode == 3 and "after 1 rewinds (trainer.max_rewinds): the run ends here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_rewinds_skip_more_and_more_batches(fragile, tmp_path):
+    settings, env = fragile
+    settings = (*settings, "trainer.on_nonfinite=rewind", "trainer.max_consecutive_nonfinite=2")
     done = train(*settings, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     rewinds = json.loads((tmp_path / "runs" / "main" / "x" / "rewinds.json").read_text())["rewinds"]
     assert [rewind["skipped_batches"] for rewind in rewinds] == [2, 4, 6]
     assert {rewind["to_step"] for rewind in rewinds} == {20}
-    job = start(*settings, "name=killed", cwd=tmp_path, **env)
+
+
+@pytest.mark.slow
+def test_run_killed_after_a_rewind_ends_as_one_that_was_not(rewound_run, fragile, tmp_path):
+    settings, env = fragile
+    settings = (*settings, "trainer.on_nonfinite=rewind")
+    job = start(*settings, cwd=tmp_path, **env)
     for line in job.lines():
         if "rewinding" in line:
             job.kill()
     job.wait()
-    done = train(*settings, "name=killed", cwd=tmp_path, env=env)
+    done = train(*settings, cwd=tmp_path, env=env)
     assert done.returncode == 0 and "after step 20 of 40" in done.stdout, done.stderr
-    ends = [losses(tmp_path / "runs" / "main" / name / "metrics.jsonl") for name in ("x", "killed")]
-    assert ends[0] == ends[1]
+    path = tmp_path / "runs" / "main" / "x"
+    assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
 
 
 def test_on_nonfinite_stop_ends_the_run_with_advice(fragile, tmp_path):
@@ -182,53 +235,84 @@ def test_on_nonfinite_stop_ends_the_run_with_advice(fragile, tmp_path):
     assert [row["step"] for row in read_jsonl(path / "y" / "metrics.jsonl")] == list(range(1, 41))
 
 
-@pytest.mark.parametrize("mode", [(), SLOW(FSDP)])
-def test_fork_with_the_same_settings_equals_the_old_run(mode, settings, tmp_path):
-    settings = (*settings, *mode, "trainer.keep_last=9")
-    assert train(*settings, "name=old", cwd=tmp_path).returncode == 0
-    old, new, other = (tmp_path / "runs" / "main" / name for name in ("old", "new", "other"))
-    done = train(*settings, "name=new", "fork_from=runs/main/old@20", cwd=tmp_path)
+@pytest.mark.parametrize("mode", ["one", SLOW("sharded")])
+def test_fork_with_the_same_settings_equals_the_old_run(mode, tiny, tmp_path, request):
+    sharded = mode == "sharded"
+    old = copy_run(request.getfixturevalue("sharded_run" if sharded else "finished_run"), tmp_path)
+    source = f"fork_from=runs/main/{old.name}@24"
+    settings = (*tiny, *(FSDP if sharded else ()), "trainer.checkpoint_every=8", "trainer.keep_last=9", source)
+    processes = 2 if sharded else 1
+    new, other = (tmp_path / "runs" / "main" / name for name in ("new", "other"))
+    done = train(*settings, "name=new", cwd=tmp_path, processes=processes)
     assert done.returncode == 0 and "statistics reset" not in done.stdout, done.stderr
     ends = [load_model_state(folder / "checkpoints" / "step-00000040.ckpt") for folder in (old, new)]
     assert same(*ends)
     assert losses(old / "metrics.jsonl") == losses(new / "metrics.jsonl")
-    done = train(*settings, "name=other", "fork_from=runs/main/old@20", "lr=1e-4", cwd=tmp_path)
+    done = train(*settings, "name=other", "lr=1e-4", cwd=tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
     lrs = [row["lr"] for row in read_jsonl(other / "metrics.jsonl")]
-    assert lrs[:20] == [row["lr"] for row in read_jsonl(old / "metrics.jsonl")][:20] and max(lrs[20:]) <= 1e-4
-    before = load_model_state(old / "checkpoints" / "step-00000020.ckpt")
-    after = load_model_state(other / "checkpoints" / "step-00000025.ckpt")
+    assert lrs[:24] == [row["lr"] for row in read_jsonl(old / "metrics.jsonl")][:24] and max(lrs[24:]) <= 1e-4
+    before = load_model_state(old / "checkpoints" / "step-00000024.ckpt")
+    after = load_model_state(other / "checkpoints" / "step-00000032.ckpt")
     moved = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert 0 < moved < 1e-3, "the optimizer uses the new learning rate"
 
 
-def test_training_continues_without_wandb(settings, tmp_path):
+#: train.py, which waits a second for wandb's server.
+IMPATIENT = """
+import runpy
+import sys
+
+from training.monitor import wandb_run
+
+wandb_run.SERVER_TIMEOUT = 1
+sys.argv.pop(0)
+sys.path[0] = sys.argv[0].removesuffix("/train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_training_continues_without_wandb(tiny, tmp_path):
     """The server refuses connections for the whole run."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
-    done = train(*settings, "logger=wandb", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "WANDB CANNOT BE REACHED" in done.stdout and "test loss" in done.stdout
+    env["PYTHONPATH"] = str(CHECKOUT)
+    program = str(tmp_path / "impatient.py")
+    settings = (str(CHECKOUT / "train.py"), *tiny, "trainer.max_steps=4", "logger=wandb")
+    job = start(*settings, cwd=tmp_path, program=program, **env)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode == 0, err
+    assert "WANDB CANNOT BE REACHED" in out and "test loss" in out
     (file,) = tmp_path.glob("runs/main/*/wandb/offline-run-*/run-*.wandb")
     assert b"test_loss" in file.read_bytes()
 
 
-def test_impossible_forks_are_refused_in_one_sentence(settings, tmp_path):
-    assert train(*settings, "name=old", "trainer.max_steps=10", cwd=tmp_path).returncode == 0
-    old = tmp_path / "runs" / "main" / "old"
+def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = copy_run(finished_run, tmp_path).rename("runs/main/old")
+    settings = (*tiny, "name=new")
     for override, message in (
         ("fork_from=runs/main/old", "it must be a run folder and a step, as runs/main/NAME@100"),
         ("fork_from=runs/main/none@5", "there is no run in runs/main/none"),
-        ("fork_from=runs/main/old@7", "the run has no checkpoint of that step, but of 5, 10"),
+        ("fork_from=runs/main/old@7", "the run has no checkpoint of that step, but of 8, 16, 24, 32, 40"),
         ("seed=1", "is not possible with seed=1: that run has seed=0"),
         ("model.num_hidden_layers=1", "with model.num_hidden_layers=1: that run has model.num_hidden_layers=2"),
-        ("trainer.max_steps=10", "is not possible with trainer.max_steps=10: it must be more"),
+        ("trainer.max_steps=8", "is not possible with trainer.max_steps=8: it must be more"),
         ("trainer.strategy=fsdp", "is not possible with trainer.strategy=fsdp: the checkpoints of"),
     ):
-        fork = () if "fork_from" in override else ("fork_from=runs/main/old@10",)
-        done = train(*settings, "name=new", *fork, override, cwd=tmp_path)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    file = old / "checkpoints" / "step-00000010.ckpt"
+        fork = () if "fork_from" in override else ("fork_from=runs/main/old@8",)
+        with pytest.raises(ConfigError) as error:
+            find_fork_source(compose_config(*settings, *fork, override), RunDir(Path("runs/main/new")))
+        (line,) = str(error.value).splitlines()
+        assert message in line
+    lines = (old / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (old / "metrics.jsonl").write_text("".join(lines[:7]))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl does not reach that step"):
+        find_fork_source(compose_config(*settings, "fork_from=runs/main/old@8"), RunDir(Path("runs/main/new")))
+    (old / "metrics.jsonl").write_text("".join(lines))
+    file = old / "checkpoints" / "step-00000008.ckpt"
     file.write_bytes(file.read_bytes()[:-100])
-    done = train(*settings, "name=new", "fork_from=runs/main/old@10", cwd=tmp_path)
-    assert done.returncode == 2 and "step-00000010.ckpt is damaged" in done.stderr
-    assert not (tmp_path / "runs" / "main" / "new").exists()
+    done = train(*settings, "fork_from=runs/main/old@8", cwd=tmp_path)
+    assert done.returncode == 2 and "step-00000008.ckpt is damaged" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "runs" / "main" / "new").exists()

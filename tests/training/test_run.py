@@ -1,55 +1,41 @@
 """Real runs: they learn, leave a complete run folder, and survive a kill at any moment."""
 
+import io
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models
 
+from common.errors import ConfigError, RunError, UserError
 from data import TokenDataset, corpus_from, prepare, unigram_entropy
 from data.tokenizer import END_OF_TEXT, wrap_tokenizer
 from experiments.run.read import read_run
+from experiments.run.summary import comparison, table
 from models import Llama
-from tests.helpers import (
-    CHECKOUT,
-    TINY,
-    final_state,
-    kill_after,
-    only_run,
-    read_jsonl,
-    same,
-    start,
-    train,
-    train_command,
-)
+from tests.helpers import SLOW, copy_run, final_state, kill_after, only_run, read_jsonl, same, start, train
 from tests.process_pool import run
 from training.checkpoint.format import load_model_state
 from training.config.compose import read_config
 from training.monitor.step_timer import STEP_PHASES
 
 
-@pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY)
-
-
-def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(settings, tmp_path):
-    settings = (*settings, "trainer.max_steps=150", "lr=1e-2")
+def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(tiny, tmp_path):
+    settings = (*tiny, "trainer.max_steps=100", "lr=1e-2")
     done = train(*settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = only_run(tmp_path)
     result = json.loads((path / "result.json").read_text())
     assert result["test_loss"] < result["unigram_entropy"] - 0.1
-    assert result["steps"] == 150
+    assert result["steps"] == 100
     for shown in (
         "test loss",
         "test perplexity",
@@ -66,7 +52,7 @@ def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(settings, 
         "config.yaml", "environment.json", "tokenizer", "metrics.jsonl", "checkpoints", "result.json", "plots"
     }  # fmt: skip
     run = read_run(path)
-    assert run.metrics["step"].tolist() == list(range(1, 151))
+    assert run.metrics["step"].tolist() == list(range(1, 101))
     assert run.metrics["loss"][0] == pytest.approx(6.24, abs=0.05)
     assert (run.metrics["clipped_norm"] <= run.metrics["grad_norm"]).all()
     assert (path / "plots" / "run.png").stat().st_size > 20_000
@@ -80,22 +66,23 @@ def test_short_run_beats_unigram_entropy_and_leaves_a_complete_folder(settings, 
 
     state = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     again = train(*settings, cwd=tmp_path)
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr
     assert "finished already" in again.stdout and "test loss" in again.stdout
     assert state == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
 @pytest.mark.parametrize("clip", ["zclip", pytest.param("autoclip", marks=pytest.mark.slow)])
-def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
+def test_killed_run_resumes_to_identical_result(clip, tiny, tmp_path):
     """The run is killed twice, and accumulates gradients over two micro-batches."""
-    settings = tuple(s for s in settings if clip == "zclip" or not s.startswith("clip."))
+    settings = tuple(s for s in tiny if clip == "zclip" or not s.startswith("clip."))
     settings = (
         *settings, f"clip={clip}", "trainer.micro_batch_size=4", "trainer.checkpoint_every=7", "trainer.log_every=2"
     )  # fmt: skip
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     for folder in (uninterrupted, killed):
         folder.mkdir()
-    assert train(*settings, cwd=uninterrupted).returncode == 0
+    done = train(*settings, cwd=uninterrupted)
+    assert done.returncode == 0, done.stderr
     for steps in (random.randint(8, 14), random.randint(20, 36)):
         kill_after(steps, *settings, cwd=killed)
     done = train(*settings, cwd=killed)
@@ -115,9 +102,9 @@ def test_killed_run_resumes_to_identical_result(clip, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_path):
+def test_streamed_run_equals_prepared_run_and_resumes_when_killed(tiny, tmp_path):
     """With one block, streaming equals preparing. With many blocks, a run killed twice ends as one that was not."""
-    settings = (*settings, "trainer.checkpoint_every=7", "trainer.log_every=2")
+    settings = (*tiny, "trainer.checkpoint_every=7", "trainer.log_every=2")
     stream = (*settings, "data.mode=stream")
     blocks = (*stream, "data.shuffle_tokens=3000", "trainer.micro_batch_size=4")
     runs = {"prepared": settings, "stream": stream, "uninterrupted": blocks, "killed": blocks}
@@ -137,76 +124,73 @@ def test_streamed_run_equals_prepared_run_and_resumes_when_killed(settings, tmp_
     assert ends["uninterrupted"][0]["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["stream"]["block"] > 3
 
 
-def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(settings, corpus, tmp_path):
+def test_unreadable_stream_is_one_sentence_and_run_resumes_once_repaired(tiny, corpus, tmp_path):
     words = " ".join(file.read_text() for file in sorted(corpus.glob("*.txt"))).split()
     text = "\n".join(json.dumps({"text": " ".join(words[i : i + 50])}) for i in range(0, 9000, 50))
     file = tmp_path / "text.jsonl"
     file.write_text(text)
-    settings = (*settings, f"data.path={file}", "data.mode=stream", "trainer.checkpoint_every=5")
+    settings = (*tiny, f"data.path={file}", "data.mode=stream", "trainer.checkpoint_every=5")
     kill_after(12, *settings, cwd=tmp_path)
     written = file.stat()
     file.write_text(text[:-9] + "x" * 9)  # same size and time: only reading shows the damage
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     sentence = r"error: data\.sources\.text\.path=\S+ cannot be read: \S+text\.jsonl: .* \(after step (\d+)\)"
     match = re.search(sentence, done.stderr)
     assert match and int(match[1]) >= 10, done.stderr
     file.write_text(text)
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
     done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 0 and f"after step {match[1]} of 40" in done.stdout
+    assert done.returncode == 0 and f"after step {match[1]} of 40" in done.stdout, done.stdout + done.stderr
 
 
-def test_run_killed_at_each_critical_moment_ends_identically(settings, tmp_path):
+@pytest.mark.parametrize(
+    "moments",
+    [
+        "config mid-save rewriting-metrics line after-save evaluation",
+        SLOW(
+            "config environment line-before-checkpoint mid-save rewriting-metrics line after-save evaluation evaluation"
+        ),
+    ],
+)
+def test_run_killed_at_each_critical_moment_ends_identically(moments, finished_run, tiny, tmp_path):
     """Fault injection kills one run again and again, see fault_injection.py."""
-    settings = (*settings, "trainer.checkpoint_every=8", "trainer.log_every=2")
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    for folder in (uninterrupted, killed):
-        folder.mkdir()
-    assert train(*settings, cwd=uninterrupted).returncode == 0
-    moments = (
-        "config", "environment", "line-before-checkpoint", "mid-save", "rewriting-metrics", "line", "after-save",
-        "evaluation", "evaluation",
-    )  # fmt: skip
-    for moment in moments:
-        done = run("tests/training/fault_injection.py", moment, *settings, cwd=killed)
+    settings = (*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", "trainer.log_every=2")
+    for moment in moments.split():
+        done = run("tests/training/fault_injection.py", moment, *settings, cwd=tmp_path)
         assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stdout}{done.stderr}"
-    assert train(*settings, cwd=killed).returncode == 0
-    checkpoint, rows, test_loss = final_state(uninterrupted)
-    other_checkpoint, other_rows, other_test_loss = final_state(killed)
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    checkpoint, rows, test_loss = final_state(finished_run.parents[2])
+    other_checkpoint, other_rows, other_test_loss = final_state(tmp_path)
     assert other_rows == rows and other_test_loss == test_loss
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
         assert same(checkpoint[part], other_checkpoint[part]), part
-    names = [{p.name for p in only_run(folder).rglob("*")} for folder in (uninterrupted, killed)]
+    names = [{p.name for p in path.rglob("*")} for path in (finished_run, only_run(tmp_path))]
     assert names[0] == names[1], "no temporary file is left"
 
 
-def test_damaged_checkpoint_is_skipped(settings, tmp_path):
-    settings = (*settings, "trainer.checkpoint_every=8")
-    assert train(*settings, cwd=tmp_path).returncode == 0
-    path = only_run(tmp_path)
+def test_damaged_checkpoint_is_skipped(finished_run, tiny, tmp_path):
+    path = copy_run(finished_run, tmp_path)
     loss = json.loads((path / "result.json").read_text())["test_loss"]
     (path / "result.json").unlink()
     newest = path / "checkpoints" / "step-00000040.ckpt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    done = train(*settings, cwd=tmp_path)
+    done = train(*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "is damaged" in done.stdout and "after step 32" in done.stdout
+    assert "is damaged" in done.stdout and "after step 32" in done.stdout, done.stdout
     assert json.loads((path / "result.json").read_text())["test_loss"] == loss
 
 
-def test_damaged_checkpoint_does_not_displace_newer_ones(settings, tmp_path):
-    settings = (*settings, "trainer.keep_last=1")
-    every = ("trainer.checkpoint_every=8", "trainer.keep_every=8")
-    assert train(*settings, *every, cwd=tmp_path).returncode == 0
-    path = only_run(tmp_path)
+def test_damaged_checkpoint_does_not_displace_newer_ones(finished_run, tiny, tmp_path):
+    path = copy_run(finished_run, tmp_path)
     (path / "result.json").unlink()
-    saved = sorted((path / "checkpoints").iterdir())
-    for damaged in saved[1:]:
+    for damaged in sorted((path / "checkpoints").iterdir())[1:]:
         damaged.write_bytes(damaged.read_bytes()[:-1000])
+    settings = (*tiny, "trainer.keep_last=1")
     job = start(*settings, "trainer.checkpoint_every=4", cwd=tmp_path)
     while job.poll() is None and not (path / "checkpoints" / "step-00000016.ckpt").exists():
         time.sleep(0.002)
@@ -216,54 +200,64 @@ def test_damaged_checkpoint_does_not_displace_newer_ones(settings, tmp_path):
     assert done.returncode == 0 and "is damaged" in done.stdout and "continuing" in done.stdout, done.stderr
 
 
-def test_run_with_only_damaged_checkpoints_is_left_unchanged(settings, tmp_path):
-    assert train(*settings, cwd=tmp_path).returncode == 0
-    path = only_run(tmp_path)
+def test_run_with_only_damaged_checkpoints_is_left_unchanged(finished_run, tiny, run_in_process, tmp_path):
+    path = copy_run(finished_run, tmp_path)
     (path / "result.json").unlink()
     for damaged in (path / "checkpoints").iterdir():
         damaged.write_bytes(damaged.read_bytes()[:-1000])
     before = (path / "metrics.jsonl").read_bytes()
-    done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1
+    done = train(*tiny, cwd=tmp_path)
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "has no checkpoint that is undamaged: restore one of" in done.stderr
     assert (path / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(path / "checkpoints")
-    done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 0 and (path / "metrics.jsonl").read_bytes().count(b"\n") == 40, done.stderr
+    _, output = run_in_process(*tiny)
+    assert output.startswith("training ") and (path / "metrics.jsonl").read_bytes().count(b"\n") == 40, output
 
 
-def test_resume_rejects_inconsistent_files(settings, corpus, tmp_path):
-    texts = tmp_path / "texts"
-    shutil.copytree(corpus, texts)
-    settings = (*(s for s in settings if not s.startswith("data.path")), "data.path=texts", "trainer.max_steps=4")
-    assert train(*settings, cwd=tmp_path).returncode == 0
-    path = only_run(tmp_path)
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda lines: b"", "metrics.jsonl has 0 lines, but the checkpoint is of step 40: restore the file, or remove"),
+        (lambda lines: lines[:-2], "metrics.jsonl is damaged in line 40: restore the file"),
+        (lambda lines: lines.replace(b"loss", b"los\xff", 1), "metrics.jsonl is damaged in line 1: restore the file"),
+        (lambda lines: lines.replace(b'"grad_norm"', b'"norm"', 1), "metrics.jsonl is damaged in line 1: restore the"),
+    ],
+)
+def test_resume_rejects_damaged_metrics(damage, problem, finished_run, tiny, run_in_process, tmp_path):
+    path = copy_run(finished_run, tmp_path)
     (path / "result.json").unlink()
-    lines = (path / "metrics.jsonl").read_text()
-    (path / "metrics.jsonl").write_text("")
-    done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 3 and "has 0 lines, but the checkpoint is of step 4" in done.stderr
-    (path / "metrics.jsonl").write_bytes(lines.encode().replace(b"loss", b"los\xff", 1))
-    done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 3 and done.stderr.endswith("metrics.jsonl is damaged in line 1: restore the file\n")
-    (path / "metrics.jsonl").write_text(lines)
+    lines = (path / "metrics.jsonl").read_bytes()
+    (path / "metrics.jsonl").write_bytes(damage(lines))
+    with pytest.raises(RunError, match=re.escape(problem)):
+        run_in_process(*tiny)
+    assert (path / "metrics.jsonl").read_bytes() == damage(lines)
+    assert problem in (path / "failure.txt").read_text()
+
+
+def test_resume_rejects_changed_text(tiny, corpus, run_in_process, tmp_path):
+    texts = shutil.copytree(corpus, tmp_path / "texts")
+    settings = (*tiny, f"data.path={texts}", "trainer.max_steps=4")
+    run_in_process(*settings)
+    (only_run(tmp_path) / "result.json").unlink()
     (texts / "more.txt").write_text("more text")
-    done = train(*settings, cwd=tmp_path)
-    assert done.returncode == 2 and "has changed" in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match=r"^the text of data\.path=\S+ has changed: "):
+        run_in_process(*settings)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 2000])
-def test_test_loss_is_the_mean_over_held_out_tokens(max_tokens, settings, corpus, cache, tmp_path):
-    limit = () if max_tokens is None else (f"data.max_val_tokens={max_tokens}",)
-    assert train(*settings, *limit, cwd=tmp_path).returncode == 0
-    path = only_run(tmp_path)
+def test_test_loss_is_the_mean_over_held_out_tokens(max_tokens, finished_run, tiny, cache, run_in_process, tmp_path):
+    path = finished_run
+    if max_tokens is not None:
+        run_in_process(*tiny, f"data.max_val_tokens={max_tokens}", "trainer.max_steps=8")
+        path = only_run(tmp_path)
     result = json.loads((path / "result.json").read_text())
     config = read_config(path / "config.yaml")
     tokens = prepare(corpus_from(config.data), cache, 64)
     sequences = TokenDataset(tokens.test, 64)
     count = len(sequences) if max_tokens is None else max_tokens // 64
     model = Llama(config.model.llama)
-    model.load_state_dict(load_model_state(path / "checkpoints" / "step-00000040.ckpt"))
+    model.load_state_dict(load_model_state(max((path / "checkpoints").iterdir())))
     with torch.inference_mode():
         batch = sequences.batch(np.arange(count)).long()
         losses = [model(row[None, :-1], row[None, 1:])[1].item() for row in batch]
@@ -272,86 +266,70 @@ def test_test_loss_is_the_mean_over_held_out_tokens(max_tokens, settings, corpus
     assert result["unigram_entropy"] == pytest.approx(unigram_entropy(batch[:, 1:].flatten().numpy()))
 
 
-def test_gradient_accumulation_changes_only_rounding(settings, tmp_path):
-    losses = []
-    for micro in (8, 2):
-        assert train(*settings, f"trainer.micro_batch_size={micro}", f"name=m{micro}", cwd=tmp_path).returncode == 0
-        losses.append(read_run(tmp_path / "runs" / "main" / f"m{micro}").metrics["loss"])
+def test_gradient_accumulation_changes_only_rounding(finished_run, tiny, run_in_process, tmp_path):
+    run_in_process(*tiny, "trainer.micro_batch_size=2")
+    losses = [read_run(path).metrics["loss"] for path in (finished_run, only_run(tmp_path))]
     assert abs(losses[0] - losses[1]).max() < 1e-3
 
 
-def test_finished_run_reports_changed_text(corpus, cache, tmp_path):
-    text = tmp_path / "text"
-    shutil.copytree(corpus, text)
-    settings = (*TINY, f"data.path={text}", f"paths.cache={cache}", "trainer.max_steps=2")
-    assert train(*settings, cwd=tmp_path).returncode == 0
+def test_finished_run_reports_changed_text(tiny, corpus, run_in_process, tmp_path):
+    text = shutil.copytree(corpus, tmp_path / "text")
+    settings = (*tiny, f"data.path={text}", "trainer.max_steps=2")
+    run_in_process(*settings)
     warning = "the text or tokenizer differs from this run's, or has moved"
-    assert warning not in train(*settings, cwd=tmp_path).stdout
+    done = train(*settings, cwd=tmp_path)
+    assert "finished already" in done.stdout and warning not in done.stdout, done.stdout + done.stderr
     sorted(text.iterdir())[0].write_text("other words " * 100)
     done = train(*settings, cwd=tmp_path)
-    assert "finished already" in done.stdout and warning in done.stdout
+    assert "finished already" in done.stdout and warning in done.stdout, done.stdout + done.stderr
 
 
-def test_second_process_cannot_train_the_same_run(settings, tmp_path):
-    settings = (*settings, "trainer.max_steps=100000", "trainer.log_every=1")
+def test_second_process_cannot_train_the_same_run(tiny, run_in_process, tmp_path):
+    settings = (*tiny, "trainer.max_steps=100000", "trainer.log_every=1")
     process = start(*settings, cwd=tmp_path)
     try:
         while not list(tmp_path.glob("runs/main/*/metrics.jsonl")):
-            assert process.poll() is None
+            assert process.poll() is None, process.output()
             time.sleep(0.05)
-        second = train(*settings, cwd=tmp_path)
-        assert second.returncode == 2
-        assert "another process is training" in second.stderr
+        with pytest.raises(UserError, match=r"^another process is training"):
+            run_in_process(*settings)
     finally:
         process.kill()
         process.wait()
 
 
-def test_sweep_trains_each_combination_once(settings, tmp_path):
-    settings = (*(s for s in settings if not s.startswith("clip.")), "trainer.max_steps=3")
+def test_sweep_trains_each_combination_once(tiny, tmp_path):
+    settings = (*(s for s in tiny if not s.startswith("clip.")), "trainer.max_steps=3")
     sweep = ("-m", "clip=none,zclip", "lr=1e-3,3e-3", *settings)
     done = train(*sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     runs = sorted((tmp_path / "runs" / "main").iterdir())
     assert len(runs) == 4 and all((run / "result.json").exists() for run in runs)
     again = train(*sweep, cwd=tmp_path)
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished already") == 4
     summary = again.stdout[again.stdout.index("sweep\n" if "sweep\n" in again.stdout else "sweep ") :]
     for cell in ("clip", "none", "zclip", "lr", "0.001", "0.003", "test loss"):
         assert cell in summary
 
 
-def test_diverging_run_ends_with_a_result(settings, tmp_path):
-    settings = tuple(s for s in settings if not s.startswith("clip."))
-    done = train(*settings, "clip=none", "lr=1e30", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+def test_diverging_run_ends_with_a_result(diverged_run):
+    result = json.loads((diverged_run / "result.json").read_text())
     assert result["test_loss"] is None or result["test_loss"] > result["unigram_entropy"]
-    assert result["skipped"] > 30 and "norm not finite" in done.stdout
-    rows = read_jsonl(only_run(tmp_path) / "metrics.jsonl")
+    out = io.StringIO()
+    Console(file=out, width=100).print(table(result, title="result"))
+    assert result["skipped"] > 30 and "norm not finite" in out.getvalue()
+    rows = read_jsonl(diverged_run / "metrics.jsonl")
     assert len(rows) == 40 and rows[-1]["grad_norm"] is None and rows[-1]["nonfinite"] == result["skipped"]
 
 
-def test_wandb_is_imported_only_when_chosen(settings, tmp_path):
-    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(CHECKOUT)}
-    code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1)\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "except SystemExit as e: print('status', e.code)\nprint('wandb loaded', 'wandb' in sys.modules)"
-    for logger, loaded in (("jsonl", False), ("wandb", True)):
-        command = train_command(*settings, "trainer.max_steps=4", f"logger={logger}", f"name={logger}")
-        done = subprocess.run(
-            [command[0], "-c", code, *command[1:]],
-            cwd=tmp_path, capture_output=True, text=True, env=environment,
-        )  # fmt: skip
-        assert "status 0" in done.stdout, done.stderr
-        assert f"wandb loaded {loaded}" in done.stdout
-    assert list((tmp_path / "runs" / "main" / "wandb").glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
-    sweep = ("-m", "seed=0,1", "logger=wandb", *settings, "trainer.max_steps=2")
-    done = train(*sweep, cwd=tmp_path, env={"WANDB_MODE": "offline"})
-    assert done.returncode == 0, done.stderr
+def test_wandb_is_imported_only_when_chosen_and_each_job_of_a_sweep_has_its_own_run(tiny, tmp_path):
+    program, settings = "tests/training/imported_modules.py", (*tiny, "trainer.max_steps=2")
+    done = run(program, *settings, "name=jsonl", cwd=tmp_path)
+    assert done.returncode == 0 and "wandb is imported: False" in done.stdout, done.stdout + done.stderr
+    shutil.rmtree(only_run(tmp_path))
+    done = run(program, "-m", "seed=0,1", "logger=wandb", *settings, cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0 and "wandb is imported: True" in done.stdout, done.stdout + done.stderr
     runs = list((tmp_path / "runs" / "main").iterdir())
     assert len(runs) == 2
     for path in runs:
@@ -359,27 +337,29 @@ def test_each_job_of_a_sweep_has_its_own_wandb_run(settings, tmp_path):
         assert path.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
 
 
-def test_corrupted_batches_are_injected_and_reported(settings, tmp_path):
+def test_corrupted_batches_are_injected_and_reported(finished_run, tiny, tmp_path):
     corruption = ("data.corruption.steps=[20,30]", "data.corruption.kind=random")
-    done = train(*settings, *corruption, cwd=tmp_path)
+    done = train(*tiny, *corruption, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"corrupted batches\s+│ 2 random", done.stdout)
     rows = read_jsonl(only_run(tmp_path) / "metrics.jsonl")
     loss = [row["loss"] for row in rows]
     assert all(loss[step - 1] > loss[step - 2] + 0.3 for step in (20, 30)), "random tokens are not learned"
-    sweep = train("-m", *settings, "data.corruption.steps=[],[20]", cwd=tmp_path)
-    assert sweep.returncode == 0, sweep.stderr
-    assert "1 random" in sweep.stdout and "none" in sweep.stdout
+    results = [
+        ({"data.corruption.steps": steps}, json.loads((path / "result.json").read_text()))
+        for steps, path in (("[]", finished_run), ("[20,30]", only_run(tmp_path)))
+    ]
+    out = io.StringIO()
+    Console(file=out, width=200).print(comparison(results))
+    assert "2 random" in out.getvalue() and "none" in out.getvalue(), out.getvalue()
 
 
-def test_tokenizer_without_foreign_letters_is_reported_before_the_run(settings, tmp_path):
+def test_tokenizer_without_foreign_letters_is_reported_before_the_run(tiny, run_in_process, tmp_path):
     letters = {chr(i): i - 32 for i in range(32, 127)} | {END_OF_TEXT: 95}
     (tmp_path / "tokenizer").mkdir()
     wrap_tokenizer(Tokenizer(models.BPE(letters, [])), end=95).save(tmp_path / "tokenizer")
     overrides = ("data.tokenizer=tokenizer", "data.corruption.steps=[2]", "data.corruption.kind=foreign_script")
-    done = train(*settings, *overrides, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == (
-        "train.py: error: data.corruption.kind=foreign_script is not possible: the tokenizer has no tokens for letters "
-        "of other scripts\n"
-    )
+    problem = "is not possible: the tokenizer has no tokens for letters of other scripts"
+    with pytest.raises(ConfigError, match=rf"^data\.corruption\.kind=foreign_script {problem}$"):
+        run_in_process(*tiny, *overrides)
     assert not (tmp_path / "runs").exists()

@@ -3,19 +3,19 @@
 import errno
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from importlib.metadata import version
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
+from tests.process_pool import run_ranks
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
-from training.runtime.coordinated_stop import CoordinatedStop
+from training.runtime.environment import environment
 from training.runtime.slurm import export_torchrun_env, requeue
 from training.runtime.stdio import BestEffortStream
 
@@ -97,6 +97,17 @@ def test_stream_drops_what_cannot_be_written():
     stream.flush()
 
 
+def test_stream_of_a_closed_pipe_is_discarded():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        stream = BestEffortStream(pipe)
+        for _ in range(2):
+            stream.write("text")
+            stream.flush()
+        pipe.write("text")  # closing flushes, as Python does at exit
+
+
 def test_closed_pipe_does_not_change_the_exit_status():
     code = "from training.runtime.stdio import *\ninstall_best_effort_stdio()\nprint('x' * 100000)\nflush_stdio()"
     done = subprocess.run(
@@ -172,20 +183,32 @@ def test_submission_is_one_command(command, tmp_path, monkeypatch):
         submit(options, [])
 
 
-def stop_in_the_last_step(rank: int, folder: str) -> None:
-    """Let rank 1 receive a signal before the last poll of a run, and write down which signal each rank stops for."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    stop = CoordinatedStop()
-    stop.start(2)
-    stop.poll()
-    if rank == 1:
-        stop.request(signal.SIGTERM)
-    assert not stop.poll(), "other ranks learn of it one step later"
-    stop.finish()
-    Path(folder, f"rank{rank}").write_text(str(stop.global_signal))
-    dist.destroy_process_group()
-
-
 def test_all_ranks_learn_of_a_signal_in_the_last_step(tmp_path):
-    mp.spawn(stop_in_the_last_step, args=(str(tmp_path),), nprocs=2)
-    assert [int(Path(tmp_path, f"rank{rank}").read_text()) for rank in range(2)] == [signal.SIGTERM] * 2
+    done = run_ranks("tests/training/last_step_signal.py", processes=2, cwd=tmp_path)
+    expected = [f"rank {rank} stops for {int(signal.SIGTERM)}" for rank in range(2)]
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, expected), done.stderr
+
+
+def test_environment_names_commit_versions_and_command(tmp_path, monkeypatch):
+    """The checkout is a repository of one commit."""
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py", "lr=1e-3"])
+    checkout = tmp_path / "training" / "runtime"
+    checkout.mkdir(parents=True)
+    monkeypatch.setattr("training.runtime.environment.__file__", str(checkout / "environment.py"))
+    assert environment()["commit"] is None, "without a repository"
+
+    def git(*arguments: str) -> str:
+        author = ("-c", "user.name=me", "-c", "user.email=me@localhost")
+        return subprocess.check_output(["git", *author, *arguments], cwd=tmp_path, text=True).strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("text")
+    git("add", "file")
+    git("commit", "-qm", "One")
+    clean = environment()
+    assert (clean["commit"], clean["uncommitted_changes"]) == (git("rev-parse", "HEAD"), False)
+    assert clean["command"] == ["train.py", "lr=1e-3"]
+    assert clean["versions"]["torch"] == version("torch")
+    assert clean["versions"]["python"] == platform.python_version()
+    (tmp_path / "file").write_text("changed")
+    assert environment()["uncommitted_changes"]

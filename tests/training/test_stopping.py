@@ -20,39 +20,46 @@ from tests.helpers import (
     final_state,
     only_run,
     ranks,
+    read_jsonl,
     same,
     start,
     start_from_nothing,
     train,
     wait_for_steps,
 )
+from tests.process_pool import Job
+from tests.training.process_control import Gates, Ranks
+from training.run_dir import RunDir
 
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and needs PR_SET_PDEATHSIG")
+LINUX = sys.platform.startswith("linux")
+needs_linux = pytest.mark.skipif(not LINUX, reason="reads /proc and needs PR_SET_PDEATHSIG")
 RESUME = "run the same command to resume"
 
 
+#: The last of them also ignored by nohup, so that a closed terminal does not stop a run.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
 @pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.log_every=1", "experiment=main")
+def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
+    return (*tiny, "trainer.log_every=1", "experiment=main")
 
 
-def test_run_stopped_by_each_signal_resumes_to_identical_result(settings, tmp_path):
-    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    for folder in (uninterrupted, stopped):
-        folder.mkdir()
-    assert train(*settings, cwd=uninterrupted).returncode == 0
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+@pytest.mark.parametrize("signals", [STOPPING[:2], SLOW(STOPPING[1:])])
+def test_run_stopped_by_signals_resumes_to_identical_result(signals, settings, finished_run, tmp_path):
     for number, signum in enumerate(signals):
-        job = start(*settings, cwd=stopped)
-        wait_for_steps(job, stopped, 8 * number + random.randint(3, 8))
+        job = start(*settings, cwd=tmp_path)
+        wait_for_steps(job, tmp_path, 8 * number + random.randint(3, 8))
+        assert not LINUX or all(has_handler(job.pid, each) for each in STOPPING)
         job.send_signal(signum)
         _, err = job.communicate(timeout=60)
         assert job.returncode == 128 + signum
-        saved = max((only_run(stopped) / "checkpoints").iterdir())
+        saved = max((only_run(tmp_path) / "checkpoints").iterdir())
         step = int(saved.stem.removeprefix("step-"))
         assert err == f"interrupted after step {step}; {RESUME}\n"
-    assert train(*settings, cwd=stopped).returncode == 0
-    (checkpoint, rows, test_loss), (other, other_rows, other_loss) = final_state(uninterrupted), final_state(stopped)
+    assert train(*settings, cwd=tmp_path).returncode == 0
+    uninterrupted, stopped = final_state(finished_run.parents[2]), final_state(tmp_path)
+    (checkpoint, rows, test_loss), (other, other_rows, other_loss) = uninterrupted, stopped
     assert rows == other_rows and test_loss == other_loss
     assert same(checkpoint["state_dict"], other["state_dict"])
     assert same(checkpoint["optimizer_states"], other["optimizer_states"])
@@ -60,8 +67,26 @@ def test_run_stopped_by_each_signal_resumes_to_identical_result(settings, tmp_pa
 
 @pytest.mark.parametrize("strategy", [SLOW("ddp"), "fsdp"])
 def test_all_ranks_stop_after_the_same_step(strategy, settings, tmp_path):
+    """One of them gets the signal. Until then no other process can train in the folder."""
+    gates = Gates(tmp_path / "gates", 5)
+    settings = (*settings, *TWO, *gates.overrides, f"trainer.strategy={strategy}")
+    run = Ranks(*settings, cwd=tmp_path, **gates.env)
+    gates.wait(5, *run.jobs)
+    run.jobs[1].send_signal(signal.SIGUSR1)
+    assert RunDir(only_run(tmp_path)).is_owned()
+    gates.open(5)
+    assert run.wait() == [128 + signal.SIGUSR1] * 2, run.errors()
+    errors = run.errors()
+    (saved,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    step = int(saved.stem.removeprefix("step-"))
+    assert step in (5, 6) and len(read_jsonl(only_run(tmp_path) / "metrics.jsonl")) == step
+    assert errors == [f"interrupted after step {step}; {RESUME}\n", ""]
+
+
+@pytest.mark.slow
+def test_launcher_forwards_signals_to_all_ranks(settings, tmp_path):
     """Whether one rank gets the signal, or the launcher, which forwards it."""
-    settings = (*settings, *TWO, f"trainer.strategy={strategy}", "trainer.max_steps=5000")
+    settings = (*settings, *FSDP, "trainer.max_steps=5000")
     job = start(*settings, cwd=tmp_path)
     wait_for_steps(job, tmp_path, 5)
     os.kill(ranks(job)["1"], signal.SIGUSR1)
@@ -74,6 +99,119 @@ def test_all_ranks_stop_after_the_same_step(strategy, settings, tmp_path):
     out, err = job.communicate(timeout=60)
     assert job.returncode == 130 and f"after step {steps} of 5000" in out
     assert err.count(RESUME) == 1 and "Traceback" not in err, err
+
+
+#: A program whose processes do not train: each writes its rank, and does what WHAT says, to see what the launcher does.
+LAUNCHED = """
+import os
+import signal
+import sys
+import time
+
+if "RANK" in os.environ:
+    rank, what = int(os.environ["RANK"]), os.environ["WHAT"]
+    caught = []
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: caught.append(signum))
+    if what == "unhandled":
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    open(f"rank-{rank}-{os.getpid()}", "w").close()
+    if rank == 1 and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and what.isdigit():
+        sys.exit(int(what))
+    while what != "ends" and not caught:
+        time.sleep(0.01)
+    if what != "ends":
+        open(f"caught-{rank}-{caught[0]}", "w").close()
+        sys.exit(128 + caught[0])
+else:
+    from training.launch.cli import command_line, reporting
+    from training.launch.processes import launch
+
+    def main():
+        with reporting():
+            launch(2, ["a=1"])
+
+    sys.exit(command_line(main))
+"""
+
+
+def launched(folder: Path, what: str) -> Job:
+    """Start the launcher with two processes, and wait until both run."""
+    (folder / "launched.py").write_text(LAUNCHED)
+    job = start(cwd=folder, program=str(folder / "launched.py"), WHAT=what, PYTHONPATH=str(CHECKOUT))
+    while len(list(folder.glob("rank-*"))) < 2 and job.poll() is None:
+        time.sleep(0.005)
+    return job
+
+
+@pytest.mark.parametrize(
+    "what, status, message",
+    [
+        ("ends", 0, ""),
+        ("2", 2, ""),
+        SLOW("3", 3, ""),
+        ("1", 1, ""),
+        ("killed", 1, "process 1 of the run was killed by SIGKILL; run the same command to resume\n"),
+    ],
+)
+def test_launcher_ends_all_processes_when_one_ends(what, status, message, tmp_path):
+    """After status 2 and 3 it waits a while for the report of rank 0."""
+    job = launched(tmp_path, what)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (status, message)
+    pids = [int(path.name.split("-")[2]) for path in tmp_path.glob("rank-*")]
+    assert len(pids) <= 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
+def test_launcher_forwards_signals_and_leaves_the_report_to_the_processes(signum, tmp_path):
+    job = launched(tmp_path, "waits")
+    job.send_signal(signum)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (128 + signum, "")
+    assert {path.name for path in tmp_path.glob("caught-*")} == {f"caught-{rank}-{signum}" for rank in (0, 1)}
+
+
+def test_launcher_reports_a_signal_that_killed_a_process_before_it_could(tmp_path):
+    job = launched(tmp_path, "unhandled")
+    job.send_signal(signal.SIGUSR1)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (128 + signal.SIGUSR1, f"interrupted; {RESUME}\n")
+
+
+def test_launcher_stops_all_processes_when_one_got_a_signal(tmp_path):
+    job = launched(tmp_path, "waits")
+    (pid,) = (int(path.name.split("-")[2]) for path in tmp_path.glob("rank-1-*"))
+    os.kill(pid, signal.SIGUSR1)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (128 + signal.SIGUSR1, "")
+    caught = {path.name for path in tmp_path.glob("caught-*")}
+    assert caught == {f"caught-0-{signal.SIGTERM:d}", f"caught-1-{signal.SIGUSR1:d}"}
+
+
+@needs_linux
+def test_process_dies_with_the_launcher_that_started_it(tmp_path):
+    (tmp_path / "child.py").write_text(
+        "import os, time\nfrom pathlib import Path\nlauncher = os.getpid()\nif not os.fork():\n"
+        "    from training.launch.processes import die_with_parent\n    from training.runtime.slurm import LAUNCHER\n"
+        "    os.environ[LAUNCHER] = str(launcher)\n    die_with_parent()\n"
+        "    Path('pid.tmp').write_text(str(os.getpid()))\n    Path('pid.tmp').rename('pid')\n"
+        "time.sleep(100)\n"
+    )
+    job = start(cwd=tmp_path, program=str(tmp_path / "child.py"), PYTHONPATH=str(CHECKOUT))
+    while not (tmp_path / "pid").exists():
+        assert job.poll() is None, job.output()
+        time.sleep(0.005)
+    child = (tmp_path / "pid").read_text()
+    assert is_running(child)
+    job.kill()
+    job.wait()
+    deadline = time.monotonic() + 60
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(child)
 
 
 def test_second_ctrl_c_exits_at_once(settings, tmp_path):
@@ -99,17 +237,18 @@ def test_signal_during_data_preparation_exits(tmp_path):
     assert job.returncode == 143 and err == f"interrupted; {RESUME}\n"
 
 
-def test_signal_during_imports_exits_after_them(settings, tmp_path):
-    for signum, delay in ((signal.SIGINT, 0.4), (signal.SIGUSR1, 0.8)):
-        job = start_from_nothing(*settings, cwd=tmp_path)
-        time.sleep(delay)
-        job.send_signal(signum)
-        _, err = job.communicate(timeout=60)
-        assert job.returncode == 128 + signum and err == f"interrupted; {RESUME}\n"
+@pytest.mark.parametrize("signum, delay", [(signal.SIGINT, 0.4), SLOW(signal.SIGUSR1, 0.8)])
+def test_signal_during_imports_exits_after_them(signum, delay, settings, tmp_path):
+    job = start_from_nothing(*settings, cwd=tmp_path)
+    time.sleep(delay)
+    job.send_signal(signum)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 128 + signum and err == f"interrupted; {RESUME}\n"
     assert not (tmp_path / "runs").exists()
 
 
-@LINUX
+@needs_linux
+@pytest.mark.slow
 def test_script_handles_signals_before_slow_imports(tmp_path):
     job = start_from_nothing(cwd=tmp_path, program="scripts/status.py")
     deadline = time.monotonic() + 60
@@ -120,6 +259,14 @@ def test_script_handles_signals_before_slow_imports(tmp_path):
     job.send_signal(signal.SIGINT)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 130 and err == f"interrupted; {RESUME}\n"
+
+
+def is_running(pid: str) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def has_handler(pid: int, signum: int) -> bool:
@@ -182,7 +329,7 @@ class Raising(Strategy):
 """
 
 
-@pytest.mark.parametrize("swallowed_by", ["fsspec", "strategy", "raising"])
+@pytest.mark.parametrize("swallowed_by", ["fsspec", SLOW("strategy"), "raising"])
 def test_swallowed_signal_is_raised_again(swallowed_by, settings, tmp_path):
     """Neither the missing file that the library reports is printed, nor does the run train."""
     (tmp_path / "swallowing.py").write_text(SWALLOWING)
@@ -209,7 +356,8 @@ def test_failing_rank_ends_the_run_with_its_traceback_first(settings, tmp_path):
     assert lines[-1] == "RuntimeError: step 5 failed"
 
 
-@LINUX
+@needs_linux
+@pytest.mark.slow
 def test_ranks_hold_the_run_folder_and_die_with_their_launcher(settings, tmp_path):
     settings = (*settings, *TWO, "trainer.strategy=ddp", "trainer.max_steps=50000")
     job = start(*settings, cwd=tmp_path)

@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import TINY, read_jsonl, script, start, train
+from tests.helpers import CHECKOUT, SLOW, read_jsonl, script, start, train
+from tests.training.process_control import Gates
+from training.runtime.slurm import LAUNCHER
 
-
-@pytest.fixture(scope="module")
-def tiny(corpus: Path, cache: Path) -> tuple[str, ...]:
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, "trainer.log_every=1")
-
-
-@pytest.fixture(scope="module")
-def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
-    return (*tiny, "hydra/launcher=local")
+#: The launcher that starts a process for each job.
+LOCAL = "hydra/launcher=local"
 
 
 def status(cwd: Path) -> str:
@@ -30,51 +25,119 @@ def results(cwd: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in cwd.glob("runs/main/*/result.json")]
 
 
-def test_sweep_runs_only_unfinished_jobs(settings, tmp_path):
-    first = train("-m", *settings, "seed=0,1,2", "trainer.max_steps=4", cwd=tmp_path)
+#: A clipper that fails with one coefficient.
+FAILING = """
+from zclip import ZClip
+
+
+class Failing(ZClip):
+    def step(self, *args, **kwargs):
+        if self.alpha == 0.5:
+            raise RuntimeError("step failed")
+        return super().step(*args, **kwargs)
+"""
+
+
+def test_sweep_runs_only_unfinished_jobs_and_reports_those_that_fail(tiny, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    env = {"PYTHONPATH": str(tmp_path)}
+    settings = (*tiny, "trainer.max_steps=4", "clip._target_=failing.Failing")
+    first = train(*settings, "clip.alpha=0.97", cwd=tmp_path, env=env)
     assert first.returncode == 0, first.stderr
-    assert len(re.findall("^started", first.stdout, re.M)) == len(re.findall("^finished", first.stdout, re.M)) == 3
-    assert first.stdout.count("\n│") == 3, "the table of the sweep"
-    assert "3 done" in status(tmp_path)
-    again = train("-m", *settings, "seed=0,1,2,3", "trainer.max_steps=4", cwd=tmp_path)
-    assert "3 of 4 are finished already" in again.stdout and again.stdout.count("started ") == 1
-    runs = results(tmp_path)
-    assert len(runs) == 4 and len({run["test_loss"] for run in runs}) == 4
-
-
-def test_failed_job_is_reported_and_the_others_finish(settings, tmp_path):
-    (tmp_path / "failing.py").write_text(
-        "from zclip import ZClip\n\nclass Failing(ZClip):\n"
-        "    def step(self, *args, **kwargs):\n        raise RuntimeError('step failed')\n"
-    )
-    overrides = (*settings, "trainer.max_steps=4", "clip._target_=zclip.ZClip,failing.Failing")
-    done = train("-m", *overrides, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    done = train("-m", *settings, LOCAL, "clip.alpha=0.97,0.5,0.9", cwd=tmp_path, env=env)
+    assert "1 of 3 are finished already" in done.stdout
+    assert re.findall("^started|^failed|^finished", done.stdout, re.M).count("started") == 2
+    assert len(re.findall("^finished micro-", done.stdout, re.M)) == 1
     assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert re.match(r"1 of 2 runs have not finished: micro-zclip-\S+ \(status 1, \S+/log\.txt\)", done.stderr)
+    assert re.match(r"1 of 3 runs have not finished: micro-zclip-\S+ \(status 1, \S+/log\.txt\)", done.stderr)
     assert "failed micro-zclip-" in done.stdout and done.stdout.count("log.txt): RuntimeError: step failed") == 1
+    assert done.stdout.count("\n│") == 2, "the table of the finished runs"
     (log,) = (p for p in tmp_path.glob("runs/main/*/log.txt") if "step failed" in p.read_text())
     assert "step failed" in (log.parent / "failure.txt").read_text()
-    assert "1 done, 1 failed" in status(tmp_path)
+    assert "2 done, 1 failed" in status(tmp_path)
+    assert len(results(tmp_path)) == 2
 
 
-def test_ctrl_c_stops_all_jobs_and_the_same_command_resumes(settings, tmp_path):
-    overrides = ("-m", *settings, "seed=0,1,2", "trainer.max_steps=900")
-    job = start(*overrides, cwd=tmp_path)
-    while len([p for p in tmp_path.glob("runs/main/*/metrics.jsonl") if p.stat().st_size]) < 2:
+@pytest.mark.slow
+def test_sweep_of_finished_jobs_and_another_starts_one_process(tiny, tmp_path):
+    settings = (*tiny, LOCAL, "trainer.max_steps=4")
+    first = train("-m", *settings, "seed=0,1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert len(re.findall("^started", first.stdout, re.M)) == len(re.findall("^finished", first.stdout, re.M)) == 2
+    assert first.stdout.count("\n│") == 2, "the table of the sweep"
+    assert "2 done" in status(tmp_path)
+    again = train("-m", *settings, "seed=0,1,2", cwd=tmp_path)
+    assert "2 of 3 are finished already" in again.stdout and again.stdout.count("started ") == 1
+    runs = results(tmp_path)
+    assert len(runs) == 3 and len({run["test_loss"] for run in runs}) == 3
+
+
+#: train.py, whose jobs do not train: each waits for a signal, and ends with the status of a run that it stopped.
+WAITING = """
+import os
+import signal
+import sys
+import time
+
+if CHILD in os.environ:
+    caught = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: caught.append(signum))
+    open(f"waiting-{os.getpid()}", "w").close()
+    while not caught:
+        time.sleep(0.01)
+    open(f"caught-{os.getpid()}", "w").close()
+    sys.exit(128 + caught[0])
+sys.path[0] = CHECKOUT
+file = CHECKOUT + "/train.py"
+exec(compile(open(file).read(), file, "exec"))  # this file remains the program that starts for each job
+"""
+
+
+def test_ctrl_c_reaches_all_jobs_and_starts_no_other(tiny, tmp_path):
+    program = tmp_path / "train.py"
+    program.write_text(f"CHECKOUT, CHILD = {str(CHECKOUT)!r}, {LAUNCHER!r}\n{WAITING}")
+    jobs = ("seed=0,1,2", "hydra.launcher.n_jobs=2", LOCAL)
+    job = start("-m", *tiny, *jobs, cwd=tmp_path, program=str(program))
+    while len(list(tmp_path.glob("waiting-*"))) < 2:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 130 and err == "interrupted; run the same command to resume\n", err
+    assert out.count("started ") == 2 and "failed" not in out and len(list(tmp_path.glob("caught-*"))) == 2, out
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_jobs_and_the_same_command_resumes(tiny, tmp_path):
+    """Two jobs wait in a step, and the third has not started. The jobs are continued by Hydra's own launcher."""
+    gates = Gates(tmp_path / "gates", 3)
+    jobs = ("seed=0,1,2", "hydra.launcher.n_jobs=2")
+    overrides = (*tiny, *gates.overrides, "trainer.log_every=1")
+    job = start("-m", *overrides, LOCAL, *jobs, cwd=tmp_path, **gates.env)
+    while len([p for p in tmp_path.glob("runs/main/*/metrics.jsonl") if len(p.read_bytes().splitlines()) == 2]) < 2:
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     assert "2 running" in status(tmp_path)
     job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=60)
-    assert job.returncode == 130 and err == "interrupted; run the same command to resume\n"
-    done = train(*overrides, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    time.sleep(0.3)
+    assert job.poll() is None, "it waits for the jobs"
+    gates.open(3)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 130 and err == "interrupted; run the same command to resume\n", err
+    assert out.count("started ") == 2 and not results(tmp_path), out
     for log in tmp_path.glob("runs/main/*/log.txt"):
-        steps = [row["step"] for row in read_jsonl(log.parent / "metrics.jsonl")]
-        assert steps == list(range(1, 901)), "each once"
+        assert re.search(r"interrupted after step [34]; run the same", log.read_text()), log.read_text()
+    done = train("-m", *overrides, jobs[0], cwd=tmp_path, env=gates.env)
+    assert done.returncode == 0 and done.stdout.count("continuing") == 2, done.stderr
+    files = list(tmp_path.glob("runs/main/*/metrics.jsonl"))
+    assert len(files) == 3
+    for file in files:
+        assert [row["step"] for row in read_jsonl(file)] == list(range(1, 41)), "each once"
 
 
-def test_error_is_one_sentence(settings, tmp_path):
+def test_error_is_one_sentence(tiny, tmp_path):
+    settings = (*tiny, LOCAL)
     done = train("-m", *settings, "hydra.launcher.n_jobs=0", "seed=0,1", cwd=tmp_path)
     message = "train.py: error: hydra.launcher.n_jobs=0 is not allowed: it must be an integer from 1\n"
     assert done.returncode == 2 and done.stderr == message
@@ -111,7 +174,7 @@ class Sequential(Sweeper):
 """
 
 
-@pytest.mark.parametrize("launcher", ["basic", "local"])
+@pytest.mark.parametrize("launcher", ["basic", SLOW("local")])
 def test_sweeper_without_job_list_gets_test_losses(launcher, tiny, tmp_path):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "sequential.py").write_text(SEQUENTIAL)
@@ -123,12 +186,13 @@ def test_sweeper_without_job_list_gets_test_losses(launcher, tiny, tmp_path):
     assert len(losses) == 2
 
 
+@pytest.mark.slow
 def test_optuna_minimises_the_test_loss(tiny, tmp_path):
     pytest.importorskip("optuna", reason="hydra-optuna-sweeper is not installed (it is in the extra dev)")
-    sweep = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "lr=interval(1e-3, 1e-2)")
+    sweep = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "lr=interval(1e-3, 1e-2)")
     settings = tuple(s for s in tiny if not s.startswith("paths.cache"))  # Optuna writes its result there
     done = train("-m", *settings, "trainer.max_steps=4", *sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     best = yaml.safe_load((tmp_path / "cache" / "sweeps" / "optimization_results.yaml").read_text())
     losses = [result["test_loss"] for result in results(tmp_path)]
-    assert len(losses) == 3 and best["best_value"] == min(losses)
+    assert len(losses) == 2 and best["best_value"] == min(losses)

@@ -1,5 +1,7 @@
 """Evaluations during training: their results on any number of processes, and that they do not change training."""
 
+import errno
+import io
 import json
 import math
 import signal
@@ -10,102 +12,183 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from common.errors import ConfigError
 from data import TokenDataset, load_tokenizer, open_tokens
 from data.tokenizer import train_tokenizer
 from tests.data.arrays import token_array
-from tests.helpers import FSDP, TINY, read_jsonl, start, train, wait_for_steps
+from tests.helpers import (
+    CHECKOUT,
+    FSDP,
+    SLOW,
+    compose_config,
+    copy_run,
+    only_run,
+    read_jsonl,
+    start,
+    train,
+    wait_for_steps,
+)
 from training.validation.loss import ValidationSet, bits_per_byte
+from training.validation.report import EvaluationReport
+
+#: Requests that are computed before their responses are saved.
+SAVED_AT_ONCE = 16
+
+#: train.py, which saves fewer responses at once, and waits with the first of them until the test removes a file.
+HELD = """
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from evaluation import response_cache
+
+add = response_cache.ResponseCache.add
+
+
+def add_and_wait(self, responses):
+    add(self, responses)
+    while Path("held").exists():
+        time.sleep(0.005)
+
+
+response_cache.REQUESTS_PER_SAVE = int(sys.argv.pop(1))
+response_cache.ResponseCache.add = add_and_wait
+sys.argv.pop(0)
+sys.path[0] = sys.argv[0].removesuffix("/train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
-def settings(corpus: Path, cache: Path) -> tuple[str, ...]:
+def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
     every = ("trainer.val_every=10", "trainer.val_tokens=3000", "trainer.checkpoint_every=10", "trainer.log_every=1")
-    return (f"data.path={corpus}", f"paths.cache={cache}", *TINY, *every)
+    return (*tiny, *every)
 
 
-def test_evaluations_are_the_same_on_any_number_of_processes_and_leave_training_unchanged(settings, sets, tmp_path):
-    tasks = ("trainer.eval_every=20", "eval.tasks=[winogrande]", "eval.limit=40", f"eval.data_dir={sets}")
-    tasks += ("model.max_position_embeddings=128",)
-    ends = []
-    plain_settings = ("trainer.val_every=null", tasks[-1])
-    for name, overrides in (("plain", plain_settings), ("one", tasks), ("two", (*tasks, *FSDP))):
-        done = train(*settings, *overrides, f"name={name}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        ends.append(tmp_path / "runs" / "main" / name)
-    plain, one, two = ends
-    assert [row["loss"] for row in read_jsonl(plain / "metrics.jsonl")] == [
-        row["loss"] for row in read_jsonl(one / "metrics.jsonl")
-    ]
-    losses = [read_jsonl(end / "val_metrics.jsonl") for end in (one, two)]
-    assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == [10, 20, 30]
-    for row, other in zip(*losses, strict=True):
-        assert row["val_tokens"] == other["val_tokens"] == 3000 // 64 * 64
-        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+@pytest.fixture(scope="module")
+def tasks(sets: Path) -> tuple[str, ...]:
+    tasks = ("trainer.eval_every=20", "eval.tasks=[winogrande]", "eval.limit=12", f"eval.data_dir={sets}")
+    return (*tasks, "model.max_position_embeddings=128")
+
+
+@pytest.fixture(scope="module")
+def validated_run(settings, tasks, tmp_path_factory) -> Path:
+    """Return the folder of a run that evaluates on held-out text and on a task."""
+    folder = tmp_path_factory.mktemp("validated")
+    done = train(*settings, *tasks, "name=x", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return only_run(folder)
+
+
+def test_evaluations_leave_training_unchanged(validated_run, finished_run):
+    assert losses(validated_run) == losses(finished_run)
+    rows = read_jsonl(validated_run / "val_metrics.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    for row in rows:
+        assert row["val_tokens"] == 3000 // 64 * 64
         assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
-    assert losses[0][0]["val_loss"] > losses[0][2]["val_loss"]
-    scores = [json.loads((end / "task_scores.json").read_text())["scores"] for end in (one, two)]
-    assert [score["step"] for score in scores[0]] == [20, 40], "also after the last step"
+    assert rows[0]["val_loss"] > rows[2]["val_loss"]
+    scores = json.loads((validated_run / "task_scores.json").read_text())["scores"]
+    assert [score["step"] for score in scores] == [20, 40], "also after the last step"
+    assert {(score["task"], score["items"]) for score in scores} == {("winogrande", 12)}
+    results = [json.loads((run / "result.json").read_text()) for run in (validated_run, finished_run)]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+    assert not (finished_run / "val_metrics.jsonl").exists()
+    assert read_jsonl(validated_run / "metrics.jsonl")[10]["evaluation_seconds"] > 0
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
+
+
+def test_evaluations_are_the_same_on_two_processes(validated_run, settings, tasks, tmp_path):
+    done = train(*settings, *tasks, *FSDP, cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    other_run = only_run(tmp_path)
+    for row, other in zip(*(read_jsonl(run / "val_metrics.jsonl") for run in (validated_run, other_run)), strict=True):
+        assert (row["step"], row["val_tokens"]) == (other["step"], other["val_tokens"])
+        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+    scores = [json.loads((run / "task_scores.json").read_text())["scores"] for run in (validated_run, other_run)]
     for score, other in zip(*scores, strict=True):
-        assert (score["task"], score["items"]) == ("winogrande", 40)
-        assert abs(score["acc"] - other["acc"]) <= 1 / 40, "they differ by rounding"
-    results = [json.loads((end / "result.json").read_text()) for end in ends]
-    assert results[0]["test_loss"] == results[1]["test_loss"] == pytest.approx(results[2]["test_loss"], abs=1e-5)
-    assert not (plain / "val_metrics.jsonl").exists()
-    assert read_jsonl(one / "metrics.jsonl")[10]["evaluation_seconds"] > 0
+        assert [score[name] for name in ("step", "task", "items")] == [
+            other[name] for name in ("step", "task", "items")
+        ]
+        assert abs(score["acc"] - other["acc"]) <= 1 / 12, "they differ by rounding"
+    results = [json.loads((run / "result.json").read_text()) for run in (validated_run, other_run)]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-5)
 
 
-def test_killed_run_has_each_evaluation_once(settings, tmp_path):
-    for name in ("uninterrupted", "killed"):
-        (tmp_path / name).mkdir()
-    settings = (*settings, "name=x")
-    assert train(*settings, cwd=tmp_path / "uninterrupted").returncode == 0
-    for steps in (10, 20, 25):
-        job = start(*settings, cwd=tmp_path / "killed")
-        wait_for_steps(job, tmp_path / "killed", steps)
+def test_evaluation_whose_file_cannot_be_written_is_reported_and_logged():
+    output, logged = io.StringIO(), []
+    report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda *row: logged.append(row)])
+    with report.tolerate_io_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    report.report(10, "val loss 5", {"val_loss": 5.0})
+    with pytest.raises(ValueError, match="another"), report.tolerate_io_errors():
+        raise ValueError("another")
+    first, second = output.getvalue().splitlines()
+    assert first.startswith("AN EVALUATION COULD NOT BE WRITTEN: [Errno 28] No space left") and "continues" in first
+    assert second == "after step 10: val loss 5" and logged == [(10, {"val_loss": 5.0})]
+
+
+@pytest.mark.parametrize("killed_after", [(25,), SLOW((10, 20, 25))])
+def test_killed_run_has_each_evaluation_once(killed_after, validated_run, settings, tmp_path):
+    settings = (*settings, "name=x", "model.max_position_embeddings=128")
+    path = tmp_path / "runs" / "main" / "x"
+    for steps in killed_after:
+        job = start(*settings, cwd=tmp_path)
+        wait_for_steps(job, tmp_path, steps)
         job.kill()
         job.wait()
-    path = tmp_path / "killed" / "runs" / "main" / "x" / "val_metrics.jsonl"
-    with path.open("a") as file:
+    with (path / "val_metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "test_lo')
-    done = train(*settings, cwd=tmp_path / "killed")
+    done = train(*settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert read_jsonl(path) == read_jsonl(tmp_path / "uninterrupted" / "runs" / "main" / "x" / "val_metrics.jsonl")
+    assert read_jsonl(path / "val_metrics.jsonl") == read_jsonl(validated_run / "val_metrics.jsonl")
 
 
 def test_signal_during_task_evaluation_saves_and_resumes(settings, sets, tmp_path):
-    overrides = (*settings, "trainer.val_every=null", "trainer.eval_every=20", "eval.tasks=[hellaswag]", "name=x")
-    overrides += (
-        "eval.limit=700",
-        f"eval.data_dir={sets}",
-        "trainer.checkpoint_every=40",
-        "model.max_position_embeddings=128",
-    )
-    job = start(*overrides, cwd=tmp_path)
+    (tmp_path / "held.py").write_text(HELD)
+    (tmp_path / "held").touch()
+    overrides = (
+        *settings, "trainer.val_every=null", "trainer.eval_every=20", "eval.tasks=[hellaswag]", "name=x",
+        "eval.limit=12", f"eval.data_dir={sets}", "trainer.checkpoint_every=40", "model.max_position_embeddings=128",
+    )  # fmt: skip
+    program = {"program": str(tmp_path / "held.py"), "PYTHONPATH": str(CHECKOUT)}
+    job = start(str(SAVED_AT_ONCE), str(CHECKOUT / "train.py"), *overrides, cwd=tmp_path, **program)
     folder = tmp_path / "runs" / "main" / "x"
-    while (
-        not list(folder.glob(".task_scores-20-*"))
-        or b"\n[" not in next(folder.glob(".task_scores-20-*")).read_bytes()[:200]
-    ):
+    while not (files := list(folder.glob(".task_scores-20-*"))) or len(files[0].read_bytes().splitlines()) < 17:
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     job.terminate()
+    (tmp_path / "held").unlink()
     output = job.communicate(timeout=100)
     assert job.returncode == 128 + signal.SIGTERM, output
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020.ckpt"], output
+    assert len(files[0].read_bytes().splitlines()) == 1 + SAVED_AT_ONCE, "it stopped before all items were scored"
     (folder / "task_scores.json").write_text("{")
     done = train(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "task_scores.json is damaged (" in done.stdout and "It is renamed to damaged-" in done.stdout
     scores = json.loads((folder / "task_scores.json").read_text())["scores"]
     assert [(score["step"], score["dtype"], score["items"]) for score in scores] == [
-        (20, "float32", 700), (40, "float32", 700),
+        (20, "float32", 12), (40, "float32", 12),
     ]  # fmt: skip
-    for name in ("task_scores.json", "result.json"):
-        (folder / name).unlink()
-    assert train(*overrides, cwd=tmp_path).returncode == 0, "as if it was killed in the last evaluation"
-    again = json.loads((folder / "task_scores.json").read_text())["scores"]
-    assert [(score["step"], score["acc"]) for score in again] == [(40, scores[1]["acc"])]
     assert not list(folder.glob(".task_scores-*.jsonl"))
+
+
+@pytest.mark.slow
+def test_run_killed_in_the_last_evaluation_of_tasks_repeats_it(validated_run, settings, tasks, tmp_path):
+    path = copy_run(validated_run, tmp_path)
+    scores = json.loads((path / "task_scores.json").read_text())["scores"]
+    for name in ("task_scores.json", "result.json"):
+        (path / name).unlink()
+    done = train(*settings, *tasks, "name=x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((path / "task_scores.json").read_text())["scores"]
+    assert [(score["step"], score["acc"]) for score in again] == [(40, scores[1]["acc"])]
+    assert not list(path.glob(".task_scores-*.jsonl"))
 
 
 def test_bytes_are_those_of_the_text_in_any_script(tmp_path):
@@ -121,12 +204,9 @@ def test_bytes_are_those_of_the_text_in_any_script(tmp_path):
     assert held_out.bytes(tokenizer) == pytest.approx(len(text.encode()), abs=3), "except the last character"
 
 
-def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(settings, tmp_path, cache):
-    done = train(*settings, "trainer.max_steps=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("runs/main/*")
-    result = json.loads((path / "result.json").read_text())
-    folder = cache / json.loads((path / "environment.json").read_text())["starts"][0]["data_folder"]
+def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(finished_run, cache):
+    result = json.loads((finished_run / "result.json").read_text())
+    folder = cache / json.loads((finished_run / "environment.json").read_text())["starts"][0]["data_folder"]
     tokens, tokenizer = open_tokens(folder), load_tokenizer(str(folder))
     sequences = TokenDataset(tokens.test, 64)
     quiet = Console(quiet=True)
@@ -143,20 +223,21 @@ def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(settings,
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (("trainer.val_every=0",), "trainer.val_every=0 is not allowed: it must be an integer from 1, or null"),
-        (
-            ("eval.tasks=winogrande",),
-            "eval.tasks=winogrande is not allowed: it must be a list of tasks, as [hellaswag]",
-        ),
-        (
-            ("trainer.eval_every=5", "eval.tasks=[nothing]"),
-            "eval.tasks=nothing is not known: it must be a task of lm-",
-        ),
+        ("trainer.val_every=0", "trainer.val_every=0 is not allowed: it must be an integer from 1, or null"),
+        ("eval.tasks=winogrande", "eval.tasks=winogrande is not allowed: it must be a list of tasks, as [hellaswag]"),
     ],
 )
-def test_mistakes_are_reported_before_training(overrides, message, settings, tmp_path):
-    done = train(*settings, *overrides, cwd=tmp_path)
-    assert done.returncode == 2 and f"error: {message}" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_are_refused(override, message, settings):
+    with pytest.raises(ConfigError) as error:
+        compose_config(*settings, override)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.slow
+def test_unknown_task_is_refused_before_training(settings, tmp_path):
+    done = train(*settings, "trainer.eval_every=5", "eval.tasks=[nothing]", cwd=tmp_path)
+    message = "error: eval.tasks=nothing is not known: it must be a task of lm-"
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.glob("runs/main/*/metrics.jsonl"))

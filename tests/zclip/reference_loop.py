@@ -1,7 +1,5 @@
 """A small model, its data and a plain training loop, to compare integrations with."""
 
-import socket
-
 import torch
 from torch import nn
 
@@ -34,9 +32,3 @@ def train_plain(model: nn.Module, optimizer: torch.optim.Optimizer, loss_factor:
 def assert_same_weights(model: nn.Module, expected: nn.Module, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

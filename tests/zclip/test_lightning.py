@@ -1,18 +1,16 @@
 """Training with the Lightning callbacks equals a plain loop: one or two optimizers, fused or not, bf16, fp16."""
 
-import os
-
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
 import zclip
+from tests import gloo_pool
 from tests.helpers import same
-from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
+from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, train_plain
 from zclip import ClippingCallback, SkipStep, ZClip, ZClipLightningCallback
 
 
@@ -219,12 +217,6 @@ def test_training_step_that_returns_none_is_ignored_in_fp16(fused, tmp_path):
     assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
 
 
-def test_loss_is_not_used_in_fp16(tmp_path):
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
-    _, callback = fit(Automatic(fused=False), tmp_path, callback=ClippingCallback(SkipStep(window=8)), plugins=[plugin])
-    assert int(callback.strategy.state["loss_count"]) == 0 and int(callback.strategy.state["norm_count"]) == STEPS
-
-
 def test_missing_gradients_are_an_error(tmp_path):
     class WithoutGradients(Automatic):
         def on_after_backward(self):
@@ -252,25 +244,29 @@ def test_manual_optimization_ignores_the_loss(tmp_path):
     assert [int(s.state["loss_count"]) for s in callback.strategies] == [0, 0]
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ |= dict(WORLD_SIZE="2", OMP_NUM_THREADS="1")
+def test_fp16_ignores_the_scaled_loss(tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    _, callback = fit(Automatic(fused=False), tmp_path, ClippingCallback(SkipStep(window=8)), plugins=[plugin])
+    assert int(callback.strategy.state["loss_count"]) == 0
+
+
+def train_rank(rank: int, world: int, folder: str) -> tuple[list[float], dict, dict]:
+    """Return the losses of this rank, and the final states of the strategy and the module."""
     losses = []
 
     class RecordLosses(Automatic):
         def training_step(self, x, index):
-            loss = super().training_step(x.chunk(2)[rank], index)
+            loss = super().training_step(x.chunk(world)[rank], index)
             losses.append(loss.item())
             return loss
 
     module, callback = RecordLosses(fused=True), ClippingCallback(SkipStep(window=STEPS))
-    fit(module, folder, callback=callback, strategy="ddp", devices=2, use_distributed_sampler=False)
-    torch.save((losses, callback.strategy.state, module.state_dict()), f"{folder}/{rank}.pt")
+    fit(module, folder, callback=callback, strategy="ddp", devices=world, use_distributed_sampler=False)
+    return losses, callback.strategy.state, module.state_dict()
 
 
 def test_all_ranks_use_the_mean_loss(tmp_path):
-    mp.spawn(run_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = gloo_pool.run(train_rank, 2, str(tmp_path))
     (losses, state, weights), (other_losses, other_state, other_weights) = results
     means = (torch.tensor(losses) + torch.tensor(other_losses)) / 2
     torch.testing.assert_close(state["losses"].float(), means)

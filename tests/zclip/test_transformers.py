@@ -1,14 +1,13 @@
 """Training with Hugging Face's Trainer equals a plain loop and resumes exactly; wrong settings are errors."""
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, free_port, train_plain
+from tests import gloo_pool
+from tests.helpers import SLOW, same
+from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, train_plain
 from zclip import AdaGC, AutoClip, FixedNorm, TrainerClippingCallback, ZClip
 
 
@@ -69,7 +68,14 @@ def test_training_matches_the_plain_loop(optimizer, accumulation, tmp_path):
     assert callback.strategy.state["count"] == STEPS
 
 
-@pytest.mark.parametrize("make", [zclip, lambda: AdaGC(warmup_steps=3), AutoClip], ids=["zclip", "adagc", "autoclip"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(zclip, id="zclip"),
+        SLOW(lambda: AdaGC(warmup_steps=3), id="adagc"),
+        SLOW(AutoClip, id="autoclip"),
+    ],
+)
 def test_resumed_run_ends_bitwise_equal(make, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10}
     callback = TrainerClippingCallback(make())
@@ -86,7 +92,7 @@ def test_resumed_run_ends_bitwise_equal(make, tmp_path):
 
 def test_checkpoint_without_statistics_starts_new_ones(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10}
-    bare = trainer(tmp_path / "bare", TrainerClippingCallback(zclip()), **settings)
+    bare = trainer(tmp_path / "bare", TrainerClippingCallback(zclip()), max_steps=10, **settings)
     bare.remove_callback(TrainerClippingCallback)
     bare.train()
     callback = TrainerClippingCallback(zclip())
@@ -98,16 +104,17 @@ def test_checkpoint_without_statistics_starts_new_ones(tmp_path):
 
 
 def test_checkpoint_of_another_strategy_is_rejected(tmp_path):
-    trainer(tmp_path, TrainerClippingCallback(zclip()), save_strategy="steps", save_steps=10).train()
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, TrainerClippingCallback(zclip()), max_steps=1, **settings).train()
     with pytest.raises(ValueError, match=r"state of ZClip .* cannot be loaded into FixedNorm"):
-        trainer(tmp_path, TrainerClippingCallback(FixedNorm())).train(str(tmp_path / "checkpoint-10"))
+        trainer(tmp_path, TrainerClippingCallback(FixedNorm())).train(str(tmp_path / "checkpoint-1"))
 
 
 def test_trainer_that_replaces_the_callback_is_rejected(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": True}
-    trainer(tmp_path, TrainerClippingCallback(zclip()), **settings).train()
+    settings = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
+    trainer(tmp_path, TrainerClippingCallback(zclip()), max_steps=1, **settings).train()
     with pytest.raises(ValueError) as error:
-        trainer(tmp_path, TrainerClippingCallback(zclip()), **settings).train(str(tmp_path / "checkpoint-10"))
+        trainer(tmp_path, TrainerClippingCallback(zclip()), **settings).train(str(tmp_path / "checkpoint-1"))
     assert str(error.value) == (
         "restore_callback_states_from_checkpoint=True is not allowed: leave it out, the statistics are restored "
         "without it, into the strategy that you made"
@@ -131,21 +138,18 @@ def test_second_callback_is_rejected(tmp_path):
         run.train()
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+def train_rank(rank: int, world: int, folder: str) -> tuple[dict, dict]:
+    """Return the final states of the model and the strategy."""
     callback = TrainerClippingCallback(zclip())
-    run = trainer(folder, callback, "adamw_torch_fused", per_device_train_batch_size=4, ddp_backend="gloo")
-    assert run.args.world_size == 2
+    run = trainer(folder, callback, "adamw_torch_fused", per_device_train_batch_size=8 // world, ddp_backend="gloo")
+    assert run.args.world_size == world
     run.train()
-    torch.save((run.model.state_dict(), callback.strategy.state), f"{folder}/{rank}.pt")
+    return run.model.state_dict(), callback.strategy.state
 
 
 def test_two_processes_match_the_plain_loop(tmp_path):
-    mp.spawn(run_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    (weights, state), (other, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(weights[key], other[key]) for key in weights)
-    assert all(torch.equal(state[key], other_state[key]) for key in state)
+    (weights, state), (other, other_state) = gloo_pool.run(train_rank, 2, str(tmp_path))
+    assert same(weights, other) and same(state, other_state)
     model, expected_zclip = reference()
     wrapped = Wrapped()
     wrapped.load_state_dict(weights)

@@ -83,13 +83,29 @@ def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete, and every record has its checksum."""
+    """Whether a checkpoint is complete, every record has its checksum, and torch can read it."""
     try:
         if checkpoint.is_dir() and (checkpoint / CHECKSUM).read_text() != sha256(checkpoint / INDEX):
             return False
-        return all(zipfile.ZipFile(record).testzip() is None for record in _records(checkpoint))
+        return all(map(_is_intact, _records(checkpoint)))
     except Exception:  # what is damaged can fail in any way
         return False
+
+
+def _is_intact(record: BinaryIO) -> bool:
+    """Whether the entries of an archive have their checksums, and torch can find them; other errors are raised.
+
+    Python's zipfile ignores fields of the archive's directory without which torch cannot read it.
+    """
+    archive = zipfile.ZipFile(record)
+    if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
+        return False  # torch reads nothing of an entry with the attribute of a folder
+    record.seek(0)
+    if isinstance(record, io.BytesIO):
+        torch.load(record, map_location="cpu", weights_only=False)
+    else:
+        torch.load(record.name, map_location="cpu", weights_only=False, mmap=True)  # finds tensors without reading them
+    return True
 
 
 def fingerprint(checkpoint: Path) -> str:

@@ -1,0 +1,120 @@
+"""The evaluator: missing scores are computed and saved, and an interrupted evaluation resumes."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common.errors import UserError
+from evaluation.config import EvalConfig
+from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
+from evaluation.language_model import LlamaLM
+from evaluation.scores import Scores
+from tests.evaluation.known_models import CPU, Uniform
+
+#: Requests about all items of WinoGrande.
+ALL = 1267 * 2
+#: Tokens of the model's context, which some items exceed.
+CONTEXT = 32
+
+
+class Interrupted(Exception):
+    """Ends an evaluation from outside."""
+
+
+class Setup:
+    """A model whose tokens are equally likely, with what an evaluation does to it."""
+
+    def __init__(self, folder: Path, sets: Path, tokenizer) -> None:
+        self.path, self.sets, self.tokenizer = folder / "task_scores.json", sets, tokenizer
+        self.loads: list[LlamaLM] = []
+        self.before_task: list[str] = []
+        self.interrupt_after = ALL
+
+    def score(self, fingerprint: str = "these", **settings) -> list[dict]:
+        config = EvalConfig(**{"tasks": ["winogrande"], **settings})
+        console = Console(file=io.StringIO())
+        evaluator = Evaluator(config, "float32", [self.sets], console, lambda: self.before_task.append("task"))
+        model = EvaluatedModel("main/one", 20, None, Scores(self.path), lambda: fingerprint, self._load)
+        evaluator.load_tasks([model])
+        self.loaded_tasks = list(evaluator.tasks)
+        return list(evaluator.score(model))
+
+    def _load(self) -> LlamaLM:
+        setup = self
+
+        class Interruptible(LlamaLM):
+            def loglikelihood(self, requests, **kwargs):
+                if self.num_texts >= setup.interrupt_after:
+                    raise Interrupted
+                return super().loglikelihood(requests)
+
+        model = Uniform(self.tokenizer.size, [], context=CONTEXT)
+        self.loads.append(Interruptible(model, self.tokenizer, CPU))
+        return self.loads[-1]
+
+
+@pytest.fixture
+def setup(sets, tokenizer, tmp_path) -> Setup:
+    return Setup(tmp_path, sets, tokenizer)
+
+
+def test_only_missing_scores_are_computed_and_all_are_saved(setup):
+    (score,) = setup.score(limit=5)
+    assert (score["run"], score["task"], score["step"], score["items"]) == ("main/one", "winogrande", 20, 5)
+    assert score["drawn"] and score["seconds"] >= 0 and score["versions"]["lm_eval"]
+    assert setup.score(limit=5) == [score], "it is in the file"
+    assert len(setup.loads) == len(setup.before_task) == 1 and setup.loaded_tasks == []
+
+    first, second = setup.score(limit=5, num_fewshot=[0, 1])
+    assert first == score and second["num_fewshot"] == 1
+    assert setup.loaded_tasks == [("winogrande", 1)] and len(setup.loads) == len(setup.before_task) == 2
+    (other,) = setup.score(limit=5, seed=1)
+    assert other["seed"] == 1 and len(setup.loads) == 3
+    saved = [{"run": "main/one", **score} for score in json.loads(setup.path.read_text())["scores"]]
+    assert saved == [score, second, other]
+    assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
+
+
+def test_fraction_of_truncated_texts_is_saved(setup):
+    (score,) = setup.score(limit=40)
+    (model,) = setup.loads
+    assert 0 < model.num_truncated < model.num_texts == 80
+    assert score["truncated_fraction"] == round(model.num_truncated / 80, 4)
+
+
+@pytest.mark.parametrize("fingerprint, recomputed", [("these", ALL - 1024), ("others", ALL)])
+def test_interrupted_evaluation_resumes_with_the_same_weights_only(setup, fingerprint, recomputed):
+    setup.interrupt_after = 1024
+    with pytest.raises(Interrupted):
+        setup.score()
+    assert not setup.path.exists() and setup.loads[0].num_texts == 1024
+    setup.interrupt_after = ALL
+    (score,) = setup.score(fingerprint)
+    assert setup.loads[1].num_texts == recomputed and score["items"] * 2 == ALL
+
+
+def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
+    def identity(name: str = str(tmp_path)) -> str:
+        model = hugging_face_model(name, tmp_path / "task_scores.json", "cpu", "float32")
+        assert model.step is None and model.fingerprint() == model.model
+        return model.model
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = identity()
+    (tmp_path / "README.md").write_text("not a part of the model")
+    (tmp_path / "task_scores.json").write_text('{"scores": []}')
+    assert identity() == before
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    assert identity() != before
+    assert identity("a name on the hub") == "a name on the hub"
+
+
+def test_hugging_face_model_that_cannot_be_loaded_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    model = hugging_face_model(str(tmp_path), tmp_path / "task_scores.json", "cpu", "float32")
+    with pytest.raises(UserError, match=r"^hf=.* cannot be loaded \(.*\)$"):
+        model.load()

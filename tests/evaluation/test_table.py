@@ -1,0 +1,54 @@
+"""Scores in the terminal: percent with standard errors, one model or several."""
+
+import io
+
+from rich.console import Console
+
+from evaluation.table import print_scores
+
+
+def row(run: str = "main/one", task: str = "hellaswag", shots: int = 0, **results) -> dict:
+    key = {"task": task, "num_fewshot": shots, "limit": 100, "seed": 0, "step": 20, "dtype": "float32", "model": None}
+    return {"run": run, **key, "items": 1267, "seconds": 1.0, "versions": {}, "date": "", **results}
+
+
+def printed(*rows: dict) -> list[str]:
+    console = Console(file=io.StringIO(), width=120)
+    print_scores(list(rows), console)
+    return console.file.getvalue().splitlines()
+
+
+def cells(lines: list[str], begin: str) -> list[str]:
+    """Return the cells of the only line of a table whose first cell is `begin`."""
+    table = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
+    (found,) = [line for line in table if line[0] == begin]
+    return found
+
+
+def test_scores_of_one_model_are_rows():
+    lines = printed(
+        row(acc=0.25, acc_stderr=0.0123, acc_norm=0.5, acc_norm_stderr=0.02, drawn=True),
+        row(task="wikitext", shots=2, word_perplexity=12.345, truncated_fraction=0.126),
+    )
+    assert lines[0] == "main/one, ± standard error"
+    assert cells(lines, "task") == ["task", "shots", "items", "acc %", "acc_norm %", "word_perplexity"]
+    assert cells(lines, "hellaswag") == ["hellaswag", "0", "1,267 drawn", "25.00 ± 1.23", "50.00 ± 2.00", ""]
+    assert cells(lines, "wikitext") == ["wikitext", "2", "1,267", "", "", "12.35"]
+    assert lines[-1] == "up to 13% of a task's texts exceed the model's context, and lost their beginnings"
+
+
+def test_several_models_are_rows_with_a_column_for_each_task_and_metric():
+    lines = printed(
+        row(acc=0.25, acc_stderr=0.01, drawn=True),
+        row(shots=5, acc=0.3, drawn=True),
+        row("main/two", acc=0.75, acc_stderr=0.02, drawn=True),
+    )
+    assert cells(lines, "main/one") == ["main/one", "25.00 ± 1.00", "30.00"]
+    assert cells(lines, "main/two") == ["main/two", "75.00 ± 2.00", ""]
+    header = "\n".join(lines)
+    assert header.count("hellaswag") == 3 and "5 shots" in header and header.count("acc %") == 2
+    assert lines[-1] == "± standard error; items: hellaswag 1,267 drawn"
+
+
+def test_no_scores_print_nothing():
+    assert printed() == []

@@ -1,0 +1,59 @@
+"""The benchmarks of clipping, data and scoring run to their end. Their numbers decide nothing here."""
+
+import re
+
+import pytest
+
+from tests.helpers import script
+from tests.scripts.loading import load_script
+
+
+def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):
+    done = script("bench_clip.py", "params=1e5", "rounds=2", "device=cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"│ ([\w ,()-]+?) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", done.stdout)
+    assert [row[0] for row in rows] == [
+        "norm pass (the floor)",
+        "clip_grad_norm_",
+        "ZClip, fused, nothing clipped",
+        "fused, every step clipped",
+        "ZClip, in place, nothing clipped",
+    ], done.stdout
+    assert rows[0][2] == rows[1][3] == "1.000" and "fp32 parameters, CPU" in done.stdout
+    assert not [*tmp_path.iterdir()]
+
+
+def test_data_is_opened_read_and_tokenized(tmp_path, monkeypatch, capsys):
+    """With parts of a million tokens; real ones have 67."""
+    bench_data = load_script("bench_data")
+    monkeypatch.setattr(bench_data, "PART_TOKENS", 1 << 20)
+    monkeypatch.chdir(tmp_path)
+    bench_data.main({"megabytes": 0.05, "rounds": 1, "tokens": 40e6})
+    out = capsys.readouterr().out
+    assert "a folder of 40,000,000 tokens, 39 parts" in out, out
+    for row in ("opening it", "shuffled batches, two parts", "sequential copy", "tokens prepared", "datasets.map"):
+        assert re.search(rf"│ {row} +│ +[\d,.]+ │", out), out
+    assert re.search(r"│ tokenizers.encode_batch │ +[\d.]+ │ +1.00 │", out), out
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_scoring_is_compared_with_lm_eval(finished_run, sets, tmp_path):
+    settings = (f"run={finished_run}", f"data_dir={sets}", "tasks=[winogrande]", "limit=8", "rounds=1")
+    done = script("bench_eval.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"│ winogrande │ +[\d.]+ │ +[\d.]+ │ +\d+ │ +0.\d{4} │", done.stdout), done.stdout
+    assert "8 items, " in done.stdout and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("bench_clip.py", "round=3", "round=3 is not possible: there is no key round (the nearest is rounds)"),
+        ("bench_eval.py", "run=nowhere", "run=nowhere is not a run folder: it must be one"),
+    ],
+)
+def test_mistakes_are_one_sentence(name, setting, message, tmp_path):
+    done = script(name, setting, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {message}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not [*tmp_path.iterdir()]

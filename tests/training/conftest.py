@@ -1,0 +1,102 @@
+"""Fixtures of the tests of training: `train.py` in the test's process, where its output is not the subject."""
+
+import io
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+
+from common.errors import EXIT_USER_ERROR
+from training.config.checks import check
+from training.config.compose import CONFIGS
+from training.config.schema import Config
+from training.launch import cli
+from training.run_dir import RunDir
+from training.runtime import signals
+
+
+@contextmanager
+def same_handlers() -> Iterator[None]:
+    """Restore the handlers of the signals that train.py handles."""
+    handlers = {signum: signal.getsignal(signum) for signum in signals.SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="session")
+def program() -> ModuleType:
+    """The module train.py."""
+    torch.set_num_threads(1)  # as in other processes: sums of another number of threads are rounded differently
+    with same_handlers():
+        import train
+
+    return train
+
+
+@pytest.fixture
+def checked(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, RunDir]]:
+    """Return a function that composes a run and checks it as train.py does before it begins."""
+
+    def composed(*overrides: str) -> tuple[Config, RunDir]:
+        monkeypatch.setattr("sys.argv", ["train.py", *overrides])
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config, run_dir = program.configured(compose("train", list(overrides)), list(overrides))
+        check(config, run_dir.path)
+        return config, run_dir
+
+    return composed
+
+
+@pytest.fixture
+def refusal(
+    checked: Callable[..., tuple[Config, RunDir]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that returns the line with which train.py refuses a command line."""
+
+    def refused(*overrides: str) -> str:
+        cli.exit_statuses.clear()
+        with cli.reporting():
+            checked(*overrides)
+        statuses = cli.exit_statuses.copy()
+        cli.exit_statuses.clear()
+        output, errors = capsys.readouterr()
+        assert (statuses, output) == ([EXIT_USER_ERROR], ""), errors
+        (line,) = errors.splitlines()
+        return line
+
+    monkeypatch.delenv("ZCLIP_TRACEBACKS", raising=False)
+    return refused
+
+
+@pytest.fixture
+def run_in_process(
+    program: ModuleType,
+    checked: Callable[..., tuple[Config, RunDir]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Return a function that trains in the test's folder as train.py does; it returns the result and the output.
+
+    Errors are raised. A run that is finished is not shown, but trained again from its last checkpoint.
+    """
+
+    def trained(*overrides: str) -> tuple[dict[str, Any], str]:
+        monkeypatch.chdir(tmp_path)
+        config, run_dir = checked(*overrides)
+        output = io.StringIO()
+        console = Console(file=output, soft_wrap=True, highlight=False, markup=False)
+        with isolate_rng():
+            return program.run(config, run_dir, console, None), output.getvalue()
+
+    return trained
