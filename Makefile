@@ -40,7 +40,7 @@ slurm: ## install SLURM, for the tests that start a cluster on this machine (Deb
 		apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2) >/dev/null 2>&1 || \
 		echo "SLURM's packages could not be installed: its tests will be skipped"
 
-mutants: setup ## change zclip/ in 3,200 places, one at a time; a test must fail: ARGS="zclip.base*" (25 minutes)
+mutants: setup ## change zclip/ in 3,200 places, one at a time; a test must fail: ARGS="zclip.base*" (half an hour)
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/mutmut run $(ARGS)
 	@$(BIN)/python -m tests.zclip.mutants
 

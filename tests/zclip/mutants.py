@@ -4,6 +4,7 @@ As a plugin of pytest it lets each mutant run its quickest tests first; pytest s
 program it prints the results that mutmut keeps in the folder mutants/.
 """
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -15,6 +16,8 @@ from hypothesis import Phase, settings
 #: Tests that train with Lightning, transformers or Accelerate, and the mutants that run them.
 TRAINERS = ("test_lightning.py", "test_transformers.py", "test_accelerate.py")
 TRAINED = ("zclip.x_", "zclip.integrations.")
+#: Other mutants get so many seconds of tests, the quickest first; one that is still alive has survived.
+SECONDS = 10.0
 
 
 def pytest_configure() -> None:
@@ -31,11 +34,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not measured.exists() or not mutant.startswith("zclip."):
         return
     seconds = json.loads(measured.read_text())["duration_by_test"]
-    if not mutant.startswith(TRAINED):
-        trained = [item for item in items if item.path.name in TRAINERS]
-        config.hook.pytest_deselected(items=trained)
-        items[:] = [item for item in items if item not in trained]
     items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+    if mutant.startswith(TRAINED):
+        return
+    untrained = [item for item in items if item.path.name not in TRAINERS]
+    total = itertools.accumulate(seconds.get(item.nodeid, 0.0) for item in untrained)
+    chosen = [item for item, end in zip(untrained, total, strict=True) if end <= SECONDS]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def print_summary() -> None:

@@ -202,14 +202,31 @@ def test_decision_without_a_step_is_dropped():
     assert float(step_and_diff(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_optimizer_gets_only_what_it_needs():
+    model = build_model()
+    optimizer = FUSED["adamw"](model.parameters())
+    backward(model, optimizer)
+    FixedNorm(1e9).step(model, optimizer=optimizer)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf"), "nothing to clip"
+    clip = FixedNorm(0.01)
+    norm = clip.step(model, optimizer=optimizer)
+    assert float(optimizer.grad_scale) == pytest.approx(float(norm) / 0.01, rel=1e-4)
+    assert not hasattr(optimizer, "found_inf")
+    del optimizer.grad_scale  # by someone else
+    model[0].weight.grad[0, 0] = torch.nan
+    clip.step(model, optimizer=optimizer)
+    assert (float(optimizer.grad_scale), float(optimizer.found_inf)) == (1.0, 1.0)
+
+
 def test_two_strategies_for_one_step_are_rejected():
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     backward(model, optimizer)
     one, other = FixedNorm(0.01), FixedNorm(0.01)
     one.step(model, optimizer=optimizer)
-    with pytest.raises(ValueError, match="two strategies clip for one optimizer"):
+    with pytest.raises(ValueError) as error:
         other.step(model, optimizer=optimizer)
+    assert str(error.value) == ("two strategies clip for one optimizer's step: give the optimizer to one of them only")
     assert float(step_and_diff(optimizer, model).norm()) == pytest.approx(0.01, rel=1e-3)
 
 

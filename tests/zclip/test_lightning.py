@@ -217,12 +217,6 @@ def test_training_step_that_returns_none_is_ignored_in_fp16(fused, tmp_path):
     assert int(callback.zclip.state["count"]) == STEPS * 2 // 3
 
 
-def test_loss_is_not_used_in_fp16(tmp_path):
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
-    _, callback = fit(Automatic(fused=False), tmp_path, callback=ClippingCallback(SkipStep(window=8)), plugins=[plugin])
-    assert int(callback.strategy.state["loss_count"]) == 0 and int(callback.strategy.state["norm_count"]) == STEPS
-
-
 def test_missing_gradients_are_an_error(tmp_path):
     class WithoutGradients(Automatic):
         def on_after_backward(self):

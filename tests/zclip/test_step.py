@@ -243,19 +243,23 @@ class NumberAsStatistic(ClippingStrategy):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (WithoutAttribute, "WithoutAttribute must keep its argument factor as an attribute of that name"),
-        (WithoutSuperInit, r"WithoutSuperInit.__init__ must call super\(\).__init__\(\)"),
+        (
+            WithoutAttribute,
+            "WithoutAttribute must keep its argument factor as an attribute of that name: a saved state records it",
+        ),
+        (WithoutSuperInit, "WithoutSuperInit.__init__ must call super().__init__()"),
         (ReturnsTensor, "ReturnsTensor.decide must return a Decision, not Tensor"),
         (
             ReturnsUnknownStatistic,
             "ReturnsUnknownStatistic.initial_state must return all of the statistics: it lacks mean",
         ),
-        (NumberAsStatistic, r"NumberAsStatistic.initial_state must return tensors: mean is 0\.0"),
+        (NumberAsStatistic, "NumberAsStatistic.initial_state must return tensors: mean is 0.0"),
     ],
 )
 def test_mistakes_in_a_custom_strategy_raise_at_its_first_step(strategy, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError)) as error:
         strategy().step(model_with_gradients(0))
+    assert str(error.value) == message
 
 
 def test_other_types_and_sparse_or_complex_gradients_are_rejected():
