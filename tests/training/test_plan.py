@@ -8,7 +8,7 @@ from rich.console import Console
 
 from models import Llama, LlamaConfig
 from models.parallel import apply_activation_checkpointing
-from tests.helpers import compose_config, train
+from tests.helpers import SLOW, compose_config, train
 from training.launch.plan import _activations, memory_warning, plan, plan_table
 from training.runtime.hardware import PEAK_FLOPS, flops_per_token, peak_flops
 
@@ -99,6 +99,15 @@ def test_plan_is_printed_and_writes_nothing(refusal, tmp_path, monkeypatch):
     assert "fits 80 GiB" in out.getvalue(), out.getvalue()
     assert "hardware.device=H800 is not allowed: it must be one of H200" in refusal(*settings, "hardware.device=H800")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", [SLOW("basic"), "local", SLOW("slurm")])
+def test_plan_of_a_sweep_starts_nothing(launcher, tmp_path):
+    done = train("-m", f"hydra/launcher={launcher}", "seed=0,1", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    if launcher != "basic":
+        assert "2 runs, computed for" in done.stdout and done.stdout.count("\nsbatch --nodes=1 ") == 2, done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 def test_plan_larger_than_memory_is_a_warning():
