@@ -51,9 +51,10 @@ def commands(document: Path) -> list[list[str]]:
 def programs(words: Sequence[str]) -> Iterator[list[str]]:
     """Yield the programs of the checkout that a command runs, each with its arguments."""
     if words[0] == "make":
-        listing = subprocess.run(
-            ["make", "--dry-run", "--no-print-directory", *words[1:]], cwd=CHECKOUT, capture_output=True, text=True
-        )
+        variables = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
+        env = {name: value for name, value in os.environ.items() if name not in variables}
+        command = ["make", "--dry-run", "--no-print-directory", *words[1:]]
+        listing = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True)
         assert listing.returncode == 0, listing.stderr
         found = [shlex.split(line)[1:] for line in listing.stdout.splitlines() if "/python " in line]
         found = [program for program in found if program[0] == "train.py" or program[0].startswith("scripts/")]

@@ -257,7 +257,9 @@ def test_taken_name_is_refused(finished_run, tiny, refusal, tmp_path, monkeypatc
 
 
 def test_saved_configuration_is_the_same_configuration(tmp_path):
-    saved = config("clip=adagc", "data.corruption.steps=[3,5]", "lr=1e-4", "data.max_tokens=50e9")
+    overrides = ("clip=adagc", "data.corruption.steps=[3,5]", "lr=1e-4", "data.max_tokens=50e9")
+    saved = config(*overrides, "data.column='é\x85 \u2028'")  # rare line breaks
+    assert saved.data.column == "é\x85 \u2028"
     (tmp_path / "config.yaml").write_text(to_yaml(saved))
     assert read_config(tmp_path / "config.yaml") == saved
     assert identity(read_config(tmp_path / "config.yaml")) == identity(saved)

@@ -68,9 +68,20 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes rare line breaks, such as U+0085, as escapes; PyYAML would write them so that they are read as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        rare_break = any(character in data for character in "\r\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if rare_break else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def to_yaml(config: Config) -> str:
     """Return a configuration as `read_config` reads it."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json", by_alias=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
