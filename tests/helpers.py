@@ -63,7 +63,7 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py to its end in the folder `cwd`; in several processes as torchrun does, without our launcher."""
     if processes > 1:
-        return run_ranks("train.py", *overrides, processes=processes, cwd=cwd, timeout=timeout)
+        return run_ranks("train.py", *overrides, processes=processes, cwd=cwd, env=env, timeout=timeout)
     return run("train.py", *overrides, cwd=cwd, env=env, timeout=timeout)
 
 

@@ -145,7 +145,12 @@ def run(
 
 
 def run_ranks(
-    program: str, *arguments: str, processes: int, cwd: Path, timeout: float = 300
+    program: str,
+    *arguments: str,
+    processes: int,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of the checkout in several connected processes, as torchrun does.
 
@@ -155,6 +160,7 @@ def run_ranks(
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     shared = {
+        **(env or {}),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects to this store instead of making one
