@@ -13,7 +13,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from data import Source
-from tests.helpers import CHECKOUT, FSDP, TINY, kill_after, only_run, script, train
+from tests.helpers import CHECKOUT, FSDP, TINY, only_run, script, train
 
 #: The validation sets, if they lie beside the checkout.
 SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"
@@ -56,15 +56,6 @@ def finished_run(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
     """The folder of the finished run of `tiny`, with a checkpoint of every eighth step."""
     folder = tmp_path_factory.mktemp("finished")
     return _trained(folder, *tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9")
-
-
-@pytest.fixture(scope="session")
-def interrupted_run(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run of `tiny`, killed after step 20; it has a checkpoint of every eighth step."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    settings = (*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", "trainer.log_every=1")
-    kill_after(20, *settings, cwd=folder)
-    return only_run(folder)
 
 
 @pytest.fixture(scope="session")

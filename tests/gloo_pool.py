@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-CHECKOUT = Path(__file__).parent.parent
+from tests.process_pool import CHECKOUT, rank_environments
+
 #: Modules that training imports when it first runs; each rank would import them anew.
 PRELOADED = ("torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp")
 _servers: list["_Server"] = []
@@ -166,15 +167,7 @@ def _become(rank: int, request: _Request) -> None:
         with (request.folder / f"{rank}.txt").open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(request.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is that of the test process
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(request.world),
-            "LOCAL_WORLD_SIZE": str(request.world),
-        }
+        os.environ |= rank_environments(request.world, request.port)[rank]
         function = attrgetter(request.name)(sys.modules[request.module])
         torch.save(function(rank, request.world, *request.arguments), request.folder / f"{rank}.pt")
         if dist.is_initialized():

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,19 @@ def compose_config(*overrides: str) -> "Config":
 
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         return load_config(compose("train", overrides=list(overrides)))
+
+
+@contextmanager
+def same_handlers() -> Iterator[None]:
+    """Restore the handlers of the signals that the programs handle."""
+    from training.runtime.signals import SIGNALS
+
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def train_command(*overrides: str, program: str = "train.py") -> list[str]:
@@ -117,6 +132,16 @@ def ranks(job: Job) -> dict[str, int]:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         pids.update({os.fsdecode(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
     return pids
+
+
+def make(*arguments: str) -> str:
+    """Run make in the checkout without the variables of the make that runs the tests; return its output."""
+    variables = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in variables}
+    command = ["make", "--no-print-directory", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def only_run(folder: Path) -> Path:

@@ -144,6 +144,32 @@ def run(
     return subprocess.CompletedProcess(job.args, job.wait(), *output)
 
 
+def rank_environments(processes: int, port: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun gives each rank; rank 0 connects to the store of the port, and makes none."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def start_ranks(
+    program: str, *arguments: str, processes: int, cwd: Path, env: Mapping[str, str] | None = None
+) -> tuple[Any, list[Job]]:
+    """Start a program of the checkout in several processes, as torchrun does.
+
+    Returns the store that connects them, which must be kept while they run, and the processes by rank.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    environments = rank_environments(processes, store.port)
+    return store, [Job(program, arguments, cwd, {**(env or {}), **own}) for own in environments]
+
+
 def run_ranks(
     program: str,
     *arguments: str,
@@ -156,21 +182,7 @@ def run_ranks(
 
     The result has the output of all ranks, and the status of the first rank that failed.
     """
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    shared = {
-        **(env or {}),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects to this store instead of making one
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-    }
-    jobs = [
-        Job(program, arguments, cwd, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
+    store, jobs = start_ranks(program, *arguments, processes=processes, cwd=cwd, env=env)
     deadline = time.monotonic() + timeout
     while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
         if any(job.poll() for job in jobs):
@@ -181,6 +193,7 @@ def run_ranks(
     for job in jobs:
         job.kill()
         job.wait()
+    del store
     out, err = map("".join, zip(*(job.output() for job in jobs), strict=True))
     if timed_out:
         raise subprocess.TimeoutExpired(jobs[0].args, timeout, out, err)

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from experiments.paper.tables_and_figures import SUITES
-from tests.helpers import CHECKOUT, TINY, compose_config, copy_run
+from tests.helpers import CHECKOUT, TINY, compose_config, copy_run, make
 from tests.process_pool import run, run_ranks
 from zclip import ClippingStrategy
 
@@ -51,14 +51,10 @@ def commands(document: Path) -> list[list[str]]:
 def programs(words: Sequence[str]) -> Iterator[list[str]]:
     """Yield the programs of the checkout that a command runs, each with its arguments."""
     if words[0] == "make":
-        variables = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
-        env = {name: value for name, value in os.environ.items() if name not in variables}
-        command = ["make", "--dry-run", "--no-print-directory", *words[1:]]
-        listing = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True)
-        assert listing.returncode == 0, listing.stderr
-        found = [shlex.split(line)[1:] for line in listing.stdout.splitlines() if "/python " in line]
+        listing = make("--dry-run", *words[1:])
+        found = [shlex.split(line)[1:] for line in listing.splitlines() if "/python " in line]
         found = [program for program in found if program[0] == "train.py" or program[0].startswith("scripts/")]
-        assert found or {*words[1:]} <= OTHER_TARGETS, listing.stdout
+        assert found or {*words[1:]} <= OTHER_TARGETS, listing
         yield from found
     elif any(word.endswith("train.sbatch") for word in words):
         (start,) = (i for i, word in enumerate(words) if word.endswith("train.sbatch"))

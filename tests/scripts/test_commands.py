@@ -1,30 +1,24 @@
 """Every script and every command of the Makefile is there and is tested."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers import CHECKOUT, copy_run, script
+from tests.helpers import CHECKOUT, copy_run, make, script
 
-MAKE = ("make", "--no-print-directory", "-o", "setup", f"BIN={Path(sys.executable).parent}")
-
-
-def make(*arguments: str) -> str:
-    done = subprocess.run([*MAKE, *arguments], cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+#: The tests' own environment is used as it is.
+INSTALLED = ("-o", "setup", f"BIN={Path(sys.executable).parent}")
 
 
 def test_help_lists_every_command():
-    listed = set(re.findall(r"^  make ([\w-]+) ", make("help"), re.M))
+    listed = set(re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help"), re.M))
     phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.M)
     assert phony is not None and listed == {*phony[1].split()}
 
 
 def test_commands_name_programs_that_exist():
-    commands = re.findall(r"^  make ([\w-]+) ", make("help"), re.M)
-    lines = make("-n", *(command for command in commands if command not in ("setup", "clean")))
+    commands = re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help"), re.M)
+    lines = make(*INSTALLED, "-n", *(command for command in commands if command not in ("setup", "clean")))
     programs = re.findall(r"bin/python ((?:scripts/)?\w+\.py)", lines)
     assert {*programs} == {
         "train.py", "scripts/eval_data.py", "scripts/evaluate.py", "scripts/make_tables.py", "scripts/make_figures.py",

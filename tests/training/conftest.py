@@ -1,9 +1,7 @@
 """Fixtures of the tests of training: `train.py` in the test's process, where its output is not the subject."""
 
 import io
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,23 +13,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
 from common.errors import EXIT_USER_ERROR
+from tests.helpers import same_handlers
 from training.config.checks import check
 from training.config.compose import CONFIGS
 from training.config.schema import Config
 from training.launch import cli
 from training.run_dir import RunDir
-from training.runtime import signals
-
-
-@contextmanager
-def same_handlers() -> Iterator[None]:
-    """Restore the handlers of the signals that train.py handles."""
-    handlers = {signum: signal.getsignal(signum) for signum in signals.SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

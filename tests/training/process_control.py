@@ -3,10 +3,7 @@
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
-from tests.helpers import start
-from tests.process_pool import Job
+from tests.process_pool import Job, start_ranks
 
 #: A clipper that waits at some steps of this process until the test lets it continue; see `Gates`.
 GATED = """
@@ -63,18 +60,7 @@ class Ranks:
     """The connected processes of a run, as torchrun starts them; `jobs` has them by rank."""
 
     def __init__(self, *settings: str, cwd: Path, processes: int = 2, **env: str) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        shared = {
-            **env,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-        }
-        self.jobs = [
-            start(*settings, cwd=cwd, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)
-        ]
+        self._store, self.jobs = start_ranks("train.py", *settings, processes=processes, cwd=cwd, env=env)
 
     def kill(self) -> None:
         """Kill all that run."""
