@@ -31,23 +31,25 @@ def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zer
     if all(tensor.device.type == "cpu" for tensor in (zero, *gradients)):
         if zero:
             torch._foreach_zero_(gradients)
-        elif not isinstance(coefficients, Tensor):
-            torch._foreach_mul_(
-                gradients, [_cast_like(c, gradient) for c, gradient in zip(coefficients, gradients, strict=True)]
-            )
-        elif coefficients != 1:
-            torch._foreach_mul_(gradients, float(coefficients))
+        elif not isinstance(coefficients, Tensor) or coefficients != 1:
+            _multiply_(gradients, coefficients)
         return
     for device in dict.fromkeys(gradient.device for gradient in gradients):
         indices = [i for i, gradient in enumerate(gradients) if gradient.device == device]
         tensors = [gradients[i] for i in indices]
-        if isinstance(coefficients, Tensor):
-            torch._foreach_mul_(tensors, coefficients.to(device, torch.float32))
-        else:
-            torch._foreach_mul_(tensors, [_cast_like(coefficients[i], gradients[i]) for i in indices])
+        _multiply_(tensors, coefficients if isinstance(coefficients, Tensor) else [coefficients[i] for i in indices])
         device_zero = zero.to(device)
         for tensor in tensors:
             tensor.masked_fill_(device_zero, 0)
+
+
+def _multiply_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor]) -> None:
+    """Multiply gradients of one device by one 0-dim coefficient, or by one each. Products are rounded, not factors."""
+    if isinstance(coefficients, Tensor) and {gradient.dtype for gradient in gradients} == {torch.float32}:
+        torch._foreach_mul_(gradients, coefficients.to(gradients[0].device, torch.float32))
+        return
+    each = [coefficients] * len(gradients) if isinstance(coefficients, Tensor) else coefficients
+    torch._foreach_mul_(gradients, [_cast_like(c, gradient) for c, gradient in zip(each, gradients, strict=True)])
 
 
 def _cast_like(coefficient: Tensor, gradient: Tensor) -> Tensor:

@@ -89,10 +89,58 @@ def test_named_parameters_are_rejected():
     assert float(NoClipping().step(model_with_gradients(0), optimizer=None)) > 0
 
 
-def test_half_precision_norms_are_summed_in_float32():
-    model = nn.Linear(1000, 1000, bias=False).half()
-    model.weight.grad = torch.full_like(model.weight, 10.0)
-    assert float(NoClipping().step(model)) == pytest.approx(10_000, rel=1e-4)
+GRADIENTS = {
+    "random": lambda: torch.randn(1001, 1003),
+    "constant": lambda: torch.full((1 << 21,), 0.1003),  # all errors of a sum in float32 have one sign
+    "transposed": lambda: torch.randn(1000, 30).t(),
+    "every-other": lambda: torch.randn(3000, 2)[:, 0],
+    "one-row": lambda: torch.randn(512),
+    "scalar": lambda: torch.tensor(-3.0),
+    "empty": lambda: torch.zeros(0, 5),
+    "float16": lambda: torch.full((1 << 19,), 10.0).half(),
+    "float16-tiny": lambda: torch.full((100_000,), 1e-7).half(),
+    "bfloat16": lambda: torch.randn(700, 1001).bfloat16(),
+    "bfloat16-tiny": lambda: torch.randn(10_000).bfloat16() * 1e-25,
+    "float32-tiny": lambda: torch.randn(10_000) * 1e-30,
+    "float32-large": lambda: torch.randn(10_000) * 1e16,
+    "float64": lambda: torch.randn(10_000).double() * 1e100,
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("make", [NoClipping, AdaGC])
+def test_norm_on_a_cpu_is_the_float64_norm(make, gradient):
+    torch.manual_seed(0)
+    g = GRADIENTS[gradient]()
+    p = nn.Parameter(torch.zeros_like(g))
+    p.grad = g
+    expected = float(torch.linalg.vector_norm(g.double()))
+    strategy = make()
+    strategy.step([p])
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_norm_does_not_depend_on_how_a_gradient_is_split():
+    torch.manual_seed(0)
+    gradient = torch.randn(3_000_001)
+    norms = []
+    for parts in (1, 2, 7):
+        parameters = [nn.Parameter(torch.zeros_like(part)) for part in gradient.chunk(parts)]
+        for p, part in zip(parameters, gradient.chunk(parts), strict=True):
+            p.grad = part
+        norms.append(float(NoClipping().step(parameters)))
+    assert norms == pytest.approx([norms[0]] * 3, rel=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n, value", [(10_000, 6e4), (2_000_000, 3e4), (1000, 0.1003)])
+def test_scaled_half_precision_gradients_are_rounded_once(dtype, n, value):
+    """A coefficient in half precision would be 0, or 7 % too large; a product is off by half a digit at most."""
+    p = nn.Parameter(torch.zeros(n, dtype=dtype))
+    p.grad = torch.full_like(p, value)
+    FixedNorm(1.0).step([p])
+    assert float(p.grad[0]) == float(torch.tensor(n**-0.5).to(dtype))
+    assert bool((p.grad == p.grad[0]).all())
 
 
 def test_no_gradients_is_an_error(make):

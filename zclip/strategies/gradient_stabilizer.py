@@ -50,7 +50,8 @@ class GradientStabilizer(ClippingStrategy):
         v = self.gamma2 * state["v"] + (1 - self.gamma2) * norms.square()
         smoothed = (m / (1 - self.gamma1**steps)) / ((v / (1 - self.gamma2**steps)).sqrt() + self.eps)
         nonzero = norms > 0
-        coefficients = torch.where(nonzero, smoothed / norms, 1.0)
+        largest = torch.finfo(torch.float32).max  # gradients are multiplied in float32
+        coefficients = torch.where(nonzero, (smoothed / norms).clamp(max=largest), 1.0)
         clipped_norm = stats.all_reduce_sum((norms * coefficients).square().sum()).sqrt()
         new = {"steps": steps, "m": m, "v": v}
         return ClipResult(
