@@ -11,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from common.errors import ConfigError, one_line
-from common.settings import parse
 from models.config import LlamaConfig
+from models.hugging_face_config import FORMATS
 from models.llama import Llama
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-#: Values that config.json must have besides the shape; also the values of keys that it lacks.
-_REQUIRED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "rope_type": "default",
-}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -49,7 +42,9 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,  # read by transformers 4; transformers 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        **{name: value for name, value in _REQUIRED.items() if name != "rope_type"},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "pad_token_id": None,
@@ -66,27 +61,23 @@ def config_of(folder: Path) -> LlamaConfig:
     """Return the shape of the model in a folder; raise `ConfigError` if it is not such a folder, or no such model."""
     try:
         content = json.loads((folder / CONFIG).read_text())
-        model_type = content["model_type"]
+        model_type = str(content["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         allowed = f"it must be a folder with a {CONFIG} and safetensors"
         raise ConfigError("init_from", folder, problem=f"{_cannot_be_read(error)}: {allowed}") from error
-    if model_type not in _ARCHITECTURES:
+    if model_type not in FORMATS:
         raise _other_architecture(folder, {"model_type": model_type})
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    values = {name: content[name] for name in LlamaConfig.model_fields if name in content}
-    values["rope_theta"] = rope.get("rope_theta", content.get("rope_theta", 10000.0))
-    values["num_key_value_heads"] = content.get("num_key_value_heads") or content.get("num_attention_heads")
-    values["qk_norm"] = model_type == "qwen3"
-    for name, field in LlamaConfig.model_fields.items():
-        if field.is_required() and values.get(name) is None:
-            problem = f"cannot be read ({CONFIG} is incomplete: it has no {name})"
-            raise ConfigError("init_from", folder, problem=problem)
-    config = parse(LlamaConfig, values)
-    content["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    required = {**_REQUIRED, "head_dim": config.head_dim}
-    if content.get("head_dim") is None:
-        del required["head_dim"]
-    different = {name: content[name] for name, value in required.items() if content.get(name, value) != value}
+    try:
+        described = FORMATS[model_type].model_validate(content)
+        config = described.shape()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        problem = f"cannot be read ({CONFIG} has {field}={first['input']}: {first['msg']})"
+        raise ConfigError("init_from", folder, problem=problem) from error
+    except ConfigError as error:
+        raise ConfigError("init_from", folder, problem=f"is not possible ({CONFIG} has {error})") from error
+    different = described.differences(config)
     if different:
         raise _other_architecture(folder, different)
     return config
@@ -134,7 +125,10 @@ def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[st
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{INDEX} names {outside[0]}, which is not the name of a file in the folder")
+        return [folder / name for name in sorted(names)]
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"there is no {WEIGHTS}")
     return [folder / WEIGHTS]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 import models
 from models import Llama
 from models.hugging_face import check_weights, config_of, export, load
+from models.hugging_face_config import FORMATS
 
 
 def shapes() -> list[models.LlamaConfig]:
@@ -81,6 +82,7 @@ def test_other_architectures_and_damaged_folders_are_errors(tmp_path):
         ("hidden_act=gelu", {"hidden_act": "gelu"}),
         ("rope_type=linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
         ("head_dim=16", {"head_dim": 16}),
+        ("attention_dropout=0.5", {"attention_dropout": 0.5}),
     ):
         LlamaForCausalLM(LlamaConfig(**shape, **change)).save_pretrained(tmp_path / difference)
         with pytest.raises(ValueError, match=rf"^init_from=\S+ is another architecture \({difference}\): it must be"):
@@ -89,9 +91,19 @@ def test_other_architectures_and_damaged_folders_are_errors(tmp_path):
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match=r"is another architecture \(model_type=gpt2\)"):
         config_of(tmp_path / "gpt")
-    (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"cannot be read \(config.json is incomplete: it has no vocab_size"):
-        config_of(tmp_path / "gpt")
+    for content, message in (
+        ({"model_type": "llama", "vocab_size": "x"}, r"cannot be read \(config.json has vocab_size=x: Input should be"),
+        ({"model_type": "llama", "rope_parameters": [1]}, r"cannot be read \(config.json has rope_parameters=\[1\]"),
+        ({"model_type": ["llama"]}, r"is another architecture"),
+        (
+            {"model_type": "llama", "hidden_size": 33},
+            r"is not possible \(config.json has num_attention_heads=32 is not allowed",
+        ),
+        ([], r"cannot be read"),
+    ):
+        (tmp_path / "gpt" / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"init_from=\S+gpt {message}"):
+            config_of(tmp_path / "gpt")
     with pytest.raises(
         ValueError, match=r"init_from=\S+none cannot be read .*: it must be a folder with a config.json"
     ):
@@ -129,3 +141,49 @@ def test_qwen3_with_wide_heads_is_an_error(tmp_path):
     Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=4, head_dim=16)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"another architecture \(head_dim=16\)"):
         config_of(tmp_path)
+
+
+@pytest.mark.parametrize("model_type, theirs", [("llama", LlamaConfig), ("qwen3", Qwen3Config)])
+def test_absent_fields_have_the_defaults_of_transformers(model_type, theirs):
+    """`rope_theta` and `rope_scaling` are the older names of `rope_parameters`."""
+    ours, expected = FORMATS[model_type](), theirs()
+    for field in set(type(ours).model_fields) - {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}:
+        value = getattr(ours, field)
+        if value is None and field == "num_key_value_heads":
+            value = ours.num_attention_heads
+        if value is None and field == "head_dim":
+            value = ours.hidden_size // ours.num_attention_heads
+        default = {"mlp_bias": False, "use_sliding_window": False, "quantization_config": None}.get(field)
+        assert value == getattr(expected, field, default), field
+    assert expected.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert set(getattr(expected, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def test_a_config_without_optional_fields_keeps_the_logits(tmp_path):
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: content[name] for name in ("model_type", *shape)}))
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path), Llama(config_of(tmp_path))
+    load(ours, tmp_path)
+    torch.testing.assert_close(logits(ours, 64), logits(theirs, 64), rtol=0, atol=1e-5)
+    for content, difference in (
+        ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+        ({"type": "yarn"}, "rope_type=yarn"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape, "rope_scaling": content}))
+        with pytest.raises(ValueError, match=rf"is another architecture \({difference}"):
+            config_of(tmp_path)
+
+
+def test_index_cannot_name_files_outside_the_folder(tmp_path):
+    config = shapes()[0]
+    export(random_model(config).state_dict(), config, tmp_path / "weights")
+    export(random_model(config).state_dict(), config, tmp_path / "index")
+    (tmp_path / "index" / "model.safetensors").unlink()
+    index = tmp_path / "index" / "model.safetensors.index.json"
+    for name in ("../weights/model.safetensors", str(tmp_path / "weights" / "model.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(ValueError, match=r"names \S+, which is not the name of a file in the folder"):
+            check_weights(tmp_path / "index", config)
