@@ -18,7 +18,7 @@ from data.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, Tokenizer, load_tokenize
 from data.tokens import MANIFEST
 
 #: Version of the folder's layout, part of the cache key.
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 #: Maximum bytes of training documents that a tokenizer is trained on.
 TOKENIZER_BYTES = 256 << 20
 #: Bytes of a streamed text that are read beforehand, to train a tokenizer and to hold documents out.

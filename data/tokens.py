@@ -3,7 +3,7 @@
     tokens.json               description, and a checksum of every other file; written last
     tokenizer.json            with tokenizer_config.json: the tokenizer, in the format of Hugging Face's libraries
     train-00000.npy           (tokens,) uint16 or uint32: documents one after another, each followed by end-of-text
-    train-00000.documents.npy (documents,) end of each document in its part, and 8 bytes of its digest
+    train-00000.documents.npy (documents,) end of each document in its part, 8 bytes of its digest, bytes of its text
     test-00000.npy ...        the same for the held-out documents
 
 The format is numpy's own: opening is free, reading is a copy, and the sequence length is chosen when training. Arrow
@@ -24,7 +24,7 @@ from common.files import sha256
 SPLITS = ("train", "test")
 MANIFEST = "tokens.json"
 #: Data type of the files `*.documents.npy`.
-DOCUMENT_DTYPE = np.dtype([("end", "<u8"), ("digest", "<u8")])
+DOCUMENT_DTYPE = np.dtype([("end", "<u8"), ("digest", "<u8"), ("bytes", "<u8")])
 #: Maximum bytes of a folder whose checksums are compared whenever it is opened, which takes a second or two.
 MAX_VERIFIED_BYTES = 2 << 30
 
@@ -99,6 +99,22 @@ class Tokens(NamedTuple):
     fingerprint: str
     folder: Path
     facts: dict[str, Any]
+
+    def held_out_bytes(self, start: int, stop: int) -> float:
+        """Return the bytes in UTF-8 of the held-out text that tokens [start, stop) stand for.
+
+        They are those of the text, not of the decoded tokens: a tokenizer may drop accents, or know no word. A document
+        that is not whole counts by the share of its tokens.
+        """
+        size, first = 0.0, 0
+        for part in self.facts["test"]["parts"]:
+            documents = np.load(documents_file(self.folder / part["file"]), allow_pickle=False)
+            ends = first + documents["end"].astype(np.int64)
+            begins = np.concatenate([[first], ends[:-1]])
+            inside = (np.minimum(ends, stop) - np.maximum(begins, start)).clip(min=0)
+            size += float((documents["bytes"] * (inside / (ends - begins))).sum())
+            first += part["tokens"]
+        return size
 
 
 def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:

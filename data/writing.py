@@ -56,6 +56,7 @@ def write_part(
             index = np.empty(len(documents), DOCUMENT_DTYPE)
             index["end"] = np.cumsum([len(ids) for _, ids in documents])
             index["digest"] = [digest_key(document.digest) for document, _ in documents]
+            index["bytes"] = [document.size for document, _ in documents]
             path = folder / file
             for target, array in ((path, ids), (documents_file(path), index)):
                 files[target.name] = _save_array(target, array)

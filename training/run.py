@@ -161,7 +161,8 @@ def build_run(
     tokenizer = load_tokenizer(str(tokens.folder))
     held_out = validation_set(config, tokens, console, config.trainer.val_tokens)
     report = EvaluationReport(console, loggers)
-    loss_validator = LossValidator(run_dir, config.trainer, held_out, tokenizer, report)
+    text_bytes = tokens.held_out_bytes(1, held_out.tokens + 1)
+    loss_validator = LossValidator(run_dir, config.trainer, held_out, text_bytes, report)
     task_evaluator = TaskEvaluator(run_dir, config, tokenizer, stop.sync, report)
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
@@ -263,8 +264,8 @@ def final_metrics(config: Config, tokens: Tokens, test_loss: float, test_set: Va
     """Return the results of the final evaluation, see `train`."""
     if rank() > 0:
         return {"test_loss": test_loss}
-    size = test_set.bytes(load_tokenizer(str(tokens.folder)))
     predicted = tokens.test.read(1, test_set.tokens + 1)
+    size = tokens.held_out_bytes(1, test_set.tokens + 1)
     return {
         "test_loss": test_loss,
         "test_bits_per_byte": bits_per_byte(test_loss, test_set.tokens, size),

@@ -14,8 +14,6 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from data import TokenDataset, load_tokenizer, open_tokens
-from data.tokenizer import train_tokenizer
-from tests.data.arrays import token_array
 from tests.helpers import (
     CHECKOUT,
     FSDP,
@@ -191,19 +189,6 @@ def test_run_killed_in_the_last_evaluation_of_tasks_repeats_it(validated_run, se
     assert not list(path.glob(".task_scores-*.jsonl"))
 
 
-def test_bytes_are_those_of_the_text_in_any_script(tmp_path):
-    text = "Ώδε ἡ Ῥόδος. 吾輩は猫である。名前はまだ無い。 🙂 Широка страна моя родная. " * 9
-    texts = [text[start:] for start in range(30)]
-    tokenizer = train_tokenizer(["plain english text"] * 9, 300)
-    ids = [id for one in texts for id in tokenizer.encode([one])[0].tolist()]
-    assert tokenizer.end in ids
-    sequences = TokenDataset(token_array(tmp_path, np.array(ids, dtype=np.uint16)), 16)
-    held_out = ValidationSet(sequences, 4, None, Console(quiet=True))
-    predicted = ids[1 : held_out.tokens + 1]
-    text = tokenizer.tokenizer.decode(predicted, skip_special_tokens=True)
-    assert held_out.bytes(tokenizer) == pytest.approx(len(text.encode()), abs=3), "except the last character"
-
-
 def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(finished_run, cache):
     result = json.loads((finished_run / "result.json").read_text())
     folder = cache / json.loads((finished_run / "environment.json").read_text())["starts"][0]["data_folder"]
@@ -215,10 +200,10 @@ def test_processes_share_all_sequences_and_bytes_are_those_of_the_text(finished_
         assert len({len(share) for share in shares}) == 1
         assert sum(tokens for share in shares for _, tokens in share) == 40 * 64
     text = tokenizer.tokenizer.decode(tokens.test.read(1, result["test_tokens"] + 1).tolist(), skip_special_tokens=True)
-    size = ValidationSet(sequences, 4, None, quiet).bytes(tokenizer)
-    assert size == pytest.approx(len(text.encode()), abs=3), "except the last character"
+    size = tokens.held_out_bytes(1, result["test_tokens"] + 1)
+    assert size == pytest.approx(len(text.encode()), abs=50), "except for part of the last document"
     assert result["test_bits_per_byte"] == bits_per_byte(result["test_loss"], result["test_tokens"], size)
-    assert bits_per_byte(math.log(2) * 8, 100, 100) == pytest.approx(8.0) and isinstance(size, int)
+    assert bits_per_byte(math.log(2) * 8, 100, 100) == pytest.approx(8.0)
     assert np.isfinite(result["test_bits_per_byte"])
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from common.files import write_atomic
 from common.text import every
-from data import Batch, TokenDataset, Tokenizer
+from data import Batch, TokenDataset
 from training.config.schema import TrainerConfig
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
@@ -64,24 +63,8 @@ class ValidationSet:
             tokens = len(rows) * self.sequences.length if counts else 0
             yield Batch(self.sequences.batch(rows)), tokens
 
-    def bytes(self, tokenizer: Tokenizer) -> int:
-        """Return the length in UTF-8 of the text of the predicted tokens.
 
-        A sequence begins where the one before ends, which may be within a character: whole documents are decoded.
-        """
-        length, size = self.sequences.length, 0
-        ids: list[int] = []
-        for row in range(self.count):
-            ids += self.sequences.batch(np.array([row]))[0, 1 : length + 1].tolist()
-            last = row == self.count - 1
-            while ids and (last or tokenizer.end in ids):
-                end = ids.index(tokenizer.end) + 1 if tokenizer.end in ids else len(ids)
-                size += len(tokenizer.tokenizer.decode(ids[:end], skip_special_tokens=True).encode())
-                del ids[:end]
-        return size
-
-
-def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+def bits_per_byte(loss: float, tokens: int, size: float) -> float:
     """Return the bits per byte of a text, which can be compared between tokenizers.
 
     `loss` is the mean in nats per token of a text of so many tokens, whose size is in bytes.
@@ -94,12 +77,13 @@ class LossValidator:
     """Evaluates the loss on held-out text during training.
 
     Training waits for it and is not changed: no random number is drawn, and no gradient is computed.
+    `text_bytes` is the size of the text that the set's tokens stand for.
     """
 
     run_dir: RunDir
     trainer: TrainerConfig
     validation_set: ValidationSet
-    tokenizer: Tokenizer
+    text_bytes: float
     report: EvaluationReport
 
     def start(self, step: int) -> None:
@@ -129,14 +113,10 @@ class LossValidator:
             numbers = {
                 "val_loss": loss,
                 "val_perplexity": math.exp(min(loss, 700.0)),
-                "val_bits_per_byte": bits_per_byte(loss, tokens, self._bytes),
+                "val_bits_per_byte": bits_per_byte(loss, tokens, self.text_bytes),
             }
         row: dict[str, Any] = {"step": step, "val_tokens": tokens, **numbers}
         with self.report.tolerate_io_errors(), self.run_dir.val_metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
         self.report.report(step, text or "val loss not finite", numbers)
-
-    @cached_property
-    def _bytes(self) -> int:
-        return self.validation_set.bytes(self.tokenizer)
