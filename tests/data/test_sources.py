@@ -199,7 +199,7 @@ BROKEN = {
     "cut.txt.gz": (gzip.compress(os.urandom(5000))[:2000], r"cut\.txt\.gz: .*ended before"),
     "not.jsonl.zst": (b"not compressed at all", r"not\.jsonl\.zst"),
     "not.parquet": (b"not parquet at all", r"not\.parquet|Parquet"),
-    "number.jsonl": (b'{"text": 5}\n', r"text holds '5', which is not a text"),
+    "number.jsonl": (b'{"text": 5}\n', r"text holds '5' in \S+number\.jsonl, which is not a text"),
     "other.jsonl": (b'{"content": "x"}\n', r"text does not exist: the rows of .* have content$"),
 }
 

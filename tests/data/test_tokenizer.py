@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from common.errors import ConfigError, UserError
 from data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 
@@ -76,3 +77,22 @@ def test_missing_or_damaged_tokenizer_is_rejected(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_without_a_usable_config_or_an_unknown_token_is_one_sentence(tmp_path):
+    vocabulary = {"known": 0, END_OF_TEXT: 1}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = tmp_path / "tokenizer_config.json"
+    for content in ('{"eos_token": null}', "{}"):
+        config.write_text(content)
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert tokenizer.end == 1
+    assert tokenizer.encode(["known"])[0].tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"^the tokenizer cannot encode the text \(.*\): it needs an unknown token$"):
+        tokenizer.encode(["foreign words"])
+    for content in ("[]", '"text"', "3"):
+        config.write_text(content)
+        with pytest.raises(ConfigError, match=r"tokenizer=\S+ cannot be read \(\S+ holds no JSON object\)"):
+            load_tokenizer(str(tmp_path))
