@@ -37,6 +37,11 @@ class Tokenizer(NamedTuple):
         """The smaller of uint16 and uint32 that holds every id."""
         return np.uint16 if self.size <= 1 << 16 else np.uint32
 
+    @property
+    def end_token(self) -> str:
+        """The end-of-text token as it is spelled."""
+        return str(self.tokenizer.id_to_token(self.end))
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, (tokens,), with the end-of-text token last. Runs on all cores.
 
@@ -54,8 +59,9 @@ class Tokenizer(NamedTuple):
         """Write `TOKENIZER_FILES`, which `load_tokenizer` and transformers' AutoTokenizer read."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.tokenizer.id_to_token(self.end),
+            "eos_token": self.end_token,
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # as in training; tokenizer.json has no such field
         }
         contents = (self.tokenizer.to_str(pretty=True), json.dumps(config, indent=1))
         for name, content in zip(TOKENIZER_FILES, contents, strict=True):
@@ -63,8 +69,14 @@ class Tokenizer(NamedTuple):
 
 
 def wrap_tokenizer(tokenizer: tokenizers.Tokenizer, end: int) -> Tokenizer:
-    """Return a tokenizer of the `tokenizers` library that appends the token with the id `end` to each text."""
+    """Return a tokenizer of the `tokenizers` library that appends the token with the id `end` to each text.
+
+    Tokens that its template adds around a text, such as a begin token, are not used, and not saved either: an exported
+    tokenizer then encodes a prompt as training did.
+    """
     tokenizer.encode_special_tokens = True
+    if tokenizer.num_special_tokens_to_add(False):
+        tokenizer.post_processor = None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return Tokenizer(tokenizer, end, max(tokenizer.get_vocab().values()) + 1)

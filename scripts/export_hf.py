@@ -1,6 +1,6 @@
 """Export a run as a Hugging Face model: `python scripts/export_hf.py run=runs/main/NAME [step=N] [out=FOLDER]`.
 
-The folder has weights, configuration and tokenizer. `AutoModelForCausalLM.from_pretrained` and
+The folder has weights, configuration, tokenizer and a model card. `AutoModelForCausalLM.from_pretrained` and
 `AutoTokenizer.from_pretrained` load it.
 """
 
@@ -20,6 +20,21 @@ from models.config import WeightDtype
 from models.hugging_face import export
 from training.checkpoint.load import DTYPES, RunCheckpoint
 from training.config.checks import check_folder
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model of {parameters:,} parameters with a context of {context:,} tokens, exported after {description} of its
+training.
+
+Texts were tokenized without a begin token, and each ended with `{end_token}`. The tokenizer encodes prompts in the same
+way: it adds no token, and takes special tokens that are spelled out in a text for plain characters. Where an end token
+is needed, append its id.
+"""
 
 
 class ExportConfig(Settings):
@@ -52,8 +67,20 @@ def main(values: _entry.Values) -> None:
     tokenizer = checkpoint.tokenizer()
     export(state, checkpoint.config, temporary, tokenizer.end)
     tokenizer.save(temporary)
+    (temporary / "README.md").write_text(model_card(checkpoint, tokenizer.end_token))
     temporary.rename(out)
     console.print(f"{checkpoint.description}, {checkpoint.config.parameters:,} parameters in {config.dtype}: {out}")
+
+
+def model_card(checkpoint: RunCheckpoint, end_token: str) -> str:
+    """Return the model card, README.md of a Hugging Face folder."""
+    return CARD.format(
+        name=checkpoint.run_dir.path.resolve().name,
+        parameters=checkpoint.config.parameters,
+        description=checkpoint.description,
+        context=checkpoint.config.max_position_embeddings,
+        end_token=end_token.replace("`", "'"),
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from common.errors import ConfigError, UserError
@@ -48,6 +48,25 @@ def test_saved_tokenizer_is_loaded_here_and_by_transformers(tokenizer, tmp_path)
     assert hf_tokenizer(text).input_ids == ids[:-1] and hf_tokenizer.eos_token_id == ids[-1]
     assert hf_tokenizer.decode(ids[:-1]) == text
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).end == tokenizer.end
+
+
+def test_saved_tokenizer_encodes_a_prompt_as_training_does(tokenizer, tmp_path):
+    """A template, as of LLaMA's tokenizer, adds tokens that training never saw; a spelled out token is characters."""
+    template = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, tokenizer.end)]
+    )
+    for number, post_processor in enumerate((template, processors.Sequence([processors.ByteLevel(), template]))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+        backend.post_processor = post_processor
+        assert len(backend.encode("the").ids) > 2
+        backend.save(str(folder / "given.json"))
+        load_tokenizer(str(folder / "given.json")).save(folder)
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+        for text in ("the quick fox", f"a {END_OF_TEXT} b"):
+            ids = tokenizer.encode([text])[0].tolist()[:-1]
+            assert hf_tokenizer(text).input_ids == hf_tokenizer.encode(text, add_special_tokens=False) == ids
 
 
 def save_word_tokenizer(count: int, folder, config=None) -> str:

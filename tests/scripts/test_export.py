@@ -19,6 +19,10 @@ def test_export_has_the_weights_and_the_tokenizer_of_the_run(exported, finished_
     assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(exported)
+    card = (exported / "README.md").read_text()
+    context = f"a context of {model.config.max_position_embeddings:,} tokens"
+    assert f"{model.num_parameters():,} parameters with {context}, exported after step 40" in card, card
+    assert f"each ended with `{tokenizer.eos_token}`" in card, card
     ids = tokenizer("The state of the Union is", return_tensors="pt")["input_ids"]
     saved = load_model_state(finished_run / "checkpoints" / "step-00000040.ckpt")
     assert model.state_dict().keys() == saved.keys()
