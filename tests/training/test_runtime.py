@@ -158,6 +158,10 @@ def test_job_is_requeued_at_its_time_limit_only(command, tmp_path, monkeypatch, 
     assert (tmp_path / "calls").read_text() == "requeue 7\nrequeue 6_2\n"
     command("scontrol", "echo not allowed >&2; exit 1")
     assert not requeue(signal.SIGUSR1) and capsys.readouterr().err == "job 6_2 cannot be requeued: not allowed\n"
+    monkeypatch.setenv("PATH", str(tmp_path / "container"))
+    assert not requeue(signal.SIGUSR1)
+    error = capsys.readouterr().err
+    assert error == "job 6_2 cannot be requeued: scontrol cannot be run (No such file or directory)\n"
 
 
 def test_jobs_of_the_queue(command):

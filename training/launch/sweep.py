@@ -163,15 +163,22 @@ def status(run_dir: RunDir, queue: dict[str, str]) -> Status:
         else:
             state = "failed" if run_dir.failure_file.exists() else "stopped"
         return Status(state, _last_row(run_dir), run_dir.max_steps(), job)
-    except ValueError:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # files of another shape
         return Status("damaged", {}, None, None)
 
 
 def _last_row(run_dir: RunDir) -> dict[str, Any]:
-    """Return the last complete line of metrics.jsonl."""
+    """Return the last complete line of metrics.jsonl; raise `ValueError` if it is no line of metrics."""
     if not run_dir.metrics_file.exists():
         return {}
     with run_dir.metrics_file.open("rb") as file:
-        file.seek(max(0, run_dir.metrics_file.stat().st_size - 4096))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else {}
+        start = size = run_dir.metrics_file.stat().st_size
+        lines: list[bytes] = []
+        while start and len(lines) < 2:  # a line may be longer than what is read at first
+            start = max(0, 2 * start - size - 4096)
+            file.seek(start)
+            lines = file.read(size - start).split(b"\n")[:-1]
+    row = json.loads(lines[-1]) if lines else {}
+    if not all(isinstance(row.get(name), int | float | None) for name in ("step", "loss", "tokens_per_second")):
+        raise ValueError("the last line holds no metrics")
+    return row

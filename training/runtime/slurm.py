@@ -61,7 +61,11 @@ def requeue(signum: int) -> bool:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
-        print(f"job {job} cannot be requeued: {done.stderr.strip()}", file=sys.stderr)
-    return done.returncode == 0
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        reason = done.stderr.strip() if done.returncode else None
+    except OSError as error:  # a container may not have it
+        reason = f"scontrol cannot be run ({error.strerror})"
+    if reason is not None:
+        print(f"job {job} cannot be requeued: {reason}", file=sys.stderr)
+    return reason is None
