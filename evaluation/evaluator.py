@@ -15,7 +15,7 @@ from data.progress import progress
 from evaluation.config import EvalConfig
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import SCORES, Scores, score_key, score_task
-from evaluation.tasks import load_tasks
+from evaluation.tasks import TaskError, load_tasks
 
 #: Endings of the files that make up a Hugging Face model.
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
@@ -74,6 +74,7 @@ class Evaluator:
     console: Console
     before_task: Callable[[], None]
     tasks: dict[tuple[str, int], Any] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def load_tasks(self, models: list[EvaluatedModel]) -> None:
         """Load the tasks on which a model has no score, so that missing data is an error before any work."""
@@ -82,14 +83,24 @@ class Evaluator:
                 self.tasks[name, num_fewshot] = load_tasks(name, self.folders, num_fewshot)
 
     def score(self, model: EvaluatedModel) -> Iterator[dict[str, Any]]:
-        """Yield the scores of a model, each with the model's title as `run`. Missing ones are computed and saved."""
+        """Yield the scores of a model, each with the model's title as `run`. Missing ones are computed and saved.
+
+        A task that cannot be scored is reported, and added to `failed`; if it is the only one, it is a `TaskError`.
+        """
         loaded: Any = None
         for name, num_fewshot in self.config.requested:
             score = model.scores.find(self._key(model, name, num_fewshot))
             if score is None:
                 self.before_task()
                 loaded = loaded or model.load()
-                score = self._score(model, loaded, name, num_fewshot)
+                try:
+                    score = self._score(model, loaded, name, num_fewshot)
+                except TaskError as error:
+                    if len(self.config.requested) == 1:
+                        raise
+                    self.console.print(f"skipped: {model.title}: {error}", style="yellow")
+                    self.failed.append(name)
+                    continue
             yield {"run": model.title, **score}
 
     def _score(self, model: EvaluatedModel, loaded: Any, name: str, num_fewshot: int) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class CachedLM:
         save: called with new responses.
         progress: called with the number of responses so far and the number of requests.
         should_stop: called before each chunk of requests; whether to raise `EvaluationInterrupted`.
+        model_error: what the model has raised, as opposed to the task's own code.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class CachedLM:
     save: Callable[[Mapping[str, Any]], None]
     progress: Callable[[int, int], None]
     should_stop: Callable[[], bool] = lambda: False
+    model_error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -96,7 +98,11 @@ class CachedLM:
             if self.should_stop():
                 raise EvaluationInterrupted
             chunk = dict(missing[start : start + REQUESTS_PER_SAVE])
-            computed = getattr(self.model, kind)(list(chunk.values()), disable_tqdm=True)
+            try:
+                computed = getattr(self.model, kind)(list(chunk.values()), disable_tqdm=True)
+            except Exception as error:
+                self.model_error = error
+                raise
             if not all(map(_is_finite, computed)):
                 raise TaskError("the model's answers are not numbers: it has diverged, and has no score")
             new = dict(zip(chunk, computed, strict=True))

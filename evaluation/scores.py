@@ -8,7 +8,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from common.errors import one_line
 from common.files import write_atomic
+from evaluation.response_cache import EvaluationInterrupted
 from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
 
 #: File with the scores of a model.
@@ -34,7 +36,8 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     `acc` and `acc_stderr`.
 
     Raises:
-        TaskError: there are fewer solved examples than `num_fewshot`, or the model does not support the task.
+        TaskError: there are fewer solved examples than `num_fewshot`, the model does not support the task, or the
+            task's own code fails.
     """
     from lm_eval import evaluate
 
@@ -44,10 +47,17 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     samples = {task_name: items for task_name, items in drawn.items() if items is not None}
     try:
         results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
-    except TaskError:
+    except (TaskError, EvaluationInterrupted):
         raise
-    except ValueError as error:  # from the draw of examples, or the task's own code
-        raise TaskError(f"eval.tasks={name} cannot be scored ({error})") from error
+    except Exception as error:  # from the draw of examples, the task's own code, or a model that does not support it
+        of_machine = isinstance(error, RuntimeError | OSError | MemoryError) and not isinstance(
+            error, NotImplementedError
+        )
+        if of_machine and error is getattr(model, "model_error", None):
+            raise
+        kind = "" if isinstance(error, ValueError) else type(error).__name__
+        reason = " ".join(filter(None, [kind, one_line(error, 200)]))
+        raise TaskError(f"eval.tasks={name} cannot be scored ({reason})") from error
     counts = [count["effective"] for count in results["n-samples"].values()]
     metrics = results["groups"][name] if name in results.get("groups", {}) else results["results"][name]
     numbers = {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -101,6 +101,8 @@ def main(values: _entry.Values) -> None:
     print_scores(rows, console)
     if skipped:
         raise RunError(f"{len(skipped)} of the runs were skipped, see above")
+    if evaluator.failed:
+        raise RunError(f"{', '.join(dict.fromkeys(evaluator.failed))} could not be scored, see above")
 
 
 def run_models(config: EvaluateConfig, console: Console, skipped: list[str]) -> list[EvaluatedModel]:

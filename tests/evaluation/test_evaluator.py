@@ -20,7 +20,7 @@ ALL = 1267 * 2
 CONTEXT = 32
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ends an evaluation from outside."""
 
 
