@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from common.errors import ConfigError, UserError
 from common.text import nearest
@@ -21,6 +22,13 @@ class Allowed:
     """What a type allows, in words, such as "an integer from 1": metadata of an `Annotated` type."""
 
     words: str
+
+
+def _fits_in_a_name(value: str) -> str:
+    """File systems allow 255 bytes; temporary names are longer than the name itself."""
+    if len(value.encode()) > 200:
+        raise PydanticCustomError("too_long", "too long")
+    return value
 
 
 #: Types of settings. Each says what is allowed in the words of the error message.
@@ -34,7 +42,8 @@ Folder = Annotated[str, StringConstraints(min_length=1), Allowed("a folder")]
 FolderName = Annotated[
     str,
     StringConstraints(pattern=r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"),
-    Allowed("a folder name of letters, digits and . _ = , + -"),
+    AfterValidator(_fits_in_a_name),
+    Allowed("a folder name of letters, digits and . _ = , + -, at most 200 bytes"),
 ]
 
 

@@ -36,7 +36,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sequence_length=2.0": ({"sequence_length": 2.0}, "it must be an integer from 1"),
     "mode=lazy": ({"mode": "lazy"}, "it must be prepared or stream"),
     "deduplicate=1": ({"deduplicate": 1}, "it must be true or false"),
-    "name=a/b": ({"name": "a/b"}, "it must be a folder name of letters, digits and . _ = , + -"),
+    f"name={'é' * 101}": ({"name": "é" * 101}, "it must be a folder name of letters"),
+    "name=a/b": ({"name": "a/b"}, "it must be a folder name of letters, digits and . _ = , + -, at most 200 bytes"),
     "corruption.steps=[2, 2]": (
         {"corruption": {"steps": [2, 2]}},
         "it must be a list of different steps, counted from 1",

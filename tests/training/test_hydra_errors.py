@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers import compose_config
+from training.launch.cli import options_first
 from training.launch.hydra_errors import describe
 
 
@@ -41,6 +42,21 @@ def description(monkeypatch, *overrides: str, sweeps: bool = True) -> str:
 def test_error_is_one_sentence(override, sentence, monkeypatch):
     text = description(monkeypatch, override)
     assert text.startswith(sentence) and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "sorted_arguments"),
+    [
+        ("clip=fixed --config-dir=D print_run_dir=true", "--config-dir=D clip=fixed print_run_dir=true"),
+        ("lr=1 --config-dir D -m seed=1,2", "--config-dir D -m lr=1 seed=1,2"),
+        ("lr=1 -c job seed=1 --resolve", "-c job --resolve lr=1 seed=1"),
+        ("lr=1 --info defaults seed=1", "--info defaults lr=1 seed=1"),
+        ("lr=1 seed=1 --info", "--info lr=1 seed=1"),
+        ("", ""),
+    ],
+)
+def test_options_may_stand_between_settings(given, sorted_arguments):
+    assert options_first(given.split()) == sorted_arguments.split()
 
 
 def test_missing_value_of_an_interpolation_is_named(monkeypatch):

@@ -9,11 +9,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,8 +42,8 @@ def command_line(main: Callable[[], Any]) -> int:
         0: success. 1: a process of a distributed run failed. 2: a user error was reported. 3: the run cannot continue,
         for the reason reported. 128 + n: signal n interrupted the program.
     """
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
-    if sys.argv[1:2] in (["-m"], ["--multirun"]) and _program() != "train.py":
+    sys.argv[1:] = options_first(sys.argv[1:])
+    if {"-m", "--multirun"} & {*sys.argv[1:]} and _program() != "train.py":
         print(f"{_program()}: error: -m is not possible: only train.py has sweeps", file=sys.stderr)
         return EXIT_USER_ERROR
     die_with_parent()
@@ -71,6 +72,23 @@ def command_line(main: Callable[[], Any]) -> int:
         return (failures or exit_statuses or [0])[0]
     finally:
         flush_stdio()
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a program with Hydra's options before the settings: argparse takes none between them."""
+    actions = get_args_parser()._option_string_actions
+    options: list[str] = []
+    settings: list[str] = []
+    option: Any = None  # that may take this argument as its value
+    for argument in arguments:
+        is_value = option is not None and (option.nargs is None or (option.nargs == "?" and argument in option.choices))
+        if is_value or argument.startswith("-"):
+            option = None if is_value else actions.get(argument)
+            options.append(argument)
+        else:
+            option = None
+            settings.append(argument)
+    return options + settings
 
 
 @contextmanager
