@@ -120,6 +120,7 @@ class Source(SourceConfig):
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well, and named below
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # each opening of local files would send a request
         files = self.files() if self.hub is None else []
         try:
             if self.hub is not None:

@@ -247,6 +247,19 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
         source.commit()
 
 
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_local_files_are_read_without_a_request(kind, tmp_path, monkeypatch):
+    looked_up = []
+
+    def look_up(host, *arguments, **options):
+        looked_up.append(host)
+        raise OSError(f"{host} is out of reach")
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    assert len(texts_of(Source(name="s", path=str(write(tmp_path, kind))))) == len(TEXTS)
+    assert not looked_up
+
+
 def test_parquet_reader_is_not_imported_for_text(tmp_path):
     (tmp_path / "a.txt").write_text("a text")
     code = (
