@@ -23,7 +23,7 @@ def test_settings_become_a_corpus():
     assert [(source.name, source.path, source.hub, source.weight) for source in corpus.sources] == [
         ("a", "x", None, 28), ("b", None, "y/z", 1),
     ]  # fmt: skip
-    assert corpus.streamed and corpus.max_tokens == 50_000_000_000 and corpus.val_fraction == 1e-4
+    assert corpus.streamed and str(corpus.max_tokens) == "50000000000" and corpus.val_fraction == 1e-4
     corpus = corpus_from(data_config(tokenizer="t", vocab_size=400, deduplicate=True))
     assert (corpus.tokenizer, corpus.vocab_size, corpus.deduplicate) == ("t", 400, True)
     assert corpus.max_tokens is None and not corpus.streamed

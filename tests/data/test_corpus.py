@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from common.errors import ConfigError
 from data import Corpus, Source, SourceError, corpus_tokenizer, prepare
 from data.sources import Document
 from tests.data.preparation import corpus_of, write_lines
@@ -108,6 +109,12 @@ def test_text_of_fewer_than_two_documents_is_rejected_beforehand(rows, message, 
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
     with pytest.raises(SourceError, match=message):
         corpus_of(tmp_path / "text.jsonl").check(tmp_path / "cache", 16)
+
+
+def test_vocabulary_that_is_trained_has_all_bytes_and_the_end_of_text(lines, tmp_path):
+    corpus_of(lines, vocab_size=257).check(tmp_path, 16)
+    with pytest.raises(ConfigError, match=r"^vocab_size=256 is not allowed: it must be at least 257, all bytes and"):
+        corpus_of(lines, vocab_size=256).check(tmp_path, 16)
 
 
 def test_longest_sequence_has_a_token_less_than_the_text(lines, tmp_path):
