@@ -1,5 +1,6 @@
 """A corpus: its folder in the cache, its size, the text that trains its tokenizer, and checks before it is prepared."""
 
+import itertools
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -71,9 +72,10 @@ def test_tokenizer_is_trained_on_the_first_training_documents(tmp_path):
 
 def test_subsets_of_a_dataset_have_the_same_commit(monkeypatch):
     """Even if the dataset changes between two requests."""
-    commits = iter(["first", "second", "third"])
+    numbers = itertools.count(1)
     monkeypatch.setattr(
-        "huggingface_hub.HfApi.dataset_info", lambda *arguments, **options: SimpleNamespace(sha=next(commits))
+        "huggingface_hub.HfApi.dataset_info",
+        lambda api, name, revision: SimpleNamespace(sha=f"{name} {revision} {next(numbers)}"),
     )
     sources = (
         Source(name="one", hub="somebody/text", subset="one"),
@@ -82,7 +84,8 @@ def test_subsets_of_a_dataset_have_the_same_commit(monkeypatch):
         Source(name="files", path="text"),
     )
     found = Corpus(sources).commits()
-    assert found == {"one": "first", "two": "first", "old": "second"}
+    latest = "somebody/text None 1"
+    assert found == {"one": latest, "two": latest, "old": "somebody/text old 2"}
     revisions = {source.name: source.revision for source in Corpus(sources).pinned_to(found).sources}
     assert revisions == {**found, "files": None}
 

@@ -26,6 +26,11 @@ def test_any_position_can_be_computed_alone():
     assert [int(order(np.array([p]), 101, seed=7)[0]) for p in range(500)] == reference.tolist()
 
 
+def test_order_never_changes():
+    """Runs that began with an earlier version continue with the sequences that they have not seen."""
+    assert order(np.arange(96, 106), 101, seed=7).tolist() == [86, 87, 83, 37, 56, 4, 81, 9, 17, 39]
+
+
 def test_order_is_statistically_random():
     """Displacements and neighbours look like those of a random permutation."""
     n = 20_000

@@ -89,6 +89,15 @@ def test_each_block_yields_its_sequences_once(corpus, tmp_path):
     stream.close()
 
 
+def test_block_has_a_sequence_at_least(corpus, tmp_path):
+    reference = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
+    stream = streamed(corpus, block_tokens=1)
+    assert torch.equal(stream.take(0, 5), reference.batch(np.arange(5)))
+    with pytest.raises(ValueError, match="sequence 3 of the run is before the block that is in memory"):
+        stream.take(3, 1)
+    stream.close()
+
+
 def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
     """The rows of each step, over all ranks."""
     per_step = loaders[0].share.global_batch_size // loaders[0].per_forward
