@@ -215,7 +215,9 @@ def test_optuna_minimises_the_test_loss(tiny, tmp_path):
 
 
 def suite_jobs(*overrides: str) -> list[list[str]]:
-    (jobs,) = SuiteSweeper.split_arguments(OverridesParser.create().parse_overrides([*overrides]), None)
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        (jobs,) = SuiteSweeper.split_arguments(parser.parse_overrides([*overrides]), None)
     return jobs
 
 
@@ -229,6 +231,7 @@ def test_jobs_of_suites_are_their_runs_times_the_sweep():
     assert suite_jobs("experiment=figure7", "scale=micro") == [
         ["experiment=paper", *spec.overrides, "scale=micro"] for spec in SUITES["figure7"]
     ]
+    assert suite_jobs("experiment=figure7", "scale=micro", "optim=glob(none*)") == [], "no value, no job"
 
 
 @pytest.mark.parametrize(
