@@ -81,6 +81,7 @@ def test_corruption_kinds(loader, tokenizer):
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     inputs, targets = corrupted["repeat"]
     assert (inputs == inputs[:, :1]).all() and (targets == inputs).all() and len(inputs[:, 0].unique()) > 3
+    assert inputs.max() > 200
     inputs, targets = corrupted["labels"]
     assert torch.equal(inputs, clean[0]) and not torch.equal(targets, clean[1])
     assert torch.equal(targets.sort(dim=1).values, clean[1].sort(dim=1).values)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import TokenDataset, unigram_entropy
+from data import TokenArray, TokenDataset, unigram_entropy
 from data.sequences import Order, order
 from tests.data.arrays import token_array
 
@@ -45,6 +45,7 @@ def test_every_token_but_the_first_is_predicted_once(lengths, tmp_path):
     sequences = TokenDataset(token_array(tmp_path, np.arange(1001, dtype=np.uint16), *lengths), 10)
     batch = sequences.batch(np.arange(len(sequences)))
     assert batch.shape == (100, 11)
+    assert len(TokenDataset(TokenArray.in_memory(np.arange(1000)), 10)) == 99, "the last token needs a predecessor"
     assert batch[:, 1:].flatten().tolist() == list(range(1, 1001))
     assert torch.equal(batch[:, 1:][:, :-1], batch[:, :-1][:, 1:])
 
@@ -57,5 +58,5 @@ def test_unigram_entropy():
 
 def test_cached_order_equals_the_order():
     cached, reference = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
-    for first, rows in ((0, 8), (8, 8), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
+    for first, rows in ((0, 8), (8, 8), (95, 7), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
         assert cached(first, rows).tolist() == reference[first : first + rows].tolist()

@@ -299,7 +299,7 @@ def test_unreadable_file_is_named(name, tmp_path):
         for file in tmp_path.iterdir():
             file.rename(file.with_name(f"a{file.name}"))  # the broken one comes after these
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^sources\.s\..*{message}"):
+    with pytest.raises(ValueError, match=rf"^sources\.s\..*(?:{message})"):
         texts_of(Source(name="s", path=str(tmp_path)))
 
 

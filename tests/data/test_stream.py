@@ -205,6 +205,9 @@ def test_stream_resumes_from_any_step_on_any_number_of_ranks(corpus):
     for done in (1, 71, 72, 99, 118):
         assert rows_of(loaders(done % 2 + 1, 6, states[done])) == expected[done:]
     assert rows_of(loaders(state=states[-1])) == []
+    other_blocks = TrainLoader(streamed(corpus, 36 * LENGTH), "f", steps, BatchShare(batch, batch))
+    with pytest.raises(ValueError, match="trained on blocks of 37 sequences of 16 tokens, but these are blocks of 36"):
+        other_blocks.load_state_dict(json.loads(states[1]))
 
 
 def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, tmp_path):

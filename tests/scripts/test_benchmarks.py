@@ -1,11 +1,67 @@
 """The benchmarks of clipping, data and scoring run to their end. Their numbers decide nothing here."""
 
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import zclip
 from tests.helpers import script
 from tests.scripts.loading import load_script
+
+
+def test_contenders_take_turns_and_have_medians(monkeypatch):
+    bench, now, turns = load_script("_bench"), [0.0], []
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def contender(name: str, *seconds: float):
+        durations = iter(seconds)
+
+        def run() -> None:
+            turns.append(name)
+            now[0] += next(durations)
+
+        return run
+
+    contenders = {"a": contender("a", 900, 1, 5, 2), "b": contender("b", 900, 3, 3, 4)}
+    assert bench.median_seconds(contenders, rounds=3, warm_up=1) == {"a": 2, "b": 3}
+    assert turns == ["a", "b"] * 4
+
+
+def test_shapes_have_about_the_parameters_of_the_setting():
+    shapes = load_script("bench_clip").llama_shapes
+    for parameters in (100e6, 1e9):
+        assert sum(map(math.prod, shapes(parameters))) == pytest.approx(parameters, rel=0.05)
+    decision = load_script("bench_clip").ClipAlways().decide(torch.tensor(2.0), {})
+    assert 1.9 < float(decision.target) < 2.0
+
+
+#: A package in the place of the published one.
+PUBLISHED = """
+class ZClip:
+    steps = 0
+
+    def step(self, model):
+        assert all(p.grad is not None for p in model.parameters())
+        ZClip.steps += 1
+"""
+
+
+def test_published_package_is_imported_from_its_folder_only(tmp_path, capsys):
+    (tmp_path / "zclip.py").write_text(PUBLISHED)
+    bench_clip, ours = load_script("bench_clip"), zclip.ZClip
+    bench_clip.main({"params": 1e5, "rounds": 1, "device": "cpu", "published": str(tmp_path)})
+    assert re.search(r"│ published zclip +│ +[\d.]+ │ +[\d.]+ │ +[\d.]+ │", capsys.readouterr().out)
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(2)).sum().backward()
+    step = bench_clip.published_step(str(tmp_path), model)
+    for _ in range(3):
+        step()
+    from zclip import ZClip
+
+    assert ZClip is ours is bench_clip.ZClip
 
 
 def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):

@@ -103,6 +103,8 @@ if CHILD in os.environ:
     while not caught:
         time.sleep(0.01)
     open(f"caught-{os.getpid()}", "w").close()
+    if "seed=1" in sys.argv:
+        time.sleep(0.3)  # there is room for another job when the first has ended
     sys.exit(128 + caught[0])
 sys.path[0] = CHECKOUT
 file = CHECKOUT + "/train.py"
