@@ -60,3 +60,14 @@ def test_cached_order_equals_the_order():
     cached, reference = Order(101, seed=7), order(np.arange(20_000), 101, seed=7)
     for first, rows in ((0, 8), (8, 8), (95, 7), (4090, 16), (3, 5), (9000, 9000), (50, 0)):
         assert cached(first, rows).tolist() == reference[first : first + rows].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(), (13, 20)])
+def test_tokens_are_read_in_pieces_of_any_length(lengths, tmp_path):
+    array = token_array(tmp_path, np.arange(50, dtype=np.uint16), *lengths)
+    starts = np.array([0, 9, 13, 31, 33, 40])
+    for length in (5, 10, 1):
+        assert array.rows(starts, length).tolist() == [[*range(start, start + length)] for start in starts]
+    for nothing in (array.rows(np.array([], np.int64), 5), array.read(3, 3)):
+        assert nothing.size == 0 and nothing.dtype == np.uint16
+    assert array.rows(np.array([], np.int64), 5).shape == (0, 5)

@@ -225,6 +225,9 @@ def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, t
     assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
     assert len(head.train) == 0 and head.facts["threshold"] == 0.1
     assert head.fingerprint != prepared.fingerprint and head.folder != prepared.folder
+    longer = prepare(Corpus(**{**vars(corpus), "streamed": True, "max_tokens": 10**9}), tmp_path, LENGTH)
+    assert longer.test.read(0, len(longer.test)).tolist() == head.test.read(0, len(head.test)).tolist()
+    assert longer.fingerprint != head.fingerprint, "a stream is identified by its settings"
     cached = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
     assert cached.fingerprint == head.fingerprint
 
