@@ -8,7 +8,6 @@ share of the bytes, so the mixture is deterministic.
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +146,8 @@ class Stream:
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        kind = None if source.hub is not None else format_of(source.files()[0])
+        self._files = source.files() if source.hub is None else []
+        kind = format_of(self._files[0]) if self._files else None
         self.column = "text" if kind == "text" else source.column
         self._is_json_lines = kind == "lines"
         self._rows = source.open()
@@ -203,11 +203,8 @@ class Stream:
 
     def _unreadable(self, reason: str) -> SourceError:
         """Return the error about the file being read, by its name if that is known."""
-        prefix = ""
-        if self.source.hub is None:
-            with suppress(ValueError):  # the files have been removed
-                files, index = self.source.files(), _shard_index(self._rows.state_dict())
-                prefix = f"{files[index]}: " if index is not None and index < len(files) else ""
+        index = _shard_index(self._rows.state_dict()) if self._files else None
+        prefix = f"{self._files[index]}: " if index is not None and index < len(self._files) else ""
         return self.source.error(f"cannot be read: {prefix}{reason}")
 
 

@@ -16,6 +16,7 @@ import zstandard
 
 from data import Mixture, Source, SourceError
 from data.encoding import document_batches
+from data.sources import Stream
 from tests.helpers import CHECKOUT
 
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
@@ -301,6 +302,18 @@ def test_unreadable_file_is_named(name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"^sources\.s\..*(?:{message})"):
         texts_of(Source(name="s", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("removed", ["a", "b", "ab"])
+def test_removed_file_is_named(removed, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some words"}\n')
+    stream = Stream(Source(name="s", path=str(tmp_path)))
+    for name in removed:
+        (tmp_path / f"{name}.jsonl").unlink()
+    named = tmp_path / f"{removed[0]}.jsonl"
+    with pytest.raises(SourceError, match=rf"^sources\.s\.path=\S+ cannot be read: {named}: the file does not exist$"):
+        list(stream)
 
 
 def test_unusable_folders_are_rejected(tmp_path):
