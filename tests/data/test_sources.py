@@ -343,6 +343,13 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
     with pytest.raises(SourceError, match=r"^sources\.s\.hub=HuggingFaceTB/smollm-corpus cannot be opened \([^\n]+\)$"):
         source.commit()
 
+    def time_out(*arguments, **options):
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", time_out)
+    with pytest.raises(SourceError, match=r"cannot be opened \(TimeoutError\)$"):
+        source.commit()
+
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
 def test_local_files_are_read_without_a_request(kind, tmp_path, monkeypatch):
