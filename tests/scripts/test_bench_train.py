@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_contenders_take_turns_and_failures_are_shown(tmp_path, monkeypatch):
     bench_train = load_script("bench_train")
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(bench_train, "WORKER", tmp_path / "worker.py")
-    rates = iter([1e6, 3e6, 2e6])
+    rates = iter([1e6, 2e6, 3e6])
     monkeypatch.setattr(bench_train, "matmul_rate", lambda: next(rates))
     times = {"ours": [4, 2, 2], "bare": [1, 4, 1], "transformers": [5], "litgpt": []}
     spec = {
@@ -106,6 +107,7 @@ def test_worker_reports_the_loss_at_the_end_of_each_round(monkeypatch, capfd):
     monkeypatch.setattr("os._exit", sys.exit)
     try:
         rounds = worker.Rounds({"steps": 3, "device": "cpu"})
+        monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: 2.5 * rounds.steps_done))
         with pytest.raises(SystemExit):
             for step in itertools.count(1):
                 rounds.step_done(torch.tensor(float(step)))
@@ -113,7 +115,8 @@ def test_worker_reports_the_loss_at_the_end_of_each_round(monkeypatch, capfd):
         os.dup2(standard_output, 1)
         os.close(standard_output)
     reports = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [report["loss"] for report in reports] == [3, 6, 9] and all(report["seconds"] > 0 for report in reports)
+    assert [(report["loss"], report["seconds"]) for report in reports] == [(3, 7.5), (6, 7.5), (9, 7.5)]
+    assert all(report["memory"] > 2**24 for report in reports)
 
 
 def test_models_of_the_peers_have_as_many_parameters():
