@@ -1,12 +1,15 @@
 """The benchmark of training runs to its end, and reports errors in one sentence. Its numbers decide nothing here."""
 
+import copy
 import io
 import itertools
 import json
 import os
 import re
 import sys
-from types import SimpleNamespace
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from rich.console import Console
 
 from common.errors import UserError
 from common.settings import parse
-from tests.helpers import SLOW, compose_config, script
+from tests.helpers import SLOW, TINY, compose_config, script
 from tests.scripts.loading import load_script
 
 
@@ -101,22 +104,71 @@ def test_contenders_take_turns_and_failures_are_shown(tmp_path, monkeypatch):
     assert "2.0M parameters, 4 x 100 tokens" in out.getvalue() and "eager " in out.getvalue()
 
 
-def test_worker_reports_the_loss_at_the_end_of_each_round(monkeypatch, capfd):
-    worker, standard_output = load_script("bench_worker"), os.dup(1)
+@pytest.fixture
+def worker(monkeypatch) -> Iterator[ModuleType]:
+    """The worker as a module: it reads that two more rounds are wanted, and ends with SystemExit."""
+    standard_output = os.dup(1)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
     monkeypatch.setattr("os._exit", sys.exit)
     try:
-        rounds = worker.Rounds({"steps": 3, "device": "cpu"})
-        monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: 2.5 * rounds.steps_done))
-        with pytest.raises(SystemExit):
-            for step in itertools.count(1):
-                rounds.step_done(torch.tensor(float(step)))
-    finally:
+        yield load_script("bench_worker")
+    finally:  # the reports go to the standard output, and what is printed to the standard error
         os.dup2(standard_output, 1)
         os.close(standard_output)
-    reports = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+
+def reports_of(capfd: pytest.CaptureFixture[str]) -> list[dict[str, float]]:
+    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+
+def test_worker_reports_the_loss_at_the_end_of_each_round(worker, monkeypatch, capfd):
+    rounds = worker.Rounds({"steps": 3, "device": "cpu"})
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: 2.5 * rounds.steps_done))
+    with pytest.raises(SystemExit):
+        for step in itertools.count(1):
+            rounds.step_done(torch.tensor(float(step)))
+    reports = reports_of(capfd)
     assert [(report["loss"], report["seconds"]) for report in reports] == [(3, 7.5), (6, 7.5), (9, 7.5)]
     assert all(report["memory"] > 2**24 for report in reports)
+
+
+def test_plain_loop_predicts_the_next_token_of_each_batch_in_turn(worker, tmp_path, capfd):
+    """Its losses are those of AdamW, step by step."""
+    np.save(tmp_path / "batches.npy", np.random.default_rng(0).integers(0, 8, (2, 3, 5)).astype(np.int32))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8))
+    reference = copy.deepcopy(model)
+
+    def loss_of(net: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
+
+    with pytest.raises(SystemExit):
+        worker.plain_loop(
+            model, partial(loss_of, model), {"steps": 1, "device": "cpu", "lr": 0.1, "folder": str(tmp_path)}
+        )
+    optimizer, losses = torch.optim.AdamW(reference.parameters(), lr=0.1), []
+    for batch in np.load(tmp_path / "batches.npy")[[0, 1, 0]].astype(np.int64):
+        loss = loss_of(reference, torch.from_numpy(batch[:, :-1]), torch.from_numpy(batch[:, 1:]))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert [report["loss"] for report in reports_of(capfd)] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("contender", ["bare", "transformers"])
+def test_contenders_have_the_same_loss(contender, worker, monkeypatch):
+    loops: list[tuple] = []
+    monkeypatch.setattr(worker, "plain_loop", lambda *arguments: loops.append(arguments))
+    config = compose_config(*TINY).model
+    getattr(worker, contender)({"model": config.shape, "parameters": config.parameters, "compile": False})
+    ((model, loss_of, _),) = loops
+    batch = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens, targets = batch[:, :-1], batch[:, 1:].contiguous()
+    output = model(tokens)
+    logits = output if contender == "bare" else output.logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss_of(tokens, targets), expected)
 
 
 def test_models_of_the_peers_have_as_many_parameters():

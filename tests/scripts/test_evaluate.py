@@ -191,10 +191,10 @@ def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, mon
     (tmp_path / "b/two/checkpoints/step-00000040.ckpt").unlink()
     evaluate = load_script("evaluate")
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose("evaluate", ["run=[a/one,b,./a/one]"]), resolve=True)
+        values = OmegaConf.to_container(compose("evaluate", [f"run=[a/one,b,{tmp_path}/a/one]"]), resolve=True)
     config, console, skipped = parse(evaluate.EvaluateConfig, values), Console(width=200), []
     models = evaluate.run_models(config, console, skipped)
-    assert [(model.title, model.step) for model in models] == [("a/one", 40), ("b/one", 40), ("two", 32)]
+    assert [(model.title, model.step) for model in models] == [(f"{tmp_path}/a/one", 40), ("b/one", 40), ("two", 32)]
     assert not skipped and re.findall(r"^(\S+) is not finished: this is step 32 ", capsys.readouterr().out, re.M) == [
         "b/two"
     ]
