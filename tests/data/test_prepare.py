@@ -214,6 +214,7 @@ def test_concurrent_processes_prepare_once(lines, tmp_path):
     assert [job.status for job in jobs] == [0, 0, 0], outputs
     assert sum("training a byte-level BPE" in output for output in outputs) == 1, outputs
     assert sum("waiting for another process" in output or output == "" for output in outputs) == 2, outputs
+    assert sum("tokens for training" in output for output in outputs) == 1, outputs
 
 
 def test_process_says_that_it_waits_for_another(lines, tmp_path):
@@ -222,8 +223,9 @@ def test_process_says_that_it_waits_for_another(lines, tmp_path):
     cache.mkdir()
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         job = Job(tmp_path / "output", prepare_lines, lines, cache)
+        deadline = time.monotonic() + 60
         while "waiting for another process that prepares the same tokens" not in job.output:
-            assert job.running, job.output
+            assert job.running and time.monotonic() < deadline, job.output
             time.sleep(0.001)
         assert not folder.exists()
     job.wait()
@@ -404,6 +406,7 @@ def test_damaged_part_of_an_interrupted_preparation_is_named(damage, lines, tmp_
             "max_tokens=10 is not allowed: the first document reaches it",
         ),
         (["some words"], {}, "the text is one document"),
+        (["some words"], {"streamed": True}, "the text is one document"),
         (["some words", "some words"], {"max_tokens": 1000}, "the documents are all the same text"),
         (["some words", "some words"], {"deduplicate": True}, "the text is one document"),
     ],

@@ -200,6 +200,11 @@ def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, mon
     ]
     models = evaluate.run_models(config.model_copy(update={"step": 32}), console, skipped)
     assert {model.step for model in models} == {32} and capsys.readouterr().out == ""
+    shutil.rmtree(tmp_path / "b/two/checkpoints")
+    with pytest.raises(UserError, match=r"^run=b/two has no checkpoint yet: train it first$"):
+        evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped)
+    assert [model.title for model in evaluate.run_models(config, console, skipped)][1:] == ["b/one"]
+    assert skipped == ["b/two"] and "skipped: b/two: run=b/two has no checkpoint yet" in capsys.readouterr().out
 
 
 SOURCES = ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`")
