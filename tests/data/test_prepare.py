@@ -358,6 +358,21 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_text_is_read_at_the_commit_that_is_recorded(streamed, lines, tmp_path, monkeypatch):
+    revisions = set()
+
+    def mixture(sources: list[Source], *state) -> Mixture:
+        revisions.update(source.revision for source in sources)
+        return Mixture(sources, *state)
+
+    for module in ("corpus", "prepare", "stream_head"):
+        monkeypatch.setattr(sys.modules[f"data.{module}"], "Mixture", mixture)
+    monkeypatch.setattr(Corpus, "commits", lambda corpus: {"text": "a commit"})
+    tokens = prepare(corpus_of(lines, streamed=streamed), tmp_path, 16)
+    assert revisions == {"a commit"} and tokens.facts["commits"] == {"text": "a commit"}
+
+
 def test_existing_tokenizer_is_used(lines, tmp_path):
     first = prepare(corpus_of(lines), tmp_path / "a", 16)
     second = prepare(corpus_of(lines, tokenizer=str(first.folder)), tmp_path / "b", 16)

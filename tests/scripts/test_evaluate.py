@@ -1,5 +1,6 @@
 """scripts/evaluate.py on runs and exported models; one evaluation is killed and resumes."""
 
+import errno
 import json
 import re
 import shutil
@@ -205,6 +206,19 @@ def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, mon
         evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped)
     assert [model.title for model in evaluate.run_models(config, console, skipped)][1:] == ["b/one"]
     assert skipped == ["b/two"] and "skipped: b/two: run=b/two has no checkpoint yet" in capsys.readouterr().out
+
+
+def test_run_that_cannot_be_read_is_skipped_and_a_full_disk_is_not(capsys):
+    skip_failures, skipped = load_script("evaluate").skip_failures, []
+    with skip_failures("one", 2, Console(width=200), skipped):
+        raise FileNotFoundError("config.yaml")
+    assert skipped == ["one"]
+    assert capsys.readouterr().out == "skipped: one: run=one cannot be read (FileNotFoundError: config.yaml)\n"
+    with pytest.raises(OSError, match="No space left"), skip_failures("two", 2, Console(), skipped):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    message = r"^run=one cannot be read \(KeyError: 'model'\)$"
+    with pytest.raises(UserError, match=message), skip_failures("one", 1, Console(), skipped):
+        raise KeyError("model")
 
 
 SOURCES = ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`")
