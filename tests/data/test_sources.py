@@ -343,12 +343,14 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
     with pytest.raises(SourceError, match=r"^sources\.s\.hub=HuggingFaceTB/smollm-corpus cannot be opened \([^\n]+\)$"):
         source.commit()
 
-    def time_out(*arguments, **options):
-        raise TimeoutError
+    def fail(*arguments, **options):
+        raise errors.pop()
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", time_out)
-    with pytest.raises(SourceError, match=r"cannot be opened \(TimeoutError\)$"):
-        source.commit()
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    errors = [TimeoutError(), OSError("one reason\n  in two lines.")]
+    for reason in ("one reason in two lines", "TimeoutError"):
+        with pytest.raises(SourceError, match=rf"cannot be opened \({reason}\)$"):
+            source.commit()
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
