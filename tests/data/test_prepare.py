@@ -312,6 +312,9 @@ def test_damaged_file_is_named(lines, tmp_path, monkeypatch):
         open_tokens(folder)
         with pytest.raises(ValueError, match=r"train-00000\.npy does not have the checksum it was written with"):
             open_tokens(folder, verify=True)
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"train-00000\.npy has \S+ bytes, not "):
+            open_tokens(folder)
     manifest = (reference.folder / "tokens.json").read_text()
     for changed in (
         manifest.replace('"tokens": ', '"tokens": 1', 1),

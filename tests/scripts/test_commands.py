@@ -65,7 +65,7 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 8 PENDING\n")
     (tmp_path / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "30")
     status = load_script("status")
     status.main({"folder": str(tmp_path)})
     out = capsys.readouterr().out
