@@ -4,7 +4,9 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from evaluation.tasks import SETS
 from tests.helpers import CHECKOUT, copy_run, make, script
 from tests.scripts.loading import load_script
 from training.run_dir import RunDir
@@ -80,6 +82,31 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     assert out.endswith("1 waiting, 1 failed, 2 stopped, 1 damaged\n")
     status.main({"folder": str(tmp_path / "bin")})
     assert capsys.readouterr().out.endswith("no runs\n")
+
+
+def collection(*items: int, device: str = "CPU") -> SimpleNamespace:
+    """Return finished runs with scores on so many items of WinoGrande, in the place of those that the report reads."""
+    scores = [{"winogrande": {"task": "winogrande", "items": count}} for count in items]
+    runs = [SimpleNamespace(score=score.get, environment={"device": device}) for score in scores]
+    return SimpleNamespace(seeds=[0, 1], runs=dict(enumerate(runs)))
+
+
+def test_report_has_the_commands_that_make_it_again():
+    make_report, complete = load_script("make_report"), SETS["winogrande"].items
+    assert make_report._limit_override(collection(complete, complete)) == []
+    assert make_report._limit_override(collection(complete, 400, 100)) == ["eval.limit=100"]
+    paths = SimpleNamespace(runs="runs")
+    settings = SimpleNamespace(scale="micro", paths=paths, overrides=["a.b=1"], out="here", windows=None)
+    readers = """scale=micro 'seeds=[0,1]' paths.runs=runs 'overrides=["a.b=1"]' out=here"""
+    assert make_report._commands(settings, collection(complete), ["figure3", "figure7"]) == [
+        "python train.py -m 'experiment=[figure7]' scale=micro seed=0,1 paths.runs=runs a.b=1 hydra/launcher=local",
+        "python scripts/eval_data.py",
+        "python scripts/evaluate.py run=runs/paper-micro",
+        f"python scripts/make_figures.py 'experiment=[figure3,figure7]' {readers}",
+        f"python scripts/make_report.py 'experiment=[figure3,figure7]' {readers}",
+    ]
+    train, *_, tables, _ = make_report._commands(settings, collection(complete, device="H100"), ["table5"])
+    assert "hydra/launcher" not in train and tables.startswith("python scripts/make_tables.py")
 
 
 def test_help_of_a_script_is_its_documentation(tmp_path):
