@@ -33,12 +33,19 @@ def unpacked(file: Path) -> Iterator[Any]:
         yield content
 
 
-def _unpacked(packed: IO[bytes], suffix: str) -> Any:
-    """Return a binary file that reads the content of an open one; a file that is cut off raises an error."""
+def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
+    """Return a binary file that reads the content of an open one.
+
+    A file that is cut off raises an error, unless only a `sample` is read: then as little as possible is unpacked.
+    """
     if suffix == ".gz":
         return gzip.open(packed)
     if suffix == ".xz":
         return lzma.open(packed)
+    if suffix == ".zst" and sample:
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(packed, read_size=1 << 13, read_across_frames=True)
     if suffix == ".zst":
         import pyarrow  # the package zstandard does not see that a file is cut off
 
@@ -56,7 +63,7 @@ def text_ratio(file: Path, column: str) -> float:
             return 1.0
         rows = next(parquet.iter_batches(64, columns=[column]))
         return rows.nbytes / len(rows) * parquet.metadata.num_rows / file.stat().st_size
-    with file.open("rb") as packed, _unpacked(packed, file.suffix) as content:
+    with file.open("rb") as packed, _unpacked(packed, file.suffix, sample=True) as content:
         sample = content.read(SAMPLE_BYTES)
         ratio = len(sample) / (packed.tell() if len(sample) == SAMPLE_BYTES else file.stat().st_size)
     if format_of(file) == "lines" and (lines := sample[: sample.rfind(b"\n") + 1].splitlines()):

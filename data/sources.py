@@ -140,9 +140,9 @@ class Stream:
 
     def __init__(self, source: Source, state: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        kind = None if source.hub is not None else format_of(source.files()[0])
-        self.column = "text" if kind == "text" else source.column
         self._rows = source.open()
+        kind = format_of(self._rows.files[0]) if isinstance(self._rows, LocalRows) else None
+        self.column = "text" if kind == "text" else source.column
         # Until the first row is read, the library's `state_dict` does not return the state that was loaded.
         self._loaded_state = None if state is None else dict(state)
         if self._loaded_state is not None:

@@ -90,7 +90,6 @@ class SuiteSweeper(BasicSweeper):
         specs = dict.fromkeys(spec for name in names for spec in SUITES[name])
         others = [override for override in overrides if override.get_key_element() != "experiment"]
         (combinations,) = BasicSweeper.split_arguments(others, None)
-        combinations = combinations or [[]]
         return [[["experiment=paper", *spec.overrides, *more] for more in combinations for spec in specs]]
 
     def sweep(self, arguments: list[str]) -> Any:

@@ -23,7 +23,10 @@ def test_settings_become_a_corpus():
     assert [(source.name, source.path, source.hub, source.weight) for source in corpus.sources] == [
         ("a", "x", None, 28), ("b", None, "y/z", 1),
     ]  # fmt: skip
-    assert corpus.streamed and corpus.max_tokens == 50_000_000_000 and corpus.val_fraction == 1e-4
+    assert corpus.streamed and str(corpus.max_tokens) == "50000000000" and corpus.val_fraction == 1e-4
+    corpus = corpus_from(data_config(tokenizer="t", vocab_size=400, deduplicate=True))
+    assert (corpus.tokenizer, corpus.vocab_size, corpus.deduplicate) == ("t", 400, True)
+    assert corpus.max_tokens is None and not corpus.streamed
     assert data_config(corruption={"steps": [5, 2], "kind": "labels"}).corruption.steps == (5, 2)
     assert set(get_args(CorruptionKind)) == set(KINDS)
 
@@ -32,6 +35,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens=0.5": ({"max_tokens": 0.5}, "it must be a number from 1, or null for no limit"),
     "max_tokens=true": ({"max_tokens": True}, "it must be a number from 1, or null for no limit"),
     "max_val_tokens=0": ({"max_val_tokens": 0}, "it must be a number from 1, or null for all held-out tokens"),
+    "val_fraction=0": ({"val_fraction": 0}, "it must be a number above 0 and below 1"),
     "val_fraction=1": ({"val_fraction": 1}, "it must be a number above 0 and below 1"),
     "sequence_length=2.0": ({"sequence_length": 2.0}, "it must be an integer from 1"),
     "mode=lazy": ({"mode": "lazy"}, "it must be prepared or stream"),

@@ -59,7 +59,8 @@ def test_only_chosen_steps_change_and_equally_on_all_ranks(loader, kind):
         assert all(map(same, corrupted, steps(*(loader(kind, rank, world, micro) for rank in range(world)))))
     resumed = loader(kind)
     resumed.load_state_dict({"sequences_consumed": 32, "fingerprint": "f"})
-    assert torch.equal(next(iter(resumed)).tokens[:, :-1].long(), corrupted[4][0])
+    batch, clean_batch = next(iter(resumed)), next(iter(loader(None)))
+    assert torch.equal(batch.tokens[:, :-1].long(), corrupted[4][0]) and batch.tokens.dtype == clean_batch.tokens.dtype
     assert not same(corrupted[1], steps(loader(kind, seed=2))[1])
 
 
@@ -76,10 +77,11 @@ def test_corruption_kinds(loader, tokenizer):
     clean = steps(loader(None))[1]
     corrupted = {kind: steps(loader(kind))[1] for kind in KINDS}
     inputs, targets = corrupted["random"]
-    assert len(inputs.unique()) > 150 and inputs.max() < tokenizer.size
+    assert len(inputs.unique()) > 150 and tokenizer.size - 5 <= inputs.max() < tokenizer.size
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     inputs, targets = corrupted["repeat"]
     assert (inputs == inputs[:, :1]).all() and (targets == inputs).all() and len(inputs[:, 0].unique()) > 3
+    assert inputs.max() > 200
     inputs, targets = corrupted["labels"]
     assert torch.equal(inputs, clean[0]) and not torch.equal(targets, clean[1])
     assert torch.equal(targets.sort(dim=1).values, clean[1].sort(dim=1).values)
@@ -87,3 +89,15 @@ def test_corruption_kinds(loader, tokenizer):
         letters = tokenizer.tokenizer.decode(row.tolist()).strip("\ufffd")
         assert len({unicodedata.name(letter).split()[0] for letter in letters}) == 1
         assert unicodedata.name(letters[0]).split()[0] in {"GREEK", "CYRILLIC", "ARABIC", "DEVANAGARI", "CJK", "HANGUL"}
+
+
+def test_rows_are_filled_where_the_tokenizer_has_tokens_for_several_letters():
+    rng = np.random.default_rng(0)
+    greek = "".join(map(chr, 0x391 + rng.integers(0, 0x39, 20_000)))
+    tokenizer = train_tokenizer([greek[i : i + 20] for i in range(0, len(greek), 20)], 4_000)
+    letters = greek[:LENGTH]
+    assert len(tokenizer.encode([letters])[0]) < LENGTH, "a row needs more than one letter for each token"
+    corrupted = BatchCorruption([1], "foreign_script", 1, tokenizer).replace(torch.zeros(40, LENGTH).int(), 0, 1).tokens
+    texts = [tokenizer.tokenizer.decode(row.tolist()).strip("\ufffd") for row in corrupted]
+    assert corrupted.shape == (40, LENGTH) and not (corrupted == tokenizer.end).any()
+    assert any(unicodedata.name(text[0]).startswith("GREEK") and len(text) > LENGTH for text in texts)

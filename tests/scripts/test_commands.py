@@ -1,10 +1,15 @@
 """Every script and every command of the Makefile is there and is tested."""
 
+import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from evaluation.tasks import SETS
 from tests.helpers import CHECKOUT, copy_run, make, script
+from tests.scripts.loading import load_script
+from training.run_dir import RunDir
 
 #: The tests' own environment is used as it is.
 INSTALLED = ("-o", "setup", f"BIN={Path(sys.executable).parent}")
@@ -44,6 +49,64 @@ def test_status_lists_the_runs_of_a_folder(finished_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(rf"│ {copied.name} +│ done +│ +40 of 40 │ +\d\.\d+ │ +[\d,]+ │", done.stdout), done.stdout
     assert done.stdout.endswith("1 done\n")
+
+
+def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypatch, capsys):
+    runs = {name: RunDir(tmp_path / name) for name in ("[b]failed", "stopped", "submitted", "damaged", "waiting")}
+    for name, run in runs.items():
+        run.path.mkdir()
+        if name in ("submitted", "waiting"):
+            run.write_slurm_job({"submitted": "7", "waiting": "8"}[name])
+        else:
+            run.config_file.write_bytes((finished_run / "config.yaml").read_bytes())
+    runs["[b]failed"].write_failure(RuntimeError("why"))
+    runs["[b]failed"].metrics_file.write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\n{"step"')
+    runs["damaged"].result_file.write_text("{")
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 8 PENDING\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "30")
+    status = load_script("status")
+    status.main({"folder": str(tmp_path)})
+    out = capsys.readouterr().out
+    rows = [re.split(r" *│ *", line)[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["[b]failed", "failed", "3 of 40", "2.500", "1,234", ""],
+        ["damaged", "damaged", "0 of ?", "-", "-", ""],
+        ["stopped", "stopped", "0 of 40", "-", "-", ""],
+        ["submitted", "stopped", "0 of ?", "-", "-", ""],
+        ["waiting", "waiting", "0 of ?", "-", "-", "8"],
+    ], out
+    assert out.endswith("1 waiting, 1 failed, 2 stopped, 1 damaged\n")
+    status.main({"folder": str(tmp_path / "bin")})
+    assert capsys.readouterr().out.endswith("no runs\n")
+
+
+def collection(*items: int, device: str = "CPU") -> SimpleNamespace:
+    """Return finished runs with scores on so many items of WinoGrande, in the place of those that the report reads."""
+    scores = [{"winogrande": {"task": "winogrande", "items": count}} for count in items]
+    runs = [SimpleNamespace(score=score.get, environment={"device": device}) for score in scores]
+    return SimpleNamespace(seeds=[0, 1], runs=dict(enumerate(runs)))
+
+
+def test_report_has_the_commands_that_make_it_again():
+    make_report, complete = load_script("make_report"), SETS["winogrande"].items
+    assert make_report._limit_override(collection(complete, complete)) == []
+    assert make_report._limit_override(collection(complete, 400, 100)) == ["eval.limit=100"]
+    paths = SimpleNamespace(runs="runs")
+    settings = SimpleNamespace(scale="micro", paths=paths, overrides=["a.b=1"], out="here", windows=None)
+    readers = """scale=micro 'seeds=[0,1]' paths.runs=runs 'overrides=["a.b=1"]' out=here"""
+    assert make_report._commands(settings, collection(complete), ["figure3", "figure7"]) == [
+        "python train.py -m 'experiment=[figure7]' scale=micro seed=0,1 paths.runs=runs a.b=1 hydra/launcher=local",
+        "python scripts/eval_data.py",
+        "python scripts/evaluate.py run=runs/paper-micro",
+        f"python scripts/make_figures.py 'experiment=[figure3,figure7]' {readers}",
+        f"python scripts/make_report.py 'experiment=[figure3,figure7]' {readers}",
+    ]
+    train, *_, tables, _ = make_report._commands(settings, collection(complete, device="H100"), ["table5"])
+    assert "hydra/launcher" not in train and tables.startswith("python scripts/make_tables.py")
 
 
 def test_help_of_a_script_is_its_documentation(tmp_path):

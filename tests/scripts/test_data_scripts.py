@@ -1,14 +1,19 @@
 """The scripts train a tokenizer and prepare tokens that a run trains on; mistakes are one sentence."""
 
 import json
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from common.errors import UserError
 from data import Mixture, Source
 from tests.helpers import CHECKOUT, SLOW, TINY, script, train
+from tests.scripts.loading import load_script
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "corpus"
 
@@ -30,6 +35,57 @@ def test_run_uses_the_prepared_tokenizer_and_tokens(corpus, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert before == {path: time for path, time in after.items() if path in before}
     assert len([path for path in after if path.name == "tokens.json"]) == 1, "the run trains on the prepared tokens"
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Run the main function of a script with overrides, in the folder `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *overrides: str) -> None:
+        with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+            values = OmegaConf.to_container(compose(name, [*overrides]), resolve=True)
+        load_script(name).main(values)
+
+    return run
+
+
+def test_tokenizer_is_trained_on_the_bytes_of_the_setting(run_main, tmp_path, capsys):
+    rows = [*["first words and more first words"] * 20, *["later sentences, later sentences"] * 20]
+    lines = [json.dumps({"text": f"{i} {text}"}) for i, text in enumerate(rows)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / ".saving-early").mkdir()
+    (tmp_path / ".saving-early" / "left").touch()
+    settings = ("data.path=text.jsonl", "data.val_fraction=1e-9", "vocab_size=5000")
+    run_main("train_tokenizer", *settings, "max_bytes=300", "out=early")
+    run_main("train_tokenizer", *settings, "out=all")
+    early, late = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("early", "all"))
+    assert capsys.readouterr().out.splitlines()[1::2] == [
+        f"{len(tokenizer)} tokens (the text has no more, of 5,000): data.tokenizer={name}"
+        for name, tokenizer in (("early", early), ("all", late))
+    ]
+    assert "Ġfirst" in early.get_vocab() and "Ġlater" not in early.get_vocab() and "Ġlater" in late.get_vocab()
+    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "early", "all"}
+    assert {path.name for path in (tmp_path / "early").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_checksums_of_large_tokens_are_compared_too(run_main, corpus, tmp_path, monkeypatch, capsys):
+    """Training compares them for at most 2 GiB."""
+    monkeypatch.setattr("data.tokens.MAX_VERIFIED_BYTES", 0)
+    settings = (f"data.path={corpus}", "data.deduplicate=true", "model.vocab_size=300", "paths.cache=cache")
+    run_main("prepare_data", *settings)
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    facts = json.loads((folder / "tokens.json").read_text())
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "tokens.json")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{len(facts['files'])} files, {size / 1e6:,.1f} MB, checksums right; vocabulary 300, 0 duplicates" in out
+    for key in ("documents", "bytes", "tokens"):
+        assert f"│ {key} │ {facts['train'][key]:,} │ {facts['test'][key]:,} │" in out
+    content = bytearray((folder / "train-00000.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "train-00000.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00000\.npy does not have the checksum it was written with"):
+        run_main("prepare_data", *settings)
 
 
 @pytest.mark.parametrize(

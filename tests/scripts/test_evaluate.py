@@ -1,16 +1,23 @@
 """scripts/evaluate.py on runs and exported models; one evaluation is killed and resumes."""
 
+import errno
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from tests.helpers import SLOW, script, start
+from common.settings import parse
+from tests.helpers import CHECKOUT, SLOW, script, start
+from tests.scripts.loading import load_script
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,10 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("eval.data_dir=nowhere", "eval.data_dir=nowhere does not exist: it must be a folder with the validation sets"),
         ("eval.num_fewshot=[]", "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("run=5", "run=5 is not allowed: it must be a run folder, the folder of an experiment, or a list of such"),
+        ("hf=./x run=y", "run=y means nothing with hf=./x: give one of them"),
+        ("hf=./x step=3", "step=3 means nothing with hf=./x: give one of them"),
+        ("hf=. out=.", "out=. is a folder: it must be a file for the scores"),
+        ("hf=a/b/c", "hf=a/b/c does not exist: it must be a folder, or a name on the Hugging Face hub"),
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),
@@ -153,7 +164,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
 def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path, monkeypatch, evaluate):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        evaluate(override)
+        evaluate(*override.split())
     assert str(error.value) == message
 
 
@@ -171,6 +182,43 @@ def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path, monkeyp
 def test_evaluate_prints_a_mistake_with_status_2(override, message, tmp_path):
     done = script("evaluate.py", override, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {message}\n", done.stderr
+
+
+def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, monkeypatch, capsys):
+    """And a run that has not reached its last step is said to be unfinished, unless a step is asked for."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/one", "b/one", "b/two"):
+        shutil.copytree(finished_run, tmp_path / name)
+    (tmp_path / "b/two/checkpoints/step-00000040.ckpt").unlink()
+    evaluate = load_script("evaluate")
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        values = OmegaConf.to_container(compose("evaluate", [f"run=[a/one,b,{tmp_path}/a/one]"]), resolve=True)
+    config, console, skipped = parse(evaluate.EvaluateConfig, values), Console(width=200), []
+    models = evaluate.run_models(config, console, skipped)
+    assert [(model.title, model.step) for model in models] == [(f"{tmp_path}/a/one", 40), ("b/one", 40), ("two", 32)]
+    assert not skipped and re.findall(r"^(\S+) is not finished: this is step 32 ", capsys.readouterr().out, re.M) == [
+        "b/two"
+    ]
+    models = evaluate.run_models(config.model_copy(update={"step": 32}), console, skipped)
+    assert {model.step for model in models} == {32} and capsys.readouterr().out == ""
+    shutil.rmtree(tmp_path / "b/two/checkpoints")
+    with pytest.raises(UserError, match=r"^run=b/two has no checkpoint yet: train it first$"):
+        evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped)
+    assert [model.title for model in evaluate.run_models(config, console, skipped)][1:] == ["b/one"]
+    assert skipped == ["b/two"] and "skipped: b/two: run=b/two has no checkpoint yet" in capsys.readouterr().out
+
+
+def test_run_that_cannot_be_read_is_skipped_and_a_full_disk_is_not(capsys):
+    skip_failures, skipped = load_script("evaluate").skip_failures, []
+    with skip_failures("one", 2, Console(width=200), skipped):
+        raise FileNotFoundError("config.yaml")
+    assert skipped == ["one"]
+    assert capsys.readouterr().out == "skipped: one: run=one cannot be read (FileNotFoundError: config.yaml)\n"
+    with pytest.raises(OSError, match="No space left"), skip_failures("two", 2, Console(), skipped):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    message = r"^run=one cannot be read \(KeyError: 'model'\)$"
+    with pytest.raises(UserError, match=message), skip_failures("one", 1, Console(), skipped):
+        raise KeyError("model")
 
 
 SOURCES = ("the Hugging Face hub", "eval.data_dir=", "`make eval-data`")

@@ -32,12 +32,15 @@ def test_export_has_the_weights_and_the_tokenizer_of_the_run(exported, finished_
 
 
 def test_step_and_dtype_of_the_export(finished_run, tmp_path):
+    """What an export that was killed has left is replaced."""
+    (tmp_path / ".saving-exported").mkdir()
+    (tmp_path / ".saving-exported" / "left").touch()
     done = script("export_hf.py", f"run={finished_run}", "out=exported", "step=8", "dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"step 8 .*[\d,]+ parameters in bfloat16: exported\n", done.stdout), done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     saved = load_model_state(finished_run / "checkpoints" / "step-00000008.ckpt")
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16 and not (tmp_path / "exported" / "left").exists()
     assert all(torch.equal(tensor, saved[name].bfloat16()) for name, tensor in model.state_dict().items())
 
 
