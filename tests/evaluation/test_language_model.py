@@ -14,7 +14,7 @@ from models import Llama, LlamaConfig
 from models.hugging_face import export
 from models.scoring import Score
 from tests import gloo_pool
-from tests.evaluation.known_models import CPU, Uniform
+from tests.evaluation.known_models import CPU, Oracle, Uniform
 from tests.helpers import SLOW
 
 
@@ -59,17 +59,27 @@ def instances(kind: str, *arguments) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=0) for pair in arguments]
 
 
-def test_empty_shared_and_space_terminated_contexts(both):
+def test_unusual_contexts_equal_the_hf_backend(both):
+    """Contexts are empty, shared, or end in spaces or within a word, which alone has other tokens."""
     requests = instances(
         "loglikelihood",
         ("", "The trophy"),
         ("The trophy ", "fits"),
         ("The trophy", " fits"),
         ("a", " b"),
+        ("It fits beca", "use it is large"),
     )
     ours, reference = (model.loglikelihood(requests, disable_tqdm=True) for model in both)
     for (value, greedy), (expected, expected_greedy) in zip(ours, reference, strict=True):
         assert value == pytest.approx(expected, abs=1e-3) and greedy == expected_greedy
+
+
+def test_end_token_that_begins_a_text_is_its_context(both):
+    """Texts have none; here a token of the text is the end token."""
+    ours, _ = both
+    exclaiming = ours.encoder._replace(end=ours.tok_encode("!")[0])
+    begun = LlamaLM(ours.model, exclaiming, CPU).loglikelihood(instances("loglikelihood", ("", "! The trophy")))
+    assert begun == ours.loglikelihood(instances("loglikelihood", ("!", " The trophy")))
 
 
 def test_rolling_loglikelihood_equals_the_hf_backend(both):
@@ -91,6 +101,21 @@ def test_generation_that_samples_is_an_error(tokenizer, settings):
     model = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     with pytest.raises(ValueError, match="a task that samples its answers cannot be evaluated"):
         model.generate_until(instances("generate_until", ("Once", settings)))
+
+
+def test_texts_longer_than_the_context_and_one_token_count_as_truncated(tokenizer):
+    """The last token is scored, and is no part of the context of any."""
+    model = LlamaLM(Uniform(tokenizer.size, [], context=4), tokenizer, CPU)
+    model._loglikelihood_tokens([(None, [1] * length, [2]) for length in (3, 4, 5, 6)])
+    assert (model.num_texts, model.num_truncated) == (4, 2)
+
+
+def test_continuation_longer_than_the_context_is_scored_in_parts(tokenizer):
+    """With a context of four tokens, the last four are one part, and the two before them the other."""
+    first, last = [1, 2, 3], [3, 4, 5, 6, 7]
+    for known, expected in (([first, last], (0, True)), ([first], (4 * -9, False)), ([last], (2 * -9, False))):
+        model = LlamaLM(Oracle(tokenizer.size, known, context=4), tokenizer, CPU)
+        assert model._loglikelihood_tokens([(None, [1], [2, 3, 4, 5, 6, 7])]) == [expected]
 
 
 class Dictated(Uniform):

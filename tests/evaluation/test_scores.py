@@ -179,8 +179,8 @@ def test_cached_responses_are_used_for_the_same_weights_only(load, tokenizer, tm
     uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     results = score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0)
     assert uniform.num_texts == 40 and ResponseCache(path, "these").responses and uniform.num_truncated == 0
-    with path.open("ab") as file:
-        file.write(b'[1]\n\0\0\n["half a li')
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([header, b"[1]\n\0\0\n", *lines, b'["half a li']))
     assert score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0) == results
     assert uniform.num_texts == 40, "all responses are cached"
     assert ResponseCache(path, "those").responses == {} == ResponseCache(path, "these").responses
@@ -212,8 +212,28 @@ def test_two_processes_add_scores_to_one_file(tmp_path):
     path = tmp_path / "task_scores.json"
     gloo_pool.run(add_scores, 2, path)
     assert {score["step"] for score in Scores(path).all} == {*range(20), *range(100, 120)}
-    Scores(path).remove_after(10)
-    assert {score["step"] for score in Scores(path).all} == {*range(11)}
+
+
+def test_score_of_the_same_task_and_settings_is_replaced(tmp_path):
+    """The seed is a setting only if items are drawn."""
+    scores = Scores(tmp_path / "task_scores.json")
+    for limit, seed, acc in ((None, 0, 0.1), (50, 0, 0.2), (50, 1, 0.3), (None, 1, 0.4)):
+        scores.add(score_key("winogrande", 0, limit, seed, 20, "float32"), {"items": 1, "acc": acc})
+    assert [(score["limit"], score["seed"], score["acc"]) for score in Scores(scores.path).all] == [
+        (50, 0, 0.2), (50, 1, 0.3), (None, None, 0.4),
+    ]  # fmt: skip
+
+
+def test_scores_and_responses_of_later_steps_are_removed(tmp_path):
+    scores = Scores(tmp_path / "task_scores.json")
+    for step in (None, 10, 20, 30):
+        scores.add(score_key("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
+        scores.response_cache_path(step, "float32").touch()
+    scores.remove_after(20)
+    assert [score["step"] for score in Scores(scores.path).all] == [None, 10, 20]
+    assert {path.name for path in tmp_path.glob(".task_scores-*")} == {
+        ".task_scores-0-float32.jsonl", ".task_scores-10-float32.jsonl", ".task_scores-20-float32.jsonl",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}'])
