@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from evaluation.language_model import LlamaLM
@@ -66,6 +67,7 @@ def test_uniform_model_scores_at_chance(sets, load, tokenizer):
     uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     results = score_task(uniform, "winogrande", load("winogrande"), None, seed=0)
     answers = [item["answer"] for item in items(sets, "winogrande")]
+    assert results.keys() == {"items", "drawn", "task_version", "acc", "acc_stderr"}
     assert results["items"] == 1267 and results["acc"] == answers.count("1") / 1267, "the first option wins all ties"
     assert results["acc_stderr"] == pytest.approx(math.sqrt(results["acc"] * (1 - results["acc"]) / 1266))
     results = score_task(uniform, "hellaswag", load("hellaswag"), None, seed=0)
@@ -183,7 +185,31 @@ def test_cached_responses_are_used_for_the_same_weights_only(load, tokenizer, tm
     path.write_bytes(b"".join([header, b"[1]\n\0\0\n", *lines, b'["half a li']))
     assert score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0) == results
     assert uniform.num_texts == 40, "all responses are cached"
+    half, shown = dict([*ResponseCache(path, "these").responses.items()][::2]), []
+    resumed = CachedLM(uniform, half, lambda new: None, lambda *numbers: shown.append(numbers))
+    assert score_task(resumed, "winogrande", loaded, 20, 0) == results
+    assert uniform.num_texts == 60 and shown == [(20, 40), (40, 40)]
     assert ResponseCache(path, "those").responses == {} == ResponseCache(path, "these").responses
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", ("The trophy", " fits")),
+        ("loglikelihood_rolling", ("The trophy",)),
+        ("generate_until", ("The trophy", {"until": ["."], "max_gen_toks": 3})),
+    ],
+)
+def test_responses_of_every_kind_are_cached(kind, arguments, tokenizer, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    model = LlamaLM(Llama(LlamaConfig(vocab_size=tokenizer.size, **sizes, **heads)).eval(), tokenizer, CPU)
+    request = Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+    responses, again = (
+        getattr(cached(computing, ResponseCache(tmp_path / "responses", "these")), kind)([request])
+        for computing in (model, None)
+    )
+    assert responses == again and responses[0]
 
 
 def test_nan_responses_are_an_error_and_not_cached(load, tokenizer, tmp_path):
@@ -194,7 +220,7 @@ def test_nan_responses_are_an_error_and_not_cached(load, tokenizer, tmp_path):
 
     cache = ResponseCache(tmp_path / "responses", "these")
     model = cached(LlamaLM(Diverged(tokenizer.size, []), tokenizer, CPU), cache)
-    with pytest.raises(TaskError, match="the model's answers are not numbers: it has diverged, and has no score"):
+    with pytest.raises(TaskError, match=r"^the model's answers are not numbers: it has diverged, and has no score$"):
         score_task(model, "winogrande", load("winogrande"), 20, 0)
     assert not cache.responses
 

@@ -89,7 +89,7 @@ def test_score_is_that_of_the_finished_run_without_examples(tmp_path):
     """The environment is that of the last start."""
     run = write_run(tmp_path / "run", [row(1, 1.0, 0.0)], {"steps": 40})
     key = {"task": "hellaswag", "num_fewshot": 0, "step": 40, "items": 100}
-    others = [{**key, **other, "items": 900} for other in ({"task": "x"}, {"num_fewshot": 5}, {"step": 20})]
+    others = [{**key, **other, "items": 900} for other in ({"step": 20}, {"num_fewshot": 5}, {"task": "x"})]
     run = run._replace(scores=[*others, key, {**key, "items": 50}], starts=[{"device": "one"}, {"device": "two"}])
     assert run.score("hellaswag") == key and run.score("winogrande") is None
     assert run.environment == {"device": "two"} and run._replace(starts=[]).environment == {}
@@ -165,9 +165,10 @@ def test_plot_shows_the_columns(tmp_path):
 
 
 def test_plot_marks_spikes_corrupted_batches_and_validation(tmp_path):
-    """Steps 60 and 61 are a spike, step 70 a corrupted batch, and the first 20 have no z-score."""
+    """Steps 60 and 61 are a spike, step 70 a corrupted batch; the first 20 steps and step 75 have no z-score."""
     losses = [9.0 if step in (60, 61, 70) else 1.0 + step % 2 / 5 for step in range(1, 81)]
-    rows = [row(step, loss, None if step <= 20 else 20.0 * (step == 50)) for step, loss in enumerate(losses, 1)]
+    z_scores = [None if step <= 20 or step == 75 else 20.0 * (step == 50) for step in range(1, 81)]
+    rows = [row(step, *both) for step, both in enumerate(zip(losses, z_scores, strict=True), 1)]
     run = write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})
     run.config.update(data={"corruption": {"steps": [70], "kind": "repeat"}}, clip={"max_grad_norm": 1.5})
     run = run._replace(val_metrics=[{"step": 40, "val_loss": 1.5}, {"step": 60, "hellaswag/acc": 0.3}])
