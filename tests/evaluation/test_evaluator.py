@@ -33,11 +33,11 @@ class Setup:
         self.before_task: list[str] = []
         self.interrupt_after = ALL
 
-    def score(self, fingerprint: str = "these", **settings) -> list[dict]:
+    def score(self, fingerprint: str = "these", name: str | None = None, **settings) -> list[dict]:
         config = EvalConfig(**{"tasks": ["winogrande"], **settings})
         console = Console(file=io.StringIO())
         evaluator = Evaluator(config, "float32", [self.sets], console, lambda: self.before_task.append("task"))
-        model = EvaluatedModel("main/one", 20, None, Scores(self.path), lambda: fingerprint, self._load)
+        model = EvaluatedModel("main/one", 20, name, Scores(self.path), lambda: fingerprint, self._load)
         evaluator.load_tasks([model])
         self.loaded_tasks = list(evaluator.tasks)
         return list(evaluator.score(model))
@@ -73,8 +73,10 @@ def test_only_missing_scores_are_computed_and_all_are_saved(setup):
     assert setup.loaded_tasks == [("winogrande", 1)] and len(setup.loads) == len(setup.before_task) == 2
     (other,) = setup.score(limit=5, seed=1)
     assert other["seed"] == 1 and len(setup.loads) == 3
+    (of_another,) = setup.score(name="another", limit=5)
+    assert of_another["model"] == "another" and len(setup.loads) == 4
     saved = [{"run": "main/one", **score} for score in json.loads(setup.path.read_text())["scores"]]
-    assert saved == [score, second, other]
+    assert saved == [score, second, other, of_another]
     assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
 
 

@@ -138,6 +138,8 @@ def test_fewer_tokens(everything):
     assert "5e-03 6% (2 of 3 seeds), 3e-03 56%" in verdict.evidence[1], verdict
     gone = judge_claim(faster._replace(diverged={(zclip, seed) for seed in SEEDS}), FEWER)
     assert gone.outcome == NOT_SUPPORTED and "(never, never, never by seed" in gone.evidence[0]
+    gone = judge_claim(faster._replace(diverged={(RATES[1e-4]["fixed"], 0)}), FEWER)
+    assert gone.outcome == SUPPORTED and gone.evidence[1].endswith(", 1e-04 fixed diverged")
     gone = judge_claim(faster._replace(diverged={(fixed, 0)}), FEWER)
     assert gone.outcome == NOT_TESTABLE and "required run has diverged: clip=fixed" in gone.evidence[0]
 
@@ -227,6 +229,8 @@ def test_normal_norms(everything):
     assert normal.outcome == SUPPORTED and "of norms in 0 of 6 windows" in normal.evidence[0], normal
     skew = norms(lambda rng, steps: rng.exponential(1, steps))
     assert skew.outcome == NOT_SUPPORTED and "of norms in 6 of 6 windows" in skew.evidence[0], skew
+    few = norms(lambda rng, steps: np.where(np.arange(steps) % 60 < 2, 1.0, np.nan))
+    assert few.outcome == NOT_TESTABLE and few.evidence[0] == "no window has 3 norms", few
     lognormal = norms(lambda rng, steps: np.exp(rng.normal(0, 1, steps)))
     assert "of norms in 6 of 6" in lognormal.evidence[0] and "of log norms in 0 of 6" in lognormal.evidence[1], (
         lognormal
