@@ -68,15 +68,16 @@ def test_only_missing_scores_are_computed_and_all_are_saved(setup):
     assert setup.score(limit=5) == [score], "it is in the file"
     assert len(setup.loads) == len(setup.before_task) == 1 and setup.loaded_tasks == []
 
-    first, second = setup.score(limit=5, num_fewshot=[0, 1])
-    assert first == score and second["num_fewshot"] == 1
-    assert setup.loaded_tasks == [("winogrande", 1)] and len(setup.loads) == len(setup.before_task) == 2
+    first, *new = setup.score(limit=5, num_fewshot=[0, 1, 2])
+    assert first == score and [score["num_fewshot"] for score in new] == [1, 2]
+    assert setup.loaded_tasks == [("winogrande", 1), ("winogrande", 2)]
+    assert len(setup.before_task) == 3 and len(setup.loads) == 2, "both use one model"
     (other,) = setup.score(limit=5, seed=1)
     assert other["seed"] == 1 and len(setup.loads) == 3
     (of_another,) = setup.score(name="another", limit=5)
     assert of_another["model"] == "another" and len(setup.loads) == 4
     saved = [{"run": "main/one", **score} for score in json.loads(setup.path.read_text())["scores"]]
-    assert saved == [score, second, other, of_another]
+    assert saved == [score, *new, other, of_another]
     assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
 
 

@@ -141,6 +141,38 @@ def test_generation_ends_at_the_end_token_and_stays_in_the_context(tokenizer):
     assert model.inputs == [tokens[max(0, end - 4) : end] for end in range(len(before), len(tokens) + 1)]
 
 
+@pytest.mark.parametrize(
+    ("until", "text"), [("suit", " the trophy fits into the "), (["suit", "fits"], " the trophy ")]
+)
+def test_generation_without_a_context_ends_before_the_first_stop_string(until, text, tokenizer):
+    tokens = tokenizer.tokenizer.encode(" the trophy fits into the suitcase").ids
+    model = Dictated(tokenizer.size, tokens, context=64)
+    requests = instances("generate_until", ("", {"until": until}))
+    assert LlamaLM(model, tokenizer, CPU).generate_until(requests) == [text]
+    assert model.inputs[0] == [tokenizer.end]
+
+
+def test_generation_ends_after_256_tokens_if_the_task_sets_no_number(tokenizer):
+    model = Dictated(tokenizer.size, [5] * 300, context=4)
+    LlamaLM(model, tokenizer, CPU).generate_until(instances("generate_until", ("Once", {"until": "never"})))
+    assert len(model.inputs) == 256
+
+
+@pytest.mark.parametrize(("batch_tokens", "batches"), [(None, 1), (10, 3)])
+def test_batches_have_so_many_tokens(batch_tokens, batches, tokenizer):
+    class Counting(Uniform):
+        calls = 0
+
+        def score(self, tokens, tree, targets):
+            self.calls += 1
+            return super().score(tokens, tree, targets)
+
+    model = Counting(tokenizer.size, [])
+    texts = [(None, [first] * 9, [2]) for first in (3, 4, 5)]
+    LlamaLM(model, tokenizer, CPU, batch_tokens)._loglikelihood_tokens(texts)
+    assert model.calls == batches
+
+
 def scores_of_rank(rank: int, world: int, tokenizer, texts: list[tuple[None, list[int], list[int]]]) -> list[Score]:
     """Return the scores of texts by a model of any number of processes."""
     if world > 1:
