@@ -74,6 +74,15 @@ def test_unusual_contexts_equal_the_hf_backend(both):
         assert value == pytest.approx(expected, abs=1e-3) and greedy == expected_greedy
 
 
+def test_context_of_spaces_stays_the_context(both):
+    """The hf backend fails on it."""
+    ours, _ = both
+    spaces, full = ours.tok_encode("  "), ours.tok_encode("  The trophy")
+    assert ours.loglikelihood(instances("loglikelihood", ("  ", "The trophy"))) == ours._loglikelihood_tokens(
+        [(None, spaces, full[len(spaces) :])]
+    )
+
+
 def test_end_token_that_begins_a_text_is_its_context(both):
     """Texts have none; here a token of the text is the end token."""
     ours, _ = both

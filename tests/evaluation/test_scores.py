@@ -241,13 +241,15 @@ def test_two_processes_add_scores_to_one_file(tmp_path):
 
 
 def test_score_of_the_same_task_and_settings_is_replaced(tmp_path):
-    """The seed is a setting only if items are drawn."""
+    """The seed is a setting only if items are drawn. The file may be a symbolic link, and stays one."""
+    (tmp_path / "task_scores.json").symlink_to(tmp_path / "elsewhere.json")
     scores = Scores(tmp_path / "task_scores.json")
     for limit, seed, acc in ((None, 0, 0.1), (50, 0, 0.2), (50, 1, 0.3), (None, 1, 0.4)):
         scores.add(score_key("winogrande", 0, limit, seed, 20, "float32"), {"items": 1, "acc": acc})
     assert [(score["limit"], score["seed"], score["acc"]) for score in Scores(scores.path).all] == [
         (50, 0, 0.2), (50, 1, 0.3), (None, None, 0.4),
     ]  # fmt: skip
+    assert scores.path.is_symlink()
 
 
 def test_scores_and_responses_of_later_steps_are_removed(tmp_path):

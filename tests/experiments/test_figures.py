@@ -18,6 +18,7 @@ from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
 from scripts.paper_runs import draw_figures, figure3
+from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
 from tests.helpers import SLOW
 
@@ -58,14 +59,22 @@ def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
         return run._replace(metrics={**run.metrics, "grad_norm": norms})
 
     key = (STRATEGIES["AutoClip"], 1)
-    collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["x is excluded"])
+    collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["<x> is excluded"])
     page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
     text = verdicts_markdown(collection, {}, "micro")
-    assert "\n- x is excluded\n" in text and "x is excluded" in page
+    assert "\n- <x> is excluded\n" in text and "&lt;x&gt; is excluded" in page
     for shown in (page, text):
         assert "Some runs are unfinished and not in these numbers." in shown
         assert "The 30 runs without corrupted batches have 0 loss spikes." in shown
         assert "Their gradients have a norm of 15 times the median of the other steps" in shown
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_table_without_numbers_is_reported_if_runs_have_diverged(diverged, everything):
+    numbers = {spec: {"tokens_per_second": None, "step_seconds": {}} for spec in STRATEGIES.values()}
+    collection = with_result(everything, numbers, {*everything.runs} if diverged else None)
+    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
+    assert ("Speed of training" in page) == diverged
 
 
 def test_captions_describe_what_is_drawn(everything, figures):
