@@ -166,6 +166,10 @@ def test_excess_loss_and_recovery():
     loss[30] = 9.0
     assert excess_loss(loss, baseline, {10, 30}) == pytest.approx(0.1), "the mean over the corrupted batches"
     assert recovery_steps(loss, baseline, {10, 30}) == 2.5
+    loss = baseline.copy()
+    loss[[10, 15]] = 9.0
+    loss[11:15] += 0.4
+    assert excess_loss(loss, baseline, {10, 15}) == pytest.approx(0.2), "0.4 up to the next corrupted batch, then none"
     # Two in a row count as one: nothing is between them. The last has four steps to the end.
     loss = baseline.copy()
     loss[[54, 55]] = 9.0
