@@ -157,8 +157,9 @@ def test_reciprocal(everything):
     assert verdict.evidence[0] == "mean test loss: reciprocal 4.100, mean 4.303, max 4.603"
     half = losses([4.0, 4.1, 4.2], [4.2, 4.31, 4.4], [4.0, 4.1, 4.21])
     assert judge_claim(half, RECIPROCAL).outcome == NOT_SUPPORTED, "below both"
-    nothing = judge_claim(losses([4.0, 4.1, None], [4.2, 4.31, 4.4], [4.5, 4.61, 4.7]), RECIPROCAL)
-    assert nothing.outcome == NOT_TESTABLE and "has no finite test_loss: clip=zclip" in nothing.evidence[0]
+    for missing in (None, float("nan")):
+        nothing = judge_claim(losses([4.0, 4.1, missing], [4.2, 4.31, 4.4], [4.5, 4.61, 4.7]), RECIPROCAL)
+        assert nothing.outcome == NOT_TESTABLE and "has no finite test_loss: clip=zclip" in nothing.evidence[0]
     assert judge_claim(losses([4.0, 4.1, 4.2], [4.0, 4.1, 4.21], [4.5, 4.61, 4.7]), RECIPROCAL).outcome == NOT_SUPPORTED
     assert judge_claim(losses([4.5, 4.61, 4.7], [4.2, 4.31, 4.4], [4.0, 4.1, 4.2]), RECIPROCAL).outcome == NOT_SUPPORTED
     verdict = judge_claim(best._replace(diverged={(VARIANTS["Reciprocal"], 1)}), RECIPROCAL)

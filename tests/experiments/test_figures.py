@@ -17,6 +17,7 @@ from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
+from experiments.run.style import image
 from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
@@ -220,7 +221,9 @@ def test_labels_name_the_number_of_seeds_if_it_differs(everything):
 
 
 def test_figure_3_shows_the_strategies_clipping_functions():
-    max_, mean, reciprocal = figure3().axes[0].lines
+    figure = figure3()
+    assert image(figure, "svg") == image(figure, "svg"), "equal figures are equal files"
+    max_, mean, reciprocal = figure.axes[0].lines
     z = max_.get_xdata()
     assert np.allclose(max_.get_ydata(), np.minimum(z, 2.5), atol=1e-3)
     assert np.allclose(mean.get_ydata(), np.where(z > 2.5, 0, z), atol=1e-3)
