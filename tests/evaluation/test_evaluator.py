@@ -113,7 +113,7 @@ def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
     assert identity() == before
     (tmp_path / "tokenizer.json").write_text("{ }")
     changed = identity()
-    (tmp_path / "tokenizer.json").rename(tmp_path / "another.json")
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocabulary.json")
     assert len({before, changed, identity()}) == 3
     assert identity("a name on the hub") == "a name on the hub"
 
