@@ -33,11 +33,11 @@ class Setup:
         self.before_task: list[str] = []
         self.interrupt_after = ALL
 
-    def score(self, fingerprint: str = "these", **settings) -> list[dict]:
+    def score(self, fingerprint: str = "these", name: str | None = None, **settings) -> list[dict]:
         config = EvalConfig(**{"tasks": ["winogrande"], **settings})
         console = Console(file=io.StringIO())
         evaluator = Evaluator(config, "float32", [self.sets], console, lambda: self.before_task.append("task"))
-        model = EvaluatedModel("main/one", 20, None, Scores(self.path), lambda: fingerprint, self._load)
+        model = EvaluatedModel("main/one", 20, name, Scores(self.path), lambda: fingerprint, self._load)
         evaluator.load_tasks([model])
         self.loaded_tasks = list(evaluator.tasks)
         return list(evaluator.score(model))
@@ -68,13 +68,16 @@ def test_only_missing_scores_are_computed_and_all_are_saved(setup):
     assert setup.score(limit=5) == [score], "it is in the file"
     assert len(setup.loads) == len(setup.before_task) == 1 and setup.loaded_tasks == []
 
-    first, second = setup.score(limit=5, num_fewshot=[0, 1])
-    assert first == score and second["num_fewshot"] == 1
-    assert setup.loaded_tasks == [("winogrande", 1)] and len(setup.loads) == len(setup.before_task) == 2
+    first, *new = setup.score(limit=5, num_fewshot=[0, 1, 2])
+    assert first == score and [score["num_fewshot"] for score in new] == [1, 2]
+    assert setup.loaded_tasks == [("winogrande", 1), ("winogrande", 2)]
+    assert len(setup.before_task) == 3 and len(setup.loads) == 2, "both use one model"
     (other,) = setup.score(limit=5, seed=1)
     assert other["seed"] == 1 and len(setup.loads) == 3
+    (of_another,) = setup.score(name="another", limit=5)
+    assert of_another["model"] == "another" and len(setup.loads) == 4
     saved = [{"run": "main/one", **score} for score in json.loads(setup.path.read_text())["scores"]]
-    assert saved == [score, second, other]
+    assert saved == [score, *new, other, of_another]
     assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
 
 
@@ -109,7 +112,9 @@ def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
     (tmp_path / "task_scores.json").write_text('{"scores": []}')
     assert identity() == before
     (tmp_path / "tokenizer.json").write_text("{ }")
-    assert identity() != before
+    changed = identity()
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocabulary.json")
+    assert len({before, changed, identity()}) == 3
     assert identity("a name on the hub") == "a name on the hub"
 
 

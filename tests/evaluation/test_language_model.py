@@ -14,7 +14,7 @@ from models import Llama, LlamaConfig
 from models.hugging_face import export
 from models.scoring import Score
 from tests import gloo_pool
-from tests.evaluation.known_models import CPU, Uniform
+from tests.evaluation.known_models import CPU, Oracle, Uniform
 from tests.helpers import SLOW
 
 
@@ -59,17 +59,36 @@ def instances(kind: str, *arguments) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=0) for pair in arguments]
 
 
-def test_empty_shared_and_space_terminated_contexts(both):
+def test_unusual_contexts_equal_the_hf_backend(both):
+    """Contexts are empty, shared, or end in spaces or within a word, which alone has other tokens."""
     requests = instances(
         "loglikelihood",
         ("", "The trophy"),
         ("The trophy ", "fits"),
         ("The trophy", " fits"),
         ("a", " b"),
+        ("It fits beca", "use it is large"),
     )
     ours, reference = (model.loglikelihood(requests, disable_tqdm=True) for model in both)
     for (value, greedy), (expected, expected_greedy) in zip(ours, reference, strict=True):
         assert value == pytest.approx(expected, abs=1e-3) and greedy == expected_greedy
+
+
+def test_context_of_spaces_stays_the_context(both):
+    """The hf backend fails on it."""
+    ours, _ = both
+    spaces, full = ours.tok_encode("  "), ours.tok_encode("  The trophy")
+    assert ours.loglikelihood(instances("loglikelihood", ("  ", "The trophy"))) == ours._loglikelihood_tokens(
+        [(None, spaces, full[len(spaces) :])]
+    )
+
+
+def test_end_token_that_begins_a_text_is_its_context(both):
+    """Texts have none; here a token of the text is the end token."""
+    ours, _ = both
+    exclaiming = ours.encoder._replace(end=ours.tok_encode("!")[0])
+    begun = LlamaLM(ours.model, exclaiming, CPU).loglikelihood(instances("loglikelihood", ("", "! The trophy")))
+    assert begun == ours.loglikelihood(instances("loglikelihood", ("!", " The trophy")))
 
 
 def test_rolling_loglikelihood_equals_the_hf_backend(both):
@@ -93,6 +112,21 @@ def test_generation_that_samples_is_an_error(tokenizer, settings):
         model.generate_until(instances("generate_until", ("Once", settings)))
 
 
+def test_texts_longer_than_the_context_and_one_token_count_as_truncated(tokenizer):
+    """The last token is scored, and is no part of the context of any."""
+    model = LlamaLM(Uniform(tokenizer.size, [], context=4), tokenizer, CPU)
+    model._loglikelihood_tokens([(None, [1] * length, [2]) for length in (3, 4, 5, 6)])
+    assert (model.num_texts, model.num_truncated) == (4, 2)
+
+
+def test_continuation_longer_than_the_context_is_scored_in_parts(tokenizer):
+    """With a context of four tokens, the last four are one part, and the two before them the other."""
+    first, last = [1, 2, 3], [3, 4, 5, 6, 7]
+    for known, expected in (([first, last], (0, True)), ([first], (4 * -9, False)), ([last], (2 * -9, False))):
+        model = LlamaLM(Oracle(tokenizer.size, known, context=4), tokenizer, CPU)
+        assert model._loglikelihood_tokens([(None, [1], [2, 3, 4, 5, 6, 7])]) == [expected]
+
+
 class Dictated(Uniform):
     """Generates given tokens, and records its inputs."""
 
@@ -114,6 +148,38 @@ def test_generation_ends_at_the_end_token_and_stays_in_the_context(tokenizer):
     assert LlamaLM(model, tokenizer, CPU).generate_until(requests) == [" the trophy fits into the suitcase"]
     tokens = [*before, *after]
     assert model.inputs == [tokens[max(0, end - 4) : end] for end in range(len(before), len(tokens) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("until", "text"), [("suit", " the trophy fits into the "), (["suit", "fits"], " the trophy ")]
+)
+def test_generation_without_a_context_ends_before_the_first_stop_string(until, text, tokenizer):
+    tokens = tokenizer.tokenizer.encode(" the trophy fits into the suitcase").ids
+    model = Dictated(tokenizer.size, tokens, context=64)
+    requests = instances("generate_until", ("", {"until": until}))
+    assert LlamaLM(model, tokenizer, CPU).generate_until(requests) == [text]
+    assert model.inputs[0] == [tokenizer.end]
+
+
+def test_generation_ends_after_256_tokens_if_the_task_sets_no_number(tokenizer):
+    model = Dictated(tokenizer.size, [5] * 300, context=4)
+    LlamaLM(model, tokenizer, CPU).generate_until(instances("generate_until", ("Once", {"until": "never"})))
+    assert len(model.inputs) == 256
+
+
+@pytest.mark.parametrize(("batch_tokens", "batches"), [(None, 1), (10, 3)])
+def test_batches_have_so_many_tokens(batch_tokens, batches, tokenizer):
+    class Counting(Uniform):
+        calls = 0
+
+        def score(self, tokens, tree, targets):
+            self.calls += 1
+            return super().score(tokens, tree, targets)
+
+    model = Counting(tokenizer.size, [])
+    texts = [(None, [first] * 9, [2]) for first in (3, 4, 5)]
+    LlamaLM(model, tokenizer, CPU, batch_tokens)._loglikelihood_tokens(texts)
+    assert model.calls == batches
 
 
 def scores_of_rank(rank: int, world: int, tokenizer, texts: list[tuple[None, list[int], list[int]]]) -> list[Score]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from evaluation.language_model import LlamaLM
@@ -66,6 +67,7 @@ def test_uniform_model_scores_at_chance(sets, load, tokenizer):
     uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     results = score_task(uniform, "winogrande", load("winogrande"), None, seed=0)
     answers = [item["answer"] for item in items(sets, "winogrande")]
+    assert results.keys() == {"items", "drawn", "task_version", "acc", "acc_stderr"}
     assert results["items"] == 1267 and results["acc"] == answers.count("1") / 1267, "the first option wins all ties"
     assert results["acc_stderr"] == pytest.approx(math.sqrt(results["acc"] * (1 - results["acc"]) / 1266))
     results = score_task(uniform, "hellaswag", load("hellaswag"), None, seed=0)
@@ -179,11 +181,35 @@ def test_cached_responses_are_used_for_the_same_weights_only(load, tokenizer, tm
     uniform = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
     results = score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0)
     assert uniform.num_texts == 40 and ResponseCache(path, "these").responses and uniform.num_truncated == 0
-    with path.open("ab") as file:
-        file.write(b'[1]\n\0\0\n["half a li')
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([header, b"[1]\n\0\0\n", *lines, b'["half a li']))
     assert score_task(cached(uniform, ResponseCache(path, "these")), "winogrande", loaded, 20, 0) == results
     assert uniform.num_texts == 40, "all responses are cached"
+    half, shown = dict([*ResponseCache(path, "these").responses.items()][::2]), []
+    resumed = CachedLM(uniform, half, lambda new: None, lambda *numbers: shown.append(numbers))
+    assert score_task(resumed, "winogrande", loaded, 20, 0) == results
+    assert uniform.num_texts == 60 and shown == [(20, 40), (40, 40)]
     assert ResponseCache(path, "those").responses == {} == ResponseCache(path, "these").responses
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", ("The trophy", " fits")),
+        ("loglikelihood_rolling", ("The trophy",)),
+        ("generate_until", ("The trophy", {"until": ["."], "max_gen_toks": 3})),
+    ],
+)
+def test_responses_of_every_kind_are_cached(kind, arguments, tokenizer, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    model = LlamaLM(Llama(LlamaConfig(vocab_size=tokenizer.size, **sizes, **heads)).eval(), tokenizer, CPU)
+    request = Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+    responses, again = (
+        getattr(cached(computing, ResponseCache(tmp_path / "responses", "these")), kind)([request])
+        for computing in (model, None)
+    )
+    assert responses == again and responses[0]
 
 
 def test_nan_responses_are_an_error_and_not_cached(load, tokenizer, tmp_path):
@@ -194,7 +220,7 @@ def test_nan_responses_are_an_error_and_not_cached(load, tokenizer, tmp_path):
 
     cache = ResponseCache(tmp_path / "responses", "these")
     model = cached(LlamaLM(Diverged(tokenizer.size, []), tokenizer, CPU), cache)
-    with pytest.raises(TaskError, match="the model's answers are not numbers: it has diverged, and has no score"):
+    with pytest.raises(TaskError, match=r"^the model's answers are not numbers: it has diverged, and has no score$"):
         score_task(model, "winogrande", load("winogrande"), 20, 0)
     assert not cache.responses
 
@@ -212,8 +238,30 @@ def test_two_processes_add_scores_to_one_file(tmp_path):
     path = tmp_path / "task_scores.json"
     gloo_pool.run(add_scores, 2, path)
     assert {score["step"] for score in Scores(path).all} == {*range(20), *range(100, 120)}
-    Scores(path).remove_after(10)
-    assert {score["step"] for score in Scores(path).all} == {*range(11)}
+
+
+def test_score_of_the_same_task_and_settings_is_replaced(tmp_path):
+    """The seed is a setting only if items are drawn. The file may be a symbolic link, and stays one."""
+    (tmp_path / "task_scores.json").symlink_to(tmp_path / "elsewhere.json")
+    scores = Scores(tmp_path / "task_scores.json")
+    for limit, seed, acc in ((None, 0, 0.1), (50, 0, 0.2), (50, 1, 0.3), (None, 1, 0.4)):
+        scores.add(score_key("winogrande", 0, limit, seed, 20, "float32"), {"items": 1, "acc": acc})
+    assert [(score["limit"], score["seed"], score["acc"]) for score in Scores(scores.path).all] == [
+        (50, 0, 0.2), (50, 1, 0.3), (None, None, 0.4),
+    ]  # fmt: skip
+    assert scores.path.is_symlink()
+
+
+def test_scores_and_responses_of_later_steps_are_removed(tmp_path):
+    scores = Scores(tmp_path / "task_scores.json")
+    for step in (None, 10, 20, 30):
+        scores.add(score_key("winogrande", 0, None, 0, step, "float32"), {"items": 1, "acc": 0.5})
+        scores.response_cache_path(step, "float32").touch()
+    scores.remove_after(20)
+    assert [score["step"] for score in Scores(scores.path).all] == [None, 10, 20]
+    assert {path.name for path in tmp_path.glob(".task_scores-*")} == {
+        ".task_scores-0-float32.jsonl", ".task_scores-10-float32.jsonl", ".task_scores-20-float32.jsonl",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}'])

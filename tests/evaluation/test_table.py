@@ -40,13 +40,13 @@ def test_scores_of_one_model_are_rows():
 def test_several_models_are_rows_with_a_column_for_each_task_and_metric():
     lines = printed(
         row(acc=0.25, acc_stderr=0.01, drawn=True),
-        row(shots=5, acc=0.3, drawn=True),
+        row(shots=5, acc=0.3, f1=0.4, drawn=True),
         row("main/two", acc=0.75, acc_stderr=0.02, drawn=True),
     )
-    assert cells(lines, "main/one") == ["main/one", "25.00 ± 1.00", "30.00"]
-    assert cells(lines, "main/two") == ["main/two", "75.00 ± 2.00", ""]
+    assert cells(lines, "main/one") == ["main/one", "25.00 ± 1.00", "30.00", "40.00"]
+    assert cells(lines, "main/two") == ["main/two", "75.00 ± 2.00", "", ""]
     header = "\n".join(lines)
-    assert header.count("hellaswag") == 3 and "5 shots" in header and header.count("acc %") == 2
+    assert header.count("hellaswag") == 4 and "5 shots" in header and header.count("acc %") == 2
     assert lines[-1] == "± standard error; items: hellaswag 1,267 drawn"
 
 

@@ -3,10 +3,11 @@
 import json
 import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import TaskError, data_file, load_tasks, sample
+from evaluation.tasks import TaskError, data_file, data_folders, load_tasks, sample
 from tests.evaluation.conftest import items
 
 
@@ -19,6 +20,11 @@ def test_sampled_items_are_deterministic_and_from_the_whole_set():
     assert sample(10, None, 0) is sample(10, 10, 0) is sample(10, 99, 0) is None
 
 
+def test_sets_are_searched_in_the_given_folder_and_the_cache():
+    assert data_folders("sets", "cache") == [Path("sets"), Path("cache/eval")]
+    assert data_folders(None, "cache") == [Path("cache/eval")]
+
+
 def test_incomplete_or_damaged_sets_are_errors(sets, tmp_path):
     (file,) = sets.glob("winogrande*")
     shutil.copy(file, tmp_path)
@@ -26,6 +32,8 @@ def test_incomplete_or_damaged_sets_are_errors(sets, tmp_path):
     assert data_file(tmp_path, "hellaswag") is None
     text = (lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()).decode()
     (tmp_path / file.name).unlink()
+    (tmp_path / "winogrande_xl_validation.jsonl").write_text(text + "\n\n")
+    assert data_file(tmp_path, "winogrande") == tmp_path / "winogrande_xl_validation.jsonl", "empty lines are no items"
     (tmp_path / "winogrande_xl_validation.jsonl").write_text(text[: text.index("\n", 1000)])
     with pytest.raises(TaskError, match=r"winogrande_xl_validation.jsonl has \d+ items of winogrande: .* has 1,267"):
         load_tasks("winogrande", [tmp_path], 0)

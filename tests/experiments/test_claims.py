@@ -138,6 +138,8 @@ def test_fewer_tokens(everything):
     assert "5e-03 6% (2 of 3 seeds), 3e-03 56%" in verdict.evidence[1], verdict
     gone = judge_claim(faster._replace(diverged={(zclip, seed) for seed in SEEDS}), FEWER)
     assert gone.outcome == NOT_SUPPORTED and "(never, never, never by seed" in gone.evidence[0]
+    gone = judge_claim(faster._replace(diverged={(RATES[1e-4]["fixed"], 0)}), FEWER)
+    assert gone.outcome == SUPPORTED and gone.evidence[1].endswith(", 1e-04 fixed diverged")
     gone = judge_claim(faster._replace(diverged={(fixed, 0)}), FEWER)
     assert gone.outcome == NOT_TESTABLE and "required run has diverged: clip=fixed" in gone.evidence[0]
 
@@ -155,8 +157,9 @@ def test_reciprocal(everything):
     assert verdict.evidence[0] == "mean test loss: reciprocal 4.100, mean 4.303, max 4.603"
     half = losses([4.0, 4.1, 4.2], [4.2, 4.31, 4.4], [4.0, 4.1, 4.21])
     assert judge_claim(half, RECIPROCAL).outcome == NOT_SUPPORTED, "below both"
-    nothing = judge_claim(losses([4.0, 4.1, None], [4.2, 4.31, 4.4], [4.5, 4.61, 4.7]), RECIPROCAL)
-    assert nothing.outcome == NOT_TESTABLE and "has no finite test_loss: clip=zclip" in nothing.evidence[0]
+    for missing in (None, float("nan")):
+        nothing = judge_claim(losses([4.0, 4.1, missing], [4.2, 4.31, 4.4], [4.5, 4.61, 4.7]), RECIPROCAL)
+        assert nothing.outcome == NOT_TESTABLE and "has no finite test_loss: clip=zclip" in nothing.evidence[0]
     assert judge_claim(losses([4.0, 4.1, 4.2], [4.0, 4.1, 4.21], [4.5, 4.61, 4.7]), RECIPROCAL).outcome == NOT_SUPPORTED
     assert judge_claim(losses([4.5, 4.61, 4.7], [4.2, 4.31, 4.4], [4.0, 4.1, 4.2]), RECIPROCAL).outcome == NOT_SUPPORTED
     verdict = judge_claim(best._replace(diverged={(VARIANTS["Reciprocal"], 1)}), RECIPROCAL)
@@ -227,6 +230,8 @@ def test_normal_norms(everything):
     assert normal.outcome == SUPPORTED and "of norms in 0 of 6 windows" in normal.evidence[0], normal
     skew = norms(lambda rng, steps: rng.exponential(1, steps))
     assert skew.outcome == NOT_SUPPORTED and "of norms in 6 of 6 windows" in skew.evidence[0], skew
+    few = norms(lambda rng, steps: np.where(np.arange(steps) % 60 < 2, 1.0, np.nan))
+    assert few.outcome == NOT_TESTABLE and few.evidence[0] == "no window has 3 norms", few
     lognormal = norms(lambda rng, steps: np.exp(rng.normal(0, 1, steps)))
     assert "of norms in 6 of 6" in lognormal.evidence[0] and "of log norms in 0 of 6" in lognormal.evidence[1], (
         lognormal

@@ -103,6 +103,7 @@ def test_spike_score(values, corrupted_rows, score):
         ([*np.linspace(7, 2, 80), *[2.0] * 10, *[2.49] * 10], False),
         ([*[2.0] * 99, NAN], True),
         ([*[2.0] * 50, INF, *[2.0] * 49], False),
+        ([*[2.0] * 50, NAN, *[2.0] * 39, *[2.51] * 10], True),
         ([2.0], False),
     ],
 )
@@ -117,6 +118,7 @@ def test_tokens_to_reach_a_loss():
     assert tokens_to_reach(loss, tokens, 4.0) == 500, "ten of each"
     assert tokens_to_reach(loss, tokens, 3.0) == 600
     assert tokens_to_reach(loss, tokens, 2.9) is None
+    assert tokens_to_reach(loss, tokens, 3.0 * (1 - 1e-13)) == 600, "rounding does not count"
     loss[45] = NAN
     assert tokens_to_reach(loss, tokens, 3.0) == 660, "a loss that is not finite reaches nothing"
     assert tokens_to_reach(np.array([2.0, 1.0]), np.array([1.0, 2.0]), 1.5) == 2, "of fewer steps all"
@@ -164,6 +166,10 @@ def test_excess_loss_and_recovery():
     loss[30] = 9.0
     assert excess_loss(loss, baseline, {10, 30}) == pytest.approx(0.1), "the mean over the corrupted batches"
     assert recovery_steps(loss, baseline, {10, 30}) == 2.5
+    loss = baseline.copy()
+    loss[[10, 15]] = 9.0
+    loss[11:15] += 0.4
+    assert excess_loss(loss, baseline, {10, 15}) == pytest.approx(0.2), "0.4 up to the next corrupted batch, then none"
     # Two in a row count as one: nothing is between them. The last has four steps to the end.
     loss = baseline.copy()
     loss[[54, 55]] = 9.0

@@ -11,14 +11,16 @@ import pytest
 from common.errors import UserError
 from experiments.paper.claims import SUPPORTED, judge_claims
 from experiments.paper.collect import RunCollection
-from experiments.paper.distributions import draw_distributions, norm_windows
-from experiments.paper.drawing import smooth
+from experiments.paper.distributions import draw_distributions, norm_windows, window_norms
+from experiments.paper.drawing import NothingToDraw, plot_differences, smooth
 from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
-from experiments.paper.tables_and_figures import FIGURE_RUNS, STRATEGIES, TABLES
+from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
+from experiments.run.style import image
 from scripts.paper_runs import draw_figures, figure3
-from tests.experiments.written_runs import SEEDS, modify
+from tests.experiments.modified_runs import with_result
+from tests.experiments.written_runs import SEEDS, modify, without
 from tests.helpers import SLOW
 
 
@@ -48,6 +50,44 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     assert text.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in text
 
 
+def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
+    """Of the other steps' norms 69 are 1 and 68 are 3, so that their median is 1."""
+
+    def change(spec, seed, run):
+        step = run.metrics["step"]
+        norms = np.where(step <= 69, 1.0, 3.0)
+        norms[np.isin(step, [80, 100, 120])] = 15.0
+        return run._replace(metrics={**run.metrics, "grad_norm": norms})
+
+    key = (STRATEGIES["AutoClip"], 1)
+    collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["<x> is excluded"])
+    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
+    text = verdicts_markdown(collection, {}, "micro")
+    assert "\n- <x> is excluded\n" in text and "&lt;x&gt; is excluded" in page
+    for shown in (page, text):
+        assert "Some runs are unfinished and not in these numbers." in shown
+        assert "The 30 runs without corrupted batches have 0 loss spikes." in shown
+        assert "Their gradients have a norm of 15 times the median of the other steps" in shown
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_table_without_numbers_is_reported_if_runs_have_diverged(diverged, everything):
+    numbers = {spec: {"tokens_per_second": None, "step_seconds": {}} for spec in STRATEGIES.values()}
+    collection = with_result(everything, numbers, {*everything.runs} if diverged else None)
+    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
+    assert ("Speed of training" in page) == diverged
+
+
+def test_captions_describe_what_is_drawn(everything, figures):
+    captions = {name: " ".join(figure.get_supxlabel().split()) for name, figure in figures.items()}
+    assert all("; learning rates are 10 times those named" in text for text in captions.values())
+    assert {name for name, text in captions.items() if "a line is the mean over seeds" not in text} == {"figure9"}
+    assert {name for name, text in captions.items() if "a band goes from" not in text} == {"figure9", "ema"}
+    assert {name for name, text in captions.items() if THRESHOLD_NOTE in text} == {"figure1", "figure4", "figure5"}
+    one = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] == 1})
+    assert "nano, seed 1;" in caption("figure2", one) and "mean over seeds" not in caption("figure2", one)
+
+
 def test_captions_name_missing_runs(everything, figures):
     modified = {(STRATEGIES["AutoClip"], 1), (STRATEGIES["ZClip"], 2)}
     collection = everything._replace(runs={key: run for key, run in everything.runs.items() if key not in modified})
@@ -74,7 +114,22 @@ def test_losses_are_compared_seed_by_seed(figures):
     assert difference[step == 83] == pytest.approx(0.055 - 0.88) and difference[step == 70] == pytest.approx(0)
     band = np.concatenate([path.vertices for path in minus.collections[-1].get_paths()])
     assert sorted(set(band[band[:, 0] == 83][:, 1].round(3))) == [-0.9, -0.75]
-    assert len(figures["figure2"].axes) == 1, "with nothing to compare"
+    assert not losses.collections, "bands would hide each other"
+    for ax in (losses, minus):
+        corrupted = [
+            line.get_xdata() for line in ax.lines if line.get_linestyle() == ":" and len(line.get_xdata()) == 2
+        ]
+        assert [x for x, _ in corrupted if x > 1] == [80, 100, 120]
+    (alone,) = figures["figure2"].axes
+    assert alone.collections, "with nothing to compare there is one"
+
+
+def test_difference_of_two_runs_excludes_the_corrupted_batches_of_both(everything):
+    corrupted, baseline = (everything.runs[SPIKE_LAB["ZClip"][group], 0] for group in ("corrupted", "baseline"))
+    for pair in ((corrupted, baseline), (baseline, corrupted)):
+        ax = plt.figure().subplots()
+        plot_differences(ax, [pair], "difference", 0)
+        assert np.flatnonzero(np.isnan(drawn(ax, "difference"))).tolist() == [79, 99, 119]
 
 
 def drawn(axes, label: str) -> np.ndarray:
@@ -113,6 +168,14 @@ def test_spike_lab_shows_the_loss_minus_the_baseline_runs(figures):
     assert above[82] == pytest.approx(0.33) and above[70] == pytest.approx(0) and len(axes) == 10
 
 
+def test_spike_lab_has_a_panel_for_each_strategy_that_was_run(everything):
+    specs = {spec for label in STRATEGIES for spec in SPIKE_LAB[label].values()}
+    figure = FIGURES["spike_lab"](
+        everything._replace(runs={k: run for k, run in everything.runs.items() if k[0] in specs})
+    )
+    assert [ax.get_title() for ax in figure.axes if ax.axison] == [*STRATEGIES] and len(figure.axes) == 6
+
+
 def test_figure_4_labels_when_zclip_reaches_the_loss(everything):
     """Seed by seed: lines that fall to the same loss in 139 and in 69.5 steps; see test_claims.py for the 52 %."""
     fixed, zclip = FIGURE_RUNS["figure4"].values()
@@ -124,8 +187,18 @@ def test_figure_4_labels_when_zclip_reaches_the_loss(everything):
         for (spec, seed), run in everything.runs.items()
     }
     faster = everything._replace(runs=runs)
-    labels = [text.get_text() for text in FIGURES["figure4"](faster).axes[0].get_legend().get_texts()]
+    (ax,) = FIGURES["figure4"](faster).axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert "ZClip reaches it with 52% fewer tokens" in labels and "corrupted batch" in labels
+    final = 6 - 129.5 / 139
+    assert drawn(ax, f"final loss of fixed clipping, {final:.2f}") == pytest.approx([final, final])
+    verticals = [line.get_xdata()[0] for line in ax.lines if [*line.get_ydata()] == [0, 1]]
+    assert sorted(verticals) == pytest.approx([(76 + 67 + 58) / 3, 80, 100, 120])
+    apart = without(faster, (fixed, 0), (zclip, 1), (zclip, 2))
+    labels = [text.get_text() for text in FIGURES["figure4"](apart).axes[0].get_legend().get_texts()]
+    assert "no seed has both runs" in labels
+    with pytest.raises(NothingToDraw, match="both strategies are needed"):
+        FIGURES["figure4"](without(apart, (zclip, 0)))
     for diverged, label in (
         ((zclip, 0), "ZClip does not reach it with 1 of 3 seeds"),
         ((fixed, 1), "fixed clipping has diverged"),
@@ -148,7 +221,9 @@ def test_labels_name_the_number_of_seeds_if_it_differs(everything):
 
 
 def test_figure_3_shows_the_strategies_clipping_functions():
-    max_, mean, reciprocal = figure3().axes[0].lines
+    figure = figure3()
+    assert image(figure, "svg") == image(figure, "svg"), "equal figures are equal files"
+    max_, mean, reciprocal = figure.axes[0].lines
     z = max_.get_xdata()
     assert np.allclose(max_.get_ydata(), np.minimum(z, 2.5), atol=1e-3)
     assert np.allclose(mean.get_ydata(), np.where(z > 2.5, 0, z), atol=1e-3)
@@ -163,6 +238,16 @@ def test_figure_9_shows_norms_of_a_run_without_corrupted_batches(everything, fig
     ordered = np.sort(baseline.metrics["grad_norm"][49:99])
     for ax, values in ((axes[1], ordered), (axes[3], np.log(ordered))):
         assert np.allclose(ax.lines[0].get_ydata(), values)
+    fitted = axes[0].lines[0].get_ydata()
+    assert fitted.max() == pytest.approx(1 / (ordered.std(ddof=1) * (2 * np.pi) ** 0.5), rel=1e-3)
+
+
+def test_norms_of_figure_9_are_finite_and_without_those_of_corrupted_batches(everything):
+    run = everything.runs[SPIKE_LAB["ZClip"]["corrupted"], 0]
+    norms = run.metrics["grad_norm"].copy()
+    norms[[81, 82]] = [np.nan, 0]
+    window = window_norms(run._replace(metrics={**run.metrics, "grad_norm": norms}), 78, 85)
+    assert window.tolist() == norms[[77, 78, 80, 83, 84]].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +307,11 @@ def test_smoothing_never_spans_a_corrupted_batch():
 
 
 def test_windows_of_figure_9_can_be_chosen(everything):
-    drawn_figures, not_drawn = draw_figures(["table2", "figure3", "figure9"], everything, [[20, 70]])
+    windows = [[20, 70], [80, 90]]
+    drawn_figures, not_drawn = draw_figures(["table2", "figure3", "figure9"], everything, windows)
     assert list(drawn_figures) == ["figure3", "figure9"] and not not_drawn
-    assert [ax.get_ylabel() for ax in drawn_figures["figure9"].axes[::4]] == ["steps 20 to 70\ndensity"]
+    assert [ax.get_ylabel() for ax in drawn_figures["figure9"].axes[::4]] == [
+        "steps 20 to 70\ndensity",
+        "steps 80 to 90\ndensity",
+    ]
+    assert "a window is up to 36% of the run" in drawn_figures["figure9"].get_supxlabel()

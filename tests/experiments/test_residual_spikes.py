@@ -68,6 +68,11 @@ def test_fixed_clipping_leaves_spikes(everything):
         verdict.outcome == NOT_TESTABLE and "loss after corrupted batches: it needs three seeds" in verdict.evidence[1]
     )
     assert "it is not known whether fixed clipping leaves any" in judge_claim(gone, REMOVES).evidence[0]
+    key = (RATES[5e-3]["fixed"], 1)
+    columns = {name: column[:50] for name, column in clean.runs[key].metrics.items()}
+    short = clean._replace(runs=clean.runs | {key: clean.runs[key]._replace(metrics=columns)})
+    verdict = judge_claim(short, LEAVES)
+    assert verdict.outcome == NOT_TESTABLE and "learning rates: runs are too short to have any" in verdict.evidence[0]
     fewer = without(everything, (RATES[5e-3]["fixed"], 1))
     assert "spikes over all learning rates: it needs three seeds" in judge_claim(fewer, LEAVES).evidence[0]
     some = without(with_spikes(clean, "fixed", [35, 35, 35]), (RATES[5e-3]["fixed"], 1))

@@ -62,13 +62,37 @@ def test_summary(tmp_path):
     assert summarise(run)["train_loss"] == pytest.approx(np.mean([88, 89, *range(91, 99)]))
     assert summary["tokens_per_second"] == 100
     assert summary["clipped_by_z"] is None and summary["mfu"] is None and summary["peak_memory_gib"] is None
+    assert summary["saving_seconds"] is None and summary["corrupted_batches"] == 0
     timed = write_run(tmp_path / "timed", [row(1, 1.0, 0.0) | {"mfu": 0.4, "data_seconds": 0.5, "peak_memory_gib": 2}])
     assert summarise(timed)["mfu"] == 0.4 and summarise(timed)["step_seconds"]["data"] == 0.5
     steps = [row(i + 1, 1.0, 0.0) | {f"{part}_seconds": 0.25 for part in STEP_PHASES} | {"mfu": 0.1} for i in range(9)]
     compiled = write_run(tmp_path / "compiled", [s | {"tokens_per_second": 1.0, "mfu": 0.01} for s in steps])
     assert summarise(compiled)["tokens_per_second"] == 10 and summarise(compiled)["mfu"] == pytest.approx(0.1)
+    untimed = write_run(tmp_path / "untimed", [*steps, row(10, 1.0, 0.0)])
+    assert summarise(untimed)["tokens_per_second"] == 100, "the times of one step are not known"
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
+
+
+def test_summary_counts_corrupted_batches_and_no_spikes_of_them(tmp_path):
+    rows = [row(step, 9.0 if step in (60, 70) else 1.0 + step % 2 / 10, None) for step in range(1, 81)]
+    rows[3] |= {"saving_seconds": 2.0, "peak_memory_gib": 3.0}
+    rows[9] |= {"saving_seconds": 1.5, "peak_memory_gib": 2.5}
+    run = write_run(tmp_path / "run", rows)
+    run.config["data"] = {"corruption": {"steps": [60], "kind": "repeat"}}
+    summary = summarise(run)
+    assert (summary["corrupted_batches"], summary["corruption_kind"], summary["spikes"]) == (1, "repeat", 1)
+    assert (summary["saving_seconds"], summary["peak_memory_gib"]) == (3.5, 3.0)
+
+
+def test_score_is_that_of_the_finished_run_without_examples(tmp_path):
+    """The environment is that of the last start."""
+    run = write_run(tmp_path / "run", [row(1, 1.0, 0.0)], {"steps": 40})
+    key = {"task": "hellaswag", "num_fewshot": 0, "step": 40, "items": 100}
+    others = [{**key, **other, "items": 900} for other in ({"step": 20}, {"num_fewshot": 5}, {"task": "x"})]
+    run = run._replace(scores=[*others, key, {**key, "items": 50}], starts=[{"device": "one"}, {"device": "two"}])
+    assert run.score("hellaswag") == key and run.score("winogrande") is None
+    assert run.environment == {"device": "two"} and run._replace(starts=[]).environment == {}
 
 
 def test_tables_show_the_numbers():
@@ -89,12 +113,22 @@ def test_tables_show_the_numbers():
         for number in ("5.276", "3", "4.0%"):
             assert number in text
     assert "two" in text and "not finite" in text and "same" not in text
+    assert "bits per byte" not in text and "skipped" not in text and "corrupted" not in text
     console = Console(width=200, record=True, file=io.StringIO())
     spent = {"data": 0.1, "forward_backward": 1.5, "clip": 0.1, "optimizer": 0.3}
-    console.print(table(result | {"mfu": 0.415, "step_seconds": spent, "peak_memory_gib": 3.21}, "t"))
+    corrupted = {"corrupted_batches": 6, "corruption_kind": "repeat"}
+    more = {"mfu": 0.415, "step_seconds": spent, "peak_memory_gib": 3.21, "saving_seconds": 2.5}
+    more |= {"test_bits_per_byte": 1.5, "skipped": 4, "test_loss": 900.0}
+    console.print(table(result | more | corrupted, "t"))
     text = console.export_text()
-    for shown in ("41.5% MFU", "2.000 s", "data 5.0%, forward and backward 75.0%, clipping 5.0%", "3.2 GiB"):
-        assert shown in text
+    for shown in (
+        "41.5% MFU", "2.000 s", "data 5.0%, forward and backward 75.0%, clipping 5.0%", "3.2 GiB", "2.50 s",
+        "1.500 bits per byte", "2 of them by z-score; 4 skipped, norm not finite", "corrupted batches", "6 repeat",
+    ):  # fmt: skip
+        assert shown in text, shown
+    console.print(comparison([({"clip": "one"}, result), ({"clip": "two"}, result | corrupted)]))
+    text = console.export_text()
+    assert "corrupted batches" in text and "6 repeat" in text and "none" in text
 
 
 def test_many_varied_settings_fit_a_narrow_terminal():
@@ -128,6 +162,32 @@ def test_plot_shows_the_columns(tmp_path):
     ):
         assert label in labels
     assert any(set(line.get_ydata()) == {2.5} for line in z.lines)
+
+
+def test_plot_marks_spikes_corrupted_batches_and_validation(tmp_path):
+    """Steps 60 and 61 are a spike, step 70 a corrupted batch; the first 20 steps and step 75 have no z-score."""
+    losses = [9.0 if step in (60, 61, 70) else 1.0 + step % 2 / 5 for step in range(1, 81)]
+    z_scores = [None if step <= 20 or step == 75 else 20.0 * (step == 50) for step in range(1, 81)]
+    rows = [row(step, *both) for step, both in enumerate(zip(losses, z_scores, strict=True), 1)]
+    run = write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})
+    run.config.update(data={"corruption": {"steps": [70], "kind": "repeat"}}, clip={"max_grad_norm": 1.5})
+    run = run._replace(val_metrics=[{"step": 40, "val_loss": 1.5}, {"step": 60, "hellaswag/acc": 0.3}])
+    loss, norm, z = draw_run(run).axes
+
+    def points(ax, label):
+        return next(line for line in ax.lines if line.get_label() == label).get_xydata().tolist()
+
+    def spans(ax):
+        return [(patch.get_label(), patch.get_x(), patch.get_width()) for patch in ax.patches]
+
+    assert spans(loss) == [("loss spike", 59.5, 2.0)] and spans(z) == [("warm-up of the statistics", 1.0, 19.0)]
+    assert points(loss, "injected corrupted batch: repeat") == [[70, 0], [70, 1]]
+    assert points(loss, "validation loss") == [[40, 1.5]] and points(loss, "test loss 4.20") == [[80, 4.2]]
+    assert [[40, 1.5], [80, 4.2]] in [line.get_xydata().tolist() for line in loss.lines]
+    assert points(loss, "unigram entropy of the test text 6.00") == [[0, 6], [1, 6]]
+    assert points(norm, "max_grad_norm 1.5") == [[0, 1.5], [1, 1.5]] and z.get_yscale() == "symlog"
+    del run.metrics["z"]
+    assert draw_run(run).axes[-1].lines[0].get_ydata().tolist() == [0.5] * 80, "clip coefficients"
 
 
 @pytest.mark.parametrize("kind", ["plain", "diverged", "without z", "one step", "zero norms"])

@@ -12,6 +12,7 @@ from experiments.paper.collect import collect
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES
 from experiments.paper.footnotes import describe_runs
+from experiments.paper.measures import MEASURES, clip_and_step_seconds
 from experiments.paper.render import as_csv, escape_latex, fill_table, latex, markdown
 from experiments.paper.tables_and_figures import SPIKE_LAB, STRATEGIES, TABLES
 from tests.experiments.written_runs import (
@@ -21,6 +22,7 @@ from tests.experiments.written_runs import (
     run_of,
     score,
     with_settings,
+    without,
     write_run,
 )
 from training.config.compose import saved_identity, to_yaml
@@ -111,6 +113,61 @@ def test_footnote_names_all_steps_of_corrupted_batches(everything):
     }
     text = describe_runs([runs[key], runs[key]._replace(config=config)], [0])
     assert "injected at steps 80, corrupted batches of kind repeat injected at steps 80, 100, 120" in text
+
+
+def test_footnote_describes_scale_commit_and_sizes(everything):
+    """999,900 parameters are a million, and a rate that is the paper's is named once."""
+    run = everything.runs[STRATEGIES["ZClip"], 0]
+    config = {**run.config, "paper": {**run.config["paper"], "lr_scale": 1}}
+    start = {"commit": "abcdefgh1", "uncommitted_changes": True}
+    text = describe_runs(
+        [run._replace(config=config, starts=[start], result={**run.result, "parameters": 999_900})], [0]
+    )
+    assert "(1M parameters), 287k tokens" in text and ", learning rate 0.001 in the paper, corrupted" in text
+    assert text.endswith(", commit abcdefgh with uncommitted changes")
+
+
+def test_footnote_describes_the_items_behind_scores(everything):
+    runs = {
+        key: run._replace(scores=[{**run.scores[0], "items": 50 + 50 * key[1], "truncated_fraction": 0.004 * key[1]}])
+        for key, run in everything.runs.items()
+    }
+
+    def text(runs):
+        return markdown(fill_table(TABLES["table3"], everything._replace(runs=runs)))
+
+    assert "Items: HellaSwag on 50 or 100 or 150; their standard error is up to 4.0, and chance" in text(runs)
+    assert "up to 1% of the texts are longer than the context and truncated." in text(runs)
+    assert "truncated" not in text({key: run for key, run in runs.items() if key[1] < 2}), "less than half a percent"
+
+
+def test_measures_that_a_run_does_not_have_are_unknown(everything):
+    corrupted, baseline = (everything.runs[SPIKE_LAB["ZClip"][group], 0] for group in ("corrupted", "baseline"))
+    increase = MEASURES["test_loss_increase"].compute
+    assert increase(corrupted, baseline) == pytest.approx(0.05) and increase(baseline, baseline) is None
+    assert increase(corrupted, None) is increase(corrupted, baseline._replace(result={})) is None
+    short = {name: column[:50] for name, column in baseline.metrics.items()}
+    assert MEASURES["spikes"].compute(baseline._replace(metrics=short), None) is None, "no step can be one"
+    assert MEASURES["spikes"].compute(baseline, None) == 0
+    unclipped = {name: column for name, column in corrupted.metrics.items() if name != "spike"}
+    assert MEASURES["clipped_by_z"].compute(corrupted._replace(metrics=unclipped), None) is None
+    for seconds in ({}, {"clip": 0.0, "optimizer": 0.0}, {"optimizer": 1.0}):
+        assert clip_and_step_seconds(corrupted._replace(result={"step_seconds": seconds})) is None
+
+
+def test_share_of_clipped_steps_excludes_corrupted_and_nonfinite_ones(everything):
+    """14 of 140 steps are clipped; one of them is not finite, and three others are corrupted."""
+    run = everything.runs[SPIKE_LAB["ZClip"]["corrupted"], 0]
+    norms, clipped = run.metrics["grad_norm"].copy(), run.metrics["clipped"].copy()
+    norms[0], clipped[[79, 99, 119]] = np.nan, 1.0
+    modified = run._replace(metrics={**run.metrics, "grad_norm": norms, "clipped": clipped})
+    assert MEASURES["clipped"].compute(modified, None) == pytest.approx(100 * 13 / 137)
+
+
+def test_count_of_one_run_is_an_integer(everything):
+    one = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] == 0})
+    text = markdown(fill_table(TABLES["table3"], one))
+    assert "| Fixed 1.0 | 0 | 6 | 0.00 |" in text and "standard deviation over seeds" not in text
 
 
 def test_latex_escapes_every_special_character(everything):
@@ -276,6 +333,23 @@ def test_damaged_files_are_named_and_their_run_excluded(file, text, message, tab
     assert any(message in line and moved[key].path.name in line for line in collection.warnings), collection.warnings
     (unread,) = [line for line in collection.warnings if "unexpected" in line]
     assert unread.endswith(" excluded: config.yaml cannot be read")
+
+
+def test_zclip_run_needs_its_statistics_and_scores_may_lack_a_number(table3, tmp_path):
+    moved = moved_to(tmp_path, table3, "ZClip")
+    for (_, seed), place in moved.items():
+        metrics, scores = place.path / "metrics.jsonl", place.path / "task_scores.json"
+        if seed == 1:
+            metrics.write_text(metrics.read_text().replace('"std"', '"deviation"'))
+        scores.write_text(json.dumps({"scores": [score("hellaswag", 100, acc=None)]}))
+    collection = collect(moved, saved_identity)
+    assert collection.excluded == {(STRATEGIES["ZClip"], 1)}
+    assert collection.warnings[0].endswith("damaged (metrics.jsonl has no std): remove the folder to train it again")
+
+
+def test_notes_name_each_run_once(everything):
+    missing = without(everything, (STRATEGIES["ZClip"], 1))
+    assert missing.notes([("ZClip", STRATEGIES["ZClip"])] * 2) == ["not run: ZClip (seed 1)"]
 
 
 def test_folders_excluded_for_the_same_reason_are_listed_together(table3, tmp_path):

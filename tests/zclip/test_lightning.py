@@ -4,7 +4,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 import zclip
@@ -228,15 +229,30 @@ def test_missing_gradients_are_an_error(tmp_path):
 
 
 def test_each_optimizer_gets_an_unused_copy_of_the_strategy(tmp_path):
+    """The first optimizer's strategy goes on in a second training, in which there are more optimizers."""
+
     class CustomStrategy(ZClip):
         def __init__(self, **settings):
             super().__init__(**settings)
 
+    class ThreeOptimizers(TwoOptimizers):
+        def training_step(self, x, index):
+            self.manual_backward(self.net(x).square().mean() + self.other(x).square().mean())
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.other[0], self.other[2])]
+
     strategy = CustomStrategy(warmup_steps=5, max_grad_norm=0.1, max_consecutive_nonfinite=7)
-    _, callback = fit(TwoOptimizers(), tmp_path, callback=ClippingCallback(strategy))
+    strategy.prepare(build_model())  # its statistics exist, and must be copied too
+    callback = ClippingCallback(strategy)
+    fit(Automatic(fused=False), tmp_path, callback)
+    fit(ThreeOptimizers(), tmp_path, callback)
     for copy in callback.strategies:
         assert (copy.warmup_steps, copy.max_grad_norm, copy.max_consecutive_nonfinite) == (5, 0.1, 7)
-        assert int(copy.state["count"]) == STEPS
+    assert [int(strategy.state["count"]) for strategy in callback.strategies] == [2 * STEPS, STEPS, STEPS]
 
 
 def test_manual_optimization_ignores_the_loss(tmp_path):
@@ -271,6 +287,47 @@ def test_all_ranks_use_the_mean_loss(tmp_path):
     means = (torch.tensor(losses) + torch.tensor(other_losses)) / 2
     torch.testing.assert_close(state["losses"].float(), means)
     assert losses != other_losses and same(state, other_state) and same(weights, other_weights)
+
+
+class ShardOnCPU(FSDPStrategy):
+    """Lightning rejects `FSDPStrategy` itself without a GPU."""
+
+
+class Sharded(Automatic):
+    def configure_model(self):
+        if not isinstance(self.net, FullyShardedDataParallel):
+            self.net = FullyShardedDataParallel(self.net, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+class ManualLastLayer(Sharded):
+    """Trains a layer of which rank 0 has no part, and so no gradients."""
+
+    automatic_optimization = False
+
+    def training_step(self, x, index):
+        self.manual_backward(super().training_step(x, index))
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+
+
+def train_fsdp1_rank(rank: int, world: int, folder: str) -> list[dict]:
+    """Return the final states of the strategies of both modules."""
+    states = []
+    for module in (Sharded(fused=False), ManualLastLayer(fused=False)):
+        _, callback = fit(module, folder, strategy=ShardOnCPU(), devices=world, use_distributed_sampler=False)
+        states.append(callback.zclip.state)
+    return states
+
+
+def test_fsdp1_norm_is_that_of_the_whole_model(tmp_path):
+    """A rank without gradients takes part."""
+    states, other_states = gloo_pool.run(train_fsdp1_rank, 2, str(tmp_path), timeout=30)
+    model = build_model()
+    expected = train_plain(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    torch.testing.assert_close(states[0]["mean"], expected.state["mean"])
+    assert same(states, other_states) and states[1]["count"] == STEPS
 
 
 def test_raise_policy_names_parameters(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -129,6 +130,28 @@ def test_trainer_with_max_grad_norm_is_rejected(tmp_path):
     assert str(error.value) == (
         "max_grad_norm=1.0 is not allowed: give TrainingArguments max_grad_norm=0.0, ZClip clips the gradients"
     )
+
+
+def test_deepspeed_is_rejected(tmp_path, monkeypatch):
+    """DeepSpeed needs its package, so only the state says that it is used."""
+    callback = TrainerClippingCallback(zclip())
+    run = trainer(tmp_path, callback)
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError) as error:
+        callback.on_train_begin(run.args, run.state, run.control)
+    assert str(error.value) == (
+        "DeepSpeed is not supported: its engine reduces, clips and steps in one call, on gradients that the parameters "
+        "do not hold; shard with FSDP2 instead"
+    )
+
+
+def test_optimizer_skips_a_nonfinite_step(tmp_path):
+    run = trainer(tmp_path, TrainerClippingCallback(zclip()), max_steps=1)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.model.net[2].bias.register_hook(lambda gradient: gradient * torch.nan)
+    run.train()
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True)), "no weight decay either"
 
 
 def test_second_callback_is_rejected(tmp_path):
