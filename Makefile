@@ -1,4 +1,4 @@
-# A fresh machine with Python 3.11 or 3.12, make and git needs only `make train` or `make test`.
+# A fresh machine with Python 3.11, 3.12 or 3.13, make and git needs only `make train` or `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

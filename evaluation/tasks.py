@@ -99,6 +99,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     for library in ("lm_eval", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # each opening of a local file would send a request
     file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
     try:
         manager = TaskManager(include_defaults=file is None)

