@@ -19,9 +19,10 @@ from zclip import ClippingStrategy, ZClip
 class ClippingCallback(pl.Callback):
     """Run a clipping strategy before every optimizer step.
 
-    The norm is taken over the optimizer's parameters. Strategies that use the loss get its mean over the global batch
-    under automatic optimization, except in fp16, where Lightning has scaled it. Each of several optimizers has its own
-    statistics: the first one uses `strategy`, the others use copies of it.
+    The norm is taken over the optimizer's parameters; under FSDP1, which flattens them, over the whole module.
+    Strategies that use the loss get its mean over the global batch under automatic optimization, except in fp16, where
+    Lightning has scaled it. Each of several optimizers has its own statistics: the first one uses `strategy`, the
+    others use copies of it.
 
     Args:
         strategy: any `ClippingStrategy`. Its telemetry is `callback.strategy.telemetry`, and with several optimizers
