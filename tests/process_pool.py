@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -25,7 +26,15 @@ CHECKOUT = Path(__file__).parent.parent
 #: Modules that take long to import.
 PRELOADED = (
     "training.run",
+    "training.launch.cli",
     "training.launch.plan",
+    "training.launch.sweep",
+    "training.config.checks",
+    "experiments.run.plot",
+    "experiments.run.summary",
+    "rich._emoji_codes",
+    "threadpoolctl",
+    "torch.utils.serialization.config",
     "matplotlib.pyplot",
     "datasets",
     "scipy.stats",
@@ -214,12 +223,18 @@ def _serve() -> dict[str, Any] | None:
 
 
 def _fill_caches() -> None:
-    """Do what is slow the first time: parse an override, find the fonts, and draw text."""
+    """Do what is slow the first time: parse an override, plan a run, find the fonts, and draw text."""
+    from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from matplotlib import pyplot
 
+    from training.config.compose import load_config
+    from training.launch.plan import plan
+
     overrides = ["a.b=[1,x]", "c=1e-3,'y'", "+d=null", "~e", "f={g:true}", "h=a/b_c.d-e", "i=glob(*)"]
     OverridesParser.create().parse_overrides(overrides)
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        plan(load_config(compose("train", ["lr=1e-3"])))
     figure, axes = pyplot.subplots(layout="constrained")
     axes.set(title="title", yscale="log", ylim=(0.1, 10))
     figure.savefig(BytesIO(), dpi=50)
@@ -238,7 +253,27 @@ def _become(request: dict[str, Any]) -> None:
     sys.argv = request["command"]
     paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, paths)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status: Any = None
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    if "RANK" in os.environ or not isinstance(status, int | None):
+        sys.exit(status)
+    _exit(status or 0)
+
+
+def _exit(status: int) -> None:
+    """End this process as the interpreter does, except that modules stay in memory.
+
+    A fork that takes them down copies the server's memory first, which takes longer than many programs. Ranks do it, as
+    a rank may wait there for another.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
