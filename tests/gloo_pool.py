@@ -1,8 +1,8 @@
 """Run functions in several gloo processes, which start with their slow imports done.
 
-`run` keeps one server process that imports the module of each function once, and forks for each rank. A rank has the
-environment that torchrun gives it and no process group: the function, or the library it tests, initializes one. A
-function that fails or hangs therefore leaves nothing behind for the next one.
+`run` keeps one server process, a fork of that of process_pool.py, which imports the module of each function once and
+forks for each rank. A rank has the environment that torchrun gives it and no process group: the function, or the
+library it tests, initializes one. A function that fails or hangs therefore leaves nothing behind for the next one.
 """
 
 import atexit
@@ -10,12 +10,11 @@ import gc
 import importlib
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from pathlib import Path
@@ -25,10 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tests.process_pool import CHECKOUT, rank_environments
+from tests.process_pool import CHECKOUT, Job, rank_environments
 
-#: Modules that training imports when it first runs; each rank would import them anew.
-PRELOADED = ("torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp")
 _servers: list["_Server"] = []
 
 
@@ -37,7 +34,7 @@ class RankError(AssertionError):
 
 
 class _Server(NamedTuple):
-    process: subprocess.Popen[bytes]
+    job: Job
     connection: Connection
 
 
@@ -76,8 +73,9 @@ def run(function: Callable[..., Any], world: int, *arguments: Any, timeout: floa
             connection.send(request)
             failure: str | None = connection.recv()
         except EOFError:
+            output = "".join(_servers[0].job.output())
             _stop()
-            raise RankError("the server of tests/gloo_pool.py has ended, see its output") from None
+            raise RankError(f"the server of tests/gloo_pool.py has ended: {output}") from None
         except BaseException:  # such as Ctrl-C: the answer of this call must not be taken for that of the next
             _stop()
             raise
@@ -87,14 +85,14 @@ def run(function: Callable[..., Any], world: int, *arguments: Any, timeout: floa
 
 
 def _start() -> _Server:
-    ours, theirs = Pipe()
-    command = [sys.executable, "-m", "tests.gloo_pool", str(theirs.fileno())]
-    process = subprocess.Popen(
-        command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-    )
-    theirs.close()
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen()
+        listener.settimeout(100)
+        job = Job("tests/gloo_pool.py", [f"{folder}/socket"], CHECKOUT, {"PYTHONPATH": str(CHECKOUT)})
+        connection = Connection(listener.accept()[0].detach())
     atexit.register(_stop)
-    return _Server(process, ours)
+    return _Server(job, connection)
 
 
 def _stop() -> None:
@@ -102,8 +100,9 @@ def _stop() -> None:
     while _servers:
         server = _servers.pop()
         server.connection.close()
-        os.killpg(server.process.pid, signal.SIGKILL)
-        server.process.wait()
+        if server.job.poll() is None:
+            os.killpg(server.job.pid, signal.SIGKILL)
+            server.job.wait()
 
 
 def _serve(connection: Connection) -> None:
@@ -183,8 +182,9 @@ def _become(rank: int, request: _Request) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(CHECKOUT)
     torch.set_num_threads(1)
-    for module in PRELOADED:
-        importlib.import_module(module)
-    _serve(Connection(int(sys.argv[1])))
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(sys.argv[1])
+    _serve(Connection(client.detach()))
     os.killpg(0, signal.SIGKILL)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,9 @@ TINY = (
 #: Settings of two processes, and of two that share the model.
 TWO = ("trainer.devices=2", "trainer.micro_batch_size=4")
 FSDP = (*TWO, "trainer.strategy=fsdp")
+
+#: What the fixture `once` returns.
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 #: A case that only `make test-all` runs.
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
@@ -80,6 +83,13 @@ def train(
     if processes > 1:
         return run_ranks("train.py", *overrides, processes=processes, cwd=cwd, env=env, timeout=timeout)
     return run("train.py", *overrides, cwd=cwd, env=env, timeout=timeout)
+
+
+def train_to_end(*overrides: str, cwd: Path, processes: int = 1, env: dict[str, str] | None = None) -> str:
+    """Run train.py, which must succeed, and return its output."""
+    done = train(*overrides, cwd=cwd, processes=processes, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def script(name: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

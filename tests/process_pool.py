@@ -1,31 +1,45 @@
 """Run train.py and the scripts as processes that start with their slow imports done.
 
-One server process for each pytest worker has imported Lightning and the rest, and forks for each program. The fork has
-its own folder, arguments, environment and output, and is the program from its first line to its exit. Tests of what is
-imported, and of signals during imports, use `subprocess`.
+One server process has imported Lightning and the rest, and forks for each program. All workers of pytest-xdist share
+it: the first to need it starts it, and it ends with the last. The fork has its own folder, arguments, environment and
+output, and is the program from its first line to its exit. Tests of what is imported, and of signals during imports,
+use `subprocess`.
 """
 
 import atexit
+import errno
 import gc
 import importlib
-import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import Any
+from uuid import uuid4
 
 CHECKOUT = Path(__file__).parent.parent
 #: Modules that take long to import.
 PRELOADED = (
     "training.run",
+    "training.launch.cli",
     "training.launch.plan",
+    "training.launch.sweep",
+    "training.config.checks",
+    "experiments.run.plot",
+    "experiments.run.summary",
+    "rich._emoji_codes",
+    "threadpoolctl",
+    "torch.utils.serialization.config",
     "matplotlib.pyplot",
     "datasets",
     "scipy.stats",
@@ -36,18 +50,37 @@ PRELOADED = (
 )
 #: Seconds after which the other ranks are killed when one has failed; the program waits 5 s before it reports.
 RANK_GRACE = 8.0
-_servers: list[subprocess.Popen[str]] = []
+#: The socket of the server, one for each run of pytest.
+ADDRESS = Path(gettempdir(), f"zclip-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or uuid4().hex}")
+#: The environment of programs: that of the tests, before any of them has changed it.
+ENVIRONMENT = dict(os.environ)
+_connections: list[Connection] = []
 
 
 def _request(message: dict[str, Any]) -> Any:
-    """Send a request to the server, which is started by the first one, and return its answer."""
-    if not _servers:
-        _servers.append(subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, cwd=CHECKOUT))
-        atexit.register(_servers[0].kill)
-    server = _servers[0]
-    assert server.stdin is not None and server.stdout is not None
-    print(json.dumps(message), file=server.stdin, flush=True)
-    return json.loads(server.stdout.readline())
+    """Send a request to the server, and return its answer."""
+    if not _connections:
+        _connections.append(_connect())
+    _connections[0].send(message)
+    return _connections[0].recv()
+
+
+def _connect() -> Connection:
+    """Connect to the server, which is started unless another process has."""
+    server: subprocess.Popen[bytes] | None = None
+    while True:
+        client = socket.socket(socket.AF_UNIX)
+        if not client.connect_ex(str(ADDRESS)):
+            return Connection(client.detach())
+        client.close()
+        if server is None:
+            command, null = [sys.executable, __file__, str(ADDRESS)], subprocess.DEVNULL
+            server = subprocess.Popen(
+                command, cwd=CHECKOUT, env=ENVIRONMENT, stdin=null, stdout=null, start_new_session=True
+            )
+        elif server.poll():
+            raise RuntimeError("the server of tests/process_pool.py has ended, see its output")
+        time.sleep(0.01)
 
 
 class Job:
@@ -200,26 +233,49 @@ def run_ranks(
     return subprocess.CompletedProcess(jobs[0].args, status, out, err)
 
 
-def _serve() -> dict[str, Any] | None:
-    """Answer each request. Return the request in a fork, and `None` in the server when there are no more."""
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
-            return request
-        print(json.dumps(answer), flush=True)
-    return None
+def _serve(listener: socket.socket) -> dict[str, Any] | None:
+    """Answer the requests of all clients. Return the request in a fork, and `None` in the server without clients."""
+    clients: list[Connection] = []
+    while True:
+        for ready in wait([listener, *clients]):
+            if ready is listener:
+                clients.append(Connection(listener.accept()[0].detach()))
+                continue
+            assert isinstance(ready, Connection)
+            try:
+                request: dict[str, Any] = ready.recv()
+            except (EOFError, ConnectionResetError):
+                clients.remove(ready)
+                if not clients:
+                    ADDRESS.unlink(missing_ok=True)
+                    if not wait([listener], 0):
+                        return None
+                continue
+            if "poll" in request:
+                pid, status = os.waitpid(request["poll"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+            elif not (answer := os.fork()):
+                listener.close()
+                for client in clients:
+                    client.close()
+                return request
+            with suppress(BrokenPipeError):  # the client was killed
+                ready.send(answer)
 
 
 def _fill_caches() -> None:
-    """Do what is slow the first time: parse an override, find the fonts, and draw text."""
+    """Do what is slow the first time: parse an override, plan a run, find the fonts, and draw text."""
+    from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from matplotlib import pyplot
 
+    from training.config.compose import load_config
+    from training.launch.plan import plan
+
     overrides = ["a.b=[1,x]", "c=1e-3,'y'", "+d=null", "~e", "f={g:true}", "h=a/b_c.d-e", "i=glob(*)"]
     OverridesParser.create().parse_overrides(overrides)
+    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+        plan(load_config(compose("train", ["lr=1e-3"])))
     figure, axes = pyplot.subplots(layout="constrained")
     axes.set(title="title", yscale="log", ylim=(0.1, 10))
     figure.savefig(BytesIO(), dpi=50)
@@ -238,15 +294,46 @@ def _become(request: dict[str, Any]) -> None:
     sys.argv = request["command"]
     paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, paths)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status: Any = None
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    if "RANK" in os.environ or not isinstance(status, int | None):
+        sys.exit(status)
+    _exit(status or 0)
+
+
+def _exit(status: int) -> None:
+    """End this process as the interpreter does, except that modules stay in memory.
+
+    A fork that takes them down copies the server's memory first, which takes longer than many programs. Ranks do it, as
+    a rank may wait there for another.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
-    sys.path[0] = str(CHECKOUT)
-    for module in PRELOADED:
-        importlib.import_module(module)
-    _fill_caches()
-    gc.freeze()  # memory stays shared with forks
-    if (request := _serve()) is not None:
-        _become(request)
+    ADDRESS = Path(sys.argv[1])
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(ADDRESS))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # by a server that was started at the same time
+                sys.exit()
+            raise
+        listener.listen()
+        sys.path[0] = str(CHECKOUT)
+        for module in PRELOADED:
+            importlib.import_module(module)
+        _fill_caches()
+        gc.freeze()  # memory stays shared with forks
+        request = _serve(listener)
+    if request is None:
+        os._exit(0)
+    _become(request)

@@ -16,7 +16,19 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from models import Llama
 from models.hugging_face import export
-from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, copy_run, ranks, read_jsonl, script, start, train
+from tests.helpers import (
+    CHECKOUT,
+    FSDP,
+    SLOW,
+    compose_config,
+    copy_run,
+    ranks,
+    read_jsonl,
+    script,
+    start,
+    train,
+    train_to_end,
+)
 from training.checkpoint.format import is_valid, load_model_state
 from training.config.checks import check
 from training.config.identity import run_path
@@ -60,12 +72,9 @@ def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(settings, tmp_path_factory) -> Path:
+def runs(settings, once) -> Path:
     """Return the folder of the runs of all modes, with the run of one process."""
-    folder = tmp_path_factory.mktemp("modes")
-    done = train(*settings, "name=one", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return once("modes", lambda folder: train_to_end(*settings, "name=one", cwd=folder))
 
 
 def processes(mode: str) -> int:

@@ -18,6 +18,7 @@ from tests.helpers import (
     same,
     start,
     train,
+    train_to_end,
     wait_for_steps,
 )
 from training.checkpoint.fork import find_fork_source
@@ -47,10 +48,9 @@ def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def fragile(settings, tmp_path_factory) -> tuple[tuple[str, ...], dict[str, str]]:
+def fragile(settings, once) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return settings and environment of a run in which batches 21 to 26 give non-finite steps."""
-    folder = tmp_path_factory.mktemp("fragile")
-    (folder / "fragile.py").write_text(FRAGILE)
+    folder = once("fragile", lambda folder: (folder / "fragile.py").write_text(FRAGILE))
     overrides = (
         *settings, "clip._target_=fragile.Fragile", "data.corruption.steps=[21,22,23,24,25,26]",
         "data.corruption.kind=random", "trainer.max_consecutive_nonfinite=3", "trainer.log_every=2", "name=x",
@@ -59,13 +59,16 @@ def fragile(settings, tmp_path_factory) -> tuple[tuple[str, ...], dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def rewound_run(fragile, tmp_path_factory) -> tuple[Path, str]:
+def rewound_run(fragile, once) -> tuple[Path, str]:
     """Return the folder of that run, rewound twice, with all of its checkpoints; and what the run has printed."""
     settings, env = fragile
-    folder = tmp_path_factory.mktemp("rewound")
-    done = train(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    return only_run(folder), done.stdout
+
+    def fill(folder: Path) -> None:
+        output = train_to_end(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=folder, env=env)
+        (folder / "output").write_text(output)
+
+    folder = once("rewound", fill)
+    return only_run(folder), (folder / "output").read_text()
 
 
 def losses(path: Path) -> list[float | None]:

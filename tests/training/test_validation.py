@@ -24,6 +24,7 @@ from tests.helpers import (
     read_jsonl,
     start,
     train,
+    train_to_end,
     wait_for_steps,
 )
 from training.validation.loss import ValidationSet, bits_per_byte
@@ -71,12 +72,9 @@ def tasks(sets: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def validated_run(settings, tasks, tmp_path_factory) -> Path:
+def validated_run(settings, tasks, once) -> Path:
     """Return the folder of a run that evaluates on held-out text and on a task."""
-    folder = tmp_path_factory.mktemp("validated")
-    done = train(*settings, *tasks, "name=x", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return only_run(folder)
+    return only_run(once("validated", lambda folder: train_to_end(*settings, *tasks, "name=x", cwd=folder)))
 
 
 def test_evaluations_leave_training_unchanged(validated_run, finished_run):
