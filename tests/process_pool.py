@@ -47,6 +47,8 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch._dynamo",
+    "lm_eval.tasks",
+    "lm_eval.evaluator",
 )
 #: Seconds after which the other ranks are killed when one has failed; the program waits 5 s before it reports.
 RANK_GRACE = 8.0
