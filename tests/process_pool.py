@@ -331,10 +331,12 @@ if __name__ == "__main__":
             raise
         listener.listen()
         sys.path[0] = str(CHECKOUT)
+        gc.disable()  # imports make no garbage
         for module in PRELOADED:
             importlib.import_module(module)
         _fill_caches()
         gc.freeze()  # memory stays shared with forks
+        gc.enable()
         request = _serve(listener)
     if request is None:
         os._exit(0)
