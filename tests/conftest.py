@@ -3,6 +3,7 @@
 The fixtures of runs are made once for all pytest workers. A test that changes a run takes a copy, by `copy_run`.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+# Until the tests are collected: imports make no garbage, and much that a collection would look through.
+gc.disable()
 # Before torch is imported: tests run in parallel, and more threads spin while they wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -24,6 +27,12 @@ SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests on a SLURM cluster: they take longest, and mostly wait while others run."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but not what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,8 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch._dynamo",
+    "lm_eval.tasks",
+    "lm_eval.evaluator",
 )
 #: Seconds after which the other ranks are killed when one has failed; the program waits 5 s before it reports.
 RANK_GRACE = 8.0
@@ -329,10 +331,12 @@ if __name__ == "__main__":
             raise
         listener.listen()
         sys.path[0] = str(CHECKOUT)
+        gc.disable()  # imports make no garbage
         for module in PRELOADED:
             importlib.import_module(module)
         _fill_caches()
         gc.freeze()  # memory stays shared with forks
+        gc.enable()
         request = _serve(listener)
     if request is None:
         os._exit(0)

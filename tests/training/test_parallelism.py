@@ -29,6 +29,7 @@ from tests.helpers import (
     train,
     train_to_end,
 )
+from tests.process_pool import run
 from training.checkpoint.format import is_valid, load_model_state
 from training.config.checks import check
 from training.config.identity import run_path
@@ -112,6 +113,35 @@ def test_every_mode_has_the_losses_and_clipping_decisions_of_one_process(mode, r
         reference = load_model_state(max((runs / "runs" / "main" / "one" / "checkpoints").glob("*.ckpt")))
         assert weights.keys() == reference.keys()
         assert all(torch.allclose(weights[name], reference[name], atol=2e-3) for name in reference)
+
+
+#: train.py whose ranks do not train: each writes its arguments, and rank 0 a result.
+RANKS_WRITE = """
+import os
+import shutil
+import sys
+from pathlib import Path
+
+if "RANK" in os.environ:
+    Path("rank-" + os.environ["RANK"]).write_text("\\n".join(sys.argv[1:]))
+    if os.environ["RANK"] == "0":
+        Path("runs/main/x").mkdir(parents=True)
+        shutil.copy(os.environ["RESULT"], "runs/main/x")
+else:
+    program = Path(os.environ["PYTHONPATH"], "train.py")
+    exec(compile(program.read_text(), program, "exec"))
+"""
+
+
+def test_run_on_two_processes_starts_them_with_its_settings_and_shows_their_result(tiny, finished_run, tmp_path):
+    (tmp_path / "ranks_write.py").write_text(RANKS_WRITE)
+    settings = (*tiny, *FSDP, "name=x")
+    env = {"PYTHONPATH": str(CHECKOUT), "RESULT": str(finished_run / "result.json")}
+    done = run(str(tmp_path / "ranks_write.py"), *settings, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [(tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1)] == [list(settings)] * 2
+    loss = json.loads((finished_run / "result.json").read_text())["test_loss"]
+    assert f"{loss:.3f} nats/token" in done.stdout
 
 
 def test_run_resumes_on_another_number_of_processes(sharded_run, tiny, tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,12 +236,21 @@ def test_resume_rejects_damaged_metrics(damage, problem, finished_run, tiny, run
     assert problem in (path / "failure.txt").read_text()
 
 
-def test_resume_rejects_changed_text(tiny, corpus, run_in_process, tmp_path):
-    texts = shutil.copytree(corpus, tmp_path / "texts")
-    settings = (*tiny, f"data.path={texts}", "trainer.max_steps=4")
+@pytest.fixture
+def small_text(corpus, tmp_path) -> Path:
+    """A folder with two documents."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for file in sorted(corpus.iterdir())[:2]:
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_resume_rejects_changed_text(tiny, small_text, run_in_process, tmp_path):
+    settings = (*tiny, f"data.path={small_text}", "trainer.max_steps=4")
     run_in_process(*settings)
     (only_run(tmp_path) / "result.json").unlink()
-    (texts / "more.txt").write_text("more text")
+    (small_text / "more.txt").write_text("more text")
     with pytest.raises(UserError, match=r"^the text of data\.path=\S+ has changed: "):
         run_in_process(*settings)
 
@@ -272,14 +282,13 @@ def test_gradient_accumulation_changes_only_rounding(finished_run, tiny, run_in_
     assert abs(losses[0] - losses[1]).max() < 1e-3
 
 
-def test_finished_run_reports_changed_text(tiny, corpus, run_in_process, tmp_path):
-    text = shutil.copytree(corpus, tmp_path / "text")
-    settings = (*tiny, f"data.path={text}", "trainer.max_steps=2")
+def test_finished_run_reports_changed_text(tiny, small_text, run_in_process, tmp_path):
+    settings = (*tiny, f"data.path={small_text}", "trainer.max_steps=2")
     run_in_process(*settings)
     warning = "the text or tokenizer differs from this run's, or has moved"
     done = train(*settings, cwd=tmp_path)
     assert "finished already" in done.stdout and warning not in done.stdout, done.stdout + done.stderr
-    sorted(text.iterdir())[0].write_text("other words " * 100)
+    sorted(small_text.iterdir())[0].write_text("other words " * 100)
     done = train(*settings, cwd=tmp_path)
     assert "finished already" in done.stdout and warning in done.stdout, done.stdout + done.stderr
 

@@ -340,20 +340,52 @@ def test_swallowed_signal_is_raised_again(swallowed_by, settings, tmp_path):
     assert not any(tmp_path.glob("runs/main/*/metrics.jsonl")) and not any(tmp_path.glob("runs/main/*/failure.txt"))
 
 
-def test_failing_rank_ends_the_run_with_its_traceback_first(settings, tmp_path):
-    (tmp_path / "failing.py").write_text(
-        "import os\nfrom zclip import ZClip\n\nclass Failing(ZClip):\n    steps = 0\n\n"
-        "    def step(self, *args, **kwargs):\n        self.steps += 1\n"
-        "        if self.steps == 5 and os.environ['RANK'] == '1':\n            raise RuntimeError('step 5 failed')\n"
-        "        return super().step(*args, **kwargs)\n"
-    )
+#: A strategy that fails in the second step of rank 1.
+FAILING = """
+import os
+
+from zclip import ZClip
+
+
+class Failing(ZClip):
+    steps = 0
+
+    def step(self, *args, **kwargs):
+        self.steps += 1
+        if self.steps == 2 and os.environ["RANK"] == "1":
+            raise RuntimeError("step 2 failed")
+        return super().step(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def failing(settings, tmp_path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return settings and environment of a run on two processes of which one fails."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    return (*settings, *FSDP, "clip._target_=failing.Failing"), {"PYTHONPATH": str(tmp_path)}
+
+
+def test_failing_rank_reports_its_traceback_before_other_ranks(failing, tmp_path):
+    settings, env = failing
+    run = Ranks(*settings, cwd=tmp_path, **env)
+    assert run.jobs[1].wait(timeout=60) == 1, run.errors()
+    statuses, errors = [job.poll() for job in run.jobs], run.errors()
+    run.kill()
+    lines = errors[1].splitlines()
+    assert lines[0] == "process 1 of the run has failed:" and lines[-1] == "RuntimeError: step 2 failed", errors[1]
+    assert statuses[0] is None and errors[0] == "", "rank 0 waits until the launcher ends it"
+
+
+@pytest.mark.slow
+def test_failing_rank_ends_the_run_with_its_traceback_first(failing, tmp_path):
+    """With the launcher and new processes; see also what the launcher does when a process ends."""
+    settings, env = failing
     began = time.monotonic()
-    settings = (*settings, *FSDP, "clip._target_=failing.Failing")
-    done = train(*settings, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    done = train(*settings, cwd=tmp_path, env=env)
     assert time.monotonic() - began < 60
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and lines[0] == "process 1 of the run has failed:", done.stderr
-    assert lines[-1] == "RuntimeError: step 5 failed"
+    assert lines[-1] == "RuntimeError: step 2 failed"
 
 
 @needs_linux
