@@ -284,6 +284,16 @@ def _fill_caches() -> None:
     pyplot.close(figure)
 
 
+def _forget_plugins() -> None:
+    """Let Hydra look for its plugins again."""
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    Singleton._instances.pop(Plugins, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hydra_plugins"]:
+        del sys.modules[name]
+
+
 def _become(request: dict[str, Any]) -> None:
     """Run the requested program in this process."""
     os.setsid()
@@ -296,6 +306,8 @@ def _become(request: dict[str, Any]) -> None:
     sys.argv = request["command"]
     paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, paths)]
+    if any(paths):
+        _forget_plugins()  # there may be others
     status: Any = None
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

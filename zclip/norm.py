@@ -128,7 +128,7 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
     device = tensors[0].device if tensors else shards[0].parameter.device
     dtype = statistics_dtype(device)
     local_norms = iter(_local_norms(tensors))
-    zero = torch.zeros((), device=device)
+    zero = torch.zeros((), dtype=dtype, device=device)
     norms = [zero if gradient is None else next(local_norms).to(device, dtype) for gradient in gradients]
     return sum_over_ranks(shards, torch.stack(norms).square()).sqrt()
 
