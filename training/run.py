@@ -132,7 +132,7 @@ def fit(run: Run, start: Start) -> bool:
     """
     with run.display, override_handler(run.stop.request):
         # Checkpoints are our own files, and hold more than tensors.
-        run.trainer.fit(run.module, train_dataloaders=run.loader, ckpt_path=start.checkpoint, weights_only=False)
+        run.trainer.fit(run.module, train_dataloaders=run.loader, ckpt_path=start.checkpoint, weights_only=True)
     # After a rewind the folder already ends at an earlier step, which is then the one to report.
     rewound_to = run.guard.rewind() if run.guard.limit_reached else None
     if signum := run.stop.global_signal or run.stop.local_signal:

@@ -3,10 +3,14 @@
 A folder has a file for each process that saved, and `.metadata` with the place of each tensor. Lightning's `meta.pt`
 has the state that is not in tensors. A checksum is written last. Any number of processes can load it. Each record of
 either kind is an archive with checksums of its own; the checksum file has that of `.metadata`.
+
+A checkpoint may come from somebody else, so nothing in it is executed: archives are read with `weights_only=True`, and
+`.metadata`, which torch pickles, by an unpickler that knows only the classes of an index.
 """
 
 import hashlib
 import io
+import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +18,10 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -23,6 +29,51 @@ from common.files import commit, sha256
 
 #: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
+
+#: Classes and functions that an index may name, by module; of torch itself also the dtypes.
+INDEX_GLOBALS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+}  # fmt: skip
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in INDEX_GLOBALS.get(module, ()):
+            raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}, which no index of a checkpoint does")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader of a sharded checkpoint, which executes nothing of the index."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, INDEX).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{INDEX} is no index of a checkpoint")
+        outside = [
+            place for place in metadata.storage_data.values() if Path(place.relative_path).name != place.relative_path
+        ]
+        if outside:
+            raise pickle.UnpicklingError(f"{INDEX} names {outside[0].relative_path}, which is not a file of the folder")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's planner, which executes nothing of the objects that are no tensors."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
 def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: bool, group: Any) -> None:
@@ -56,21 +107,21 @@ def load_model_state(checkpoint: Path) -> dict[str, Tensor]:
         prefix = f"state_dict.{prefix}"
         state = _load_sharded(checkpoint, prefix)
     else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def load_full(checkpoint: Path) -> dict[str, Any]:
     """Return all of a checkpoint with full tensors on the CPU; those of a sharded one by their names in its index."""
     if not checkpoint.is_dir():
-        return torch.load(checkpoint, map_location="cpu", weights_only=False)
-    metadata = torch.load(checkpoint / METADATA, map_location="cpu", weights_only=False)
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    metadata = torch.load(checkpoint / METADATA, map_location="cpu", weights_only=True)
     return _load_sharded(checkpoint) | metadata
 
 
 def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
     """Return the entries of a folder whose names begin with a prefix: full tensors on the CPU, and other objects."""
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    stored = _Reader(checkpoint).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
@@ -78,7 +129,8 @@ def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
         for name, entry in stored.items()
         if name.startswith(prefix)
     }
-    load(state, checkpoint_id=checkpoint, no_dist=True)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)  # names are those of the index
+    load(state, storage_reader=_Reader(checkpoint), planner=planner, no_dist=True)
     return state
 
 
@@ -102,9 +154,9 @@ def _is_intact(record: BinaryIO) -> bool:
         return False  # torch reads nothing of an entry with the attribute of a folder
     record.seek(0)
     if isinstance(record, io.BytesIO):
-        torch.load(record, map_location="cpu", weights_only=False)
+        torch.load(record, map_location="cpu", weights_only=True)
     else:
-        torch.load(record.name, map_location="cpu", weights_only=False, mmap=True)  # finds tensors without reading them
+        torch.load(record.name, map_location="cpu", weights_only=True, mmap=True)  # finds tensors without reading them
     return True
 
 
@@ -131,7 +183,7 @@ def _records(checkpoint: Path) -> Iterator[BinaryIO]:
         return
     with (checkpoint / METADATA).open("rb") as file:
         yield file
-    stored = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+    stored = _Reader(checkpoint).read_metadata().storage_data.values()
     for place in sorted(stored, key=lambda place: (place.relative_path, place.offset)):
         with (checkpoint / place.relative_path).open("rb") as file:
             file.seek(place.offset)
