@@ -323,7 +323,7 @@ def test_sweep_trains_each_combination_once(tiny, tmp_path):
 
 
 def test_diverging_run_ends_with_a_result(diverged_run):
-    result = json.loads((diverged_run / "result.json").read_text())
+    result = json.loads((diverged_run / "result.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert result["test_loss"] is None or result["test_loss"] > result["unigram_entropy"]
     out = io.StringIO()
     Console(file=out, width=100).print(table(result, title="result"))
