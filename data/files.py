@@ -33,13 +33,26 @@ def unpacked(file: Path) -> Iterator[Any]:
         yield content
 
 
+class _SmallReads(io.RawIOBase):
+    """Reads 8 KiB at most: Python 3.12 reads 128 KiB ahead of what it has unpacked."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed = packed
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._packed.read(min(size, 1 << 13) if size >= 0 else 1 << 13)
+
+
 def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
     """Return a binary file that reads the content of an open one.
 
     A file that is cut off raises an error, unless only a `sample` is read: then as little as possible is unpacked.
     """
     if suffix == ".gz":
-        return gzip.open(packed)
+        return gzip.open(_SmallReads(packed) if sample else packed)
     if suffix == ".xz":
         return lzma.open(packed)
     if suffix == ".zst" and sample:

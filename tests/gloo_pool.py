@@ -167,6 +167,8 @@ def _become(rank: int, request: _Request) -> None:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ |= rank_environments(request.world, request.port)[rank]
+        # A forked process makes torch's thread pool anew. Threads of autograd that do so at the same time abort.
+        torch.set_num_threads(1)
         function = attrgetter(request.name)(sys.modules[request.module])
         torch.save(function(rank, request.world, *request.arguments), request.folder / f"{rank}.pt")
         if dist.is_initialized():
