@@ -107,14 +107,15 @@ class Corpus:
         sizes = [source.plain_bytes() for source in self.sources]
         if None not in sizes and sequence_length >= (size := sum(sizes)):  # type: ignore[arg-type]
             raise text_too_short(sequence_length, f"the text has {size:,} bytes")
+        tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
         for source in self.sources:
             first_documents = list(itertools.islice(Stream(source), 2))
             if not first_documents:
                 raise source.error("holds no text")
             if len(first_documents) == len(self.sources) == 1:
                 raise source.error(f"is one document: {ONE_MORE}")
-            if self.tokenizer is not None:
-                load_tokenizer(self.tokenizer).encode([first_documents[0].text])
+            if tokenizer is not None:
+                tokenizer.encode([first_documents[0].text])
 
 
 def corpus_from(config: DataConfig) -> Corpus:

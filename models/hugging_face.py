@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import ConfigError, one_line
 from models.config import LlamaConfig
-from models.hugging_face_config import FORMATS
+from models.hugging_face_config import FIXED, FORMATS
 from models.llama import Llama
 
 CONFIG = "config.json"
@@ -42,9 +42,7 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,  # read by transformers 4; transformers 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **FIXED,
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "pad_token_id": None,

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from common.settings import parse
 from models.config import LlamaConfig
 
+#: Fields that every model of ours has with these values, which are the format's defaults too.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
 
 class RopeParameters(BaseModel):
     """Rotary positions: `rope_parameters` of transformers 5, `rope_scaling` of transformers 4."""
@@ -67,11 +70,8 @@ class LlamaFormat(BaseModel):
     def differences(self, config: LlamaConfig) -> dict[str, Any]:
         """Return the fields that no `Llama` of this shape can have, with their values."""
         other_layers = [name for name in self.layer_types or () if name != "full_attention"]
-        checks = {
-            "hidden_act": (self.hidden_act, "silu"),
-            "attention_bias": (self.attention_bias, False),
+        checks = {name: (getattr(self, name), value) for name, value in FIXED.items()} | {
             "attention_dropout": (self.attention_dropout, 0.0),
-            "mlp_bias": (self.mlp_bias, False),
             "use_sliding_window": (self.use_sliding_window, False),
             "layer_types": (other_layers, []),
             "quantization_config": (self.quantization_config, None),
