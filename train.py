@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from common.console import make_console
 from common.errors import UserError
 from common.files import write_atomic
 from common.text import overrides_dict
@@ -52,7 +53,7 @@ def main(cfg: DictConfig) -> float | None:
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
         if config.plan:
-            Console().print(plan_table(config))
+            make_console(soft_wrap=False).print(plan_table(config))
         elif config.print_run_dir:
             print(run_dir.path)
         else:
@@ -75,7 +76,7 @@ def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
 
 def run_or_show(config: Config, run_dir: RunDir) -> dict:
     """Return the result of a run, which is trained unless it is finished, and print it."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=rank() > 0)
+    console = make_console(quiet=rank() > 0)
     result = run_dir.read_result()
     if result is not None:
         report_finished(config, run_dir, console)
@@ -147,5 +148,5 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
 if __name__ == "__main__":
     status = command_line(main)
     if len(completed_jobs) > 1:
-        Console().print(comparison(completed_jobs))
+        make_console(soft_wrap=False).print(comparison(completed_jobs))
     sys.exit(status)

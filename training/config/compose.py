@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors
+from common.reading import MOST_YAML, parse_yaml, read_bytes
 from common.settings import parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
@@ -55,7 +56,7 @@ def load_config(cfg: DictConfig) -> Config:
 def read_config(path: Path) -> Config:
     """Return the configuration in a config.yaml; raise `UserError` if it is damaged, or of another version."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = parse_yaml(read_bytes(path, MOST_YAML))
         if not isinstance(plain, dict):
             raise ValueError("no mapping of settings")
         return parse(Config, plain)
@@ -64,7 +65,7 @@ def read_config(path: Path) -> Config:
             f"{path} is not a configuration of this version ({error}): a run of another version cannot be read or "
             "continued; choose another name"
         ) from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
 
 

@@ -11,9 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
-from rich.console import Console
 from rich.table import Table
 
+from common.console import make_console
 from common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
@@ -131,7 +131,7 @@ def print_plans(jobs: Sequence[Job]) -> None:
         lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     console.print(table, soft_wrap=False)
     console.print("\n".join(lines))
 
