@@ -17,12 +17,13 @@ from common.settings import fields_of
 from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, train
 from training.config.checks import check
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
-from training.config.identity import identity, run_name, run_path
+from training.config.identity import differences, identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
 from training.launch.sweep import CheckSweep
+from training.run import prepare_tokens
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -254,6 +255,27 @@ def test_taken_name_is_refused(finished_run, tiny, refusal, tmp_path, monkeypatc
     line = refusal(*tiny, f"name={run.name}", "lr=1e-4")
     assert f"name={run.name} is taken" in line and "lr=0.0001 (there: 0.003)" in line
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_checkpoint_says_what_a_run_was_trained_with(finished_run, tiny, checked, refusal, tmp_path, monkeypatch):
+    """config.yaml may be lost: it is made again from the same settings only. It may not say what was not trained."""
+    run = copy_run(finished_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = (*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    file = run / "config.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("weight_decay: 0.01", "weight_decay: 0.5"))
+    assert "config.yaml says what the run was not trained with, optim.weight_decay=0.5 (trained: 0.01)" in refusal(
+        *settings, "optim.weight_decay=0.5"
+    )
+    assert "what the run was not trained with" in refusal(f"resume={run}")
+    file.unlink()
+    assert "optim.weight_decay=0.5 (there: 0.01)" in refusal(*settings, "optim.weight_decay=0.5")
+    config, run_dir = checked(*settings)
+    resumed, _ = checked(f"resume={run}")
+    assert differences(config, resumed) == {} and resumed.optim.weight_decay == 0.01
+    with run_dir.acquire(resumed, prepare_tokens(config, Console(quiet=True))):
+        assert differences(read_config(file), config) == {}
 
 
 def test_saved_configuration_is_the_same_configuration(tmp_path):

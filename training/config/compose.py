@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors
 from common.reading import MOST_YAML, parse_yaml, read_bytes
-from common.settings import parse
+from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
@@ -48,9 +48,12 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def load_config(cfg: DictConfig) -> Config:
-    """Return the typed configuration of a run; raise `UserError` if a key or value is not allowed."""
-    return parse(Config, container(cfg))
+def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+    """Return the typed configuration of a run, composed with these overrides of the command line.
+
+    Raises `UserError` if a key or value is not allowed.
+    """
+    return parse(Config, Values(container(cfg), overrides_dict(overrides)))
 
 
 def read_config(path: Path) -> Config:
