@@ -156,7 +156,7 @@ def build_run(
     metrics = MetricsRecorder(run_dir, config, strategy, [*listeners, *loggers, display], console)
     guard = NonFiniteGuard(run_dir, config.trainer, start.fork_step, partial(rewind, run_dir), console)
     stop = CoordinatedStop()
-    checkpoints = CheckpointManager(run_dir, config, guard.divergence.is_healthy, metrics.assert_flushed_to, console)
+    checkpoints = CheckpointManager(run_dir, config, guard.divergence.is_healthy, console)
 
     tokenizer = load_tokenizer(str(tokens.folder))
     held_out = validation_set(config, tokens, console, config.trainer.val_tokens)

@@ -4,6 +4,7 @@ Model, text, seed and batches must be the old run's; clipping, optimizer and len
 statistics are restored if its settings are the same, and reset otherwise.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +40,8 @@ class ForkSource(NamedTuple):
         if run_dir.metrics_file.exists():
             return
         run_dir.write_rewinds(self.run_dir.rewinds(self.step))
-        lines = self.run_dir.metrics_lines(self.step)
-        write_atomic(run_dir.metrics_file, "".join(f"{line}\n" for line in lines))
+        lines = [json.dumps(row) + "\n" for step, row in self.run_dir.metrics_rows().items() if step <= self.step]
+        write_atomic(run_dir.metrics_file, "".join(lines))
 
 
 def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
@@ -87,8 +88,6 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
             f"{old.trainer.strategy} are {'' if old.trainer.sharded else 'not '}sharded"
         )
-    if len(run_dir.metrics_lines(step)) < step:
-        raise impossible(f": {run_dir.metrics_file} does not reach that step")
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
     if rank() == 0 and not is_valid(run_dir.checkpoint(step)):

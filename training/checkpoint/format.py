@@ -19,13 +19,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import commit, sha256
+from common.root_cause import root_cause
 
 #: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
@@ -69,6 +70,16 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+class _Writer(FileSystemWriter):
+    """torch's writer of a sharded checkpoint. Errors reach rank 0 without their causes: the cause is raised."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            raise root_cause(error) from None
+
+
 class _Planner(DefaultLoadPlanner):
     """torch's planner, which executes nothing of the objects that are no tensors."""
 
@@ -88,7 +99,7 @@ def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: 
     rest = dict(checkpoint)
     tensors = {"state_dict": rest.pop("state_dict")}
     tensors |= {f"optimizer_{index}": state for index, state in enumerate(rest.pop("optimizer_states"))}
-    save(tensors, checkpoint_id=temporary, process_group=group)
+    save(tensors, storage_writer=_Writer(temporary), process_group=group)
     if is_rank0:
         _save(rest, temporary / METADATA)
 
@@ -187,8 +198,8 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def _save(content: Any, path: Path) -> None:
-    """Write a file through Python's own, whose errors say why it cannot be written."""
-    with path.open("wb") as file:
+    """Write a new file through Python's own, whose errors say why it cannot be written."""
+    with path.open("xb") as file:
         torch.save(content, file)
 
 

@@ -36,7 +36,7 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     step: the run will come to them again.
 
     Raises:
-        RunError: metrics.jsonl is damaged or lacks steps before the checkpoint, or all checkpoints are damaged.
+        RunError: all checkpoints are damaged.
     """
     for leftover in run_dir.checkpoints.glob(".*-step-*.ckpt"):
         remove(leftover)
@@ -48,12 +48,6 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
         if fork is not None:
             fork.copy_history(run_dir)
         return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
-    lines = sum(1 for _ in run_dir.losses(step))
-    if lines < step:
-        raise RunError(
-            f"{run_dir.metrics_file} has {lines} lines, but the checkpoint is of step {step}: "
-            "restore the file, or remove the folder to train again"
-        )
     return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
 
 
