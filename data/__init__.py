@@ -13,7 +13,7 @@ from data.sequences import Batch, ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Mixture, Source, SourceError
 from data.stream import StreamingDataset
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from data.tokens import TokenArray, Tokens, open_tokens
+from data.tokens import TokenArray, Tokens, changes, open_tokens
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -33,6 +33,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "TrainLoader",
+    "changes",
     "corpus_from",
     "corpus_tokenizer",
     "load_tokenizer",

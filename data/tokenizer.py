@@ -4,6 +4,7 @@ A tokenizer is read from its `tokenizer.json`, and from the `tokenizer_config.js
 special token that is spelled out in a text is encoded as plain characters, so that no text can end a document early.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -127,11 +128,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_identity(name: str) -> Any:
-    """Return the content of a tokenizer's files as JSON, or its name if it is on the hub."""
+    """Return the SHA-256 of what a tokenizer's files say, or its name if it is on the hub."""
     if not _is_path(name):
         return name
     file, config = _files(name)
-    return [_read_json(file), _read_json(config) if config else None]
+    content = json.dumps([_read_json(file), _read_json(config) if config else None], sort_keys=True)
+    return {"content": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def _error(name: str, problem: str) -> ConfigError:
