@@ -12,7 +12,7 @@ from data.prepare import prepare
 from data.sequences import Batch, ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Mixture, Source, SourceError
 from data.stream import StreamingDataset
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_tokenizer
 from data.tokens import TokenArray, Tokens, changes, open_tokens
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "load_tokenizer",
     "open_tokens",
     "prepare",
+    "read_tokenizer",
     "unigram_entropy",
 ]

@@ -24,7 +24,7 @@ from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.progress import progress
 from data.sources import Document, MissingTextError, Mixture
 from data.stream_head import prepare_head
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_tokenizer
 from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, dump_with_checksum, load_with_checksum, open_tokens
 from data.writing import EncodedDocuments, add_paths, digest_key, write_manifest, write_part
 
@@ -153,7 +153,7 @@ class _Preparation:
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer in the folder; if there is none, the configured one or a newly trained one."""
         if (self.folder / TOKENIZER_FILES[-1]).exists():  # written last of its files
-            return load_tokenizer(str(self.folder))
+            return read_tokenizer(self.folder)
         if self.corpus.tokenizer is not None:
             tokenizer = load_tokenizer(self.corpus.tokenizer)
         else:
