@@ -28,8 +28,9 @@ from data import corpus_from
 from experiments.run.read import read_run
 from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
+from training.checkpoint.saved_config import check_same_run, config_of_run
 from training.config.checks import check
-from training.config.compose import load_config, read_config, resumed_config
+from training.config.compose import load_config, resumed_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
@@ -63,15 +64,16 @@ def main(cfg: DictConfig) -> float | None:
 
 def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
     """Return the configuration and folder of the run that the command line names."""
-    config = load_config(cfg)
+    config = load_config(cfg, overrides)
     if config.resume is None:
         run_dir = RunDir(run_path(config))
-        run_dir.check_same_run(config)
+        check_same_run(run_dir, config)
         return config, run_dir
     run_dir = RunDir(Path(config.resume))
-    if not run_dir.config_file.is_file():
+    begun = config_of_run(run_dir)
+    if begun is None:
         raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
-    return resumed_config(config, read_config(run_dir.config_file), overrides), run_dir
+    return resumed_config(config, begun, overrides), run_dir
 
 
 def run_or_show(config: Config, run_dir: RunDir) -> dict:

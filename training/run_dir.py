@@ -35,7 +35,6 @@ from common.run_files import Environment, Result, Rewinds, SlurmJob, ValidationL
 from data import TOKENIZER_FILES, Tokens
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
-from training.config.identity import differences
 from training.config.schema import Config
 from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
@@ -118,18 +117,6 @@ class RunDir:
             raise RunError(
                 f"job {job} has started {MAX_RESTARTS} times after step {step} of {self.path} without progress: its "
                 "time limit is too short, or its nodes fail; a new job continues"
-            )
-
-    def check_same_run(self, config: Config) -> None:
-        """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
-        if not self.config_file.exists():
-            return
-        changed = differences(config, read_config(self.config_file))
-        if changed:
-            pairs = [f"{key}={shown(ours)} (there: {shown(theirs)})" for key, (ours, theirs) in changed.items()][:4]
-            raise UserError(
-                f"name={config.name} is taken: {self.path} holds a run with other settings, {', '.join(pairs)}; "
-                "choose another name, or none"
             )
 
     def max_steps(self) -> int | None:
