@@ -43,7 +43,8 @@ class ClippingStrategy(Statistics):
     them. Arguments that it takes as `**policy` and passes on are not recorded: a saved state can be loaded under
     another policy.
 
-    A norm that is NaN or infinite never enters the statistics. The policy decides what else happens on such a step.
+    A norm that is NaN or infinite, or has an infinite square, never enters the statistics. The policy decides what else
+    happens on such a step.
 
     Args:
         max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. Default `None`: no bound.
@@ -192,7 +193,7 @@ class ClippingStrategy(Statistics):
         """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""
         norm = stats.norm
         self._check_policy()
-        finite = torch.isfinite(norm)
+        finite = torch.isfinite(norm.square())  # statistics hold squares
         if self.on_nonfinite == "raise" and not finite:
             raise FloatingPointError(nonfinite_message(stats, (self._naming_module or (), models)))
         self._prepare_state(stats.norms if self.per_tensor else norm)

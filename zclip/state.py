@@ -1,7 +1,7 @@
 """The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from zclip.decision import State
 from zclip.norm import Parameters, parameters_of, statistics_dtype
+from zclip.saved_state import check_keys, check_tensor, check_values, is_plain, refuse, same, shown
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
+#: Entries of every saved state.
+REQUIRED = ("strategy", "version", "config", "state", "counters")
 
 
 class Statistics:
@@ -21,6 +24,10 @@ class Statistics:
     version = 1
     #: Whether the rule has statistics for each tensor: `initial_state` then gets (n,) zeros.
     per_tensor = False
+    #: Statistics that are never below 0: a saved state with such a value is refused.
+    nonnegative: Collection[str] = ()
+    #: Statistics whose length changes; all others keep the shape of `initial_state`.
+    resizable: Collection[str] = ()
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -28,6 +35,9 @@ class Statistics:
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
+
+        A saved state must have the same keys, dtypes and shapes, and finite values. NaN or infinity may only stand in a
+        statistic that has it here, and means that there is no value yet.
 
         Args:
             like: zeros of the device and dtype of the statistics; 0-dim, or (n,) if `per_tensor`.
@@ -117,39 +127,82 @@ class Statistics:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
+        """Restore a state that `state_dict` returned. A state that is refused changes nothing.
 
         Raises:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged.
+                damaged: the message names the entry, its value and what is allowed.
         """
-        missing = [key for key in ("strategy", "version", "config", "state", "counters") if key not in state_dict]
+        self.state, self.counters = self._checked(state_dict)
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[State, State]:
+        """Return copies of the statistics and counters of a saved state; `load_state_dict` says what it raises."""
+        own = type(self).__name__
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
+        missing = [key for key in REQUIRED if key not in state_dict]
         if missing:
             raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
         name, version = state_dict["strategy"], state_dict["version"]
-        own = type(self).__name__
-        if (name, version) != (own, self.version):
+        if not (isinstance(name, str) and isinstance(version, int) and (name, version) == (own, self.version)):
+            name = name[:80] if isinstance(name, str) else shown(name)
             raise ValueError(
-                f"state of {name} (version {version}) cannot be loaded into {own} (version {self.version})"
+                f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        config, saved_config = self.config(), state_dict["config"]
-        changed = [key for key in config.keys() | saved_config if config.get(key) != _plain(saved_config.get(key))]
+        check_keys(own, "it", state_dict, REQUIRED, ("started",))
+        started = state_dict.get("started", False)
+        if not isinstance(started, bool):
+            refuse(own, "started", started, "true or false")
+        self._check_config(state_dict["config"])
+        state, counters = state_dict["state"], state_dict["counters"]
+        if started and isinstance(counters, Mapping) and not counters:
+            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
+        if isinstance(counters, Mapping) and not counters:
+            check_keys(own, "state", state, (), ())
+            return {}, {}
+        zero = torch.zeros((), dtype=torch.int64)
+        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
+        count = self._saved_count(state) if self.per_tensor else None
+        like = torch.zeros(() if count is None else (count,), dtype=torch.float64)
+        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        self.check_state(state, counters)
+        return state, counters
+
+    def _check_config(self, saved: Any) -> None:
+        """Raise `ValueError` unless saved arguments are those of this strategy."""
+        own, config = type(self).__name__, self.config()
+        names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
+        check_keys(own, "config", saved, (), names)
+        changed = [key for key in sorted(config.keys() | saved.keys()) if not same(config.get(key), saved.get(key))]
         if changed:
-            pairs = ", ".join(f"{key}={saved_config.get(key)!r}, not {config.get(key)!r}" for key in sorted(changed))
-            raise ValueError(f"the saved {name} was made with {pairs}: make this one with the same arguments")
-        state, counters = dict(state_dict["state"]), dict(state_dict["counters"])
-        if not counters and state_dict.get("started"):
-            raise ValueError(f"the saved {name} has statistics, but none were loaded: call prepare(model) before")
-        if state or counters:
-            like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
-            expected = self.initial_state(like) | dict.fromkeys(COUNTERS, torch.zeros(()))
-            saved = state | counters
-            must_be_0_dim = {key for key in expected.keys() & saved.keys() if not expected[key].ndim}
-            wrong = (expected.keys() ^ saved.keys()) | {key for key in must_be_0_dim if saved[key].ndim}
-            if wrong:
-                raise ValueError(f"the saved {name} is damaged: its statistics differ in {', '.join(sorted(wrong))}")
-        self.state = {key: _wide(value.clone()) for key, value in state.items()}
-        self.counters = {key: value.clone() for key, value in counters.items()}
+            pairs = [
+                f"{key if key in config else shown(key)}={shown(saved.get(key))}, not {shown(config.get(key))}"
+                for key in changed[:20]
+            ]
+            raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: make this one with the same arguments")
+
+    def _saved_count(self, state: Any) -> int:
+        """Return the number of tensors that saved statistics are of."""
+        values = state.values() if isinstance(state, Mapping) else ()
+        return next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
+
+    def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
+        own = type(self).__name__
+        check_keys(own, where, saved, initial.keys(), ())
+        tensors = {}
+        for key, like in initial.items():
+            entry = f"{where}.{key}"
+            tensors[key] = check_tensor(own, entry, saved[key], like, key in self.resizable)
+            check_values(own, entry, tensors[key], like, key in nonnegative)
+        return {key: _wide(value).clone() for key, value in tensors.items()}
+
+    def check_state(self, state: State, counters: State) -> None:
+        """Raise `ValueError` if statistics contradict each other; each is checked on its own before. Default: nothing.
+
+        Args:
+            state: statistics with the keys, dtypes and shapes of `initial_state`.
+            counters: those of every strategy.
+        """
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_mistakes_in_a_saved_state_say_what_is_wrong():
     )
     damaged = {**saved, "state": {key: value for key, value in saved["state"].items() if key not in ("mean", "var")}}
     assert message(ValueError, ZClip().load_state_dict, damaged) == (
-        "the saved ZClip is damaged: its statistics differ in mean, var"
+        "the saved ZClip is damaged: state lacks mean, var"
     )
     empty = {**saved, "state": {}, "counters": {}}
     assert message(ValueError, ZClip().load_state_dict, empty) == (
