@@ -1,15 +1,17 @@
 """The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
 
 import inspect
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zclip.decision import State
-from zclip.norm import Parameters, parameters_of, statistics_dtype
+from zclip.norm import Parameters, Shard, device_of, parameters_of, statistics_dtype
 from zclip.saved_state import check_keys, check_tensor, check_values, is_plain, refuse, same, shown
+from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
@@ -32,6 +34,9 @@ class Statistics:
     def __init__(self) -> None:
         self.state: State = {}
         self.counters: State = {}
+        self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
+        self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
+        self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
@@ -58,12 +63,12 @@ class Statistics:
         """
         self._check_initialised()
         shards = parameters_of(models)
-        if not shards or shards[0].parameter.is_meta:
+        device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
+        if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
         if not self.counters:
-            device = shards[0].parameter.device
             shape = (len(shards),) if self.per_tensor else ()
-            self._initialise(torch.zeros(shape, dtype=statistics_dtype(device), device=device))
+            self._prepare_state(torch.zeros(shape, dtype=statistics_dtype(device), device=device), shards, models)
 
     def _check_initialised(self) -> None:
         if "counters" not in self.__dict__:
@@ -78,8 +83,8 @@ class Statistics:
         self.state = {key: value.clone() for key, value in state.items()}
         self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
 
-    def _prepare_state(self, like: Tensor) -> None:
-        """Create the statistics before the first step, or move restored ones to the device of `like`."""
+    def _prepare_state(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
+        """Create the statistics before the first step, or bring restored ones to the device and order of `like`."""
         if not self.counters:
             self._initialise(torch.zeros_like(like))
         elif self.counters["nonfinite"].device != like.device:
@@ -89,12 +94,29 @@ class Statistics:
                 for key, value in self.state.items()
             }
         if self.per_tensor:
-            other_shapes = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
-            if other_shapes:
-                raise ValueError(
-                    f"{type(self).__name__} has statistics of {other_shapes.pop()[0]} tensors, but step() was given "
-                    f"{like.numel()}: use one strategy for one fixed set of parameters"
-                )
+            self._follow_tensors(like, shards, models)
+
+    def _follow_tensors(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
+        """Give each of the n parameters its statistics, and new ones to those that have none."""
+        objects = self._objects
+        same_objects = all(ref() is shard.parameter for ref, shard in zip(objects, shards, strict=False))
+        if shards and same_objects and len(objects) == len(shards):
+            return
+        current = identify(shards, self._names(models)) or [TensorId(0, None)]
+        if self.tensors:
+            found = find(type(self).__name__, self.tensors, objects, shards, current)
+            if found != list(range(len(self.tensors))):
+                new = self.initial_state(torch.zeros_like(like))
+                known = [k for k, i in enumerate(found) if i is not None]
+                for key, value in self.state.items():
+                    if value.ndim:
+                        self.state[key] = new[key].clone()
+                        self.state[key][known] = value[[found[k] for k in known]]
+        self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    def _names(self, models: Parameters) -> dict[int, str]:
+        """Return the names of parameters by their ids."""
+        return parameter_names(models) | parameter_names(self._naming_module or ())
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
@@ -117,7 +139,7 @@ class Statistics:
         self._check_initialised()
         if not self.counters and not self.per_tensor:
             self._initialise(torch.zeros((), dtype=torch.float64))
-        return {
+        state = {
             "strategy": type(self).__name__,
             "version": self.version,
             "config": self.config(),
@@ -125,6 +147,10 @@ class Statistics:
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
         }
+        if self.per_tensor:
+            state["names"] = [tensor.name for tensor in self.tensors]
+            state["shapes"] = [tensor.shape for tensor in self.tensors]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned. A state that is refused changes nothing.
@@ -133,10 +159,11 @@ class Statistics:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
                 damaged: the message names the entry, its value and what is allowed.
         """
-        self.state, self.counters = self._checked(state_dict)
+        self.state, self.counters, self.tensors = self._checked(state_dict)
+        self._objects = []
 
-    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[State, State]:
-        """Return copies of the statistics and counters of a saved state; `load_state_dict` says what it raises."""
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[State, State, list[TensorId]]:
+        """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
         own = type(self).__name__
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
@@ -149,7 +176,7 @@ class Statistics:
             raise ValueError(
                 f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        check_keys(own, "it", state_dict, REQUIRED, ("started",))
+        check_keys(own, "it", state_dict, REQUIRED, ("started", "names", "shapes") if self.per_tensor else ("started",))
         started = state_dict.get("started", False)
         if not isinstance(started, bool):
             refuse(own, "started", started, "true or false")
@@ -159,14 +186,14 @@ class Statistics:
             raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
         if isinstance(counters, Mapping) and not counters:
             check_keys(own, "state", state, (), ())
-            return {}, {}
+            return {}, {}, []
         zero = torch.zeros((), dtype=torch.int64)
         counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
-        count = self._saved_count(state) if self.per_tensor else None
-        like = torch.zeros(() if count is None else (count,), dtype=torch.float64)
+        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         self.check_state(state, counters)
-        return state, counters
+        return state, counters, tensors
 
     def _check_config(self, saved: Any) -> None:
         """Raise `ValueError` unless saved arguments are those of this strategy."""
@@ -181,10 +208,28 @@ class Statistics:
             ]
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: make this one with the same arguments")
 
-    def _saved_count(self, state: Any) -> int:
-        """Return the number of tensors that saved statistics are of."""
-        values = state.values() if isinstance(state, Mapping) else ()
-        return next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
+    def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
+        """Return which tensors saved statistics are of. States of before names were saved have their number only."""
+        own, state = type(self).__name__, state_dict["state"]
+        if "names" not in state_dict:
+            values = state.values() if isinstance(state, Mapping) else ()
+            count = next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
+            return [TensorId(None, None)] * count
+        names, shapes = state_dict["names"], state_dict.get("shapes")
+        if not isinstance(names, list) or not names:
+            refuse(own, "names", names, "a list of the names of tensors")
+        if not isinstance(shapes, list) or len(shapes) != len(names):
+            refuse(own, "shapes", shapes, f"a list of the shapes of {len(names)} tensors")
+        seen: set[str | int] = set()
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            if name is not None:
+                if type(name) not in (str, int) or name in seen:
+                    refuse(own, f"names[{i}]", name, "a name or position that no other tensor has")
+                seen.add(name)
+            sizes = shape if isinstance(shape, list) else [-1]
+            if shape is not None and not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+                refuse(own, f"shapes[{i}]", shape, "a list of integers from 0")
+        return [TensorId(name, shape) for name, shape in zip(names, shapes, strict=True)]
 
     def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
         own = type(self).__name__

@@ -144,10 +144,10 @@ def test_missing_and_unknown_entries_are_refused(make):
 
 def test_huge_and_deep_values_are_cut_short_in_the_message():
     strategy, deep = ZClip(), []
-    for _ in range(100_000):
+    for _ in range(5_000):
         deep = [deep]
     state = strategy.state_dict()
-    for value in ("x" * 10**6, deep, [deep], list(range(10**5)), 10**5000, torch.ones(9, 9)):
+    for value in ("x" * 10**5, deep, [deep], list(range(10**5)), 10**5000, torch.ones(9, 9)):
         for key in ("strategy", "version", "config", "state", "counters", "started"):
             refusal(strategy, {**state, key: value})
         for where in ("state", "counters", "config"):
