@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from common.console import make_console
 from common.errors import UserError
 from common.files import write_atomic
 from common.text import overrides_dict
@@ -27,8 +28,9 @@ from data import corpus_from
 from experiments.run.read import read_run
 from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
+from training.checkpoint.saved_config import check_same_run, config_of_run
 from training.config.checks import check
-from training.config.compose import load_config, read_config, resumed_config
+from training.config.compose import load_config, resumed_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
@@ -52,7 +54,7 @@ def main(cfg: DictConfig) -> float | None:
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
         if config.plan:
-            Console().print(plan_table(config))
+            make_console(soft_wrap=False).print(plan_table(config))
         elif config.print_run_dir:
             print(run_dir.path)
         else:
@@ -62,20 +64,21 @@ def main(cfg: DictConfig) -> float | None:
 
 def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
     """Return the configuration and folder of the run that the command line names."""
-    config = load_config(cfg)
+    config = load_config(cfg, overrides)
     if config.resume is None:
         run_dir = RunDir(run_path(config))
-        run_dir.check_same_run(config)
+        check_same_run(run_dir, config)
         return config, run_dir
     run_dir = RunDir(Path(config.resume))
-    if not run_dir.config_file.is_file():
+    begun = config_of_run(run_dir)
+    if begun is None:
         raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
-    return resumed_config(config, read_config(run_dir.config_file), overrides), run_dir
+    return resumed_config(config, begun, overrides), run_dir
 
 
 def run_or_show(config: Config, run_dir: RunDir) -> dict:
     """Return the result of a run, which is trained unless it is finished, and print it."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=rank() > 0)
+    console = make_console(quiet=rank() > 0)
     result = run_dir.read_result()
     if result is not None:
         report_finished(config, run_dir, console)
@@ -147,5 +150,5 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
 if __name__ == "__main__":
     status = command_line(main)
     if len(completed_jobs) > 1:
-        Console().print(comparison(completed_jobs))
+        make_console(soft_wrap=False).print(comparison(completed_jobs))
     sys.exit(status)

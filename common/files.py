@@ -1,31 +1,53 @@
-"""Files that are complete or absent, a check whether a lock is held, and JSON that is checked when it is read."""
+"""Files that are complete or absent, locks, and writing that never leaves the folder it is meant for.
 
+A run folder may come from somebody else, with links in it. A file is therefore made under a new random name and then
+takes the place of what has its name. Files that are appended to, locks, and folders in a run folder are no links.
+"""
+
+import errno
 import fcntl
+import glob
 import hashlib
-import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from filelock import FileLock
 
 from common.errors import UserError
 
+#: Beginnings of the names of files and folders that are being written or removed.
+SAVING, REMOVING = ".saving-", ".removing-"
 
-def tmp_path(path: Path) -> Path:
-    """Return the temporary name under which a file or folder is written."""
-    return path.with_name(f".saving-{path.name}")
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def tmp_path(path: Path, token: str | None = None) -> Path:
+    """Return a name beside `path` under which it is written: with a given token, or a new random one."""
+    return path.with_name(f"{SAVING}{token or secrets.token_hex(8)}-{path.name}")
 
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
     temporary = tmp_path(path)
-    with temporary.open("wb") as file:
-        yield file
-    sync(temporary)
-    temporary.replace(path)
+    descriptor = os.open(temporary, _NEW_FILE, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name, see `remove_leftovers`
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+            temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync(path.parent)
 
 
@@ -35,22 +57,79 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that gets the name `path`, complete and on the disk, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    temporary = tmp_path(path)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield temporary
+        commit(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def open_append(path: Path) -> BinaryIO:
+    """Open a file, which may not exist, for appending without a buffer.
+
+    Raises:
+        OSError: a link or a device stands in its place.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileNotFoundError):
+        if path.lstat().st_nlink > 1 and path.is_file():  # the other name, of a copy of the folder, keeps its content
+            write_atomic(path, path.read_bytes())
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "not a file", str(path))
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def make_dir(path: Path) -> None:
+    """Make a folder in a run folder or cache, unless it is there; raise `UserError` if a link stands in its place."""
+    refuse_link(path)
+    path.mkdir(exist_ok=True)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `UserError` if a link stands in the place of a file or folder that other programs write to."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link: what is written there must stay in its folder; remove the link")
+
+
 def commit(temporary: Path, path: Path) -> None:
-    """Give a file or folder its final name once the disk holds it. A folder of that name is replaced."""
+    """Give a file or folder its final name once the disk holds it. What has that name is replaced."""
     for written in [*temporary.rglob("*"), temporary]:
         sync(written)
-    if path.is_dir():  # folders are not replaced
+    if path.is_symlink() or path.is_dir():  # folders are not replaced
         remove(path)
     temporary.replace(path)
     sync(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder. A folder that is removed in part never has its old name."""
-    if path.is_dir():
-        shutil.rmtree(path.rename(path.with_name(f".removing-{path.name}")))
-    else:
+    """Remove a file, folder or link. A folder that is removed in part never has its old name."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
+    elif path.name.startswith((SAVING, REMOVING)):
+        shutil.rmtree(path)
+    else:
+        shutil.rmtree(path.rename(path.with_name(f"{REMOVING}{secrets.token_hex(8)}-{path.name}")))
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed processes were writing in a folder, under this name; what is still written is kept."""
+    for leftover in folder.glob(f"{SAVING}*-{glob.escape(name) or '*'}"):
+        if leftover.is_symlink() or not is_locked(leftover):
+            remove(leftover)
 
 
 def sync(path: Path) -> None:
@@ -68,27 +147,36 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def hold_lock(path: Path, seconds: float = -1) -> Iterator[None]:
+    """Hold a lock file until the block ends. The system releases it however the process ends.
+
+    Args:
+        path: The lock file, which is made, and never truncated.
+        seconds: How long to wait for another process that holds it; -1: for ever.
+
+    Raises:
+        TimeoutError: another process still holds it.
+        UserError: a link stands in its place.
+    """
+    refuse_link(path)
+    with FileLock(path, seconds):
+        yield
+
+
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine, or on one that shares locks with it, holds a `FileLock`.
+    """Whether a process on this machine, or on one that shares locks with it, holds the lock of a file.
 
     The probe only reads, so that it works in somebody else's folder, where the lock cannot be taken.
     """
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raise `UserError` if it is not JSON, or not an object."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
-    return content
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

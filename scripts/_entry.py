@@ -6,7 +6,7 @@ The import puts the checkout first on the path, in place of scripts/, whose modu
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,8 @@ from training.runtime.signals import install_handlers
 
 install_handlers()
 
-Values = dict[str, Any]
+from common.settings import Values
+from common.text import overrides_dict
 
 
 def run(main: Callable[[Values], None], config: str | None = None) -> NoReturn:
@@ -41,13 +42,13 @@ def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         return lambda: print(inspect.getdoc(sys.modules["__main__"]))
-    return lambda: main(OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:])))  # type: ignore[arg-type]
+    return lambda: main(_values(OmegaConf.from_cli(sys.argv[1:]), sys.argv[1:]))
 
 
 def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
     """Return a function that has Hydra compose a configuration and calls `main` with its values."""
     import hydra
-    from omegaconf import OmegaConf
+    from hydra.core.hydra_config import HydraConfig
 
     from training.launch.cli import reporting
 
@@ -57,6 +58,14 @@ def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
     @wraps(main)  # Hydra names the job after the file of `main`
     def task(cfg: Any) -> None:
         with reporting():
-            main(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+            main(_values(cfg, HydraConfig.get().overrides.task))
 
     return task
+
+
+def _values(container: Any, overrides: Sequence[str]) -> Values:
+    """Return the settings in OmegaConf's container, with the texts of the overrides."""
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(container, resolve=True, throw_on_missing=True)
+    return Values(plain, overrides_dict(overrides))

@@ -7,14 +7,12 @@ The folder has weights, configuration, tokenizer and a model card. `AutoModelFor
 import _entry  # first: it finds the checkout and installs the signal handlers
 
 import logging
-import shutil
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-
+from common.console import make_console
 from common.errors import UserError
-from common.files import tmp_path
+from common.files import atomic_folder
 from common.settings import Count, Folder, Settings, parse
 from models.config import WeightDtype
 from models.hugging_face import export
@@ -53,7 +51,7 @@ class ExportConfig(Settings):
 def main(values: _entry.Values) -> None:
     """Export the checkpoint that the configuration names."""
     config = parse(ExportConfig, values)
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     logging.getLogger().setLevel(logging.WARNING)  # huggingface_hub reports the temporary folder
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading needs none
     out = Path(config.out)
@@ -62,13 +60,11 @@ def main(values: _entry.Values) -> None:
         raise UserError(f"out={out} exists already: remove it, or choose another folder")
     check_folder("out", config.out, out)
     state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
-    temporary = tmp_path(out)
-    shutil.rmtree(temporary, ignore_errors=True)
     tokenizer = checkpoint.tokenizer()
-    export(state, checkpoint.config, temporary, tokenizer.end)
-    tokenizer.save(temporary)
-    (temporary / "README.md").write_text(model_card(checkpoint, tokenizer.end_token))
-    temporary.rename(out)
+    with atomic_folder(out) as temporary:
+        export(state, checkpoint.config, temporary, tokenizer.end)
+        tokenizer.save(temporary)
+        (temporary / "README.md").write_text(model_card(checkpoint, tokenizer.end_token))
     console.print(f"{checkpoint.description}, {checkpoint.config.parameters:,} parameters in {config.dtype}: {out}")
 
 

@@ -7,13 +7,11 @@ documents are used: those that `data.val_fraction` holds out are skipped.
 import _entry  # first: it finds the checkout and installs the signal handlers
 
 import math
-import shutil
 from pathlib import Path
 
-from rich.console import Console
-
+from common.console import make_console
 from common.errors import ConfigError, prefix_errors
-from common.files import commit, tmp_path
+from common.files import atomic_folder
 from common.settings import AtLeastOne, Count, Folder, Settings, parse
 from data import CacheConfig, DataConfig, corpus_tokenizer
 from training.config.checks import check_data, check_folder
@@ -37,7 +35,7 @@ class TrainTokenizerConfig(Settings):
 def main(values: _entry.Values) -> None:
     """Train the tokenizer and write its files."""
     config = parse(TrainTokenizerConfig, values)
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     out = Path(config.out)
     if out.exists():
         raise ConfigError("out", config.out, problem="exists already: remove it, or choose another folder")
@@ -45,14 +43,10 @@ def main(values: _entry.Values) -> None:
     corpus = check_data(config.data, config.paths.cache, sequence_length=1)
     with prefix_errors("data"):
         tokenizer = corpus_tokenizer(corpus, console, math.floor(config.max_bytes))
-    temporary = tmp_path(out)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        tokenizer.save(temporary)
-        commit(temporary, out)
+        with atomic_folder(out) as temporary:
+            tokenizer.save(temporary)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError("out", config.out, problem=f"cannot be written ({error.strerror})") from error
     note = "" if tokenizer.size == corpus.vocab_size else f" (the text has no more, of {corpus.vocab_size:,})"
     console.print(f"{tokenizer.size:,} tokens{note}: data.tokenizer={out}")

@@ -45,6 +45,22 @@ FSDP = (*TWO, "trainer.strategy=fsdp")
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 #: A case that only `make test-all` runs.
+#: A result.json with as few fields as it may have.
+RESULT = {
+    "steps": 8,
+    "tokens": 512,
+    "train_loss": 5.0,
+    "test_loss": 5.0,
+    "unigram_entropy": 5.2,
+    "test_tokens": 256,
+    "parameters": 1000,
+    "data_fingerprint": "0123",
+    "spikes": 0,
+    "spike_definition": "none",
+    "clipped_share": 0.0,
+    "tokens_per_second": 100.0,
+}
+
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -55,7 +71,7 @@ def compose_config(*overrides: str) -> "Config":
     from training.config.compose import load_config
 
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
-        return load_config(compose("train", overrides=list(overrides)))
+        return load_config(compose("train", overrides=list(overrides)), overrides)
 
 
 @contextmanager

@@ -1,22 +1,26 @@
 """Files, locks and texts of the ground floor."""
 
+import os
 import time
+from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from common.console import make_console
 from common.errors import UserError
-from common.files import is_locked, read_json, remove, write_atomic
+from common.files import commit, hold_lock, is_locked, make_dir, open_append, remove, remove_leftovers, write_atomic
+from common.reading import parse_yaml, read_json, read_lines
+from common.run_files import Environment
 from common.text import every, flatten, nearest, overrides_dict, quoted
 
 
 def test_lock_is_seen_by_readers_and_excludes_others(tmp_path):
     lock = tmp_path / ".lock"
     assert not is_locked(lock) and not lock.exists(), "a probe makes no file"
-    with FileLock(lock):
+    with hold_lock(lock):
         assert is_locked(lock)
-        with pytest.raises(TimeoutError), FileLock(lock, timeout=0):
+        with pytest.raises(TimeoutError), hold_lock(lock, 0):
             pass
     assert not is_locked(lock)
     lock.touch()
@@ -47,12 +51,97 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
-def test_damaged_json_is_named(text, tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"result\.json is damaged \(.*\): remove it"):
-        read_json(file)
+def test_writing_follows_no_link(tmp_path):
+    precious, inside = tmp_path / "precious", tmp_path / "run"
+    precious.mkdir()
+    inside.mkdir()
+    (precious / "file").write_text("mine")
+    for name in ("result.json", "metrics.jsonl", ".lock"):
+        (inside / name).symlink_to(precious / "file")
+    (inside / "checkpoints").symlink_to(precious)
+    (inside / ".saving-old-result.json").symlink_to(precious / "file")
+    (inside / "step-8.ckpt").symlink_to(precious)
+    (inside / "new").mkdir()
+
+    write_atomic(inside / "result.json", "new")
+    assert (inside / "result.json").read_text() == "new" and not (inside / "result.json").is_symlink()
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        open_append(inside / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"\.lock is a link"), hold_lock(inside / ".lock", 0):
+        pass
+    with pytest.raises(UserError, match="checkpoints is a link"):
+        make_dir(inside / "checkpoints")
+    remove_leftovers(inside)
+    commit(inside / "new", inside / "step-8.ckpt")
+    remove(inside / "checkpoints")
+    assert sorted(path.name for path in inside.iterdir()) == [".lock", "metrics.jsonl", "result.json", "step-8.ckpt"]
+    assert [path.read_text() for path in precious.iterdir()] == ["mine"]
+
+
+def test_hard_linked_file_is_not_appended_to(tmp_path):
+    (tmp_path / "copy").write_text("1\n")
+    (tmp_path / "lines").hardlink_to(tmp_path / "copy")
+    with open_append(tmp_path / "lines") as file:
+        file.write(b"2\n")
+    assert (tmp_path / "lines").read_text() == "1\n2\n" and (tmp_path / "copy").read_text() == "1\n"
+
+
+def test_leftovers_of_killed_writers_are_removed_and_no_others(tmp_path):
+    (tmp_path / ".saving-0123-scores.json").write_text("half")
+    with hold_lock(tmp_path / ".saving-4567-scores.json"):
+        remove_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".saving-4567-scores.json"]
+
+
+def test_lock_file_keeps_its_content(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    with hold_lock(tmp_path / "lock", 0), pytest.raises(TimeoutError), hold_lock(tmp_path / "lock", 0):
+        pass
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", "3", "[" * 100_000, '{"starts": {}}', '{"starts": [[1, 2]]}', '{"starts": [{"step": "8"}]}',
+     '{"starts": [{"step": 1.5}]}', '{"starts": [{"device": "\\ud800"}]}', "9" * 5000, "\xff"],
+)  # fmt: skip
+def test_damaged_json_is_named(content, tmp_path):
+    file = tmp_path / "environment.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"environment\.json is damaged \(.*\): remove it") as error:
+        read_json(file, Environment)
+    assert len(str(error.value)) < 500
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=f"{path} is damaged"):
+            read_json(path, Environment)
+    with pytest.raises(OSError, match="fifo"):
+        open_append(tmp_path / "fifo")
+
+
+def test_long_lines_are_cut_and_the_next_are_whole(tmp_path):
+    (tmp_path / "lines").write_bytes(b"a" * (3 << 20) + b"\n" + b"b" * (1 << 20) + b"\nc\n\nd")
+    assert [(line[:1], len(line)) for line in read_lines(tmp_path / "lines")] == [
+        (b"a", 1 << 20), (b"b", 1 << 20), (b"c", 1), (b"", 0), (b"d", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a: &a [1]\nb: *a", "[" * 1500, "a: !!python/object/apply:os.getcwd []", "a: [", "!!int ''", "!!bool x", "\0"],
+)
+def test_yaml_is_plain_or_refused(content):
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_yaml(content)
+
+
+def test_printed_text_is_text(capsys):
+    console = make_console()
+    console.print("runs/[bold]x[/b] :smile: \x1b[2J \ud800 \u202e", style="bold")
+    assert capsys.readouterr().out == "runs/[bold]x[/b] :smile: \\x1b[2J \\ud800 \\u202e\n"
 
 
 @pytest.mark.parametrize("value", ["plain", "it's", "a\\b", "a\\'b", "x=1, [y] {z}", "ends with \\", "\\\\'\\\\x\\\\"])

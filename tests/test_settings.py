@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, field_validator, model_validator
 
 from common.errors import ConfigError, UserError, prefix_errors
-from common.settings import Allowed, Count, FolderName, Positive, Settings, fields_of, parse
+from common.settings import Allowed, Count, Folder, FolderName, Positive, Settings, Values, fields_of, parse
 
 
 class Inner(Settings):
@@ -64,7 +64,7 @@ MESSAGES = {
     "inner.kind=x is not allowed: it must be a, b or c": {"lr": 1, "inner": {"kind": "x"}},
     "inner.kind=c is not allowed: it must be a or b today": {"lr": 1, "inner": {"kind": "c"}},
     "inner.limit=0 is not allowed: it must be an integer from 1, or null": {"lr": 1, "inner": {"limit": 0}},
-    "inner._target_=3 is not allowed": {"lr": 1, "inner": {"_target_": 3}},
+    "inner._target_=[3] is not allowed": {"lr": 1, "inner": {"_target_": [3]}},
     "there is no key inner.limt (the nearest is inner.limit)": {"lr": 1, "inner": {"limt": 1}},
     "sources.a.limit=0 is not allowed": {"lr": 1, "inner": {}, "sources": {"a": {"limit": 0}}},
     "inner=3 is not allowed": {"lr": 1, "inner": 3},
@@ -84,6 +84,34 @@ def test_valid_settings_have_their_types():
     assert settings.lr == 1.0 and isinstance(settings.lr, float)
     assert settings.inner.steps == (1, 2)
     assert [key for key, _ in fields_of(Inner)] == ["steps", "kind", "limit", "_target_"]
+
+
+def test_type_of_a_setting_decides_whether_a_value_is_a_text(monkeypatch):
+    """Hydra and YAML take `2024_01` for the number 202401, and `1.10` for 1.1."""
+    monkeypatch.setenv("HOME", "/home/me")
+    values: dict = {
+        "lr": 2,
+        "name": 202401,
+        "inner": {"_target_": True},
+        "folders": [1, "b"],
+        "cache": "~/cache",
+        "sources": {"a": {"_target_": 1.1}, "b": None},
+    }
+    given = {"name": "2024_01", "sources.a._target_": "1.10", "lr": "2"}
+    settings = parse(Texts, Values(values, given))
+    assert (settings.lr, settings.name, settings.folders) == (2.0, "2024_01", ["1", "b"])
+    assert settings.cache == "/home/me/cache"
+    assert settings.inner.target == "true" and settings.sources["a"].target == "1.10"
+    assert parse(Texts, values).name == "202401" and values["name"] == 202401
+
+
+class Texts(Outer):
+    """Settings that are texts."""
+
+    folders: Folder | list[Folder]
+    """Folders."""
+    cache: Folder
+    """Folder."""
 
 
 def test_prefix_names_the_section():

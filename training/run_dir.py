@@ -28,14 +28,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from common.errors import RunError, UserError, shown
-from common.files import is_locked, read_json, write_atomic
+from common.errors import RunError, UserError, one_line, shown
+from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
+from common.reading import parse_json, parse_record, read_bytes, read_json, read_lines
+from common.run_files import Environment, Result, Rewinds, SlurmJob, ValidationLine, as_dict
 from data import TOKENIZER_FILES, Tokens
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
-from training.config.identity import differences
 from training.config.schema import Config
 from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
@@ -75,13 +74,15 @@ class RunDir:
             UserError: another process holds the folder, or the run was started on other tokens.
             RunError: the SLURM job of this process makes no progress.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
                 seconds = LOCK_SECONDS_REQUEUED if restart_count() else LOCK_SECONDS
-                stack.enter_context(FileLock(self.lock_file, seconds))
+                stack.enter_context(hold_lock(self.lock_file, seconds))
             except TimeoutError as error:
                 raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
+            remove_leftovers(self.path)
+            make_dir(self.checkpoints)
             starts = self._starts()
             if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
                 raise UserError(
@@ -89,7 +90,7 @@ class RunDir:
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )
             if not self.config_file.exists():
-                self.tokenizer.mkdir(exist_ok=True)
+                make_dir(self.tokenizer)
                 for name in TOKENIZER_FILES:
                     write_atomic(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
                 write_atomic(self.config_file, to_yaml(config))
@@ -118,18 +119,6 @@ class RunDir:
                 "time limit is too short, or its nodes fail; a new job continues"
             )
 
-    def check_same_run(self, config: Config) -> None:
-        """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
-        if not self.config_file.exists():
-            return
-        changed = differences(config, read_config(self.config_file))
-        if changed:
-            pairs = [f"{key}={shown(ours)} (there: {shown(theirs)})" for key, (ours, theirs) in changed.items()][:4]
-            raise UserError(
-                f"name={config.name} is taken: {self.path} holds a run with other settings, {', '.join(pairs)}; "
-                "choose another name, or none"
-            )
-
     def max_steps(self) -> int | None:
         """Return the steps of the whole run; `None` if it has not begun."""
         return read_config(self.config_file).trainer.max_steps if self.config_file.exists() else None
@@ -138,16 +127,11 @@ class RunDir:
         """Return the final numbers; `None` while the run is not finished. A damaged file is a `UserError`."""
         if not self.result_file.exists():
             return None
-        result = read_json(self.result_file)
-        if "test_loss" not in result:
-            raise UserError(
-                f"{self.result_file} is damaged (no test_loss): remove it, and the same command makes it again"
-            )
-        return result
+        return as_dict(read_json(self.result_file, Result))
 
     def slurm_job(self) -> str | None:
         """Return the number of the SLURM job that was last submitted for the run; `None` if none was."""
-        return read_json(self.job_file).get("slurm") if self.job_file.exists() else None
+        return read_json(self.job_file, SlurmJob).slurm if self.job_file.exists() else None
 
     def write_slurm_job(self, number: str) -> None:
         """Record the number of the run's SLURM job."""
@@ -161,11 +145,14 @@ class RunDir:
 
     def failure_reason(self) -> str | None:
         """Return in one line what ended the last start; `None` if nothing is recorded."""
-        lines = self.failure_file.read_text(encoding="utf-8").splitlines() if self.failure_file.exists() else []
+        content = read_bytes(self.failure_file) if self.failure_file.exists() else b""
+        lines = content.decode(errors="replace").splitlines()
         return lines[-1] if lines else None
 
     def _starts(self) -> list[dict[str, Any]]:
-        return read_json(self.environment_file).get("starts", []) if self.environment_file.exists() else []
+        if not self.environment_file.exists():
+            return []
+        return [as_dict(start) for start in read_json(self.environment_file, Environment).starts]
 
     def data_folder(self) -> str | None:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
@@ -179,7 +166,7 @@ class RunDir:
         """
         for number, line in enumerate(self.metrics_lines(steps), 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 yield None if row["grad_norm"] is None else row["loss"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{self.metrics_file} is damaged in line {number}: restore the file") from error
@@ -188,13 +175,15 @@ class RunDir:
         """Return the first lines of metrics.jsonl, at most so many; bytes that are no text are marked in them."""
         if not self.metrics_file.exists():
             return []
-        with self.metrics_file.open("rb") as lines:
-            return [line.decode(errors="replace").rstrip("\n") for line in islice(lines, steps)]
+        return [line.decode(errors="replace") for line in islice(read_lines(self.metrics_file), steps)]
 
     def val_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of val_metrics.jsonl; a line that was cut off while it was written does not count."""
-        lines = self.val_metrics_file.read_text().split("\n")[:-1] if self.val_metrics_file.exists() else []
-        return [json.loads(line) for line in lines]
+        """Return the lines of val_metrics.jsonl; a damaged one, which may have been cut off, does not count."""
+        rows = []
+        for line in read_lines(self.val_metrics_file) if self.val_metrics_file.exists() else ():
+            with suppress(ValueError):
+                rows.append(as_dict(parse_record(ValidationLine, line)))
+        return rows
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
@@ -209,12 +198,11 @@ class RunDir:
         if not self.rewinds_file.exists():
             return []
         try:
-            rewinds = json.loads(self.rewinds_file.read_text())["rewinds"]
-            return [rewind for rewind in rewinds if rewind["to_step"] <= last]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self.rewinds_file} is damaged ({error}): restore it, as it says which batches the run skips"
-            ) from error
+            rewinds = parse_record(Rewinds, read_bytes(self.rewinds_file)).rewinds
+        except (OSError, ValueError) as error:
+            advice = "restore it, as it says which batches the run skips"
+            raise RunError(f"{self.rewinds_file} is damaged ({one_line(error)}): {advice}") from error
+        return [as_dict(rewind) for rewind in rewinds if rewind.to_step <= last]
 
     def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:
         """Record the rewinds of the run, if there are any."""

@@ -55,7 +55,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sources.s=3": ({"sources": {"s": 3}}, "it must have column, hub, path"),
     "sources.s.hub=y/z": ({"sources": {"s": {"path": "x", "hub": "y/z"}}}, "the source has a path already"),
     "sources.s.path=null": ({"sources": {"s": {"hub": None}}}, "the source must have a path or a hub"),
-    "sources.s.path=5": ({"sources": {"s": {"path": 5}}}, "it must be a text, or null"),
+    "sources.s.path=[5]": ({"sources": {"s": {"path": [5]}}}, "it must be a text, or null"),
     "sources.s.column=null": ({"sources": {"s": {"path": "x", "column": None}}}, "it must be a name"),
     "sources.s.weight=0": ({"sources": {"s": {"path": "x", "weight": 0}}}, "it must be a number above 0"),
 }

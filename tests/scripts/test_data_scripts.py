@@ -54,8 +54,8 @@ def test_tokenizer_is_trained_on_the_bytes_of_the_setting(run_main, tmp_path, ca
     rows = [*["first words and more first words"] * 20, *["later sentences, later sentences"] * 20]
     lines = [json.dumps({"text": f"{i} {text}"}) for i, text in enumerate(rows)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    (tmp_path / ".saving-early").mkdir()
-    (tmp_path / ".saving-early" / "left").touch()
+    (tmp_path / ".saving-0123-early").mkdir()
+    (tmp_path / ".saving-0123-early" / "left").touch()
     settings = ("data.path=text.jsonl", "data.val_fraction=1e-9", "vocab_size=5000")
     run_main("train_tokenizer", *settings, "max_bytes=300", "out=early")
     run_main("train_tokenizer", *settings, "out=all")

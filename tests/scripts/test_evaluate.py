@@ -153,7 +153,10 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("eval.num_fewshot=-1", "eval.num_fewshot=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("eval.data_dir=nowhere", "eval.data_dir=nowhere does not exist: it must be a folder with the validation sets"),
         ("eval.num_fewshot=[]", "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
-        ("run=5", "run=5 is not allowed: it must be a run folder, the folder of an experiment, or a list of such"),
+        (
+            "run={a:1}",
+            "run={'a': 1} is not allowed: it must be a run folder, the folder of an experiment, or a list of such",
+        ),
         ("hf=./x run=y", "run=y means nothing with hf=./x: give one of them"),
         ("hf=./x step=3", "step=3 means nothing with hf=./x: give one of them"),
         ("hf=. out=.", "out=. is a folder: it must be a file for the scores"),

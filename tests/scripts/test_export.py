@@ -33,8 +33,8 @@ def test_export_has_the_weights_and_the_tokenizer_of_the_run(exported, finished_
 
 def test_step_and_dtype_of_the_export(finished_run, tmp_path):
     """What an export that was killed has left is replaced."""
-    (tmp_path / ".saving-exported").mkdir()
-    (tmp_path / ".saving-exported" / "left").touch()
+    (tmp_path / ".saving-0123-exported").mkdir()
+    (tmp_path / ".saving-0123-exported" / "left").touch()
     done = script("export_hf.py", f"run={finished_run}", "out=exported", "step=8", "dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"step 8 .*[\d,]+ parameters in bfloat16: exported\n", done.stdout), done.stdout

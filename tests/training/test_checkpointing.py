@@ -18,9 +18,11 @@ from rich.console import Console
 
 from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, final_state, only_run, read_jsonl, same, start, train
 from tests.training.process_control import Gates, Ranks
-from training.checkpoint.format import is_valid, load_model_state
+from training.checkpoint.format import is_valid, load_model_state, saved_config
 from training.checkpoint.manager import CheckpointManager, rng_states, set_rng_states
-from training.config.identity import run_path
+from training.config.compose import read_config
+from training.config.identity import differences, run_path
+from training.config.schema import Config
 from training.monitor.health import LOSS_MARGIN, WINDOW, DivergenceDetector
 from training.run_dir import RunDir
 
@@ -177,6 +179,19 @@ def test_checkpoint_holds_configuration_and_random_states(finished_run):
     numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
     set_rng_states(before)
     assert numbers == [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("run", ["finished_run", "sharded_run"])
+def test_configuration_is_read_from_a_checkpoint_alone(run, request, tmp_path):
+    path = request.getfixturevalue(run)
+    checkpoint = RunDir(path).checkpoint(40)
+    config = Config.model_validate(saved_config(checkpoint))
+    assert differences(config, read_config(RunDir(path).config_file)) == {}
+    assert config.trainer.sharded == (run == "sharded_run")
+    (tmp_path / "file").write_bytes(b"no checkpoint")
+    (tmp_path / "folder").mkdir()
+    torch.save({"config": ["a list"]}, tmp_path / "list")
+    assert [saved_config(tmp_path / name) for name in ("file", "folder", "list", "missing")] == [None] * 4
 
 
 @pytest.mark.parametrize("before, after, steps", [(8, 2, 16), SLOW(2, 8, 15), SLOW(4, 1, 13)])

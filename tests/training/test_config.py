@@ -17,12 +17,13 @@ from common.settings import fields_of
 from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, train
 from training.config.checks import check
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
-from training.config.identity import identity, run_name, run_path
+from training.config.identity import differences, identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
-from training.config.schema import Config
+from training.config.schema import ClipConfig, Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
 from training.launch.sweep import CheckSweep
+from training.run import prepare_tokens
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -256,6 +257,27 @@ def test_taken_name_is_refused(finished_run, tiny, refusal, tmp_path, monkeypatc
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
+def test_checkpoint_says_what_a_run_was_trained_with(finished_run, tiny, checked, refusal, tmp_path, monkeypatch):
+    """config.yaml may be lost: it is made again from the same settings only. It may not say what was not trained."""
+    run = copy_run(finished_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = (*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    file = run / "config.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("weight_decay: 0.01", "weight_decay: 0.5"))
+    assert "config.yaml says what the run was not trained with, optim.weight_decay=0.5 (trained: 0.01)" in refusal(
+        *settings, "optim.weight_decay=0.5"
+    )
+    assert "what the run was not trained with" in refusal(f"resume={run}")
+    file.unlink()
+    assert "optim.weight_decay=0.5 (there: 0.01)" in refusal(*settings, "optim.weight_decay=0.5")
+    config, run_dir = checked(*settings)
+    resumed, _ = checked(f"resume={run}")
+    assert differences(config, resumed) == {} and resumed.optim.weight_decay == 0.01
+    with run_dir.acquire(resumed, prepare_tokens(config, Console(quiet=True))):
+        assert differences(read_config(file), config) == {}
+
+
 def test_saved_configuration_is_the_same_configuration(tmp_path):
     overrides = ("clip=adagc", "data.corruption.steps=[3,5]", "lr=1e-4", "data.max_tokens=50e9")
     saved = config(*overrides, "data.column='é\x85 \u2028'")  # rare line breaks
@@ -272,6 +294,28 @@ def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeyp
     (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
     line = refusal(*tiny, "name=old")
     assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in line
+
+
+def test_class_that_a_run_folder_names_is_not_imported(tiny, checked, refusal, tmp_path, monkeypatch):
+    """It is if the command line names it too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_from_run.py").write_text(
+        "from pathlib import Path\nfrom zclip import ZClip\nPath('imported').touch()\nclass Mine(ZClip): pass\n"
+    )
+    folder = tmp_path / "runs" / "main" / "theirs"
+    folder.mkdir(parents=True)
+    theirs = config(*tiny, "name=theirs").model_copy(
+        update={"clip": ClipConfig(_target_="imported_from_run.Mine", name="x")}
+    )
+    (folder / "config.yaml").write_text(to_yaml(theirs))
+    line = refusal(f"resume={folder}")
+    assert "clip._target_=imported_from_run.Mine is not a class of zclip, and not imported because a file says" in line
+    assert "is taken" in refusal(*tiny, "name=theirs")
+    assert "imported_from_run.Mine is not" in refusal(f"resume={folder}", "clip._target_=os.system")
+    assert not (tmp_path / "imported").exists()
+    resumed, _ = checked(f"resume={folder}", "clip._target_=imported_from_run.Mine")
+    assert resumed.clip.target == "imported_from_run.Mine" and (tmp_path / "imported").exists()
 
 
 def test_run_is_resumed_from_its_folder_alone(finished_run, refusal, tmp_path, monkeypatch):

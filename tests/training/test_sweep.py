@@ -23,7 +23,7 @@ from experiments.paper.tables_and_figures import SUITES
 from hydra_plugins import zclip_launchers
 from hydra_plugins.zclip_launchers import Slurm
 from hydra_plugins.zclip_sweeper import SuiteSweeper
-from tests.helpers import CHECKOUT, SLOW, read_jsonl, script, start, train
+from tests.helpers import CHECKOUT, RESULT, SLOW, read_jsonl, script, start, train
 from tests.training.process_control import Gates
 from training.launch import sweep as sweeps
 from training.launch.slurm_queue import submit
@@ -331,13 +331,13 @@ while read -r number age folder; do
     case $age in
         0 | 1) echo "$number PENDING" ;;
         2 | 3) echo "$number RUNNING" ;;
-        *) [ "$number" = 2 ] || echo "{\\"test_loss\\": $number}" > "$folder/result.json"; continue ;;
+        *) [ "$number" = 2 ] || echo '%s' | sed "s/NUMBER/$number/" > "$folder/result.json"; continue ;;
     esac
     echo "$number $((age + 1)) $folder" >> queued
 done < queue
 touch queued
 mv queued queue
-"""
+""".replace("%s", json.dumps(RESULT | {"test_loss": "NUMBER"}).replace('"NUMBER"', "NUMBER"))
 
 
 @pytest.fixture
@@ -422,13 +422,13 @@ if seed == "8":
 if seed == "9":
     (folder / "failure.txt").write_text("it has diverged")
     sys.exit(3)
-(folder / "result.json").write_text(json.dumps({"test_loss": int(seed)}))
+(folder / "result.json").write_text(json.dumps(RESULT | {"test_loss": int(seed)}))
 """
 
 
 def test_local_jobs_take_turns_and_say_how_they_ended(plugin, tmp_path, monkeypatch, capsys):
     program = tmp_path / "train.py"
-    program.write_text(f"LAUNCHER = {LAUNCHER!r}\n{PROGRAM}")
+    program.write_text(f"LAUNCHER, RESULT = {LAUNCHER!r}, {RESULT!r}\n{PROGRAM}")
     monkeypatch.setattr("sys.argv", [str(program)])
     found = f"hydra.searchpath=[{tmp_path}]"
     launcher = plugin("launcher", LOCAL, "hydra.launcher.n_jobs=1", found)

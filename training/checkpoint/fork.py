@@ -76,7 +76,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
         steps = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
         raise impossible(f": the run has no checkpoint of that step, but of {steps}")
     old = read_config(run_dir.config_file)
-    requested, saved = identity(config), identity(old)
+    requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")

@@ -107,7 +107,7 @@ def load_model_state(checkpoint: Path) -> dict[str, Tensor]:
         prefix = f"state_dict.{prefix}"
         state = _load_sharded(checkpoint, prefix)
     else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        state = _load_archive(checkpoint)["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
@@ -117,6 +117,23 @@ def load_full(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint, map_location="cpu", weights_only=True)
     metadata = torch.load(checkpoint / METADATA, map_location="cpu", weights_only=True)
     return _load_sharded(checkpoint) | metadata
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the configuration that a checkpoint holds, without reading its tensors; `None` if it cannot be read.
+
+    It is as the checkpoint has it: it may come from somebody else, and is to be checked before it is used.
+    """
+    try:
+        config = _load_archive(checkpoint / METADATA if checkpoint.is_dir() else checkpoint)["config"]
+    except Exception:  # what is damaged can fail in any way
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _load_archive(path: Path) -> Any:
+    """Return what an archive holds. Tensors are mapped: they are read from the file when they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
@@ -156,7 +173,7 @@ def _is_intact(record: BinaryIO) -> bool:
     if isinstance(record, io.BytesIO):
         torch.load(record, map_location="cpu", weights_only=True)
     else:
-        torch.load(record.name, map_location="cpu", weights_only=True, mmap=True)  # finds tensors without reading them
+        _load_archive(Path(record.name))  # finds tensors without reading them
     return True
 
 

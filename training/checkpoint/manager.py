@@ -9,6 +9,7 @@ A save that fails, for example on a full disk, is reported and does not end trai
 """
 
 import random
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -54,6 +55,7 @@ class CheckpointManager:
         self._rng_states: dict[str, Any] | None = None
         self._group: Any = None
         self._device_type = "cpu"
+        self._token = ""  # of the temporary names, the same in all processes
         self._writer: ThreadPoolExecutor | None = None
         self._await_pending: Callable[[], None] = lambda: None
 
@@ -69,6 +71,7 @@ class CheckpointManager:
         """Prepare for training from a step on, which has a checkpoint unless it is 0. All processes call it."""
         self._last_attempt = step
         self._last_saved = step or None
+        self._token = broadcast_from_rank0(partial(secrets.token_hex, 8))
         self._device_type = device.type
         if self._rng_states is not None:
             set_rng_states(self._rng_states)
@@ -116,7 +119,7 @@ class CheckpointManager:
     def _write(self, checkpoint: dict[str, Any], step: int) -> None:
         """Write a checkpoint, give it its final name, and remove those that need not be kept."""
         final, sharded = self.run_dir.checkpoint(step), self.config.trainer.sharded
-        temporary = tmp_path(final)
+        temporary = tmp_path(final, self._token)
         if rank() > 0:
             write(checkpoint, temporary, sharded, False, self._group)
             return

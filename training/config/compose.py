@@ -11,12 +11,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors
-from common.settings import parse
+from common.reading import MOST_YAML, parse_yaml, read_bytes
+from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
 from training.config.identity import changes_result, differences, identity, run_path
 from training.config.schema import Config
+from training.config.strategy import is_ours
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -47,15 +49,18 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def load_config(cfg: DictConfig) -> Config:
-    """Return the typed configuration of a run; raise `UserError` if a key or value is not allowed."""
-    return parse(Config, container(cfg))
+def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+    """Return the typed configuration of a run, composed with these overrides of the command line.
+
+    Raises `UserError` if a key or value is not allowed.
+    """
+    return parse(Config, Values(container(cfg), overrides_dict(overrides)))
 
 
 def read_config(path: Path) -> Config:
     """Return the configuration in a config.yaml; raise `UserError` if it is damaged, or of another version."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = parse_yaml(read_bytes(path, MOST_YAML))
         if not isinstance(plain, dict):
             raise ValueError("no mapping of settings")
         return parse(Config, plain)
@@ -64,7 +69,7 @@ def read_config(path: Path) -> Config:
             f"{path} is not a configuration of this version ({error}): a run of another version cannot be read or "
             "continued; choose another name"
         ) from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
 
 
@@ -95,7 +100,14 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
         return ConfigError(key, flatten(ours).get(key, "..."), problem=problem)
 
-    for key in overrides_dict(overrides):
+    named = overrides_dict(overrides)
+    if not is_ours(saved.clip) and named.pop("clip._target_", None) != saved.clip.target:
+        problem = (
+            f"is not a class of zclip, and not imported because a file says so: add clip._target_={saved.clip.target} "
+            "if you trust it"
+        )
+        raise ConfigError("clip._target_", saved.clip.target, problem=problem)
+    for key in named:
         section, _, name = key.partition(".")
         if changes_result(key) or key in ("name", "experiment"):
             raise refusal(key)
@@ -104,7 +116,7 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         elif key != "resume":
             plain[section] = ours[section]
     resumed = parse(Config, plain)
-    if changed := differences(resumed, saved):  # keys of checkpoints, to which the run is rewound
+    if changed := differences(resumed, saved, is_named=False):  # keys of checkpoints, to which the run is rewound
         raise refusal(next(iter(changed)))
     return resumed
 
@@ -126,4 +138,4 @@ def resolve_runs(
 
 def saved_identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of a run by the content of its config.yaml, see `training.config.identity.identity`."""
-    return identity(parse(Config, plain))
+    return identity(parse(Config, plain), is_named=False)

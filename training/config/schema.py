@@ -10,7 +10,18 @@ from annotated_types import Predicate
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
-from common.settings import Allowed, Count, Flag, Folder, FolderName, Fraction, NotNegative, Positive, Settings
+from common.settings import (
+    Allowed,
+    Count,
+    Flag,
+    Folder,
+    FolderName,
+    Fraction,
+    NotNegative,
+    PathText,
+    Positive,
+    Settings,
+)
 from data import DataConfig
 from data.config import CorruptionKind, Steps
 from evaluation.config import EvalConfig
@@ -219,9 +230,9 @@ class Config(Settings):
     """Name of the run folder; null: <model>-<clip>-lr<lr>-seed<seed>-<hash of the settings>."""
     experiment: FolderName
     """Folder in `paths.runs` that groups runs."""
-    resume: Annotated[str | None, Allowed("a run folder, or null")]
+    resume: Annotated[PathText | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
-    fork_from: Annotated[str | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
+    fork_from: Annotated[PathText | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
     """FOLDER@STEP: start a new run from a step of another."""
     print_run_dir: Flag
     """Print the path of the run folder and exit."""

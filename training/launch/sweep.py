@@ -11,12 +11,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
-from rich.console import Console
 from rich.table import Table
 
+from common.console import make_console
 from common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
+from training.checkpoint.saved_config import check_same_run
 from training.config.checks import check
 from training.config.compose import load_config
 from training.config.identity import run_path
@@ -53,14 +54,14 @@ class Job(NamedTuple):
     def check(self) -> None:
         """Raise `UserError` if the run cannot be started."""
         check(self.config, self.run_dir.path)
-        self.run_dir.check_same_run(self.config)
+        check_same_run(self.run_dir, self.config)
         if not self.run_dir.result_file.exists():
             find_fork_source(self.config, self.run_dir)
 
 
 def compose_job(loader: Any, sweep: Any, overrides: Sequence[str]) -> Job:
     """Return a run of a sweep, from Hydra's configuration loader and its configuration of the sweep."""
-    config = load_config(loader.load_sweep_config(sweep, list(overrides)))
+    config = load_config(loader.load_sweep_config(sweep, list(overrides)), overrides)
     if config.resume is not None:
         raise ConfigError("resume", config.resume, problem="is not possible with -m: it continues one run")
     return Job(list(overrides), config, RunDir(run_path(config)))
@@ -131,7 +132,7 @@ def print_plans(jobs: Sequence[Job]) -> None:
         lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     console.print(table, soft_wrap=False)
     console.print("\n".join(lines))
 

@@ -1,0 +1,134 @@
+"""The shapes of the files in a run folder, for those who write them and those who read them.
+
+Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from common.reading import Record
+
+Step = Annotated[int, Field(ge=0, lt=2**53)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class MetricsLine(Record):
+    """A line of metrics.jsonl: further fields are the strategy's telemetry and the times of the step's phases."""
+
+    __pydantic_extra__: dict[str, Number | None] = Field(init=False)
+
+    step: Annotated[int, Field(ge=1, lt=2**53)]
+    tokens: Step
+    loss: Number | None
+    grad_norm: Number | None
+    tokens_per_second: Number | None = None
+
+
+class ValidationLine(Record):
+    """A line of val_metrics.jsonl. A loss that was not finite is absent."""
+
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    step: Step
+    val_tokens: Step
+
+
+class Start(Record):
+    """One start of a run, with the environment that it had."""
+
+    started: str | None = None
+    command: list[str] = Field([])
+    commit: str | None = None
+    uncommitted_changes: bool = False
+    versions: dict[str, str] = Field({})
+    device: str = "an unknown device"
+    platform: str | None = None
+    data_fingerprint: str | None = None
+    data_folder: str | None = None
+    step: Step | None = None
+    slurm_job: str | None = None
+
+
+class Environment(Record):
+    """environment.json."""
+
+    starts: list[Start]
+
+
+class SlurmJob(Record):
+    """job.json."""
+
+    slurm: str | None = None
+
+
+class Rewind(Record):
+    """A rewind from a step to an earlier one, and the batches that the run has skipped in all so far."""
+
+    from_step: Step
+    to_step: Step
+    skipped_batches: Step
+
+    @model_validator(mode="after")
+    def _goes_back(self) -> "Rewind":
+        if self.to_step >= self.from_step:
+            raise ValueError("to_step must be below from_step")
+        return self
+
+
+class Rewinds(Record):
+    """rewinds.json."""
+
+    rewinds: list[Rewind]
+
+
+class Result(Record):
+    """result.json, see `experiments.run.summary.summarise` and `training.run.train`."""
+
+    steps: Annotated[int, Field(ge=1)]
+    tokens: Step
+    train_loss: Number | None
+    test_loss: Number | None
+    test_bits_per_byte: Number | None = None
+    unigram_entropy: Number
+    test_tokens: Step
+    parameters: Step
+    data_fingerprint: str
+    spikes: Step
+    spike_definition: str
+    clipped_share: Annotated[float, Field(ge=0, le=1)]
+    skipped: Step = 0
+    clipped_by_z: Step | None = None
+    tokens_per_second: Number
+    mfu: Number | None = None
+    step_seconds: dict[str, Number | None] = Field({})
+    saving_seconds: Number | None = None
+    peak_memory_gib: Number | None = None
+    corrupted_batches: Step = 0
+    corruption_kind: str | None = None
+
+
+class Score(Record):
+    """A score on a task, see `evaluation.scores.score_task`: further fields are the metrics."""
+
+    task: str
+    num_fewshot: Step
+    limit: Step | None = None
+    seed: int | None = None
+    step: Step | None
+    dtype: str | None = None
+    model: str | None = None
+    items: Annotated[int, Field(ge=1)]
+    versions: dict[str, str] = Field({})
+    date: str | None = None
+
+
+class TaskScores(Record):
+    """task_scores.json."""
+
+    scores: list[Score]
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """Return the fields that a record was read with."""
+    return record.model_dump(exclude_unset=True)

@@ -1,0 +1,60 @@
+"""The configuration of a run that has begun: that in its newest checkpoint counts, and config.yaml must agree with it.
+
+config.yaml can be lost or edited. Training continues from the checkpoint, whose settings hold for all its steps.
+"""
+
+from pathlib import Path
+
+from common.errors import UserError, shown
+from common.settings import parse
+from training.checkpoint.format import saved_config
+from training.config.compose import read_config
+from training.config.identity import differences
+from training.config.schema import Config
+from training.run_dir import RunDir
+
+
+def config_of_run(run_dir: RunDir) -> Config | None:
+    """Return the configuration with which a run was begun; `None` if there is no run in the folder.
+
+    Raises:
+        UserError: config.yaml is damaged, of another version, or says what the run's checkpoint was not trained with.
+    """
+    trained = _config_of_checkpoint(run_dir)
+    if not run_dir.config_file.is_file():
+        return trained
+    config = read_config(run_dir.config_file)
+    if trained is not None and (changed := differences(config, trained, is_named=False)):
+        pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
+        raise UserError(
+            f"{run_dir.config_file} says what the run was not trained with, {', '.join(pairs)}: restore it, or remove "
+            "it: the same command as at first makes it again"
+        )
+    return config
+
+
+def check_same_run(run_dir: RunDir, config: Config) -> None:
+    """Raise `UserError` if the folder holds a run with other settings. Writes nothing."""
+    begun = config_of_run(run_dir)
+    if begun is not None and (changed := differences(config, begun)):
+        pairs = [f"{key}={shown(ours)} (there: {shown(theirs)})" for key, (ours, theirs) in changed.items()][:4]
+        raise UserError(
+            f"name={config.name} is taken: {run_dir.path} holds a run with other settings, {', '.join(pairs)}; "
+            "choose another name, or none"
+        )
+
+
+def _config_of_checkpoint(run_dir: RunDir) -> Config | None:
+    """Return the configuration in the newest checkpoint that can be read; `None` if there is none."""
+    for step in reversed(run_dir.checkpoint_steps()):
+        checkpoint: Path = run_dir.checkpoint(step)
+        if (plain := saved_config(checkpoint)) is None:
+            continue  # it is damaged, and is reported as such when the run resumes
+        try:
+            return parse(Config, plain)
+        except UserError as error:
+            raise UserError(
+                f"{checkpoint} has a configuration of another version ({error}): such a run cannot be read or "
+                "continued; choose another name"
+            ) from error
+    return None
