@@ -170,11 +170,16 @@ def _check_loops(fit_loop: Mapping[str, Any], step: int, config: Config) -> None
     _require(consumed == (step + skipped) * config.trainer.global_batch_size, "its position in the data is another's")
     _require(isinstance(loader["fingerprint"], str), "its tokens have no fingerprint")
     if config.data.mode == "stream":
-        stream = loader["stream"]
-        _require(stream.keys() == {*BlockStart._fields, "block_sequences", "length"}, "its position in the stream")
+        stream = dict(loader["stream"])
+        mixture = stream.pop("mixture")
         _require(
-            all(_is_count(value) for name, value in stream.items() if name != "mixture"), "its position in the stream"
+            stream.keys() == {*BlockStart._fields, "block_sequences", "length"} - {"mixture"}, "no stream's position"
         )
+        _require(all(map(_is_count, stream.values())), "no stream's position")
+        if mixture is not None:
+            sources, bytes_read = config.data.sources.keys(), mixture["bytes_read"]
+            _require(mixture["streams"].keys() == bytes_read.keys() == sources, "its sources are others")
+            _require(all(map(_is_count, bytes_read.values())), "its sources are others")
 
 
 def _check_progress(progress: Mapping[str, Any], name: str) -> None:
