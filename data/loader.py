@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from common.errors import UserError
 from data.corruption import BatchCorruption
 from data.sequences import Batch, ShuffledDataset
 from data.stream import StreamingDataset
@@ -61,16 +62,20 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved position, and advance by the batches that were skipped since it was saved."""
+        """Restore a saved position, and advance by the batches that were skipped since it was saved.
+
+        Raises:
+            UserError: it was saved with other tokens, or by a run that had skipped more batches.
+        """
         if state_dict["fingerprint"] != self.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
         newly_skipped = self.skipped_batches - state_dict.get("skipped_batches", 0)
         if newly_skipped < 0:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
-                "is missing"
+                "is missing, restore rewinds.json"
             )
         self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.share.global_batch_size

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from data.content import ContentIndex
 from data.corpus import Corpus, text_too_short
 from data.encoding import document_batches, prefetch
@@ -105,11 +106,11 @@ class StreamingDataset:
         return {"stream": {**start._asdict(), "block_sequences": self.block_sequences, "length": self.length}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a saved state; raise `ValueError` if it was saved with other block or sequence lengths."""
+        """Restore a saved state; raise `UserError` if it was saved with other block or sequence lengths."""
         start = dict(state["stream"])
         sequences, length = start.pop("block_sequences"), start.pop("length")
         if (sequences, length) != (self.block_sequences, self.length):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on blocks of {sequences} sequences of {length} tokens, but these are "
                 f"blocks of {self.block_sequences} of {self.length}"
             )

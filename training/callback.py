@@ -10,6 +10,7 @@ import torch
 
 from evaluation.response_cache import EvaluationInterrupted
 from training.checkpoint.manager import CheckpointManager
+from training.checkpoint.restore import load_checkpoint
 from training.lightning_internals import dump_checkpoint, forward_context, rescale_batch_counts
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
@@ -40,6 +41,10 @@ class RunCallback(pl.Callback):
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(torch.device("cpu"))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let Lightning load checkpoints by our readers, which execute nothing of them."""
+        trainer.strategy.load_checkpoint = partial(load_checkpoint, trainer)  # type: ignore[method-assign]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -104,6 +109,7 @@ class RunCallback(pl.Callback):
         """Do the evaluations after the last step, if the run was killed before they were done."""
         if not self.metrics.started:  # there was no step to train
             self._start_metrics(trainer, pl_module)
+            self.loss_validator.start(trainer.global_step)
         self._validate_if_due(trainer, pl_module)
 
     def _start_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[float | None]:

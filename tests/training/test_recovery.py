@@ -179,6 +179,17 @@ def test_rewind_is_replayed_when_resuming_before_it(rewound_run, fragile, tmp_pa
     assert losses(path / "metrics.jsonl") == before
 
 
+def test_lost_record_of_rewinds_is_one_sentence(rewound_run, fragile, tmp_path):
+    settings, env = fragile
+    path = copy_run(rewound_run[0], tmp_path)
+    (path / "result.json").unlink()
+    (path / "rewinds.json").unlink()
+    done = train(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=tmp_path, env=env)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "has skipped 6 more batches than this run: the record of its rewinds is missing" in done.stderr
+    assert (path / "checkpoints" / "step-00000040.ckpt").exists()
+
+
 def test_run_ends_after_too_many_rewinds(fragile, tmp_path):
     settings, env = fragile
     settings = (*settings, "trainer.on_nonfinite=rewind", "trainer.max_consecutive_nonfinite=2")

@@ -9,7 +9,6 @@ A save that fails, for example on a full disk, is reported and does not end trai
 folder of the checkpoints may be removed or moved meanwhile: the next save makes it again.
 """
 
-import random
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -31,6 +29,7 @@ from common.errors import RunError, one_line
 from common.files import remove, tmp_path
 from common.root_cause import root_cause
 from training.checkpoint.format import publish, write
+from training.checkpoint.rng import rng_states, set_rng_states
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
@@ -204,28 +203,3 @@ def _copy_to_cpu(checkpoint: dict[str, Any], device_type: str) -> dict[str, Any]
 def _reason(error: BaseException) -> str:
     """Return in one line why a checkpoint could not be written."""
     return one_line(root_cause(error))
-
-
-def rng_states() -> dict[str, Any]:
-    """Return the states of the generators of Python, NumPy, torch on the CPU, and torch on this process's GPU.
-
-    They consist of types that `torch.load(weights_only=True)` accepts.
-    """
-    state: Any = np.random.get_state()  # noqa: NPY002 - libraries use the global generator
-    kind, keys, *rest = state
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.tensor(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_states(states: dict[str, Any]) -> None:
-    """Restore what `rng_states` returned."""
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from common.errors import RunError
 from common.files import remove
 from training.checkpoint.fork import ForkSource
-from training.checkpoint.format import is_valid
+from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
 
 
@@ -46,6 +46,8 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     run_dir.write_rewinds(run_dir.rewinds(step))
     if own_step is None:
         if fork is not None:
+            if problem := find_problem(fork.checkpoint):  # a rewind comes here long after the fork was found
+                raise RunError(f"{fork.checkpoint}, from which the run starts, {problem}: restore it")
             fork.copy_history(run_dir)
         return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
     return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
@@ -58,9 +60,10 @@ def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
     """
     steps = run_dir.checkpoint_steps()
     for step in reversed(steps):
-        if is_valid(run_dir.checkpoint(step)):
+        problem = find_problem(run_dir.checkpoint(step))
+        if problem is None:
             return step
-        report(f"{run_dir.checkpoint(step)} is damaged: skipped")
+        report(f"{run_dir.checkpoint(step)} {problem}: skipped")
     if steps:
         raise RunError(
             f"{run_dir.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "
