@@ -94,9 +94,16 @@ def open_append(path: Path) -> BinaryIO:
 
 
 def make_dir(path: Path) -> None:
-    """Make a folder in a run folder or cache, unless it is there; raise `UserError` if a link stands in its place."""
+    """Make a folder in a run folder or cache, unless it is there.
+
+    Raises:
+        UserError: a link or a file stands in its place.
+    """
     refuse_link(path)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{path} is not a folder: remove it") from error
 
 
 def refuse_link(path: Path) -> None:

@@ -71,6 +71,8 @@ def test_writing_follows_no_link(tmp_path):
         pass
     with pytest.raises(UserError, match="checkpoints is a link"):
         make_dir(inside / "checkpoints")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a folder"):
+        make_dir(inside / "metrics.jsonl")
     remove_leftovers(inside)
     commit(inside / "new", inside / "step-8.ckpt")
     remove(inside / "checkpoints")
