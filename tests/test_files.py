@@ -71,13 +71,19 @@ def test_writing_follows_no_link(tmp_path):
         pass
     with pytest.raises(UserError, match="checkpoints is a link"):
         make_dir(inside / "checkpoints")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is not a folder"):
-        make_dir(inside / "metrics.jsonl")
     remove_leftovers(inside)
     commit(inside / "new", inside / "step-8.ckpt")
     remove(inside / "checkpoints")
     assert sorted(path.name for path in inside.iterdir()) == [".lock", "metrics.jsonl", "result.json", "step-8.ckpt"]
     assert [path.read_text() for path in precious.iterdir()] == ["mine"]
+
+
+def test_folder_is_made_once_and_never_in_place_of_a_file(tmp_path):
+    for _ in range(2):
+        make_dir(tmp_path / "checkpoints")
+    (tmp_path / "plots").touch()
+    with pytest.raises(UserError, match="plots is not a folder"):
+        make_dir(tmp_path / "plots")
 
 
 def test_hard_linked_file_is_not_appended_to(tmp_path):
