@@ -188,7 +188,10 @@ class Stream:
         # Until the first row is read, the library's `state_dict` does not return the state that was loaded.
         self._loaded_state = None if state is None else dict(state)
         if self._loaded_state is not None:
-            self._rows.load_state_dict(self._loaded_state)
+            try:
+                self._rows.load_state_dict(self._loaded_state)
+            except Exception as error:  # the library raises what it likes
+                raise source.error(f"cannot be read from the position that was saved ({_reason(error)})") from error
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that are not empty; raise `SourceError` if a file or the column cannot be read."""
@@ -243,11 +246,14 @@ class Stream:
 class Mixture:
     """Several sources as one stream of documents, which ends when the first of them ends.
 
-    It continues after the state of an earlier mixture of the same sources.
+    It continues after the state of an earlier mixture of the same sources; that of others is a `SourceError`.
     """
 
     def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:
         self.sources = list(sources)
+        names = [source.name for source in sources]
+        if state and not {*names} == state["streams"].keys() == state["bytes_read"].keys():
+            raise SourceError("sources", names, problem="cannot be read from the position that was saved in others")
         self.streams = {s.name: Stream(s, state["streams"][s.name] if state else None) for s in self.sources}
         self.bytes_read: dict[str, int] = dict(state["bytes_read"]) if state else {s.name: 0 for s in self.sources}
 
