@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.reading import parse_record
-from data.files import format_of, parse_line, unpacked
+from data.files import format_of, parse_line, parse_text, unpacked
 from data.shapes import RowsState
 
 #: Rows of a Parquet file that are decoded at once.
@@ -74,7 +74,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from _lines(file)
         return
     with unpacked(file) as content:
-        rows = json.loads(content.read().decode("utf-8-sig"))
+        rows = parse_text(content.read().decode("utf-8-sig"))
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row is not a JSON object: {str(row)[:40]!r}")

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.console import printable
 from common.errors import ConfigError, one_line
 from data.config import SourceConfig
 from data.content import ContentIndex
@@ -233,7 +234,7 @@ class Stream:
         return self._rows.state_dict() if self._loaded_state is None else self._loaded_state
 
     def _missing_column(self, row: Iterable[str]) -> SourceError:
-        columns = ", ".join(map(str, row)) or "no columns"
+        columns = printable(", ".join(row))[:300] or "no columns"
         location = self.source.hub or self.source.path
         return self.source.error(f"does not exist: the rows of {location} have {columns}", "column")
 

@@ -1,5 +1,6 @@
 """A folder of tokens, a journal or a position from somebody else is read right or refused with one sentence."""
 
+import copy
 import json
 import os
 import pickle
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
 from common.errors import UserError
 from data import BatchShare, Corpus, ShuffledDataset, StreamingDataset, TokenDataset, TrainLoader, open_tokens, prepare
-from data.tokenizer import read_tokenizer
+from data.tokenizer import END_OF_TEXT, TOKENIZER_FILES, read_tokenizer, train_tokenizer
 from data.tokens import DOCUMENT_DTYPE, dump_with_checksum
 from data.writing import file_facts
 from tests.data.preparation import PART_TOKENS, corpus_of, write_lines
@@ -58,7 +61,7 @@ def mangle(value: Any, rng: random.Random) -> None:
     if rng.random() < 0.2:
         del container[key]
     else:
-        container[key] = rng.choice(HOSTILE)
+        container[key] = copy.deepcopy(rng.choice(HOSTILE))
 
 
 def is_one_sentence(error: pytest.ExceptionInfo) -> bool:
@@ -241,3 +244,51 @@ def test_any_position_is_continued_or_refused(mode, prepared, tmp_path):
             assert "\n" not in str(error)
         finally:
             one.sequences.close()
+
+
+#: A tokenizer of each model.
+BASES = {
+    "bpe": lambda: train_tokenizer(["the quick brown fox "] * 20, 270).tokenizer,
+    "words": lambda: tokenizers.Tokenizer(models.WordLevel({"[U]": 0, END_OF_TEXT: 1}, unk_token="[U]")),
+    "unigram": lambda: tokenizers.Tokenizer(models.Unigram([("[U]", 0.0), (END_OF_TEXT, -1.0), ("a", -2.0)], unk_id=0)),
+    "pieces": lambda: tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, END_OF_TEXT: 1, "a": 2}, unk_token="[UNK]")),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_any_tokenizer_is_used_or_refused(kind, examples, tmp_path):
+    backend, rng = BASES[kind](), random.Random(0)
+    backend.add_special_tokens([END_OF_TEXT])
+    files = [json.loads(backend.to_str()), {"eos_token": END_OF_TEXT, "more": {"x": [1]}}]
+    used = 0
+    for number in range(examples):
+        changed = copy.deepcopy(files)
+        if number:
+            mangle(changed, rng) if rng.random() < 0.1 else mangle(changed[rng.random() < 0.4], rng)
+        for name, content in zip(TOKENIZER_FILES, [*changed, {}], strict=False):
+            (tmp_path / name).write_text(json.dumps(content))
+        try:
+            tokenizer = read_tokenizer(tmp_path)
+            tokenizer.encode(["a the quick fox", "日本 🎉"])
+            tokenizer.save(tmp_path)
+            used += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 0 < used < examples
+
+
+def test_panic_of_the_tokenizers_library_is_one_sentence(tmp_path):
+    """It is no `Exception` in Python."""
+    backend = BASES["bpe"]()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path)
+
+    class Panicking:
+        def encode_batch_fast(self, *arguments, **options):
+            raise type("PanicException", (BaseException,), {})("out of range")
+
+    with pytest.raises(
+        UserError, match=r"^the tokenizer cannot encode the text \(the tokenizers library panics: out of"
+    ):
+        tokenizer._replace(tokenizer=Panicking()).encode(["a"])
