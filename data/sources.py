@@ -132,8 +132,7 @@ class Source(SourceConfig):
         try:
             digests = (index or ContentIndex()).digests(self.path, files)
         except OSError as error:
-            problem = f"cannot be read: {error.filename}: {_reason(error)}"
-            raise self.error(problem) from error
+            raise self.error(f"cannot be read: {error.filename or self.path}: {_reason(error)}") from error
         formats = (f"{format_of(file)}{file.suffix if file.suffix in COMPRESSIONS else ''}" for file in files)
         lines = "".join(f"{kind} {digest}\n" for kind, digest in zip(formats, digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -156,7 +155,7 @@ class Source(SourceConfig):
         from huggingface_hub import HfApi
 
         try:
-            return HfApi().dataset_info(self.hub, revision=self.revision).sha
+            return str(HfApi().dataset_info(self.hub, revision=self.revision).sha)
         except Exception as error:
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
