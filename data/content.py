@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from common.errors import UserError
-from common.files import hold_lock, remove_leftovers, sha256, write_atomic
+from common.files import hold_lock, is_locked, remove_leftovers, sha256, write_atomic
 from common.reading import parse_json, read_bytes
 from data.progress import progress
 
@@ -80,6 +80,9 @@ class ContentIndex:
             if not stamps.keys() <= _known.keys():
                 raise UnknownContentError
             return
+        is_long = sum(stamp.size for stamp in stamps) >= MANY_BYTES
+        if is_long and index is not None and is_locked(index.with_suffix(".lock")):
+            self.console.print("waiting for another process that hashes the same text")
         with _locked(index):
             if index is not None:
                 _known.update(_read(index))
