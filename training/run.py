@@ -6,7 +6,7 @@ of Lightning is in `training/lightning_internals.py`.
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
 from common.errors import UserError, prefix_errors
+from common.run_files import corrupted_steps
 from data import (
     BatchCorruption,
     BatchShare,
@@ -28,8 +29,8 @@ from data import (
     Tokens,
     TrainLoader,
     corpus_from,
-    load_tokenizer,
     prepare,
+    read_tokenizer,
     unigram_entropy,
 )
 from training.callback import RunCallback, TimedClippingCallback
@@ -145,7 +146,7 @@ def build_run(
 ) -> Run:
     """Build the parts of a run, and report how it starts."""
     module = PretrainingModule(config, fresh=start.checkpoint is None)
-    loader = build_loader(config, tokens, start.skipped_batches)
+    loader = build_loader(config, tokens, start)
     report_start(start, config, run_dir, loader, console)
 
     strategy = clipping_strategy(config.clip)
@@ -158,7 +159,7 @@ def build_run(
     stop = CoordinatedStop()
     checkpoints = CheckpointManager(run_dir, config, guard.divergence.is_healthy, metrics.assert_flushed_to, console)
 
-    tokenizer = load_tokenizer(str(tokens.folder))
+    tokenizer = read_tokenizer(tokens.folder)
     held_out = validation_set(config, tokens, console, config.trainer.val_tokens)
     report = EvaluationReport(console, loggers)
     text_bytes = tokens.held_out_bytes(1, held_out.tokens + 1)
@@ -192,7 +193,7 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
         console.print(f"starting from the weights in {config.model.init_from}")
 
 
-def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainLoader:
+def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
     """Return the loader of this process's micro-batches."""
     trainer = config.trainer
     return TrainLoader(
@@ -200,8 +201,8 @@ def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainL
         tokens.fingerprint,
         trainer.max_steps,
         BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
-        batch_corruption(config, tokens),
-        skipped_batches=skipped_batches,
+        batch_corruption(config, tokens, start.rewinds),
+        skipped_batches=start.skipped_batches,
     )
 
 
@@ -210,17 +211,21 @@ def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | Stre
     data = config.data
     if data.mode == "prepared":
         return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), config.seed)
-    corpus, tokenizer = corpus_from(data).pinned_to(tokens.facts["commits"]), load_tokenizer(str(tokens.folder))
+    corpus, tokenizer = corpus_from(data).pinned_to(tokens.facts["commits"]), read_tokenizer(tokens.folder)
     threshold, block_tokens = tokens.facts["threshold"], int(data.shuffle_tokens)
     return StreamingDataset(corpus, tokenizer, threshold, data.sequence_length, config.seed, block_tokens)
 
 
-def batch_corruption(config: Config, tokens: Tokens) -> BatchCorruption | None:
-    """Return what replaces batches in this run; `None` if nothing does."""
+def batch_corruption(
+    config: Config, tokens: Tokens, rewinds: Sequence[Mapping[str, int]] = ()
+) -> BatchCorruption | None:
+    """Return what replaces batches in this run, after some rewinds; `None` if nothing does."""
     corruption = config.data.corruption
     if not corruption.steps:
         return None
-    return BatchCorruption(corruption.steps, corruption.kind, config.seed, load_tokenizer(str(tokens.folder)))
+    return BatchCorruption(
+        corrupted_steps(corruption.steps, rewinds), corruption.kind, config.seed, read_tokenizer(tokens.folder)
+    )
 
 
 def validation_set(config: Config, tokens: Tokens, console: Console, max_tokens: float | None) -> ValidationSet:

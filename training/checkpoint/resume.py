@@ -19,9 +19,14 @@ class Start(NamedTuple):
 
     step: int
     checkpoint: Path | None  # to load; `None`: new weights
-    skipped_batches: int  # global batches that the run has skipped before
+    rewinds: list[dict[str, int]]  # of the run before
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
+
+    @property
+    def skipped_batches(self) -> int:
+        """Global batches that the run has skipped before."""
+        return self.rewinds[-1]["skipped_batches"] if self.rewinds else 0
 
     @property
     def reset_clipper(self) -> bool:
@@ -47,14 +52,14 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     if own_step is None:
         if fork is not None:
             fork.copy_history(run_dir)
-        return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
+        return Start(step, fork.checkpoint if fork else None, run_dir.rewinds(step), fork, fork_step)
     lines = sum(1 for _ in run_dir.losses(step))
     if lines < step:
         raise RunError(
             f"{run_dir.metrics_file} has {lines} lines, but the checkpoint is of step {step}: "
             "restore the file, or remove the folder to train again"
         )
-    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
+    return Start(step, run_dir.checkpoint(step), run_dir.rewinds(step), None, fork_step)
 
 
 def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
