@@ -32,7 +32,7 @@ from common.errors import RunError, UserError, one_line, shown
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
 from common.reading import parse_json, parse_record, read_bytes, read_json, read_lines
 from common.run_files import Environment, Result, Rewinds, SlurmJob, ValidationLine, as_dict
-from data import TOKENIZER_FILES, Tokens
+from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
 from training.config.schema import Config
@@ -85,8 +85,10 @@ class RunDir:
             make_dir(self.checkpoints)
             starts = self._starts()
             if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
+                changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
                 raise UserError(
-                    f"the text of data.path={shown(config.data.path)} has changed: {self.path} was started on tokens "
+                    f"{changed or 'the text or the tokenizer'} has changed (data.path={shown(config.data.path)}, "
+                    f"data.tokenizer={shown(config.data.tokenizer)}): {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )
             if not self.config_file.exists():
