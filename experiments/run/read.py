@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from common import run_files
+
 
 class Run(NamedTuple):
     """The contents of a run folder."""
@@ -19,6 +21,7 @@ class Run(NamedTuple):
     val_metrics: Sequence[dict[str, Any]]  # lines of `val_metrics.jsonl`, written while the run trained
     starts: Sequence[Mapping[str, Any]]  # entries of `environment.json`, one for each start
     scores: Sequence[dict[str, Any]]  # entries of `task_scores.json`
+    rewinds: Sequence[Mapping[str, Any]] = ()  # entries of `rewinds.json`
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -33,8 +36,8 @@ class Run(NamedTuple):
 
 
 def corrupted_steps(run: Run) -> list[int]:
-    """Return the steps with injected corrupted batches, counted from 1."""
-    return list(run.config.get("data", {}).get("corruption", {}).get("steps", []))
+    """Return the steps with injected corrupted batches, counted from 1, but for those that a rewind has skipped."""
+    return run_files.corrupted_steps(run.config.get("data", {}).get("corruption", {}).get("steps", []), run.rewinds)
 
 
 def corrupted_rows(run: Run) -> set[int]:
@@ -67,13 +70,15 @@ def read_run(path: Path) -> Run:
         "result.json": {},
         "environment.json": {"starts": []},
         "task_scores.json": {"scores": []},
+        "rewinds.json": {"rewinds": []},
     }
     for name in contents:
         if (path / name).exists():
             contents[name] = _json((path / name).read_bytes(), name)
-    result, environment, tasks = contents.values()
+    result, environment, tasks, rewinds = contents.values()
+    rewound = tuple(rewinds["rewinds"])
     val_metrics = _json_lines(validation) if validation.exists() else []
-    return Run(path, config, metrics, result, val_metrics, environment["starts"], tasks["scores"])
+    return Run(path, config, metrics, result, val_metrics, environment["starts"], tasks["scores"], rewound)
 
 
 def read_config(path: Path) -> dict[str, Any]:
