@@ -104,6 +104,6 @@ def write_manifest(
 def add_paths(folder: Path, paths: Paths) -> None:
     """Add paths of the same text to a manifest, where it can be written: they find the tokens if the text is gone."""
     facts = read_manifest(folder)
-    if paths not in facts["paths"]:
+    if paths not in facts["paths"] and not folder.is_symlink():
         with suppress(OSError):
             write_atomic(folder / MANIFEST, dump_with_checksum(facts | {"paths": [*facts["paths"], paths]}))
