@@ -4,6 +4,7 @@ A run folder may come from somebody else, with links in it. A file is therefore 
 takes the place of what has its name. Files that are appended to, locks, and folders in a run folder are no links.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -88,15 +89,20 @@ def open_append(path: Path) -> BinaryIO:
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is not a file")
+        raise OSError(errno.ENXIO, "not a file", str(path))
     return os.fdopen(descriptor, "ab", buffering=0)
 
 
 def make_dir(path: Path) -> None:
     """Make a folder in a run folder or cache, unless it is there; raise `UserError` if a link stands in its place."""
-    if path.is_symlink():
-        raise UserError(f"{path} is a link: it must be a folder; link the folder that it is in, or one above")
+    refuse_link(path)
     path.mkdir(exist_ok=True)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `UserError` if a link stands in the place of a file or folder that other programs write to."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link: what is written there must stay in its folder; remove the link")
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -153,8 +159,7 @@ def hold_lock(path: Path, seconds: float = -1) -> Iterator[None]:
         TimeoutError: another process still holds it.
         UserError: a link stands in its place.
     """
-    if path.is_symlink():
-        raise UserError(f"{path} is a link: it must be a file; remove it")
+    refuse_link(path)
     with FileLock(path, seconds):
         yield
 

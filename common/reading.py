@@ -4,6 +4,7 @@ Every JSON and YAML file of the project is read here. An error is a `ValueError`
 the content; `read_json` makes one sentence of it.
 """
 
+import errno
 import json
 import os
 import stat
@@ -34,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is not a file")
+        raise OSError(errno.ENXIO, "not a file", str(path))
     return os.fdopen(descriptor, "rb")
 
 

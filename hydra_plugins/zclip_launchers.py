@@ -18,6 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from common.errors import ConfigError, RunError, UserError
+from common.files import open_append, refuse_link
 from training.launch.processes import child_environment
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
 from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans, status
@@ -113,7 +114,7 @@ class Local(_SweepLauncher):
         job.run_dir.path.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-u", sys.argv[0], *job.overrides, *self.search_overrides]
         env = child_environment(self.n_jobs)
-        with job.run_dir.log_file.open("ab") as log:
+        with open_append(job.run_dir.log_file) as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
@@ -182,6 +183,7 @@ class Slurm(_SweepLauncher):
             print(f"job {job.run_dir.slurm_job()} has {job.title} already")
             return
         job.run_dir.path.mkdir(parents=True, exist_ok=True)
+        refuse_link(job.run_dir.log_file)
         output = f"--output={str(job.run_dir.log_file.absolute()).replace('%', '%%')}"
         options = [*sbatch_resources(job.config.trainer), *self.options, output, f"--job-name={job.title}"]
         number = submit(options, [*job.overrides, *self.search_overrides])

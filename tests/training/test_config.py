@@ -19,7 +19,7 @@ from training.config.checks import check
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
 from training.config.identity import differences, identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
-from training.config.schema import Config
+from training.config.schema import ClipConfig, Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
 from training.launch.sweep import CheckSweep
@@ -185,9 +185,20 @@ def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusa
     assert not any(tmp_path.iterdir())
 
 
+NO_LOGIN = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
+
+
+def test_finished_run_is_shown_without_a_login(finished_run, tiny, checked, tmp_path, monkeypatch):
+    run = copy_run(finished_run, tmp_path)
+    for name, value in NO_LOGIN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    _, run_dir = checked(*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "logger=wandb")
+    assert run_dir.read_result() is not None
+
+
 def test_wandb_without_a_login_is_refused(tmp_path):
-    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
-    done = train("logger=wandb", cwd=tmp_path, env=online)
+    done = train("logger=wandb", cwd=tmp_path, env=NO_LOGIN)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert "logger=wandb is not possible: wandb is not logged in" in line
@@ -294,6 +305,28 @@ def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeyp
     (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
     line = refusal(*tiny, "name=old")
     assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in line
+
+
+def test_class_that_a_run_folder_names_is_not_imported(tiny, checked, refusal, tmp_path, monkeypatch):
+    """It is if the command line names it too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_from_run.py").write_text(
+        "from pathlib import Path\nfrom zclip import ZClip\nPath('imported').touch()\nclass Mine(ZClip): pass\n"
+    )
+    folder = tmp_path / "runs" / "main" / "theirs"
+    folder.mkdir(parents=True)
+    theirs = config(*tiny, "name=theirs").model_copy(
+        update={"clip": ClipConfig(_target_="imported_from_run.Mine", name="x")}
+    )
+    (folder / "config.yaml").write_text(to_yaml(theirs))
+    line = refusal(f"resume={folder}")
+    assert "clip._target_=imported_from_run.Mine is not a class of zclip, and not imported because a file says" in line
+    assert "is taken" in refusal(*tiny, "name=theirs")
+    assert "imported_from_run.Mine is not" in refusal(f"resume={folder}", "clip._target_=os.system")
+    assert not (tmp_path / "imported").exists()
+    resumed, _ = checked(f"resume={folder}", "clip._target_=imported_from_run.Mine")
+    assert resumed.clip.target == "imported_from_run.Mine" and (tmp_path / "imported").exists()
 
 
 def test_run_is_resumed_from_its_folder_alone(finished_run, refusal, tmp_path, monkeypatch):

@@ -4,20 +4,77 @@ import errno
 import io
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
 from tests.process_pool import run_ranks
+from training.launch.processes import local_store
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
+from training.runtime.distributed import check_environment
 from training.runtime.environment import environment
 from training.runtime.slurm import export_torchrun_env, requeue
 from training.runtime.stdio import BestEffortStream
+
+
+def test_secrets_are_not_recorded(monkeypatch):
+    secret = ["+wandb.api_key=123", "hydra.job.env_set.WANDB_API_KEY=456", "x=https://me:789@host/x", "hf_" + "a" * 20]
+    harmless = ["data.tokenizer=gpt2", "trainer.val_tokens=4096", "lr=1e-3", "data.path=keys/of/text", "-m"]
+    monkeypatch.setattr("sys.argv", ["/home/me/train.py", *secret, *harmless])
+    hidden = ["+wandb.api_key=***", "hydra.job.env_set.WANDB_API_KEY=***", "x=***", "***"]
+    assert environment()["command"] == ["train.py", *hidden, *harmless]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({}, None),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "one"}, "RANK=one"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=not set"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR="),
+    ],
+)
+def test_variables_left_over_from_a_launcher_are_named(changed, named, monkeypatch):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    for name, value in (whole | changed).items():
+        monkeypatch.setenv(name, value)
+    if named is None:
+        check_environment()
+        return
+    with pytest.raises(UserError, match=re.escape(named)):
+        check_environment()
+
+
+def test_process_of_another_launcher_says_so_and_ends():
+    code = "from training.launch.processes import die_with_parent; die_with_parent(); print('alive')"
+    for launcher in ("1234567", "x"):
+        env = os.environ | {"ZCLIP_LAUNCHER": launcher}
+        done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"ZCLIP_LAUNCHER={launcher} is not the process that started this one" in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_store_of_one_machine_listens_on_it_alone():
+    store = local_store()
+    tables = [Path("/proc/net", name).read_text().splitlines() for name in ("tcp", "tcp6")]
+    listening = [line.split()[1] for table in tables for line in table if " 0A " in line]
+    loopback = f"0100007F:{store.port:04X}"
+    assert [address for address in listening if address.endswith(loopback[-5:])] == [loopback]
+    client = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False)
+    client.set("key", "value")
+    assert store.get("key") == b"value"
+
 
 SETUP = """
 import os, signal, sys

@@ -79,7 +79,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))
-    requested, saved = identity(config), identity(old)
+    requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")

@@ -29,7 +29,7 @@ def config_of_run(run_dir: RunDir) -> Config | None:
 def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
     """Return the configuration in config.yaml; raise `UserError` if it is not that of a checkpoint."""
     config = read_config(run_dir.config_file)
-    if trained is not None and (changed := differences(config, trained)):
+    if trained is not None and (changed := differences(config, trained, is_named=False)):
         pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
         raise UserError(
             f"{run_dir.config_file} says what the run was not trained with, {', '.join(pairs)}: restore it, or remove "

@@ -18,6 +18,7 @@ from models import LlamaConfig
 from models.hugging_face import config_of
 from training.config.identity import changes_result, differences, identity, run_path
 from training.config.schema import Config
+from training.config.strategy import is_ours
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -99,7 +100,14 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         problem = f"is not possible with resume={composed.resume}: the run has its own settings; leave it out"
         return ConfigError(key, flatten(ours).get(key, "..."), problem=problem)
 
-    for key in overrides_dict(overrides):
+    named = overrides_dict(overrides)
+    if not is_ours(saved.clip) and named.pop("clip._target_", None) != saved.clip.target:
+        problem = (
+            f"is not a class of zclip, and not imported because a file says so: add clip._target_={saved.clip.target} "
+            "if you trust it"
+        )
+        raise ConfigError("clip._target_", saved.clip.target, problem=problem)
+    for key in named:
         section, _, name = key.partition(".")
         if changes_result(key) or key in ("name", "experiment"):
             raise refusal(key)
@@ -108,7 +116,7 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         elif key != "resume":
             plain[section] = ours[section]
     resumed = parse(Config, plain)
-    if changed := differences(resumed, saved):  # keys of checkpoints, to which the run is rewound
+    if changed := differences(resumed, saved, is_named=False):  # keys of checkpoints, to which the run is rewound
         raise refusal(next(iter(changed)))
     return resumed
 
@@ -130,4 +138,4 @@ def resolve_runs(
 
 def saved_identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of a run by the content of its config.yaml, see `training.config.identity.identity`."""
-    return identity(parse(Config, plain))
+    return identity(parse(Config, plain), is_named=False)

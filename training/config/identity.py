@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.text import flatten
 from training.config.schema import ClipConfig, Config
-from training.config.strategy import strategy_class
+from training.config.strategy import is_ours, strategy_class
 
 #: Sections, and keys outside of them, that change what is written or shown, but not what is computed.
 OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware", "print_run_dir", "eval", "paper"}
@@ -24,19 +24,26 @@ def changes_result(key: str) -> bool:
     return section not in OUTPUT and (section != "trainer" or name not in TRAINER_OUTPUT)
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """Return the settings on which the run's numbers depend, as a plain nested dict that JSON holds."""
+def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
+    """Return the settings on which the run's numbers depend, as a plain nested dict that JSON holds.
+
+    `is_named`: the user named the class of the clipping strategy. That of a file is imported only if it is `zclip`'s.
+    """
     dropped: dict[str, Any] = {**dict.fromkeys(OUTPUT, True), "trainer": TRAINER_OUTPUT}
     kept = config.model_dump(mode="json", by_alias=True, exclude=dropped)
     if config.trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
         kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
-    kept["clip"] |= _as_declared(config.clip)
+    kept["clip"] |= _as_declared(config.clip) if is_named or is_ours(config.clip) else config.clip.arguments
     return kept
 
 
-def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none."""
-    ours, theirs = flatten(identity(config)), flatten(identity(other))
+def differences(config: Config, saved: Config, is_named: bool = True) -> dict[str, tuple[Any, Any]]:
+    """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none.
+
+    `saved` is from a file, and so is `config` unless `is_named`, see `identity`.
+    """
+    is_same = is_named and saved.clip.target == config.clip.target
+    ours, theirs = flatten(identity(config, is_named)), flatten(identity(saved, is_same))
     pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -28,6 +28,11 @@ def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
         return made_by(**arguments)
 
 
+def is_ours(clip: ClipConfig) -> bool:
+    """Whether the class of a strategy is in this project's library, so that a file may name it."""
+    return clip.target.startswith("zclip.")
+
+
 def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
     """Return the class that `clip._target_` names; raise `ConfigError` if it cannot be imported, or is no strategy."""
     module, _, name = clip.target.rpartition(".")

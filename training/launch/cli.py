@@ -18,15 +18,17 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from common.console import printable
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
 from training.launch.hydra_errors import describe
 from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
 from training.runtime import signals, slurm
-from training.runtime.distributed import is_distributed, rank
+from training.runtime.distributed import check_environment, is_distributed, rank
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
-#: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+#: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only, a
+#: file is a link or a device.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ELOOP, errno.ENXIO)
 
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
@@ -50,6 +52,11 @@ def command_line(main: Callable[[], Any]) -> int:
     install_best_effort_stdio()
     signals.install_handlers()
     slurm.export_torchrun_env()
+    try:
+        check_environment()
+    except UserError as error:
+        print(f"{_program()}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -109,7 +116,7 @@ def reporting() -> Iterator[None]:
         if isinstance(error, RunError):
             exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
             if str(error) and rank() == 0:
-                print(error, file=sys.stderr)
+                print(printable(str(error)), file=sys.stderr)
             return
         if not isinstance(error, UserError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
             if is_distributed():
@@ -121,7 +128,7 @@ def reporting() -> Iterator[None]:
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"{_program()}: error: {describe(error, sweeps=_program() == 'train.py')}", file=sys.stderr)
+        print(f"{_program()}: error: {printable(describe(error, sweeps=_program() == 'train.py'))}", file=sys.stderr)
 
 
 def _program() -> str:

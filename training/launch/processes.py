@@ -6,11 +6,14 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,14 +45,33 @@ def die_with_parent() -> None:
     if launcher is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # the launcher ended before
-        os._exit(1)
+    if str(os.getppid()) != launcher:
+        with suppress(OSError):  # the launcher may have ended, and the pipe to it
+            print(
+                f"{LAUNCHER}={launcher} is not the process that started this one ({os.getppid()}): that has ended, or "
+                "the variable is left over; unset it",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(EXIT_USER_ERROR)
 
 
 def child_environment(processes: int) -> dict[str, str]:
     """Return the environment of each of several processes that share this machine and end with this one."""
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     return {**threads, **os.environ, LAUNCHER: str(os.getpid())}
+
+
+def local_store() -> Any:
+    """Return torch's store in which the processes of a run find each other, for this machine alone.
+
+    torch itself would listen on every interface, and whoever reaches its port may write to it.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def launch(processes: int, arguments: Sequence[str]) -> None:
@@ -63,8 +85,10 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
         Stopped: a signal ended the processes.
         Interrupted: a signal killed a process before its handlers were installed.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store = local_store()
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
     shared = {
+        **loopback,
         **child_environment(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

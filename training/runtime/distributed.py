@@ -13,12 +13,28 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
+
 T = TypeVar("T")
 
 
 def is_distributed() -> bool:
     """Whether this process is one of several that a launcher has started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_environment() -> None:
+    """Raise `UserError` if the variables of a launcher are not as it sets them: some may be left over in a shell."""
+    if not is_distributed():
+        return
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    given = ", ".join(f"{name}={value or 'not set'}" for name, value in numbers.items())
+    is_whole = all(value.isdecimal() for value in numbers.values()) and bool(os.environ.get("MASTER_ADDR"))
+    if not is_whole or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        raise UserError(
+            f"the environment is not that of a launcher ({given}, MASTER_ADDR={os.environ.get('MASTER_ADDR')}): start "
+            "the processes with torchrun or srun, or unset RANK and WORLD_SIZE"
+        )
 
 
 def rank() -> int:

