@@ -21,6 +21,7 @@ One process owns the folder at a time (a lock that the system releases however t
 import json
 import math
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -185,8 +186,12 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order."""
-        return sorted(int(path.stem[5:]) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
+        """Return the steps that have a checkpoint, in order; files of other names are none."""
+        with suppress(FileNotFoundError):  # others may remove the folder while it is read
+            names = [path.name for path in self.checkpoints.glob("step-*.ckpt")]
+            steps = [int(name[5:-5]) for name in names if re.fullmatch(r"step-[0-9]+\.ckpt", name)]
+            return sorted(step for step in steps if self.checkpoint(step).name in names)
+        return []
 
     def rewinds(self, last: float = math.inf) -> list[dict[str, int]]:
         """Return the rewinds to steps up to `last`: `from_step`, `to_step`, and `skipped_batches` in all so far."""
