@@ -1,5 +1,6 @@
 """Scores of a model on tasks. Each is saved as soon as it is computed."""
 
+import glob
 import json
 import time
 from importlib.metadata import version
@@ -101,8 +102,8 @@ class Scores:
             scores = [score for score in self._read() if (score["step"] or 0) <= step]
             if self.path.exists():
                 self._write(scores)
-        for path in self.path.parent.glob(f".{self.path.stem}-*-*.jsonl"):
-            number = path.name.split("-")[1]
+        for path in self.path.parent.glob(f".{glob.escape(self.path.stem)}-*-*.jsonl"):
+            number = path.name.removeprefix(f".{self.path.stem}-").split("-")[0]
             if number.isdecimal() and int(number) > step:
                 path.unlink()
 

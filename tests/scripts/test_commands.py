@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from common.errors import UserError
 from evaluation.tasks import SETS
 from tests.helpers import CHECKOUT, copy_run, make, script
 from tests.scripts.loading import load_script
@@ -82,6 +85,15 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     assert out.endswith("1 waiting, 1 failed, 2 stopped, 1 damaged\n")
     status.main({"folder": str(tmp_path / "bin")})
     assert capsys.readouterr().out.endswith("no runs\n")
+
+
+def test_names_that_no_file_system_takes_are_a_mistake(tmp_path):
+    status = load_script("status")
+    with pytest.raises(UserError) as error, sys.modules["_entry"]._short_names():
+        status.main({"folder": str(tmp_path / ("n" * 300))})
+    assert str(error.value) == f"{'n' * 40}... is too long a name for a file or folder: choose a shorter one"
+    with pytest.raises(FileNotFoundError), sys.modules["_entry"]._short_names():
+        (tmp_path / "gone").read_text()
 
 
 def collection(*items: int, device: str = "CPU") -> SimpleNamespace:
