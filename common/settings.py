@@ -17,6 +17,9 @@ from pydantic_core import PydanticCustomError
 from common.errors import ConfigError, UserError, shown
 from common.text import nearest
 
+#: Most bytes of a name and of a path on common file systems, with room for what is put behind them.
+MAX_NAME, MAX_PATH = 255, 3000
+
 
 @dataclass(frozen=True)
 class Allowed:
@@ -32,6 +35,16 @@ def _fits_in_a_name(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    """Return a path with the user's folder in place of `~`; refuse one that no file system can have."""
+    path = os.path.expanduser(value)  # noqa: PTH111 - pathlib would change other paths too
+    if "\0" in path:
+        raise ValueError("has a character 0, which no path can have")
+    if len(path.encode()) > MAX_PATH or any(len(name.encode()) > MAX_NAME for name in path.split("/")):
+        raise ValueError(f"is too long for a path: a name has at most {MAX_NAME} bytes, and all of it {MAX_PATH}")
+    return path
+
+
 #: Types of settings. Each says what is allowed in the words of the error message.
 Count = Annotated[int, Field(ge=1, lt=2**31), Allowed("an integer from 1")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number above 0")]
@@ -40,7 +53,7 @@ Fraction = Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), Allowed("a number from 1")]
 Flag = Annotated[bool, Allowed("true or false")]
 #: A text that may be a path: `~`, which a shell leaves as it is behind `=`, stands for the user's folder.
-PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 Folder = Annotated[PathText, Allowed("a folder")]
 FolderName = Annotated[
     str,
@@ -91,6 +104,13 @@ def _with_texts(annotation: Any, value: Any, key: str, given: Mapping[str, str])
             dotted = f"{key}.{name}" if key else str(name)
             converted[name] = _with_texts(field.annotation if field else inner, one, dotted, given)
         return converted
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            given_bytes = value.encode(errors="backslashreplace").decode()
+            raise ConfigError(key, given_bytes, "text in UTF-8") from None
+        return value
     types_ = set(_base_types(annotation))
     if isinstance(value, list) and list[str] in types_:
         return [_with_texts(str, one, "", given) for one in value]
@@ -128,6 +148,8 @@ def _user_error(section: type[BaseModel], invalid: ValidationError, values: Mapp
         return ConfigError(key, first["input"], problem=f"is not possible: there is no key {key}{meant}")
     if first["type"] == "missing" and len(first["loc"]) == len(path):
         return UserError(f"{key} is not set: give it as {key}=...")
+    if isinstance(cause, ValueError) and inner is None and len(first["loc"]) >= len(path) > 0:
+        return ConfigError(key, first["input"], problem=str(cause))
     if isinstance(cause, ValueError) or not path:
         return UserError(": ".join(filter(None, [key, str(cause or first["msg"])])))
     value: Any = values

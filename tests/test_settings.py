@@ -1,5 +1,6 @@
 """Errors of typed settings are one sentence that names the full key, the value and what is allowed."""
 
+import re
 from typing import Annotated, Literal, Self
 
 import pytest
@@ -84,6 +85,24 @@ def test_valid_settings_have_their_types():
     assert settings.lr == 1.0 and isinstance(settings.lr, float)
     assert settings.inner.steps == (1, 2)
     assert [key for key, _ in fields_of(Inner)] == ["steps", "kind", "limit", "_target_"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("a" * 256, "cache=aaa"),
+        ("ä" * 128 + "/b", "is too long for a path: a name has at most 255 bytes"),
+        ("a/" * 1501, "is too long for a path"),
+        ("a\0b", "has a character 0, which no path can have"),
+        ("a\udcff", "cache=a\\udcff is not allowed: it must be text in UTF-8"),
+        ("", "cache= is not allowed: it must be a folder"),
+    ],
+)
+def test_path_that_no_file_can_have_is_named(path, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)) as caught:
+        parse(Texts, {"lr": 1, "inner": {}, "folders": "x", "cache": path})
+    assert caught.value.field == "cache"
+    str(caught.value).encode()
 
 
 def test_type_of_a_setting_decides_whether_a_value_is_a_text(monkeypatch):

@@ -185,9 +185,20 @@ def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusa
     assert not any(tmp_path.iterdir())
 
 
+NO_LOGIN = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
+
+
+def test_finished_run_is_shown_without_a_login(finished_run, tiny, checked, tmp_path, monkeypatch):
+    run = copy_run(finished_run, tmp_path)
+    for name, value in NO_LOGIN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    _, run_dir = checked(*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "logger=wandb")
+    assert run_dir.read_result() is not None
+
+
 def test_wandb_without_a_login_is_refused(tmp_path):
-    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
-    done = train("logger=wandb", cwd=tmp_path, env=online)
+    done = train("logger=wandb", cwd=tmp_path, env=NO_LOGIN)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert "logger=wandb is not possible: wandb is not logged in" in line

@@ -29,9 +29,9 @@ def check(config: Config, run_folder: Path) -> None:
     _check_initial_weights(config)
     corpus = check_data(config.data, config.paths.cache, config.data.sequence_length)
     _check_vocabulary(corpus, config.model)
-    if config.logger.name == "wandb":
-        _check_wandb()
-    if not (run_folder / "result.json").exists():
+    if not (run_folder / "result.json").exists():  # a finished run is only shown
+        if config.logger.name == "wandb":
+            _check_wandb()
         check_folder("paths.runs", config.paths.runs, run_folder)
     check_folder("paths.cache", config.paths.cache, Path(config.paths.cache))
 
