@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-all slurm mutants faults status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ mutants: setup ## change zclip/ in 3,200 places, one at a time; a test must fail
 
 faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
 	$(BIN)/python -m tests.faults.interrupt_runs $(ARGS)
+
+fuzz: setup ## feed hostile files to every reader; each must be used or refused with a sentence (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_readers $(ARGS)
 
 tables: setup ## write the paper's tables with our numbers: ARGS="scale=micro experiment=table3"
 	$(BIN)/python scripts/make_tables.py $(ARGS)

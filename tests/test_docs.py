@@ -1,13 +1,18 @@
-"""The commands and the Python code of README.md and docs/ run as they are written, on small input.
+"""The commands and the Python code of the documents run as they are written, on small input.
 
-The commands of a document run in their order in one folder, which has the files that they name. Overrides are added
-that make runs short. Sweeps and runs on GPUs are planned (`plan=true`). `HUB` lists what needs the Hugging Face hub.
+Commands are the lines of `sh` blocks, and what is spelled out as a command in a text, a docstring or a comment. A fast
+test parses each as its program does: settings are composed and checked. In a slow one, the commands of a document run
+in their order in one folder, which has the files that they name. Overrides are added that make runs short. Sweeps and
+runs on GPUs are planned (`plan=true`). `HUB` lists what needs the Hugging Face hub.
 """
 
+import ast
+import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,23 +23,56 @@ import pytest
 import torch
 import zstandard
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.run import get_args_parser as torchrun_parser
 
+from common.settings import Values, parse
+from common.text import overrides_dict
 from experiments.paper.tables_and_figures import SUITES
+from models.hugging_face import export
 from tests.helpers import CHECKOUT, TINY, compose_config, copy_run, make
 from tests.process_pool import run, run_ranks
+from tests.scripts.loading import load_script
+from training.checkpoint.load import RunCheckpoint
+from training.config.checks import check
+from training.config.identity import run_path
+from training.launch.cli import options_first
 from zclip import ClippingStrategy
+from zclip.replay import main as replay
 
-DOCUMENTS = sorted([CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")])
+#: Files whose docstrings and comments name commands.
+SOURCES = sorted(
+    path
+    for pattern in ("*.py", "Makefile", "scripts/**/*", "configs/**/*", "[a-z]*/**/*.py", "experiments/results/**/*.md")
+    for path in CHECKOUT.glob(pattern)
+    if path.is_file() and path.suffix != ".pyc" and not {"tests", "mutants"} & {*path.relative_to(CHECKOUT).parts}
+)
+#: How a command begins.
+COMMAND = re.compile(
+    r"(\.venv/bin/)?python3? |make [a-z]|train\.py [a-z-]+=|sbatch |torchrun |srun |scancel |pip install|wandb "
+)
 #: Commands of which only the configuration is composed: their data are on the hub.
 HUB = ("data=smollm", "eval.tasks=[arc_easy,piqa]")
 #: Programs that read the runs of the paper's experiments.
 READ_PAPER_RUNS = {"scripts/make_tables.py", "scripts/make_figures.py", "scripts/make_report.py"}
 #: Targets of make that run no program of the checkout on the reader's files.
-OTHER_TARGETS = {"test", "test-all", "lint", "format"}
+OTHER_TARGETS = {"test", "test-all", "lint", "format", "setup", "slurm", "mutants", "faults", "fuzz", "reference"}
+#: Commands of other programs than ours.
+OTHER_PROGRAMS = ("pip install .", "wandb login", "wandb sync", "scancel --signal=USR1")
 GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu")
 #: What is written instead of `...` in code.
 FILLED = {"TrainingArguments(...,": "TrainingArguments(output_dir='out',", "Trainer(..., args": "Trainer(model, args"}
+#: What is written instead of words in capitals, which stand for the reader's own.
+PLACEHOLDERS = {
+    "run=...": "run=runs/main/NAME", "FILE": "runs/main/NAME/metrics.jsonl", "step=N": "step=8",
+    "path=FILES": "path=texts", "metrics.jsonl": "runs/main/NAME/metrics.jsonl",
+    "trainer.devices=N": "trainer.devices=1",
+    "data.path=FOLDER": "data.path=texts", "data.tokenizer=FOLDER": "data.tokenizer=my-tokenizer",
+    "published=FOLDER": "published=texts",
+}  # fmt: skip
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -43,9 +81,42 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Return the words of each command in a document."""
+    """Return the words of each command in the code blocks of a document."""
     lines = "\n".join(blocks(document, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def spelled_commands(file: Path) -> Iterator[list[str]]:
+    """Yield the words of each command in the sentences of a document, or in the docstrings and comments of a file."""
+    text = file.read_text()
+    if file.suffix == ".md":
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    quoted = r"`([^`]+)`" if file.suffix == ".md" else r"`([^`\n]+)`"
+    spans = [" ".join(span.split()) for span in re.findall(quoted, text)]
+    if file.suffix == ".py":
+        docstrings = [
+            ast.get_docstring(node) or ""
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        ]
+        lines = "\n".join(docstrings).replace("\\\n", " ").splitlines()
+        spans += [line.strip() for line in lines if line.startswith("    ")]
+    elif file.suffix != ".md":
+        spans += [line.strip().lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
+    for span in spans:
+        if COMMAND.match(span):
+            for command in span.split(" && "):
+                yield list(filled(shlex.split(command)))
+
+
+def filled(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a command with all that is optional (`[word]`), and without those that stand for any."""
+    for word in words:
+        if re.fullmatch(r"\[[a-z._]+=.*\]|\[[a-z]\S*\]", word):
+            word = word[1:-1]
+        if "KEY=" in word or word in ("...", "...]", "JOB", "OVERRIDE"):
+            continue
+        yield PLACEHOLDERS.get(word, word)
 
 
 def programs(words: Sequence[str]) -> Iterator[list[str]]:
@@ -54,15 +125,17 @@ def programs(words: Sequence[str]) -> Iterator[list[str]]:
         listing = make("--dry-run", *words[1:])
         found = [shlex.split(line)[1:] for line in listing.splitlines() if "/python " in line]
         found = [program for program in found if program[0] == "train.py" or program[0].startswith("scripts/")]
-        assert found or {*words[1:]} <= OTHER_TARGETS, listing
+        assert found or {*words[1:]} & OTHER_TARGETS, listing
         yield from found
     elif any(word.endswith("train.sbatch") for word in words):
         (start,) = (i for i, word in enumerate(words) if word.endswith("train.sbatch"))
         yield ["train.py", *words[start + 1 :], "plan=true"]
     elif words[0] == "torchrun":
         yield ["train.py", *(word for word in words[words.index("train.py") + 1 :] if word != "..."), "plan=true"]
-    else:
-        assert words[0] in ("python", ".venv/bin/python"), words
+    elif words[0] == "train.py":
+        yield list(words)
+    elif not any(shlex.join(words).startswith(command) for command in OTHER_PROGRAMS):
+        assert words[0] in ("python", ".venv/bin/python"), f"which test runs {shlex.join(words)}?"
         yield list(words[1:])
 
 
@@ -90,44 +163,105 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
 
 
 @pytest.fixture
-def reader(finished_run: Path, corpus: Path, cache: Path, sets: Path, tmp_path: Path) -> tuple[Path, dict[str, Path]]:
-    """A reader's folder with the texts and runs that the documents name, and where the tests' data are."""
+def files(finished_run: Path, corpus: Path, tmp_path: Path) -> Path:
+    """A reader's folder with the texts and runs that the documents name."""
     copy_run(finished_run, tmp_path).rename(tmp_path / "runs" / "main" / "NAME")
     copy_run(finished_run, tmp_path / "paper").rename(tmp_path / "runs" / "paper-micro")
     (tmp_path / "texts").mkdir()
     rows = [{"text": file.read_text()[:20_000]} for file in sorted(corpus.glob("*.txt"))]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "texts" / "speeches.jsonl.xz", compression="xz")
-    return tmp_path, {"corpus": corpus, "cache": cache, "sets": sets}
+    return tmp_path
+
+
+@pytest.fixture
+def reader(files: Path, corpus: Path, cache: Path, sets: Path) -> tuple[Path, dict[str, Path]]:
+    """The folder of `files`, and where the tests' data are."""
+    return files, {"corpus": corpus, "cache": cache, "sets": sets}
+
+
+class Parsed(Exception):
+    """Ends a script after its settings are parsed."""
+
+
+def parse_settings(program: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the command line of a script as it does; raise what it would report."""
+
+    def parse_only(section, values):
+        parse(section, values)
+        raise Parsed
+
+    module = load_script(Path(program).stem)
+    settings = [argument for argument in options_first(arguments) if not argument.startswith("-")]
+    (name,) = re.findall(r"_entry\.run\(main(?:, \"(\S+)\")?\)", (CHECKOUT / program).read_text())
+    if name:
+        file = CHECKOUT / "configs" / name
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            composed = compose(file.name, overrides=settings)
+    else:
+        composed = OmegaConf.from_cli(settings)
+    values = Values(OmegaConf.to_container(composed, resolve=True), overrides_dict(settings))
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(module, "parse", parse_only)
+        module.main(values)
+
+
+def check_training(arguments: Sequence[str]) -> None:
+    """Compose and check the configuration of train.py, of a sweep the one with the first value of each setting."""
+    options = get_args_parser().parse_args(options_first(arguments))
+    overrides = options.overrides
+    if options.multirun:
+        suites = {suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")}
+        assert suites <= {*SUITES}, arguments
+        overrides = ["experiment=paper" if o.startswith("experiment=") else o for o in overrides]
+        overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
+    if "hydra/launcher=slurm" in overrides or any(argument in GPU for argument in arguments):
+        overrides = [*overrides, *(["plan=true"] if "plan=true" not in overrides else [])]
+    config = compose_config(*overrides)
+    if not (options.cfg or config.resume or any(hub in arguments for hub in HUB)):
+        check(config, run_path(config))
+
+
+def check_command(words: Sequence[str], checked: set[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command as its programs do, without running them, unless it is among the checked ones."""
+    if words[0] == "torchrun":
+        torchrun_parser().parse_args([word for word in words[1:] if word != "..."])
+    for program, *arguments in programs(words):
+        if (program, *arguments) in checked:
+            continue
+        checked.add((program, *arguments))
+        if program == "train.py":
+            check_training(arguments)
+        elif program == "-m" and arguments[:2] == ["zclip", "replay"]:
+            assert replay([*(a for a in arguments[1:] if not a.startswith("out=")), "out=none"]) == 0, words
+        elif program == "-m":
+            assert importlib.util.find_spec(arguments[0]), words
+        elif program == "scripts/bench_worker.py":  # bench_train.py calls it
+            assert (CHECKOUT / program).is_file()
+        else:
+            parse_settings(program, arguments, monkeypatch)
 
 
 WITH_COMMANDS = pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands(d)], ids=lambda d: d.name)
 
 
-@WITH_COMMANDS
-def test_commands_of_document_name_programs_and_settings(document):
-    """Each program exists; a configuration is composed of each command's overrides, with the first value of a sweep."""
-    for words in commands(document):
-        for program, *arguments in programs(words):
-            overrides = [argument for argument in arguments if not argument.startswith("-") and argument != "zclip"]
-            if "-m" in arguments:
-                suites = {
-                    suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")
-                }
-                assert suites <= {*SUITES}, words
-                overrides = ["experiment=paper" if o.startswith("experiment=") else o for o in overrides]
-                overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
-            try:
-                if "model=hf" in arguments:
-                    continue  # the folder does not exist
-                if program == "train.py":
-                    compose_config(*(o for o in overrides if o != "job"))
-                elif program == "scripts/evaluate.py":
-                    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
-                        compose("evaluate", overrides=overrides)
-                else:
-                    assert program == "-m" or (CHECKOUT / program).is_file(), program
-            except Exception as error:
-                raise AssertionError(shlex.join(words)) from error
+def test_every_command_is_accepted_by_its_program(files, monkeypatch):
+    """Each is of a known program, whose settings can be composed and checked."""
+    monkeypatch.chdir(files)
+    shutil.copytree(files / "runs" / "main" / "NAME" / "tokenizer", files / "my-tokenizer")
+    checkpoint = RunCheckpoint(files / "runs" / "main" / "NAME", None, print)
+    export(checkpoint.model_state(), checkpoint.config, files / "my-model", 0)
+    shutil.copytree(files / "my-tokenizer", files / "my-model", dirs_exist_ok=True)
+    shutil.copytree(files / "runs" / "main" / "NAME", files / "runs" / "main" / "my-run")
+    found = [(d, words) for d in DOCUMENTS for words in commands(d)]
+    found += [(file, words) for file in [*DOCUMENTS, *SOURCES] for words in spelled_commands(file)]
+    assert len(found) > 60
+    checked: set[tuple[str, ...]] = set()
+    for words in dict.fromkeys(tuple(words) for _, words in found):
+        try:
+            check_command(words, checked, monkeypatch)
+        except Exception as error:
+            where = {str(file.relative_to(CHECKOUT)) for file, other in found if tuple(other) == words}
+            raise AssertionError(f"{', '.join(sorted(where))}: {shlex.join(words)}") from error
 
 
 @pytest.mark.slow

@@ -26,10 +26,18 @@ from training.runtime.stdio import BestEffortStream
 
 
 def test_secrets_are_not_recorded(monkeypatch):
-    secret = ["+wandb.api_key=123", "hydra.job.env_set.WANDB_API_KEY=456", "x=https://me:789@host/x", "hf_" + "a" * 20]
-    harmless = ["data.tokenizer=gpt2", "trainer.val_tokens=4096", "lr=1e-3", "data.path=keys/of/text", "-m"]
+    secret = [
+        "+wandb.api_key=123", "hydra.job.env_set.WANDB_API_KEY=456", "x=https://me:789@host/x", "hf_" + "a" * 20,
+        "+wandb={apiKey: 123}", "+hub.token=1",
+    ]  # fmt: skip
+    harmless = [
+        "data.tokenizer=gpt2", "trainer.val_tokens=4096", "lr=1e-3", "data.path=keys/of/text", "-m",
+        "model.num_key_value_heads=2",
+    ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["/home/me/train.py", *secret, *harmless])
-    hidden = ["+wandb.api_key=***", "hydra.job.env_set.WANDB_API_KEY=***", "x=***", "***"]
+    hidden = [
+        "+wandb.api_key=***", "hydra.job.env_set.WANDB_API_KEY=***", "x=***", "***", "+wandb=***", "+hub.token=***",
+    ]  # fmt: skip
     assert environment()["command"] == ["train.py", *hidden, *harmless]
 
 

