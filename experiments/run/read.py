@@ -71,7 +71,7 @@ def read_run(path: Path) -> Run:
     result = _object(path / "result.json", Result)
     starts = _object(path / "environment.json", Environment).get("starts", [])
     scores = _object(path / "task_scores.json", TaskScores).get("scores", [])
-    rewinds = _object(path / "rewinds.json", Rewinds).get("rewinds", [])
+    rewinds = _object(path / "rewinds.json", Rewinds).get("rewinds", ())
     return Run(path, config, metrics, result, _val_metrics(path / "val_metrics.jsonl"), starts, scores, rewinds)
 
 
