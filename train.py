@@ -11,7 +11,7 @@ install_handlers()  # first: what follows takes seconds to load
 import json
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import hydra
@@ -98,8 +98,9 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
 def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
     """Say that a run is finished, and what its result may lack; draw it if its plot is missing."""
     console.print(f"finished already: {run_dir.path} (remove the folder to train it again)")
-    if run_dir.data_folder() not in (None, corpus_from(config.data).folder(Path(config.paths.cache)).name):
-        console.print("the text or tokenizer differs from this run's, or has moved: this is the stored result")
+    with suppress(UserError):  # the text or the tokenizer may be gone
+        if run_dir.data_folder() not in (None, corpus_from(config.data).folder(Path(config.paths.cache)).name):
+            console.print("the text or tokenizer differs from this run's: this is the stored result")
     if config.trainer.val_every or config.trainer.eval_every:
         console.print("evaluations during training are not repeated; scripts/evaluate.py scores the run now")
     if not run_dir.plot.exists() and rank() == 0:

@@ -3,7 +3,7 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -83,9 +83,13 @@ class Rewinds(Record):
     rewinds: list[Rewind]
 
 
-def taken_steps(steps: Iterable[int], rewinds: Sequence[Mapping[str, int]]) -> list[int]:
-    """Return the steps but those that a run was rewound over: it has taken them again with other batches."""
-    return [step for step in steps if not any(each["to_step"] < step <= each["from_step"] for each in rewinds)]
+def corrupted_steps(steps: Iterable[int], rewinds: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return those of `data.corruption.steps` that are corrupted after some rewinds.
+
+    A corrupted batch that a rewind skips does not come back: its step is taken again with the batch of the text.
+    """
+    taken_again = [range(rewind["to_step"] + 1, rewind["from_step"] + 1) for rewind in rewinds]
+    return [step for step in steps if not any(step in again for again in taken_again)]
 
 
 class Result(Record):

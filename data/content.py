@@ -1,7 +1,7 @@
 """Files by their content: neither the place nor the times of a text matter.
 
-The content of a file is its SHA-256. To read a file once, the cache keeps the hash with the file's path, size, times
-and inode. A file is hashed again if any of them changes. An index that is missing, damaged or not writable costs time.
+The content of a file is its SHA-256. To read a file once, the cache keeps the hash with the file's path, size and
+times. A file is hashed again if any of them differs. An index that is missing, damaged or not writable costs time.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from common.errors import UserError
-from common.files import hold_lock, remove_leftovers, sha256, write_atomic
+from common.files import hold_lock, is_locked, remove_leftovers, sha256, write_atomic
 from common.reading import parse_json, read_bytes
 from data.progress import progress
 
@@ -30,19 +30,20 @@ class UnknownContentError(Exception):
 
 
 class _Stamp(NamedTuple):
-    """What changes whenever a file is changed, moved or replaced. Nobody can set the time of the change (`ctime`)."""
+    """What changes whenever a file is changed, moved or replaced: nobody can set `ctime`.
+
+    The inode is left out: some network file systems number a file anew each time.
+    """
 
     path: str
     size: int
     mtime_ns: int
     ctime_ns: int
-    inode: int
 
     @classmethod
     def of(cls, file: Path) -> "_Stamp":
         status = file.stat()
-        path = as_text(file.absolute())
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return cls(as_text(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 #: Hashes that this process has computed, or read from a cache.
@@ -80,6 +81,9 @@ class ContentIndex:
             if not stamps.keys() <= _known.keys():
                 raise UnknownContentError
             return
+        is_long = sum(stamp.size for stamp in stamps) >= MANY_BYTES
+        if is_long and index is not None and is_locked(index.with_suffix(".lock")):
+            self.console.print("waiting for another process that hashes the same text")
         with _locked(index):
             if index is not None:
                 _known.update(_read(index))
@@ -129,6 +133,6 @@ def _read(index: Path) -> dict[_Stamp, str]:
     """Return the hashes in an index: none if it is missing or damaged."""
     try:
         rows = parse_json(read_bytes(index, MOST_INDEX))
-        return {_Stamp(*row[:5]): row[5] for row in rows if list(map(type, row)) == [str, int, int, int, int, str]}
+        return {_Stamp(*row[:4]): row[4] for row in rows if list(map(type, row)) == [str, int, int, int, str]}
     except (OSError, ValueError, TypeError):
         return {}

@@ -102,11 +102,10 @@ def _parquet_footer(file: Path) -> Any:
     if file.suffix != ".parquet":
         return None
     import pyarrow.parquet as pq  # takes half a second
-    from pyarrow import ArrowInvalid
 
     try:
         return pq.read_metadata(file)
-    except (OSError, ArrowInvalid):
+    except Exception:  # of several kinds
         return None
 
 
@@ -151,10 +150,25 @@ def parse_line(line: str) -> dict[str, Any]:
     """Return the object in a line of JSON, an empty one for an empty line; raise `ValueError` if it is no object."""
     if not line.strip("\ufeff \t\r\n"):
         return {}
-    try:
-        row = json.loads(line.removeprefix("\ufeff"))
-    except ValueError as error:
-        raise ValueError(f"JSON parse error: {error}, in {line[:40]!r}") from error
+    row = parse_text(line.removeprefix("\ufeff"))
     if not isinstance(row, dict):
         raise ValueError(f"a line is not a JSON object: {line[:40]!r}")
     return row
+
+
+def parse_text(text: str) -> Any:
+    """Return a value in JSON, whatever it holds: numbers of any length, and halves of surrogate pairs.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError(f"JSON is nested too deeply, in {text[:40]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"JSON parse error: {error}, in {text[:40]!r}") from error
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)  # Python refuses to parse longer ones

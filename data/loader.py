@@ -4,13 +4,16 @@ A stream adds the start of its block. The position is the same on every rank, so
 of ranks or with another micro-batch size.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.reading import parse_record
 from data.corruption import BatchCorruption
 from data.sequences import Batch, ShuffledDataset
+from data.shapes import LoaderState
 from data.stream import StreamingDataset
 
 
@@ -65,17 +68,23 @@ class TrainLoader:
         """Restore a saved position, and advance by the batches that were skipped since it was saved.
 
         Raises:
-            UserError: it was saved with other tokens, or by a run that had skipped more batches.
+            UserError: it is a position in other tokens, or none.
         """
-        if state_dict["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
-            )
-        self.sequences.load_state(state_dict)
-        newly_skipped = self.skipped_batches - state_dict.get("skipped_batches", 0)
+        try:
+            state = parse_record(LoaderState, json.dumps(state_dict))
+            if state.fingerprint != self.fingerprint:
+                raise UserError(
+                    f"the checkpoint was trained on tokens {state.fingerprint}, but these are {self.fingerprint}"
+                )
+            self.sequences.load_state(state_dict)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the checkpoint has no position in these tokens ({one_line(error)})") from error
+        newly_skipped = self.skipped_batches - state.skipped_batches
         if newly_skipped < 0:
             raise UserError(
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
                 "is missing, restore rewinds.json"
             )
-        self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.share.global_batch_size
+        self.consumed = state.sequences_consumed + newly_skipped * self.share.global_batch_size

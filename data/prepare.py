@@ -12,21 +12,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, UserError, one_line
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, sha256, write_atomic
-from common.reading import read_bytes
+from common.reading import parse_record, read_bytes
 from data.content import ContentIndex
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.progress import progress
+from data.shapes import Journal
 from data.sources import Document, MissingTextError, Mixture
 from data.stream_head import prepare_head
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_tokenizer
-from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, dump_with_checksum, load_with_checksum, open_tokens
-from data.writing import EncodedDocuments, add_paths, digest_key, write_manifest, write_part
+from data.tokens import (
+    MANIFEST,
+    SPLITS,
+    Tokens,
+    documents_file,
+    dump_with_checksum,
+    load_with_checksum,
+    open_tokens,
+    read_documents,
+)
+from data.writing import EncodedDocuments, add_paths, digest_key, file_facts, write_manifest, write_part
 
 PART_TOKENS = 1 << 26
 JOURNAL = "journal.json"
@@ -141,9 +150,11 @@ class _Preparation:
             self._save_journal()
             return
         try:
-            self.journal = load_with_checksum(read_bytes(file))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}): remove the folder {self.folder}") from error
+            content = read_bytes(file)
+            self.journal = load_with_checksum(content)
+            parse_record(Journal, content)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({one_line(error)}): remove the folder {self.folder}") from error
         if self.journal["parts"]:
             self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
 
@@ -153,6 +164,8 @@ class _Preparation:
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer in the folder; if there is none, the configured one or a newly trained one."""
         if (self.folder / TOKENIZER_FILES[-1]).exists():  # written last of its files
+            for name in TOKENIZER_FILES:
+                self._verify(name)
             return read_tokenizer(self.folder)
         if self.corpus.tokenizer is not None:
             tokenizer = load_tokenizer(self.corpus.tokenizer)
@@ -160,7 +173,15 @@ class _Preparation:
             tokenizer = corpus_tokenizer(self.pinned, self.console, threshold=self.journal["threshold"])
             self.pinned.check_content()
         tokenizer.save(self.folder)
+        self.journal["files"] |= {name: file_facts(self.folder / name) for name in TOKENIZER_FILES}
         return tokenizer
+
+    def _verify(self, name: str) -> None:
+        """Raise `UserError` if a file that the journal knows does not have its checksum."""
+        file, facts = self.folder / name, self.journal["files"].get(name)
+        if facts is not None and (not file.is_file() or sha256(file) != facts["sha256"]):
+            problem = "is damaged (it does not have the checksum it was written with)"
+            raise UserError(f"{file} {problem}: remove the folder {self.folder}")
 
     def _tokenize(self, tokenizer: Tokenizer) -> None:
         """Tokenize the documents after the last complete part, and write them in parts."""
@@ -222,10 +243,8 @@ class _Preparation:
         for part, split in itertools.product(self.journal["parts"], SPLITS):
             if part[split]["file"]:
                 file = documents_file(self.folder / part[split]["file"])
-                if not file.exists() or sha256(file) != self.journal["files"][file.name]["sha256"]:
-                    problem = "is damaged (it does not have the checksum it was written with)"
-                    raise UserError(f"{file} {problem}: remove the folder {self.folder}")
-                digests.update(np.load(file)["digest"].tolist())
+                self._verify(file.name)
+                digests.update(read_documents(file)["digest"].tolist())
         return digests
 
     def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:

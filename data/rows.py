@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import format_of, parse_line, unpacked
+from common.reading import parse_record
+from data.files import format_of, parse_line, parse_text, unpacked
+from data.shapes import RowsState
 
 #: Rows of a Parquet file that are decoded at once.
 PARQUET_ROWS = 256
@@ -26,8 +28,9 @@ class LocalRows:
         return {"file": self._file, "row": self._row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the position of an earlier reading of the same files."""
-        self._file, self._row = state["file"], state["row"]
+        """Continue at the position of an earlier reading of the same files; raise `ValueError` if it is none."""
+        position = parse_record(RowsState, json.dumps(dict(state)))
+        self._file, self._row = position.file, position.row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the rows. A damaged file raises the error of its format or compression; `file` is its name."""
@@ -71,7 +74,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from _lines(file)
         return
     with unpacked(file) as content:
-        rows = json.loads(content.read().decode("utf-8-sig"))
+        rows = parse_text(content.read().decode("utf-8-sig"))
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row is not a JSON object: {str(row)[:40]!r}")

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.console import printable
 from common.errors import ConfigError, one_line
 from data.config import SourceConfig
 from data.content import ContentIndex
@@ -131,8 +132,7 @@ class Source(SourceConfig):
         try:
             digests = (index or ContentIndex()).digests(self.path, files)
         except OSError as error:
-            problem = f"cannot be read: {error.filename}: {_reason(error)}"
-            raise self.error(problem) from error
+            raise self.error(f"cannot be read: {error.filename or self.path}: {_reason(error)}") from error
         formats = (f"{format_of(file)}{file.suffix if file.suffix in COMPRESSIONS else ''}" for file in files)
         lines = "".join(f"{kind} {digest}\n" for kind, digest in zip(formats, digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -155,7 +155,7 @@ class Source(SourceConfig):
         from huggingface_hub import HfApi
 
         try:
-            return HfApi().dataset_info(self.hub, revision=self.revision).sha
+            return str(HfApi().dataset_info(self.hub, revision=self.revision).sha)
         except Exception as error:
             raise self.error(f"cannot be opened ({_reason(error)})") from error
 
@@ -188,7 +188,10 @@ class Stream:
         # Until the first row is read, the library's `state_dict` does not return the state that was loaded.
         self._loaded_state = None if state is None else dict(state)
         if self._loaded_state is not None:
-            self._rows.load_state_dict(self._loaded_state)
+            try:
+                self._rows.load_state_dict(self._loaded_state)
+            except Exception as error:  # the library raises what it likes
+                raise source.error(f"cannot be read from the position that was saved ({_reason(error)})") from error
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that are not empty; raise `SourceError` if a file or the column cannot be read."""
@@ -230,7 +233,7 @@ class Stream:
         return self._rows.state_dict() if self._loaded_state is None else self._loaded_state
 
     def _missing_column(self, row: Iterable[str]) -> SourceError:
-        columns = ", ".join(map(str, row)) or "no columns"
+        columns = printable(", ".join(row))[:300] or "no columns"
         location = self.source.hub or self.source.path
         return self.source.error(f"does not exist: the rows of {location} have {columns}", "column")
 
@@ -243,11 +246,14 @@ class Stream:
 class Mixture:
     """Several sources as one stream of documents, which ends when the first of them ends.
 
-    It continues after the state of an earlier mixture of the same sources.
+    It continues after the state of an earlier mixture of the same sources; that of others is a `SourceError`.
     """
 
     def __init__(self, sources: Sequence[Source], state: Mapping[str, Any] | None = None) -> None:
         self.sources = list(sources)
+        names = [source.name for source in sources]
+        if state and not {*names} == state["streams"].keys() == state["bytes_read"].keys():
+            raise SourceError("sources", names, problem="cannot be read from the position that was saved in others")
         self.streams = {s.name: Stream(s, state["streams"][s.name] if state else None) for s in self.sources}
         self.bytes_read: dict[str, int] = dict(state["bytes_read"]) if state else {s.name: 0 for s in self.sources}
 

@@ -6,6 +6,7 @@ it starts, so a checkpoint holds that state. Every rank computes all blocks, wit
 one block has the same order as if it were prepared.
 """
 
+import json
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.reading import parse_record
 from data.content import ContentIndex
 from data.corpus import Corpus, text_too_short
 from data.encoding import document_batches, prefetch
 from data.sequences import ShuffledDataset, TokenDataset
+from data.shapes import StreamState
 from data.sources import Mixture, Source, SourceError
 from data.tokenizer import Tokenizer
 from data.tokens import TokenArray
@@ -106,8 +109,9 @@ class StreamingDataset:
         return {"stream": {**start._asdict(), "block_sequences": self.block_sequences, "length": self.length}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a saved state; raise `UserError` if it was saved with other block or sequence lengths."""
-        start = dict(state["stream"])
+        """Restore a saved state; raise `ValueError` if it is none, or has other block or sequence lengths."""
+        parse_record(StreamState, json.dumps(state.get("stream")))
+        start = {name: state["stream"][name] for name in StreamState.model_fields}
         sequences, length = start.pop("block_sequences"), start.pop("length")
         if (sequences, length) != (self.block_sequences, self.length):
             raise UserError(

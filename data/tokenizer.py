@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ class Tokenizer(NamedTuple):
             UserError: a text has a word that the tokenizer has no token for.
         """
         try:
-            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            with _as_exceptions():
+                encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare exceptions
             reason = one_line(error, 200)
             raise UserError(f"the tokenizer cannot encode the text ({reason}): it needs an unknown token") from error
@@ -123,7 +125,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _load(name: str, file: Path, config: Path | None) -> Tokenizer:
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        with _as_exceptions():
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare exceptions
         raise _error(name, f"cannot be read ({one_line(error)})") from error
     settings = _read_json(config) if config else {}
@@ -148,6 +151,17 @@ def tokenizer_identity(name: str) -> Any:
     file, config = _files(name)
     content = json.dumps([_read_json(file), _read_json(config) if config else None], sort_keys=True)
     return {"content": hashlib.sha256(content.encode()).hexdigest()}
+
+
+@contextmanager
+def _as_exceptions() -> Iterator[None]:
+    """Make an exception of a panic in the library's Rust code, which is none in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library panics: {error}") from error
 
 
 def _error(name: str, problem: str) -> ConfigError:

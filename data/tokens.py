@@ -11,16 +11,20 @@ tables of `datasets` return whole documents; litdata and MDS store samples of a 
 """
 
 import hashlib
+import itertools
 import json
+import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import sha256
-from common.reading import parse_json, read_bytes
+from common.reading import parse_json, parse_record, read_bytes
+from data.shapes import Manifest
 from data.tokenizer import TOKENIZER_FILES
 
 SPLITS = ("train", "test")
@@ -106,17 +110,39 @@ class Tokens(NamedTuple):
         """Return the bytes in UTF-8 of the held-out text that tokens [start, stop) stand for.
 
         They are those of the text, not of the decoded tokens: a tokenizer may drop accents, or know no word. A document
-        that is not whole counts by the share of its tokens.
+        that is not whole counts by the share of its tokens. Raises `UserError` if the documents' file is damaged.
         """
         size, first = 0.0, 0
         for part in self.facts["test"]["parts"]:
-            documents = np.load(documents_file(self.folder / part["file"]), allow_pickle=False)
+            try:
+                documents = read_documents(documents_file(self.folder / part["file"]))
+            except (OSError, ValueError) as error:
+                raise damaged(self.folder, error) from error
             ends = first + documents["end"].astype(np.int64)
             begins = np.concatenate([[first], ends[:-1]])
             inside = (np.minimum(ends, stop) - np.maximum(begins, start)).clip(min=0)
             size += float((documents["bytes"] * (inside / (ends - begins))).sum())
             first += part["tokens"]
         return size
+
+
+def read_documents(file: Path) -> np.ndarray:
+    """Return the ends, digests and sizes of a part's documents, (documents,) `DOCUMENT_DTYPE`.
+
+    Raises:
+        ValueError: they are none, or their ends do not increase.
+    """
+    documents = np.load(file, allow_pickle=False)
+    if documents.dtype != DOCUMENT_DTYPE or documents.ndim != 1:
+        raise ValueError(f"{file.name} is not about documents")
+    if (np.diff(documents["end"].astype(np.int64), prepend=0) <= 0).any():
+        raise ValueError(f"{file.name} has a document that ends before it begins")
+    return documents
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """Return the error for a folder of tokens that is prepared again if it is not there."""
+    return UserError(f"the prepared tokens in {folder} are damaged ({one_line(error)}): remove that folder")
 
 
 def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
@@ -132,14 +158,21 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
             files = [folder / part["file"] for part in parts]
             arrays[split] = TokenArray(files, [part["tokens"] for part in parts], facts["dtype"])
         _verify(folder, facts["files"], verify)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
+        for part in itertools.chain.from_iterable(facts[split]["parts"] for split in SPLITS):
+            _check_arrays(folder / part["file"], part, np.dtype(facts["dtype"]))
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
     return Tokens(arrays["train"], arrays["test"], facts["fingerprint"], folder, facts)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the facts about prepared tokens; raise `ValueError` or `OSError` if they are damaged, or not there."""
-    return load_with_checksum(read_bytes(folder / MANIFEST))
+    if (folder / MANIFEST).is_symlink():
+        raise ValueError(f"{MANIFEST} is a link")
+    content = read_bytes(folder / MANIFEST)
+    facts = load_with_checksum(content)
+    parse_record(Manifest, content)
+    return facts
 
 
 def changes(tokens: Tokens, earlier: str) -> list[str]:
@@ -164,7 +197,7 @@ def _inputs(facts: dict[str, Any]) -> dict[str, Any]:
     trained = isinstance(key["tokenizer"], dict) and "vocab_size" in key["tokenizer"]
     return {
         "the text": [list(texts.values()), list(facts["commits"].values())],
-        "the tokenizer": None if trained else [key["tokenizer"], facts["files"][TOKENIZER_FILES[0]]["sha256"]],
+        "the tokenizer": None if trained else [key["tokenizer"], facts["files"].get(TOKENIZER_FILES[0])],
         "the version of the package tokenizers": key["tokenizers"],
         "the layout of prepared tokens": key["layout"],
         "data.vocab_size": key["tokenizer"] if trained else None,
@@ -175,9 +208,12 @@ def _inputs(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verify(folder: Path, files: dict[str, dict[str, Any]], checksums: bool | None) -> None:
-    """Raise `ValueError` unless the files have their sizes and, if that is asked for or fast, their checksums."""
+    """Raise `ValueError` unless the files are files of their sizes and, if asked for or fast, with their checksums."""
     for name, expected in files.items():
-        size = (folder / name).stat().st_size
+        status = (folder / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{name} is not a file of the folder")
+        size = status.st_size
         if size != expected["bytes"]:
             raise ValueError(f"{name} has {size:,} bytes, not {expected['bytes']:,}")
     if checksums is None:
@@ -188,6 +224,27 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], checksums: bool | No
             for (name, expected), digest in zip(files.items(), digests, strict=True):
                 if digest != expected["sha256"]:
                     raise ValueError(f"{name} does not have the checksum it was written with")
+
+
+def _check_arrays(file: Path, part: dict[str, Any], dtype: np.dtype) -> None:
+    """Raise `ValueError` unless the headers of a part's files say what the manifest does, and the documents fill it."""
+    _check_header(file, dtype, part["tokens"])
+    _check_header(documents_file(file), DOCUMENT_DTYPE, part["documents"])
+    with documents_file(file).open("rb") as documents:
+        documents.seek(-DOCUMENT_DTYPE.itemsize, os.SEEK_END)
+        (last,) = np.frombuffer(documents.read(), DOCUMENT_DTYPE)
+    if last["end"] != part["tokens"]:
+        raise ValueError(f"{file.name} has {part['tokens']:,} tokens, but its documents end at {last['end']:,}")
+
+
+def _check_header(file: Path, dtype: np.dtype, length: int) -> None:
+    with file.open("rb") as content:
+        if np.lib.format.read_magic(content) != (1, 0):
+            raise ValueError(f"{file.name} is of another version of numpy's format")
+        shape, _, stored = np.lib.format.read_array_header_1_0(content)
+        rest = file.stat().st_size - content.tell()
+    if (stored, shape, rest) != (dtype, (length,), length * dtype.itemsize):
+        raise ValueError(f"{file.name} is no array of {length:,} {dtype.name if dtype.names is None else 'documents'}")
 
 
 def dump_with_checksum(facts: dict[str, Any]) -> str:

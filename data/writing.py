@@ -25,15 +25,16 @@ def digest_key(digest: bytes) -> int:
 
 
 def _save_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an array and return its `_file_facts`."""
+    """Write an array and return its `file_facts`."""
     with atomic_writer(path) as file:
         # np.save is not used because its error does not give the reason why it could not write.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.view(np.uint8).data)
-    return _file_facts(path)
+    return file_facts(path)
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return the size and checksum of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -80,7 +81,7 @@ def write_manifest(
     The folder has the tokenizer's files too. The cache key is that of the time when the preparation began. The parts
     and files are all that `write_part` has returned.
     """
-    files = files | {name: _file_facts(folder / name) for name in TOKENIZER_FILES}
+    files = files | {name: file_facts(folder / name) for name in TOKENIZER_FILES}
     facts: dict[str, Any] = {
         "vocab_size": tokenizer.size,
         "end_of_text": tokenizer.end,
@@ -103,6 +104,6 @@ def write_manifest(
 def add_paths(folder: Path, paths: Paths) -> None:
     """Add paths of the same text to a manifest, where it can be written: they find the tokens if the text is gone."""
     facts = read_manifest(folder)
-    if paths not in facts["paths"]:
+    if paths not in facts["paths"] and not folder.is_symlink():
         with suppress(OSError):
             write_atomic(folder / MANIFEST, dump_with_checksum(facts | {"paths": [*facts["paths"], paths]}))

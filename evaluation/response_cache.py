@@ -1,16 +1,27 @@
 """Responses of a language model, saved in a file as they are computed: an interrupted evaluation resumes after them."""
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lm_eval.api.instance import Instance
+from pydantic import ConfigDict, Field, TypeAdapter
 
+from common.files import open_append
+from common.reading import read_lines
 from evaluation.tasks import TaskError
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+#: A line of the file: a request's key, and its response.
+_CACHED: TypeAdapter[tuple[str, Any]] = TypeAdapter(
+    tuple[str, Number | str | tuple[Number, bool]], config=ConfigDict(strict=True)
+)
 
 #: Requests between two saves.
 REQUESTS_PER_SAVE = 512
@@ -27,21 +38,19 @@ class ResponseCache:
         self.path = path
         self.model = model
         self.responses: dict[str, Any] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        if lines[:1] == [_line({"model": model})]:
-            for line in lines[1:]:
-                try:
-                    key, response = json.loads(line)
-                except (ValueError, TypeError):  # the process was killed while it wrote the line
-                    continue
-                self.responses[key] = response
+        lines = read_lines(path) if path.is_file() else iter(())
+        if next(lines, None) == _line({"model": model}).rstrip(b"\n"):
+            for line in lines:
+                with suppress(ValueError):  # the process was killed while it wrote the line
+                    key, response = _CACHED.validate_json(line)
+                    self.responses[key] = response
         self.delete()
         if self.responses:
             self.add(self.responses)
 
     def add(self, responses: Mapping[str, Any]) -> None:
         """Append responses to the file."""
-        with self.path.open("ab") as file:
+        with open_append(self.path) as raw, io.BufferedWriter(raw) as file:
             header = b"" if file.tell() else _line({"model": self.model})
             file.write(header + b"".join(map(_line, responses.items())))
 
@@ -92,7 +101,7 @@ class CachedLM:
     def _respond(self, kind: str, requests: list[Instance]) -> list[Any]:
         keys = [hashlib.sha256(json.dumps([kind, *request.args]).encode()).hexdigest()[:32] for request in requests]
         unique = dict(zip(keys, requests, strict=True))
-        missing = [(key, request) for key, request in unique.items() if key not in self.responses]
+        missing = [(key, r) for key, r in unique.items() if not _is_response(kind, self.responses.get(key))]
         for start in range(0, len(missing), REQUESTS_PER_SAVE):
             self.progress(len(requests) - len(missing) + start, len(requests))
             if self.should_stop():
@@ -110,6 +119,12 @@ class CachedLM:
             self.responses.update(new)
         self.progress(len(requests), len(requests))
         return [self.responses[key] for key in keys]
+
+
+def _is_response(kind: str, response: Any) -> bool:
+    """Whether a cached response is one to this kind of request."""
+    kinds = {"loglikelihood": list | tuple, "loglikelihood_rolling": int | float, "generate_until": str}
+    return isinstance(response, kinds[kind])
 
 
 def _is_finite(response: Any) -> bool:

@@ -1,15 +1,16 @@
 """Scores of a model on tasks. Each is saved as soon as it is computed."""
 
+import glob
 import json
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from common.errors import one_line
-from common.files import write_atomic
+from common.errors import UserError, one_line
+from common.files import hold_lock, write_atomic
+from common.reading import read_json
+from common.run_files import TaskScores, as_dict
 from evaluation.response_cache import EvaluationInterrupted
 from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
 
@@ -78,14 +79,9 @@ class Scores:
         if not self.path.exists():
             return []
         try:
-            scores = json.loads(self.path.read_text())["scores"]
-            if not all(score["items"] > 0 and {"task", "num_fewshot", "step"} <= score.keys() for score in scores):
-                raise ValueError("a score has no task, num_fewshot, step or items")
-            return scores
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TaskError(
-                f"{self.path} is damaged ({error}): remove it, and the same command makes it again"
-            ) from error
+            return [as_dict(score) for score in read_json(self.path, TaskScores).scores]
+        except UserError as error:
+            raise TaskError(str(error)) from error
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the score with this key, or `None`."""
@@ -97,12 +93,12 @@ class Scores:
 
     def remove_after(self, step: int) -> None:
         """Remove scores and cached responses of later steps: a run that resumes at this step may differ after it."""
-        with FileLock(self._lock):
+        with hold_lock(self._lock):
             scores = [score for score in self._read() if (score["step"] or 0) <= step]
             if self.path.exists():
                 self._write(scores)
-        for path in self.path.parent.glob(f".{self.path.stem}-*-*.jsonl"):
-            number = path.name.split("-")[1]
+        for path in self.path.parent.glob(f".{glob.escape(self.path.stem)}-*-*.jsonl"):
+            number = path.name.removeprefix(f".{self.path.stem}-").split("-")[0]
             if number.isdecimal() and int(number) > step:
                 path.unlink()
 
@@ -110,14 +106,14 @@ class Scores:
         """Save results with the versions of the packages that computed them, and return the score."""
         versions = {package: version(package) for package in PACKAGES}
         score = {**key, **results, "versions": versions, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        with FileLock(self._lock):
+        with hold_lock(self._lock):
             others = self._read()  # another process may have added scores
             self._write([other for other in others if not _has_key(other, key)] + [score])
         return score
 
     def _write(self, scores: list[dict[str, Any]]) -> None:
         self.all = scores
-        write_atomic(self.path.resolve(), json.dumps({"scores": scores}, indent=1))  # a symbolic link stays one
+        write_atomic(self.path, json.dumps({"scores": scores}, indent=1))
 
 
 def quarantine(path: Path) -> Path:

@@ -18,7 +18,7 @@ def print_scores(rows: list[dict[str, Any]], console: Console) -> None:
         _print_models(names, rows, console)
     elif rows:
         _print_model(rows, console)
-    if truncated := max((row.get("truncated_fraction") or 0 for row in rows), default=0):
+    if truncated := max((_number(row, "truncated_fraction") or 0 for row in rows), default=0):
         console.print(f"up to {truncated:.0%} of a task's texts exceed the model's context, and lost their beginnings")
 
 
@@ -54,9 +54,14 @@ def _print_models(names: list[str], rows: list[dict[str, Any]], console: Console
 
 
 def _metrics(rows: list[dict[str, Any]]) -> list[str]:
-    return list(
-        dict.fromkeys(name for row in rows for name in row if name not in NOT_METRICS and "_stderr" not in name)
-    )
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_METRICS and "_stderr" not in name)
+    return [name for name in names if any(_number(row, name) is not None for row in rows)]
+
+
+def _number(row: dict[str, Any], name: str) -> float | None:
+    """Return a number of a score; `None` if it has none of that name."""
+    value = row.get(name)
+    return value if type(value) in (int, float) else None
 
 
 def _items(row: dict[str, Any]) -> str:
@@ -72,8 +77,8 @@ def _is_fraction(metric: str) -> bool:
 
 
 def _cell(row: dict[str, Any], metric: str) -> str:
-    if metric not in row:
+    value, error = _number(row, metric), _number(row, f"{metric}_stderr")
+    if value is None:
         return ""
     factor = 100 if _is_fraction(metric) else 1
-    error = row.get(f"{metric}_stderr")
-    return f"{factor * row[metric]:.2f}" + ("" if error is None else f" ± {factor * error:.2f}")
+    return f"{factor * value:.2f}" + ("" if error is None else f" ± {factor * error:.2f}")

@@ -4,6 +4,7 @@ The paper evaluates on HellaSwag and WinoGrande. Their validation sets can be fi
 task definition then includes lm-eval's own and names the file.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -108,7 +109,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
         with tempfile.TemporaryDirectory() as temporary:
             definition = Path(temporary, f"{name}.yaml")
             if file is not None:
-                definition.write_text(yaml.safe_dump(_definition(name, file)))
+                definition.write_text(yaml.safe_dump(_definition(name, file, Path(temporary))))
             loaded: Any = manager.load([name if file is None else str(definition)])
     except TaskError:
         raise
@@ -129,7 +130,8 @@ def sample(items: int, limit: int | None, seed: int) -> list[int] | None:
     return sorted(random.Random(seed).sample(range(items), limit))
 
 
-def _definition(name: str, file: Path) -> dict[str, Any]:
+def _definition(name: str, file: Path, temporary: Path) -> dict[str, Any]:
+    """Return the definition of a task with data from a file; the folder is there while the task is loaded."""
     import lm_eval.tasks
 
     return {
@@ -138,8 +140,21 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_name": None,
         "training_split": None,
-        "dataset_kwargs": {"data_files": {"validation": str(file.absolute())}},
+        "dataset_kwargs": _data_files(file.absolute(), temporary),
     }
+
+
+def _data_files(file: Path, temporary: Path) -> dict[str, Any]:
+    """Return the arguments with which `datasets` reads a file: it takes a path for a pattern, or for a URL.
+
+    Only patterns can be escaped. Another file gets a link in the temporary folder, and its items stay in memory.
+    """
+    if not {":", "\\"} & {*str(file)}:
+        return {"data_files": {"validation": glob.escape(str(file))}}
+    link = temporary / f"validation{''.join(file.suffixes)}"
+    link.symlink_to(file)
+    files = {"validation": glob.escape(str(link))}
+    return {"data_files": files, "cache_dir": str(temporary), "keep_in_memory": True}
 
 
 def _check_published(name: str, task: Any, source: str) -> None:

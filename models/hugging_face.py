@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from common.errors import ConfigError, one_line
+from common.reading import Record, open_regular, parse_record, read_bytes
 from models.config import LlamaConfig
 from models.hugging_face_config import FIXED, FORMATS
 from models.llama import Llama
@@ -22,6 +22,19 @@ from models.llama import Llama
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+class _Typed(Record):
+    """config.json of any model."""
+
+    model_type: str
+
+
+class _Index(Record):
+    """The index of weights in several files."""
+
+    weight_map: dict[str, str]
+
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -58,23 +71,21 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
 def config_of(folder: Path) -> LlamaConfig:
     """Return the shape of the model in a folder; raise `ConfigError` if it is not such a folder, or no such model."""
     try:
-        content = json.loads((folder / CONFIG).read_text())
-        model_type = str(content["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_bytes(folder / CONFIG)
+        model_type = parse_record(_Typed, content).model_type
+    except (OSError, ValueError) as error:
         allowed = f"it must be a folder with a {CONFIG} and safetensors"
         raise ConfigError("init_from", folder, problem=f"{_cannot_be_read(error)}: {allowed}") from error
     if model_type not in FORMATS:
-        raise _other_architecture(folder, {"model_type": model_type})
+        raise _other_architecture(folder, {"model_type": model_type[:40]})
     try:
-        described = FORMATS[model_type].model_validate(content)
+        described = parse_record(FORMATS[model_type], content)
         config = described.shape()
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        problem = f"cannot be read ({CONFIG} has {field}={first['input']}: {first['msg']})"
-        raise ConfigError("init_from", folder, problem=problem) from error
     except ConfigError as error:
         raise ConfigError("init_from", folder, problem=f"is not possible ({CONFIG} has {error})") from error
+    except ValueError as error:
+        problem = f"cannot be read ({CONFIG} has {one_line(error)})"
+        raise ConfigError("init_from", folder, problem=problem) from error
     different = described.differences(config)
     if different:
         raise _other_architecture(folder, different)
@@ -107,6 +118,7 @@ def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[st
     missing = {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_tied(name, config)}
     try:
         for file in _weight_files(folder):
+            open_regular(file).close()
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - it is no dict
                     if _is_tied(name, config) or name.endswith("rotary_emb.inv_freq"):
@@ -123,9 +135,9 @@ def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[st
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        names = set(parse_record(_Index, read_bytes(folder / INDEX)).weight_map.values())
         if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{INDEX} names {outside[0]}, which is not the name of a file in the folder")
+            raise ValueError(f"{INDEX} names {outside[0][:80]}, which is not the name of a file in the folder")
         return [folder / name for name in sorted(names)]
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"there is no {WEIGHTS}")

@@ -4,9 +4,11 @@ The import puts the checkout first on the path, in place of scripts/, whose modu
 (`evaluate`), and installs the signal handlers. `run` then runs the script's main function.
 """
 
+import errno
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +21,7 @@ from training.runtime.signals import install_handlers
 
 install_handlers()
 
+from common.errors import UserError
 from common.settings import Values
 from common.text import overrides_dict
 
@@ -42,7 +45,12 @@ def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         return lambda: print(inspect.getdoc(sys.modules["__main__"]))
-    return lambda: main(_values(OmegaConf.from_cli(sys.argv[1:]), sys.argv[1:]))
+
+    def called() -> None:
+        with _short_names():
+            main(_values(OmegaConf.from_cli(sys.argv[1:]), sys.argv[1:]))
+
+    return called
 
 
 def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
@@ -57,10 +65,22 @@ def _composed(main: Callable[[Values], None], config: str) -> Callable[[], Any]:
     @hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.name)
     @wraps(main)  # Hydra names the job after the file of `main`
     def task(cfg: Any) -> None:
-        with reporting():
+        with reporting(), _short_names():
             main(_values(cfg, HydraConfig.get().overrides.task))
 
     return task
+
+
+@contextmanager
+def _short_names() -> Iterator[None]:
+    """Make an error of the user of a path that no file system takes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = max(str(error.filename).split("/"), key=len)
+        raise UserError(f"{name[:40]}... is too long a name for a file or folder: choose a shorter one") from error
 
 
 def _values(container: Any, overrides: Sequence[str]) -> Values:

@@ -45,7 +45,7 @@ from data import (
 )
 from data.prepare import PART_TOKENS
 from data.sequences import order
-from data.tokens import dump_with_checksum
+from data.tokens import DOCUMENT_DTYPE, documents_file, dump_with_checksum
 from scripts._bench import median_seconds, numbers_table
 
 SEQUENCE_LENGTH, BATCH_SIZE = 2048, 64
@@ -164,16 +164,21 @@ def opening(config: BenchDataConfig, folder: Path) -> Table:
     """Open a folder of sparse files, as large as the paper's data, and read a late step of its run."""
     tokens = int(config.tokens)
     lengths = [PART_TOKENS] * (tokens // PART_TOKENS) + [tokens % PART_TOKENS]
-    facts: dict = {"dtype": "uint16", "fingerprint": "sparse", "files": {}}
+    key = {"layout": 0, "sources": {}, "order": [], "tokenizer": None, "tokenizers": "", "val_fraction": 0.1}
+    facts: dict = {"dtype": "uint16", "vocab_size": 1, "end_of_text": 0, "fingerprint": "sparse", "files": {}}
+    facts |= {"commits": {}, "paths": [], "cache_key": key | {"deduplicate": False, "max_tokens": None}}
     sparse = folder / "sparse"
     sparse.mkdir()
     for split, parts in (("train", lengths), ("test", lengths[-1:])):
-        facts[split] = {"parts": []}
+        totals = {"tokens": sum(parts), "documents": len(parts), "bytes": len(parts)}
+        facts[split] = {"parts": [], **totals}
         for i, length in enumerate(parts):
             file = sparse / f"{split}-{i:05}.npy"
             np.lib.format.open_memmap(file, "w+", np.uint16, (length,))  # sparse
-            facts[split]["parts"].append({"file": file.name, "tokens": length})
-            facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": ""}
+            np.save(documents_file(file), np.array([(length, 0, 1)], DOCUMENT_DTYPE))
+            facts[split]["parts"].append({"file": file.name, "tokens": length, "documents": 1, "bytes": 1})
+            for written in (file, documents_file(file)):
+                facts["files"][written.name] = {"bytes": written.stat().st_size, "sha256": "0" * 64}
     (sparse / "tokens.json").write_text(dump_with_checksum(facts))
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     sequences = TokenDataset(open_tokens(sparse, verify=False).train, SEQUENCE_LENGTH)

@@ -8,7 +8,7 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -29,8 +29,9 @@ from evaluation.scores import SCORES, Scores
 from evaluation.table import print_scores
 from evaluation.tasks import data_folders
 from models.config import WeightDtype
+from scripts._held import held
 from training.checkpoint.format import fingerprint
-from training.checkpoint.load import DTYPES, RunCheckpoint
+from training.checkpoint.load import DTYPES
 from training.config.checks import check_folder
 from training.launch.cli import CANNOT_WRITE
 from training.runtime.signals import reraise_pending
@@ -89,8 +90,13 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading checkpoints needs none
     logging.getLogger().setLevel(logging.ERROR)  # of lm-eval and the hub's library
+    with ExitStack() as stack:
+        _evaluate(config, console, stack)
+
+
+def _evaluate(config: EvaluateConfig, console: Console, stack: ExitStack) -> None:
     skipped: list[str] = []
-    models = run_models(config, console, skipped) if config.hf is None else [exported_model(config, config.hf)]
+    models = run_models(config, console, skipped, stack) if config.hf is None else [exported_model(config, config.hf)]
     folders = data_folders(config.eval.data_dir, config.paths.cache)
     evaluator = Evaluator(config.eval, config.dtype, folders, console, before_task=reraise_pending)
     evaluator.load_tasks(models)
@@ -106,8 +112,11 @@ def main(values: _entry.Values) -> None:
         raise RunError(f"{', '.join(dict.fromkeys(evaluator.failed))} could not be scored, see above")
 
 
-def run_models(config: EvaluateConfig, console: Console, skipped: list[str]) -> list[EvaluatedModel]:
-    """Return the models of the configured runs; the folder of an experiment stands for all runs in it."""
+def run_models(config: EvaluateConfig, console: Console, skipped: list[str], stack: ExitStack) -> list[EvaluatedModel]:
+    """Return the models of the configured runs; the folder of an experiment stands for all runs in it.
+
+    The checkpoints are kept until `stack` is closed.
+    """
     folders: list[Path] = []
     for path in map(Path, config.run if isinstance(config.run, list) else [config.run or "runs/main"]):
         if not path.is_dir():
@@ -123,16 +132,16 @@ def run_models(config: EvaluateConfig, console: Console, skipped: list[str]) -> 
     for folder, name in zip(folders, names, strict=True):
         with skip_failures(str(folder), len(folders), console, skipped):
             title = name if names.count(name) == 1 else str(folder)
-            models.append(run_model(config, folder, title, console))
+            models.append(run_model(config, folder, title, console, stack))
     if not models:
         problem = f"is not possible: none of the {len(folders)} runs there can be evaluated"
         raise ConfigError("run", config.run or "runs/main", problem=problem)
     return models
 
 
-def run_model(config: EvaluateConfig, folder: Path, title: str, console: Console) -> EvaluatedModel:
+def run_model(config: EvaluateConfig, folder: Path, title: str, console: Console, stack: ExitStack) -> EvaluatedModel:
     """Return the model of a run."""
-    checkpoint = RunCheckpoint(folder, config.step, console.print)
+    checkpoint = stack.enter_context(held(folder, config.step, console.print))
     check_folder("run", str(folder), folder)
     if checkpoint.step != checkpoint.max_steps and config.step is None:
         console.print(f"{folder} is not finished: this is {checkpoint.description}", style="yellow")

@@ -17,6 +17,7 @@ from common.settings import Count, Folder, Settings, parse
 from experiments.escape import escape_markdown, one_visible_line
 from models.config import WeightDtype
 from models.hugging_face import export
+from scripts._held import held
 from training.checkpoint.load import DTYPES, RunCheckpoint
 from training.config.checks import check_folder
 
@@ -56,16 +57,16 @@ def main(values: _entry.Values) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # huggingface_hub reports the temporary folder
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading needs none
     out = Path(config.out)
-    checkpoint = RunCheckpoint(Path(config.run), config.step, console.print)
-    if out.exists():
-        raise UserError(f"out={out} exists already: remove it, or choose another folder")
-    check_folder("out", config.out, out)
-    state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
-    tokenizer = checkpoint.tokenizer()
-    with atomic_folder(out) as temporary:
-        export(state, checkpoint.config, temporary, tokenizer.end)
-        tokenizer.save(temporary)
-        (temporary / "README.md").write_text(model_card(checkpoint, tokenizer.end_token))
+    with held(Path(config.run), config.step, console.print) as checkpoint:
+        if out.exists():
+            raise UserError(f"out={out} exists already: remove it, or choose another folder")
+        check_folder("out", config.out, out)
+        state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
+        tokenizer = checkpoint.tokenizer()
+        with atomic_folder(out) as temporary:
+            export(state, checkpoint.config, temporary, tokenizer.end)
+            tokenizer.save(temporary)
+            (temporary / "README.md").write_text(model_card(checkpoint, tokenizer.end_token))
     console.print(f"{checkpoint.description}, {checkpoint.config.parameters:,} parameters in {config.dtype}: {out}")
 
 

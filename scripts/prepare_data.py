@@ -1,7 +1,8 @@
 """Prepare the tokens of a corpus: `python scripts/prepare_data.py data=smollm model=1b data.tokenizer=FOLDER`.
 
 `train.py` does the same if the tokens are missing. This script prepares them earlier or on another machine, and
-compares every file of prepared tokens with its checksum. After an interruption, the same command continues.
+compares every file of prepared tokens with its checksum. After an interruption, the same command continues. The cache
+folder may be copied: with the same settings its tokens are found, whether the text is there, elsewhere, or gone.
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

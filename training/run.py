@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
 from common.errors import UserError, prefix_errors
-from common.run_files import taken_steps
+from common.run_files import corrupted_steps
 from data import (
     BatchCorruption,
     BatchShare,
@@ -29,8 +29,8 @@ from data import (
     Tokens,
     TrainLoader,
     corpus_from,
-    load_tokenizer,
     prepare,
+    read_tokenizer,
     unigram_entropy,
 )
 from training.callback import RunCallback, TimedClippingCallback
@@ -159,7 +159,7 @@ def build_run(
     stop = CoordinatedStop()
     checkpoints = CheckpointManager(run_dir, config, guard.divergence.is_healthy, console)
 
-    tokenizer = load_tokenizer(str(tokens.folder))
+    tokenizer = read_tokenizer(tokens.folder)
     held_out = validation_set(config, tokens, console, config.trainer.val_tokens)
     report = EvaluationReport(console, loggers)
     text_bytes = tokens.held_out_bytes(1, held_out.tokens + 1)
@@ -211,7 +211,7 @@ def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | Stre
     data = config.data
     if data.mode == "prepared":
         return ShuffledDataset(TokenDataset(tokens.train, data.sequence_length), config.seed)
-    corpus, tokenizer = corpus_from(data).pinned_to(tokens.facts["commits"]), load_tokenizer(str(tokens.folder))
+    corpus, tokenizer = corpus_from(data).pinned_to(tokens.facts["commits"]), read_tokenizer(tokens.folder)
     threshold, block_tokens = tokens.facts["threshold"], int(data.shuffle_tokens)
     return StreamingDataset(corpus, tokenizer, threshold, data.sequence_length, config.seed, block_tokens)
 
@@ -219,12 +219,12 @@ def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | Stre
 def batch_corruption(
     config: Config, tokens: Tokens, rewinds: Sequence[Mapping[str, int]] = ()
 ) -> BatchCorruption | None:
-    """Return what replaces batches in this run, which was rewound before; `None` if nothing does."""
+    """Return what replaces batches in this run, after some rewinds; `None` if nothing does."""
     corruption = config.data.corruption
-    steps = taken_steps(corruption.steps, rewinds)
+    steps = corrupted_steps(corruption.steps, rewinds)
     if not steps:
         return None
-    return BatchCorruption(steps, corruption.kind, config.seed, load_tokenizer(str(tokens.folder)))
+    return BatchCorruption(steps, corruption.kind, config.seed, read_tokenizer(tokens.folder))
 
 
 def validation_set(config: Config, tokens: Tokens, console: Console, max_tokens: float | None) -> ValidationSet:

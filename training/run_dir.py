@@ -21,6 +21,7 @@ One process owns the folder at a time (a lock that the system releases however t
 import json
 import math
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,7 +32,7 @@ from common.errors import RunError, UserError, one_line, shown
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
 from common.reading import parse_json, parse_record, read_bytes, read_json, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, ValidationLine, as_dict
-from data import TOKENIZER_FILES, Tokens
+from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
 from training.config.schema import Config
@@ -84,14 +85,17 @@ class RunDir:
             make_dir(self.checkpoints)
             starts = self._starts()
             if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
+                changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
                 raise UserError(
-                    f"the text of data.path={shown(config.data.path)} has changed: {self.path} was started on tokens "
+                    f"{changed or 'the text or the tokenizer'} has changed (data.path={shown(config.data.path)}, "
+                    f"data.tokenizer={shown(config.data.tokenizer)}): {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )
-            if not self.config_file.exists():
-                make_dir(self.tokenizer)
-                for name in TOKENIZER_FILES:
-                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_text(encoding="utf-8"))
+            make_dir(self.tokenizer)
+            for name in TOKENIZER_FILES:
+                if not (self.tokenizer / name).is_file():
+                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_bytes())
+            if not self.config_file.is_file():
                 write_atomic(self.config_file, to_yaml(config))
             start = environment() | {
                 "data_fingerprint": tokens.fingerprint,
@@ -182,8 +186,12 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order."""
-        return sorted(int(path.stem[5:]) for path in self.checkpoints.glob("step-*.ckpt") if path.stem[5:].isdigit())
+        """Return the steps that have a checkpoint, in order; files of other names are none."""
+        with suppress(FileNotFoundError):  # others may remove the folder while it is read
+            names = [path.name for path in self.checkpoints.glob("step-*.ckpt")]
+            steps = [int(name[5:-5]) for name in names if re.fullmatch(r"step-[0-9]+\.ckpt", name)]
+            return sorted(step for step in steps if self.checkpoint(step).name in names)
+        return []
 
     def rewinds(self, last: float = math.inf) -> list[dict[str, int]]:
         """Return the rewinds to steps up to `last`: `from_step`, `to_step`, and `skipped_batches` in all so far."""

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.files import write_atomic
+from common.files import make_dir, write_atomic
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.style import BLUE, ORANGE, PURPLE, draw_grid, image
@@ -16,7 +16,7 @@ from experiments.run.style import BLUE, ORANGE, PURPLE, draw_grid, image
 def plot_run(run: Run) -> Path:
     """Write `plots/run.png` in the run folder and return its path."""
     target = run.path / "plots" / "run.png"
-    target.parent.mkdir(exist_ok=True)
+    make_dir(target.parent)
     figure = draw_run(run)
     write_atomic(target, image(figure, "png", dpi=120))
     plt.close(figure)

@@ -1,12 +1,16 @@
 """Reading a run folder."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
+
+from common import run_files
+from common.errors import one_line
+from common.reading import MOST_YAML, Record, parse_record, parse_yaml, read_bytes, read_lines
+from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, ValidationLine, as_dict
 
 
 class Run(NamedTuple):
@@ -19,6 +23,7 @@ class Run(NamedTuple):
     val_metrics: Sequence[dict[str, Any]]  # lines of `val_metrics.jsonl`, written while the run trained
     starts: Sequence[Mapping[str, Any]]  # entries of `environment.json`, one for each start
     scores: Sequence[dict[str, Any]]  # entries of `task_scores.json`
+    rewinds: Sequence[Mapping[str, Any]] = ()  # entries of `rewinds.json`
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -33,8 +38,8 @@ class Run(NamedTuple):
 
 
 def corrupted_steps(run: Run) -> list[int]:
-    """Return the steps with injected corrupted batches, counted from 1."""
-    return list(run.config.get("data", {}).get("corruption", {}).get("steps", []))
+    """Return the steps with injected corrupted batches, counted from 1, but for those that a rewind has skipped."""
+    return run_files.corrupted_steps(run.config.get("data", {}).get("corruption", {}).get("steps", []), run.rewinds)
 
 
 def corrupted_rows(run: Run) -> set[int]:
@@ -56,45 +61,58 @@ def read_run(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: it has no `config.yaml` or no `metrics.jsonl`.
-        ValueError: a file is damaged; the message names the file and the line.
+        OSError: something else than a file stands in the place of one.
+        ValueError: a file is damaged, or has another shape; the message names the file and the line.
     """
     config = read_config(path)
-    rows = _json_lines(path / "metrics.jsonl")
+    rows = _lines(path / "metrics.jsonl", MetricsLine)
     names = list(dict.fromkeys(name for row in rows for name in row))
     metrics = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
-    validation = path / "val_metrics.jsonl"
-    contents: dict[str, Any] = {
-        "result.json": {},
-        "environment.json": {"starts": []},
-        "task_scores.json": {"scores": []},
-    }
-    for name in contents:
-        if (path / name).exists():
-            contents[name] = _json((path / name).read_bytes(), name)
-    result, environment, tasks = contents.values()
-    val_metrics = _json_lines(validation) if validation.exists() else []
-    return Run(path, config, metrics, result, val_metrics, environment["starts"], tasks["scores"])
+    result = _object(path / "result.json", Result)
+    starts = _object(path / "environment.json", Environment).get("starts", [])
+    scores = _object(path / "task_scores.json", TaskScores).get("scores", [])
+    rewinds = _object(path / "rewinds.json", Rewinds).get("rewinds", ())
+    return Run(path, config, metrics, result, _val_metrics(path / "val_metrics.jsonl"), starts, scores, rewinds)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the configuration of a run; raise `ValueError` if `config.yaml` is not YAML, or not a mapping."""
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError("config.yaml: not a mapping")
+    with _naming("config.yaml"):
+        config = parse_yaml(read_bytes(path / "config.yaml", MOST_YAML))
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
     return config
 
 
-def _json_lines(path: Path) -> list[Any]:
-    lines = path.read_bytes().splitlines()
-    return [_json(line, f"{path.name}, line {number}") for number, line in enumerate(lines, 1)]
+def _lines(path: Path, shape: type[Record]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        with _naming(f"{path.name}, line {number}"):
+            rows.append(as_dict(parse_record(shape, line)))
+    return rows
 
 
-def _json(raw: bytes, place: str) -> Any:
-    """Return the value of a JSON text; an error names its place."""
+def _val_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of val_metrics.jsonl; a damaged one, which may have been cut off, does not count."""
+    rows = []
+    for line in read_lines(path) if path.exists() else ():
+        with suppress(ValueError):
+            rows.append(as_dict(parse_record(ValidationLine, line)))
+    return rows
+
+
+def _object(path: Path, shape: type[Record]) -> dict[str, Any]:
+    """Return the fields of the object in a file; none if there is no file."""
+    if not path.exists():
+        return {}
+    with _naming(path.name):
+        return as_dict(parse_record(shape, read_bytes(path)))
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Name the file, and the line, in errors of its content."""
     try:
-        return json.loads(raw.decode())
+        yield
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{place}: {one_line(error)}") from error

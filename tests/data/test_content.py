@@ -71,7 +71,7 @@ def test_unchanged_files_are_hashed_once(text, hashed, tmp_path, monkeypatch):
     edit(b)
     assert digests()[0] == first[0] and digests()[1] != first[1]
     (index,) = cache.glob(".text-*.json")
-    for damage in ("", "[", "{}", "[1]", '[["x"]]', "[" * 100_000, json.dumps([[str(a), 1, 2, 3, 4, 5]])):
+    for damage in ("", "[", "{}", "[1]", '[["x"]]', "[" * 100_000, json.dumps([[str(a), 1, 2, 3, 4]])):
         index.write_text(damage)
         assert digests()[0] == first[0] and sorted(hashed) == [a, b]
         assert digests()[0] == first[0] and hashed == []
@@ -138,6 +138,15 @@ def test_tokens_are_used_without_the_text(text, tmp_path, capsys, monkeypatch):
         (cache / "tokens-0").mkdir(exist_ok=True)
         (cache / "tokens-0" / "tokens.json").write_text(damage)
         assert prepare_and_print("text", cache).fingerprint == first.fingerprint
+
+
+def test_manifest_of_a_linked_folder_is_left_as_it_is(text, tmp_path):
+    first = prepare_and_print(text, tmp_path / "elsewhere")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / first.folder.name).symlink_to(first.folder)
+    before = (first.folder / "tokens.json").read_text()
+    again = prepare_and_print(text.rename(tmp_path / "moved"), tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint and (first.folder / "tokens.json").read_text() == before
 
 
 def test_tokens_of_two_texts_of_a_path_that_is_gone_are_ambiguous(text, tmp_path):

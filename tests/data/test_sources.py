@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,23 @@ def test_json_lines_need_only_the_text_column(tmp_path):
         texts_of(Source(name="s", path=str(tmp_path)))
 
 
+def test_other_columns_may_hold_what_no_text_can(tmp_path):
+    """Also in a row whose text has a NUL."""
+    others = ["9" * 5000, r'"\ud800"', "NaN", "[[[[{}]]]]", r'{"\udfff": 1e999}']
+    lines = [f'{{"text": "a\\u0000b {i}", "other": {other}}}\n' for i, other in enumerate(others)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "b.json").write_text(f"[{','.join(lines)}]")
+    for name in ("a.jsonl", "b.json"):
+        source = Source(name="s", path=str(tmp_path / name))
+        assert texts_of(source) == [f"a\0b {i}" for i in range(5)] and source.estimated_bytes() > 0
+
+
+def test_names_of_columns_are_printed_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"\\u001b]0;x\\u0007": "", "\\ud800": "", "%s": ""}\n' % ("x" * 1000))
+    with pytest.raises(SourceError, match=r"the rows of \S+ have \\x1b\]0;x\\x07, \\ud800, x{100,300}$"):
+        texts_of(Source(name="s", path=str(tmp_path)))
+
+
 def test_missing_column_is_reported_at_the_end_or_after_many_rows(tmp_path):
     for rows in (['{"body": "x", "n": 1}'] * 3, ['{"body": "x", "n": 1}'] * 1000 + ["not read"]):
         (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -195,6 +213,22 @@ def test_batches_of_documents_have_at_least_their_size(tmp_path):
     assert [document.text for document in Mixture(sources, state)] == texts[
         sum(len(batch) for batch, _ in batches[:5]) :
     ]
+
+
+def test_damaged_parquet_file_is_one_sentence(tmp_path):
+    pq.write_table(pa.table({"text": TEXTS, "n": list(range(40))}), tmp_path / "a.parquet")
+    whole, rng = (tmp_path / "a.parquet").read_bytes(), random.Random(0)
+    for _ in range(60):
+        content = bytearray(whole)
+        content[-rng.randrange(1, len(content) // 4)] = rng.randrange(256)  # most in the footer
+        (tmp_path / "a.parquet").write_bytes(content)
+        try:
+            texts_of(Source(name="s", path=str(tmp_path)))
+        except SourceError as error:
+            assert "\n" not in str(error)
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"text", b"\x9aext"))
+    with pytest.raises(SourceError, match=r"cannot be read: \S+/a\.parquet: "):
+        texts_of(Source(name="s", path=str(tmp_path)))
 
 
 def test_parquet_file_without_rows_is_skipped(tmp_path):
@@ -306,6 +340,9 @@ def test_hash_fraction_depends_on_the_text_alone(tmp_path):
 BROKEN = {
     "bad.txt": (b"fine \xff\xfe", r"bad\.txt: .*utf-8.*can't decode"),
     "bad.jsonl": (b'{"text": "b\xff\xfed"}\n', r"bad\.jsonl: .*utf-8.*can't decode"),
+    "deep.jsonl": (b'{"text": "fine", "more": ' + b"[" * 100_000, r"deep\.jsonl: JSON is nested too deeply, in"),
+    "deep.json": (b"[" * 100_000, r"deep\.json: JSON is nested too deeply, in"),
+    "nul.jsonl": (b"\0\0\0\n", r"nul\.jsonl: JSON parse error"),
     "cut.jsonl": (b'{"text": "fine"}\n{"text": "no end', r"cut\.jsonl: JSON parse error"),
     "surrogate.jsonl": (b'{"text": "a lone \\ud800 surrogate"}\n', r"surrogate\.jsonl"),
     "cut.jsonl.xz": (lzma.compress(os.urandom(5000).hex().encode())[:2000], r"cut\.jsonl\.xz: .*ended before"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from common.errors import UserError
 from evaluation.language_model import LlamaLM
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
@@ -241,7 +243,8 @@ def test_two_processes_add_scores_to_one_file(tmp_path):
 
 
 def test_score_of_the_same_task_and_settings_is_replaced(tmp_path):
-    """The seed is a setting only if items are drawn. The file may be a symbolic link, and stays one."""
+    """The seed is a setting only if items are drawn. A link in a run folder is replaced, not followed."""
+    (tmp_path / "elsewhere.json").write_text(kept := '{"scores": []}')
     (tmp_path / "task_scores.json").symlink_to(tmp_path / "elsewhere.json")
     scores = Scores(tmp_path / "task_scores.json")
     for limit, seed, acc in ((None, 0, 0.1), (50, 0, 0.2), (50, 1, 0.3), (None, 1, 0.4)):
@@ -249,7 +252,60 @@ def test_score_of_the_same_task_and_settings_is_replaced(tmp_path):
     assert [(score["limit"], score["seed"], score["acc"]) for score in Scores(scores.path).all] == [
         (50, 0, 0.2), (50, 1, 0.3), (None, None, 0.4),
     ]  # fmt: skip
-    assert scores.path.is_symlink()
+    assert not scores.path.is_symlink() and (tmp_path / "elsewhere.json").read_text() == kept
+    (tmp_path / ".task_scores.json.lock").unlink()
+    (tmp_path / ".task_scores.json.lock").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match=r"\.lock is a link"):
+        scores.add(score_key("winogrande", 0, None, 0, 20, "float32"), {"items": 1})
+
+
+class Answers:
+    """A model that answers as its kind of request wants, and counts the requests."""
+
+    asked = 0
+
+    def loglikelihood(self, requests, disable_tqdm):
+        self.asked += len(requests)
+        return [(-1.5, True) for _ in requests]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm):
+        self.asked += len(requests)
+        return [-2.5 for _ in requests]
+
+
+HOSTILE_RESPONSES = [
+    "[1, 2]", '["KEY"]', '["KEY", null]', '["KEY", "x"]', '["KEY", true]', '["KEY", [1, 2, 3]]', '["KEY", NaN]',
+    '["KEY", [NaN, true]]', '["KEY", [1e400, true]]', '["KEY", ["1", true]]', '["KEY", [1, 1]]', '["KEY", {"a": 1}]',
+    '[["KEY"], [1, true]]', '["\\ud800", [1, true]]', "[" * 100_000, '["KEY", ' + "[" * 1000, "\0", '"KEY"', "{}", "5",
+    '["KEY", [-1, ' + "1" * 5000 + "]]", '["KEY", "' + "x" * 2_000_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_cached_responses_of_another_shape_are_computed_again(kind, tmp_path):
+    path, request = tmp_path / "responses", Instance(kind, {}, ("a", "b"), 0)
+    known = cached(model := Answers(), ResponseCache(path, "m"))
+    expected = getattr(known, kind)([request])
+    (header, line) = path.read_text().splitlines()
+    key = json.loads(line)[0]
+    for hostile in HOSTILE_RESPONSES:
+        path.write_text(f"{header}\n{hostile.replace('KEY', key)}\n")
+        model.asked = 0
+        assert getattr(cached(model, ResponseCache(path, "m")), kind)([request]) == expected and model.asked == 1
+    path.write_text(f"{header}\n{HOSTILE_RESPONSES[0]}\n{line}\n")
+    assert getattr(cached(model, ResponseCache(path, "m")), kind)([request]) == expected and model.asked == 1
+
+
+def test_responses_are_written_through_no_link(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    cache = ResponseCache(tmp_path / "responses", "m")
+    (tmp_path / "responses").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        cache.add({"a": 1.0})
+    (tmp_path / "responses").unlink()
+    os.mkfifo(tmp_path / "responses")
+    assert ResponseCache(tmp_path / "responses", "m").responses == {}, "and does not wait for a FIFO"
+    assert (tmp_path / "elsewhere").read_text() == "kept"
 
 
 def test_scores_and_responses_of_later_steps_are_removed(tmp_path):
@@ -264,10 +320,29 @@ def test_scores_and_responses_of_later_steps_are_removed(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}'])
+HOSTILE_SCORES = [
+    "{", "[]", '{"scores": null}', '{"scores": [{}]}', '{"scores": [1]}', "[" * 100_000, "\0", '{"scores": "x"}',
+    '{"scores": [{"task": 3, "num_fewshot": 0, "step": 1, "items": 1}]}',
+    '{"scores": [{"task": "a", "num_fewshot": true, "step": 1, "items": 1}]}',
+    '{"scores": [{"task": "a", "num_fewshot": 0, "step": "1", "items": 1}]}',
+    '{"scores": [{"task": "a", "num_fewshot": 0, "step": 1, "items": 0}]}',
+    '{"scores": [{"task": "\\ud800", "num_fewshot": 0, "step": 1, "items": 1}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE_SCORES)
 def test_damaged_file_is_an_error_and_can_be_quarantined(text, tmp_path):
     path = tmp_path / "task_scores.json"
     path.write_text(text)
     with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
         Scores(path)
     assert quarantine(path).read_text() == text and not path.exists()
+
+
+def test_scores_that_are_no_file_are_an_error(tmp_path):
+    path = tmp_path / "task_scores.json"
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
+            Scores(path)
+        path.rename(tmp_path / make.__name__)

@@ -52,3 +52,10 @@ def test_several_models_are_rows_with_a_column_for_each_task_and_metric():
 
 def test_no_scores_print_nothing():
     assert printed() == []
+
+
+def test_what_is_no_number_is_no_metric():
+    """A file of scores may come from somebody else."""
+    lines = printed(row(acc="[b]x", acc_stderr=[1], f1=0.5, f1_stderr="x", other={"a": 1}, truncated_fraction="y"))
+    assert cells(lines, "task") == ["task", "shots", "items", "f1 %"]
+    assert cells(lines, "hellaswag") == ["hellaswag", "0", "1,267", "50.00"]

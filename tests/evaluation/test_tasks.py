@@ -9,6 +9,7 @@ import pytest
 
 from evaluation.tasks import TaskError, data_file, data_folders, load_tasks, sample
 from tests.evaluation.conftest import items
+from tests.helpers import SLOW
 
 
 def test_sampled_items_are_deterministic_and_from_the_whole_set():
@@ -41,6 +42,20 @@ def test_incomplete_or_damaged_sets_are_errors(sets, tmp_path):
     (tmp_path / "winogrande_xl_validation.jsonl.xz").write_bytes(b"no archive")
     with pytest.raises(TaskError, match="cannot be read"):
         data_file(tmp_path, "winogrande")
+
+
+@pytest.mark.parametrize("name", ["x[1]*?", SLOW("[!a]/**/{b}"), SLOW("a::b"), "http:/t[1]/c\\d"])
+def test_path_of_a_set_is_no_pattern_and_no_url(name, sets, tmp_path, monkeypatch):
+    """The temporary folder may have such a name too."""
+    folder, temporary = tmp_path / name, tmp_path / "t[1]"
+    folder.mkdir(parents=True)
+    temporary.mkdir()
+    shutil.copy(next(sets.glob("winogrande*")), folder)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.chdir(folder)
+    (task,) = load_tasks("winogrande", [Path()], 0)["tasks"].values()
+    assert len(task.eval_docs) == 1_267 and task.eval_docs[0]["option1"]
+    assert not any(temporary.iterdir())
 
 
 @pytest.mark.parametrize("changed", ["answers", "repeated"])

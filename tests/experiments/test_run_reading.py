@@ -36,12 +36,19 @@ def test_loss_spikes(loss, spikes):
     assert loss_spikes(np.array(loss)) == spikes
 
 
+RESULT = {
+    "steps": 80, "tokens": 800, "train_loss": 4.0, "test_loss": 4.0, "unigram_entropy": 6.0, "test_tokens": 100,
+    "parameters": 1000, "data_fingerprint": "abcd", "spikes": 0, "spike_definition": "ours", "clipped_share": 0.1,
+    "tokens_per_second": 100.0,
+}  # fmt: skip
+
+
 def write_run(folder, rows, result=None):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("clip: {name: zclip, z_thresh: 2.5}\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if result:
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(RESULT | result))
     return read_run(folder)
 
 
@@ -93,6 +100,18 @@ def test_score_is_that_of_the_finished_run_without_examples(tmp_path):
     run = run._replace(scores=[*others, key, {**key, "items": 50}], starts=[{"device": "one"}, {"device": "two"}])
     assert run.score("hellaswag") == key and run.score("winogrande") is None
     assert run.environment == {"device": "two"} and run._replace(starts=[]).environment == {}
+
+
+def test_damaged_validation_lines_do_not_count(tmp_path):
+    write_run(tmp_path / "run", [row(1, 1.0, 0.0)])
+    lines = [
+        '{"step": 8, "val_tokens": 10, "val_loss": 2.5}',
+        "[1, 2]",
+        '{"step": "8", "val_tokens": 1}',
+        '{"step": 8, "v',
+    ]
+    (tmp_path / "run" / "val_metrics.jsonl").write_text("\n".join(lines))
+    assert read_run(tmp_path / "run").val_metrics == [{"step": 8, "val_tokens": 10, "val_loss": 2.5}]
 
 
 def test_tables_show_the_numbers():

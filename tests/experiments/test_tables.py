@@ -1,6 +1,7 @@
 """Tables from run folders, and folders that are missing, damaged or unexpected."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -257,7 +258,7 @@ def test_divergence_is_detected_from_losses_and_results(table3, tmp_path):
     write("ZClip", 0, lambda row: 5.0 if row["step"] < 120 else 5.7)
     write("ZClip", 1, lambda row: 5.0 if row["step"] < 120 else 5.3)
     write("ZClip", 2, lambda row: -5.0 if row["step"] in CORRUPTED_STEPS else 5.0)
-    write("Fixed 1.0", 0, test_loss=float("inf"))
+    write("Fixed 1.0", 0, test_loss=None)
     write("Fixed 1.0", 1, train_loss=None)
     collection = collect(moved, saved_identity)
     assert len(collection.runs) == 6
@@ -291,40 +292,76 @@ def test_tables_and_figures_without_runs_are_empty(tmp_path):
     assert {verdict.outcome for verdict in judge_claims(collection).values()} == {NOT_TESTABLE}
 
 
+def damage(file: Path, content) -> None:
+    """Write a file, change keys of its object, repeat its first line as its last, or make something else of it."""
+    if content is None:
+        lines = file.read_text().splitlines(keepends=True)
+        content = "".join([*lines[:-1], lines[0]])
+    elif isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content) if file.exists() else json.dumps(content)
+    file.unlink(missing_ok=True)
+    if callable(content):
+        content(file)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
         ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
         ("metrics.jsonl", "[1]\n", "damaged ("),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 2: "),
+        ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 1: tokens={'step': 1}: "),
+        ("metrics.jsonl", '{"step":1,"tokens":1,"loss":1,"grad_norm":1}\n{"st', "damaged (metrics.jsonl, line 2: "),
         ("result.json", "{", "damaged (result.json: "),
         ("task_scores.json", "{", "damaged (task_scores.json: "),
         ("metrics.jsonl", None, "not of the same run"),
-        ("result.json", '{"steps": 140, "tokens": 1}', "result.json has parameters=None, which is not a number"),
         (
             "result.json",
-            '{"steps": 140, "tokens": 1, "parameters": 1, "test_loss": "4"}',
-            "test_loss='4', which is not",
+            '{"steps": 140, "tokens": 1}',
+            "damaged (result.json: train_loss={'steps': 140, 'tokens': 1}: ",
         ),
-        ("result.json", '{"steps": 140, "tokens": 1, "parameters": 1}', "result.json has no data_fingerprint"),
+        ("result.json", {"test_loss": "4"}, "damaged (result.json: test_loss='4': Input should be a valid number)"),
+        ("result.json", {"test_loss": float("nan")}, "damaged (result.json: test_loss=nan: "),
+        ("result.json", {"steps": True}, "damaged (result.json: steps=True: Input should be a valid integer)"),
+        ("result.json", {"data_fingerprint": None}, "damaged (result.json: data_fingerprint=None: "),
+        ("result.json", {"data_fingerprint": "\ud800"}, "damaged (result.json: "),
+        ("result.json", {"step_seconds": [1]}, "damaged (result.json: step_seconds=[1]: "),
+        ("result.json", '{"tokens": ' + "1" * 5000 + "}", "damaged (result.json: "),
+        ("result.json", {"tokens": 10**4000}, "damaged (result.json: tokens=1000"),
+        ("result.json", "[" * 100_000, "damaged (result.json: nested too deeply)"),
+        ("result.json", '{"a":' * 1000, "damaged (result.json: "),
+        ("metrics.jsonl", "[1, 2]\n", "damaged (metrics.jsonl, line 1: not an object)"),
+        ("metrics.jsonl", '{"step": 1}' * 2_000_000, "damaged (metrics.jsonl, line 1: "),
+        ("metrics.jsonl", '{"step": 1e400}', "damaged (metrics.jsonl, line 1: step=inf: "),
+        ("metrics.jsonl", "\0\0\0", "damaged (metrics.jsonl, line 1: "),
+        ("metrics.jsonl", b"\xff\xfe", "damaged (metrics.jsonl, line 1: "),
+        ("environment.json", "[]", "damaged (environment.json: not an object)"),
+        ("environment.json", '{"starts": [null]}', "damaged (environment.json: starts.0=None: "),
+        ("environment.json", '{"starts": [{"versions": 3}]}', "damaged (environment.json: starts.0.versions=3: "),
+        ("task_scores.json", '{"scores": null}', "damaged (task_scores.json: scores=None: "),
+        ("task_scores.json", '{"scores": [{}]}', "damaged (task_scores.json: scores.0.task={}: "),
         (
-            "result.json",
-            '{"steps": 140, "tokens": 1, "parameters": 1, "data_fingerprint": "x", "step_seconds": [1]}',
-            "step_seconds=[1], which is not an object",
+            "task_scores.json",
+            {"scores": [score("winogrande", 1, acc=True)]},
+            "has a score of winogrande that is not a nu",
         ),
-        ("environment.json", "[]", "damaged ("),
-        ("environment.json", '{"starts": [null]}', "environment.json has no list of starts"),
-        ("task_scores.json", '{"scores": null}', "damaged ("),
-        ("task_scores.json", '{"scores": [{}]}', "task_scores.json has an invalid score"),
+        ("task_scores.json", {"scores": [score("winogrande", 1, acc=float("nan"))]}, "damaged ("),
+        ("task_scores.json", {"scores": [score("winogrande", 1, truncated_fraction=[1])]}, "damaged ("),
+        ("metrics.jsonl", os.mkfifo, "damaged ("),
+        ("metrics.jsonl", os.mkdir, "damaged ("),
+        ("environment.json", os.mkdir, "damaged ("),
+        ("config.yaml", os.mkfifo, "no config.yaml"),
+        ("config.yaml", "a: " * 1000, "cannot be read"),
+        ("config.yaml", "[" * 1000, "cannot be read"),
+        ("config.yaml", "a: &a [1]\nb: [*a, *a]\n", "cannot be read"),
         ("config.yaml", "[1]", "cannot be read"),
         ("config.yaml", "trainer: x", "cannot be read"),
     ],
 )
 def test_damaged_files_are_named_and_their_run_excluded(file, text, message, table3, tmp_path):
     moved, key = moved_to(tmp_path, table3, "AutoClip"), (STRATEGIES["AutoClip"], 1)
-    damaged = moved[key].path / file
-    lines = damaged.read_text().splitlines(keepends=True) if text is None else []
-    damaged.write_text("".join([*lines[:-1], lines[0]]) if text is None else text)
+    damage(moved[key].path / file, text)
     unexpected = moved[key].path.with_name("unexpected")
     unexpected.mkdir()
     (unexpected / "config.yaml").write_text("[1]")

@@ -93,6 +93,7 @@ def run_of(
         "steps": steps, "tokens": 2048 * steps, "train_loss": 5.0 + bump, "test_loss": 4.9 + bump + seed / 100,
         "parameters": 640_000, "data_fingerprint": "abcd", "clipped_share": 0.1, "clipped_by_z": 7,
         "tokens_per_second": 1e4, "step_seconds": {"data": 0.0, "forward_backward": 0.98, "clip": 0.02},
+        "unigram_entropy": 6.5, "test_tokens": 1000, "spikes": 3, "spike_definition": "ours",
     }  # fmt: skip
     start = {"commit": "0123456789abcdef", "uncommitted_changes": False, "versions": {"torch": "2"}, "device": "a CPU"}
     plain = config.model_dump(mode="json", by_alias=True)
@@ -104,7 +105,8 @@ def write_run(path: Path, config: Config, seed: int, bump: float = 0.0, done: bo
     run = run_of(path, config, seed, bump, **more)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
-    rows = zip(*(column.tolist() for column in run.metrics.values()), strict=True)
+    counts = {name: run.metrics[name].astype(int) for name in ("step", "tokens")}
+    rows = zip(*(column.tolist() for column in (run.metrics | counts).values()), strict=True)
     lines = (json.dumps(dict(zip(run.metrics, row, strict=True))) for row in rows)
     (path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (path / "environment.json").write_text(json.dumps({"starts": run.starts}))

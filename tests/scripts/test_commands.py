@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from common.errors import UserError
 from evaluation.tasks import SETS
 from tests.helpers import CHECKOUT, copy_run, make, script
 from tests.scripts.loading import load_script
@@ -51,6 +54,14 @@ def test_status_lists_the_runs_of_a_folder(finished_run, tmp_path):
     assert done.stdout.endswith("1 done\n")
 
 
+def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a program on the path that prints a job in SLURM's queue."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "squeue").write_text("#!/bin/sh\necho 8 PENDING\n")
+    (folder / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+
+
 def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypatch, capsys):
     runs = {name: RunDir(tmp_path / name) for name in ("[b]failed", "stopped", "submitted", "damaged", "waiting")}
     for name, run in runs.items():
@@ -63,10 +74,7 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     runs["[b]failed"].metrics_file.write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\n{"step"')
     runs["damaged"].result_file.write_text("{")
     (tmp_path / "no run").mkdir()
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 8 PENDING\n")
-    (tmp_path / "bin" / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    fake_squeue(tmp_path, monkeypatch)
     monkeypatch.setenv("COLUMNS", "30")
     status = load_script("status")
     status.main({"folder": str(tmp_path)})
@@ -82,6 +90,48 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     assert out.endswith("1 waiting, 1 failed, 2 stopped, 1 damaged\n")
     status.main({"folder": str(tmp_path / "bin")})
     assert capsys.readouterr().out.endswith("no runs\n")
+
+
+HOSTILE = {
+    "a line of another shape": ("metrics.jsonl", "[1, 2]\n"),
+    "a text as a number": ("metrics.jsonl", '{"step": "3", "loss": "x"}\n'),
+    "deep": ("metrics.jsonl", "[" * 100_000 + "\n"),
+    "long": ("metrics.jsonl", "x" * 10_000_000 + "\n"),
+    "a fifo": ("metrics.jsonl", os.mkfifo),
+    "a folder": ("metrics.jsonl", os.mkdir),
+    "a result that is a folder": ("result.json", os.mkdir),
+    "a result that is a fifo": ("result.json", os.mkfifo),
+    "a result of another shape": ("result.json", '{"steps": 3}'),
+    "a deep result": ("result.json", '{"a":' * 100_000),
+    "a surrogate": ("result.json", '"\\ud800"'),
+    "a job": ("job.json", '{"slurm": [1]}'),
+    "a configuration": ("config.yaml", "[" * 1000),
+    "aliases": ("config.yaml", "a: &a [1]\nb: [*a]\n"),
+}
+
+
+def test_one_damaged_run_is_one_line_of_the_status(finished_run, tmp_path, monkeypatch, capsys):
+    fake_squeue(tmp_path, monkeypatch)
+    for name, (file, content) in HOSTILE.items():
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_bytes((finished_run / "config.yaml").read_bytes())
+        (run / file).unlink(missing_ok=True)
+        (run / file).write_text(content) if isinstance(content, str) else content(run / file)
+    load_script("status").main({"folder": str(tmp_path / "runs")})
+    out = capsys.readouterr().out
+    lines = {row[0]: row[1] for row in (re.split(r" *│ *", line)[1:-1] for line in out.splitlines() if "│" in line)}
+    assert lines == dict.fromkeys(HOSTILE, "damaged"), out
+
+
+def test_names_that_no_file_system_takes_are_a_mistake(tmp_path):
+    """Also those that a script makes of a setting."""
+    load_script("status")
+    with pytest.raises(UserError) as error, sys.modules["_entry"]._short_names():
+        (tmp_path / ("n" * 300)).read_text()
+    assert str(error.value) == f"{'n' * 40}... is too long a name for a file or folder: choose a shorter one"
+    with pytest.raises(FileNotFoundError), sys.modules["_entry"]._short_names():
+        (tmp_path / "gone").read_text()
 
 
 def collection(*items: int, device: str = "CPU") -> SimpleNamespace:

@@ -1,6 +1,7 @@
 """The scripts train a tokenizer and prepare tokens that a run trains on; mistakes are one sentence."""
 
 import json
+import shutil
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -67,6 +68,28 @@ def test_tokenizer_is_trained_on_the_bytes_of_the_setting(run_main, tmp_path, ca
     assert "Ġfirst" in early.get_vocab() and "Ġlater" not in early.get_vocab() and "Ġlater" in late.get_vocab()
     assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "early", "all"}
     assert {path.name for path in (tmp_path / "early").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_paths_are_no_markup_and_tokens_are_found_in_a_copied_cache(run_main, tmp_path, capsys):
+    (tmp_path / "text [/b]").mkdir(parents=True)
+    rows = "".join(json.dumps({"text": f"{i} words and more of them"}) + "\n" for i in range(60))
+    (tmp_path / "text [/b]" / "[red].jsonl").write_text(rows)
+    settings = ("data.path='text [/b]'", "data.val_fraction=0.2")
+    run_main("train_tokenizer", *settings, "vocab_size=300", "out='mine [/b]'")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("data.tokenizer=mine [/b]")
+    run_main("prepare_data", *settings, "data.tokenizer='mine [/b]'", "paths.cache='[/b]'")
+    (folder,) = (tmp_path / "[").glob("b]/tokens-*")
+    out = capsys.readouterr().out
+    assert str(folder.relative_to(tmp_path)) in out and "checksums right" in out
+    shutil.copytree(tmp_path / "[" / "b]", tmp_path / "copied")
+    shutil.rmtree(tmp_path / "text [")
+    shutil.rmtree(tmp_path / "[")
+    run_main("prepare_data", *settings, "data.tokenizer='mine [/b]'", "paths.cache=copied")
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "data.sources.text.path=text [/b] is not there: using the tokens that were prepared from it"
+    )
+    assert rest[-1] == out.splitlines()[-1]
 
 
 def test_checksums_of_large_tokens_are_compared_too(run_main, corpus, tmp_path, monkeypatch, capsys):

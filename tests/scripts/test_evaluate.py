@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import evaluation.evaluator
 from common.errors import UserError
 from common.settings import parse
 from tests.helpers import CHECKOUT, SLOW, script, start
@@ -77,6 +80,21 @@ def assert_similar(file: Path, other_file: Path) -> None:
     """Assert that scores differ by no more than those of a run and of its sharded version: by rounding."""
     for score, other in zip(scores(file), scores(other_file), strict=True):
         assert score["task"] == other["task"] and abs(score["acc"] - other["acc"]) <= 0.1
+
+
+def test_checkpoint_may_be_removed_while_the_tasks_are_loaded(runs, sets, tmp_path, evaluate, monkeypatch):
+    """A run that is still training keeps only its last ones."""
+    run = shutil.copytree(runs / "main" / "one", tmp_path / "run")
+    load = evaluation.evaluator.load_tasks
+
+    def remove_and_load(*arguments):
+        shutil.rmtree(run / "checkpoints")
+        return load(*arguments)
+
+    monkeypatch.setattr("evaluation.evaluator.load_tasks", remove_and_load)
+    evaluate(f"run={run}", f"eval.data_dir={sets}", "eval.limit=4", "eval.tasks=[winogrande]", "eval.seed=9")
+    assert scores(run / "task_scores.json")[-1]["items"] == 4
+    assert not list(run.glob(".saving-*"))
 
 
 @pytest.mark.slow
@@ -189,7 +207,14 @@ def test_evaluate_prints_a_mistake_with_status_2(override, message, tmp_path):
     assert done.returncode == 2 and done.stderr == f"evaluate.py: error: {message}\n", done.stderr
 
 
-def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What is held until the end of a test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, monkeypatch, capsys, stack):
     """And a run that has not reached its last step is said to be unfinished, unless a step is asked for."""
     monkeypatch.chdir(tmp_path)
     for name in ("a/one", "b/one", "b/two"):
@@ -199,17 +224,17 @@ def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, mon
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         values = OmegaConf.to_container(compose("evaluate", [f"run=[a/one,b,{tmp_path}/a/one]"]), resolve=True)
     config, console, skipped = parse(evaluate.EvaluateConfig, values), Console(width=200), []
-    models = evaluate.run_models(config, console, skipped)
+    models = evaluate.run_models(config, console, skipped, stack)
     assert [(model.title, model.step) for model in models] == [(f"{tmp_path}/a/one", 40), ("b/one", 40), ("two", 32)]
     assert not skipped and re.findall(r"^(\S+) is not finished: this is step 32 ", capsys.readouterr().out, re.M) == [
         "b/two"
     ]
-    models = evaluate.run_models(config.model_copy(update={"step": 32}), console, skipped)
+    models = evaluate.run_models(config.model_copy(update={"step": 32}), console, skipped, stack)
     assert {model.step for model in models} == {32} and capsys.readouterr().out == ""
     shutil.rmtree(tmp_path / "b/two/checkpoints")
     with pytest.raises(UserError, match=r"^run=b/two has no checkpoint yet: train it first$"):
-        evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped)
-    assert [model.title for model in evaluate.run_models(config, console, skipped)][1:] == ["b/one"]
+        evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped, stack)
+    assert [model.title for model in evaluate.run_models(config, console, skipped, stack)][1:] == ["b/one"]
     assert skipped == ["b/two"] and "skipped: b/two: run=b/two has no checkpoint yet" in capsys.readouterr().out
 
 

@@ -78,6 +78,10 @@ CHANGES: dict[str, list[Change]] = {
         put("config", "model", "num_hidden_layers", 2**30),
         put("config", "model", "intermediate_size", 64),
     ],
+    "tensors": [
+        put("callbacks", "TimedClippingCallback", "strategies", 0, "state", "mean", torch.zeros((), device="meta")),
+        put("metrics", "loss", torch.zeros(40, dtype=torch.int64).to_sparse()),
+    ],
     "schedule": [
         drop("lr_schedulers"),
         put("lr_schedulers", []),
@@ -136,6 +140,7 @@ CHANGES: dict[str, list[Change]] = {
 
 #: Changes of the tensors in a file.
 TENSOR_CHANGES: dict[str, list[Change]] = {
+    "tensors": [put("state_dict", WEIGHT, torch.zeros(512, 64).to_sparse())],
     "weights": [
         drop("state_dict", WEIGHT),
         put("state_dict", "model.other", torch.zeros(1)),

@@ -236,6 +236,15 @@ def test_linked_checkpoint_is_replaced_and_removed_as_a_link(kind, saving, tmp_p
     assert saving.output.getvalue() == "" and len(list(saving.run_dir.checkpoints.iterdir())) == 1
 
 
+def test_files_of_other_names_are_no_checkpoints(saving):
+    others = ("8.ckpt", "²²²²²²²².ckpt", "x.ckpt", ".ckpt", "00000012.ckpt.bak", "-00000012.ckpt", "+0000012.ckpt")
+    for name in (f"step-{other}" for other in others):
+        (saving.run_dir.checkpoints / name).touch()
+    assert saving.run_dir.checkpoint_steps() == [10]
+    shutil.rmtree(saving.run_dir.checkpoints)
+    assert saving.run_dir.checkpoint_steps() == []
+
+
 def test_leftovers_of_killed_saves_are_removed_links_among_them(finished_run, tmp_path):
     run_dir = RunDir(copy_run(finished_run, tmp_path))
     steps = run_dir.checkpoint_steps()

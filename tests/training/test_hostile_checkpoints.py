@@ -153,7 +153,9 @@ def test_sharded_resume_executes_nothing_that_was_put_there_after_the_check(how,
     env = {"PYTHONPATH": str(CHECKOUT)}
     done = run_ranks(str(tmp_path / "trusting.py"), *settings, processes=2, cwd=tmp_path, env=env, timeout=100)
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"step-000000\d\d\.ckpt cannot be loaded \(", done.stderr), done.stderr
+    assert re.search(r"step-000000\d\d\.ckpt cannot be loaded \(.*(which no index|weights_only)", done.stderr), (
+        done.stderr
+    )
     assert not (tmp_path / "touched").exists()
 
 

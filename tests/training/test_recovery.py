@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
+from experiments.run.read import corrupted_steps, read_run
 from tests.helpers import (
     CHECKOUT,
     FSDP,
@@ -49,10 +50,7 @@ def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def fragile(settings, once) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return settings and environment of a run in which the batches of steps 21 to 26 give non-finite steps.
-
-    Rewound from step 23, it takes the steps 21 to 23 with other batches, and comes to those of 24 to 26.
-    """
+    """Return settings and environment of a run in which steps 21 to 26 are not finite, unless they are taken again."""
     folder = once("fragile", lambda folder: (folder / "fragile.py").write_text(FRAGILE))
     overrides = (
         *settings, "clip._target_=fragile.Fragile", "data.corruption.steps=[21,22,23,24,25,26]",
@@ -79,11 +77,12 @@ def losses(path: Path) -> list[float | None]:
 
 
 def assert_rewound(path: Path, output: str) -> None:
-    """Assert that a run was rewound twice to step 20, from step 23 and from step 26."""
+    """Assert that a run was rewound twice, and that the corrupted batches that were skipped did not come back."""
     assert "for 3 steps in a row, up to step 23: rewinding to step 20 and skipping the 3 batches since" in output
     assert json.loads((path / "rewinds.json").read_text()) == {
         "rewinds": [
-            {"from_step": step, "to_step": 20, "skipped_batches": number} for step, number in ((23, 3), (26, 9))
+            {"from_step": 23, "to_step": 20, "skipped_batches": 3},
+            {"from_step": 26, "to_step": 20, "skipped_batches": 9},
         ]
     }
     assert [row["step"] for row in read_jsonl(path / "metrics.jsonl")] == list(range(1, 41))
@@ -96,6 +95,7 @@ def test_run_is_rewound_and_skips_the_corrupted_batches(rewound_run, fragile, tm
     """A run forked from a later step skips the same batches."""
     path, output = rewound_run
     assert_rewound(path, output)
+    assert corrupted_steps(read_run(path)) == [], "its tables and picture name none"
     settings, env = fragile
     copy_run(path, tmp_path)
     done = train(

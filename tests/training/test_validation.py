@@ -27,7 +27,9 @@ from tests.helpers import (
     train_to_end,
     wait_for_steps,
 )
-from training.validation.loss import ValidationSet, bits_per_byte
+from training.config.compose import read_config
+from training.run_dir import RunDir
+from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
 from training.validation.report import EvaluationReport
 
 #: Requests that are computed before their responses are saved.
@@ -96,6 +98,29 @@ def test_evaluations_leave_training_unchanged(validated_run, finished_run):
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("change", ["removed", "cut", "linked"])
+def test_results_that_others_remove_are_written_again(change, validated_run, tmp_path):
+    """A link is replaced, and not followed."""
+    run_dir = RunDir(copy_run(validated_run, tmp_path))
+    before = run_dir.val_metrics()
+    config = read_config(run_dir.config_file)
+    console = Console(quiet=True)
+    tokens = open_tokens(Path(config.paths.cache) / str(run_dir.data_folder()))
+    held_out = ValidationSet(TokenDataset(tokens.test, 64), 4, 640, console)
+    validator = LossValidator(run_dir, config.trainer, held_out, 1000.0, EvaluationReport(console, []))
+    validator.start(20)
+    if change == "cut":
+        run_dir.val_metrics_file.write_bytes(run_dir.val_metrics_file.read_bytes()[:-30] + b"\0\0")
+    else:
+        run_dir.val_metrics_file.unlink()
+    if change == "linked":
+        (tmp_path / "precious").write_text("precious")
+        run_dir.val_metrics_file.symlink_to(tmp_path / "precious")
+    validator.validate(30, lambda validation_set: 4.0)
+    assert run_dir.val_metrics()[:2] == before[:2] and run_dir.val_metrics()[2]["val_loss"] == 4.0
+    assert change != "linked" or (tmp_path / "precious").read_text() == "precious"
 
 
 def test_evaluations_are_the_same_on_two_processes(validated_run, settings, tasks, tmp_path):

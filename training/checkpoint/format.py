@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -220,7 +221,9 @@ def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
         if name.startswith(prefix)
     }
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)  # names are those of the index
-    load(state, storage_reader=_Reader(checkpoint), planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads all
+        load(state, storage_reader=_Reader(checkpoint), planner=planner, no_dist=True)
     return state
 
 

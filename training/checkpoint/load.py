@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, UserError
-from data import Tokenizer, load_tokenizer
+from data import Tokenizer, read_tokenizer
 from training.checkpoint.format import load_model_state
 from training.checkpoint.resume import newest_step
 from training.checkpoint.saved_config import agreed_config, checkpoint_config
@@ -64,7 +64,7 @@ class RunCheckpoint:
         """Return the tokenizer of the run. If it is missing or damaged, that is a `UserError`."""
         folder = self.run_dir.tokenizer
         try:
-            return load_tokenizer(str(folder))
+            return read_tokenizer(folder)
         except ValueError as error:
             raise UserError(
                 f"run={self.run_dir.path} has lost its tokenizer: {folder} is missing, or damaged"

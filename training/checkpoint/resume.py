@@ -3,7 +3,7 @@
 `training.config.compose` makes the settings of `resume=FOLDER`. `fit` in `training/run.py` loads the checkpoint.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,14 @@ class Start(NamedTuple):
 
     step: int
     checkpoint: Path | None  # to load; `None`: new weights
-    skipped_batches: int  # global batches that the run has skipped before
-    rewinds: Sequence[Mapping[str, int]]  # of the run so far, see `RunDir.rewinds`
+    rewinds: list[dict[str, int]]  # of the run before
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
+
+    @property
+    def skipped_batches(self) -> int:
+        """Global batches that the run has skipped before."""
+        return self.rewinds[-1]["skipped_batches"] if self.rewinds else 0
 
     @property
     def reset_clipper(self) -> bool:
@@ -44,17 +48,15 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     own_step = newest_step(run_dir, report)
     fork_step = 0 if fork is None else fork.step
     step = fork_step if own_step is None else own_step
-    rewinds = run_dir.rewinds(step)
-    run_dir.write_rewinds(rewinds)
+    run_dir.write_rewinds(run_dir.rewinds(step))
     if own_step is None:
         if fork is not None:
             if problem := find_problem(fork.checkpoint):  # a rewind comes here long after the fork was found
                 raise RunError(f"{fork.checkpoint}, from which the run starts, {problem}: restore it")
             fork.copy_history(run_dir)
-            rewinds = run_dir.rewinds(step)
         checkpoint = fork.checkpoint if fork else None
-        return Start(step, checkpoint, run_dir.skipped_batches(step), rewinds, fork, fork_step)
-    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), rewinds, None, fork_step)
+        return Start(step, checkpoint, run_dir.rewinds(step), fork, fork_step)
+    return Start(step, run_dir.checkpoint(step), run_dir.rewinds(step), None, fork_step)
 
 
 def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:

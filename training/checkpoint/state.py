@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils._pytree import tree_leaves
 
 import zclip
 from common.errors import one_line
@@ -58,6 +59,9 @@ def check_state(checkpoint: Path) -> None:
         _require(_is_count(step) and step > 0 and step == step_of(checkpoint), f"{step!r} is not that in its name")
         _require(header["epoch"] == 0, "Lightning's epoch is not 0")
         _require(re.match(r"[2-9]\.\d+\.\d+", header["pytorch-lightning_version"]), "of no version of Lightning")
+    with _part("its tensors"):
+        tensors = [leaf for leaf in tree_leaves(header) if isinstance(leaf, torch.Tensor)]
+        _require(all(map(_is_plain, tensors)), "some are sparse, or have no content")
     with _part("its weights"):
         specs = tensor_specs(checkpoint)
         model = _meta_model(config, specs)
@@ -104,6 +108,11 @@ def _require(condition: object, problem: str) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its elements in the CPU's memory, one by one."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
 
 
 def _meta_model(config: Config, specs: Mapping[str, TensorSpec]) -> Llama:
