@@ -20,6 +20,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from common.errors import UserError
+from common.reading import open_regular
 
 #: Beginnings of the names of files and folders that are being written or removed.
 SAVING, REMOVING = ".saving-", ".removing-"
@@ -34,7 +35,12 @@ def tmp_path(path: Path, token: str | None = None) -> Path:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
+    """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error.
+
+    Raises:
+        UserError: a folder stands in its place.
+    """
+    refuse_folder(path)
     temporary = tmp_path(path)
     descriptor = os.open(temporary, _NEW_FILE, 0o666)
     try:
@@ -112,6 +118,12 @@ def refuse_link(path: Path) -> None:
         raise UserError(f"{path} is a link: what is written there must stay in its folder; remove the link")
 
 
+def refuse_folder(path: Path) -> None:
+    """Raise `UserError` if a folder stands in the place of a file that is written."""
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path} is a folder, where a file is to be: remove it")
+
+
 def commit(temporary: Path, path: Path) -> None:
     """Give a file or folder its final name once the disk holds it. What has that name is replaced."""
     for written in [*temporary.rglob("*"), temporary]:
@@ -149,8 +161,8 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file's content in hexadecimal; a FIFO or device in its place is an `OSError`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -164,9 +176,10 @@ def hold_lock(path: Path, seconds: float = -1) -> Iterator[None]:
 
     Raises:
         TimeoutError: another process still holds it.
-        UserError: a link stands in its place.
+        UserError: a link or a folder stands in its place.
     """
     refuse_link(path)
+    refuse_folder(path)
     with FileLock(path, seconds):
         yield
 

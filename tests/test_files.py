@@ -32,8 +32,11 @@ def test_file_never_replaces_a_folder(tmp_path):
     folder = tmp_path / "report.html"
     folder.mkdir()
     (folder / "notes").write_text("mine")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match=r"report\.html is a folder"):
         write_atomic(folder, "text")
+    with pytest.raises(UserError, match=r"report\.html is a folder"), hold_lock(folder):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (folder / "notes").read_text() == "mine"
 
 
