@@ -85,6 +85,6 @@ class TrainLoader:
         if newly_skipped < 0:
             raise UserError(
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
-                "is missing"
+                "is missing, restore rewinds.json"
             )
         self.consumed = state.sequences_consumed + newly_skipped * self.share.global_batch_size

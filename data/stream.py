@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.reading import parse_record
 from data.content import ContentIndex
 from data.corpus import Corpus, text_too_short
@@ -113,7 +114,7 @@ class StreamingDataset:
         start = {name: state["stream"][name] for name in StreamState.model_fields}
         sequences, length = start.pop("block_sequences"), start.pop("length")
         if (sequences, length) != (self.block_sequences, self.length):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on blocks of {sequences} sequences of {length} tokens, but these are "
                 f"blocks of {self.block_sequences} of {self.length}"
             )
