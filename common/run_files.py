@@ -3,6 +3,7 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -82,6 +83,11 @@ class Rewinds(Record):
     rewinds: list[Rewind]
 
 
+def taken_steps(steps: Iterable[int], rewinds: Sequence[Mapping[str, int]]) -> list[int]:
+    """Return the steps but those that a run was rewound over: it has taken them again with other batches."""
+    return [step for step in steps if not any(each["to_step"] < step <= each["from_step"] for each in rewinds)]
+
+
 class Result(Record):
     """result.json, see `experiments.run.summary.summarise` and `training.run.train`."""
 
@@ -99,7 +105,7 @@ class Result(Record):
     clipped_share: Annotated[float, Field(ge=0, le=1)]
     skipped: Step = 0
     clipped_by_z: Step | None = None
-    tokens_per_second: Number
+    tokens_per_second: Number | None
     mfu: Number | None = None
     step_seconds: dict[str, Number | None] = Field({})
     saving_seconds: Number | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from common.errors import UserError
 from data.corruption import BatchCorruption
 from data.sequences import Batch, ShuffledDataset
 from data.stream import StreamingDataset
@@ -47,7 +48,7 @@ class TrainLoader:
         while self.consumed < self.total:
             first = self.consumed + self.share.rank * self.share.micro_batch_size
             tokens = self.sequences.take(first, self.share.micro_batch_size)
-            step = self.consumed // self.share.global_batch_size + 1
+            step = self.consumed // self.share.global_batch_size - self.skipped_batches + 1
             self.consumed += self.per_forward
             yield self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
 
@@ -61,16 +62,20 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved position, and advance by the batches that were skipped since it was saved."""
+        """Restore a saved position, and advance by the batches that were skipped since it was saved.
+
+        Raises:
+            UserError: it was saved with other tokens, or by a run that had skipped more batches.
+        """
         if state_dict["fingerprint"] != self.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on tokens {state_dict['fingerprint']}, but these are {self.fingerprint}"
             )
         self.sequences.load_state(state_dict)
         newly_skipped = self.skipped_batches - state_dict.get("skipped_batches", 0)
         if newly_skipped < 0:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
-                "is missing"
+                "is missing, restore rewinds.json"
             )
         self.consumed = state_dict["sequences_consumed"] + newly_skipped * self.share.global_batch_size

@@ -1,5 +1,6 @@
 """What happens around each optimizer step: the one place where Lightning calls the parts of a run, in order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 
 from evaluation.response_cache import EvaluationInterrupted
 from training.checkpoint.manager import CheckpointManager
+from training.checkpoint.restore import load_checkpoint
 from training.lightning_internals import dump_checkpoint, forward_context, rescale_batch_counts
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
+from training.monitor.history import History
 from training.monitor.metrics import MetricsRecorder
 from training.monitor.step_timer import StepTimer
 from training.runtime.coordinated_stop import CoordinatedStop
@@ -39,10 +42,15 @@ class RunCallback(pl.Callback):
     def __post_init__(self) -> None:
         self.timer = StepTimer(torch.device("cpu"))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let Lightning load checkpoints by our readers, which execute nothing of them."""
+        trainer.strategy.load_checkpoint = partial(load_checkpoint, trainer)  # type: ignore[method-assign]
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore the state that Lightning does not save, and convert its counters to this run's micro-batches."""
+        self.metrics.history = History(checkpoint.get("metrics"))
         self.checkpoints.load_extra_state(checkpoint)
         rescale_batch_counts(checkpoint, trainer.accumulate_grad_batches)
 
@@ -50,14 +58,12 @@ class RunCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the state that Lightning does not save."""
-        checkpoint.update(self.checkpoints.extra_state())
+        checkpoint.update(self.checkpoints.extra_state(), metrics=self.metrics.history.state())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start every part at the step that the run resumes from, and do the evaluations that are due there."""
         step = trainer.global_step
-        reduce = trainer.strategy.reduce
-        losses = self.metrics.start(step, pl_module.device, lambda tensor, how: reduce(tensor, reduce_op=how))
-        self.guard.restore(losses)
+        self.guard.restore(self._start_metrics(trainer, pl_module))
         self.timer.restart(pl_module.device)
         self.stop.start(trainer.world_size)
         self.checkpoints.start(step, trainer.strategy.root_device)
@@ -92,13 +98,23 @@ class RunCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete what is pending. If the last checkpoint could not be saved, that is a `RunError`."""
         self._flush()
-        self.metrics.close()
         self.stop.finish()
         self.checkpoints.finish()
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Complete metrics.jsonl, of which the results are computed. If it cannot be written, that is a `RunError`."""
+        self.metrics.finish()
+
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do the evaluations after the last step, if the run was killed before they were done."""
+        if not self.metrics.started:  # there was no step to train
+            self._start_metrics(trainer, pl_module)
+            self.loss_validator.start(trainer.global_step)
         self._validate_if_due(trainer, pl_module)
+
+    def _start_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[float | None]:
+        reduce = trainer.strategy.reduce
+        return self.metrics.start(trainer.global_step, module.device, lambda tensor, how: reduce(tensor, reduce_op=how))
 
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, PretrainingModule)

@@ -24,14 +24,13 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunError, UserError, one_line, shown
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
 from common.reading import parse_json, parse_record, read_bytes, read_json, read_lines
-from common.run_files import Environment, Result, Rewinds, SlurmJob, ValidationLine, as_dict
+from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, ValidationLine, as_dict
 from data import TOKENIZER_FILES, Tokens
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
@@ -159,23 +158,16 @@ class RunDir:
         starts = self._starts()
         return starts[-1].get("data_folder") if starts else None
 
-    def losses(self, steps: int) -> Iterator[float | None]:
-        """Yield the losses of the first steps; `None` where the loss or the gradients were not finite.
-
-        A damaged line is a `RunError`.
-        """
-        for number, line in enumerate(self.metrics_lines(steps), 1):
-            try:
-                row = parse_json(line)
-                yield None if row["grad_norm"] is None else row["loss"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{self.metrics_file} is damaged in line {number}: restore the file") from error
-
-    def metrics_lines(self, steps: int | None = None) -> list[str]:
-        """Return the first lines of metrics.jsonl, at most so many; bytes that are no text are marked in them."""
-        if not self.metrics_file.exists():
-            return []
-        return [line.decode(errors="replace") for line in islice(read_lines(self.metrics_file), steps)]
+    def metrics_rows(self) -> dict[int, dict[str, Any]]:
+        """Return the lines of metrics.jsonl by their steps; damaged ones, and further ones of a step, do not count."""
+        rows: dict[int, dict[str, Any]] = {}
+        with suppress(OSError):  # nothing, or something else, may have its name
+            for line in read_lines(self.metrics_file):
+                with suppress(ValueError):
+                    parse_record(MetricsLine, line)
+                    row = parse_json(line)
+                    rows.setdefault(row["step"], row)
+        return rows
 
     def val_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of val_metrics.jsonl; a damaged one, which may have been cut off, does not count."""

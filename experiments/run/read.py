@@ -11,7 +11,6 @@ from common.errors import one_line
 from common.reading import MOST_YAML, Record, parse_record, parse_yaml, read_bytes, read_lines
 from common.run_files import Environment, MetricsLine, Result, TaskScores, ValidationLine, as_dict
 
-
 #: Largest magnitude of a value in metrics.jsonl. Sums and squares of such values are finite.
 LARGEST = 1e100
 

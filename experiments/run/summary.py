@@ -29,14 +29,15 @@ def summarise(run: Run) -> dict[str, Any]:
         skipped: number of steps whose norm was not finite.
         clipped_by_z: number of ZClip's spikes; `None` for other strategies.
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
-            `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step.
+            `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
+            are `None` if the times were lost with the file.
         saving_seconds: seconds in which training waited for a checkpoint.
         peak_memory_gib: maximum over the processes.
         corrupted_batches, corruption_kind: number and kind of the injected batches.
     """
     metrics = run.metrics
     corrupted = corrupted_steps(run)
-    steps = len(metrics["step"])
+    steps = int(metrics["step"][-1])
     tail = np.delete(metrics["loss"], sorted(corrupted_rows(run)))[-max(1, steps // 10) :]
     rates = _rates(metrics)
     return {
@@ -48,27 +49,32 @@ def summarise(run: Run) -> dict[str, Any]:
         "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
-        "tokens_per_second": float(np.median(rates)),
+        "tokens_per_second": _median(rates),
         "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {phase: _median(metrics.get(f"{phase}_seconds")) for phase in STEP_PHASES},
         "saving_seconds": float(np.nansum(metrics["saving_seconds"])) if "saving_seconds" in metrics else None,
-        "peak_memory_gib": float(np.nanmax(metrics["peak_memory_gib"])) if "peak_memory_gib" in metrics else None,
+        "peak_memory_gib": _max(metrics.get("peak_memory_gib")),
         "corrupted_batches": len(corrupted),
         "corruption_kind": run.config["data"]["corruption"]["kind"] if corrupted else None,
     }
 
 
 def _rates(metrics: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the tokens per second of each step, from the times of its phases if they are known."""
-    times = [metrics[f"{phase}_seconds"] for phase in STEP_PHASES if f"{phase}_seconds" in metrics]
-    if len(times) < len(STEP_PHASES) or np.isnan(times).any():
-        return metrics["tokens_per_second"]
-    return np.diff(metrics["tokens"], prepend=0) / np.sum(times, axis=0)
+    """Return the tokens per second of each step, from the times of its phases if they are known; NaN if nothing is."""
+    unknown = np.full(len(metrics["step"]), np.nan)
+    times = [metrics.get(f"{phase}_seconds", unknown) for phase in STEP_PHASES]
+    rates = np.diff(metrics["tokens"], prepend=0) / np.sum(times, axis=0)
+    return np.where(np.isnan(rates), metrics.get("tokens_per_second", unknown), rates)
 
 
 def _median(column: np.ndarray | None) -> float | None:
     """Return the median of a column's values; `None` if it has none."""
     return None if column is None or np.isnan(column).all() else float(np.nanmedian(column))
+
+
+def _max(column: np.ndarray | None) -> float | None:
+    """Return the largest of a column's values; `None` if it has none."""
+    return None if column is None or np.isnan(column).all() else float(np.nanmax(column))
 
 
 def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
@@ -120,6 +126,7 @@ def _resource_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the table printed at the end of a run."""
     test, bits, mfu = result["test_loss"], result.get("test_bits_per_byte"), result.get("mfu")
+    rate = result["tokens_per_second"]
     loss, perplexity, unigram = "not finite", "not finite", result["unigram_entropy"]
     if test is not None:
         loss, perplexity = f"{test:.3f} nats/token", f"{math.exp(min(test, 700)):,.1f}"
@@ -132,7 +139,11 @@ def table(result: dict[str, Any], title: str) -> Table:
         ("unigram entropy", f"{unigram:.3f} nats/token", "the lowest loss of a model without context"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
         ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),
-        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s", size if mfu is None else f"{size}, {mfu:.1%} MFU"),
+        (
+            "speed",
+            "unknown" if rate is None else f"{rate:,.0f} tokens/s",
+            size if mfu is None else f"{size}, {mfu:.1%} MFU",
+        ),
         *_resource_rows(result),
     ]
     if corruption := _corruption(result):

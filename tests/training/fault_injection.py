@@ -77,7 +77,7 @@ def while_writing(name: str) -> None:
 
         def write_half(path, text, write_atomic=write_atomic):
             if path.name == name and text:
-                files.tmp_path(path).write_text(text[: len(text) // 2])
+                files.tmp_path(path).write_bytes((text if isinstance(text, bytes) else text.encode())[: len(text) // 2])
                 kill_self()
             write_atomic(path, text)
 

@@ -1,5 +1,6 @@
 """What is saved, which checkpoints are kept, and what happens when they cannot be written."""
 
+import io
 import math
 import os
 import random
@@ -16,10 +17,25 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.helpers import CHECKOUT, FSDP, SLOW, compose_config, final_state, only_run, read_jsonl, same, start, train
+from common.errors import RunError
+from tests.helpers import (
+    CHECKOUT,
+    FSDP,
+    SLOW,
+    compose_config,
+    copy_run,
+    final_state,
+    only_run,
+    read_jsonl,
+    same,
+    start,
+    train,
+)
 from tests.training.process_control import Gates, Ranks
 from training.checkpoint.format import is_valid, load_model_state, saved_config
-from training.checkpoint.manager import CheckpointManager, rng_states, set_rng_states
+from training.checkpoint.manager import CheckpointManager
+from training.checkpoint.resume import prepare_start
+from training.checkpoint.rng import rng_states, set_rng_states
 from training.config.compose import read_config
 from training.config.identity import differences, run_path
 from training.config.schema import Config
@@ -138,16 +154,102 @@ def test_kept_checkpoints(tiny, tmp_path):
     assert checkpoint_steps(tmp_path) == sorted({15, 30, 35, 40, healthy})
 
 
+class Saving:
+    """A manager of a run folder without a run; the checkpoint of each step is the folder's own number."""
+
+    def __init__(self, folder: Path, *settings: str, healthy: int = 0) -> None:
+        self.run_dir = RunDir(folder)
+        self.run_dir.checkpoints.mkdir()
+        self.output = io.StringIO()
+        console = Console(file=self.output, soft_wrap=True, highlight=False, markup=False)
+        config = compose_config("trainer.checkpoint_every=10", "trainer.keep_last=1", *settings)
+        self.manager = CheckpointManager(self.run_dir, config, lambda step: step <= healthy, console)
+
+    def save(self, step: int) -> None:
+        self.manager.save(step, lambda: {"step": step})
+
+
+@pytest.fixture
+def saving(tmp_path: Path) -> Saving:
+    """A manager that has saved step 10."""
+    (tmp_path / "run").mkdir()
+    saving = Saving(tmp_path / "run")
+    saving.save(10)
+    return saving
+
+
 def test_newest_healthy_checkpoints_of_any_and_of_a_regular_step_are_kept(tmp_path):
     """The run was stopped after step 13, and diverged after it. A checkpoint of a later step was skipped as damaged."""
-    run_dir = RunDir(tmp_path)
-    run_dir.checkpoints.mkdir()
+    saving = Saving(tmp_path, healthy=13)
     for step in (5, 10, 13, 20, 40):
-        run_dir.checkpoint(step).touch()
-    config = compose_config("trainer.checkpoint_every=10", "trainer.keep_last=1", "trainer.async_save=false")
-    manager = CheckpointManager(run_dir, config, lambda step: step <= 13, lambda step: None, Console(quiet=True))
-    manager.save(30, dict)
-    assert run_dir.checkpoint_steps() == [10, 13, 30, 40]
+        saving.run_dir.checkpoint(step).touch()
+    saving.save(30)
+    assert saving.run_dir.checkpoint_steps() == [10, 13, 30, 40]
+
+
+def test_folder_that_was_removed_is_made_again(saving):
+    folder = saving.run_dir.checkpoints
+    shutil.rmtree(folder)
+    saving.save(20)
+    assert saving.run_dir.checkpoint_steps() == [20] and is_valid(saving.run_dir.checkpoint(20))
+    saving.save(30)
+    assert saving.output.getvalue() == f"{folder} was removed or moved: it is made again\n"
+    saving.manager.finish()
+
+
+@pytest.mark.parametrize("target", ["there", "gone"])
+def test_folder_that_was_moved_and_linked_is_made_again(target, saving, tmp_path):
+    folder = saving.run_dir.checkpoints
+    moved = folder.rename(tmp_path / "moved")
+    folder.symlink_to(moved if target == "there" else tmp_path / "gone")
+    saving.save(20)
+    assert not folder.is_symlink() and saving.run_dir.checkpoint_steps() == [20]
+    assert [path.name for path in moved.iterdir()] == ["step-00000010.ckpt"], "what was moved is left alone"
+
+
+def test_messages_name_only_checkpoints_that_are_there(saving):
+    folder = saving.run_dir.checkpoints
+    folder.rename(folder.with_name("moved"))
+    folder.touch()  # nothing can be written there
+    saving.save(20)
+    assert "STEP 20 COULD NOT BE SAVED: [Errno 17] File exists" in saving.output.getvalue()
+    assert saving.output.getvalue().endswith("Training continues; there is none yet.\n")
+    with pytest.raises(RunError, match=r"^step 20 is not saved \(.*File exists.*\): the same command starts again$"):
+        saving.manager.finish()
+    folder.unlink()
+    folder.with_name("moved").rename(folder)
+    with pytest.raises(RunError, match=r"the same command continues after step 10$"):
+        saving.manager.finish()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "gone"])
+def test_linked_checkpoint_is_replaced_and_removed_as_a_link(kind, saving, tmp_path):
+    """Both when it is an old one, and when the same step is saved again."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").touch()
+    (tmp_path / "file").touch()
+    saving.run_dir.checkpoint(5).symlink_to(tmp_path / kind)
+    saving.run_dir.checkpoint(20).symlink_to(tmp_path / kind)
+    saving.save(20)
+    assert saving.run_dir.checkpoint_steps() == [20] and is_valid(saving.run_dir.checkpoint(20))
+    assert (tmp_path / "folder" / "inside").exists() and (tmp_path / "file").read_bytes() == b""
+    assert saving.output.getvalue() == "" and len(list(saving.run_dir.checkpoints.iterdir())) == 1
+
+
+def test_leftovers_of_killed_saves_are_removed_links_among_them(finished_run, tmp_path):
+    run_dir = RunDir(copy_run(finished_run, tmp_path))
+    steps = run_dir.checkpoint_steps()
+    (tmp_path / "kept").mkdir()
+    for name in (
+        ".removing-step-00000008.ckpt",
+        ".removing-0123-step-00000008.ckpt",
+        ".saving-4567-step-00000048.ckpt",
+    ):
+        (run_dir.checkpoints / name).symlink_to(tmp_path / "kept")
+    (run_dir.checkpoints / ".saving-89ab-step-00000048.ckpt").mkdir()
+    (run_dir.checkpoints / ".saving-cdef-step-00000048.ckpt").touch()
+    assert prepare_start(run_dir, None, print).step == 40
+    assert len(list(run_dir.checkpoints.iterdir())) == len(steps) and (tmp_path / "kept").exists()
 
 
 def test_divergence_detector_compares_medians_of_windows():
@@ -210,12 +312,13 @@ def test_run_resumes_from_any_step_with_another_micro_batch_size(before, after, 
     changed.mkdir()
     path = shutil.copytree(uninterrupted, changed / run_path(compose_config(*overrides)))
     (path / "result.json").unlink()
+    (path / "config.yaml").unlink()  # it is made again
     for checkpoint in (path / "checkpoints").iterdir():
+        state = torch.load(checkpoint, weights_only=True)
+        state["config"]["trainer"]["micro_batch_size"] = after
+        torch.save(state, checkpoint)
         if step_of(checkpoint) > steps:
             checkpoint.unlink()
-    (path / "config.yaml").write_text(
-        (path / "config.yaml").read_text().replace(f"micro_batch_size: {before}", f"micro_batch_size: {after}")
-    )
     done = train(*overrides, cwd=changed)
     assert done.returncode == 0 and "COULD NOT" not in done.stdout, done.stdout + done.stderr
     assert f"after step {steps} of 40" in done.stdout, done.stdout

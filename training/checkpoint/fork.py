@@ -4,6 +4,7 @@ Model, text, seed and batches must be the old run's; clipping, optimizer and len
 statistics are restored if its settings are the same, and reset otherwise.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from typing import NamedTuple
 from common.errors import ConfigError, shown
 from common.files import write_atomic
 from common.text import flatten
-from training.checkpoint.format import is_valid
-from training.config.compose import read_config
+from training.checkpoint.saved_config import checkpoint_config
+from training.checkpoint.state import find_problem
 from training.config.identity import identity
 from training.config.schema import Config
 from training.run_dir import RunDir
@@ -39,8 +40,8 @@ class ForkSource(NamedTuple):
         if run_dir.metrics_file.exists():
             return
         run_dir.write_rewinds(self.run_dir.rewinds(self.step))
-        lines = self.run_dir.metrics_lines(self.step)
-        write_atomic(run_dir.metrics_file, "".join(f"{line}\n" for line in lines))
+        lines = [json.dumps(row) + "\n" for step, row in self.run_dir.metrics_rows().items() if step <= self.step]
+        write_atomic(run_dir.metrics_file, "".join(lines))
 
 
 def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
@@ -70,12 +71,14 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     if match is None:
         raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
     run_dir, step = RunDir(Path(match[1])), int(match[2])
-    if not run_dir.config_file.is_file():
+    if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
         steps = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
         raise impossible(f": the run has no checkpoint of that step, but of {steps}")
-    old = read_config(run_dir.config_file)
+    if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
+        raise impossible(f": {run_dir.checkpoint(step)} {problem}")
+    old = checkpoint_config(run_dir.checkpoint(step))
     requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
@@ -87,10 +90,6 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
             f"{old.trainer.strategy} are {'' if old.trainer.sharded else 'not '}sharded"
         )
-    if len(run_dir.metrics_lines(step)) < step:
-        raise impossible(f": {run_dir.metrics_file} does not reach that step")
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
-    if rank() == 0 and not is_valid(run_dir.checkpoint(step)):
-        raise impossible(f": {run_dir.checkpoint(step)} is damaged")
     return ForkSource(run_dir, step, same_clipping=requested["clip"] == saved["clip"])

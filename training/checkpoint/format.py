@@ -10,22 +10,24 @@ A checkpoint may come from somebody else, so nothing in it is executed: archives
 
 import hashlib
 import io
+import math
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import commit, sha256
+from common.root_cause import root_cause
 
 #: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
@@ -69,6 +71,16 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+class _Writer(FileSystemWriter):
+    """torch's writer of a sharded checkpoint. Errors reach rank 0 without their causes: the cause is raised."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            raise root_cause(error) from None
+
+
 class _Planner(DefaultLoadPlanner):
     """torch's planner, which executes nothing of the objects that are no tensors."""
 
@@ -88,7 +100,7 @@ def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: 
     rest = dict(checkpoint)
     tensors = {"state_dict": rest.pop("state_dict")}
     tensors |= {f"optimizer_{index}": state for index, state in enumerate(rest.pop("optimizer_states"))}
-    save(tensors, checkpoint_id=temporary, process_group=group)
+    save(tensors, storage_writer=_Writer(temporary), process_group=group)
     if is_rank0:
         _save(rest, temporary / METADATA)
 
@@ -119,16 +131,77 @@ def load_full(checkpoint: Path) -> dict[str, Any]:
     return _load_sharded(checkpoint) | metadata
 
 
+def load_header(checkpoint: Path) -> dict[str, Any]:
+    """Return all of a checkpoint but the tensors of a sharded one; those of a file are read when they are used."""
+    header = _load_archive(checkpoint / METADATA if checkpoint.is_dir() else checkpoint)
+    if not isinstance(header, dict):
+        raise ValueError(f"{checkpoint} holds no state")
+    return header
+
+
 def saved_config(checkpoint: Path) -> dict[str, Any] | None:
     """Return the configuration that a checkpoint holds, without reading its tensors; `None` if it cannot be read.
 
     It is as the checkpoint has it: it may come from somebody else, and is to be checked before it is used.
     """
     try:
-        config = _load_archive(checkpoint / METADATA if checkpoint.is_dir() else checkpoint)["config"]
+        config = load_header(checkpoint)["config"]
     except Exception:  # what is damaged can fail in any way
         return None
     return config if isinstance(config, dict) else None
+
+
+class TensorSpec(NamedTuple):
+    """Shape and data type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def tensor_specs(checkpoint: Path) -> dict[str, TensorSpec]:
+    """Return the tensors of weights and optimizer by their names in an index, without reading them.
+
+    Raises an error if the index of a sharded checkpoint lacks a part of one.
+    """
+    if not checkpoint.is_dir():
+        header = load_header(checkpoint)
+        (optimizer,) = header["optimizer_states"]
+        flat = {f"state_dict.{name}": tensor for name, tensor in header["state_dict"].items()}
+        for key, state in optimizer["state"].items():
+            flat |= {f"optimizer_0.state.{key}.{name}": tensor for name, tensor in state.items()}
+        return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in flat.items()}
+    metadata = _Reader(checkpoint).read_metadata()
+    specs = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            places = {MetadataIndex(name, chunk.offsets) for chunk in entry.chunks}
+            if math.prod(entry.size) != sum(math.prod(chunk.sizes) for chunk in entry.chunks):
+                raise ValueError(f"{name} is incomplete")
+            if len(places) != len(entry.chunks) or not places <= metadata.storage_data.keys():
+                raise ValueError(f"{name} is incomplete")
+            specs[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
+    return specs
+
+
+def load_param_groups(checkpoint: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of the optimizer, of which there is one, in each of its parameter groups."""
+    if not checkpoint.is_dir():
+        (optimizer,) = header["optimizer_states"]
+        return optimizer["param_groups"]
+    prefix = "optimizer_0.param_groups."
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in _load_sharded(checkpoint, prefix).items():
+        number, _, key = name.removeprefix(prefix).partition(".")
+        groups.setdefault(number, {})[key] = value
+    return list(groups.values())
+
+
+def load_shards(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Load the tensors and objects of a sharded checkpoint into those of a state. All processes call it."""
+    load(state, storage_reader=_Reader(checkpoint), planner=_Planner())
 
 
 def _load_archive(path: Path) -> Any:
@@ -187,8 +260,8 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def _save(content: Any, path: Path) -> None:
-    """Write a file through Python's own, whose errors say why it cannot be written."""
-    with path.open("wb") as file:
+    """Write a new file through Python's own, whose errors say why it cannot be written."""
+    with path.open("xb") as file:
         torch.save(content, file)
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from common.errors import ConfigError, UserError
 from data import Tokenizer, load_tokenizer
-from training.checkpoint.format import is_valid, load_model_state
+from training.checkpoint.format import load_model_state
 from training.checkpoint.resume import newest_step
-from training.config.compose import read_config
+from training.checkpoint.saved_config import agreed_config, checkpoint_config
+from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
 
 #: Data types in which weights can be exported and evaluated.
@@ -23,28 +24,30 @@ class RunCheckpoint:
     `step=None` loads the newest valid one, and `report` gets a sentence about each damaged one.
 
     Raises:
-        UserError: there is no such run, or it has no such checkpoint.
+        UserError: there is no such run, it has no such checkpoint, or config.yaml says what it was not trained with.
     """
 
     def __init__(self, run: Path, step: int | None, report: Callable[[str], None]) -> None:
         self.run_dir = RunDir(run)
-        if not self.run_dir.config_file.is_file():
-            raise ConfigError("run", run, problem="is not a run folder: it must be one, with a config.yaml in it")
         saved = self.run_dir.checkpoint_steps()
+        if not (self.run_dir.config_file.is_file() or saved):
+            raise ConfigError("run", run, problem="is not a run folder: it must be one, with a config.yaml in it")
         if step is None:
             step = newest_step(self.run_dir, report)
             if step is None:
                 raise ConfigError("run", self.run_dir.path, problem="has no checkpoint yet: train it first")
         elif step not in saved:
             names = ", ".join(map(str, saved)) or "none"
-            problem = f"has no checkpoint in {self.run_dir.checkpoints}: it must be one of {names}"
-            raise ConfigError("step", step, problem=problem)
-        elif not is_valid(self.run_dir.checkpoint(step)):
-            problem = f"is damaged: {self.run_dir.checkpoint(step)} must be restored, or another step taken"
-            raise ConfigError("step", step, problem=problem)
+            missing = f"has no checkpoint in {self.run_dir.checkpoints}: it must be one of {names}"
+            raise ConfigError("step", step, problem=missing)
+        elif problem := find_problem(self.run_dir.checkpoint(step)):
+            advice = f"{self.run_dir.checkpoint(step)} must be restored, or another step taken"
+            raise ConfigError("step", step, problem=f"{problem}: {advice}")
         self.step = step
         self.checkpoint = self.run_dir.checkpoint(step)
-        config = read_config(self.run_dir.config_file)
+        config = checkpoint_config(self.checkpoint)
+        if self.run_dir.config_file.is_file():
+            agreed_config(self.run_dir, config)
         self.max_steps = config.trainer.max_steps  # of the whole run
         self.config = config.model.llama
 

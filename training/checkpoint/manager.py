@@ -2,13 +2,13 @@
 
 A checkpoint is written under a temporary name, synced and renamed; only then are older ones removed. It holds what
 Lightning saves (weights, optimizer, schedule, loops), the clipper's statistics, the data position, the states of the
-random number generators, and the configuration. The metrics up to its step are on the disk before it is. In a sharded
-run each process writes its shard. With `trainer.async_save` a copy is written while training continues.
+random number generators, the configuration, and the metrics up to its step. In a sharded run each process writes its
+shard. With `trainer.async_save` a copy is written while training continues.
 
-A save that fails, for example on a full disk, is reported and does not end training. The last one must succeed.
+A save that fails, for example on a full disk, is reported and does not end training. The last one must succeed. The
+folder of the checkpoints may be removed or moved meanwhile: the next save makes it again.
 """
 
-import random
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -28,7 +27,9 @@ from torch.utils._pytree import tree_map_only
 
 from common.errors import RunError, one_line
 from common.files import remove, tmp_path
+from common.root_cause import root_cause
 from training.checkpoint.format import publish, write
+from training.checkpoint.rng import rng_states, set_rng_states
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
@@ -45,12 +46,11 @@ class CheckpointManager:
     run_dir: RunDir
     config: Config
     is_healthy: Callable[[int], bool]  # whether the run was healthy after a step
-    assert_metrics_on_disk: Callable[[int], None]  # raises `OSError` unless the metrics up to a step are there
     console: Console
 
     def __post_init__(self) -> None:
         self._last_attempt = -1
-        self._last_saved: int | None = None  # as rank 0 knows it
+        self._saved: set[int] = set()  # steps of which this run has written a checkpoint, or from which it resumed
         self._failure: BaseException | None = None
         self._rng_states: dict[str, Any] | None = None
         self._group: Any = None
@@ -70,7 +70,7 @@ class CheckpointManager:
     def start(self, step: int, device: torch.device) -> None:
         """Prepare for training from a step on, which has a checkpoint unless it is 0. All processes call it."""
         self._last_attempt = step
-        self._last_saved = step or None
+        self._saved.add(step)
         self._token = broadcast_from_rank0(partial(secrets.token_hex, 8))
         self._device_type = device.type
         if self._rng_states is not None:
@@ -93,6 +93,9 @@ class CheckpointManager:
         self._last_attempt = step
         self._await_pending()
         checkpoint = dump()
+        if failure := broadcast_from_rank0(self._make_folder):
+            self._report_failure(step, failure)
+            return
         if not (rank() == 0 or self.config.trainer.sharded):
             return
         if self._writer is None:
@@ -113,8 +116,29 @@ class CheckpointManager:
         """Return a sentence about the last step if it could not be saved."""
         if self._failure is None:
             return None
-        restart = "starts again" if self._last_saved is None else f"continues after step {self._last_saved}"
+        newest = self._newest_saved()
+        restart = "starts again" if newest is None else f"continues after step {newest}"
         return f"step {self._last_attempt} is not saved ({_reason(self._failure)}): the same command {restart}"
+
+    def _newest_saved(self) -> int | None:
+        """Return the newest of the saved steps whose checkpoint is still on the disk; `None` if there is none."""
+        return max(self._saved.intersection(self.run_dir.checkpoint_steps()), default=None)
+
+    def _make_folder(self) -> OSError | None:
+        """Make the folder of the checkpoints if it is gone, and return the error if that fails.
+
+        A link in its place, to where somebody has moved it, is removed: nothing is written outside the run folder.
+        """
+        folder = self.run_dir.checkpoints
+        try:
+            if folder.is_symlink():
+                folder.unlink()
+            if not folder.is_dir():
+                folder.mkdir()
+                self.console.print(f"{folder} was removed or moved: it is made again", style="bold red")
+        except OSError as error:
+            return error
+        return None
 
     def _write(self, checkpoint: dict[str, Any], step: int) -> None:
         """Write a checkpoint, give it its final name, and remove those that need not be kept."""
@@ -125,7 +149,6 @@ class CheckpointManager:
             return
         try:
             write(checkpoint, temporary, sharded, True, self._group)
-            self.assert_metrics_on_disk(step)
             publish(temporary, final)
         except (Exception, CheckpointException):
             with suppress(OSError):  # it may not exist, and the cause is about to be reported
@@ -153,12 +176,17 @@ class CheckpointManager:
         try:
             write()
         except (Exception, CheckpointException) as error:  # a full disk can raise almost anything
-            self._failure = error
-            last = "there is none yet" if self._last_saved is None else f"the last is of step {self._last_saved}"
-            problem = f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}"
-            self.console.print(f"{problem}. Training continues; {last}.", style="bold red")
+            self._report_failure(step, error)
         else:
-            self._last_saved, self._failure = step, None
+            self._saved.add(step)
+            self._failure = None
+
+    def _report_failure(self, step: int, error: BaseException) -> None:
+        self._failure = error
+        newest = self._newest_saved()
+        last = "there is none yet" if newest is None else f"the last is of step {newest}"
+        problem = f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED: {_reason(error)}"
+        self.console.print(f"{problem}. Training continues; {last}.", style="bold red")
 
 
 def _copy_to_cpu(checkpoint: dict[str, Any], device_type: str) -> dict[str, Any]:
@@ -173,32 +201,5 @@ def _copy_to_cpu(checkpoint: dict[str, Any], device_type: str) -> dict[str, Any]
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error in one line. torch's distributed format wraps the errors of all processes: the first counts."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return one_line(error)
-
-
-def rng_states() -> dict[str, Any]:
-    """Return the states of the generators of Python, NumPy, torch on the CPU, and torch on this process's GPU.
-
-    They consist of types that `torch.load(weights_only=True)` accepts.
-    """
-    state: Any = np.random.get_state()  # noqa: NPY002 - libraries use the global generator
-    kind, keys, *rest = state
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.tensor(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_states(states: dict[str, Any]) -> None:
-    """Restore what `rng_states` returned."""
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    """Return in one line why a checkpoint could not be written."""
+    return one_line(root_cause(error))

@@ -3,14 +3,14 @@
 `training.config.compose` makes the settings of `resume=FOLDER`. `fit` in `training/run.py` loads the checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import RunError
 from common.files import remove
 from training.checkpoint.fork import ForkSource
-from training.checkpoint.format import is_valid
+from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
 
 
@@ -20,6 +20,7 @@ class Start(NamedTuple):
     step: int
     checkpoint: Path | None  # to load; `None`: new weights
     skipped_batches: int  # global batches that the run has skipped before
+    rewinds: Sequence[Mapping[str, int]]  # of the run so far, see `RunDir.rewinds`
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
 
@@ -36,25 +37,24 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     step: the run will come to them again.
 
     Raises:
-        RunError: metrics.jsonl is damaged or lacks steps before the checkpoint, or all checkpoints are damaged.
+        RunError: all checkpoints are damaged.
     """
     for leftover in run_dir.checkpoints.glob(".*-step-*.ckpt"):
         remove(leftover)
     own_step = newest_step(run_dir, report)
     fork_step = 0 if fork is None else fork.step
     step = fork_step if own_step is None else own_step
-    run_dir.write_rewinds(run_dir.rewinds(step))
+    rewinds = run_dir.rewinds(step)
+    run_dir.write_rewinds(rewinds)
     if own_step is None:
         if fork is not None:
+            if problem := find_problem(fork.checkpoint):  # a rewind comes here long after the fork was found
+                raise RunError(f"{fork.checkpoint}, from which the run starts, {problem}: restore it")
             fork.copy_history(run_dir)
-        return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
-    lines = sum(1 for _ in run_dir.losses(step))
-    if lines < step:
-        raise RunError(
-            f"{run_dir.metrics_file} has {lines} lines, but the checkpoint is of step {step}: "
-            "restore the file, or remove the folder to train again"
-        )
-    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
+            rewinds = run_dir.rewinds(step)
+        checkpoint = fork.checkpoint if fork else None
+        return Start(step, checkpoint, run_dir.skipped_batches(step), rewinds, fork, fork_step)
+    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), rewinds, None, fork_step)
 
 
 def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
@@ -64,9 +64,10 @@ def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:
     """
     steps = run_dir.checkpoint_steps()
     for step in reversed(steps):
-        if is_valid(run_dir.checkpoint(step)):
+        problem = find_problem(run_dir.checkpoint(step))
+        if problem is None:
             return step
-        report(f"{run_dir.checkpoint(step)} is damaged: skipped")
+        report(f"{run_dir.checkpoint(step)} {problem}: skipped")
     if steps:
         raise RunError(
             f"{run_dir.checkpoints} has no checkpoint that is undamaged: restore one of {', '.join(map(str, steps))}, "

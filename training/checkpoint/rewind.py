@@ -4,6 +4,8 @@
 again, and `TrainLoader` in `data/loader.py` skips the batches that led to the failure.
 """
 
+import json
+
 from common.files import remove, write_atomic
 from training.run_dir import RunDir
 
@@ -19,6 +21,6 @@ def rewind(run_dir: RunDir, to_step: int, from_step: int) -> None:
     for step in reversed(run_dir.checkpoint_steps()):
         if step > to_step:
             remove(run_dir.checkpoint(step))
-    lines = run_dir.metrics_lines()[to_step:]
-    write_atomic(run_dir.path / f"rewound-{len(rewinds)}.jsonl", "".join(f"{line}\n" for line in lines))
+    removed = [json.dumps(row) + "\n" for step, row in run_dir.metrics_rows().items() if step > to_step]
+    write_atomic(run_dir.path / f"rewound-{len(rewinds)}.jsonl", "".join(removed))
     run_dir.write_rewinds(rewinds)

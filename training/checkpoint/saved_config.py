@@ -20,9 +20,14 @@ def config_of_run(run_dir: RunDir) -> Config | None:
     Raises:
         UserError: config.yaml is damaged, of another version, or says what the run's checkpoint was not trained with.
     """
-    trained = _config_of_checkpoint(run_dir)
+    trained = _config_of_newest(run_dir)
     if not run_dir.config_file.is_file():
         return trained
+    return agreed_config(run_dir, trained)
+
+
+def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
+    """Return the configuration in config.yaml; raise `UserError` if it is not that of a checkpoint."""
     config = read_config(run_dir.config_file)
     if trained is not None and (changed := differences(config, trained, is_named=False)):
         pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
@@ -44,17 +49,23 @@ def check_same_run(run_dir: RunDir, config: Config) -> None:
         )
 
 
-def _config_of_checkpoint(run_dir: RunDir) -> Config | None:
+def _config_of_newest(run_dir: RunDir) -> Config | None:
     """Return the configuration in the newest checkpoint that can be read; `None` if there is none."""
     for step in reversed(run_dir.checkpoint_steps()):
-        checkpoint: Path = run_dir.checkpoint(step)
-        if (plain := saved_config(checkpoint)) is None:
-            continue  # it is damaged, and is reported as such when the run resumes
-        try:
-            return parse(Config, plain)
-        except UserError as error:
-            raise UserError(
-                f"{checkpoint} has a configuration of another version ({error}): such a run cannot be read or "
-                "continued; choose another name"
-            ) from error
+        if saved_config(run_dir.checkpoint(step)) is not None:  # a damaged one is reported when the run resumes
+            return checkpoint_config(run_dir.checkpoint(step))
     return None
+
+
+def checkpoint_config(checkpoint: Path) -> Config:
+    """Return the configuration in a checkpoint; raise `UserError` if it has none of this version."""
+    plain = saved_config(checkpoint)
+    if plain is None:
+        raise UserError(f"{checkpoint} is damaged: it has no configuration")
+    try:
+        return parse(Config, plain)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} has a configuration of another version ({error}): such a run cannot be read or "
+            "continued; choose another name"
+        ) from error

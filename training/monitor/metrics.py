@@ -4,6 +4,9 @@ The numbers of a step stay tensors on the device, and its times stay events ther
 copies them to the host; then they are written, and passed to the listeners (progress display, wandb). A number that is
 not finite, or does not exist at that step or on that device, is null. When a run resumes, the lines after the
 checkpoint's step are dropped: those steps are computed again.
+
+The file may be removed, cut or replaced by others at any time: it is written again from the history of all steps, which
+is in memory, and without times and memory in each checkpoint.
 """
 
 import json
@@ -11,15 +14,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from common.files import write_atomic
+from common.errors import RunError, one_line
+from common.files import open_append, write_atomic
 from training.config.schema import Config
+from training.monitor.history import History
 from training.monitor.step_timer import Timings, seconds
 from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
@@ -54,31 +62,39 @@ class MetricsRecorder:
     def __post_init__(self) -> None:
         self.tokens_per_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
         self.peak_tokens_per_second = peak_tokens_per_second(self.config)
+        self.started = False
+        self.history = History()  # on rank 0; before `start` the one of the checkpoint on all ranks
         self._pending: list[tuple[int, float, dict[str, Tensor], Timings]] = []
         self._losses: list[Tensor] = []
         self._file: BinaryIO | None = None
         self._unwritten: list[bytes] = []
-        self._step = self._length = 0  # step of the last line on the disk, and bytes up to its end
+        self._written: tuple[int, ...] = ()  # device, inode and size of the file as this process left it
         self._failure: OSError | None = None
 
     def start(self, step: int, device: torch.device, reduce: Callable[[Tensor, str], Tensor]) -> Sequence[float | None]:
-        """Open the file behind the line of the step that the run resumes from. All processes call it.
+        """Make the file that of the step that the run resumes from, and open it. All processes call it.
 
         `reduce` returns the `"mean"` or `"max"` of a tensor over the processes.
 
         Returns:
             The losses of the steps so far in nats per token; `None` stands for steps that were not finite.
         """
+        self.started = True
         self._device, self._reduce = device, reduce
-        losses = broadcast_from_rank0(lambda: list(self.run_dir.losses(step)))
-        if rank() == 0:
-            lines = self.run_dir.metrics_lines(step)
-            write_atomic(self.run_dir.metrics_file, "".join(line + "\n" for line in lines))
-            self._file = self.run_dir.metrics_file.open("ab", buffering=0)
-            self._step, self._length = len(lines), self.run_dir.metrics_file.stat().st_size
+        losses = broadcast_from_rank0(partial(self._restore, step))
         self._last_transfer = time.perf_counter()
         reset_peak_memory(device)
         return losses
+
+    def _restore(self, step: int) -> list[float | None]:
+        """Complete the history of the checkpoint with the times in the file, and return the losses up to a step."""
+        in_checkpoint = self.history.steps
+        if lost := self.history.merge(self.run_dir.metrics_rows(), step):
+            again = "they are written again, without times" if in_checkpoint else "the run goes on without them"
+            lines = f"{lost} of {step} lines of {self.run_dir.metrics_file}"
+            self.console.print(f"{lines} are lost: {again}", style="bold red")
+        self._write()
+        return self.history.losses()
 
     def add_micro_batch(self, loss: Tensor) -> None:
         """Add the mean loss of a micro-batch of this process to the step."""
@@ -102,9 +118,11 @@ class MetricsRecorder:
         if not self._pending:
             return []
         rows = self._transfer()
-        if self._file is not None:
-            self._unwritten += [json.dumps(row).encode() + b"\n" for row in rows.values()]
-            self._write(self._file)
+        if rank() == 0:
+            for row in rows.values():
+                self.history.add(row)
+                self._unwritten.append(json.dumps(row).encode() + b"\n")
+            self._write()
             for step, row in rows.items():
                 for listener in self.listeners:
                     listener(step, row)
@@ -143,36 +161,70 @@ class MetricsRecorder:
         self._pending.clear()
         return rows
 
-    def _write(self, file: BinaryIO) -> None:
-        """Write the lines that are not on the disk yet; if that fails, keep them for the next call."""
+    def _write(self) -> None:
+        """Write what is not on the disk; if that fails, the next call tries again. Rank 0 calls it."""
+        path = self.run_dir.metrics_file
         try:
-            os.ftruncate(file.fileno(), self._length)  # drops a line that was written in part
-            lines = b"".join(self._unwritten)
-            while lines:
-                lines = lines[file.write(lines) :]
-            os.fsync(file.fileno())
+            if self._file is None or _identity(path) != self._written:
+                self._write_all()
+            else:
+                self._append(self._file)
         except OSError as error:
             if self._failure is None:
-                problem = f"{self.run_dir.metrics_file} CANNOT BE WRITTEN: {error.strerror}"
-                advice = "Training continues and tries again; no checkpoint is saved until then."
-                self.console.print(f"{problem}. {advice}", style="bold red")
+                advice = "Training continues and tries again; the lines are kept in the checkpoints."
+                self.console.print(f"{path} CANNOT BE WRITTEN: {error.strerror}. {advice}", style="bold red")
             self._failure = error
             return
-        self._length += sum(map(len, self._unwritten))
-        self._step += len(self._unwritten)
         self._unwritten.clear()
         self._failure = None
 
-    def assert_flushed_to(self, step: int) -> None:
-        """Raise `OSError` unless the lines up to a step are on the disk."""
-        if self._step < step:
-            raise OSError(f"{self.run_dir.metrics_file} ends with step {self._step}: {self._failure}")
+    def _write_all(self) -> None:
+        """Write the whole file again, of which others have left something else."""
+        path = self.run_dir.metrics_file
+        if self._file is not None:
+            if self._failure is None:
+                self.console.print(f"{path} was changed by another program: it is written again", style="bold red")
+            self._file.close()
+            self._file = None
+        write_atomic(path, b"".join(map(self.history.line, range(1, self.history.steps + 1))))
+        self._file = open_append(path)
+        self._written = _identity(path)
 
-    def close(self) -> None:
-        """Close the file."""
+    def _append(self, file: BinaryIO) -> None:
+        lines = b"".join(self._unwritten)
+        length = self._written[-1]
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), length)  # drops a line that was written in part
+            raise
+        self._written = (*self._written[:-1], os.fstat(file.fileno()).st_size)
+
+    def finish(self) -> None:
+        """Close the file. In all processes it is a `RunError` if its last lines could not be written."""
+        if problem := broadcast_from_rank0(self._unfinished):
+            raise RunError(problem)
+
+    def _unfinished(self) -> str | None:
+        self._write()
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._failure is None:
+            return None
+        return f"{self.run_dir.metrics_file} cannot be written ({one_line(self._failure)}): the same command continues"
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return device, inode and size of a file, or of a link; nothing if there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def peak_tokens_per_second(config: Config) -> float | None:

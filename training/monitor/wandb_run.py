@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from common.errors import one_line
+from common.root_cause import root_cause
 from training.config.identity import run_name
 from training.config.schema import Config
 from training.monitor.metrics import Row
@@ -71,5 +72,5 @@ class WandbRun:
 
     def _warn(self, error: BaseException, records: str) -> None:
         where = f"{self.folder}/wandb, for `wandb sync`"
-        problem = f"WANDB CANNOT BE REACHED: {one_line(error, 200)}"
+        problem = f"WANDB CANNOT BE REACHED: {one_line(root_cause(error), 200)}"
         self.console.print(f"{problem}. Training continues; {records} in {where}.", style="bold red")

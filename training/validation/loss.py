@@ -86,11 +86,20 @@ class LossValidator:
     text_bytes: float
     report: EvaluationReport
 
+    def __post_init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []  # on rank 0
+
     def start(self, step: int) -> None:
         """Drop the results of later steps than the one that the run resumes from: they will be computed again."""
-        if rank() == 0 and self.run_dir.val_metrics_file.exists():
-            rows = [row for row in self.run_dir.val_metrics() if row["step"] <= step]
-            write_atomic(self.run_dir.val_metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        if rank() == 0:
+            self._rows = [row for row in self.run_dir.val_metrics() if row["step"] <= step]
+            if self.run_dir.val_metrics_file.exists():
+                self._write()
+
+    def _write(self) -> None:
+        """Write all results so far, whatever others have made of the file."""
+        with self.report.tolerate_io_errors():
+            write_atomic(self.run_dir.val_metrics_file, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be evaluated after a step. The last step has the final evaluation instead."""
@@ -102,7 +111,7 @@ class LossValidator:
 
         `evaluate` returns the mean loss in nats per token.
         """
-        if step in broadcast_from_rank0(lambda: [row["step"] for row in self.run_dir.val_metrics()]):
+        if step in broadcast_from_rank0(lambda: [row["step"] for row in self._rows]):
             return
         loss = evaluate(self.validation_set)
         if rank() > 0:
@@ -116,7 +125,7 @@ class LossValidator:
                 "val_bits_per_byte": bits_per_byte(loss, tokens, self.text_bytes),
             }
         row: dict[str, Any] = {"step": step, "val_tokens": tokens, **numbers}
-        with self.report.tolerate_io_errors(), self.run_dir.val_metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._rows.append(row)
+        self._write()
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
         self.report.report(step, text or "val loss not finite", numbers)

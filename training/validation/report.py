@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from common.errors import one_line
+from common.root_cause import root_cause
+
 
 class EvaluationReport(NamedTuple):
     """Reports the results of evaluations during training to a console, and to loggers that take a step and numbers."""
@@ -25,4 +28,5 @@ class EvaluationReport(NamedTuple):
         try:
             yield
         except OSError as error:
-            self.console.print(f"AN EVALUATION COULD NOT BE WRITTEN: {error}. Training continues.", style="bold red")
+            problem = f"AN EVALUATION COULD NOT BE WRITTEN: {one_line(root_cause(error))}"
+            self.console.print(f"{problem}. Training continues.", style="bold red")

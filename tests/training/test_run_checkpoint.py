@@ -1,0 +1,64 @@
+"""Export, evaluation and forks take shape and settings from the checkpoint, not from config.yaml beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError, UserError
+from tests.helpers import compose_config, copy_run
+from training.checkpoint.fork import find_fork_source
+from training.checkpoint.load import RunCheckpoint
+from training.run_dir import RunDir
+
+
+def edit(run: Path, old: str, new: str) -> None:
+    file = run / "config.yaml"
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("  num_hidden_layers: 2\n", "  num_hidden_layers: 3\n", "model.num_hidden_layers=3 (trained: 2)"),
+        ("  hidden_size: 64\n", "  hidden_size: 128\n", "model.hidden_size=128 (trained: 64)"),
+        ("  rope_theta: 10000.0\n", "  rope_theta: 20000.0\n", "model.rope_theta=20000.0 (trained: 10000.0)"),
+        ("lr: 0.003\nseed", "lr: 0.004\nseed", "lr=0.004 (trained: 0.003)"),
+    ],
+)
+@pytest.mark.parametrize("step", [None, 24])
+def test_edited_config_is_refused(old, new, problem, step, finished_run, tmp_path):
+    run = copy_run(finished_run, tmp_path)
+    edit(run, old, new)
+    with pytest.raises(UserError) as error:
+        RunCheckpoint(run, step, print)
+    assert f"config.yaml says what the run was not trained with, {problem}: restore it" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_settings_of_the_output_may_be_edited(finished_run, tmp_path):
+    run = copy_run(finished_run, tmp_path)
+    edit(run, "  name: jsonl\n", "  name: wandb\n")
+    assert RunCheckpoint(run, None, print).step == 40
+
+
+def test_checkpoint_without_a_config_file_has_its_shape(finished_run, tmp_path):
+    expected = RunCheckpoint(finished_run, None, print)
+    run = copy_run(finished_run, tmp_path)
+    (run / "config.yaml").unlink()
+    found = RunCheckpoint(run, None, print)
+    assert (found.config, found.description) == (expected.config, expected.description)
+
+
+@pytest.mark.parametrize("change", ["removed", "edited"])
+def test_fork_has_the_settings_of_the_checkpoint(change, tiny, finished_run, tmp_path):
+    run = copy_run(finished_run, tmp_path)
+    if change == "removed":
+        (run / "config.yaml").unlink()
+    else:
+        edit(run, "lr: 0.003\nseed: 0", "lr: 0.003\nseed: 1")
+    new, fork = RunDir(tmp_path / "new"), f"fork_from={run}@24"
+    source = find_fork_source(compose_config(*tiny, fork), new)
+    assert source is not None and source.same_clipping and source.checkpoint == RunDir(run).checkpoint(24)
+    with pytest.raises(ConfigError, match="is not possible with seed=1: that run has seed=0"):
+        find_fork_source(compose_config(*tiny, fork, "seed=1"), new)
