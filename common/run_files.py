@@ -3,6 +3,7 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -80,6 +81,11 @@ class Rewinds(Record):
     """rewinds.json."""
 
     rewinds: list[Rewind]
+
+
+def taken_steps(steps: Iterable[int], rewinds: Sequence[Mapping[str, int]]) -> list[int]:
+    """Return the steps but those that a run was rewound over: it has taken them again with other batches."""
+    return [step for step in steps if not any(each["to_step"] < step <= each["from_step"] for each in rewinds)]
 
 
 class Result(Record):

@@ -12,8 +12,8 @@ from data.prepare import prepare
 from data.sequences import Batch, ShuffledDataset, TokenDataset, unigram_entropy
 from data.sources import Mixture, Source, SourceError
 from data.stream import StreamingDataset
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from data.tokens import TokenArray, Tokens, open_tokens
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_tokenizer
+from data.tokens import TokenArray, Tokens, changes, open_tokens
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -33,10 +33,12 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "TrainLoader",
+    "changes",
     "corpus_from",
     "corpus_tokenizer",
     "load_tokenizer",
     "open_tokens",
     "prepare",
+    "read_tokenizer",
     "unigram_entropy",
 ]

@@ -95,9 +95,9 @@ class DataConfig(Settings):
 
     tokenizer: Annotated[
         PathText | None,
-        Allowed("a tokenizer.json, a folder that holds one, a name on the hub, or null for one trained on the text"),
+        Allowed("a tokenizer.json, a folder that holds one, owner/name on the hub, or null to train one on the text"),
     ] = None
-    """A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub; null trains one on the text."""
+    """A tokenizer.json, a folder that holds one, or owner/name on the Hugging Face hub; null trains one on the text."""
 
     vocab_size: Count
     """Number of ids of the byte-level BPE that is trained; not used with a given tokenizer."""

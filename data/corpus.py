@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,13 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from data.config import DataConfig
-from data.sources import Document, Mixture, Source, SourceError, Stream
+from data.content import ContentIndex, UnknownContentError, as_text
+from data.sources import Document, MissingTextError, Mixture, Source, SourceError, Stream
 from data.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
-from data.tokens import MANIFEST
+from data.tokens import MANIFEST, read_manifest
 
 #: Version of the folder's layout, part of the cache key.
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 #: Maximum bytes of training documents that a tokenizer is trained on.
 TOKENIZER_BYTES = 256 << 20
 #: Bytes of a streamed text that are read beforehand, to train a tokenizer and to hold documents out.
@@ -49,13 +51,17 @@ class Corpus:
     max_tokens: int | None = None
     streamed: bool = False
 
-    def cache_key(self) -> dict[str, Any]:
+    def cache_key(self, index: ContentIndex | None = None) -> dict[str, Any]:
         """Return everything that the tokens depend on, as plain values for JSON."""
+        return self._cache_key({source.name: source.identity(index) for source in self.sources})
+
+    def _cache_key(self, sources: dict[str, Any]) -> dict[str, Any]:
         tokenizer = {"vocab_size": self.vocab_size} if self.tokenizer is None else tokenizer_identity(self.tokenizer)
         mode = {"streamed": [HEAD_BYTES, HELD_OUT_BYTES, MAX_HELD_OUT]} if self.streamed else {}
         return mode | {
             "layout": LAYOUT_VERSION,
-            "sources": {source.name: source.identity() for source in self.sources},
+            "sources": sources,
+            "order": list(sources),  # JSON objects have none
             "tokenizer": tokenizer,
             "tokenizers": version("tokenizers"),
             "val_fraction": self.val_fraction,
@@ -63,23 +69,80 @@ class Corpus:
             "max_tokens": self.max_tokens,
         }
 
+    def with_content(self, index: ContentIndex) -> "Corpus":
+        """Return the corpus pinned to the content that its local text has now, unless it is pinned already."""
+        return replace(self, sources=tuple(s.pinned_to(s.content or s.text_digest(index)) for s in self.sources))
+
     def commits(self) -> dict[str, str]:
-        """Return the present commit of each source on the hub, by its name."""
+        """Return the present commit of each source on the hub, and the content of each that is pinned, by its name."""
         latest: dict[tuple[str | None, str | None], str | None] = {}
         for source in self.sources:
             if (source.hub, source.revision) not in latest:  # one lookup, so that subsets have the same commit
                 latest[source.hub, source.revision] = source.commit()
-        return {s.name: commit for s in self.sources if (commit := latest[s.hub, s.revision]) is not None}
+        commits = {s.name: latest[s.hub, s.revision] or s.content for s in self.sources}
+        return {name: commit for name, commit in commits.items() if commit is not None}
 
     def pinned_to(self, commits: Mapping[str, str]) -> "Corpus":
-        """Return the corpus at these commits of its sources, so that resumed work reads the same text."""
-        pinned = [s.model_copy(update={"revision": commits.get(s.name, s.revision)}) for s in self.sources]
-        return replace(self, sources=tuple(pinned))
+        """Return the corpus with these `commits` of its sources, so that no other text is read."""
+        return replace(self, sources=tuple(source.pinned_to(commits.get(source.name)) for source in self.sources))
 
-    def folder(self, cache: Path) -> Path:
-        """Return the folder in the cache that holds the tokens of this corpus, once they are prepared."""
-        digest = hashlib.sha256(json.dumps(self.cache_key(), sort_keys=True).encode()).hexdigest()
+    def check_content(self) -> None:
+        """Raise `SourceError` if a text is not the one that the corpus is pinned to."""
+        for source in self.sources:
+            source.check_content()
+
+    def folder(self, cache: Path, index: ContentIndex | None = None) -> Path:
+        """Return the folder in the cache that holds the tokens of this corpus, once they are prepared.
+
+        Text that is not known by the index, by default that of the cache, is read.
+        """
+        key = self.cache_key(index or ContentIndex(cache))
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return cache / f"{'stream' if self.streamed else 'tokens'}-{digest[:16]}"
+
+    def find(self, cache: Path) -> Path | None:
+        """Return the folder of the prepared tokens, if that is known without reading the text.
+
+        If the text is not there any more, it is the only folder that was prepared from its path with these settings.
+
+        Raises:
+            SourceError: several were, of different texts.
+        """
+        try:
+            folder = self.folder(cache, ContentIndex(cache, only_known=True))
+        except UnknownContentError:
+            return None
+        except MissingTextError as error:
+            return None if self.streamed else self._find_without_text(cache, error)
+        return folder if (folder / MANIFEST).exists() else None
+
+    def _find_without_text(self, cache: Path, missing: MissingTextError) -> Path | None:
+        sources: dict[str, Any] = {}
+        for source in self.sources:
+            try:
+                sources[source.name] = source.identity(ContentIndex(cache))
+            except MissingTextError:
+                sources[source.name] = {"column": source.column, "weight": source.weight}
+        key, paths = self._cache_key(sources), self.paths()
+        found = []
+        for file in sorted(cache.glob(f"tokens-*/{MANIFEST}")):
+            with suppress(ValueError, OSError):
+                facts = read_manifest(file.parent)
+                there = facts["cache_key"]
+                for name, identity in there["sources"].items():
+                    if "content" not in sources.get(name, {}):
+                        identity.pop("content", None)
+                if there == key and paths in facts["paths"]:
+                    found.append(file.parent)
+        if len(found) > 1:
+            folders = " and ".join(map(str, found))
+            problem = f"does not exist, and several texts there were prepared: remove all but one of {folders}"
+            raise SourceError(missing.field, missing.value, problem=problem) from missing
+        return found[0] if found else None
+
+    def paths(self) -> dict[str, str | None]:
+        """Return the path of each source as it is set, by its name."""
+        return {source.name: None if source.path is None else as_text(source.path) for source in self.sources}
 
     def vocabulary(self) -> int:
         """Return the number of ids that the tokens may have."""
@@ -102,7 +165,7 @@ class Corpus:
         if self.streamed and self.deduplicate:
             problem = "is not possible with data.mode=stream: it needs data.mode=prepared"
             raise ConfigError("deduplicate", True, problem=problem)
-        if (self.folder(cache) / MANIFEST).exists():
+        if self.find(cache) is not None:
             return
         sizes = [source.plain_bytes() for source in self.sources]
         if None not in sizes and sequence_length >= (size := sum(sizes)):  # type: ignore[arg-type]

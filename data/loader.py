@@ -48,7 +48,7 @@ class TrainLoader:
         while self.consumed < self.total:
             first = self.consumed + self.share.rank * self.share.micro_batch_size
             tokens = self.sequences.take(first, self.share.micro_batch_size)
-            step = self.consumed // self.share.global_batch_size + 1
+            step = self.consumed // self.share.global_batch_size - self.skipped_batches + 1
             self.consumed += self.per_forward
             yield self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
 

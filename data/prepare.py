@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 
 from common.errors import ConfigError, UserError
-from common.files import is_locked, sha256, write_atomic
+from common.files import hold_lock, is_locked, make_dir, remove_leftovers, sha256, write_atomic
+from common.reading import read_bytes
+from data.content import ContentIndex
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
 from data.progress import progress
-from data.sources import Document, Mixture
+from data.sources import Document, MissingTextError, Mixture
 from data.stream_head import prepare_head
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_tokenizer
 from data.tokens import MANIFEST, SPLITS, Tokens, documents_file, dump_with_checksum, load_with_checksum, open_tokens
-from data.writing import EncodedDocuments, digest_key, write_manifest, write_part
+from data.writing import EncodedDocuments, add_paths, digest_key, write_manifest, write_part
 
 PART_TOKENS = 1 << 26
 JOURNAL = "journal.json"
@@ -44,7 +45,15 @@ def prepare(
         UserError: a source cannot be read, its text is too short, or the disk is full.
     """
     console = console or Console(quiet=True)
-    folder = corpus.folder(cache)
+    try:
+        corpus = corpus.with_content(ContentIndex(cache, console))
+        folder = corpus.folder(cache)
+    except MissingTextError as error:
+        if (found := corpus.find(cache)) is None:
+            raise
+        folder = found
+        path = f"data.{error.field}={error.value}"
+        console.print(f"{path} is not there: using the tokens that were prepared from it, {folder}")
     if not (folder / MANIFEST).exists():
         try:
             _prepare_once(corpus, folder, console, part_tokens)
@@ -54,6 +63,8 @@ def prepare(
                 "and the same command continues"
             ) from error
     tokens = open_tokens(folder)
+    if corpus.paths() not in tokens.facts["paths"]:
+        add_paths(folder, corpus.paths())
     arrays = {"test": tokens.test} if corpus.streamed else {"training": tokens.train, "test": tokens.test}
     for split, array in arrays.items():
         if sequence_length >= len(array):
@@ -67,7 +78,7 @@ def _prepare_once(corpus: Corpus, folder: Path, console: Console, part_tokens: i
     lock = folder.with_name(f".{folder.name}.lock")
     if is_locked(lock):
         console.print("waiting for another process that prepares the same tokens")
-    with FileLock(lock):
+    with hold_lock(lock):
         if (folder / MANIFEST).exists():
             return
         if corpus.streamed:
@@ -104,7 +115,8 @@ class _Preparation:
         self._digests: set[int] = set()  # of the documents so far, for deduplication
 
     def run(self) -> None:
-        self.folder.mkdir(exist_ok=True)
+        make_dir(self.folder)
+        remove_leftovers(self.folder)
         self._open_journal()
         self.pinned = self.corpus.pinned_to(self.journal["commits"])
         while True:
@@ -129,7 +141,7 @@ class _Preparation:
             self._save_journal()
             return
         try:
-            self.journal = load_with_checksum(file.read_text())
+            self.journal = load_with_checksum(read_bytes(file))
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): remove the folder {self.folder}") from error
         if self.journal["parts"]:
@@ -141,11 +153,12 @@ class _Preparation:
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer in the folder; if there is none, the configured one or a newly trained one."""
         if (self.folder / TOKENIZER_FILES[-1]).exists():  # written last of its files
-            return load_tokenizer(str(self.folder))
+            return read_tokenizer(self.folder)
         if self.corpus.tokenizer is not None:
             tokenizer = load_tokenizer(self.corpus.tokenizer)
         else:
             tokenizer = corpus_tokenizer(self.pinned, self.console, threshold=self.journal["threshold"])
+            self.pinned.check_content()
         tokenizer.save(self.folder)
         return tokenizer
 
@@ -216,7 +229,12 @@ class _Preparation:
         return digests
 
     def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:
-        """Write documents and their ids as the next part, if there are any, and save the journal."""
+        """Write documents and their ids as the next part, if there are any, and save the journal.
+
+        Raises:
+            SourceError: the text has changed, so that they may be of another one than the folder is for.
+        """
+        self.pinned.check_content()
         part, files = write_part(self.folder, len(self.journal["parts"]), encoded, tokenizer)
         if files:
             self.journal["files"] |= files
@@ -244,6 +262,7 @@ class _Preparation:
         facts = write_manifest(
             self.folder,
             self.cache_key,
+            self.corpus.paths(),
             tokenizer,
             journal["parts"],
             journal["files"],

@@ -6,6 +6,7 @@ so the mixture is deterministic.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 from common.errors import ConfigError, one_line
 from data.config import SourceConfig
-from data.files import FORMATS, files_at, format_of, is_empty, sotu_folder, text_ratio
+from data.content import ContentIndex
+from data.files import COMPRESSIONS, FORMATS, files_at, format_of, is_empty, sotu_folder, text_ratio
 from data.rows import LocalRows
 
 #: Rows at the beginning of a source after which a column that none of them has counts as missing.
@@ -27,6 +29,10 @@ ALLOWED_FILES = (
 
 class SourceError(ConfigError):
     """A source cannot be read, or its text is too short; the message is one sentence that names the setting."""
+
+
+class MissingTextError(SourceError):
+    """There is no text at the path of a source."""
 
 
 class Document(NamedTuple):
@@ -48,10 +54,16 @@ class Source(SourceConfig):
     name: str
     """Name of the source in the configuration."""
 
+    content: str | None = None
+    """SHA-256 of the local text that is to be read, see `text_digest`; `None` is any."""
+
     def error(self, problem: str, field: str | None = None) -> SourceError:
         """Return an error about one of the settings; by default about `path`, or `hub` if that is set."""
+        return SourceError(*self._key_and_value(field), problem=problem)
+
+    def _key_and_value(self, field: str | None = None) -> tuple[str, Any]:
         field = field or ("hub" if self.hub else "path")
-        return SourceError(f"sources.{self.name}.{field}", getattr(self, field), problem=problem)
+        return f"sources.{self.name}.{field}", getattr(self, field)
 
     def files(self) -> list[Path]:
         """Return the local files that are not empty, ordered by name; raise `SourceError` if none can be read."""
@@ -64,7 +76,8 @@ class Source(SourceConfig):
         found = sorted(files_at(root))
         files = found if root.is_file() else [file for file in found if format_of(file)]
         if not files:
-            raise self.error(f"{'holds no such file' if found or root.is_dir() else 'does not exist'}: {ALLOWED_FILES}")
+            problem = f"{'holds no such file' if found or root.is_dir() else 'does not exist'}: {ALLOWED_FILES}"
+            raise MissingTextError(*self._key_and_value(), problem=problem)
         formats = {format_of(file): file for file in reversed(files)}
         if None in formats:
             raise self.error(f"has an unknown format: {ALLOWED_FILES}")
@@ -97,16 +110,43 @@ class Source(SourceConfig):
         except Exception as error:  # each format and compression raises its own
             raise self.error(f"cannot be read: {files[0]}: {_reason(error)}") from error
 
-    def identity(self) -> dict[str, Any]:
-        """Return what identifies the text without reading it: the files' names, sizes and times, or a revision."""
+    def identity(self, index: ContentIndex | None = None) -> dict[str, Any]:
+        """Return what identifies the text: the content of local files, a dataset and its revision, or a version."""
         if self.hub is not None:
-            location: Any = [self.hub, self.subset, self.split, self.revision]
+            text: dict[str, Any] = {"hub": [self.hub, self.subset, self.split, self.revision]}
         elif self.path is None:
             return {"sotu": version("sotu"), "weight": self.weight}
         else:
-            stats = [(file, file.stat()) for file in self.files()]
-            location = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-        return {"where": location, "column": self.column, "weight": self.weight}
+            text = {"content": self.content or self.text_digest(index)}
+        return text | {"column": self.column, "weight": self.weight}
+
+    def text_digest(self, index: ContentIndex | None = None) -> str | None:
+        """Return a SHA-256 of the formats and contents of the files in their order; `None` if there is no path.
+
+        It is that of the same text in another place. A file that the index knows is not read.
+        """
+        if self.path is None:
+            return None
+        files = self.files()
+        try:
+            digests = (index or ContentIndex()).digests(self.path, files)
+        except OSError as error:
+            problem = f"cannot be read: {error.filename}: {_reason(error)}"
+            raise self.error(problem) from error
+        formats = (f"{format_of(file)}{file.suffix if file.suffix in COMPRESSIONS else ''}" for file in files)
+        lines = "".join(f"{kind} {digest}\n" for kind, digest in zip(formats, digests, strict=True))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def pinned_to(self, commit: str | None) -> "Source":
+        """Return the source of a dataset at this commit, or of local text with this content; `None` is any."""
+        if commit is None:
+            return self
+        return self.model_copy(update={"content" if self.hub is None else "revision": commit})
+
+    def check_content(self) -> None:
+        """Raise `SourceError` if the text is not the one that is to be read. Reads files that were touched."""
+        if self.content is not None and self.text_digest() != self.content:
+            raise self.error("has changed since it was opened: it must stay as it is while it is read")
 
     def commit(self) -> str | None:
         """Return the commit that `revision` refers to at present; `None` if the source is not on the hub."""
@@ -125,6 +165,8 @@ class Source(SourceConfig):
             return LocalRows(self.files(), self.column)
         import datasets
 
+        if os.path.lexists(self.hub):
+            raise self.error("is a file or folder here, which would be read instead of the hub: set path to read it")
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well, and named below
         try:
@@ -229,4 +271,6 @@ class Mixture:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return one_line(error, 200).rstrip(".") or type(error).__name__

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from data.content import ContentIndex
 from data.corpus import Corpus, text_too_short
 from data.encoding import document_batches, prefetch
 from data.sequences import ShuffledDataset, TokenDataset
@@ -80,13 +81,12 @@ class StreamingDataset:
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, threshold: float, length: int, seed: int, block_tokens: int
     ) -> None:
-        self.corpus = corpus
+        self.corpus = corpus.with_content(ContentIndex())
         self.tokenizer = tokenizer
         self.threshold = threshold
         self.length = length
         self.seed = seed
         self.block_sequences = max(1, block_tokens // length)
-        self._identities = {source.name: source.identity() for source in corpus.sources}
         self._restart(BlockStart())
 
     def take(self, first: int, rows: int) -> Tensor:
@@ -202,11 +202,9 @@ class StreamingDataset:
             return Mixture(self.corpus.sources, state)
 
     def _check_unchanged(self) -> None:
-        """Raise `SourceError` if a source has changed since the dataset was created."""
+        """Raise `SourceError` if a text is not the one that the corpus is pinned to, or was when this was made."""
         with _as_source_error(self.corpus.sources):
-            for source in self.corpus.sources:
-                if source.identity() != self._identities[source.name]:
-                    raise source.error("has changed since the stream was opened: it must stay as it is")
+            self.corpus.check_content()
 
 
 @contextmanager

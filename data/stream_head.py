@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.errors import UserError
+from common.files import make_dir, remove_leftovers
 from data.corpus import ALL_THE_SAME, HEAD_BYTES, HELD_OUT_BYTES, MAX_HELD_OUT, ONE_MORE, Corpus, corpus_tokenizer
 from data.sources import Document, Mixture
 from data.tokenizer import load_tokenizer
@@ -29,12 +30,14 @@ def prepare_head(corpus: Corpus, folder: Path, console: Console) -> None:
         tokenizer = corpus_tokenizer(pinned, console, HEAD_BYTES, threshold)
     else:
         tokenizer = load_tokenizer(corpus.tokenizer)
-    folder.mkdir(exist_ok=True)
+    pinned.check_content()
+    make_dir(folder)
+    remove_leftovers(folder)
     tokenizer.save(folder)
     ids = tokenizer.encode([document.text for document in held_out])
     encoded = {"train": [], "test": list(zip(held_out, ids, strict=True))}
     part, files = write_part(folder, 0, encoded, tokenizer)
-    write_manifest(folder, cache_key, tokenizer, [part], files, threshold=threshold, commits=commits)
+    write_manifest(folder, cache_key, corpus.paths(), tokenizer, [part], files, threshold=threshold, commits=commits)
     console.print(
         f"holding out {len(held_out):,} document{'s' * (len(held_out) != 1)}, {sum(map(len, ids)):,} tokens, "
         f"and {threshold:.2%} of the documents to come"

@@ -4,7 +4,10 @@ A tokenizer is read from its `tokenizer.json`, and from the `tokenizer_config.js
 special token that is spelled out in a text is encoded as plain characters, so that no text can end a document early.
 """
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.errors import ConfigError, UserError, one_line
 from common.files import write_atomic
+from common.reading import parse_json, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -101,16 +105,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer in a `tokenizer.json`, in a folder that holds one, or of a name on the Hugging Face hub.
+    """Return the tokenizer that the setting `data.tokenizer` names: a local one, or one on the Hugging Face hub.
+
+    A name on the hub is `owner/name`, unless there is a file or folder of that name or of that owner's. What else is
+    given is local, whether it exists or not: code that has a folder takes `read_tokenizer`.
 
     Raises:
         ConfigError: the tokenizer does not exist, is damaged, or has no end-of-text token.
     """
-    file, config = _files(name)
+    return _load(name, *_files(name))
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer in a local folder, which is never sought on the hub; raises as `load_tokenizer` does."""
+    return _load(str(folder), *_local_files(str(folder)))
+
+
+def _load(name: str, file: Path, config: Path | None) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare exceptions
-        raise _error(name, f"cannot be read ({error})") from error
+        raise _error(name, f"cannot be read ({one_line(error)})") from error
     settings = _read_json(config) if config else {}
     if not isinstance(settings, dict):
         raise _error(name, f"cannot be read ({config} holds no JSON object)")
@@ -127,11 +142,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_identity(name: str) -> Any:
-    """Return the content of a tokenizer's files as JSON, or its name if it is on the hub."""
+    """Return the SHA-256 of what a tokenizer's files say, or its name if it is on the hub."""
     if not _is_path(name):
         return name
     file, config = _files(name)
-    return [_read_json(file), _read_json(config) if config else None]
+    content = json.dumps([_read_json(file), _read_json(config) if config else None], sort_keys=True)
+    return {"content": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def _error(name: str, problem: str) -> ConfigError:
@@ -139,19 +155,25 @@ def _error(name: str, problem: str) -> ConfigError:
 
 
 def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1
+    """Whether a setting is a path. A folder that is gone must not become somebody's name on the hub."""
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".json")
+    return not is_name or os.path.lexists(name) or os.path.lexists(name.partition("/")[0])
+
+
+def _local_files(name: str) -> tuple[Path, Path | None]:
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        allowed = "it must be a tokenizer.json, a folder that holds one, or owner/name on the Hugging Face hub"
+        raise _error(name, f"does not exist: {allowed}")
+    config = file.with_name("tokenizer_config.json")
+    return file, config if config.is_file() else None
 
 
 def _files(name: str) -> tuple[Path, Path | None]:
     """Return the paths of tokenizer.json and of tokenizer_config.json, `None` if there is none."""
-    path = Path(name).expanduser()
     if _is_path(name):
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            allowed = "it must be a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub"
-            raise _error(name, f"does not exist: {allowed}")
-        config = file.with_name("tokenizer_config.json")
-        return file, config if config.is_file() else None
+        return _local_files(name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -168,6 +190,6 @@ def _files(name: str) -> tuple[Path, Path | None]:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)})") from error

@@ -20,6 +20,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import sha256
+from common.reading import parse_json, read_bytes
+from data.tokenizer import TOKENIZER_FILES
 
 SPLITS = ("train", "test")
 MANIFEST = "tokens.json"
@@ -123,7 +125,7 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
     `verify` says whether to compare every file with its checksum, besides its size; `None` does so for at most 2 GiB.
     """
     try:
-        facts = load_with_checksum((folder / MANIFEST).read_text())
+        facts = read_manifest(folder)
         arrays = {}
         for split in SPLITS:
             parts = facts[split]["parts"]
@@ -133,6 +135,43 @@ def open_tokens(folder: Path, verify: bool | None = None) -> Tokens:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the prepared tokens in {folder} are damaged ({error}): remove that folder") from error
     return Tokens(arrays["train"], arrays["test"], facts["fingerprint"], folder, facts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the facts about prepared tokens; raise `ValueError` or `OSError` if they are damaged, or not there."""
+    return load_with_checksum(read_bytes(folder / MANIFEST))
+
+
+def changes(tokens: Tokens, earlier: str) -> list[str]:
+    """Return what earlier tokens in the same cache were made from otherwise; `earlier` is the name of their folder.
+
+    It is "the text", "the tokenizer", a version, and the keys of settings; nothing if the earlier folder is gone.
+    """
+    try:
+        before = _inputs(read_manifest(tokens.folder.with_name(Path(earlier).name)))
+    except (OSError, ValueError):
+        return []
+    after = _inputs(tokens.facts)
+    return [name for name in after if before[name] != after[name]]
+
+
+def _inputs(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what tokens were made from, by its name in a message."""
+    key, sources = facts["cache_key"], facts["cache_key"]["sources"]
+    of_settings = ("column", "weight")
+    texts = {name: {k: v for k, v in source.items() if k not in of_settings} for name, source in sources.items()}
+    settings = {name: [source.get(k) for k in of_settings] for name, source in sources.items()}
+    trained = isinstance(key["tokenizer"], dict) and "vocab_size" in key["tokenizer"]
+    return {
+        "the text": [list(texts.values()), list(facts["commits"].values())],
+        "the tokenizer": None if trained else [key["tokenizer"], facts["files"][TOKENIZER_FILES[0]]["sha256"]],
+        "the version of the package tokenizers": key["tokenizers"],
+        "the layout of prepared tokens": key["layout"],
+        "data.vocab_size": key["tokenizer"] if trained else None,
+        "data.sources": [settings, key["order"]],
+        "data.mode": "streamed" in key,
+        **{f"data.{name}": key[name] for name in ("val_fraction", "deduplicate", "max_tokens")},
+    }
 
 
 def _verify(folder: Path, files: dict[str, dict[str, Any]], checksums: bool | None) -> None:
@@ -156,9 +195,9 @@ def dump_with_checksum(facts: dict[str, Any]) -> str:
     return json.dumps({**facts, "checksum": _checksum_of(facts)}, indent=1)
 
 
-def load_with_checksum(text: str) -> dict[str, Any]:
+def load_with_checksum(text: str | bytes) -> dict[str, Any]:
     """Return the facts that `dump_with_checksum` wrote; raise `ValueError` if the text has changed since."""
-    facts = json.loads(text)
+    facts = parse_json(text)
     if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum_of(facts):
         raise ValueError("it does not have the checksum it was written with")
     return facts

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 from common.files import atomic_writer, sha256, write_atomic
 from data.sources import Document
 from data.tokenizer import TOKENIZER_FILES, Tokenizer
-from data.tokens import DOCUMENT_DTYPE, MANIFEST, SPLITS, documents_file, dump_with_checksum
+from data.tokens import DOCUMENT_DTYPE, MANIFEST, SPLITS, documents_file, dump_with_checksum, read_manifest
 
 #: Documents of each split with their token ids.
 EncodedDocuments = dict[str, list[tuple[Document, np.ndarray]]]
+#: Path of each source as it is set, by its name.
+Paths = dict[str, str | None]
 
 
 def digest_key(digest: bytes) -> int:
@@ -66,6 +69,7 @@ def write_part(
 def write_manifest(
     folder: Path,
     cache_key: dict[str, Any],
+    paths: Paths,
     tokenizer: Tokenizer,
     parts: list[dict[str, Any]],
     files: dict[str, Any],
@@ -91,6 +95,14 @@ def write_manifest(
     if "streamed" in cache_key:  # there are no files of training tokens that could be hashed
         hashed += [cache_key, facts["commits"]]
     facts["fingerprint"] = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16]
-    facts |= {"files": files, "cache_key": cache_key}
+    facts |= {"files": files, "cache_key": cache_key, "paths": [paths]}
     write_atomic(folder / MANIFEST, dump_with_checksum(facts))
     return facts
+
+
+def add_paths(folder: Path, paths: Paths) -> None:
+    """Add paths of the same text to a manifest, where it can be written: they find the tokens if the text is gone."""
+    facts = read_manifest(folder)
+    if paths not in facts["paths"]:
+        with suppress(OSError):
+            write_atomic(folder / MANIFEST, dump_with_checksum(facts | {"paths": [*facts["paths"], paths]}))

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from rich.console import Console
 from torch import nn
 
+from common.console import make_console
 from common.settings import AtLeastOne, Count, Folder, Settings, parse
 from scripts._bench import DEVICE, device_name, median_seconds, numbers_table
 from zclip import ClippingStrategy, Decision, ZClip
@@ -94,7 +94,7 @@ def main(values: _entry.Values) -> None:
     table = numbers_table(title, "clip + fused AdamW step", "median ms", "over the floor", "over clip_grad_norm_")
     for name, median in medians.items():
         table.add_row(name, f"{1e3 * median:.1f}", f"{median / floor:.3f}", f"{median / clip_grad_norm:.3f}")
-    Console(width=100).print(table)
+    make_console(soft_wrap=False, width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from common.console import make_console
 from common.settings import AtLeastOne, Count, Positive, Settings, parse
 from data import (
     BatchShare,
@@ -70,7 +71,7 @@ def main(values: _entry.Values) -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         for bench in (opening, reading, tokenizing):  # opening is first, while the process needs little memory
-            Console().print(bench(config, Path(folder)))
+            make_console(soft_wrap=False).print(bench(config, Path(folder)))
 
 
 def tokenizing(config: BenchDataConfig, folder: Path) -> Table:

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import track
 
+from common.console import make_console
 from common.settings import Allowed, Count, Folder, Settings, parse
 from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
@@ -52,7 +52,7 @@ def main(values: _entry.Values) -> None:
     from lm_eval.models.huggingface import HFLM
 
     config = parse(BenchEvalConfig, values)
-    console = Console(highlight=False)
+    console = make_console(soft_wrap=False)
     warnings.filterwarnings("ignore")
     checkpoint = RunCheckpoint(Path(config.run), None, console.print)
     tokenizer, weights = checkpoint.tokenizer(), checkpoint.model_state()

@@ -28,6 +28,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
+from common.console import make_console
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, Settings, parse
 from data import BatchShare, TrainLoader
@@ -141,7 +142,7 @@ class Contender:
 def main(values: _entry.Values) -> None:
     """Run the benchmark and print its tables."""
     config = parse(BenchTrainConfig, values)
-    console = Console(width=110)
+    console = make_console(soft_wrap=False, width=110)
     with tempfile.TemporaryDirectory() as temporary:
         spec = specification(config, Path(temporary), console)
         pythons = dict.fromkeys(config.contenders, sys.executable)

@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pyarrow as pa
-from rich.console import Console
 
+from common.console import make_console
 from common.errors import UserError
 from common.files import write_atomic
 from common.settings import Folder, Settings, parse
@@ -40,7 +40,7 @@ class EvalDataConfig(Settings):
 def main(values: _entry.Values) -> None:
     """Write the validation sets that are missing."""
     config = parse(EvalDataConfig, values)
-    console, out = Console(highlight=False, soft_wrap=True), Path(config.out)
+    console, out = make_console(), Path(config.out)
     check_folder("out", config.out, out)
     missing = [task for task in SETS if data_file(out, task) is None]
     if not missing:

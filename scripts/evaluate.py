@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from common.console import make_console
 from common.errors import ConfigError, RunError, UserError, one_line
 from common.settings import Allowed, Count, Folder, Settings, parse
 from data import CacheConfig
@@ -85,7 +86,7 @@ class EvaluateConfig(Settings):
 def main(values: _entry.Values) -> None:
     """Compute the scores that are missing, and print all that the configuration asks for."""
     config = parse(EvaluateConfig, values)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading checkpoints needs none
     logging.getLogger().setLevel(logging.ERROR)  # of lm-eval and the hub's library
     skipped: list[str] = []

@@ -14,6 +14,7 @@ from common.console import make_console
 from common.errors import UserError
 from common.files import atomic_folder
 from common.settings import Count, Folder, Settings, parse
+from experiments.escape import escape_markdown, one_visible_line
 from models.config import WeightDtype
 from models.hugging_face import export
 from training.checkpoint.load import DTYPES, RunCheckpoint
@@ -71,11 +72,11 @@ def main(values: _entry.Values) -> None:
 def model_card(checkpoint: RunCheckpoint, end_token: str) -> str:
     """Return the model card, README.md of a Hugging Face folder."""
     return CARD.format(
-        name=checkpoint.run_dir.path.resolve().name,
+        name=escape_markdown(checkpoint.run_dir.path.resolve().name),
         parameters=checkpoint.config.parameters,
         description=checkpoint.description,
         context=checkpoint.config.max_position_embeddings,
-        end_token=end_token.replace("`", "'"),
+        end_token=one_visible_line(end_token).replace("`", "'"),
     )
 
 

@@ -6,8 +6,8 @@ Each figure is written as SVG and PNG into `figures/` of `out`, which is runs/re
 import _entry  # first: it finds the checkout and installs the signal handlers
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 
+from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
 from experiments.run.style import image
@@ -16,7 +16,7 @@ from scripts.paper_runs import FIGURE_NAMES, PaperSettings, collect_runs, draw_f
 
 def main(values: _entry.Values) -> None:
     """Write the figures, and print which have no runs."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected(FIGURE_NAMES)
     collection = None if names == ["figure3"] else collect_runs(settings)

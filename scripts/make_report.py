@@ -11,8 +11,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
 from evaluation.tasks import SETS
@@ -58,7 +57,7 @@ def _commands(settings: PaperSettings, collection: RunCollection, names: Sequenc
 
 def main(values: _entry.Values) -> None:
     """Write the report and the verdicts, and print where they are."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected()
     collection = collect_runs(settings)

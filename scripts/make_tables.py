@@ -5,8 +5,7 @@ Each table is written as Markdown, LaTeX and CSV into `tables/` of `out`, which 
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-from rich.console import Console
-
+from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
 from experiments.paper.render import as_csv, fill_table, latex, markdown
@@ -16,7 +15,7 @@ from scripts.paper_runs import PaperSettings, collect_runs
 
 def main(values: _entry.Values) -> None:
     """Write and print the tables, and print which runs were excluded."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected(tuple(TABLES))
     collection = collect_runs(settings)

@@ -8,9 +8,9 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from common.console import make_console
 from common.errors import ConfigError, prefix_errors
 from common.settings import Settings, parse
 from data import CacheConfig, DataConfig, open_tokens, prepare
@@ -32,7 +32,7 @@ class PrepareDataConfig(Settings):
 def main(values: _entry.Values) -> None:
     """Prepare the tokens and verify their checksums."""
     config = parse(PrepareDataConfig, values)
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     cache = Path(config.paths.cache)
     check_folder("paths.cache", config.paths.cache, cache)
     if config.data.mode == "stream":

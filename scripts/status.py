@@ -4,10 +4,10 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from common.console import make_console
 from common.errors import UserError
 from common.settings import Folder, Settings, parse
 from training.launch.slurm_queue import queued_jobs
@@ -42,17 +42,17 @@ def main(values: _entry.Values) -> None:
         counts[current.state] += 1
         step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
         table.add_row(
-            escape(run.path.name),
-            f"[{STYLES[current.state]}]{current.state}",
+            run.path.name,
+            Text(current.state, STYLES[current.state]),
             f"{step or 0:,} of {'?' if current.steps is None else format(current.steps, ',')}",
             "-" if loss is None else f"{loss:.3f}",
             "-" if speed is None else f"{speed:,.0f}",
             current.job or "",
         )
-    console = Console()
+    console = make_console()
     if not console.is_terminal:  # names are not wrapped in pipes and files
         console.width = max(console.width, 160)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
 
 

@@ -6,7 +6,7 @@ of Lightning is in `training/lightning_internals.py`.
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
 from common.errors import UserError, prefix_errors
+from common.run_files import taken_steps
 from data import (
     BatchCorruption,
     BatchShare,
@@ -145,7 +146,7 @@ def build_run(
 ) -> Run:
     """Build the parts of a run, and report how it starts."""
     module = PretrainingModule(config, fresh=start.checkpoint is None)
-    loader = build_loader(config, tokens, start.skipped_batches)
+    loader = build_loader(config, tokens, start)
     report_start(start, config, run_dir, loader, console)
 
     strategy = clipping_strategy(config.clip)
@@ -192,16 +193,16 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
         console.print(f"starting from the weights in {config.model.init_from}")
 
 
-def build_loader(config: Config, tokens: Tokens, skipped_batches: int) -> TrainLoader:
-    """Return the loader of this process's micro-batches."""
+def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
+    """Return the loader of this process's micro-batches. A step that was rewound over is not corrupted again."""
     trainer = config.trainer
     return TrainLoader(
         training_sequences(config, tokens),
         tokens.fingerprint,
         trainer.max_steps,
         BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
-        batch_corruption(config, tokens),
-        skipped_batches=skipped_batches,
+        batch_corruption(config, tokens, start.rewinds),
+        skipped_batches=start.skipped_batches,
     )
 
 
@@ -215,12 +216,15 @@ def training_sequences(config: Config, tokens: Tokens) -> ShuffledDataset | Stre
     return StreamingDataset(corpus, tokenizer, threshold, data.sequence_length, config.seed, block_tokens)
 
 
-def batch_corruption(config: Config, tokens: Tokens) -> BatchCorruption | None:
-    """Return what replaces batches in this run; `None` if nothing does."""
+def batch_corruption(
+    config: Config, tokens: Tokens, rewinds: Sequence[Mapping[str, int]] = ()
+) -> BatchCorruption | None:
+    """Return what replaces batches in this run, which was rewound before; `None` if nothing does."""
     corruption = config.data.corruption
-    if not corruption.steps:
+    steps = taken_steps(corruption.steps, rewinds)
+    if not steps:
         return None
-    return BatchCorruption(corruption.steps, corruption.kind, config.seed, load_tokenizer(str(tokens.folder)))
+    return BatchCorruption(steps, corruption.kind, config.seed, load_tokenizer(str(tokens.folder)))
 
 
 def validation_set(config: Config, tokens: Tokens, console: Console, max_tokens: float | None) -> ValidationSet:

@@ -2,7 +2,7 @@
 
 import sys
 
-from zclip.replay import main
+from zclip.replay import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

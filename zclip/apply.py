@@ -146,7 +146,7 @@ Target = tuple[list[Tensor], FusedClip | None]
 def bind_optimizers(
     optimizer: Optimizer | Iterable[Optimizer] | None, shards: Sequence[Shard], owner: object
 ) -> list[Target]:
-    """Return the optimizers whose trainable parameters are all among the shards', and reserve their next steps.
+    """Return the optimizers that step with parameters of the shards only, and reserve their next steps.
 
     An optimizer is fused only if no other optimizer holds its parameters: both would scale their gradients. `owner` is
     the strategy, which must outlive its decision.
@@ -163,7 +163,7 @@ def bind_optimizers(
         if not hasattr(inner, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
         parameters = [p for group in inner.param_groups for p in group["params"]]
-        if {id(p) for p in parameters if p.requires_grad} <= clipped:
+        if {id(p) for p in parameters if p.requires_grad or p.grad is not None} <= clipped:
             candidates[inner] = parameters
     holders = Counter(id(p) for parameters in candidates.values() for p in parameters)
     targets: list[Target] = []

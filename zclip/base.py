@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zclip.apply import FusedClip, apply_decision, bind_optimizers
@@ -43,7 +43,8 @@ class ClippingStrategy(Statistics):
     them. Arguments that it takes as `**policy` and passes on are not recorded: a saved state can be loaded under
     another policy.
 
-    A norm that is NaN or infinite never enters the statistics. The policy decides what else happens on such a step.
+    A norm that is NaN or infinite, or has an infinite square, never enters the statistics. The policy decides what else
+    happens on such a step.
 
     Args:
         max_grad_norm: upper bound on the norm after clipping, whatever the rule decides. Default `None`: no bound.
@@ -62,6 +63,12 @@ class ClippingStrategy(Statistics):
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
             `ValueError`.
+
+    Statistics of tensors (`per_tensor`) are kept by the names of the parameters in the module given to `step`, without
+    those of wrappers (DDP, FSDP, torch.compile). Each tensor finds its own later and in a saved state, whatever is
+    frozen, added or reordered. One that has none, or has another shape, starts fresh. Parameters given without their
+    module have no names. In one process each keeps its statistics; those of a saved state must be of parameters of the
+    same number, order and shapes.
 
     `telemetry` holds 0-dim tensors of the last step, on the gradients' device; `read_telemetry` returns them as floats,
     in one transfer. A strategy adds its own, which are NaN (or false) on a step whose norm is not finite.
@@ -91,7 +98,6 @@ class ClippingStrategy(Statistics):
         self._check_policy()
         self.telemetry: dict[str, Tensor] = {}
         self._monitor = NonFiniteMonitor()
-        self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the bound on the norm of this step, and the statistics after it.
@@ -132,8 +138,9 @@ class ClippingStrategy(Statistics):
         """Clip the gradients. Call it after backward, accumulation and unscaling, before the optimizer.
 
         Args:
-            models: modules, parameters, or iterables of either. One norm is taken over all of them, and the statistics
-                are updated once. If parameters are sharded, call `step` on all ranks.
+            models: modules, parameters, or iterables of either. One norm is taken over all of their gradients, also of
+                parameters that are frozen by now, and the statistics are updated once. If parameters are sharded, call
+                `step` on all ranks.
             optimizer: the optimizer, or several, that will step next; wrappers of Accelerate and Lightning are
                 unwrapped. A fused one (`AdamW(fused=True)`) applies the coefficient inside its step, and its gradients
                 stay unscaled until then. Gradients are scaled in place for other optimizers, for optimizers that
@@ -147,7 +154,8 @@ class ClippingStrategy(Statistics):
             The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
-            ValueError: no parameter has a gradient, or two strategies clip for one optimizer's step.
+            ValueError: no parameter has a gradient, two strategies clip for one optimizer's step, or statistics of
+                tensors are of other parameters.
             TypeError: an argument has the wrong type, or a gradient is sparse or complex.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
@@ -192,10 +200,10 @@ class ClippingStrategy(Statistics):
         """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""
         norm = stats.norm
         self._check_policy()
-        finite = torch.isfinite(norm)
+        finite = torch.isfinite(norm.square())  # statistics hold squares
         if self.on_nonfinite == "raise" and not finite:
-            raise FloatingPointError(nonfinite_message(stats, (self._naming_module or (), models)))
-        self._prepare_state(stats.norms if self.per_tensor else norm)
+            raise FloatingPointError(nonfinite_message(stats, self._names(models)))
+        self._prepare_state(stats.norms if self.per_tensor else norm, stats.shards, models)
         safe = stats._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, stats.norms, 1.0))
         result = self.clip(safe, self.state)
         if not result.state.keys() <= self.state.keys():
@@ -240,8 +248,8 @@ class ClippingStrategy(Statistics):
         return dict(zip(self.telemetry, values, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the objects of this process: device events, and the module that is trained."""
-        return {**self.__dict__, "_monitor": NonFiniteMonitor(), "_naming_module": None}
+        """Copy and pickle without the objects of this process: device events, the module and its parameters."""
+        return {**self.__dict__, "_monitor": NonFiniteMonitor(), "_naming_module": None, "_objects": []}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())

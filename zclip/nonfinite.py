@@ -1,10 +1,11 @@
 """Non-finite norms (NaN or infinite): which parameters cause one, and when too many are consecutive."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zclip.decision import GradStats
-from zclip.norm import Parameters
 
 #: Allowed values of `on_nonfinite`; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
@@ -12,14 +13,13 @@ POLICIES = ("skip", "zero", "raise")
 MAX_NAMED = 5
 
 
-def nonfinite_message(stats: GradStats, models: Parameters) -> str:
+def nonfinite_message(stats: GradStats, names: Mapping[int, str]) -> str:
     """Return a sentence that names the first parameters with non-finite gradients. Waits for the device.
 
     Args:
         stats: of a step whose norm is not finite.
-        models: modules that know the names of parameters; anything else among them has no names.
+        names: names of parameters by their ids; others have none.
     """
-    names = _parameter_names(models)
     indices = [i for i, finite in enumerate(torch.isfinite(stats.norms).tolist()) if not finite and stats.shards]
     named = []
     for i in indices[:MAX_NAMED]:
@@ -28,15 +28,6 @@ def nonfinite_message(stats: GradStats, models: Parameters) -> str:
     more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
     where = f"; so are the norms of the gradients of {', '.join(named)}{more}" if named else ""
     return f"the gradient norm is {float(stats.norm)}{where}"
-
-
-def _parameter_names(models: Parameters) -> dict[int, str]:
-    """Return the names of the parameters of the modules among `models`, by the parameters' ids."""
-    if isinstance(models, nn.Module):
-        return {id(parameter): name for name, parameter in models.named_parameters()}
-    if isinstance(models, Tensor):
-        return {}
-    return {identity: name for inner in models for identity, name in _parameter_names(inner).items()}
 
 
 class NonFiniteMonitor:

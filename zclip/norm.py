@@ -38,7 +38,10 @@ class Shard(NamedTuple):
 
 
 def parameters_of(models: Parameters) -> list[Shard]:
-    """Return the distinct trainable parameters of modules, tensors and (nested) iterables of them, in order.
+    """Return the distinct parameters of modules, tensors and (nested) iterables of them, in order.
+
+    Frozen parameters are among them: an optimizer steps with any gradient, also one from before the freezing. Those
+    that can have no gradient, such as quantized weights, are not.
 
     Raises:
         TypeError: `models` contains something else, such as a name or an optimizer.
@@ -48,7 +51,7 @@ def parameters_of(models: Parameters) -> list[Shard]:
 
     def visit(item: Parameters, fsdp1: Groups) -> None:
         if isinstance(item, Tensor):
-            if item.requires_grad:
+            if item.is_floating_point() or item.is_complex():
                 groups = () if id(item) in ignored else fsdp1
                 shards.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
         elif isinstance(item, nn.Module):
@@ -73,6 +76,11 @@ def parameters_of(models: Parameters) -> list[Shard]:
 
     visit(models, ())
     return list(shards.values())
+
+
+def device_of(shards: Sequence[Shard]) -> torch.device:
+    """Return the device of the first parameter that is trained, or of the first one."""
+    return next((shard for shard in shards if shard.parameter.requires_grad), shards[0]).parameter.device
 
 
 def _mesh_groups(parameter: Tensor) -> Groups:
@@ -125,7 +133,7 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
         gradient is missing.
     """
     tensors = [gradient for gradient in gradients if gradient is not None]
-    device = tensors[0].device if tensors else shards[0].parameter.device
+    device = tensors[0].device if tensors else device_of(shards)
     dtype = statistics_dtype(device)
     local_norms = iter(_local_norms(tensors))
     zero = torch.zeros((), dtype=dtype, device=device)

@@ -18,8 +18,10 @@ that the run recorded: if an early step had been clipped differently, the later 
 
 import ast
 import importlib
+import io
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 
 from zclip import AutoClip, ClippingStrategy, FixedNorm, NoClipping, SkipStep, ZClip
-from zclip.trace import NormTrace, ReplayResult, read_trace
+from zclip.trace import NormTrace, ReplayResult, printable, read_trace
 
 STRATEGIES = {"zclip": ZClip, "fixed": FixedNorm, "autoclip": AutoClip, "skip_step": SkipStep, "none": NoClipping}
 
@@ -75,7 +77,7 @@ def parse_args(arguments: Sequence[str]) -> dict[str, str]:
 def _parse_value(text: str) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
         return text
 
 
@@ -128,12 +130,30 @@ def main(arguments: Sequence[str]) -> int:
             label = " ".join(f"{key}={combination[key]}" for key in varied) or clip
             results.append(replay(strategy, trace.norms, trace.losses, label))
     except (ValueError, FloatingPointError) as error:
-        print(f"zclip replay: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     common = [f"{key}={value!r}" for key, value in strategies[0].config().items() if key not in varied]
-    print(f"{len(trace.norms)} steps of {file}, {type(strategies[0]).__name__}({', '.join(common)})")
+    print(f"{len(trace.norms)} steps of {printable(file, 4096)}, {type(strategies[0]).__name__}({', '.join(common)})")
     _print_table(results)
     return 0 if out == "none" else _plot(results, trace, out)
+
+
+def _fail(error: object) -> int:
+    print(f"zclip replay: error: {printable(str(error), 10_000)}", file=sys.stderr)
+    return 2
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line as a program, whose output may not take every character, or end early (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+        return 1
+    return status
 
 
 def _make_strategies(clip: str, combinations: Sequence[dict[str, Any]]) -> list[ClippingStrategy]:
@@ -167,7 +187,10 @@ def _plot(results: Sequence[ReplayResult], trace: NormTrace, out: str) -> int:
     try:
         plot(results, trace.steps, Path(out))
     except (OSError, ValueError) as error:
-        print(f"zclip replay: error: out={out} cannot be written: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"out={out} cannot be written: {error}")
     print(f"plot: {out}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(["replay", *sys.argv[1:]]))

@@ -1,17 +1,22 @@
 """The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
 
 import inspect
-from collections.abc import Mapping
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zclip.decision import State
-from zclip.norm import Parameters, parameters_of, statistics_dtype
+from zclip.norm import Parameters, Shard, device_of, parameters_of, statistics_dtype
+from zclip.saved_state import check_keys, check_tensor, check_values, is_plain, refuse, same, shown
+from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
+#: Entries of every saved state.
+REQUIRED = ("strategy", "version", "config", "state", "counters")
 
 
 class Statistics:
@@ -21,13 +26,23 @@ class Statistics:
     version = 1
     #: Whether the rule has statistics for each tensor: `initial_state` then gets (n,) zeros.
     per_tensor = False
+    #: Statistics that are never below 0: a saved state with such a value is refused.
+    nonnegative: Collection[str] = ()
+    #: Statistics whose length changes; all others keep the shape of `initial_state`.
+    resizable: Collection[str] = ()
 
     def __init__(self) -> None:
         self.state: State = {}
         self.counters: State = {}
+        self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
+        self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
+        self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
+
+        A saved state must have the same keys, dtypes and shapes, and finite values. NaN or infinity may only stand in a
+        statistic that has it here, and means that there is no value yet.
 
         Args:
             like: zeros of the device and dtype of the statistics; 0-dim, or (n,) if `per_tensor`.
@@ -48,12 +63,12 @@ class Statistics:
         """
         self._check_initialised()
         shards = parameters_of(models)
-        if not shards or shards[0].parameter.is_meta:
+        device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
+        if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
         if not self.counters:
-            device = shards[0].parameter.device
             shape = (len(shards),) if self.per_tensor else ()
-            self._initialise(torch.zeros(shape, dtype=statistics_dtype(device), device=device))
+            self._prepare_state(torch.zeros(shape, dtype=statistics_dtype(device), device=device), shards, models)
 
     def _check_initialised(self) -> None:
         if "counters" not in self.__dict__:
@@ -68,8 +83,8 @@ class Statistics:
         self.state = {key: value.clone() for key, value in state.items()}
         self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
 
-    def _prepare_state(self, like: Tensor) -> None:
-        """Create the statistics before the first step, or move restored ones to the device of `like`."""
+    def _prepare_state(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
+        """Create the statistics before the first step, or bring restored ones to the device and order of `like`."""
         if not self.counters:
             self._initialise(torch.zeros_like(like))
         elif self.counters["nonfinite"].device != like.device:
@@ -79,12 +94,29 @@ class Statistics:
                 for key, value in self.state.items()
             }
         if self.per_tensor:
-            other_shapes = {value.shape for value in self.state.values() if value.ndim} - {like.shape}
-            if other_shapes:
-                raise ValueError(
-                    f"{type(self).__name__} has statistics of {other_shapes.pop()[0]} tensors, but step() was given "
-                    f"{like.numel()}: use one strategy for one fixed set of parameters"
-                )
+            self._follow_tensors(like, shards, models)
+
+    def _follow_tensors(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
+        """Give each of the n parameters its statistics, and new ones to those that have none."""
+        objects = self._objects
+        same_objects = all(ref() is shard.parameter for ref, shard in zip(objects, shards, strict=False))
+        if shards and same_objects and len(objects) == len(shards):
+            return
+        current = identify(shards, self._names(models)) or [TensorId(0, None)]
+        if self.tensors:
+            found = find(type(self).__name__, self.tensors, objects, shards, current)
+            if found != list(range(len(self.tensors))):
+                new = self.initial_state(torch.zeros_like(like))
+                known = [k for k, i in enumerate(found) if i is not None]
+                for key, value in self.state.items():
+                    if value.ndim:
+                        self.state[key] = new[key].clone()
+                        self.state[key][known] = value[[found[k] for k in known]]
+        self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    def _names(self, models: Parameters) -> dict[int, str]:
+        """Return the names of parameters by their ids."""
+        return parameter_names(models) | parameter_names(self._naming_module or ())
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
@@ -107,7 +139,7 @@ class Statistics:
         self._check_initialised()
         if not self.counters and not self.per_tensor:
             self._initialise(torch.zeros((), dtype=torch.float64))
-        return {
+        state = {
             "strategy": type(self).__name__,
             "version": self.version,
             "config": self.config(),
@@ -115,41 +147,107 @@ class Statistics:
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
         }
+        if self.per_tensor:
+            state["names"] = [tensor.name for tensor in self.tensors]
+            state["shapes"] = [tensor.shape for tensor in self.tensors]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
+        """Restore a state that `state_dict` returned. A state that is refused changes nothing.
 
         Raises:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged.
+                damaged: the message names the entry, its value and what is allowed.
         """
-        missing = [key for key in ("strategy", "version", "config", "state", "counters") if key not in state_dict]
+        self.state, self.counters, self.tensors = self._checked(state_dict)
+        self._objects = []
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[State, State, list[TensorId]]:
+        """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
+        own = type(self).__name__
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
+        missing = [key for key in REQUIRED if key not in state_dict]
         if missing:
             raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
         name, version = state_dict["strategy"], state_dict["version"]
-        own = type(self).__name__
-        if (name, version) != (own, self.version):
+        if not (isinstance(name, str) and isinstance(version, int) and (name, version) == (own, self.version)):
+            name = name[:80] if isinstance(name, str) else shown(name)
             raise ValueError(
-                f"state of {name} (version {version}) cannot be loaded into {own} (version {self.version})"
+                f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        config, saved_config = self.config(), state_dict["config"]
-        changed = [key for key in config.keys() | saved_config if config.get(key) != _plain(saved_config.get(key))]
+        check_keys(own, "it", state_dict, REQUIRED, ("started", "names", "shapes") if self.per_tensor else ("started",))
+        started = state_dict.get("started", False)
+        if not isinstance(started, bool):
+            refuse(own, "started", started, "true or false")
+        self._check_config(state_dict["config"])
+        state, counters = state_dict["state"], state_dict["counters"]
+        if started and isinstance(counters, Mapping) and not counters:
+            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
+        if isinstance(counters, Mapping) and not counters:
+            check_keys(own, "state", state, (), ())
+            return {}, {}, []
+        zero = torch.zeros((), dtype=torch.int64)
+        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
+        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
+        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        self.check_state(state, counters)
+        return state, counters, tensors
+
+    def _check_config(self, saved: Any) -> None:
+        """Raise `ValueError` unless saved arguments are those of this strategy."""
+        own, config = type(self).__name__, self.config()
+        names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
+        check_keys(own, "config", saved, (), names)
+        changed = [key for key in sorted(config.keys() | saved.keys()) if not same(config.get(key), saved.get(key))]
         if changed:
-            pairs = ", ".join(f"{key}={saved_config.get(key)!r}, not {config.get(key)!r}" for key in sorted(changed))
-            raise ValueError(f"the saved {name} was made with {pairs}: make this one with the same arguments")
-        state, counters = dict(state_dict["state"]), dict(state_dict["counters"])
-        if not counters and state_dict.get("started"):
-            raise ValueError(f"the saved {name} has statistics, but none were loaded: call prepare(model) before")
-        if state or counters:
-            like = torch.zeros((1,) if self.per_tensor else (), dtype=torch.float64)
-            expected = self.initial_state(like) | dict.fromkeys(COUNTERS, torch.zeros(()))
-            saved = state | counters
-            must_be_0_dim = {key for key in expected.keys() & saved.keys() if not expected[key].ndim}
-            wrong = (expected.keys() ^ saved.keys()) | {key for key in must_be_0_dim if saved[key].ndim}
-            if wrong:
-                raise ValueError(f"the saved {name} is damaged: its statistics differ in {', '.join(sorted(wrong))}")
-        self.state = {key: _wide(value.clone()) for key, value in state.items()}
-        self.counters = {key: value.clone() for key, value in counters.items()}
+            pairs = [
+                f"{key if key in config else shown(key)}={shown(saved.get(key))}, not {shown(config.get(key))}"
+                for key in changed[:20]
+            ]
+            raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: make this one with the same arguments")
+
+    def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
+        """Return which tensors saved statistics are of. States of before names were saved have their number only."""
+        own, state = type(self).__name__, state_dict["state"]
+        if "names" not in state_dict:
+            values = state.values() if isinstance(state, Mapping) else ()
+            count = next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
+            return [TensorId(None, None)] * count
+        names, shapes = state_dict["names"], state_dict.get("shapes")
+        if not isinstance(names, list) or not names:
+            refuse(own, "names", names, "a list of the names of tensors")
+        if not isinstance(shapes, list) or len(shapes) != len(names):
+            refuse(own, "shapes", shapes, f"a list of the shapes of {len(names)} tensors")
+        seen: set[str | int] = set()
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            if name is not None:
+                if type(name) not in (str, int) or name in seen:
+                    refuse(own, f"names[{i}]", name, "a name or position that no other tensor has")
+                seen.add(name)
+            sizes = shape if isinstance(shape, list) else [-1]
+            if shape is not None and not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+                refuse(own, f"shapes[{i}]", shape, "a list of integers from 0")
+        return [TensorId(name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+    def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
+        own = type(self).__name__
+        check_keys(own, where, saved, initial.keys(), ())
+        tensors = {}
+        for key, like in initial.items():
+            entry = f"{where}.{key}"
+            tensors[key] = check_tensor(own, entry, saved[key], like, key in self.resizable)
+            check_values(own, entry, tensors[key], like, key in nonnegative)
+        return {key: _wide(value).clone() for key, value in tensors.items()}
+
+    def check_state(self, state: State, counters: State) -> None:
+        """Raise `ValueError` if statistics contradict each other; each is checked on its own before. Default: nothing.
+
+        Args:
+            state: statistics with the keys, dtypes and shapes of `initial_state`.
+            counters: those of every strategy.
+        """
 
 
 def _wide(value: Tensor) -> Tensor:

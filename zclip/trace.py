@@ -1,13 +1,21 @@
 """The gradient norms that a run recorded, and the result of replaying them."""
 
 import csv
+import io
 import json
 import math
+import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+
+#: Largest file that is read, in bytes: two million steps of a run's metrics.jsonl.
+MAX_BYTES = 1 << 30
+#: Values that are not finite as texts, which JSON writes because it has no numbers for them.
+NONFINITE = ("nan", "inf", "-inf", "infinity", "-infinity")
 
 
 class NormTrace(NamedTuple):
@@ -58,16 +66,23 @@ def read_trace(path: Path, column: str, loss: str | None) -> NormTrace:
             loss.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        is_json = path.suffix in (".jsonl", ".json")
-        rows = _json_rows(text) if is_json else list(csv.DictReader(text.splitlines(), restval=""))
+        text = _read_text(path)
+        if path.suffix in (".jsonl", ".json"):
+            rows = _json_rows(text)
+            names = list(dict.fromkeys(name for row in rows for name in row))
+        else:
+            rows, names = _csv_rows(text)
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     norm_column, loss_column = _find_column(names, column), _find_column(names, loss or "loss")
     if norm_column is None or (loss and loss_column is None):
         missing = f"loss={loss}" if norm_column else f"column={column}"
-        raise ValueError(f"{missing} is not in {path}: it has {', '.join(names) or 'no columns'}")
+        raise ValueError(f"{missing} is not in {path}: it has {_listed(names) or 'no columns'}")
+    repeated = next(
+        (name for name, count in Counter(names).items() if count > 1 and name in (norm_column, loss_column)), None
+    )
+    if repeated is not None:
+        raise ValueError(f"{path} cannot be read: it has several columns {printable(repeated)}")
     rows = [row for row in rows if row.get(norm_column, "") != ""]
     losses = _numbers(rows, loss_column, path) if loss_column else None
     if loss_column and (without_loss := sum(row.get(loss_column, "") == "" for row in rows)):
@@ -78,8 +93,30 @@ def read_trace(path: Path, column: str, loss: str | None) -> NormTrace:
         losses = None
     norms = _numbers(rows, norm_column, path)
     if any(norm < 0 for norm in norms):
-        raise ValueError(f"column={norm_column} of {path} holds {min(norms):g}: a norm is not below 0")
+        raise ValueError(f"column={printable(norm_column)} of {path} holds {min(norms):g}: a norm is not below 0")
     return NormTrace(_step_numbers(rows, names, path), norms, losses)
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a regular file; opening anything else may wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return content.decode("utf-8-sig")
+
+
+def printable(text: str, most: int = 80) -> str:
+    """Return a text from a file in one line of at most `most` characters, without control characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return escaped if len(text) <= most else f"{escaped}..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*map(printable, names[:20]), *(["..."] if len(names) > 20 else [])])
 
 
 def _json_rows(text: str) -> list[Row]:
@@ -90,6 +127,8 @@ def _json_rows(text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+        except RecursionError as error:
+            raise ValueError(f"line {number} is nested too deeply") from error
         except ValueError as error:
             if number == len(lines) > 1 and not text.endswith("\n"):
                 break  # the run was killed while it wrote this line
@@ -98,6 +137,13 @@ def _json_rows(text: str) -> list[Row]:
             raise ValueError(f'line {number} is not an object, such as {{"grad_norm": 1.5}}')
         rows.append(row)
     return rows
+
+
+def _csv_rows(text: str) -> tuple[list[Row], list[str]]:
+    """Return the rows and the header; values behind the last column are left out."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+    rows = [{name: value for name, value in row.items() if isinstance(name, str)} for row in reader]
+    return rows, list(reader.fieldnames or ())
 
 
 def _find_column(names: Sequence[str], column: str) -> str | None:
@@ -110,11 +156,28 @@ def _find_column(names: Sequence[str], column: str) -> str | None:
 
 def _numbers(rows: Sequence[Row], column: str, path: Path) -> list[float]:
     """Return a column's values; NaN where a value is missing or not finite."""
+    is_csv = path.suffix not in (".jsonl", ".json")
     try:
-        values = [math.nan if row.get(column) in (None, "") else float(row[column]) for row in rows]
+        values = [_number(row.get(column), is_csv) for row in rows]
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"column={column} of {path} holds a value that is not a number: {error}") from error
+        reason = printable(str(error), 300)
+        raise ValueError(
+            f"column={printable(column)} of {path} holds a value that is not a number: {reason}"
+        ) from error
     return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _number(value: Any, is_csv: bool) -> float:
+    """Return a number. A text is one in CSV, where all are texts, or if it means NaN or infinity."""
+    if value in (None, ""):
+        return math.nan
+    if isinstance(value, str) and not is_csv and value.strip().lower() not in NONFINITE:
+        raise ValueError(f"could not convert the text {value[:80]!r}")
+    if isinstance(value, str) and (not value.isascii() or "_" in value):
+        raise ValueError(f"could not convert {value[:80]!r}")  # Python's own literals, such as 1_000
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"it is a {type(value).__name__}")
+    return float(value)
 
 
 def _step_numbers(rows: Sequence[Row], names: Sequence[str], path: Path) -> list[float]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
+from experiments.escape import escape_latex, escape_markdown
 from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import table_notes
 from experiments.paper.measures import MEASURES
@@ -169,9 +170,10 @@ def footnote(filled: FilledTable) -> str:
 
 def markdown(filled: FilledTable) -> str:
     """Return a table in Markdown, with title and footnote."""
-    header, *rows = table_rows(filled, "**{}**")
+    header, *rows = table_rows(filled, "**{}**", escape_markdown)
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
-    return f"### {title(filled)}\n\n" + "\n".join(lines) + f"\n\n{footnote(filled)}\n"
+    below = escape_markdown(footnote(filled))
+    return f"### {escape_markdown(title(filled))}\n\n" + "\n".join(lines) + f"\n\n{below}\n"
 
 
 def latex(filled: FilledTable) -> str:
@@ -191,15 +193,6 @@ def latex(filled: FilledTable) -> str:
 \end{{tabular}}
 \end{{table}}
 """
-
-
-_LATEX: dict[str, str | int | None] = {character: f"\\{character}" for character in "{}$&#_%"}
-_LATEX |= {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "±": "$\\pm$"}
-
-
-def escape_latex(text: str) -> str:
-    """Return text with LaTeX's special characters escaped."""
-    return text.translate(str.maketrans(_LATEX))
 
 
 def as_csv(filled: FilledTable) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from experiments.escape import escape_markdown, visible
 from experiments.paper.claims import __doc__ as how_judged
 from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import describe_runs
@@ -45,7 +46,7 @@ def report(
         commands: that make the report again.
         made: sentence with date, commit and device.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
     runs = _distinct_runs(collection)
     versions = sorted(
@@ -76,14 +77,27 @@ def report(
     )
 
 
+def _visible(value: object) -> object:
+    """Return what the template prints, without characters that HTML cannot hold."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
+
+
 def verdicts_markdown(collection: RunCollection, verdicts: Mapping[str, Verdict], scale: str) -> str:
     """Return the paper's claims with their verdicts in Markdown."""
-    parts = [f"# {_title(scale)}, the paper's claims", " ".join(_describe_report(collection)), HOW_JUDGED]
+    parts = [
+        f"# {_title(scale)}, the paper's claims",
+        escape_markdown(" ".join(_describe_report(collection))),
+        HOW_JUDGED,
+    ]
     if collection.warnings:
-        parts.append("\n".join(f"- {warning}" for warning in collection.warnings))
+        parts.append(_bullets(collection.warnings))
     for claim, (outcome, evidence) in verdicts.items():
-        parts += [f"## {claim}", f"**{outcome}**", "\n".join(f"- {sentence}" for sentence in evidence)]
+        parts += [f"## {claim}", f"**{outcome}**", _bullets(evidence)]
     return "\n\n".join(parts) + "\n"
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
 
 
 def _title(scale: str) -> str:

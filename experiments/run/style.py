@@ -5,6 +5,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from experiments.escape import visible
 
 matplotlib.use("Agg")
 matplotlib.rcParams["figure.constrained_layout.use"] = True
@@ -26,7 +29,11 @@ def draw_grid(figure: Figure) -> None:
 
 
 def image(figure: Figure, suffix: str, **options: Any) -> bytes:
-    """Return the content of an image file, without the time at which it was made."""
+    """Return the content of an image file, without the time at which it was made. Its texts are shown as they are."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
     out = io.BytesIO()
     figure.savefig(out, format=suffix, metadata={"Date": None} if suffix == "svg" else None, **options)
     return out.getvalue()

@@ -8,9 +8,7 @@ import resource
 import signal
 from pathlib import Path
 
-from rich.console import Console
-
-import common.files
+from common.console import make_console
 from data import Corpus, Source, prepare
 
 #: Tokens of a part, of which the text has more than ten.
@@ -38,15 +36,15 @@ def prepare_lines(path: Path, cache: Path, max_syncs: int | None = None, max_fil
     full disk.
     """
     if max_syncs is not None:
-        sync, syncs = common.files.sync, itertools.count(1)
+        sync, syncs = os.fsync, itertools.count(1)
 
-        def sync_or_die(file: Path) -> None:
-            sync(file)
+        def sync_or_die(descriptor: int) -> None:
+            sync(descriptor)
             if next(syncs) == max_syncs:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        common.files.sync = sync_or_die
+        os.fsync = sync_or_die
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    console = Console(force_terminal=False, soft_wrap=True)
+    console = make_console(force_terminal=False)
     prepare(corpus_of(path, deduplicate=True), cache, 16, console, PART_TOKENS)

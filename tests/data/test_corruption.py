@@ -26,9 +26,12 @@ def loader(tmp_path, tokenizer):
     ids = np.concatenate(tokenizer.encode([f"the lazy dog jumps over fox number {i} " for i in range(400)]))
     sequences = TokenDataset(token_array(tmp_path, ids), LENGTH)
 
-    def make(kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1) -> TrainLoader:
+    def make(
+        kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1, skipped: int = 0
+    ) -> TrainLoader:
         corruption = BatchCorruption([2, 5], kind, seed, tokenizer) if kind else None
-        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, BatchShare(8, micro, rank, world), corruption)
+        share = BatchShare(8, micro, rank, world)
+        return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, share, corruption, skipped)
 
     return make
 
@@ -62,6 +65,30 @@ def test_only_chosen_steps_change_and_equally_on_all_ranks(loader, kind):
     batch, clean_batch = next(iter(resumed)), next(iter(loader(None)))
     assert torch.equal(batch.tokens[:, :-1].long(), corrupted[4][0]) and batch.tokens.dtype == clean_batch.tokens.dtype
     assert not same(corrupted[1], steps(loader(kind, seed=2))[1])
+
+
+def test_corrupted_batches_stand_at_their_steps_whatever_was_skipped(loader):
+    """As after a rewind from step 3 to step 1, and another one from step 5 to step 4."""
+
+    def resume(skipped: int, state: dict, taken: int, micro: int = 8) -> tuple[list[bool], dict]:
+        """Say for each further step whether it is corrupted; return the state after so many steps, too."""
+        loaders = [loader(kind, micro=micro, skipped=skipped) for kind in ("random", None)]
+        for one in loaders:
+            one.load_state_dict(state)
+        differ, states = [], []
+        for corrupted, clean in zip(*loaders, strict=True):
+            differ.append(not torch.equal(corrupted.tokens, clean.tokens))
+            states.append(loaders[0].state_dict())
+        return differ, states[taken * 8 // micro - 1]
+
+    start = {"sequences_consumed": 0, "fingerprint": "f"}
+    differ, state = resume(0, start, taken=1)
+    assert differ == [False, True, False, False, True, False]
+    differ, state = resume(2, state, taken=3)
+    assert differ == [True, False, False, True, False]
+    assert resume(3, state, taken=1)[0] == [True, False]
+    assert resume(3, state, taken=1, micro=2)[0] == [True] * 4 + [False] * 4
+    assert resume(3, start, taken=1)[0] == [False, True, False, False, True, False]
 
 
 def test_tokenizer_without_foreign_scripts_is_rejected():

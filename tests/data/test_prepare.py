@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import random
 import shutil
 import sys
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from rich.console import Console
 
-import common.files
 from common.errors import UserError
+from common.files import hold_lock
 from data import Corpus, Mixture, Source, Tokens, open_tokens, prepare
+from data.rows import LocalRows
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
 from tests.data.preparation import PART_TOKENS, corpus_of, prepare_lines, write_lines
@@ -96,14 +97,15 @@ def snapshots_of(preparation: Callable[[], object], cache: Path, folder: Path, p
     For each file these are: half of it written under its temporary name, all of it, and its final name.
     """
     copies: list[Path] = []
-    sync = common.files.sync
+    sync = os.fsync
 
     def copy() -> Path:
         copies.append(shutil.copytree(cache, folder / str(len(copies))))
         return copies[-1]
 
-    def sync_and_copy(path: Path) -> None:
-        sync(path)
+    def sync_and_copy(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         copied = copy() / path.relative_to(cache)
         if path.is_file():
             with copied.open("r+b") as file:
@@ -111,7 +113,7 @@ def snapshots_of(preparation: Callable[[], object], cache: Path, folder: Path, p
             copy()
 
     with patch.context() as patched:
-        patched.setattr(common.files, "sync", sync_and_copy)
+        patched.setattr(os, "fsync", sync_and_copy)
         preparation()
     return copies
 
@@ -151,8 +153,8 @@ def check_finished(cache: Path, reference: Tokens) -> None:
 
 
 def test_killed_preparations_end_with_the_same_tokens(lines, reference, tmp_path):
-    """Processes kill themselves within a part: 10 synchronizations write a part, and 6 what is before the first."""
-    for syncs, parts in ((33, 2), (5, 2), (47, 6), (None, 6)):
+    """Processes kill themselves within a part: 10 synchronizations write a part, and 8 what is before the first."""
+    for syncs, parts in ((35, 2), (5, 2), (47, 6), (None, 6)):
         job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", syncs)
         output = job.wait()
         assert job.status == (0 if syncs is None else -9), output
@@ -221,7 +223,7 @@ def test_process_says_that_it_waits_for_another(lines, tmp_path):
     cache = tmp_path / "cache"
     folder = corpus_of(lines, deduplicate=True).folder(cache)
     cache.mkdir()
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with hold_lock(folder.with_name(f".{folder.name}.lock")):
         job = Job(tmp_path / "output", prepare_lines, lines, cache)
         deadline = time.monotonic() + 60
         while "waiting for another process that prepares the same tokens" not in job.output:
@@ -266,7 +268,7 @@ def test_cache_that_is_no_folder_is_named(lines, tmp_path):
 
 def test_full_disk_is_one_sentence_and_preparation_resumes(lines, reference, tmp_path):
     """A limit on the size of files stands in for the full disk. The journal grows beyond it."""
-    killed = Job(tmp_path / "killed", prepare_lines, lines, tmp_path / "cache", 36)
+    killed = Job(tmp_path / "killed", prepare_lines, lines, tmp_path / "cache", 38)
     killed.wait()
     full = Job(tmp_path / "full", prepare_lines, lines, tmp_path / "cache", None, 4096)
     message = "cannot be written (File too large): complete parts are kept, and the same command continues"
@@ -338,8 +340,7 @@ def test_max_tokens_ends_the_text_with_a_complete_document(lines, tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (1 - 1e-9, 2)])
-def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(Corpus, "commits", lambda corpus: {"text": "a commit"})
+def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path):
     texts = [f"this is text {i}, which is short" for i in range(3)]
     (tmp_path / "text").mkdir()
     for i, text in enumerate(texts):
@@ -351,7 +352,6 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
     )
     tokenizer = load_tokenizer(str(tokens.folder))
     assert tokenizer.size > 257, "it has learned from the training text"
-    assert tokens.facts["commits"] == {"text": "a commit"}
     held_out_text = tokenizer.tokenizer.decode(tokens.test.read(0, len(tokens.test)).tolist())
     assert all((document.text in held_out_text) == (i < held_out) for i, document in enumerate(documents))
     for i in range(3):
@@ -363,16 +363,17 @@ def test_tiny_corpus_keeps_a_document_in_each_split(fraction, held_out, tmp_path
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_text_is_read_at_the_commit_that_is_recorded(streamed, lines, tmp_path, monkeypatch):
+    """The rows of a file stand in for those of the hub, which `test_hub` reads."""
     revisions = set()
 
-    def mixture(sources: list[Source], *state) -> Mixture:
-        revisions.update(source.revision for source in sources)
-        return Mixture(sources, *state)
+    def rows(source: Source) -> LocalRows:
+        revisions.add(source.revision)
+        return LocalRows([lines], "text")
 
-    for module in ("corpus", "prepare", "stream_head"):
-        monkeypatch.setattr(sys.modules[f"data.{module}"], "Mixture", mixture)
-    monkeypatch.setattr(Corpus, "commits", lambda corpus: {"text": "a commit"})
-    tokens = prepare(corpus_of(lines, streamed=streamed), tmp_path, 16)
+    monkeypatch.setattr(Source, "open", rows)
+    monkeypatch.setattr(Source, "commit", lambda source: "a commit")
+    corpus = Corpus((Source(name="text", hub="somebody/text"),), vocab_size=300, streamed=streamed)
+    tokens = prepare(corpus, tmp_path, 16)
     assert revisions == {"a commit"} and tokens.facts["commits"] == {"text": "a commit"}
 
 
@@ -407,7 +408,7 @@ def test_damaged_journal_is_reported(lines, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink])
 def test_damaged_part_of_an_interrupted_preparation_is_named(damage, lines, tmp_path):
-    job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", 36)
+    job = Job(tmp_path / "output", prepare_lines, lines, tmp_path / "cache", 38)
     job.wait()
     (file,) = (tmp_path / "cache").glob("*/train-00001.documents.npy")
     damage(file)

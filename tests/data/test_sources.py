@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,26 +230,54 @@ def test_empty_documents_and_files_are_skipped(tmp_path):
     assert texts_of(Source(name="s", path=str(tmp_path))) == ["one", "two", "three"]
 
 
-def test_identity_changes_with_what_is_read(tmp_path):
+def test_identity_is_what_is_read(tmp_path):
     (tmp_path / "a.txt").write_text("a text")
-    os.utime(tmp_path / "a.txt", (1, 1))
     local, hub = {"path": str(tmp_path)}, {"hub": "somebody/text"}
+
+    def identity(settings: dict = local, name: str = "s") -> str:
+        return json.dumps(Source(name=name, **settings).identity())
+
     identities = [
-        Source(name="s", **settings).identity()
+        identity(settings)
         for settings in (
             local, {**local, "column": "body"}, {**local, "weight": 2}, {"sotu": True}, {"sotu": True, "weight": 2},
             hub, {**hub, "subset": "x"}, {**hub, "split": "x"}, {**hub, "revision": "x"}, {"hub": "somebody/else"},
         )
     ]  # fmt: skip
-    os.utime(tmp_path / "a.txt", (2, 2))
-    identities.append(Source(name="s", **local).identity())
-    (tmp_path / "a.txt").write_text("another")
-    os.utime(tmp_path / "a.txt", (2, 2))
-    identities.append(Source(name="s", **local).identity())
-    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    identities.append(Source(name="s", **local).identity())
-    assert len({json.dumps(identity) for identity in identities}) == len(identities) == 13
-    assert Source(name="other name", **local).identity() == identities[-1]
+    times = (tmp_path / "a.txt").stat()
+    (tmp_path / "a.txt").write_text("b text")
+    os.utime(tmp_path / "a.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    identities.append(identity())
+    (tmp_path / "b.txt").write_text("a text")
+    identities.append(identity())
+    (tmp_path / "a.txt").rename(tmp_path / "c.txt")  # another order
+    identities.append(identity())
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.txt").rename(tmp_path / f"{name}.jsonl")
+    identities.append(identity())
+    assert len(set(identities)) == len(identities) == 14
+    assert identity(name="other name") == identities[-1]
+
+
+def test_identity_is_that_of_the_same_text_elsewhere(tmp_path):
+    for number in range(3):
+        (tmp_path / "one" / str(number)).mkdir(parents=True)
+        (tmp_path / "one" / str(number) / f"{number}.txt").write_text(f"text {number}")
+    expected = Source(name="s", path=str(tmp_path / "one")).identity()
+    os.utime(tmp_path / "one" / "1" / "1.txt", (1, 1))
+    (tmp_path / "one" / "empty.txt").touch()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "1").rename(tmp_path / "two" / "1 renamed")
+    for path in ("one", "two", "two/*/*.txt"):
+        assert Source(name="s", path=str(tmp_path / path)).identity() == expected
+
+
+def test_dataset_is_not_mistaken_for_a_folder_of_its_name(tmp_path, monkeypatch):
+    """The library would read the folder, and the tokens be recorded as those of the dataset's commit."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "somebody" / "text", ".jsonl")
+    with pytest.raises(SourceError, match=r"^sources\.s\.hub=somebody/text is a file or folder here, which would be"):
+        texts_of(Source(name="s", hub="somebody/text"))
 
 
 def test_size_is_known_of_plain_files_only(tmp_path):

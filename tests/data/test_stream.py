@@ -140,7 +140,7 @@ def test_changed_source_is_reported(tmp_path, corpus):
     source = (Source(name="c", path=str(tmp_path / "text")),)
     lines = '{"text": "some words here"}\n' * 500
     for change, message in (
-        (lambda: (tmp_path / "text" / "b.jsonl").write_text(""), "has changed since the stream was opened: it must"),
+        (lambda: (tmp_path / "text" / "b.jsonl").write_text(""), "has changed since it was opened: it must"),
         (lambda: (tmp_path / "text" / "a.jsonl").unlink(), "(has changed|cannot be read: .*the file does not exist)"),
         (
             lambda: (tmp_path / "text").rename(tmp_path / "elsewhere"),
@@ -168,7 +168,7 @@ def test_source_changed_within_an_epoch_is_reported_with_the_next_block(tmp_path
     stream.take(0, 1)
     (tmp_path / "text" / "d.jsonl").write_text('{"text": "other words here"}\n' * 5000)
     stream.take(1, 1)
-    with pytest.raises(SourceError, match="has changed since the stream was opened: it must stay as it is"):
+    with pytest.raises(SourceError, match="has changed since it was opened: it must stay as it is"):
         stream.take(50, 1)
 
 

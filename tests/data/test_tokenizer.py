@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from common.errors import ConfigError, UserError
-from data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_identity, train_tokenizer
+from data.tokenizer import END_OF_TEXT, load_tokenizer, read_tokenizer, tokenizer_identity, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +150,46 @@ def test_end_of_text_is_the_usual_one_if_the_tokenizer_names_none(tokenizer, tmp
     assert load_tokenizer("somebody/tokenizer").end == tokenizer.end
 
 
-@pytest.mark.parametrize("name", ["nothing.json", "./nothing", "../nothing", "~/nothing", "a/b/c"])
-def test_path_is_not_sought_on_the_hub(name):
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The names that are asked of the hub, which knows none."""
+    names: list[str] = []
+
+    def download(name: str, file: str) -> str:
+        names.append(name)
+        raise EntryNotFoundError(f"{name} has no {file}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing", "nothing.json", "a/nothing.json", "./nothing", "../nothing", "~/nothing", "a/b/c", "nothing/", "/x"],
+)
+def test_path_is_not_sought_on_the_hub(name, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"^tokenizer={name} does not exist: it must be a tokenizer\.json"):
         load_tokenizer(name)
+    assert not asked
+
+
+def test_folder_that_is_gone_is_not_sought_on_the_hub(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^tokenizer=run1/tokenizer cannot be downloaded from the Hugging Face hub"):
+        load_tokenizer("run1/tokenizer")
+    assert asked == ["run1/tokenizer"]
+    (tmp_path / "run1").mkdir()
+    (tmp_path / "run2").symlink_to("gone")
+    for name in ("run1/tokenizer", "run2/tokenizer"):
+        with pytest.raises(ConfigError, match=rf"^tokenizer={name} does not exist: it must be a tokenizer\.json"):
+            load_tokenizer(name)
+        with pytest.raises(ConfigError, match=rf"^tokenizer={name} does not exist: it must be a tokenizer\.json"):
+            tokenizer_identity(name)
+    for name in ("run3/tokenizer", "owner/name"):
+        with pytest.raises(ConfigError, match=rf"^tokenizer={name} does not exist: it must be a tokenizer\.json"):
+            read_tokenizer(Path(name))
+    assert asked == ["run1/tokenizer"]
 
 
 def test_home_folder_is_a_tilde(tokenizer, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
     collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["<x> is excluded"])
     page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
     text = verdicts_markdown(collection, {}, "micro")
-    assert "\n- <x> is excluded\n" in text and "&lt;x&gt; is excluded" in page
+    assert "\n- \\<x\\> is excluded\n" in text and "&lt;x&gt; is excluded" in page
     for shown in (page, text):
         assert "Some runs are unfinished and not in these numbers." in shown
         assert "The 30 runs without corrupted batches have 0 loss spikes." in shown

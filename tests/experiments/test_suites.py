@@ -255,11 +255,11 @@ def test_figure_3_needs_no_runs(tmp_path):
             "windows=[[9,8]]",
             "windows=[[9, 8]] is not allowed: it must be pairs of the first and last of three steps or more",
         ),
-        ("overrides=[3]", "overrides=[3] is not allowed: it must be a list of settings in quotes, as"),
+        ("overrides=[3]", "overrides=['3'] is not allowed: it must be a list of settings in quotes, as"),
         ("seeds=[-1]", "seeds=[-1] is not allowed: it must be a list of integers from 0, as"),
         ("seeds=3", "seeds=3 is not allowed: it must be a list of integers from 0, as [0,1,2]"),
         ("experiment=[]", "experiment=[] is not made here: it must be of table2, table3,"),
-        ("out=2026", "out=2026 is not allowed: it must be a folder, or null"),
+        ("out=[1]", "out=[1] is not allowed: it must be a folder, or null"),
         (
             "overrides=['clip=fixed']",
             "overrides=['clip=fixed'] is not allowed: clip is what the experiments set themselves",

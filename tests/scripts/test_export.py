@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import SLOW, TINY, read_jsonl, script, train
+from tests.scripts.loading import load_script
 from training.checkpoint.format import load_model_state
 
 
@@ -42,6 +44,14 @@ def test_step_and_dtype_of_the_export(finished_run, tmp_path):
     saved = load_model_state(finished_run / "checkpoints" / "step-00000008.ckpt")
     assert model.dtype == torch.bfloat16 and not (tmp_path / "exported" / "left").exists()
     assert all(torch.equal(tensor, saved[name].bfloat16()) for name, tensor in model.state_dict().items())
+
+
+def test_model_card_shows_names_as_they_are():
+    config = SimpleNamespace(parameters=1, max_position_embeddings=64)
+    run_dir = SimpleNamespace(path=Path("/runs/<b>[x](http:y)\n# z"))
+    checkpoint = SimpleNamespace(run_dir=run_dir, config=config, description="step 1")
+    card = load_script("export_hf").model_card(checkpoint, "`</s>`\n# end")
+    assert "\n# \\<b\\>\\[x\\](http:y) # z\n" in card and "ended with `'</s>' # end`" in card and "\n# end" not in card
 
 
 def started_from(exported: Path, corpus: Path, cache: Path) -> tuple[str, ...]:

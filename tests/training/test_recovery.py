@@ -49,7 +49,10 @@ def settings(tiny: tuple[str, ...]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def fragile(settings, once) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return settings and environment of a run in which batches 21 to 26 give non-finite steps."""
+    """Return settings and environment of a run in which the batches of steps 21 to 26 give non-finite steps.
+
+    Rewound from step 23, it takes the steps 21 to 23 with other batches, and comes to those of 24 to 26.
+    """
     folder = once("fragile", lambda folder: (folder / "fragile.py").write_text(FRAGILE))
     overrides = (
         *settings, "clip._target_=fragile.Fragile", "data.corruption.steps=[21,22,23,24,25,26]",
@@ -76,10 +79,12 @@ def losses(path: Path) -> list[float | None]:
 
 
 def assert_rewound(path: Path, output: str) -> None:
-    """Assert that a run was rewound twice, from step 23 to step 20."""
+    """Assert that a run was rewound twice to step 20, from step 23 and from step 26."""
     assert "for 3 steps in a row, up to step 23: rewinding to step 20 and skipping the 3 batches since" in output
     assert json.loads((path / "rewinds.json").read_text()) == {
-        "rewinds": [{"from_step": 23, "to_step": 20, "skipped_batches": number} for number in (3, 6)]
+        "rewinds": [
+            {"from_step": step, "to_step": 20, "skipped_batches": number} for step, number in ((23, 3), (26, 9))
+        ]
     }
     assert [row["step"] for row in read_jsonl(path / "metrics.jsonl")] == list(range(1, 41))
     assert [row["step"] for row in read_jsonl(path / "metrics.jsonl") if row["grad_norm"] is None] == []
@@ -125,7 +130,7 @@ def test_rewind_depends_neither_on_log_every_nor_on_an_interruption(rewound_run,
     assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
     path = tmp_path / "runs" / "main" / "x"
     rewinds = json.loads((path / "rewinds.json").read_text())["rewinds"]
-    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
+    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (26, 20)]
     assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
 
 
@@ -138,7 +143,7 @@ def test_rewind_of_an_uninterrupted_run_does_not_depend_on_log_every(log_every, 
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "main" / "x"
     rewinds = json.loads((path / "rewinds.json").read_text())["rewinds"]
-    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (23, 20)]
+    assert [(r["from_step"], r["to_step"]) for r in rewinds] == [(23, 20), (26, 20)]
     assert losses(path / "metrics.jsonl") == losses(rewound_run[0] / "metrics.jsonl")
 
 
@@ -186,7 +191,7 @@ def test_lost_record_of_rewinds_is_one_sentence(rewound_run, fragile, tmp_path):
     (path / "rewinds.json").unlink()
     done = train(*settings, "trainer.on_nonfinite=rewind", "trainer.keep_last=9", cwd=tmp_path, env=env)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "has skipped 6 more batches than this run: the record of its rewinds is missing" in done.stderr
+    assert "has skipped 9 more batches than this run: the record of its rewinds is missing" in done.stderr
     assert (path / "checkpoints" / "step-00000040.ckpt").exists()
 
 
@@ -205,7 +210,7 @@ def test_rewinds_skip_more_and_more_batches(fragile, tmp_path):
     done = train(*settings, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     rewinds = json.loads((tmp_path / "runs" / "main" / "x" / "rewinds.json").read_text())["rewinds"]
-    assert [rewind["skipped_batches"] for rewind in rewinds] == [2, 4, 6]
+    assert [rewind["skipped_batches"] for rewind in rewinds] == [2, 6, 12]
     assert {rewind["to_step"] for rewind in rewinds} == {20}
 
 

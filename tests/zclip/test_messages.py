@@ -191,7 +191,7 @@ def test_mistakes_in_a_saved_state_say_what_is_wrong():
     )
     damaged = {**saved, "state": {key: value for key, value in saved["state"].items() if key not in ("mean", "var")}}
     assert message(ValueError, ZClip().load_state_dict, damaged) == (
-        "the saved ZClip is damaged: its statistics differ in mean, var"
+        "the saved ZClip is damaged: state lacks mean, var"
     )
     empty = {**saved, "state": {}, "counters": {}}
     assert message(ValueError, ZClip().load_state_dict, empty) == (
@@ -204,10 +204,27 @@ def test_telemetry_is_empty_before_the_first_step():
 
 
 def test_statistics_of_tensors_take_one_set_of_parameters():
-    strategy, parameters = AdaGC(), [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    for p in parameters:
+    def parameters(*lengths: int) -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.ones(length)) for length in lengths]
+        for p in made:
+            p.grad = torch.ones_like(p)
+        return made
+
+    strategy, model = AdaGC(), nn.Linear(3, 2)
+    strategy.step(parameters(2, 3, 4, 5))
+    advice = "give it the module, whose names tell its parameters apart, or always the same parameters"
+    was = "4 tensors (parameter 0 of shape (2,), parameter 1 of shape (3,), parameter 2 of shape (4,), ...)"
+    for lengths, given in (((2,), "1 tensor (parameter 0 of shape (2,))"), ((2, 3, 4, 6), was)):
+        assert message(ValueError, strategy.step, parameters(*lengths)) == (
+            f"AdaGC has statistics of {was}, but step() was given {given}: {advice}"
+        )
+    for p in model.parameters():
         p.grad = torch.ones_like(p)
-    strategy.step(parameters)
-    assert message(ValueError, strategy.step, parameters[:2]) == (
-        "AdaGC has statistics of 3 tensors, but step() was given 2: use one strategy for one fixed set of parameters"
+    named = AdaGC()
+    named.step(model)
+    other = nn.Sequential(model)
+    named._objects = []
+    assert message(ValueError, named.step, other) == (
+        "AdaGC has statistics of 2 tensors (weight of shape (2, 3), bias of shape (2,)), but step() was given 2 "
+        "tensors (0.weight of shape (2, 3), 0.bias of shape (2,)): use one strategy for one model"
     )

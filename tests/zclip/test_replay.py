@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -138,6 +139,9 @@ def test_fifty_combinations_are_replayed(tmp_path, capsys):
     assert len(rows) == 50
 
 
+VALUE = "column=grad_norm of FILE holds a value that is not a number: "
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -156,8 +160,25 @@ def test_fifty_combinations_are_replayed(tmp_path, capsys):
         ("negative.csv", "grad_norm\n3\n-1\n-2\n", "column=grad_norm of FILE holds -2: a norm is not below 0"),
         ("small.csv", "grad_norm\n-0.5\n", "column=grad_norm of FILE holds -0.5: a norm is not below 0"),
         ("field.csv", "grad_norm\n" + "1" * 200_000 + "\n", "FILE cannot be read: field larger than field limit"),
-        ("list.jsonl", '{"grad_norm": [1]}\n', "column=grad_norm of FILE holds a value that is not a number: float()"),
-        ("words.csv", "grad_norm\nlarge\n", "column=grad_norm of FILE holds a value that is not a number: could not"),
+        ("list.jsonl", '{"grad_norm": [1]}\n', f"{VALUE}it is a list"),
+        ("flag.jsonl", '{"grad_norm": true}\n', f"{VALUE}it is a bool"),
+        ("text.jsonl", '{"grad_norm": "1.5"}\n', f"{VALUE}could not convert the text '1.5'"),
+        ("under.csv", "grad_norm\n1_0\n", f"{VALUE}could not"),
+        ("arabic.csv", "grad_norm\n\u0661\n", f"{VALUE}could not"),
+        ("deep.jsonl", "[" * 100_000, "FILE cannot be read: line 1 is nested too deeply"),
+        ("object.jsonl", '{"grad_norm":' * 100_000 + "\n", "FILE cannot be read: line 1 is nested too deeply"),
+        ("long.jsonl", "1" * 10_000_000, "FILE cannot be read: line 1 is not JSON (Exceeds the limit"),
+        ("surrogate.jsonl", '{"\\ud800\\n": 1}\n', "column=grad_norm is not in FILE: it has \\ud800\\n"),
+        ("norm.jsonl", '{"grad_norm": "\\ud800\\n"}\n', VALUE),
+        ("nul.jsonl", "\0" * 50, "FILE cannot be read: line 1 is not JSON ("),
+        ("nul.csv", "grad_norm\n\0\n", f"{VALUE}could not"),
+        ("binary.csv", b"\x93NUMPY\xff\xfe", "FILE cannot be read: 'utf-8' codec can't decode byte 0x93 in position 0"),
+        ("utf16.csv", "grad_norm\n1\n".encode("utf-16"), "FILE cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        ("twice.csv", "grad_norm,step,grad_norm\n1,2,3\n", "FILE cannot be read: it has several columns grad_norm"),
+        ("loss-twice.csv", "loss,grad_norm,loss\n1,2,3\n", "FILE cannot be read: it has several columns loss"),
+        ("many.csv", ",".join(map(str, range(10_000))), "column=grad_norm is not in FILE: it has 0, 1, 2, 3, 4"),
+        ("quote.csv", 'grad_norm,note\n1,"open\n2,\n', "FILE cannot be read: unexpected end of data"),
+        ("words.csv", "grad_norm\nlarge\n", f"{VALUE}could not"),
         ("loss.csv", "grad_norm,loss\n1,high\n", "column=loss of FILE holds a value that is not a number: could not"),
         ("missing.csv", None, "FILE cannot be read: [Errno 2] No such file or directory"),
     ],
@@ -165,11 +186,58 @@ def test_fifty_combinations_are_replayed(tmp_path, capsys):
 def test_unreadable_files_are_one_sentence(name, text, message, tmp_path, capsys):
     file = tmp_path / name
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["replay", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"zclip replay: error: {message}".replace("FILE", str(file)))
-    assert error.count("\n") == 1 and error.endswith("\n")
+    assert error.count("\n") == 1 and error.endswith("\n") and len(error) < 1000
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for name, problem in (
+        ("fifo.jsonl", "it is not a regular file"), ("folder.csv", "it is a folder"), ("loop.csv", "[Errno 40]"),
+        ("x" * 300, "[Errno 36] File name too long"), ("a\0b", "embedded null byte"), ("a/b", "[Errno 2] No such file"),
+    ):  # fmt: skip
+        assert main(["replay", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert f"cannot be read: {problem}" in error and error.count("\n") == 1
+    assert main(["replay", "/dev/zero"]) == 2 and "it is not a regular file" in capsys.readouterr().err
+
+
+def test_larger_files_than_it_can_hold_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zclip.trace.MAX_BYTES", 20)
+    (tmp_path / "a.csv").write_text("grad_norm\n" + "1\n" * 5)
+    assert read_trace(tmp_path / "a.csv", "grad_norm", None).norms == [1.0] * 5
+    (tmp_path / "a.csv").write_text("grad_norm\n" + "1\n" * 6)
+    assert main(["replay", str(tmp_path / "a.csv")]) == 2
+    assert capsys.readouterr().err.endswith("a.csv cannot be read: it has more than 20 bytes\n")
+
+
+def test_nonfinite_words_are_norms_that_were_not_finite(tmp_path):
+    file = tmp_path / "words.jsonl"
+    file.write_text('{"grad_norm": "NaN"}\n{"grad_norm": "-Infinity"}\n{"grad_norm": 1e400}\n{"grad_norm": NaN}\n')
+    assert all(map(math.isnan, read_trace(file, "grad_norm", None).norms))
+
+
+def test_extreme_norms_are_replayed_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, norms in enumerate((["1e308"] * 30, ["0"], ["nan"], ["5e-324", "1e308", "inf"])):
+        (tmp_path / "extreme.csv").write_text("step,grad_norm\n" + "".join(f"1e{300 * i},{n}\n" for n in norms))
+        assert main(["replay", "extreme.csv", "clip=zclip", "warmup_steps=1"]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("plot: replay.png") == 4
+
+
+def test_module_itself_is_the_command_too(tmp_path):
+    name = os.fsdecode(b"caf\xe9-\xc3\xa9.csv")  # the first is no UTF-8, the second is no ASCII
+    (tmp_path / name).write_text("grad_norm\n1\n3\n")
+    command = [sys.executable, "-m", "zclip.replay", name, "clip=fixed", "max_norm=2", "out=none"]
+    env = {"PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[2].split() == ["fixed", "1", "50.0%", "0", "1", "2"]
 
 
 def test_zero_is_a_norm_and_a_byte_order_mark_is_none(tmp_path, capsys):

@@ -409,11 +409,11 @@ def test_load_state_dict_rejects_a_damaged_state():
         short = {**state, key: dict(list(state[key].items())[1:])}
         wide = {**state, key: {name: torch.ones(2) for name in state[key]}}
         for damaged in (short, wide):
-            with pytest.raises(ValueError, match="the saved ZClip is damaged: its statistics differ in"):
+            with pytest.raises(ValueError, match=r"^the saved ZClip is damaged: "):
                 zclip.load_state_dict(damaged)
     assert zclip.state["count"] == 1, "a rejected state changes nothing"
-    float32 = {name: value.to(torch.float32) for name, value in state["state"].items() if name != "count"}
-    zclip.load_state_dict({**state, "state": {**float32, "count": state["state"]["count"]}})
+    float32 = {name: value.float() for name, value in state["state"].items() if value.is_floating_point()}
+    zclip.load_state_dict({**state, "state": {**state["state"], **float32}})
     assert zclip.state["mean"].dtype == torch.float64
 
 

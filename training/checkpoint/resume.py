@@ -3,7 +3,7 @@
 `training.config.compose` makes the settings of `resume=FOLDER`. `fit` in `training/run.py` loads the checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ class Start(NamedTuple):
     step: int
     checkpoint: Path | None  # to load; `None`: new weights
     skipped_batches: int  # global batches that the run has skipped before
+    rewinds: Sequence[Mapping[str, int]]  # of the run so far, see `RunDir.rewinds`
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
 
@@ -43,14 +44,17 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     own_step = newest_step(run_dir, report)
     fork_step = 0 if fork is None else fork.step
     step = fork_step if own_step is None else own_step
-    run_dir.write_rewinds(run_dir.rewinds(step))
+    rewinds = run_dir.rewinds(step)
+    run_dir.write_rewinds(rewinds)
     if own_step is None:
         if fork is not None:
             if problem := find_problem(fork.checkpoint):  # a rewind comes here long after the fork was found
                 raise RunError(f"{fork.checkpoint}, from which the run starts, {problem}: restore it")
             fork.copy_history(run_dir)
-        return Start(step, fork.checkpoint if fork else None, run_dir.skipped_batches(step), fork, fork_step)
-    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), None, fork_step)
+            rewinds = run_dir.rewinds(step)
+        checkpoint = fork.checkpoint if fork else None
+        return Start(step, checkpoint, run_dir.skipped_batches(step), rewinds, fork, fork_step)
+    return Start(step, run_dir.checkpoint(step), run_dir.skipped_batches(step), rewinds, None, fork_step)
 
 
 def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:

@@ -5,6 +5,7 @@ optimizer's step. Leave the Trainer's `gradient_clip_val` unset. The statistics 
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -103,9 +104,18 @@ class ClippingCallback(pl.Callback):
         return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the states of all strategies."""
-        self._create_strategies(len(state_dict["strategies"]))
-        for strategy, state in zip(self.strategies, state_dict["strategies"], strict=True):
+        """Restore the states of all strategies; a state that is refused changes none of them.
+
+        Raises:
+            ValueError: the state is damaged, or not one of these strategies.
+        """
+        states = state_dict.get("strategies") if isinstance(state_dict, Mapping) else None
+        if not isinstance(states, list) or not states:
+            raise ValueError("this is not the state of a clipping callback: it lacks a list of strategies")
+        for state in states:
+            copy.deepcopy(self._initial_strategy).load_state_dict(state)
+        self._create_strategies(len(states))
+        for strategy, state in zip(self.strategies, states, strict=False):
             strategy.load_state_dict(state)
 
     def _create_strategies(self, count: int) -> None:

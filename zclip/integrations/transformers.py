@@ -13,6 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from zclip import ClippingStrategy
+from zclip.saved_state import shown
+
+#: Dtypes of statistics, by their names in a checkpoint.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.int64, torch.bool)}
 
 
 class TrainerClippingCallback(TrainerCallback, ExportableState):
@@ -69,7 +73,11 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
         if isinstance(saved.get(name), list):
             raise ValueError(f"two {name}s clip for one Trainer: give it one")
         if name in saved:
-            self.strategy.load_state_dict(_tensors(saved[name]["args"]["strategy"]))
+            try:
+                state = saved[name]["args"]["strategy"]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{name} in trainer_state.json has no strategy: it is damaged") from error
+            self.strategy.load_state_dict(_tensors(state))
         else:
             saved[name] = self.state()  # the Trainer updates existing entries only
 
@@ -90,9 +98,27 @@ def _json(value: Any) -> Any:
     return {key: _json(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
 
 
-def _tensors(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if value.keys() == {"dtype", "values"}:
-        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
-    return {key: _tensors(inner) for key, inner in value.items()}
+def _tensors(state: Any) -> Any:
+    """Return a saved state with the tensors that `_json` wrote; `load_state_dict` checks all else."""
+    if not isinstance(state, Mapping):
+        return state
+    restored = dict(state)
+    for part in ("state", "counters"):
+        if isinstance(state.get(part), Mapping):
+            restored[part] = {key: _tensor(f"{part}.{shown(key)[1:-1]}", value) for key, value in state[part].items()}
+    return restored
+
+
+def _tensor(entry: str, value: Any) -> torch.Tensor:
+    allowed = 'a dtype and its values, such as {"dtype": "float64", "values": [0.5]}'
+    if (
+        not isinstance(value, Mapping)
+        or value.keys() != {"dtype", "values"}
+        or not isinstance(value["dtype"], str)
+        or value["dtype"] not in DTYPES
+    ):
+        raise ValueError(f"{entry}={shown(value)} is not allowed: it must be {allowed}")
+    try:
+        return torch.tensor(value["values"], dtype=DTYPES[value["dtype"]])
+    except (TypeError, ValueError, RuntimeError, RecursionError) as error:  # no numbers, of several lengths, too large
+        raise ValueError(f"{entry}={shown(value['values'])} is not allowed: it must be {allowed}") from error

@@ -34,6 +34,7 @@ class AdaGC(ClippingStrategy):
     """
 
     per_tensor = True
+    nonnegative = ("count", "gamma")
 
     def __init__(
         self,

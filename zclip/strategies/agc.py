@@ -50,6 +50,11 @@ class AGC(ClippingStrategy):
         coefficients, squares_after, clipped = [], [], []
         for shard, local_gradient in zip(shards, stats.gradients, strict=True):
             parameter = shard.parameter
+            if local_gradient is None and not parameter.requires_grad:
+                coefficients.append(torch.ones_like(stats.norm))
+                squares_after.append(torch.zeros_like(stats.norm))
+                clipped.append(torch.zeros_like(stats.norm))
+                continue
             weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             gradient = torch.zeros_like(weight) if local_gradient is None else local_gradient
             local_squares = _unit_squares(gradient)

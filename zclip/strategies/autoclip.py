@@ -9,6 +9,10 @@ from torch import Tensor
 from zclip.arguments import integer, is_number, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, Decision, GradStats, State
+from zclip.saved_state import refuse
+
+#: Length of the first buffer of an unlimited history.
+HISTORY = 1024
 
 
 class AutoClip(ClippingStrategy):
@@ -27,16 +31,19 @@ class AutoClip(ClippingStrategy):
     Telemetry, in addition to that of `ClippingStrategy`: `threshold`, the percentile.
     """
 
+    nonnegative = ("history", "count")
+
     def __init__(self, percentile: float = 10.0, window: int | None = None, **policy: Unpack[Policy]) -> None:
         super().__init__(None, **policy)
         valid = is_number(percentile) and 0 <= percentile <= 100
         self.percentile = require(valid, "percentile", percentile, "a number from 0 to 100")
         self.window = integer("window", window, null="for the full history")
+        self.resizable = () if window else ("history",)
         self._steps = 0  # upper bound of the count on the device, known without a device sync
 
     def initial_state(self, like: Tensor) -> State:
         """Return an empty history; unused entries hold infinity, so that sorting moves them to the end."""
-        history = like.new_full((self.window or 1024,), torch.inf)
+        history = like.new_full((self.window or HISTORY,), torch.inf)
         return {"history": history, "count": torch.zeros((), dtype=torch.int64, device=like.device)}
 
     def clip(self, stats: GradStats, state: State) -> ClipResult:
@@ -51,6 +58,17 @@ class AutoClip(ClippingStrategy):
         """Restore the history."""
         super().load_state_dict(state_dict)
         self._steps = int(self.state["count"]) if self.state else 0
+
+    def check_state(self, state: State, counters: State) -> None:
+        """Raise `ValueError` unless the history has as many norms as its count says, and no more room than it made."""
+        history, count = state["history"], int(state["count"])
+        norms = min(count, len(history))
+        if not history[:norms].isfinite().all() or history[norms:].isfinite().any():
+            refuse(type(self).__name__, "state.history", history, f"finite in its first {norms} values, and inf behind")
+        steps = count + int(counters["nonfinite"])  # the buffer doubled whenever it had no room for another step
+        if self.window is None and not (count <= len(history) <= max(HISTORY, 2 * steps)):
+            allowed = f"of {HISTORY} values, or doubled as often as the {steps} steps before needed"
+            refuse(type(self).__name__, "state.history", history, allowed)
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Add the norm to the history and return the percentile as the target."""

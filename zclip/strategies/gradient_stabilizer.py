@@ -31,6 +31,7 @@ class GradientStabilizer(ClippingStrategy):
     """
 
     per_tensor = True
+    nonnegative = ("steps", "m", "v")
 
     def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8, **policy: Unpack[Policy]) -> None:
         super().__init__(None, **policy)

@@ -31,6 +31,7 @@ class SkipStep(ClippingStrategy):
     """
 
     uses_loss = True
+    nonnegative = ("loss_count", "norm_count", "norms")
 
     def __init__(self, sigma: float = 6.0, window: int = 128, **policy: Unpack[Policy]) -> None:
         super().__init__(None, **policy)

@@ -8,6 +8,7 @@ from torch import Tensor
 from zclip.arguments import decay, integer, one_of, positive, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
+from zclip.saved_state import refuse
 
 MODES = ("zscore", "percentile")
 CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
@@ -87,6 +88,7 @@ class ZClip(ClippingStrategy):
     """
 
     version = 2  # version 1 has the mean of one block only
+    nonnegative = ("count", "block_count", "block_spikes", "mean", "var", "block_mean", "block_var", "blocks")
 
     def __init__(
         self,
@@ -120,6 +122,15 @@ class ZClip(ClippingStrategy):
         moments = {key: torch.zeros_like(like) for key in ("mean", "var", "block_mean", "block_var")}
         return counts | moments | {"blocks": like.new_zeros(3)}
 
+    def check_state(self, state: State, counters: State) -> None:
+        """Raise `ValueError` unless the counts of a block are below its length."""
+        block_count, block_spikes = int(state["block_count"]), int(state["block_spikes"])
+        most = self.recovery_window - 1 if self.recovery_window else 0
+        if block_count > most:
+            refuse("ZClip", "state.block_count", block_count, f"an integer from 0 to {most}")
+        if block_spikes > block_count:
+            refuse("ZClip", "state.block_spikes", block_spikes, f"an integer from 0 to block_count={block_count}")
+
     def xi(self, z: Tensor) -> Tensor:
         """Return the target of a spike of z-score `z`, in standard deviations above the mean (section 3.3)."""
         option = "max" if self.mode == "percentile" else self.clip_option
@@ -139,7 +150,8 @@ class ZClip(ClippingStrategy):
 
         target = mean + self.xi(z) * std
         if self.mode == "zscore" and self.clip_option == "adaptive_scaling":
-            target = target * self.clip_factor
+            # A larger target would make the variance, a square, infinite.
+            target = (target * self.clip_factor).clamp(max=torch.finfo(norm.dtype).max ** 0.5)
         clipped = torch.where(spike, target, norm)
         ema_mean = self.alpha * mean + (1 - self.alpha) * clipped
         ema_var = self.alpha * var + (1 - self.alpha) * (clipped - ema_mean).square()

@@ -1,0 +1,156 @@
+"""Words from run folders are plain text in every format, whatever is in them."""
+
+import html
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import matplotlib.pyplot as plt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from experiments.escape import escape_latex, escape_markdown, one_visible_line, visible
+from experiments.paper.render import fill_table, latex, markdown
+from experiments.paper.report import report, verdicts_markdown
+from experiments.paper.tables_and_figures import TABLES
+from experiments.paper.verdict import Verdict
+from experiments.run.plot import draw_run
+from experiments.run.style import image
+from tests.experiments.written_runs import modify
+
+HOSTILE = [
+    "\\input{/etc/passwd}", "a|b\nc", "`rm -rf`", "[x](http://evil.example)", "![x](y.png)", "<script>x</script>",
+    "&lt;b&gt;", "**bold** __b__ *i* _i_ ~~s~~", "$x^2$ \\(y\\)", "# title", "- item", "1. item", "1) item", "---",
+    "===", "> quote", "    code", "https://evil.example www.evil.example", "<http://evil.example>", "\x1b[31mred\x07",
+    "a\ud800b", "\u202egnp.exe", "a\x00b\x7f", "%$&#_{}~^\\", "a\\", "\\\\", "]]>", "--><b>", "\"'", "a\r\n\r\nb",
+    "\u2028\u2029", "```\nx\n```", "[^1]: x", "\\begin{x}", "a & b \\\\ c", "[2cm]", "<!--", "{{ 7 * 7 }}", "{% raw %}",
+    "$\\frac$", "$", "snake_case_name", "+", "+ item", "max_grad_norm -0.5 = 1.0", "", " ", "#", "2.5", "12.", "=",
+    "a:b c://d",
+]  # fmt: skip
+TEXTS = st.text(st.sampled_from("\\`*_[]<>|~$&#+-=.:/!(){}^%1 \n\tax\x1b\u202e\ud800w")) | st.sampled_from(HOSTILE)
+MANY = settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=[*HealthCheck])
+
+GFM = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def shown_by_markdown(source: str) -> str:
+    """The text of the only paragraph or cell of a source, which must have no other elements."""
+    blocks = [token for token in GFM.parse(source) if token.type == "inline"]
+    texts = [child for block in blocks for child in block.children or ()]
+    assert {child.type for child in texts} <= {"text", "text_special"}, source
+    return "".join(child.content for child in texts)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_shows_hostile_text_as_it_is(text):
+    check_markdown(text)
+
+
+@given(text=TEXTS)
+@MANY
+def test_markdown_shows_any_text_as_it_is(text):
+    check_markdown(text)
+
+
+def check_markdown(text: str) -> None:
+    escaped = escape_markdown(text)
+    assert "\n" not in escaped
+    escaped.encode()
+    assert shown_by_markdown(escaped) == one_visible_line(text).strip()
+    rows = [line for line in GFM.parse(f"| a | b |\n| --- | --- |\n| {escaped} | z |\n") if line.type == "td_open"]
+    assert len(rows) == 2, "a table has as many cells as before"
+    assert not re.search(r"https?://|www\.", escaped), "no bare links"
+
+
+@given(text=TEXTS)
+@MANY
+def test_latex_has_only_commands_of_ours(text):
+    escaped = escape_latex(text)
+    words = r"\\textbackslash\{\}|\\textasciicircum\{\}|\\textasciitilde\{\}|\\text(?:less|greater|bar)\{\}"
+    rest = re.sub(rf"{words}|\\[{{}}$&#_%]|\{{[\[\]]\}}|\$\\pm\$", "", escaped)
+    assert not set(rest) & set("\\{}$&#^_%~[]<>|\n\r\t")
+    assert all(character.isprintable() for character in rest)
+
+
+def test_escapes_leave_ordinary_text_alone():
+    for text in ("max_grad_norm 1.0", "seeds 0, 1, 2", "-0.500 ± 0.1", "2.5 (1 of 3 seeds)", "text sotu: a, b; c"):
+        assert escape_markdown(text) == visible(text) == text
+    assert escape_latex("5.1 ± 0.1 nats") == r"5.1 $\pm$ 0.1 nats"
+    assert visible("a\tb\nc\x1b\ud800") == "a\tb\nc\\x1b\\ud800"
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.names: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def with_words(everything, word: str):
+    """The runs, with a word in each text of their files that tables and the report print."""
+
+    def change(spec, seed, run):
+        config = {
+            **run.config,
+            "model": {**run.config["model"], "name": word},
+            "paper": {**run.config["paper"], "scale": word},
+            "data": {**run.config["data"], "name": word, "corruption": {"steps": [80], "kind": word}},
+        }
+        start = {"commit": word, "versions": {word: word}, "device": word}
+        return run._replace(config=config, starts=[start], result={**run.result, "data_fingerprint": word})
+
+    few = {key: run for key, run in everything.runs.items() if key[1] == 0}
+    return modify(everything._replace(runs=few), change)._replace(warnings=[f"{word} is excluded"])
+
+
+HOSTILE_WORD = "\\input{/etc/passwd}<script>|`x`\n\n# h [l](http://e) $\\frac$ {{7*7}} \x1b\ud800 </code> _i_ *b* 50%"
+
+
+def test_words_of_a_run_are_text_in_tables_verdicts_and_the_report(everything):
+    collection = with_words(everything, HOSTILE_WORD)
+    filled = fill_table(TABLES["table3"], collection)
+    source = markdown(filled)
+    kinds = {child.type for token in GFM.parse(source) for child in token.children or ()}
+    assert kinds <= {"text", "text_special", "strong_open", "strong_close"} and source.count("\n# h") == 0
+    plain = escape_latex(HOSTILE_WORD)
+    assert f"fingerprint {plain}" in latex(filled) and "\\input" not in latex(filled)
+    verdicts = {"a claim": Verdict("supported", [f"with {HOSTILE_WORD}"])}
+    text = verdicts_markdown(collection, verdicts, "micro")
+    assert text.count(escape_markdown(HOSTILE_WORD)) >= 4 and "\n# h" not in text
+    page = report(collection, verdicts, [TABLES["table3"]], {}, [], "micro", [f"python {HOSTILE_WORD}"], "")
+    page.encode()
+    elements = Elements()
+    elements.feed(page)
+    assert not elements.names & {"script", "a"} and page.count("</code>") == 1
+    assert f"with {visible(HOSTILE_WORD)}" in elements.text and html.escape("\\frac$ {{7*7}} \\x1b\\ud800") in page
+
+
+def test_texts_of_a_figure_are_drawn_as_they_are():
+    """What is between two dollars is no formula, and the file is XML."""
+    figure, ax = plt.subplots()
+    figure.suptitle(f"{HOSTILE_WORD}$a$")
+    for i, word in enumerate(HOSTILE):
+        ax.text(0, i, f"$x${word}")
+    ax.plot([1], [1], label="$\\sqrt$")
+    ax.legend()
+    svg = image(figure, "svg")
+    ET.fromstring(svg)
+    assert b"$a$" in svg and svg.count(b"<!-- $x$") == len(HOSTILE) and b"<!-- $\\sqrt$ -->" in svg
+    assert image(figure, "png")[:4] == b"\x89PNG"
+
+
+def test_folder_of_any_name_is_the_title_of_its_plot(everything):
+    run = next(iter(everything.runs.values()))
+    figure = draw_run(run._replace(path=run.path.with_name("$\\frac$\ud800<b>"), result={}))
+    ET.fromstring(image(figure, "svg"))
+    assert figure.get_suptitle() == "$\\frac$\\ud800<b>"

@@ -1,0 +1,102 @@
+"""Checks of a saved state, before anything of it is used: it may be damaged, or written by somebody else."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+from torch import Tensor
+
+#: Counters are below this, so that they can be counted up and are exact in float64.
+MAX_COUNT = 2**53
+
+
+def shown(value: object) -> str:
+    """Return a value of any kind and size in at most 80 characters."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_meta or value.layout != torch.strided:
+            return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+        value = value.item()
+    elif not isinstance(value, bool | int | float | str | list | tuple | dict | None):
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value[:80] if isinstance(value, str | list) else value)
+    except (RecursionError, ValueError):  # nested deeply; an int of more than 4,300 digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def refuse(strategy: str, entry: str, value: object, allowed: str) -> NoReturn:
+    """Raise a `ValueError` that names an entry of a saved state, its value and what is allowed."""
+    raise ValueError(f"the saved {strategy} is damaged: {entry}={shown(value)} is not allowed: it must be {allowed}")
+
+
+def check_keys(strategy: str, where: str, found: object, required: Collection[str], optional: Collection[str]) -> None:
+    """Raise `ValueError` unless `found` is a dict with the required keys, and no others than the optional ones."""
+    if not isinstance(found, Mapping):
+        refuse(strategy, where, found, "a dict")
+    missing = [key for key in required if key not in found]
+    if missing:
+        raise ValueError(f"the saved {strategy} is damaged: {where} lacks {', '.join(missing)}")
+    unknown = [key for key in found if key not in (*required, *optional)]
+    if unknown:
+        allowed = ", ".join((*required, *optional)) or "nothing"
+        raise ValueError(f"the saved {strategy} is damaged: {where} has {shown(unknown[0])}: it may have {allowed}")
+
+
+def same(own: Any, saved: Any) -> bool:
+    """Whether a saved argument is the strategy's own. Only the latter is trusted to be of a sensible size."""
+    if isinstance(own, list | tuple):
+        equal_length = isinstance(saved, list | tuple) and len(own) == len(saved)
+        return equal_length and all(same(a, b) for a, b in zip(own, saved, strict=True))
+    return not isinstance(saved, Tensor) and bool(own == saved)
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense tensor with its own memory for each element.
+
+    A few bytes of a file can claim to be a tensor of any size, whose elements are all the same one.
+    """
+    if type(value) is not Tensor or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def check_tensor(strategy: str, entry: str, value: object, like: Tensor, resizable: bool) -> Tensor:
+    """Return a saved tensor if it has the kind, dtype and shape of `like`.
+
+    Floating-point statistics are float64 or float32, whatever `like` is: see `statistics_dtype`. A resizable one may
+    have another length, but not other dimensions.
+    """
+    floating = like.is_floating_point()
+    dtypes = (torch.float64, torch.float32) if floating else (like.dtype,)
+    shape = f"({', '.join(['any length'] * like.ndim)})" if resizable else f"{list(like.shape)}"
+    kind = "float64 or float32" if floating else str(like.dtype).removeprefix("torch.")
+    allowed = f"a dense {kind} tensor of shape {shape}"
+    if not is_plain(value):
+        refuse(strategy, entry, value, allowed)
+    if value.dtype not in dtypes or value.ndim != like.ndim or not (resizable or value.shape == like.shape):
+        refuse(strategy, entry, value, allowed)
+    return value.detach()
+
+
+def check_values(strategy: str, entry: str, value: Tensor, initial: Tensor, nonnegative: bool) -> None:
+    """Raise `ValueError` unless all values are finite and, if `nonnegative`, not below 0.
+
+    NaN and infinities are allowed where `initial` has them: they are statistics that have no value yet. Integers are
+    counts, at most `MAX_COUNT`.
+    """
+    start = initial[~initial.isfinite()].to(value).unique()
+    ok = value.isfinite()
+    if nonnegative:
+        ok &= value >= 0
+    if not value.is_floating_point():
+        ok &= value <= MAX_COUNT
+    ok |= torch.isin(value, start) | (value.isnan() & start.isnan().any())
+    if ok.all():
+        return
+    index = (~ok).nonzero()[0].tolist()
+    kind = "a finite number" if value.is_floating_point() else "an integer"
+    below = f" to {MAX_COUNT}" if not value.is_floating_point() else ""
+    range_words = f" from 0{below}" if nonnegative else ""
+    start_words = "".join(f" or {number}" for number in start.tolist())
+    refuse(strategy, f"{entry}{index or ''}", value[tuple(index)], f"{kind}{range_words}{start_words}")

@@ -1,0 +1,134 @@
+"""Which tensor a statistic is of: names of parameters, and the statistics that a tensor finds under its name."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from zclip.norm import Parameters, Shard
+
+#: Names under which wrappers hold the module that they wrap: torch.compile, FSDP1, checkpointing, Lightning Fabric.
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+class TensorId(NamedTuple):
+    """What a saved state knows of a tensor.
+
+    Attributes:
+        name: the parameter's name in its module; its position among the tensors that were given, if they were given
+            without a module; `None` in states from before names were saved.
+        shape: shape of the whole parameter; `None` where only a flat shard of it is known (FSDP1).
+    """
+
+    name: str | int | None
+    shape: list[int] | None
+
+
+def parameter_names(models: Parameters) -> dict[int, str]:
+    """Return the names of the parameters of the modules among `models`, by the parameters' ids.
+
+    Names are those of the module without its wrappers. Of several names of one parameter (tied weights) the first in
+    alphabetical order counts, whichever module comes first. Of several modules each has its number before its names.
+    """
+    modules = list({id(module): module for module in _modules(models)}.values())
+    names: dict[int, str] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            names[id(parameter)] = min(prefix + name, names.get(id(parameter), prefix + name))
+        wraps = isinstance(module, DistributedDataParallel | DataParallel)
+        for name, child in module.named_children():
+            visit(child, prefix if wraps or name in WRAPPED else f"{prefix}{name}.")
+
+    for i, module in enumerate(modules):
+        known = dict(names)
+        visit(module, f"{i}." if len(modules) > 1 else "")
+        names.update(known)  # a parameter of two modules is the first one's
+    return names
+
+
+def _modules(models: Parameters) -> Iterable[nn.Module]:
+    if isinstance(models, nn.Module):
+        yield models
+    elif not isinstance(models, Tensor):
+        for inner in models:
+            yield from _modules(inner)
+
+
+def identify(shards: Sequence[Shard], names: dict[int, str]) -> list[TensorId]:
+    """Return what is known of these parameters, in their order."""
+    return [TensorId(names.get(id(shard.parameter), i), _shape(shard)) for i, shard in enumerate(shards)]
+
+
+def _shape(shard: Shard) -> list[int] | None:
+    flat = shard.groups and not isinstance(shard.parameter, DTensor)
+    return None if flat or is_lazy(shard.parameter) else list(shard.parameter.shape)
+
+
+def find(
+    strategy: str,
+    saved: Sequence[TensorId],
+    objects: Sequence["weakref.ref[Tensor]"],
+    shards: Sequence[Shard],
+    current: Sequence[TensorId],
+) -> list[int | None]:
+    """Return for each parameter the index of its statistics; `None` if it has none and starts fresh.
+
+    A parameter that had its statistics in this process keeps them. Otherwise one with a name has those of its name and
+    shape. Parameters without names have those of their position, and must be as many and of the same shapes as before.
+
+    Args:
+        strategy: the strategy's name, for messages.
+        saved: n tensors that statistics are of.
+        objects: the n parameters, if the statistics are from this process; empty if they were loaded.
+        shards: m parameters that need statistics.
+        current: what is known of these.
+
+    Raises:
+        ValueError: the statistics cannot be of these parameters.
+    """
+    positions = {id(ref()): i for i, ref in enumerate(objects) if ref() is not None}
+    found = [positions.get(id(shard.parameter)) for shard in shards]
+    is_known = any(i is not None for i in found)
+    if is_known or all(isinstance(tensor.name, str) for tensor in (*saved, *current)):
+        by_name: dict[object, int] = {
+            tensor.name: i for i, tensor in enumerate(saved) if i not in found and isinstance(tensor.name, str)
+        }
+        for k, tensor in enumerate(current):
+            i = by_name.get(tensor.name) if found[k] is None else None
+            if i is not None and _match(saved[i], tensor):
+                found[k] = i
+        if all(i is None for i in found):
+            raise ValueError(
+                f"{strategy} has statistics of {_list(saved)}, but step() was given {_list(current)}: use one strategy "
+                "for one model"
+            )
+        return found
+    order = list(range(len(current)))
+    if len(saved) != len(current) and saved[0].name is None:  # of parameters that required gradients, in older states
+        order = [k for k in order if shards and shards[k].parameter.requires_grad]
+    if len(saved) != len(order) or not all(_match(saved[i], current[k]) for i, k in enumerate(order)):
+        raise ValueError(
+            f"{strategy} has statistics of {_list(saved)}, but step() was given {_list(current)}: give it the module, "
+            "whose names tell its parameters apart, or always the same parameters"
+        )
+    return [order.index(k) if k in order else None for k in range(len(current))]
+
+
+def _match(one: TensorId, other: TensorId) -> bool:
+    return one.shape is None or other.shape is None or one.shape == other.shape
+
+
+def _list(tensors: Sequence[TensorId]) -> str:
+    """Return the number of tensors and the first three, in words."""
+    words = []
+    for name, shape in tensors[:3]:
+        known = name if isinstance(name, str) else "" if name is None else f"parameter {name}"
+        words.append(" ".join(filter(None, [known, f"of shape {tuple(shape)}" if shape is not None else ""])))
+    more = ", ..." if len(tensors) > 3 else ""
+    inner = f" ({', '.join(filter(None, words))}{more})" if any(words) else ""
+    return f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}{inner}"
