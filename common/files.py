@@ -21,6 +21,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from common.errors import UserError
+from common.reading import open_regular
 
 #: Beginnings of the names of files and folders that are being written or removed.
 SAVING, REMOVING = ".saving-", ".removing-"
@@ -35,7 +36,12 @@ def tmp_path(path: Path, token: str | None = None) -> Path:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error."""
+    """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error.
+
+    Raises:
+        UserError: a folder stands in its place.
+    """
+    refuse_folder(path)
     temporary = tmp_path(path)
     descriptor = os.open(temporary, _NEW_FILE, 0o666)
     try:
@@ -95,15 +101,28 @@ def open_append(path: Path) -> BinaryIO:
 
 
 def make_dir(path: Path) -> None:
-    """Make a folder in a run folder or cache, unless it is there; raise `UserError` if a link stands in its place."""
+    """Make a folder in a run folder or cache, unless it is there.
+
+    Raises:
+        UserError: a link or a file stands in its place.
+    """
     refuse_link(path)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{path} is not a folder: remove it") from error
 
 
 def refuse_link(path: Path) -> None:
     """Raise `UserError` if a link stands in the place of a file or folder that other programs write to."""
     if path.is_symlink():
         raise UserError(f"{path} is a link: what is written there must stay in its folder; remove the link")
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise `UserError` if a folder stands in the place of a file that is written."""
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path} is a folder, where a file is to be: remove it")
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -152,8 +171,8 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file's content in hexadecimal; a FIFO or device in its place is an `OSError`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -167,9 +186,10 @@ def hold_lock(path: Path, seconds: float = -1) -> Iterator[None]:
 
     Raises:
         TimeoutError: another process still holds it.
-        UserError: a link stands in its place.
+        UserError: a link or a folder stands in its place.
     """
     refuse_link(path)
+    refuse_folder(path)
     with FileLock(path, seconds):
         yield
 

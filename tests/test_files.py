@@ -32,8 +32,11 @@ def test_file_never_replaces_a_folder(tmp_path):
     folder = tmp_path / "report.html"
     folder.mkdir()
     (folder / "notes").write_text("mine")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match=r"report\.html is a folder"):
         write_atomic(folder, "text")
+    with pytest.raises(UserError, match=r"report\.html is a folder"), hold_lock(folder):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (folder / "notes").read_text() == "mine"
 
 
@@ -76,6 +79,14 @@ def test_writing_follows_no_link(tmp_path):
     remove(inside / "checkpoints")
     assert sorted(path.name for path in inside.iterdir()) == [".lock", "metrics.jsonl", "result.json", "step-8.ckpt"]
     assert [path.read_text() for path in precious.iterdir()] == ["mine"]
+
+
+def test_folder_is_made_once_and_never_in_place_of_a_file(tmp_path):
+    for _ in range(2):
+        make_dir(tmp_path / "checkpoints")
+    (tmp_path / "plots").touch()
+    with pytest.raises(UserError, match="plots is not a folder"):
+        make_dir(tmp_path / "plots")
 
 
 def test_hard_linked_file_is_not_appended_to(tmp_path):

@@ -34,7 +34,7 @@ from rich.table import Table
 from common.console import make_console
 from common.errors import ConfigError
 from common.settings import Allowed, Count, Folder, Settings, parse
-from tests.fuzz.readers import READERS, Attempt, Outcome, attempt, evaluate_config, evaluated
+from tests.fuzz.readers import READERS, Attempt, Outcome, attempt, evaluate_config, load_evaluated
 from tests.helpers import CHECKOUT
 
 #: Modules that take long to import, and do so in the process that makes all others.
@@ -128,7 +128,7 @@ def preload(bases: Path) -> None:
     for module in PRELOADED:
         import_module(module)
     evaluate_config()
-    evaluated(bases / "stopped" / "runs" / "main" / "run")
+    load_evaluated(bases / "stopped" / "runs" / "main" / "run")
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         compose("train", ["lr=1e-3", "clip.alpha='x'"])
     gc.collect()

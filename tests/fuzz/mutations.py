@@ -105,6 +105,8 @@ class Mutator:
             if made and rng.random() < 0.1:
                 file = rng.choice(made)
                 if not os.path.lexists(file):
+                    if os.path.lexists(file.parent) and not file.parent.is_dir():
+                        continue  # it was changed before
                     file.parent.mkdir(exist_ok=True)
                     file.touch()
                 done.append(f"{file.relative_to(root)}: {self._replace_kind(file, files)}")

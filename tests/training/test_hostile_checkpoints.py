@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from common.errors import RunError, UserError
 from tests.helpers import CHECKOUT, FSDP, copy_run, script
 from tests.process_pool import run_ranks
-from training.checkpoint.format import is_valid, load_full, load_model_state, load_shards
+from training.checkpoint.format import is_valid, load_full, load_model_state, load_shards, saved_config
 from training.checkpoint.load import RunCheckpoint
 from training.checkpoint.restore import load_checkpoint
 from training.checkpoint.resume import newest_step
@@ -98,6 +99,15 @@ def test_nothing_in_a_checkpoint_is_executed(change, finished_run, sharded_run, 
     with pytest.raises(UserError, match=rf"^step=\d+ is damaged: {checkpoint}"):
         RunCheckpoint(run, int(checkpoint.stem[5:]), reports.append)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".metadata", "meta.pt", "sha256", "__0_0.distcp"])
+def test_pipe_in_a_checkpoint_is_not_waited_for(name, finished_run, sharded_run, tmp_path):
+    checkpoint = newest(copy_run(sharded_run if name else finished_run, tmp_path))
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    assert not is_valid(checkpoint)
+    assert saved_config(checkpoint) is None or name not in ("", "meta.pt")
 
 
 def test_index_cannot_name_files_outside_its_folder(sharded_run, tmp_path):

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import commit, sha256
+from common.reading import open_regular, read_bytes
 from common.root_cause import root_cause
 
 #: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
@@ -58,7 +59,7 @@ class _Reader(FileSystemReader):
     """torch's reader of a sharded checkpoint, which executes nothing of the index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with Path(self.path, INDEX).open("rb") as file:
+        with open_regular(Path(self.path, INDEX)) as file:
             metadata = _IndexUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"{INDEX} is no index of a checkpoint")
@@ -207,6 +208,7 @@ def load_shards(checkpoint: Path, state: dict[str, Any]) -> None:
 
 def _load_archive(path: Path) -> Any:
     """Return what an archive holds. Tensors are mapped: they are read from the file when they are used."""
+    open_regular(path).close()  # torch would wait for a FIFO
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -230,7 +232,7 @@ def _load_sharded(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
 def is_valid(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete, every record has its checksum, and torch can read it."""
     try:
-        if checkpoint.is_dir() and (checkpoint / CHECKSUM).read_text() != sha256(checkpoint / INDEX):
+        if checkpoint.is_dir() and read_bytes(checkpoint / CHECKSUM) != sha256(checkpoint / INDEX).encode():
             return False
         return all(map(_is_intact, _records(checkpoint)))
     except Exception:  # what is damaged can fail in any way
@@ -271,13 +273,13 @@ def _save(content: Any, path: Path) -> None:
 def _records(checkpoint: Path) -> Iterator[BinaryIO]:
     """Yield each archive of a checkpoint."""
     if not checkpoint.is_dir():
-        with checkpoint.open("rb") as file:
+        with open_regular(checkpoint) as file:
             yield file
         return
-    with (checkpoint / METADATA).open("rb") as file:
+    with open_regular(checkpoint / METADATA) as file:
         yield file
     stored = _Reader(checkpoint).read_metadata().storage_data.values()
     for place in sorted(stored, key=lambda place: (place.relative_path, place.offset)):
-        with (checkpoint / place.relative_path).open("rb") as file:
+        with open_regular(checkpoint / place.relative_path) as file:
             file.seek(place.offset)
             yield io.BytesIO(file.read(place.length))
