@@ -44,7 +44,7 @@ mutants: setup ## change zclip/ in 3,200 places, one at a time; a test must fail
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/mutmut run $(ARGS)
 	@$(BIN)/python -m tests.zclip.mutants
 
-faults: setup ## interrupt runs at random moments; they must end like undisturbed ones (ten minutes)
+faults: setup ## interrupt and disturb runs; they must end like undisturbed ones (20 minutes)
 	$(BIN)/python -m tests.faults.interrupt_runs $(ARGS)
 
 fuzz: setup ## feed hostile files to every reader; each must be used or refused with a sentence (ten minutes)

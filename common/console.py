@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def printable_line(text: object) -> str:
+    """Return a text, or the message of an error, as one line of `printable` characters."""
+    return printable(str(text).strip()).replace("\n", "\\n")
+
+
 class _PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)

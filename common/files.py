@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -149,6 +150,15 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     for leftover in folder.glob(f"{SAVING}*-{glob.escape(name) or '*'}"):
         if leftover.is_symlink() or not is_locked(leftover):
             remove(leftover)
+
+
+def is_local(name: str) -> bool:
+    """Whether a setting is a path here, and not a name `owner/name` on the Hugging Face hub.
+
+    A folder that is gone must not become somebody's name on the hub: a name whose owner is a folder here is a path.
+    """
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".json")
+    return not is_name or os.path.lexists(name) or os.path.lexists(name.partition("/")[0])
 
 
 def sync(path: Path) -> None:

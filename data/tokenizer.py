@@ -6,8 +6,6 @@ special token that is spelled out in a text is encoded as plain characters, so t
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.errors import ConfigError, UserError, one_line
-from common.files import write_atomic
+from common.files import is_local, write_atomic
 from common.reading import parse_json, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
@@ -146,7 +144,7 @@ def _load(name: str, file: Path, config: Path | None) -> Tokenizer:
 
 def tokenizer_identity(name: str) -> Any:
     """Return the SHA-256 of what a tokenizer's files say, or its name if it is on the hub."""
-    if not _is_path(name):
+    if not is_local(name):
         return name
     file, config = _files(name)
     content = json.dumps([_read_json(file), _read_json(config) if config else None], sort_keys=True)
@@ -168,12 +166,6 @@ def _error(name: str, problem: str) -> ConfigError:
     return ConfigError("tokenizer", name, problem=problem)
 
 
-def _is_path(name: str) -> bool:
-    """Whether a setting is a path. A folder that is gone must not become somebody's name on the hub."""
-    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".json")
-    return not is_name or os.path.lexists(name) or os.path.lexists(name.partition("/")[0])
-
-
 def _local_files(name: str) -> tuple[Path, Path | None]:
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -186,7 +178,7 @@ def _local_files(name: str) -> tuple[Path, Path | None]:
 
 def _files(name: str) -> tuple[Path, Path | None]:
     """Return the paths of tokenizer.json and of tokenizer_config.json, `None` if there is none."""
-    if _is_path(name):
+    if is_local(name):
         return _local_files(name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from common.console import make_console
 from common.errors import ConfigError, RunError, UserError, one_line
+from common.files import is_local
 from common.settings import Allowed, Count, Folder, Settings, parse
 from data import CacheConfig
 from evaluation.config import EvalConfig
@@ -165,8 +166,9 @@ def run_model(config: EvaluateConfig, folder: Path, title: str, console: Console
 def exported_model(config: EvaluateConfig, name: str) -> EvaluatedModel:
     """Return the configured Hugging Face model."""
     is_folder = Path(name).is_dir()
-    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError("hf", name, problem="does not exist: it must be a folder, or a name on the Hugging Face hub")
+    if not is_folder and is_local(name):
+        allowed = "it must be a folder, or owner/name on the Hugging Face hub"
+        raise ConfigError("hf", name, problem=f"does not exist: {allowed}")
     folder = Path(name) if is_folder else Path(config.paths.cache, "eval", name.replace("/", "--"))
     path = folder / SCORES if config.out is None else Path(config.out)
     if path.is_dir():

@@ -11,7 +11,7 @@ from common.console import make_console
 from common.errors import UserError
 from common.settings import Folder, Settings, parse
 from training.launch.slurm_queue import queued_jobs
-from training.launch.sweep import Status, status
+from training.launch.sweep import status
 from training.run_dir import RunDir
 
 #: States in the order of the summary, with their colours.
@@ -38,7 +38,7 @@ def main(values: _entry.Values) -> None:
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     counts = dict.fromkeys(STYLES, 0)
     for run in runs:
-        current = _status(run, queue)
+        current = status(run, queue)
         counts[current.state] += 1
         step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
         table.add_row(
@@ -54,16 +54,6 @@ def main(values: _entry.Values) -> None:
         console.width = max(console.width, 160)
     console.print(table, soft_wrap=False)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
-
-
-def _status(run: RunDir, queue: dict[str, str]) -> Status:
-    """Return the state of a run; "damaged" too if something else than a file stands in the place of one."""
-    try:
-        if not run.metrics_file.exists() or run.metrics_file.is_file():
-            return status(run, queue)
-    except (OSError, OverflowError):
-        pass
-    return Status("damaged", {}, None, None)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ def _check(run: Run) -> None:
     columns += ["mean", "std", "spike"] if "z_thresh" in run.config["clip"] else []
     if missing := [name for name in columns if name not in run.metrics]:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
+    for name in ("grad_norm", "clipped_norm"):
+        _require(not (run.metrics[name] < 0).any(), f"metrics.jsonl has {name} below 0")
     is_whole = np.array_equal(run.metrics["step"], np.arange(1, run.result["steps"] + 1))
     _require(is_whole, "its metrics.jsonl and result.json are not of the same run")
     for score in run.scores:

@@ -12,6 +12,9 @@ from common.errors import one_line
 from common.reading import MOST_YAML, Record, parse_record, parse_yaml, read_bytes, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, ValidationLine, as_dict
 
+#: Largest magnitude of a value in metrics.jsonl. Sums and squares of such values are finite.
+LARGEST = 1e100
+
 
 class Run(NamedTuple):
     """The contents of a run folder."""
@@ -67,7 +70,7 @@ def read_run(path: Path) -> Run:
     config = read_config(path)
     rows = _lines(path / "metrics.jsonl", MetricsLine)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    metrics = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
+    metrics = {name: _column(name, [row.get(name) for row in rows]) for name in names}
     result = _object(path / "result.json", Result)
     starts = _object(path / "environment.json", Environment).get("starts", [])
     scores = _object(path / "task_scores.json", TaskScores).get("scores", [])
@@ -82,6 +85,13 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     return config
+
+
+def _column(name: str, values: list[float | None]) -> np.ndarray:
+    column = np.array(values, dtype=np.float64)
+    if (np.abs(column) > LARGEST).any():
+        raise ValueError(f"metrics.jsonl: {name} has {column[np.abs(column) > LARGEST][0]:g}, which is no measurement")
+    return column
 
 
 def _lines(path: Path, shape: type[Record]) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _resource_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     seconds = {phase: value for phase, value in (result.get("step_seconds") or {}).items() if value is not None}
     rows = []
     if total := sum(seconds.values()):
-        shares = ", ".join(f"{STEP_PHASES[phase]} {value / total:.1%}" for phase, value in seconds.items())
+        shares = ", ".join(f"{STEP_PHASES.get(phase, phase)} {value / total:.1%}" for phase, value in seconds.items())
         rows.append(("time of a step", f"{total:.3f} s", shares))
     if saving := result.get("saving_seconds"):
         rows.append(("saving", f"{saving:.2f} s", "in all, in which steps waited for a checkpoint"))

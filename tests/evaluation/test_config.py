@@ -23,7 +23,7 @@ def test_one_or_several_numbers_of_examples():
     "key, value, message",
     [
         ("tasks", [], "eval.tasks=[] is not allowed: it must be a list of tasks, as [hellaswag]"),
-        ("tasks", ["a", [1]], "eval.tasks=['a', [1]] is not allowed: it must be a list of tasks, as [hellaswag]"),
+        ("tasks", ["a", None], "eval.tasks=['a', None] is not allowed: it must be a list of tasks, as [hellaswag]"),
         ("num_fewshot", [0, -1], "eval.num_fewshot=[0, -1] is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("num_fewshot", True, "eval.num_fewshot=true is not allowed: it must be integers from 0, as 0 or [0,5]"),
         ("num_fewshot", [], "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),

@@ -149,6 +149,16 @@ def test_texts_of_a_figure_are_drawn_as_they_are():
     assert image(figure, "png")[:4] == b"\x89PNG"
 
 
+def test_powers_of_ten_at_ticks_stay_formulas():
+    """Raw ones would have the letters and dollars of a formula, which a label adds."""
+    figure, ax = plt.subplots()
+    ax.plot([1, 2], [1, 1000])
+    ax.set_yscale("log")
+    glyphs = {*re.findall(rb'id="DejaVuSans-(\w+)"', image(figure, "svg"))}
+    ax.set_ylabel("$m$")
+    assert len({*re.findall(rb'id="DejaVuSans-(\w+)"', image(figure, "svg"))} - glyphs) == 2
+
+
 def test_folder_of_any_name_is_the_title_of_its_plot(everything):
     run = next(iter(everything.runs.values()))
     figure = draw_run(run._replace(path=run.path.with_name("$\\frac$\ud800<b>"), result={}))

@@ -134,14 +134,14 @@ def test_tables_show_the_numbers():
     assert "two" in text and "not finite" in text and "same" not in text
     assert "bits per byte" not in text and "skipped" not in text and "corrupted" not in text
     console = Console(width=200, record=True, file=io.StringIO())
-    spent = {"data": 0.1, "forward_backward": 1.5, "clip": 0.1, "optimizer": 0.3}
+    spent = {"other": 0.0, "data": 0.1, "forward_backward": 1.5, "clip": 0.1, "optimizer": 0.3}
     corrupted = {"corrupted_batches": 6, "corruption_kind": "repeat"}
     more = {"mfu": 0.415, "step_seconds": spent, "peak_memory_gib": 3.21, "saving_seconds": 2.5}
     more |= {"test_bits_per_byte": 1.5, "skipped": 4, "test_loss": 900.0}
     console.print(table(result | more | corrupted, "t"))
     text = console.export_text()
     for shown in (
-        "41.5% MFU", "2.000 s", "data 5.0%, forward and backward 75.0%, clipping 5.0%", "3.2 GiB", "2.50 s",
+        "41.5% MFU", "2.000 s", "other 0.0%, data 5.0%, forward and backward 75.0%, clipping 5.0%", "3.2 GiB", "2.50 s",
         "1.500 bits per byte", "2 of them by z-score; 4 skipped, norm not finite", "corrupted batches", "6 repeat",
     ):  # fmt: skip
         assert shown in text, shown

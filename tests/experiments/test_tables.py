@@ -348,6 +348,16 @@ def damage(file: Path, content) -> None:
         ),
         ("task_scores.json", {"scores": [score("winogrande", 1, acc=float("nan"))]}, "damaged ("),
         ("task_scores.json", {"scores": [score("winogrande", 1, truncated_fraction=[1])]}, "damaged ("),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 1, "loss": 1e200, "grad_norm": 1}',
+            "damaged (metrics.jsonl: loss has 1e+200, which is no measurement)",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 1, "loss": 1, "grad_norm": -1, "clipped_norm": 1, "clipped": 0}',
+            "damaged (metrics.jsonl has grad_norm below 0)",
+        ),
         ("metrics.jsonl", os.mkfifo, "damaged ("),
         ("metrics.jsonl", os.mkdir, "damaged ("),
         ("environment.json", os.mkdir, "damaged ("),

@@ -6,6 +6,7 @@ after which the same command, once the cause is gone, ends as an undisturbed one
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -76,8 +77,12 @@ def rotate_metrics(run: Run) -> None:
 
 
 def start_a_second_time(run: Run) -> None:
-    """Start the same command again, which must be refused in one sentence."""
-    second = subprocess.run(run.command, cwd=run.folder, capture_output=True, text=True)
+    """Start the same command again, which must be refused in one sentence. The first is stopped meanwhile."""
+    run.process.send_signal(signal.SIGSTOP)  # it must not end before the second has begun
+    try:
+        second = subprocess.run(run.command, cwd=run.folder, capture_output=True, text=True)
+    finally:
+        run.process.send_signal(signal.SIGCONT)
     if second.returncode != 2 or "another process is training" not in second.stderr:
         raise RuntimeError(f"the second start ended with status {second.returncode}: {second.stderr}")
 

@@ -46,7 +46,7 @@ class Run:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
         with (self.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(
+            self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
                 stdout=log,
@@ -54,6 +54,7 @@ class Run:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 preexec_fn=prepare,
             )
+        return self.process
 
     def finish(self) -> None:
         """Start the run and wait for its end; raise `RuntimeError` if it failed."""
@@ -92,7 +93,9 @@ def differences(run: Run, reference: Run) -> str:
     parts = ("the last checkpoint", "metrics.jsonl", "the test loss")
     ends = zip(end_state(run.folder), end_state(reference.folder), strict=True)
     differing = [part for part, both in zip(parts, ends, strict=True) if not same(*both)]
-    names, other_names = ({str(path.relative_to(r.folder)) for path in r.folder.rglob("*")} for r in (run, reference))
+    names, other_names = ({str(path.relative_to(r.folder)) for path in r.folder.rglob("*")
+                           if not path.name.startswith(".text-")}  # named after the place of the text
+                          for r in (run, reference))  # fmt: skip
     if names != other_names:
         differing.append(f"the files: {', '.join(sorted(names ^ other_names)[:3])}")
     return ", ".join(differing)

@@ -165,7 +165,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
     [
         ("run=nothing", "run=nothing does not exist: it must be a run folder, or a folder of such"),
         ("run=.", "run=. is not a run folder: it must be one, with a config.yaml in it, or hold such"),
-        ("hf=./nothing", "hf=./nothing does not exist: it must be a folder, or a name on the Hugging Face hub"),
+        ("hf=./nothing", "hf=./nothing does not exist: it must be a folder, or owner/name on the Hugging Face hub"),
         ("eval.tasks=hellaswag", "eval.tasks=hellaswag is not allowed: it must be a list of tasks, as [hellaswag]"),
         ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
         ("eval.num_fewshot=-1", "eval.num_fewshot=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
@@ -178,7 +178,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("hf=./x run=y", "run=y means nothing with hf=./x: give one of them"),
         ("hf=./x step=3", "step=3 means nothing with hf=./x: give one of them"),
         ("hf=. out=.", "out=. is a folder: it must be a file for the scores"),
-        ("hf=a/b/c", "hf=a/b/c does not exist: it must be a folder, or a name on the Hugging Face hub"),
+        ("hf=a/b/c", "hf=a/b/c does not exist: it must be a folder, or owner/name on the Hugging Face hub"),
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
         ("device=tpu", "device=tpu is not possible: it must be auto, cpu, or cuda where torch sees a GPU"),

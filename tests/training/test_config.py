@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 from common.settings import fields_of
 from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, train
 from training.config.checks import check
@@ -305,6 +305,23 @@ def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeyp
     (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
     line = refusal(*tiny, "name=old")
     assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in line
+
+
+def test_run_follows_its_text_to_another_place(finished_run, corpus, tiny, checked, refusal, tmp_path, monkeypatch):
+    """Its tokens are known by their content: text that is another one is refused later."""
+    run = copy_run(finished_run, tmp_path)
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    config, run_dir = checked(f"resume={run}", f"data.path={moved}", f"data.tokenizer={run / 'tokenizer'}")
+    assert config.data.path == config.data.sources["text"].path == str(moved)
+    with run_dir.acquire(config, prepare_tokens(config, Console(quiet=True))):
+        assert len(run_dir.checkpoint_steps()) > 1
+    (moved / "more.txt").write_text("another text " * 100)
+    tokens = prepare_tokens(config, Console(quiet=True))
+    with pytest.raises(UserError, match="the text has changed"), run_dir.acquire(config, tokens):
+        pass
+    line = refusal(f"resume={run}", f"data.sources.other.path={moved}")
+    assert "data.sources.other.path" in line and "is not possible" in line
 
 
 def test_class_that_a_run_folder_names_is_not_imported(tiny, checked, refusal, tmp_path, monkeypatch):

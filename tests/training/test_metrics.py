@@ -103,6 +103,20 @@ def test_changed_file_is_written_again_and_reported_once(change: Callable[[Path]
     assert recording.output.getvalue() == f"{recording.file} was changed by another program: it is written again\n"
 
 
+def test_file_that_is_emptied_during_a_write_is_written_again(recording, monkeypatch):
+    fsync = os.fsync
+
+    def empty_and_sync(descriptor: int) -> None:
+        os.truncate(recording.file, 0)
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    monkeypatch.setattr(os, "fsync", empty_and_sync)
+    recording.take(1)
+    assert recording.file.read_bytes() == b""
+    recording.recorder.finish()
+    assert [row["loss"] for row in read_jsonl(recording.file)] == [1, 2, 3, 4]
+
+
 def test_file_that_is_gone_at_the_end_is_complete_in_the_end(recording):
     before = recording.file.read_bytes()
     recording.file.unlink()

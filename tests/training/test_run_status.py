@@ -19,7 +19,7 @@ def run(finished_run, tmp_path):
 
 @pytest.mark.parametrize("length", [10, 4090, 4096, 5000, 100_000])
 def test_last_line_of_metrics_may_be_long(run, length):
-    rows = [{"step": step, "loss": 0.5 * step, "note": "x" * length} for step in (1, 2)]
+    rows = [{"step": step, "tokens": 8, "loss": 0.5 * step, "grad_norm": None, "x" * length: 0.0} for step in (1, 2)]
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     current = status(run, {})
     assert (current.state, current.row["step"], current.row["loss"]) == ("stopped", 2, 1.0)
@@ -29,7 +29,7 @@ def test_last_line_of_metrics_may_be_long(run, length):
     "line", ["[1, 2]", "3", "null", '"step"', '{"step": [1]}', '{"step": 1, "loss": "x"}', "[" * 100_000, "{"]
 )
 def test_damaged_metrics_are_a_state_and_no_traceback(run, line):
-    run.metrics_file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    run.metrics_file.write_text(f'{{"step": 1, "tokens": 8, "loss": 2.0, "grad_norm": 1.0}}\n{line}\n')
     assert status(run, {}).state == "damaged"
 
 

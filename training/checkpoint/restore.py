@@ -52,7 +52,7 @@ def _check(trainer: pl.Trainer, checkpoint: Path, state: dict[str, Any]) -> None
         raise ValueError(f"it is of step {state['global_step']!r}, or of something else")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ClippingCallback):
-            callback.load_state_dict(state["callbacks"][callback.state_key])  # Lightning repeats it
+            callback.load_state_dict(state["callbacks"][callback.state_key])  # Lightning does so again
 
 
 def _load_shards(trainer: pl.Trainer, checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
-from training.config.identity import changes_result, differences, identity, run_path
+from training.config.identity import changes_result, differences, identity, is_place, run_path
 from training.config.schema import Config
 from training.config.strategy import is_ours
 
@@ -109,9 +109,11 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         raise ConfigError("clip._target_", saved.clip.target, problem=problem)
     for key in named:
         section, _, name = key.partition(".")
-        if changes_result(key) or key in ("name", "experiment"):
+        if is_place(key):
+            _move(plain["data"], ours["data"], name)
+        elif changes_result(key) or key in ("name", "experiment"):
             raise refusal(key)
-        if section == "trainer":
+        elif section == "trainer":
             plain["trainer"][name] = ours["trainer"][name]
         elif key != "resume":
             plain[section] = ours[section]
@@ -119,6 +121,24 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
     if changed := differences(resumed, saved, is_named=False):  # keys of checkpoints, to which the run is rewound
         raise refusal(next(iter(changed)))
     return resumed
+
+
+def _move(saved: dict[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Take the place of a text or tokenizer from other settings of the section `data`, by its dotted name there."""
+    if name.startswith("sources."):
+        source = name.split(".")[1]
+        if saved["sources"].get(source) is None or given["sources"].get(source) is None:
+            raise ConfigError(f"data.{name}", None, problem=f"is not possible: the run has no source {source}")
+        saved["sources"][source]["path"] = given["sources"][source]["path"]
+        return
+    before, saved[name] = saved[name], given[name]
+    if name != "path":
+        return
+    if before is None:
+        raise ConfigError("data.path", given[name], problem="is not possible: the run's text was not at a path")
+    for source in saved["sources"].values():
+        if source is not None and source["path"] == before:
+            source["path"] = given[name]
 
 
 def resolve_runs(

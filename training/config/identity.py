@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware",
 #: Keys of the section `trainer` that do not change it either; the first are about checkpoints.
 CHECKPOINTS = {"checkpoint_every", "keep_last", "keep_every", "async_save"}
 TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_every", "nodes", "devices"}
+
+
+def is_place(key: str) -> bool:
+    """Whether a setting says where a text or tokenizer is. A run knows them by their content, wherever they are."""
+    return re.fullmatch(r"data\.(path|tokenizer|sources\.[^.]+\.path)", key) is not None
 
 
 def changes_result(key: str) -> bool:
@@ -40,12 +46,12 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
 def differences(config: Config, saved: Config, is_named: bool = True) -> dict[str, tuple[Any, Any]]:
     """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none.
 
-    `saved` is from a file, and so is `config` unless `is_named`, see `identity`.
+    `saved` is from a file, and so is `config` unless `is_named`, see `identity`. Places do not differ between files.
     """
     is_same = is_named and saved.clip.target == config.clip.target
     ours, theirs = flatten(identity(config, is_named)), flatten(identity(saved, is_same))
     pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and (is_named or not is_place(key))}
 
 
 def _as_declared(clip: ClipConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from common.console import printable
+from common.console import printable_line
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
 from training.launch.hydra_errors import describe
 from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
@@ -55,7 +55,7 @@ def command_line(main: Callable[[], Any]) -> int:
     try:
         check_environment()
     except UserError as error:
-        print(f"{_program()}: error: {error}", file=sys.stderr)
+        print(f"{_program()}: error: {printable_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -116,7 +116,7 @@ def reporting() -> Iterator[None]:
         if isinstance(error, RunError):
             exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
             if str(error) and rank() == 0:
-                print(printable(str(error)), file=sys.stderr)
+                print(printable_line(error), file=sys.stderr)
             return
         if not isinstance(error, UserError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
             if is_distributed():
@@ -128,7 +128,8 @@ def reporting() -> Iterator[None]:
             return
         if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"{_program()}: error: {printable(describe(error, sweeps=_program() == 'train.py'))}", file=sys.stderr)
+        sentence = describe(error, sweeps=_program() == "train.py")
+        print(f"{_program()}: error: {printable_line(sentence)}", file=sys.stderr)
 
 
 def _program() -> str:

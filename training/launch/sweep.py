@@ -1,6 +1,6 @@
 """The runs of a sweep: their checks before the first one starts, the state of each, and what they need together."""
 
-import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from common.console import make_console
 from common.errors import EXIT_USER_ERROR, ConfigError, UserError
+from common.reading import MOST_LINE, open_regular, parse_record
+from common.run_files import MetricsLine, as_dict
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.saved_config import check_same_run
@@ -164,7 +166,7 @@ def status(run_dir: RunDir, queue: dict[str, str]) -> Status:
         else:
             state = "failed" if run_dir.failure_file.exists() else "stopped"
         return Status(state, _last_row(run_dir), run_dir.max_steps(), job)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # files of another shape
+    except (OSError, ValueError):  # a file of another shape, or something else in its place
         return Status("damaged", {}, None, None)
 
 
@@ -172,14 +174,11 @@ def _last_row(run_dir: RunDir) -> dict[str, Any]:
     """Return the last complete line of metrics.jsonl; raise `ValueError` if it is no line of metrics."""
     if not run_dir.metrics_file.exists():
         return {}
-    with run_dir.metrics_file.open("rb") as file:
-        start = size = run_dir.metrics_file.stat().st_size
+    with open_regular(run_dir.metrics_file) as file:
+        start = size = os.fstat(file.fileno()).st_size
         lines: list[bytes] = []
-        while start and len(lines) < 2:  # a line may be longer than what is read at first
+        while start and len(lines) < 2 and size - start < MOST_LINE:  # a line may be longer than what is read first
             start = max(0, 2 * start - size - 4096)
             file.seek(start)
             lines = file.read(size - start).split(b"\n")[:-1]
-    row = json.loads(lines[-1]) if lines else {}
-    if not all(isinstance(row.get(name), int | float | None) for name in ("step", "loss", "tokens_per_second")):
-        raise ValueError("the last line holds no metrics")
-    return row
+    return as_dict(parse_record(MetricsLine, lines[-1])) if lines else {}

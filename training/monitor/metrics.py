@@ -191,8 +191,9 @@ class MetricsRecorder:
         self._written = _identity(path)
 
     def _append(self, file: BinaryIO) -> None:
+        *place, length = self._written
         lines = b"".join(self._unwritten)
-        length = self._written[-1]
+        written = (*place, length + len(lines))  # not the size now: others may have cut the file since it was looked at
         try:
             while lines:
                 lines = lines[file.write(lines) :]
@@ -201,7 +202,7 @@ class MetricsRecorder:
             with suppress(OSError):
                 os.ftruncate(file.fileno(), length)  # drops a line that was written in part
             raise
-        self._written = (*self._written[:-1], os.fstat(file.fileno()).st_size)
+        self._written = written
 
     def finish(self) -> None:
         """Close the file. In all processes it is a `RunError` if its last lines could not be written."""
