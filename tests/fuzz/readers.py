@@ -507,6 +507,9 @@ def _command_line(folder: Path, bases: Path, rng: random.Random) -> str:
     program = rng.choice(PROGRAMS)
     if program == "train.py":
         arguments.append(rng.choice(("print_run_dir=true", "plan=true")))
+    if program in ("scripts/prepare_data.py", "scripts/train_tokenizer.py"):
+        arguments.insert(0, "data.path=text")  # not all of the default text
+    shutil.copytree(bases / "texts" / "-jsonl", folder / "text")
     shutil.copytree(bases / "tokenizer", folder / "tokenizer")
     shutil.copytree(bases / "model", folder / "model")
     shutil.copytree(bases / "stopped" / "runs", folder / "runs")
