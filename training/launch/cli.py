@@ -27,8 +27,8 @@ from training.runtime.distributed import check_environment, is_distributed, rank
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
 #: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only, a
-#: file is a link or a device.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ELOOP, errno.ENXIO)
+#: file is a link, a device or a folder.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
