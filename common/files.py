@@ -187,10 +187,13 @@ def hold_lock(path: Path, seconds: float = -1) -> Iterator[None]:
 
     Raises:
         TimeoutError: another process still holds it.
-        UserError: a link or a folder stands in its place.
+        UserError: a link or a folder stands in its place, or it has another name too: a process that holds the lock of
+            that name would wait for itself.
     """
     refuse_link(path)
     refuse_folder(path)
+    if path.exists() and path.stat().st_nlink > 1:
+        raise UserError(f"{path} has other names too: a lock must have one; remove it")
     with FileLock(path, seconds):
         yield
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import UserError, one_line
 
 #: Most bytes of a JSON file, of a line of JSON, and of a YAML file.
-MOST_JSON, MOST_LINE, MOST_YAML = 1 << 26, 1 << 20, 1 << 20
+MOST_JSON, MOST_LINE, MOST_YAML = 1 << 26, 1 << 20, 1 << 18
 
 
 class Record(BaseModel):
@@ -127,3 +127,11 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise ValueError("aliases are not allowed")
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if ":" in node.value:  # a long one takes minutes
+            raise ValueError("numbers to the base 60 are not allowed")
+        return super().construct_yaml_int(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)

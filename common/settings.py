@@ -102,7 +102,7 @@ def _with_texts(annotation: Any, value: Any, key: str, given: Mapping[str, str])
         for name, one in value.items():
             field = _field(section, str(name)) if section is not None else None
             dotted = f"{key}.{name}" if key else str(name)
-            converted[name] = _with_texts(field.annotation if field else inner, one, dotted, given)
+            converted[str(name)] = _with_texts(field.annotation if field else inner, one, dotted, given)
         return converted
     if isinstance(value, str):
         try:

@@ -22,6 +22,8 @@ from models.llama import Llama
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Most layers of a model in a folder; the largest models have less than 200.
+MOST_LAYERS = 1000
 
 
 class _Typed(Record):
@@ -113,6 +115,9 @@ def _weights(folder: Path, config: LlamaConfig, read: bool) -> Iterator[tuple[st
     """Yield the name of each weight in a folder once, with the weight, or `None` if only headers are read."""
     from safetensors import SafetensorError, safe_open
 
+    if config.num_hidden_layers > MOST_LAYERS:  # a model of many takes hours to make, even without storage
+        problem = f"has num_hidden_layers={config.num_hidden_layers} in {CONFIG}: it must be at most {MOST_LAYERS}"
+        raise ConfigError("init_from", folder, problem=problem)
     with torch.device("meta"):
         state = Llama(config).state_dict()
     missing = {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_tied(name, config)}

@@ -1,5 +1,6 @@
 """Removed and locked files, and settings that are wrong in several ways."""
 
+import datetime
 import fcntl
 import shutil
 
@@ -58,6 +59,11 @@ class Outer(Settings):
     [
         ({"count": 0, "cuont": 1}, "cuont=1 is not possible: there is no key cuont (the nearest is count)"),
         ({"count": 2**31}, "count=2147483648 is not allowed: it must be an integer from 1"),
+        ({5: 1}, "5=1 is not possible: there is no key 5"),
+        (
+            {"inner": {datetime.date(2001, 1, 1): 1}},
+            "inner.2001-01-01=1 is not possible: there is no key inner.2001-01-01",
+        ),
         ({"inner": {"first": 3}}, "the first must not be after the last"),
     ],
 )

@@ -111,6 +111,17 @@ def test_lock_file_keeps_its_content(tmp_path):
     assert (tmp_path / "lock").read_text() == "mine"
 
 
+def test_lock_that_has_two_names_is_refused(tmp_path):
+    """Whoever holds it by one name would wait for itself by the other."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "other").hardlink_to(tmp_path / "lock")
+    with (
+        pytest.raises(UserError, match=r"lock has other names too: a lock must have one"),
+        hold_lock(tmp_path / "lock"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[1]", "3", "[" * 100_000, '{"starts": {}}', '{"starts": [[1, 2]]}', '{"starts": [{"step": "8"}]}',
@@ -142,7 +153,16 @@ def test_long_lines_are_cut_and_the_next_are_whole(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["a: &a [1]\nb: *a", "[" * 1500, "a: !!python/object/apply:os.getcwd []", "a: [", "!!int ''", "!!bool x", "\0"],
+    [
+        "a: &a [1]\nb: *a",
+        "[" * 1500,
+        "a: !!python/object/apply:os.getcwd []",
+        "a: [",
+        "!!int ''",
+        "!!bool x",
+        "\0",
+        "a: 1:30:30",
+    ],
 )
 def test_yaml_is_plain_or_refused(content):
     with pytest.raises(ValueError, match=r"\w"):

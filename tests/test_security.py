@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from common.console import make_console
 from common.errors import UserError
 from evaluation.evaluator import hugging_face_model
-from tests.helpers import FSDP, ranks, start, wait_for_steps
+from tests.helpers import FSDP, compose_config, ranks, start, wait_for_steps
+from training.monitor.wandb_run import WandbRun
 
 LISTENING = "0A"
 #: Addresses of this machine alone, as /proc/net/tcp and tcp6 write them.
@@ -56,3 +58,12 @@ def test_code_of_a_hugging_face_folder_is_not_executed(finished_run, tmp_path, m
     with pytest.raises(UserError, match=r"hf=.*cannot be loaded"):
         hugging_face_model(str(folder), tmp_path / "scores.json", "cpu", "float32").load()
     assert not (tmp_path / "executed").exists()
+
+
+def test_records_of_wandb_stay_in_the_run_folder(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=r"run/wandb is a link: what is written there must stay in its folder"):
+        WandbRun(compose_config("logger=wandb"), tmp_path / "run", make_console())
+    assert list((tmp_path / "outside").iterdir()) == []

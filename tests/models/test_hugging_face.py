@@ -231,3 +231,10 @@ def test_index_cannot_name_files_outside_the_folder(tmp_path):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(ValueError, match=r"names \S+, which is not the name of a file in the folder"):
             check_weights(tmp_path / "index", config)
+
+
+def test_folder_of_too_many_layers_is_refused_before_a_model_is_made(tmp_path):
+    content = {"model_type": "llama", "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 2**30}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"has num_hidden_layers=1073741824 in config\.json: it must be at most 1000"):
+        check_weights(tmp_path, config_of(tmp_path))

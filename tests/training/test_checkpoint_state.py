@@ -4,6 +4,7 @@ import hashlib
 import math
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from common.errors import RunError
 from tests.helpers import copy_run
-from training.checkpoint.format import is_valid
+from training.checkpoint.format import is_valid, saved_config
 from training.checkpoint.resume import newest_step
 from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
@@ -232,7 +234,8 @@ def test_archive_of_something_else_is_no_checkpoint(holds, tmp_path):
     assert str(find_problem(path)).startswith("is damaged (its configuration: ")
 
 
-def index_changes() -> dict[str, Callable[[Any], object]]:
+def index_changes() -> dict[str, tuple[str, Callable[[Any], object]]]:
+    """Return changes of an index, and how the problem that it then has begins."""
     name, state = f"state_dict.{WEIGHT}", f"optimizer_0.state.{WEIGHT}.exp_avg"
 
     def forget_a_place(index: Any) -> None:
@@ -241,23 +244,52 @@ def index_changes() -> dict[str, Callable[[Any], object]]:
     def change_dtype(index: Any) -> None:
         index.state_dict_metadata[name].properties.dtype = torch.float16
 
-    def put_parameters_of_another(index: Any) -> None:
-        """The settings of the optimizer are objects in the shards: one that another setting has takes its place."""
-        places = {place.fqn: place for place in index.storage_data}
-        lr, params = (places[f"optimizer_0.param_groups.0.{setting}"] for setting in ("lr", "params"))
-        index.storage_data[params] = index.storage_data[lr]
+    def swap(first: str, second: str) -> Callable[[Any], object]:
+        """Return a change after which each of two records is where the other is said to be."""
+
+        def change(index: Any) -> None:
+            places = index.storage_data
+            a, b = (next(place for place in places if place.fqn == fqn) for fqn in (first, second))
+            places[a], places[b] = places[b], places[a]
+
+        return change
+
+    def name_a_record_twice(index: Any) -> None:
+        index.storage_data[MetadataIndex("other", torch.Size([0]))] = next(iter(index.storage_data.values()))
+
+    def overlap(row: int) -> Callable[[Any], object]:
+        """Return a change after which a part of a tensor begins elsewhere, and no part has its own rows."""
+
+        def change(index: Any) -> None:
+            part = max(index.state_dict_metadata[name].chunks, key=lambda part: part.offsets)
+            place = index.storage_data.pop(MetadataIndex(name, part.offsets))
+            part.offsets = torch.Size([row, 0])
+            index.storage_data[MetadataIndex(name, part.offsets)] = place
+
+        return change
+
+    def transform(index: Any) -> None:
+        next(iter(index.storage_data.values())).transform_descriptors = ["zstd"]
+
+    group = "optimizer_0.param_groups.0"
 
     return {
-        "its weights: state_dict": lambda index: index.state_dict_metadata[name].chunks.pop(),
-        "its weights: state_dict.model": forget_a_place,
-        "its weights: model.model.embed_tokens.weight is missing": lambda index: index.state_dict_metadata.pop(name),
-        "its weights: model.model.embed_tokens.weight is torch.float16": change_dtype,
-        f"its optimizer: {WEIGHT}.exp_avg is missing": lambda index: index.state_dict_metadata.pop(state),
-        "its optimizer: its parameters are others": put_parameters_of_another,
+        "part": (f" (its weights: {name} is inc", lambda index: index.state_dict_metadata[name].chunks.pop()),
+        "place": (f" (its weights: {name} is incomplete)", forget_a_place),
+        "overlap": (f" (its weights: {name} is incomplete)", overlap(1)),
+        "outside": (f" (its weights: {name} is incomplete)", overlap(10**6)),
+        "weight": (f" (its weights: {WEIGHT} is missing)", lambda index: index.state_dict_metadata.pop(name)),
+        "moment": (f" (its optimizer: {WEIGHT}.exp_avg is m", lambda index: index.state_dict_metadata.pop(state)),
+        "setting": (" (its optimizer: its parameters are others)", swap(f"{group}.lr", f"{group}.params")),
+        "dtype": ("", change_dtype),
+        "shape": ("", swap(name, "state_dict.model.model.norm.weight")),
+        "object": ("", swap(name, f"{group}.lr")),
+        "twice": ("", name_a_record_twice),
+        "transformed": ("", transform),
     }
 
 
-@pytest.mark.parametrize(("problem", "change"), index_changes().items())
+@pytest.mark.parametrize(("problem", "change"), index_changes().values(), ids=index_changes())
 def test_index_that_lacks_a_part_is_no_checkpoint(problem, change, folder):
     index, seal = folder / ".metadata", folder / "sha256"
     before = index.read_bytes(), seal.read_text()
@@ -266,11 +298,38 @@ def test_index_that_lacks_a_part_is_no_checkpoint(problem, change, folder):
     index.write_bytes(pickle.dumps(metadata))
     seal.write_text(hashlib.sha256(index.read_bytes()).hexdigest())
     try:
-        assert is_valid(folder)
-        assert str(find_problem(folder)).startswith(f"is damaged ({problem}")
+        assert str(find_problem(folder)).startswith(f"is damaged{problem}")
     finally:
         index.write_bytes(before[0])
         seal.write_text(before[1])
+
+
+def values_without_end() -> list[Any]:
+    """Return a few lists that stand for 10^9 values."""
+    values: list[Any] = [0] * 10
+    for _ in range(8):
+        values = [values] * 10
+    return values
+
+
+def test_few_lists_that_stand_for_many_values_are_not_followed(file):
+    content = file.read_bytes()
+    try:
+        torch.save(torch.load(file, weights_only=True) | {"config": {"clip": values_without_end()}}, file)
+        assert find_problem(file) == "is damaged"
+        assert saved_config(file) is None
+    finally:
+        file.write_bytes(content)
+
+
+def test_tensors_and_entries_take_no_more_memory_than_their_file(file, tmp_path):
+    repeated = tmp_path / file.name
+    torch.save(torch.load(file, weights_only=True) | {"more": torch.zeros(1).expand(2**30)}, repeated)
+    assert not is_valid(repeated)
+    shutil.copy(file, repeated)
+    with zipfile.ZipFile(repeated, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more", bytes(2**20))
+    assert not is_valid(repeated)
 
 
 def test_renamed_checkpoint_is_skipped(finished_run, tmp_path):

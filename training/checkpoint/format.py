@@ -10,7 +10,6 @@ A checkpoint may come from somebody else, so nothing in it is executed: archives
 
 import hashlib
 import io
-import math
 import pickle
 import warnings
 import zipfile
@@ -33,6 +32,9 @@ from common.root_cause import root_cause
 
 #: Files of a sharded checkpoint: the state that is not in tensors, torch's index of tensors, and its checksum.
 METADATA, INDEX, CHECKSUM = "meta.pt", ".metadata", "sha256"
+
+#: Most values of an archive. One for each tensor of the largest models is far less.
+MOST_VALUES = 1 << 18
 
 #: Classes and functions that an index may name, by module; of torch itself also the dtypes.
 INDEX_GLOBALS = {
@@ -63,14 +65,29 @@ class _Reader(FileSystemReader):
             metadata = _IndexUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"{INDEX} is no index of a checkpoint")
+        if any(type(place.relative_path) is not str for place in metadata.storage_data.values()):
+            raise pickle.UnpicklingError(f"{INDEX} names no files")
         outside = [
             place for place in metadata.storage_data.values() if Path(place.relative_path).name != place.relative_path
         ]
         if outside:
             raise pickle.UnpicklingError(f"{INDEX} names {outside[0].relative_path}, which is not a file of the folder")
+        _check_places(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _check_places(metadata: Metadata) -> None:
+    """Raise `UnpicklingError` unless an index names each part of a file once, as it is.
+
+    Otherwise a small folder could be read any number of times.
+    """
+    ends: dict[str, int] = {}
+    for place in sorted(metadata.storage_data.values(), key=lambda place: (place.relative_path, place.offset)):
+        if place.offset < ends.get(place.relative_path, 0) or getattr(place, "transform_descriptors", None):
+            raise pickle.UnpicklingError(f"{INDEX} names a part of {place.relative_path} twice, or transformed")
+        ends[place.relative_path] = place.offset + place.length
 
 
 class _Writer(FileSystemWriter):
@@ -138,7 +155,28 @@ def load_header(checkpoint: Path) -> dict[str, Any]:
     header = _load_archive(checkpoint / METADATA if checkpoint.is_dir() else checkpoint)
     if not isinstance(header, dict):
         raise ValueError(f"{checkpoint} holds no state")
+    tensors_in(header)
     return header
+
+
+def tensors_in(content: Any) -> list[Tensor]:
+    """Return the tensors in nested containers; raise `ValueError` if there are more than `MOST_VALUES` values.
+
+    A few lists that hold each other can stand for any number of values.
+    """
+    tensors, left, count = [], [content], 0
+    while left:
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+        value = left.pop()
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return tensors
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any] | None:
@@ -180,12 +218,27 @@ def tensor_specs(checkpoint: Path) -> dict[str, TensorSpec]:
     for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             places = {MetadataIndex(name, chunk.offsets) for chunk in entry.chunks}
-            if math.prod(entry.size) != sum(math.prod(chunk.sizes) for chunk in entry.chunks):
+            if not _is_complete(entry):
                 raise ValueError(f"{name} is incomplete")
             if len(places) != len(entry.chunks) or not places <= metadata.storage_data.keys():
                 raise ValueError(f"{name} is incomplete")
             specs[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
     return specs
+
+
+def _is_complete(entry: TensorStorageMetadata) -> bool:
+    """Whether the parts of a tensor are all of it, one behind another along its first dimension.
+
+    An element that no part has would be as the memory was before.
+    """
+    if not entry.size:
+        return len(entry.chunks) == 1
+    rows, others = 0, tuple(entry.size[1:])
+    for chunk in sorted(entry.chunks, key=lambda chunk: (chunk.offsets[0], chunk.sizes[0])):
+        if tuple(chunk.offsets) != (rows, *[0] * len(others)) or tuple(chunk.sizes[1:]) != others:
+            return False
+        rows += chunk.sizes[0]
+    return rows == entry.size[0]
 
 
 def load_param_groups(checkpoint: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -234,31 +287,38 @@ def is_valid(checkpoint: Path) -> bool:
     try:
         if checkpoint.is_dir() and read_bytes(checkpoint / CHECKSUM) != sha256(checkpoint / INDEX).encode():
             return False
-        return all(map(_is_intact, _records(checkpoint)))
+        return all(_is_intact(record, spec) for record, spec in _records(checkpoint))
     except Exception:  # what is damaged can fail in any way
         return False
 
 
-def _is_intact(record: BinaryIO) -> bool:
-    """Whether the entries of an archive have their checksums, and torch can find them; other errors are raised.
+def _is_intact(record: BinaryIO, spec: TensorSpec | None) -> bool:
+    """Whether an archive has the checksums of its entries, and a tensor of this kind or, with `None`, anything.
 
-    Python's zipfile ignores fields of the archive's directory without which torch cannot read it.
+    Other errors are raised. Python's zipfile ignores fields of the archive's directory without which torch cannot read
+    it. A tensor that repeats few elements, or a compressed entry, would take more memory than its file has bytes.
     """
     archive = zipfile.ZipFile(record)
-    if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
+    if any(entry.external_attr or entry.compress_type for entry in archive.infolist()):
         return False  # torch reads nothing of an entry with the attribute of a folder
+    if archive.testzip() is not None:
+        return False
+    size = record.seek(0, io.SEEK_END)
     record.seek(0)
     if isinstance(record, io.BytesIO):
-        torch.load(record, map_location="cpu", weights_only=True)
+        content = torch.load(record, map_location="cpu", weights_only=True)
     else:
-        _load_archive(Path(record.name))  # finds tensors without reading them
-    return True
+        content = _load_archive(Path(record.name))  # finds tensors without reading them
+    in_memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(content))
+    if in_memory > 2 * size:  # tied weights are stored once
+        return False
+    return spec is None or TensorSpec(tuple(content.shape), content.dtype) == spec
 
 
 def fingerprint(checkpoint: Path) -> str:
     """Return a hash over the checksums of a checkpoint's records, which differs for any other checkpoint."""
     digest = hashlib.sha256()
-    for record in _records(checkpoint):
+    for record, _ in _records(checkpoint):
         for info in zipfile.ZipFile(record).infolist():
             digest.update(f"{info.filename} {info.CRC} {info.file_size}\n".encode())
     return digest.hexdigest()[:16]
@@ -270,16 +330,23 @@ def _save(content: Any, path: Path) -> None:
         torch.save(content, file)
 
 
-def _records(checkpoint: Path) -> Iterator[BinaryIO]:
-    """Yield each archive of a checkpoint."""
+def _records(checkpoint: Path) -> Iterator[tuple[BinaryIO, TensorSpec | None]]:
+    """Yield each archive of a checkpoint, with the shape and type of the tensor that it is, if it is one."""
     if not checkpoint.is_dir():
         with open_regular(checkpoint) as file:
-            yield file
+            yield file, None
         return
     with open_regular(checkpoint / METADATA) as file:
-        yield file
-    stored = _Reader(checkpoint).read_metadata().storage_data.values()
-    for place in sorted(stored, key=lambda place: (place.relative_path, place.offset)):
+        yield file, None
+    metadata = _Reader(checkpoint).read_metadata()
+    specs = {
+        MetadataIndex(name, chunk.offsets): TensorSpec(tuple(chunk.sizes), entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+        for chunk in entry.chunks
+    }
+    stored = metadata.storage_data.items()
+    for index, place in sorted(stored, key=lambda item: (item[1].relative_path, item[1].offset)):
         with open_regular(checkpoint / place.relative_path) as file:
             file.seek(place.offset)
-            yield io.BytesIO(file.read(place.length))
+            yield io.BytesIO(file.read(place.length)), specs.get(index)

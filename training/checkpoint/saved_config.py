@@ -5,7 +5,7 @@ config.yaml can be lost or edited. Training continues from the checkpoint, whose
 
 from pathlib import Path
 
-from common.errors import UserError, shown
+from common.errors import UserError, one_line, shown
 from common.settings import parse
 from training.checkpoint.format import saved_config
 from training.config.compose import read_config
@@ -66,6 +66,6 @@ def checkpoint_config(checkpoint: Path) -> Config:
         return parse(Config, plain)
     except UserError as error:
         raise UserError(
-            f"{checkpoint} has a configuration of another version ({error}): such a run cannot be read or "
+            f"{checkpoint} has a configuration of another version ({one_line(error)}): such a run cannot be read or "
             "continued; choose another name"
         ) from error

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils._pytree import tree_leaves
 
 import zclip
 from common.errors import one_line
 from data.stream import BlockStart
 from models import Llama
-from training.checkpoint.format import TensorSpec, is_valid, load_header, load_param_groups, tensor_specs
+from training.checkpoint.format import TensorSpec, is_valid, load_header, load_param_groups, tensor_specs, tensors_in
 from training.checkpoint.rng import set_rng_states
 from training.checkpoint.saved_config import checkpoint_config
 from training.config.schema import Config
@@ -60,8 +59,7 @@ def check_state(checkpoint: Path) -> None:
         _require(header["epoch"] == 0, "Lightning's epoch is not 0")
         _require(re.match(r"[2-9]\.\d+\.\d+", header["pytorch-lightning_version"]), "of no version of Lightning")
     with _part("its tensors"):
-        tensors = [leaf for leaf in tree_leaves(header) if isinstance(leaf, torch.Tensor)]
-        _require(all(map(_is_plain, tensors)), "some are sparse, or have no content")
+        _require(all(map(_is_plain, tensors_in(header))), "some are sparse, or have no content")
     with _part("its weights"):
         specs = tensor_specs(checkpoint)
         model = _meta_model(config, specs)

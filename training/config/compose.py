@@ -66,8 +66,8 @@ def read_config(path: Path) -> Config:
         return parse(Config, plain)
     except UserError as error:
         raise UserError(
-            f"{path} is not a configuration of this version ({error}): a run of another version cannot be read or "
-            "continued; choose another name"
+            f"{path} is not a configuration of this version ({one_line(error)}): a run of another version cannot "
+            "be read or continued; choose another name"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error

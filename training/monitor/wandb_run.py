@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from common.errors import one_line
-from common.files import refuse_link
+from common.files import make_dir
 from common.root_cause import root_cause
 from training.config.identity import run_name
 from training.config.schema import Config
@@ -19,13 +19,14 @@ SERVER_TIMEOUT = 30
 class WandbRun:
     """The wandb run of a run folder. It has the folder's name, so that a resumed run continues there.
 
-    If the server cannot be reached, the records stay in the folder, for `wandb sync`.
+    If the server cannot be reached, the records stay in the folder, for `wandb sync`. A link in the place of their
+    folder is a `UserError`.
     """
 
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        make_dir(folder / "wandb")
         import wandb
 
-        refuse_link(folder / "wandb")
         self.folder = folder
         self.console = console
         self._failed = False
