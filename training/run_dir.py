@@ -84,7 +84,7 @@ class RunDir:
             remove_leftovers(self.path)
             make_dir(self.checkpoints)
             starts = self._starts()
-            if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
+            if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
                 changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
                 raise UserError(
                     f"{changed or 'the text or the tokenizer'} has changed (data.path={shown(config.data.path)}, "
@@ -93,8 +93,8 @@ class RunDir:
                 )
             make_dir(self.tokenizer)
             for name in TOKENIZER_FILES:
-                if not (self.tokenizer / name).is_file():
-                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_bytes())
+                if not _holds(self.tokenizer / name, content := (tokens.folder / name).read_bytes()):
+                    write_atomic(self.tokenizer / name, content)
             if not self.config_file.is_file():
                 write_atomic(self.config_file, to_yaml(config))
             start = environment() | {
@@ -213,3 +213,10 @@ class RunDir:
         """Return how many global batches the run has skipped before it begins the step after this one."""
         rewinds = self.rewinds(step)
         return rewinds[-1]["skipped_batches"] if rewinds else 0
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has this content; a link, whose target others may change, has not."""
+    with suppress(OSError, ValueError):
+        return not path.is_symlink() and read_bytes(path, len(content)) == content
+    return False
