@@ -1,8 +1,10 @@
 """Weights and logits survive the way to transformers and back, for every kind of model that it has a class for."""
 
+import errno
 import json
 import os
 import random
+import resource
 import stat
 
 import pytest
@@ -231,3 +233,16 @@ def test_index_cannot_name_files_outside_the_folder(tmp_path):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(ValueError, match=r"names \S+, which is not the name of a file in the folder"):
             check_weights(tmp_path / "index", config)
+
+
+def test_full_disk_is_the_systems_error(tmp_path):
+    """The safetensors library has the number in its message alone."""
+    model = random_model(config := shapes()[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/model\.safetensors'") as error:
+            export(model.state_dict(), config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG

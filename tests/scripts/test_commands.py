@@ -1,5 +1,6 @@
 """Every script and every command of the Makefile is there and is tested."""
 
+import io
 import os
 import re
 import sys
@@ -54,6 +55,24 @@ def test_status_lists_the_runs_of_a_folder(finished_run, tmp_path):
     assert done.stdout.endswith("1 done\n")
 
 
+def test_status_of_a_run_that_cannot_be_looked_into_is_damaged(tmp_path, monkeypatch):
+    script = load_script("status")
+    is_file = Path.is_file
+    (tmp_path / "closed").mkdir()
+
+    def refuse(path):
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(script, "queued_jobs", dict)
+    monkeypatch.setattr("sys.stdout", output := io.StringIO())
+    script.main({"folder": str(tmp_path)})
+    assert re.search(r"│ closed │ damaged │", output.getvalue()), output.getvalue()
+
+
 def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a program on the path that prints a job in SLURM's queue."""
     (folder / "bin").mkdir()
@@ -71,7 +90,9 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
         else:
             run.config_file.write_bytes((finished_run / "config.yaml").read_bytes())
     runs["[b]failed"].write_failure(RuntimeError("why"))
-    runs["[b]failed"].metrics_file.write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\n{"step"')
+    runs["[b]failed"].metrics_file.write_text(
+        '{"step": 3, "tokens": 30, "loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 1234.5}\n{"step"'
+    )
     runs["damaged"].result_file.write_text("{")
     (tmp_path / "no run").mkdir()
     fake_squeue(tmp_path, monkeypatch)
