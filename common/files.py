@@ -39,9 +39,10 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path`, complete and on the disk, when the block ends without an error.
 
     Raises:
-        UserError: a folder stands in its place.
+        IsADirectoryError: a folder stands in its place.
     """
-    refuse_folder(path)
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = tmp_path(path)
     descriptor = os.open(temporary, _NEW_FILE, 0o666)
     try:
@@ -120,7 +121,7 @@ def refuse_link(path: Path) -> None:
 
 
 def refuse_folder(path: Path) -> None:
-    """Raise `UserError` if a folder stands in the place of a file that is written."""
+    """Raise `UserError` if a folder stands in the place of a file."""
     if path.is_dir() and not path.is_symlink():
         raise UserError(f"{path} is a folder, where a file is to be: remove it")
 

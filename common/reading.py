@@ -94,7 +94,11 @@ def parse_yaml(content: str | bytes) -> Any:
 
 def parse_record(shape: type[R], content: str | bytes) -> R:
     """Return an object in JSON; raise `ValueError` if it has another shape."""
-    value = parse_json(content)
+    return check_record(shape, parse_json(content))
+
+
+def check_record(shape: type[R], value: Any) -> R:
+    """Return a value as a record; raise `ValueError` if it has another shape."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
     try:

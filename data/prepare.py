@@ -244,7 +244,10 @@ class _Preparation:
             if part[split]["file"]:
                 file = documents_file(self.folder / part[split]["file"])
                 self._verify(file.name)
-                digests.update(read_documents(file)["digest"].tolist())
+                try:
+                    digests.update(read_documents(file)["digest"].tolist())
+                except ValueError as error:
+                    raise UserError(f"{file} is damaged ({error}): remove the folder {self.folder}") from error
         return digests
 
     def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:

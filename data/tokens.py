@@ -17,13 +17,13 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError, one_line
 from common.files import sha256
-from common.reading import parse_json, parse_record, read_bytes
+from common.reading import open_regular, parse_json, parse_record, read_bytes
 from data.shapes import Manifest
 from data.tokenizer import TOKENIZER_FILES
 
@@ -132,9 +132,12 @@ def read_documents(file: Path) -> np.ndarray:
     Raises:
         ValueError: they are none, or their ends do not increase.
     """
-    documents = np.load(file, allow_pickle=False)
-    if documents.dtype != DOCUMENT_DTYPE or documents.ndim != 1:
+    with open_regular(file) as content:
+        header = _read_header(content)
+        rows = content.read()
+    if header is None or header != ((len(rows) // DOCUMENT_DTYPE.itemsize,), DOCUMENT_DTYPE):
         raise ValueError(f"{file.name} is not about documents")
+    documents = np.frombuffer(rows, DOCUMENT_DTYPE, header[0][0])
     if (np.diff(documents["end"].astype(np.int64), prepend=0) <= 0).any():
         raise ValueError(f"{file.name} has a document that ends before it begins")
     return documents
@@ -238,13 +241,22 @@ def _check_arrays(file: Path, part: dict[str, Any], dtype: np.dtype) -> None:
 
 
 def _check_header(file: Path, dtype: np.dtype, length: int) -> None:
-    with file.open("rb") as content:
-        if np.lib.format.read_magic(content) != (1, 0):
-            raise ValueError(f"{file.name} is of another version of numpy's format")
-        shape, _, stored = np.lib.format.read_array_header_1_0(content)
+    with open_regular(file) as content:
+        header = _read_header(content)
         rest = file.stat().st_size - content.tell()
-    if (stored, shape, rest) != (dtype, (length,), length * dtype.itemsize):
+    if header != ((length,), dtype) or rest != length * dtype.itemsize:
         raise ValueError(f"{file.name} is no array of {length:,} {dtype.name if dtype.names is None else 'documents'}")
+
+
+def _read_header(content: BinaryIO) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Read the header of an open file with an array; return its shape and data type, `None` if there is none."""
+    try:
+        if np.lib.format.read_magic(content) != (1, 0):
+            return None
+        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    except Exception:  # numpy lets Python parse it, which can fail in any way
+        return None
+    return shape, dtype
 
 
 def dump_with_checksum(facts: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from lm_eval.api.instance import Instance
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from common.files import open_append
+from common.files import open_append, refuse_folder
 from common.reading import read_lines
 from evaluation.tasks import TaskError
 
@@ -35,6 +35,7 @@ class ResponseCache:
     """A file of responses by request. Damaged lines are ignored, and so is the file of a model with another name."""
 
     def __init__(self, path: Path, model: str) -> None:
+        refuse_folder(path)
         self.path = path
         self.model = model
         self.responses: dict[str, Any] = {}

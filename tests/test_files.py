@@ -32,7 +32,7 @@ def test_file_never_replaces_a_folder(tmp_path):
     folder = tmp_path / "report.html"
     folder.mkdir()
     (folder / "notes").write_text("mine")
-    with pytest.raises(UserError, match=r"report\.html is a folder"):
+    with pytest.raises(IsADirectoryError, match=r"Is a directory: .*report\.html"):
         write_atomic(folder, "text")
     with pytest.raises(UserError, match=r"report\.html is a folder"), hold_lock(folder):
         pass

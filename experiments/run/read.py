@@ -9,11 +9,25 @@ import numpy as np
 
 from common import run_files
 from common.errors import one_line
-from common.reading import MOST_YAML, Record, parse_record, parse_yaml, read_bytes, read_lines
+from common.reading import MOST_YAML, Record, check_record, parse_record, parse_yaml, read_bytes, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, ValidationLine, as_dict
 
 #: Largest magnitude of a value in metrics.jsonl. Sums and squares of such values are finite.
 LARGEST = 1e100
+
+
+class _Corruption(Record):
+    steps: Sequence[int] = ()
+
+
+class _Data(Record):
+    corruption: _Corruption = _Corruption()
+
+
+class _Config(Record):
+    """What is read of a configuration here."""
+
+    data: _Data = _Data()
 
 
 class Run(NamedTuple):
@@ -81,11 +95,10 @@ def read_run(path: Path) -> Run:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the configuration of a run; raise `ValueError` if `config.yaml` is not YAML, or not a mapping."""
+    """Return the configuration of a run; raise `ValueError` if `config.yaml` is not YAML, or of another shape."""
     with _naming("config.yaml"):
         config = parse_yaml(read_bytes(path / "config.yaml", MOST_YAML))
-        if not isinstance(config, dict):
-            raise ValueError("not a mapping")
+        check_record(_Config, config)
     return config
 
 

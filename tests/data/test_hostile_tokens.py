@@ -144,6 +144,7 @@ def test_arrays_that_do_not_fit_the_manifest_are_one_sentence(verify, folder, mo
             npy(ids[:-1], folder), npy(ids.astype(np.int64), folder), npy(ids[None], folder), npy(ids, folder) + b"x",
             npy(ids, folder)[:-1], b"", b"\x93NUMPY\x01\x00\xff\xff{", npy(np.array([Opened()] * len(ids)), folder),
             pickle.dumps(Opened()), b"\x93NUMPY\x02\x00" + npy(ids, folder)[8:],
+            npy(ids, folder).replace(b"{", b"{{", 1), npy(ids, folder).replace(b"'shape': (", b"'shape': (-", 1),
         ],
         documents: [npy(index[:-1], folder), npy(shorter, folder), npy(np.arange(len(index)), folder), b"\0" * 99],
     }  # fmt: skip
@@ -199,6 +200,21 @@ def interrupted(tmp_path_factory) -> tuple[Corpus, Path]:
         patch.setattr(module, "write_part", write_two_parts)
         prepare(corpus, folder / "cache", 16, part_tokens=PART_TOKENS // 2)
     return corpus, folder / "cache"
+
+
+@pytest.mark.parametrize(
+    "replaced", [(b"{", b"{{"), (b"NUMPY", b"numpy"), (b"'shape': (", b"'shape': (-1,"), (b"<u8", b"|O8")]
+)
+def test_documents_of_a_journal_that_are_none_are_one_sentence(replaced, interrupted, tmp_path):
+    corpus, cache = interrupted
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (journal,) = copy.glob("*/journal.json")
+    file = journal.with_name("train-00000.documents.npy")
+    file.write_bytes(file.read_bytes().replace(*replaced, 1))
+    rewrite(journal, lambda facts: facts["files"].update({file.name: file_facts(file)}))
+    with pytest.raises(UserError, match=r"train-00000\.documents\.npy is damaged") as error:
+        prepare(corpus, copy, 16, part_tokens=PART_TOKENS // 2)
+    assert is_one_sentence(error)
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(500, marks=pytest.mark.slow)])

@@ -306,6 +306,9 @@ def test_responses_are_written_through_no_link(tmp_path):
     os.mkfifo(tmp_path / "responses")
     assert ResponseCache(tmp_path / "responses", "m").responses == {}, "and does not wait for a FIFO"
     assert (tmp_path / "elsewhere").read_text() == "kept"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder is a folder, where a file is to be"):
+        ResponseCache(tmp_path / "folder", "m")
 
 
 def test_scores_and_responses_of_later_steps_are_removed(tmp_path):

@@ -52,6 +52,16 @@ def write_run(folder, rows, result=None):
     return read_run(folder)
 
 
+@pytest.mark.parametrize(
+    "data", ["5", "null", "{corruption: x}", "{corruption: {steps: 3}}", "{corruption: {steps: [a]}}"]
+)
+def test_corrupted_steps_that_are_none_are_an_error(data, tmp_path):
+    write_run(tmp_path / "run", [row(1, 1.0, None)])
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {data}\n")
+    with pytest.raises(ValueError, match=r"^config\.yaml: data"):
+        read_run(tmp_path / "run")
+
+
 def row(step, loss, z, clipped=0.0):
     return {
         "step": step, "tokens": 10 * step, "loss": loss, "grad_norm": 2.0, "clipped_norm": 1.0,

@@ -442,7 +442,9 @@ def _replay(folder: Path, bases: Path, rng: random.Random) -> None:
     for file in sorted(folder.glob("trace*")):
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
-            status = replay(["replay", str(file), f"clip={clip}", f"out={rng.choice(('none', folder / 'a.png'))}"])
+            status = replay(
+                ["replay", str(file), f"clip={clip}", f"out={rng.choice((*['none'] * 9, folder / 'a.png'))}"]
+            )
         if status:
             raise Refused(err.getvalue())
 
@@ -505,6 +507,9 @@ def _command_line(folder: Path, bases: Path, rng: random.Random) -> str:
     program = rng.choice(PROGRAMS)
     if program == "train.py":
         arguments.append(rng.choice(("print_run_dir=true", "plan=true")))
+    if program in ("scripts/prepare_data.py", "scripts/train_tokenizer.py"):
+        arguments.insert(0, "data.path=text")  # not all of the default text
+    shutil.copytree(bases / "texts" / "-jsonl", folder / "text")
     shutil.copytree(bases / "tokenizer", folder / "tokenizer")
     shutil.copytree(bases / "model", folder / "model")
     shutil.copytree(bases / "stopped" / "runs", folder / "runs")

@@ -8,7 +8,8 @@ from tests.helpers import same_handlers
 
 #: Inputs of each reader. Those of readers that take longer, and of programs, are left to `make fuzz`.
 INPUTS = {
-    "texts": 6,
+    "run folder": 4, "run, read": 12, "scores": 12, "model": 10, "model with index": 6, "tokenizer": 8, "tokens": 8,
+    "texts": 6, "clipper state": 20, "replay": 12,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Every script and every command of the Makefile is there and is tested."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -81,6 +82,9 @@ def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
 
 
+LINE = json.dumps({"step": 3, "tokens": 1536, "loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 1234.5})
+
+
 def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypatch, capsys):
     runs = {name: RunDir(tmp_path / name) for name in ("[b]failed", "stopped", "submitted", "damaged", "waiting")}
     for name, run in runs.items():
@@ -90,9 +94,7 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
         else:
             run.config_file.write_bytes((finished_run / "config.yaml").read_bytes())
     runs["[b]failed"].write_failure(RuntimeError("why"))
-    runs["[b]failed"].metrics_file.write_text(
-        '{"step": 3, "tokens": 30, "loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 1234.5}\n{"step"'
-    )
+    runs["[b]failed"].metrics_file.write_text(LINE + '\n{"step"')
     runs["damaged"].result_file.write_text("{")
     (tmp_path / "no run").mkdir()
     fake_squeue(tmp_path, monkeypatch)

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 from experiments.run.read import corrupted_steps, read_run
 from tests.helpers import (
     CHECKOUT,
@@ -27,6 +28,7 @@ from training.checkpoint.fork import check_corruption, find_fork_source
 from training.checkpoint.format import load_model_state
 from training.checkpoint.resume import Start
 from training.config.compose import read_config
+from training.monitor.wandb_run import WandbRun
 from training.run_dir import RunDir
 
 #: A clipper that makes the gradients of a batch of random tokens non-finite.
@@ -297,6 +299,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
+def test_records_of_wandb_stay_in_the_run_folder(tmp_path):
+    (tmp_path / "wandb").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="wandb is a link"):
+        WandbRun(compose_config("logger=wandb"), tmp_path, Console())
+
+
 def test_training_continues_without_wandb(tiny, tmp_path):
     """The server refuses connections for the whole run."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)

@@ -289,7 +289,7 @@ def test_environment_names_commit_versions_and_command(tmp_path, monkeypatch):
     [
         (errno.EFBIG, "cannot be written (File too large): when it can, run the same command to resume"),
         (errno.EACCES, "cannot be used (Permission denied): when it can, run the same command to resume"),
-        (errno.EISDIR, "cannot be used (Is a directory): when it can, run the same command to resume"),
+        (errno.EISDIR, "cannot be written (Is a directory): when it can, run the same command to resume"),
         (errno.EIO, "cannot be used (Input/output error): when it can, run the same command to resume"),
     ],
 )

@@ -27,10 +27,12 @@ from training.runtime.distributed import check_environment, is_distributed, rank
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
 #: Error numbers that are no program faults: the disk is full, the quota is used up, a file is as large as it may be,
-#: the file system is read-only, a file is a link or a device.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ELOOP, errno.ENXIO)
-#: The same of files that may be read or written: they belong to others, are folders, or lie on a disk that fails.
-CANNOT_USE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE)
+#: the file system is read-only, a file is a link, a device or a folder.
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ELOOP, errno.ENXIO, errno.EISDIR,
+)  # fmt: skip
+#: The same of files that may be read or written: they belong to others, lie below a file, or on a disk that fails.
+CANNOT_USE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"

@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from common.errors import one_line
+from common.files import refuse_link
 from common.root_cause import root_cause
 from training.config.identity import run_name
 from training.config.schema import Config
@@ -24,6 +25,7 @@ class WandbRun:
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
         import wandb
 
+        refuse_link(folder / "wandb")
         self.folder = folder
         self.console = console
         self._failed = False
