@@ -186,9 +186,14 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order; files of other names are none."""
-        with suppress(FileNotFoundError):  # others may remove the folder while it is read
-            names = [path.name for path in self.checkpoints.glob("step-*.ckpt")]
+        """Return the steps that have a checkpoint, in order; files of other names are none.
+
+        Raises:
+            OSError: the folder is there, and cannot be read.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):  # others may remove the folder while it is read
+            # A glob would take a folder that cannot be read for an empty one.
+            names = [path.name for path in self.checkpoints.iterdir()]
             steps = [int(name[5:-5]) for name in names if re.fullmatch(r"step-[0-9]+\.ckpt", name)]
             return sorted(step for step in steps if self.checkpoint(step).name in names)
         return []

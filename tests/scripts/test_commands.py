@@ -68,7 +68,7 @@ def test_status_of_a_run_that_cannot_be_looked_into_is_damaged(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "is_file", refuse)
     monkeypatch.setattr(Path, "exists", refuse)
-    monkeypatch.setattr(script, "queued_jobs", dict)
+    monkeypatch.setattr(script, "queued_jobs", None)  # not asked
     monkeypatch.setattr("sys.stdout", output := io.StringIO())
     script.main({"folder": str(tmp_path)})
     assert re.search(r"│ closed │ damaged │", output.getvalue()), output.getvalue()

@@ -337,6 +337,18 @@ def test_edited_tokenizer_in_the_folder_is_made_that_of_the_tokens_again(finishe
         assert file.read_text() == before
 
 
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(finished_run, tmp_path, monkeypatch):
+    path = copy_run(finished_run, tmp_path)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError, match="checkpoints"):
+        RunDir(path).checkpoint_steps()
+
+
 def test_second_process_cannot_train_the_same_run(tiny, run_in_process, tmp_path):
     settings = (*tiny, "trainer.max_steps=100000", "trainer.log_every=1")
     process = start(*settings, cwd=tmp_path)
