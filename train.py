@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from common.console import make_console
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import write_atomic
 from common.text import overrides_dict
 from data import corpus_from
@@ -106,7 +106,10 @@ def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
     if not run_dir.plot.exists() and rank() == 0:
         from experiments.run.plot import plot_run
 
-        plot_run(read_run(run_dir.path))
+        try:
+            plot_run(read_run(run_dir.path))
+        except (OSError, ValueError) as error:
+            console.print(f"{run_dir.plot} cannot be drawn ({one_line(error)})")
 
 
 def run_in_processes(config: Config, run_dir: RunDir, console: Console) -> dict:

@@ -10,9 +10,16 @@ from rich.text import Text
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+#: Columns of the narrowest terminal that tables are laid out for: rich fails where no column of theirs has room.
+LEAST_WIDTH = 20
+
+
 def make_console(soft_wrap: bool = True, **options: Any) -> Console:
     """Return a console that prints texts as they are. Options are those of `rich.console.Console`."""
-    return _PlainConsole(soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False, **options)
+    console = _PlainConsole(soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False, **options)
+    if console.width < LEAST_WIDTH:
+        console.width = LEAST_WIDTH
+    return console
 
 
 def printable(text: str) -> str:

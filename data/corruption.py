@@ -22,7 +22,8 @@ SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 
 class BatchCorruption:
     """Replaces the content of the batches of chosen optimizer steps, counted from 1 as in metrics.jsonl.
 
-    Batches that a rewind skips do not count: the step that is taken in their place is corrupted, if it is chosen.
+    Batches that a rewind skips do not count. The caller leaves out steps that were rewound over: no corrupted batch
+    comes back in the place of one that was skipped.
 
     - `random`: every token is drawn uniformly from the vocabulary.
     - `repeat`: one token is repeated; each row has its own.

@@ -36,6 +36,7 @@ class TrainLoader:
     share: BatchShare
     corruption: BatchCorruption | None = None  # replaces the batches of chosen steps
     skipped_batches: int = 0  # global batches before this run's next one on which no step was taken
+    skipped_before: int = 0  # those of them that a saved position must have skipped already
 
     def __post_init__(self) -> None:
         self.per_forward = self.share.micro_batch_size * self.share.world_size
@@ -86,5 +87,10 @@ class TrainLoader:
             raise UserError(
                 f"the checkpoint has skipped {-newly_skipped} more batches than this run: the record of its rewinds "
                 "is missing, restore rewinds.json"
+            )
+        if state.skipped_batches < self.skipped_before:
+            raise UserError(
+                f"rewinds.json has {self.skipped_before - state.skipped_batches} skipped batches more than the "
+                "checkpoint, which is from after that rewind: it is of another run, or was edited; restore it"
             )
         self.consumed = state.sequences_consumed + newly_skipped * self.share.global_batch_size

@@ -5,6 +5,8 @@ Parameters have the names that transformers gives them, so none is renamed. A mo
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +49,7 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
     `end_of_text` is the id of the token that ends a text.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     model_type = "qwen3" if config.qk_norm else "llama"
     content = {
@@ -64,7 +67,13 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor for name, tensor in state.items() if not _is_tied(name, config)}
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
+    try:
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
+    except SafetensorError as error:  # of a full disk, with the system's error number in its message alone
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / WEIGHTS)) from error
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / CONFIG, file)  # safetensors makes files that only their owner can read

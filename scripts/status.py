@@ -31,8 +31,8 @@ def main(values: _entry.Values) -> None:
     if not folder.is_dir():
         raise UserError(f"folder={folder} does not exist: it must be the folder of an experiment, such as runs/main")
     runs = [RunDir(path) for path in sorted(folder.iterdir())]
-    runs = [run for run in runs if run.config_file.is_file() or run.job_file.is_file()]
-    queue = queued_jobs() if any(run.job_file.is_file() for run in runs) else {}
+    runs = [run for run in runs if has_file(run.config_file) or has_file(run.job_file)]
+    queue = queued_jobs() if any(has_file(run.job_file, if_closed=False) for run in runs) else {}
     table = Table(title=str(folder), title_justify="left")
     for column in ("run", "state", "step", "loss", "tokens/s", "job"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
@@ -54,6 +54,14 @@ def main(values: _entry.Values) -> None:
         console.width = max(console.width, 160)
     console.print(table, soft_wrap=False)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
+
+
+def has_file(path: Path, if_closed: bool = True) -> bool:
+    """Whether a file is there; `if_closed` in somebody else's folder that cannot be looked into."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return if_closed
 
 
 if __name__ == "__main__":

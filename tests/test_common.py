@@ -2,11 +2,14 @@
 
 import datetime
 import fcntl
+import io
 import shutil
 
 import pytest
 from pydantic import ValidationError, model_validator
+from rich.table import Table
 
+from common.console import make_console
 from common.errors import UserError
 from common.files import is_locked, remove
 from common.settings import Count, Settings, parse
@@ -78,3 +81,13 @@ def test_settings_stay_as_they_were_parsed():
     with pytest.raises(ValidationError, match="frozen"):
         settings.count = 5
     assert settings.count == 2**31 - 1
+
+
+def test_tables_are_printed_in_the_narrowest_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "3")
+    console = make_console(soft_wrap=False, file=io.StringIO())
+    row = ["time of a step", "0.272 s", "data 0.2%, forward and backward 98.2%"]
+    table = Table(*row)
+    table.add_row(*row)
+    console.print(table)
+    assert console.width == 20

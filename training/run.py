@@ -203,6 +203,7 @@ def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
         BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
         batch_corruption(config, tokens, start.rewinds),
         skipped_batches=start.skipped_batches,
+        skipped_before=start.skipped_before,
     )
 
 

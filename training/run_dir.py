@@ -84,7 +84,7 @@ class RunDir:
             remove_leftovers(self.path)
             make_dir(self.checkpoints)
             starts = self._starts()
-            if starts and starts[-1].get("data_fingerprint", tokens.fingerprint) != tokens.fingerprint:
+            if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
                 changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
                 raise UserError(
                     f"{changed or 'the text or the tokenizer'} has changed (data.path={shown(config.data.path)}, "
@@ -93,8 +93,8 @@ class RunDir:
                 )
             make_dir(self.tokenizer)
             for name in TOKENIZER_FILES:
-                if not (self.tokenizer / name).is_file():
-                    write_atomic(self.tokenizer / name, (tokens.folder / name).read_bytes())
+                if not _holds(self.tokenizer / name, content := (tokens.folder / name).read_bytes()):
+                    write_atomic(self.tokenizer / name, content)
             if not self.config_file.is_file():
                 write_atomic(self.config_file, to_yaml(config))
             start = environment() | {
@@ -186,9 +186,14 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order; files of other names are none."""
-        with suppress(FileNotFoundError):  # others may remove the folder while it is read
-            names = [path.name for path in self.checkpoints.glob("step-*.ckpt")]
+        """Return the steps that have a checkpoint, in order; files of other names are none.
+
+        Raises:
+            OSError: the folder is there, and cannot be read.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):  # others may remove the folder while it is read
+            # A glob would take a folder that cannot be read for an empty one.
+            names = [path.name for path in self.checkpoints.iterdir()]
             steps = [int(name[5:-5]) for name in names if re.fullmatch(r"step-[0-9]+\.ckpt", name)]
             return sorted(step for step in steps if self.checkpoint(step).name in names)
         return []
@@ -213,3 +218,10 @@ class RunDir:
         """Return how many global batches the run has skipped before it begins the step after this one."""
         rewinds = self.rewinds(step)
         return rewinds[-1]["skipped_batches"] if rewinds else 0
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has this content; a link, whose target others may change, has not."""
+    with suppress(OSError, ValueError):
+        return not path.is_symlink() and read_bytes(path, len(content)) == content
+    return False

@@ -83,6 +83,8 @@ def read_run(path: Path) -> Run:
     """
     config = read_config(path)
     rows = _lines(path / "metrics.jsonl", MetricsLine)
+    if not rows and (path / "result.json").exists():
+        raise ValueError("metrics.jsonl: all lines are lost")
     names = list(dict.fromkeys(name for row in rows for name in row))
     metrics = {name: _column(name, [row.get(name) for row in rows]) for name in names}
     result = _object(path / "result.json", Result)

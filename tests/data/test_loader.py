@@ -121,3 +121,11 @@ def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, kills, t
         ranks = [json.loads((tmp_path / f"{step}-{rank}-{last}.json").read_text()) for rank in range(int(last))]
         rows = [row for parts in zip(*ranks, strict=True) for part in parts for row in part]
         assert rows == next(reference).tokens.tolist(), step
+
+
+def test_rewinds_that_a_later_checkpoint_does_not_know_are_refused(loader):
+    """The record of the rewinds is of another run, or was edited."""
+    state = loader(skipped_batches=2).state_dict()
+    loader(skipped_batches=5, skipped_before=2).load_state_dict(state)  # then back to the checkpoint's own step
+    with pytest.raises(ValueError, match=r"rewinds\.json has 3 skipped batches more than the checkpoint"):
+        loader(skipped_batches=5, skipped_before=5).load_state_dict(state)

@@ -1,8 +1,10 @@
 """Weights and logits survive the way to transformers and back, for every kind of model that it has a class for."""
 
+import errno
 import json
 import os
 import random
+import resource
 import stat
 
 import pytest
@@ -238,3 +240,16 @@ def test_folder_of_too_many_layers_is_refused_before_a_model_is_made(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"has num_hidden_layers=1073741824 in config\.json: it must be at most 1000"):
         check_weights(tmp_path, config_of(tmp_path))
+
+
+def test_full_disk_is_the_systems_error(tmp_path):
+    """The safetensors library has the number in its message alone."""
+    model = random_model(config := shapes()[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/model\.safetensors'") as error:
+            export(model.state_dict(), config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG

@@ -1,5 +1,6 @@
 """Every script and every command of the Makefile is there and is tested."""
 
+import io
 import json
 import os
 import re
@@ -53,6 +54,24 @@ def test_status_lists_the_runs_of_a_folder(finished_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(rf"│ {copied.name} +│ done +│ +40 of 40 │ +\d\.\d+ │ +[\d,]+ │", done.stdout), done.stdout
     assert done.stdout.endswith("1 done\n")
+
+
+def test_status_of_a_run_that_cannot_be_looked_into_is_damaged(tmp_path, monkeypatch):
+    script = load_script("status")
+    is_file = Path.is_file
+    (tmp_path / "closed").mkdir()
+
+    def refuse(path):
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(script, "queued_jobs", None)  # not asked
+    monkeypatch.setattr("sys.stdout", output := io.StringIO())
+    script.main({"folder": str(tmp_path)})
+    assert re.search(r"│ closed │ damaged │", output.getvalue()), output.getvalue()
 
 
 def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

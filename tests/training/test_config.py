@@ -197,6 +197,11 @@ def test_finished_run_is_shown_without_a_login(finished_run, tiny, checked, tmp_
     assert run_dir.read_result() is not None
 
 
+def test_mode_that_wandb_does_not_know_is_refused(tiny, refusal, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    assert "WANDB_MODE=nonsense is not allowed: it must be one of online, off" in refusal(*tiny, "logger=wandb")
+
+
 def test_wandb_without_a_login_is_refused(tmp_path):
     done = train("logger=wandb", cwd=tmp_path, env=NO_LOGIN)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from tests.helpers import (
     train_to_end,
     wait_for_steps,
 )
-from training.checkpoint.fork import find_fork_source
+from training.checkpoint.fork import check_corruption, find_fork_source
 from training.checkpoint.format import load_model_state
+from training.checkpoint.resume import Start
 from training.config.compose import read_config
 from training.monitor.wandb_run import WandbRun
 from training.run_dir import RunDir
@@ -341,3 +343,34 @@ def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_pa
     done = train(*settings, "fork_from=runs/main/old@8", cwd=tmp_path)
     assert done.returncode == 2 and "step-00000008.ckpt is damaged" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "runs" / "main" / "new").exists()
+
+
+def test_checkpoint_knows_all_rewinds_but_those_to_its_own_step():
+    rewinds = [(23, 10, 13), (26, 20, 19), (27, 20, 26)]
+    records = [dict(zip(("from_step", "to_step", "skipped_batches"), rewind, strict=True)) for rewind in rewinds]
+    assert Start(20, None, records, None, 0).skipped_before == 13
+    assert Start(30, None, records, None, 0).skipped_before == 26
+    assert Start(10, None, records[:1], None, 0).skipped_before == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("[30]", None),
+        ("[5,30]", r"data\.corruption\.steps=\[5, 30\]: up to step 16, that run has \[\]"),
+        ("[18]", "that run was rewound, and takes the batch of the text at step 18"),
+    ],
+)
+def test_corrupted_batches_of_a_fork_are_those_that_are_said(steps, problem, finished_run, tiny, tmp_path):
+    old = copy_run(finished_run, tmp_path)
+    (old / "rewinds.json").write_text('{"rewinds": [{"from_step": 20, "to_step": 16, "skipped_batches": 4}]}')
+    config = compose_config(*tiny, "name=new", f"fork_from={old}@16", f"data.corruption.steps={steps}")
+    with nullcontext() if problem is None else pytest.raises(ConfigError, match=problem):
+        assert find_fork_source(config, RunDir(tmp_path / "new")).step == 16
+
+
+def test_kind_of_the_corrupted_batches_before_a_fork_is_the_old_runs(tiny):
+    old = compose_config(*tiny, "data.corruption.steps=[5]", "data.corruption.kind=repeat")
+    new = compose_config(*tiny, "data.corruption.steps=[5,30]", "data.corruption.kind=random")
+    with pytest.raises(ConfigError, match=r"data\.corruption\.kind=random: that run has repeat"):
+        check_corruption(new, old, [], 16, lambda problem: ConfigError("fork_from", "x", problem=problem))

@@ -310,6 +310,45 @@ def test_finished_run_reports_changed_text(tiny, small_text, run_in_process, tmp
     assert done.returncode == 0 and "finished already" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("lines", [None, b"", b"[]\n"])
+def test_finished_run_without_metrics_is_shown_without_its_picture(
+    lines, finished_run, tiny, program, checked, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = copy_run(finished_run, tmp_path)
+    shutil.rmtree(path / "plots")
+    (path / "metrics.jsonl").unlink()
+    if lines is not None:
+        (path / "metrics.jsonl").write_bytes(lines)
+    config, run_dir = checked(*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    program.report_finished(config, run_dir, Console(file=(output := io.StringIO()), soft_wrap=True))
+    assert re.search(r"run\.png cannot be drawn \(.*metrics\.jsonl", output.getvalue()), output.getvalue()
+
+
+def test_edited_tokenizer_in_the_folder_is_made_that_of_the_tokens_again(finished_run, tiny, cache, checked, tmp_path):
+    path = copy_run(finished_run, tmp_path)
+    config, run_dir = checked(*tiny, f"paths.runs={tmp_path / 'runs'}")
+    tokens = prepare(corpus_from(config.data), cache, config.data.sequence_length)
+    file = path / "tokenizer" / "tokenizer.json"
+    before = file.read_text()
+    file.write_text(before.replace('"of"', '"fo"') + "\n")
+    assert run_dir.path == path
+    with run_dir.acquire(config, tokens):
+        assert file.read_text() == before
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(finished_run, tmp_path, monkeypatch):
+    path = copy_run(finished_run, tmp_path)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError, match="checkpoints"):
+        RunDir(path).checkpoint_steps()
+
+
 def test_second_process_cannot_train_the_same_run(tiny, run_in_process, tmp_path):
     settings = (*tiny, "trainer.max_steps=100000", "trainer.log_every=1")
     process = start(*settings, cwd=tmp_path)

@@ -17,6 +17,7 @@ import torch
 from common.errors import UserError
 from tests.helpers import CHECKOUT, compose_config
 from tests.process_pool import run_ranks
+from training.launch.cli import reporting
 from training.launch.processes import local_store
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
 from training.runtime.distributed import check_environment
@@ -281,3 +282,19 @@ def test_environment_names_commit_versions_and_command(tmp_path, monkeypatch):
     assert clean["versions"]["python"] == platform.python_version()
     (tmp_path / "file").write_text("changed")
     assert environment()["uncommitted_changes"]
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EFBIG, "cannot be written (File too large): when it can, run the same command to resume"),
+        (errno.EACCES, "cannot be used (Permission denied): when it can, run the same command to resume"),
+        (errno.EISDIR, "cannot be written (Is a directory): when it can, run the same command to resume"),
+        (errno.EIO, "cannot be used (Input/output error): when it can, run the same command to resume"),
+    ],
+)
+def test_files_that_the_system_refuses_are_one_sentence(number, sentence, capsys, monkeypatch):
+    monkeypatch.setattr("training.launch.cli.exit_statuses", statuses := [])
+    with reporting():
+        raise OSError(number, os.strerror(number), "runs/main/x/failure.txt")
+    assert capsys.readouterr().err == f"runs/main/x/failure.txt {sentence}\n" and statuses == [3]

@@ -6,11 +6,13 @@ statistics are restored if its settings are the same, and reset otherwise.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import ConfigError, shown
 from common.files import write_atomic
+from common.run_files import corrupted_steps
 from common.text import flatten
 from training.checkpoint.saved_config import checkpoint_config
 from training.checkpoint.state import find_problem
@@ -19,7 +21,7 @@ from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
 
-#: Settings that a run and those forked from it share; `data.corruption` may differ.
+#: Settings that a run and those forked from it share; `data.corruption` may differ after the step.
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
 
 
@@ -63,6 +65,24 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
         raise
 
 
+def check_corruption(
+    config: Config, old: Config, rewinds: list[dict[str, int]], step: int, impossible: Callable[[str], ConfigError]
+) -> None:
+    """Raise `ConfigError` if the corrupted batches up to the step are not the old run's, or one would not come."""
+    said, trained = config.data.corruption, old.data.corruption
+    ours, theirs = ({s for s in corrupted_steps(c.steps, rewinds) if s <= step} for c in (said, trained))
+    if ours != theirs:
+        raise impossible(
+            f" with data.corruption.steps={list(said.steps)}: up to step {step}, that run has {sorted(theirs)}"
+        )
+    if ours and said.kind != trained.kind:
+        raise impossible(f" with data.corruption.kind={said.kind}: that run has {trained.kind}")
+    taken_again = {*said.steps} - {*corrupted_steps(said.steps, rewinds), *trained.steps, *range(step + 1)}
+    if taken_again:
+        was = f"that run was rewound, and takes the batch of the text at step {min(taken_again)}"
+        raise impossible(f" with data.corruption.steps={list(said.steps)}: {was}")
+
+
 def _fork_source(config: Config, fork_from: str) -> ForkSource:
     def impossible(problem: str) -> ConfigError:
         return ConfigError("fork_from", fork_from, problem=f"is not possible{problem}")
@@ -85,6 +105,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
         if shared and value != saved_values.get(key):
             raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_values.get(key))}")
+    check_corruption(config, old, run_dir.rewinds(step), step, impossible)
     if old.trainer.sharded != config.trainer.sharded:
         raise impossible(
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="

@@ -122,7 +122,9 @@ class CheckpointManager:
 
     def _newest_saved(self) -> int | None:
         """Return the newest of the saved steps whose checkpoint is still on the disk; `None` if there is none."""
-        return max(self._saved.intersection(self.run_dir.checkpoint_steps()), default=None)
+        with suppress(OSError):  # the folder may have become one that cannot be read, which is about to be reported
+            return max(self._saved.intersection(self.run_dir.checkpoint_steps()), default=None)
+        return None
 
     def _make_folder(self) -> OSError | None:
         """Make the folder of the checkpoints if it is gone, and return the error if that fails.

@@ -29,6 +29,11 @@ class Start(NamedTuple):
         return self.rewinds[-1]["skipped_batches"] if self.rewinds else 0
 
     @property
+    def skipped_before(self) -> int:
+        """Global batches skipped by rewinds to earlier steps: a checkpoint of this step was saved after those."""
+        return next((r["skipped_batches"] for r in reversed(self.rewinds) if r["to_step"] < self.step), 0)
+
+    @property
     def reset_clipper(self) -> bool:
         """Whether the clipper's statistics in the checkpoint belong to another strategy."""
         return self.fork is not None and not self.fork.same_clipping

@@ -141,9 +141,16 @@ def _check_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
             raise ConfigError(key, value, problem=problem)
 
 
+#: What wandb takes in the variable WANDB_MODE.
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+
+
 def _check_wandb() -> None:
-    """Raise `UserError` if wandb would stop to ask for a login."""
-    if os.environ.get("WANDB_MODE", "online") == "online":
+    """Raise `UserError` if wandb would refuse its environment, or stop to ask for a login."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE={mode} is not allowed: it must be one of {', '.join(WANDB_MODES)}, or not set")
+    if mode == "online":
         import wandb
 
         if not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):

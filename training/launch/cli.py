@@ -26,9 +26,13 @@ from training.runtime import signals, slurm
 from training.runtime.distributed import check_environment, is_distributed, rank
 from training.runtime.stdio import flush_stdio, install_best_effort_stdio
 
-#: Error numbers that are no program faults: the disk is full, the quota is used up, the file system is read-only, a
-#: file is a link, a device or a folder.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ELOOP, errno.ENXIO, errno.EISDIR)
+#: Error numbers that are no program faults: the disk is full, the quota is used up, a file is as large as it may be,
+#: the file system is read-only, a file is a link, a device or a folder.
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ELOOP, errno.ENXIO, errno.EISDIR,
+)  # fmt: skip
+#: The same of files that may be read or written: they belong to others, lie below a file, or on a disk that fails.
+CANNOT_USE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
@@ -110,8 +114,9 @@ def reporting() -> Iterator[None]:
         signals.reraise_pending()
         if not isinstance(error, Exception):
             raise
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE + CANNOT_USE:
+            verb = "written" if error.errno in CANNOT_WRITE else "used"
+            what = f"{error.filename or 'a file'} cannot be {verb} ({error.strerror})"
             error = RunError(f"{what}: when it can, run the same command to resume")
         if isinstance(error, RunError):
             exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
