@@ -309,7 +309,7 @@ def damage(file: Path, content) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metrics.jsonl", "", "metrics.jsonl has no step, tokens"),
+        ("metrics.jsonl", "", "metrics.jsonl: all lines are lost"),
         ("metrics.jsonl", "[1]\n", "damaged ("),
         ("metrics.jsonl", '{"step": 1}\n{"st', "damaged (metrics.jsonl, line 1: tokens={'step': 1}: "),
         ("metrics.jsonl", '{"step":1,"tokens":1,"loss":1,"grad_norm":1}\n{"st', "damaged (metrics.jsonl, line 2: "),

@@ -243,8 +243,9 @@ def _run_dir(folder: Path, bases: Path, rng: random.Random) -> None:
 def _whole(bases: Path) -> tuple[Any, Tokens]:
     """Return the configuration and the tokens of the run that the bases are copies of."""
     config = read_config(bases / "finished" / RUN / "config.yaml")
-    (manifest,) = Path(config.paths.cache).glob("tokens-*/tokens.json")
-    return config, open_tokens(manifest.parent)
+    name = RunDir(bases / "finished" / RUN).data_folder()
+    assert name is not None
+    return config, open_tokens(Path(config.paths.cache, name))
 
 
 def _read_run(folder: Path, bases: Path, rng: random.Random) -> None:
