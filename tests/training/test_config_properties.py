@@ -111,7 +111,8 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
     assert annotation is str, annotation
     if constraints.get("pattern"):
         return FOLDER_NAMES
-    return st.text(min_size=constraints.get("min_length", 0), max_size=20)
+    characters = st.characters(codec="utf-8", exclude_characters="\0")  # which no path can have
+    return st.text(characters, min_size=constraints.get("min_length", 0), max_size=20)
 
 
 def vars_of(constraint: Any) -> dict[str, Any]:
