@@ -69,18 +69,26 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder that gets the name `path`, complete and on the disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path) as temporary:
+        yield temporary
+        commit(temporary, path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `path`, which is removed when the block ends, unless it has another name then.
+
+    Those that killed processes left of this name are removed before.
+    """
     remove_leftovers(path.parent, path.name)
     temporary = tmp_path(path)
     temporary.mkdir()
     descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # otherwise it is a leftover
         yield temporary
-        commit(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
 
 

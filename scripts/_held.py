@@ -1,14 +1,12 @@
 """A checkpoint that stays while a script needs it, though the run is still training and keeps only its last ones."""
 
 import errno
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from common.files import remove_leftovers, tmp_path
+from common.files import temporary_folder
 from training.checkpoint.load import RunCheckpoint
 
 #: Name of the folder with a script's own links, behind the beginning and token of a temporary name.
@@ -33,18 +31,14 @@ def held(run: Path, step: int | None, report: Callable[[str], None]) -> Iterator
         UserError: see `RunCheckpoint`, of which these are the arguments.
     """
     checkpoint = RunCheckpoint(run, step, report)
-    folder = tmp_path(run / NAME)
-    try:
-        remove_leftovers(run, NAME)
-        folder.mkdir()
-    except OSError as error:
-        if error.errno not in NO_FOLDER:
-            raise
-        yield checkpoint
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # otherwise it is a leftover
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(run / NAME))
+        except OSError as error:
+            if error.errno not in NO_FOLDER:
+                raise
+            yield checkpoint
+            return
         for attempt in range(ATTEMPTS):
             try:
                 checkpoint.checkpoint = _link(checkpoint.checkpoint, folder / str(attempt))
@@ -52,9 +46,6 @@ def held(run: Path, step: int | None, report: Callable[[str], None]) -> Iterator
             except FileNotFoundError:
                 checkpoint = RunCheckpoint(run, step, report)
         yield checkpoint
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
 
 
 def _link(checkpoint: Path, target: Path) -> Path:
