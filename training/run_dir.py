@@ -30,7 +30,7 @@ from typing import Any
 
 from common.errors import RunError, UserError, one_line, shown
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
-from common.reading import parse_json, parse_record, read_bytes, read_json, read_lines
+from common.reading import check_record, parse_json, parse_record, read_bytes, read_json, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, ValidationLine, as_dict
 from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
@@ -168,8 +168,8 @@ class RunDir:
         with suppress(OSError):  # nothing, or something else, may have its name
             for line in read_lines(self.metrics_file):
                 with suppress(ValueError):
-                    parse_record(MetricsLine, line)
                     row = parse_json(line)
+                    check_record(MetricsLine, row)
                     rows.setdefault(row["step"], row)
         return rows
 

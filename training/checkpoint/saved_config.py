@@ -3,7 +3,9 @@
 config.yaml can be lost or edited. Training continues from the checkpoint, whose settings hold for all its steps.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, one_line, shown
 from common.settings import parse
@@ -52,8 +54,9 @@ def check_same_run(run_dir: RunDir, config: Config) -> None:
 def _config_of_newest(run_dir: RunDir) -> Config | None:
     """Return the configuration in the newest checkpoint that can be read; `None` if there is none."""
     for step in reversed(run_dir.checkpoint_steps()):
-        if saved_config(run_dir.checkpoint(step)) is not None:  # a damaged one is reported when the run resumes
-            return checkpoint_config(run_dir.checkpoint(step))
+        checkpoint = run_dir.checkpoint(step)
+        if (plain := saved_config(checkpoint)) is not None:  # a damaged one is reported when the run resumes
+            return _parsed(checkpoint, plain)
     return None
 
 
@@ -62,6 +65,10 @@ def checkpoint_config(checkpoint: Path) -> Config:
     plain = saved_config(checkpoint)
     if plain is None:
         raise UserError(f"{checkpoint} is damaged: it has no configuration")
+    return _parsed(checkpoint, plain)
+
+
+def _parsed(checkpoint: Path, plain: Mapping[str, Any]) -> Config:
     try:
         return parse(Config, plain)
     except UserError as error:
