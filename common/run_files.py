@@ -4,11 +4,13 @@ Their names are in `training/run_dir.py`, which says what each is for. Numbers t
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from common.reading import Record
+from common.reading import Record, parse_record, read_lines
 
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -137,6 +139,15 @@ class TaskScores(Record):
     """task_scores.json."""
 
     scores: list[Score]
+
+
+def read_validation(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a val_metrics.jsonl, which may not exist; a damaged one, perhaps cut off, does not count."""
+    rows = []
+    for line in read_lines(path) if path.exists() else ():
+        with suppress(ValueError):
+            rows.append(as_dict(parse_record(ValidationLine, line)))
+    return rows
 
 
 def as_dict(record: Record) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 from common.errors import RunError, UserError, one_line, shown
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
 from common.reading import check_record, parse_json, parse_record, read_bytes, read_json, read_lines
-from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, ValidationLine, as_dict
+from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, as_dict, read_validation
 from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
@@ -174,12 +174,8 @@ class RunDir:
         return rows
 
     def val_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of val_metrics.jsonl; a damaged one, which may have been cut off, does not count."""
-        rows = []
-        for line in read_lines(self.val_metrics_file) if self.val_metrics_file.exists() else ():
-            with suppress(ValueError):
-                rows.append(as_dict(parse_record(ValidationLine, line)))
-        return rows
+        """Return the lines of val_metrics.jsonl, see `read_validation`."""
+        return read_validation(self.val_metrics_file)
 
     def checkpoint(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""

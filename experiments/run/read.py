@@ -1,7 +1,7 @@
 """Reading a run folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from common import run_files
 from common.errors import one_line
 from common.reading import MOST_YAML, Record, check_record, parse_record, parse_yaml, read_bytes, read_lines
-from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, ValidationLine, as_dict
+from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, as_dict
 
 #: Largest magnitude of a value in metrics.jsonl. Sums and squares of such values are finite.
 LARGEST = 1e100
@@ -91,7 +91,9 @@ def read_run(path: Path) -> Run:
     starts = _object(path / "environment.json", Environment).get("starts", [])
     scores = _object(path / "task_scores.json", TaskScores).get("scores", [])
     rewinds = _object(path / "rewinds.json", Rewinds).get("rewinds", ())
-    return Run(path, config, metrics, result, _val_metrics(path / "val_metrics.jsonl"), starts, scores, rewinds)
+    return Run(
+        path, config, metrics, result, run_files.read_validation(path / "val_metrics.jsonl"), starts, scores, rewinds
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -114,15 +116,6 @@ def _lines(path: Path, shape: type[Record]) -> list[dict[str, Any]]:
     for number, line in enumerate(read_lines(path), 1):
         with _naming(f"{path.name}, line {number}"):
             rows.append(as_dict(parse_record(shape, line)))
-    return rows
-
-
-def _val_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of val_metrics.jsonl; a damaged one, which may have been cut off, does not count."""
-    rows = []
-    for line in read_lines(path) if path.exists() else ():
-        with suppress(ValueError):
-            rows.append(as_dict(parse_record(ValidationLine, line)))
     return rows
 
 
