@@ -16,7 +16,7 @@ from rich.console import Console
 
 from common.errors import ConfigError, UserError, one_line
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, sha256, write_atomic
-from common.reading import parse_record, read_bytes
+from common.reading import check_record, read_bytes
 from data.content import ContentIndex
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
@@ -150,9 +150,8 @@ class _Preparation:
             self._save_journal()
             return
         try:
-            content = read_bytes(file)
-            self.journal = load_with_checksum(content)
-            parse_record(Journal, content)
+            self.journal = load_with_checksum(read_bytes(file))
+            check_record(Journal, self.journal)
         except (OSError, ValueError) as error:
             raise UserError(f"{file} is damaged ({one_line(error)}): remove the folder {self.folder}") from error
         if self.journal["parts"]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from common.errors import UserError, one_line
 from common.files import sha256
-from common.reading import open_regular, parse_json, parse_record, read_bytes
+from common.reading import check_record, open_regular, parse_json, read_bytes
 from data.shapes import Manifest
 from data.tokenizer import TOKENIZER_FILES
 
@@ -172,9 +172,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the facts about prepared tokens; raise `ValueError` or `OSError` if they are damaged, or not there."""
     if (folder / MANIFEST).is_symlink():
         raise ValueError(f"{MANIFEST} is a link")
-    content = read_bytes(folder / MANIFEST)
-    facts = load_with_checksum(content)
-    parse_record(Manifest, content)
+    facts = load_with_checksum(read_bytes(folder / MANIFEST))
+    check_record(Manifest, facts)
     return facts
 
 
