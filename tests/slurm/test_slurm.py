@@ -66,6 +66,11 @@ class Job:
         self.cluster.wait(lambda: self.cluster.finished(self.number), seconds)
         return self.cluster.job(self.number)
 
+    def wait_for_output(self, pattern: str) -> str:
+        """Wait until the output has a match of a pattern, and return its group: the logs of tasks come with a delay."""
+        self.cluster.wait(lambda: re.search(pattern, self.output()), 60)
+        return re.search(pattern, self.output()).group(1)
+
     def output(self) -> str:
         """Return the logs of the job and its tasks."""
         logs = sorted((self.path / "logs").glob("*.log")) if self.path.exists() else []
@@ -190,7 +195,7 @@ def test_job_interrupted_during_data_preparation_is_requeued(cluster, settings, 
     cluster.wait(lambda: any(tmp_path.glob("cache/*/*")) or cluster.finished(job.number), 120)
     cluster.ask("scancel", "--signal=USR1", job.number)
     cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1" or cluster.finished(job.number), 180)
-    assert "interrupted; the job is requeued and resumes by itself" in job.output()
+    job.wait_for_output("(interrupted; the job is requeued and resumes by itself)")
     assert job.end()["JobState"] == "COMPLETED", job.output()
     assert job.steps() == 10
 
@@ -200,7 +205,7 @@ def test_job_is_requeued_before_its_time_limit(cluster, settings, tmp_path):
     job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=1000000", options=options)
     job.wait_for_steps(10)
     cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", 150)
-    (saved,) = map(int, re.findall(r"interrupted after step (\d+); the job is requeued", job.output()))
+    saved = int(job.wait_for_output(r"interrupted after step (\d+); the job is requeued"))
     job.wait_for_steps(saved + 20)
     assert f"continuing {job.path} after step {saved} of" in job.output()
     cluster.ask("scancel", job.number)

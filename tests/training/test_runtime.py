@@ -22,7 +22,7 @@ from training.launch.processes import local_store
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
 from training.runtime.distributed import check_environment
 from training.runtime.environment import environment
-from training.runtime.slurm import export_torchrun_env, requeue
+from training.runtime.slurm import export_torchrun_env, job_to_requeue, requeue
 from training.runtime.stdio import BestEffortStream
 
 
@@ -210,24 +210,32 @@ def command(tmp_path, monkeypatch):
     return make
 
 
-def test_job_is_requeued_at_its_time_limit_only(command, tmp_path, monkeypatch, capsys):
-    command("scontrol", f"echo $* >> {tmp_path}/calls")
+def test_job_is_requeued_at_its_time_limit_only(monkeypatch):
     for name in ("ZCLIP_LAUNCHER", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert not requeue(signal.SIGUSR1), "outside of SLURM"
+    assert job_to_requeue(signal.SIGUSR1) is None, "outside of SLURM"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    assert [requeue(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == [False, False, True]
+    assert [job_to_requeue(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == [None, None, "7"]
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert requeue(signal.SIGUSR2)
-    assert (tmp_path / "calls").read_text() == "requeue 7\nrequeue 6_2\n"
+    assert job_to_requeue(signal.SIGUSR2) == "6_2"
+    monkeypatch.setenv("ZCLIP_LAUNCHER", "1")
+    assert job_to_requeue(signal.SIGUSR2) is None, "the launcher deals with the job"
+
+
+def test_reason_why_a_job_cannot_be_requeued_is_printed(command, tmp_path, monkeypatch, capsys):
+    command("scontrol", f"echo $* >> {tmp_path}/calls")
+    requeue("6_2")
+    assert (tmp_path / "calls").read_text() == "requeue 6_2\n" and capsys.readouterr().err == ""
+    how = "run the same command to resume"
     command("scontrol", "echo not allowed >&2; exit 1")
-    assert not requeue(signal.SIGUSR1) and capsys.readouterr().err == "job 6_2 cannot be requeued: not allowed\n"
+    requeue("7")
+    assert capsys.readouterr().err == f"job 7 cannot be requeued: not allowed; {how}\n"
     monkeypatch.setenv("PATH", str(tmp_path / "container"))
-    assert not requeue(signal.SIGUSR1)
+    requeue("7")
     error = capsys.readouterr().err
-    assert error == "job 6_2 cannot be requeued: scontrol cannot be run (No such file or directory)\n"
+    assert error == f"job 7 cannot be requeued: scontrol cannot be run (No such file or directory); {how}\n"
 
 
 def test_jobs_of_the_queue(command):

@@ -72,9 +72,11 @@ def command_line(main: Callable[[], Any]) -> int:
         if rank() > 0 and slurm.started_by_srun():
             return 0  # with any other status, srun would end rank 0, which may be saving
         if rank() == 0:
-            requeued = slurm.requeue(error.signum)
+            job = slurm.job_to_requeue(error.signum)
             if not isinstance(error, Stopped):
-                signals.print_interrupted(error, requeued)
+                signals.print_interrupted(error, requeued=job is not None)
+            if job is not None:
+                slurm.requeue(job)
         return 128 + error.signum
     else:
         if rank() > 0 and exit_statuses:

@@ -51,21 +51,25 @@ def export_torchrun_env() -> None:
     )
 
 
-def requeue(signum: int) -> bool:
-    """Requeue the job of this process, if the signal announces the end of its time, and return whether it is requeued.
-
-    If it should be and cannot, stderr says why.
-    """
+def job_to_requeue(signum: int) -> str | None:
+    """Return the number of the job to requeue: this process's, if the signal announces the end of its time."""
+    env = os.environ
     if signum not in TIME_LIMIT_SIGNALS or not started_by_srun() or has_local_launcher():
-        return False
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        return None
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def requeue(job: str) -> None:
+    """Requeue a job; if that is not possible, print why on stderr.
+
+    SLURM ends the job's processes at once: what they print afterwards may be lost.
+    """
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         reason = done.stderr.strip() if done.returncode else None
     except OSError as error:  # a container may not have it
         reason = f"scontrol cannot be run ({error.strerror})"
     if reason is not None:
-        print(f"job {job} cannot be requeued: {reason}", file=sys.stderr)
-    return reason is None
+        print(f"job {job} cannot be requeued: {reason}; run the same command to resume", file=sys.stderr)
