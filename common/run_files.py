@@ -49,6 +49,8 @@ class Start(Record):
     platform: str | None = None
     data_fingerprint: str | None = None
     data_folder: str | None = None
+    tokenizer: dict[str, str] = Field({})
+    """SHA-256 of each file of the tokenizer, in hexadecimal, by its name."""
     step: Step | None = None
     slurm_job: str | None = None
 

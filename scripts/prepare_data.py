@@ -16,7 +16,7 @@ from common.errors import ConfigError, prefix_errors
 from common.settings import Settings, parse
 from data import CacheConfig, DataConfig, open_tokens, prepare
 from models.config import ModelConfig
-from training.config.checks import check_data, check_folder
+from training.config.checks import check_cache, check_data
 
 
 class PrepareDataConfig(Settings):
@@ -35,10 +35,10 @@ def main(values: _entry.Values) -> None:
     config = parse(PrepareDataConfig, values)
     console = make_console()
     cache = Path(config.paths.cache)
-    check_folder("paths.cache", config.paths.cache, cache)
     if config.data.mode == "stream":
         raise ConfigError("data.mode", "stream", problem="is not possible: a stream has no prepared tokens")
     corpus = check_data(config.data, config.paths.cache, sequence_length=1)
+    check_cache(corpus, config.paths.cache)
     with prefix_errors("data"):
         tokens = open_tokens(prepare(corpus, cache, 1, console).folder, verify=True)
     table = Table("", "training", "held out", title=f"{tokens.folder}", title_justify="left", min_width=50)

@@ -44,7 +44,6 @@ FSDP = (*TWO, "trainer.strategy=fsdp")
 #: What the fixture `once` returns.
 Once = Callable[[str, Callable[[Path], object]], Path]
 
-#: A case that only `make test-all` runs.
 #: A result.json with as few fields as it may have.
 RESULT = {
     "steps": 8,
@@ -61,6 +60,7 @@ RESULT = {
     "tokens_per_second": 100.0,
 }
 
+#: A case that only `make test-all` runs.
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -174,6 +174,24 @@ def only_run(folder: Path) -> Path:
     """Return the only run folder below `folder`."""
     (path,) = (folder / "runs" / "main").iterdir()
     return path
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let nobody write in a folder until the block ends. Where root cannot have that, the test is skipped."""
+    if os.geteuid():
+        folder.chmod(0o555)
+    else:  # permissions do not bind root
+        for command in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
+            if subprocess.run(["mount", *map(str, command)], capture_output=True).returncode:
+                pytest.skip("root cannot mount here")
+    try:
+        yield
+    finally:
+        if os.geteuid():
+            folder.chmod(0o755)
+        else:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def copy_run(run: Path, folder: Path) -> Path:

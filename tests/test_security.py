@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from common.console import make_console
 from common.errors import UserError
 from evaluation.evaluator import hugging_face_model
-from tests.helpers import FSDP, compose_config, ranks, start, wait_for_steps
+from tests.helpers import FSDP, compose_config, copy_run, ranks, start, wait_for_steps
 from training.monitor.wandb_run import WandbRun
+from training.run import prepare_tokens
+from training.run_dir import RunDir
 
 LISTENING = "0A"
 #: Addresses of this machine alone, as /proc/net/tcp and tcp6 write them.
@@ -67,3 +70,14 @@ def test_records_of_wandb_stay_in_the_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"run/wandb is a link: what is written there must stay in its folder"):
         WandbRun(compose_config("logger=wandb"), tmp_path / "run", make_console())
     assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plots", "checkpoints", "tokenizer"])
+def test_folder_that_is_a_link_is_refused_before_training(name, finished_run, tiny, tmp_path):
+    path = copy_run(finished_run, tmp_path)
+    (path / name).rename(tmp_path / "outside")
+    (path / name).symlink_to(tmp_path / "outside")
+    config = compose_config(*tiny)
+    tokens = prepare_tokens(config, Console(quiet=True))
+    with pytest.raises(UserError, match=rf"{path / name} is a link"), RunDir(path).acquire(config, tokens):
+        pass

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError, UserError, one_line, shown
-from common.files import hold_lock, is_locked, make_dir, remove_leftovers, write_atomic
+from common.files import hold_lock, is_locked, make_dir, refuse_link, remove_leftovers, sha256, write_atomic
 from common.reading import check_record, parse_json, parse_record, read_bytes, read_json, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, as_dict, read_validation
 from data import TOKENIZER_FILES, Tokens, changes
@@ -83,6 +83,7 @@ class RunDir:
                 raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
             remove_leftovers(self.path)
             make_dir(self.checkpoints)
+            refuse_link(self.plot.parent)  # before training rather than after it
             starts = self._starts()
             if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
                 changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
@@ -100,6 +101,7 @@ class RunDir:
             start = environment() | {
                 "data_fingerprint": tokens.fingerprint,
                 "data_folder": tokens.folder.name,
+                "tokenizer": {name: sha256(self.tokenizer / name) for name in TOKENIZER_FILES},
                 "step": max(self.checkpoint_steps(), default=0),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
             }
@@ -161,6 +163,15 @@ class RunDir:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
         starts = self._starts()
         return starts[-1].get("data_folder") if starts else None
+
+    def check_tokenizer(self) -> None:
+        """Raise `UserError` if a file of the tokenizer is not the one that the last start recorded, if it did."""
+        starts = self._starts()
+        recorded = starts[-1].get("tokenizer", {}) if starts else {}
+        for file in (self.tokenizer / name for name in TOKENIZER_FILES if name in recorded):
+            if file.is_file() and sha256(file) != recorded[file.name]:  # a missing one is reported when it is read
+                problem = "is not the tokenizer that the run was trained with: restore it"
+                raise UserError(f"{file} {problem} (its SHA-256 was {recorded[file.name]})")
 
     def metrics_rows(self) -> dict[int, dict[str, Any]]:
         """Return the lines of metrics.jsonl by their steps; damaged ones, and further ones of a step, do not count."""

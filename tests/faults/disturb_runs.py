@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tests.faults.runs import STEPS, Run
+from tests.helpers import read_only
 
 #: Step from which a run is disturbed.
 MIDDLE = STEPS // 2
@@ -26,10 +27,6 @@ class Disturbance(NamedTuple):
     disturb: Callable[[Run], object]
     modes: tuple[str, ...] = ("one",)
     killed: bool = False  # whether the run is killed right after it
-
-
-class Skipped(Exception):
-    """A disturbance is not possible on this machine; the message says why."""
 
 
 def remove_checkpoints(run: Run) -> None:
@@ -158,20 +155,11 @@ def write_protect(run: Run) -> str:
         if process.poll() is not None:
             raise RuntimeError(run.log())
         time.sleep(0.0005)
-    if os.geteuid():
-        folder.chmod(0o555)
-    else:  # permissions do not bind root
-        for command in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
-            if subprocess.run(["mount", *map(str, command)], capture_output=True).returncode:
-                process.kill()
-                raise Skipped("root cannot mount here")
     try:
-        status = process.wait(timeout=180)
+        with read_only(folder):
+            status = process.wait(timeout=180)
     finally:
-        if os.geteuid():
-            folder.chmod(0o755)
-        else:
-            subprocess.run(["umount", str(folder)], check=True)
+        process.kill()
     sentence = run.log().splitlines()[-1]
     if status != 3 or f"step {STEPS} is not saved" not in sentence or "continues after step" not in sentence:
         raise RuntimeError(run.log())

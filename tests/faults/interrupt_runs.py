@@ -29,12 +29,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
 from common.settings import Count, Settings, parse
 from data import Source
-from tests.faults.disturb_runs import Skipped, disturbances
+from tests.faults.disturb_runs import disturbances
 from tests.faults.runs import MODES, STEPS, Run, differences
 
 #: Ways to interrupt a run, with their signals. "KILL one" goes to one process of the run, the others to the launcher.
@@ -161,7 +162,7 @@ def main(values: _entry.Values) -> None:
             try:
                 end = disturb(run)
                 difference = differences(run, references[mode])
-            except Skipped as reason:
+            except pytest.skip.Exception as reason:
                 end, difference = f"not done: {reason}", ""
             except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
                 end, difference = "failed", str(error)

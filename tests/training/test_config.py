@@ -14,8 +14,10 @@ from rich.console import Console
 
 from common.errors import ConfigError, UserError
 from common.settings import fields_of
-from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, train
-from training.config.checks import check
+from data import prepare
+from tests.data.preparation import corpus_of, write_lines
+from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, read_only, train
+from training.config.checks import check, check_cache
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
 from training.config.identity import differences, identity, run_name, run_path
 from training.config.reference import FOLDER, json_schema, markdown
@@ -397,3 +399,14 @@ def test_reference_of_settings_is_current():
 def test_every_setting_has_a_meaning():
     for key, field in fields_of(Config):
         assert field.description, f"{key} has no docstring"
+
+
+def test_prepared_tokens_are_used_from_a_cache_that_cannot_be_written(tmp_path):
+    cache, corpus = tmp_path / "cache", corpus_of(write_lines(tmp_path / "text.jsonl", 40))
+    cache.mkdir()
+    with read_only(cache), pytest.raises(ConfigError, match=rf"^paths\.cache={cache} cannot be written"):
+        check_cache(corpus, str(cache))
+    prepared = prepare(corpus, cache, 16)
+    with read_only(cache):
+        check_cache(corpus, str(cache))
+        assert prepare(corpus, cache, 16).fingerprint == prepared.fingerprint

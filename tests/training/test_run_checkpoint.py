@@ -62,3 +62,13 @@ def test_fork_has_the_settings_of_the_checkpoint(change, tiny, finished_run, tmp
     assert source is not None and source.same_clipping and source.checkpoint == RunDir(run).checkpoint(24)
     with pytest.raises(ConfigError, match="is not possible with seed=1: that run has seed=0"):
         find_fork_source(compose_config(*tiny, fork, "seed=1"), new)
+
+
+def test_edited_tokenizer_of_a_finished_run_is_refused(finished_run, tmp_path):
+    run = copy_run(finished_run, tmp_path)
+    assert RunCheckpoint(run, None, print).tokenizer().size == 512
+    file = run / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    problem = "is not the tokenizer that the run was trained with: restore it"
+    with pytest.raises(UserError, match=rf"^{file} {problem} \(its SHA-256 was [0-9a-f]{{64}}\)$"):
+        RunCheckpoint(run, None, print).tokenizer()

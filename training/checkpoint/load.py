@@ -61,8 +61,9 @@ class RunCheckpoint:
         return load_model_state(self.checkpoint)
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of the run. If it is missing or damaged, that is a `UserError`."""
+        """Return the tokenizer of the run. If it is missing, damaged or another one, that is a `UserError`."""
         folder = self.run_dir.tokenizer
+        self.run_dir.check_tokenizer()
         try:
             return read_tokenizer(folder)
         except ValueError as error:

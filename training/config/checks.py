@@ -33,7 +33,7 @@ def check(config: Config, run_folder: Path) -> None:
         if config.logger.name == "wandb":
             _check_wandb()
         check_folder("paths.runs", config.paths.runs, run_folder)
-    check_folder("paths.cache", config.paths.cache, Path(config.paths.cache))
+    check_cache(corpus, config.paths.cache)
 
 
 def _check_started_processes(trainer: TrainerConfig) -> None:
@@ -89,6 +89,12 @@ def check_folder(key: str, value: str, folder: Path) -> None:
     except OSError as error:
         problem = f"cannot be written ({error.strerror} at {folder}): it must be a folder in which files can be made"
         raise ConfigError(key, value, problem=problem) from error
+
+
+def check_cache(corpus: Corpus, cache: str) -> None:
+    """Raise `ConfigError` unless the tokens of a corpus are in the cache, or can be written there."""
+    if corpus.find(Path(cache)) is None:
+        check_folder("paths.cache", cache, Path(cache))
 
 
 #: Weights, gradients and AdamW's two moments, in float32.
