@@ -114,12 +114,14 @@ def read_json(path: Path, shape: type[R]) -> R:
     try:
         return parse_record(shape, read_bytes(path))
     except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise UserError(damage(path, error, "remove it, and the same command makes it again")) from error
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """Return the error for a file that is made again if it is not there."""
-    return UserError(f"{path} is damaged ({one_line(error)}): remove it, and the same command makes it again")
+def damage(path: Path, error: Exception, advice: str) -> str:
+    """Return that a file is damaged and what to do about it; one that must not be read may be whole."""
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read ({error.strerror})"
+    return f"{path} is damaged ({one_line(error)}): {advice}"
 
 
 class _PlainLoader(yaml.SafeLoader):

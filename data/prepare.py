@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import ConfigError, UserError, one_line
+from common.errors import ConfigError, UserError
 from common.files import hold_lock, is_locked, make_dir, remove_leftovers, sha256, write_atomic
-from common.reading import check_record, read_bytes
+from common.reading import check_record, damage, read_bytes
 from data.content import ContentIndex
 from data.corpus import ALL_THE_SAME, ONE_MORE, Corpus, corpus_tokenizer, text_too_short
 from data.encoding import BATCH_BYTES, document_batches, prefetch
@@ -153,7 +153,7 @@ class _Preparation:
             self.journal = load_with_checksum(read_bytes(file))
             check_record(Journal, self.journal)
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged ({one_line(error)}): remove the folder {self.folder}") from error
+            raise UserError(damage(file, error, f"remove the folder {self.folder}")) from error
         if self.journal["parts"]:
             self.console.print(f"continuing {self.folder} after part {len(self.journal['parts'])}")
 
@@ -246,7 +246,7 @@ class _Preparation:
                 try:
                     digests.update(read_documents(file)["digest"].tolist())
                 except ValueError as error:
-                    raise UserError(f"{file} is damaged ({error}): remove the folder {self.folder}") from error
+                    raise UserError(damage(file, error, f"remove the folder {self.folder}")) from error
         return digests
 
     def _write_part(self, encoded: EncodedDocuments, tokenizer: Tokenizer) -> None:

@@ -145,6 +145,8 @@ def read_documents(file: Path) -> np.ndarray:
 
 def damaged(folder: Path, error: Exception) -> UserError:
     """Return the error for a folder of tokens that is prepared again if it is not there."""
+    if isinstance(error, PermissionError):
+        return UserError(f"the prepared tokens in {folder} cannot be read ({error.strerror} at {error.filename})")
     return UserError(f"the prepared tokens in {folder} are damaged ({one_line(error)}): remove that folder")
 
 

@@ -135,6 +135,19 @@ def test_damaged_json_is_named(content, tmp_path):
     assert len(str(error.value)) < 500
 
 
+def test_file_that_must_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "file.json").touch(mode=0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # the user nobody: permissions do not bind root
+    try:
+        with pytest.raises(UserError, match=r"^file\.json cannot be read \(Permission denied\)$"):
+            read_json(Path("file.json"), Environment)
+    finally:
+        os.seteuid(user)
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):

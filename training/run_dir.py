@@ -28,9 +28,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunError, UserError, one_line, shown
+from common.errors import RunError, UserError, shown
 from common.files import hold_lock, is_locked, make_dir, refuse_link, remove_leftovers, sha256, write_atomic
-from common.reading import check_record, parse_json, parse_record, read_bytes, read_json, read_lines
+from common.reading import check_record, damage, parse_json, parse_record, read_bytes, read_json, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, as_dict, read_validation
 from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
@@ -213,7 +213,7 @@ class RunDir:
             rewinds = parse_record(Rewinds, read_bytes(self.rewinds_file)).rewinds
         except (OSError, ValueError) as error:
             advice = "restore it, as it says which batches the run skips"
-            raise RunError(f"{self.rewinds_file} is damaged ({one_line(error)}): {advice}") from error
+            raise RunError(damage(self.rewinds_file, error, advice)) from error
         return [as_dict(rewind) for rewind in rewinds if rewind.to_step <= last]
 
     def write_rewinds(self, rewinds: list[dict[str, int]]) -> None:

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors
-from common.reading import MOST_YAML, parse_yaml, read_bytes
+from common.reading import MOST_YAML, damage, parse_yaml, read_bytes
 from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
@@ -70,7 +70,7 @@ def read_config(path: Path) -> Config:
             "be read or continued; choose another name"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): restore it, or choose another name") from error
+        raise UserError(damage(path, error, "restore it, or choose another name")) from error
 
 
 class _Dumper(yaml.SafeDumper):
