@@ -2,6 +2,7 @@
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -32,7 +33,7 @@ def main(values: _entry.Values) -> None:
         raise UserError(f"folder={folder} does not exist: it must be the folder of an experiment, such as runs/main")
     runs = [RunDir(path) for path in sorted(folder.iterdir())]
     runs = [run for run in runs if has_file(run.config_file) or has_file(run.job_file)]
-    queue = queued_jobs() if any(has_file(run.job_file, if_closed=False) for run in runs) else {}
+    queue = read_queue() if any(has_file(run.job_file, if_closed=False) for run in runs) else {}
     table = Table(title=str(folder), title_justify="left")
     for column in ("run", "state", "step", "loss", "tokens/s", "job"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
@@ -54,6 +55,15 @@ def main(values: _entry.Values) -> None:
         console.width = max(console.width, 160)
     console.print(table, soft_wrap=False)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no runs")
+
+
+def read_queue() -> dict[str, str]:
+    """Return the states of the user's jobs by their numbers; none, and say so on stderr, if SLURM does not answer."""
+    try:
+        return queued_jobs()
+    except UserError as error:
+        print(f"{error}: the states of jobs in the queue are not known", file=sys.stderr)
+        return {}
 
 
 def has_file(path: Path, if_closed: bool = True) -> bool:

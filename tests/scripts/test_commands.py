@@ -113,6 +113,11 @@ def test_status_of_runs_that_have_not_finished(finished_run, tmp_path, monkeypat
     assert out.endswith("1 waiting, 1 failed, 2 stopped, 1 damaged\n")
     status.main({"folder": str(tmp_path / "bin")})
     assert capsys.readouterr().out.endswith("no runs\n")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho fatal: no configuration >&2; exit 1\n")
+    status.main({"folder": str(tmp_path)})
+    output, error = capsys.readouterr()
+    assert output.endswith("1 failed, 3 stopped, 1 damaged\n")
+    assert error == "squeue failed: fatal: no configuration: the states of jobs in the queue are not known\n"
 
 
 HOSTILE = {
