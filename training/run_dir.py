@@ -86,9 +86,9 @@ class RunDir:
             refuse_link(self.plot.parent)  # before training rather than after it
             starts = self._starts()
             if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
-                changed = " and ".join(changes(tokens, starts[-1].get("data_folder") or ""))
+                changed = changes(tokens, starts[-1].get("data_folder") or "") or ["the text or the tokenizer"]
                 raise UserError(
-                    f"{changed or 'the text or the tokenizer'} has changed (data.path={shown(config.data.path)}, "
+                    f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed (data.path={shown(config.data.path)}, "
                     f"data.tokenizer={shown(config.data.tokenizer)}): {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )

@@ -107,7 +107,7 @@ def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunColle
                 _check(run)
                 runs[key] = run
             except READ_ERRORS as error:
-                reason = f"damaged ({error}): remove the folder to train it again"
+                reason = f"damaged ({error}): restore the file, or remove the folder to train it again"
         if reason:
             excluded.add(key)
             folders_by_reason.setdefault(reason, []).append(path.name)
