@@ -34,7 +34,9 @@ from rich.table import Table
 from common.console import make_console
 from common.errors import ConfigError
 from common.settings import Allowed, Count, Folder, Settings, parse
-from tests.fuzz.readers import READERS, Attempt, Outcome, attempt, evaluate_config, load_evaluated
+from tests.fuzz.attempts import Attempt, Outcome, attempt
+from tests.fuzz.readers import READERS
+from tests.fuzz.run_readers import evaluate_config, load_evaluated
 from tests.helpers import CHECKOUT
 
 #: Modules that take long to import, and do so in the process that makes all others.

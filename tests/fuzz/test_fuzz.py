@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.fuzz.attempts import attempt
 from tests.fuzz.bases import write_bases
-from tests.fuzz.readers import READERS, attempt
+from tests.fuzz.readers import READERS
 from tests.helpers import same_handlers
 
 #: Inputs of each reader. Those of readers that take longer, and of programs, are left to `make fuzz`.
