@@ -4,13 +4,12 @@ A stream adds the start of its block. The position is the same on every rank, so
 of ranks or with another micro-batch size.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from common.errors import UserError, one_line
-from common.reading import parse_record
+from common.reading import check_record
 from data.corruption import BatchCorruption
 from data.sequences import Batch, ShuffledDataset
 from data.shapes import LoaderState
@@ -72,7 +71,7 @@ class TrainLoader:
             UserError: it is a position in other tokens, or none.
         """
         try:
-            state = parse_record(LoaderState, json.dumps(state_dict))
+            state = check_record(LoaderState, state_dict)
             if state.fingerprint != self.fingerprint:
                 raise UserError(
                     f"the checkpoint was trained on tokens {state.fingerprint}, but these are {self.fingerprint}"

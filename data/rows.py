@@ -2,12 +2,11 @@
 
 import io
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.reading import parse_record
+from common.reading import check_record
 from data.files import format_of, parse_line, parse_text, unpacked
 from data.shapes import RowsState
 
@@ -29,7 +28,7 @@ class LocalRows:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of an earlier reading of the same files; raise `ValueError` if it is none."""
-        position = parse_record(RowsState, json.dumps(dict(state)))
+        position = check_record(RowsState, dict(state))
         self._file, self._row = position.file, position.row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,6 @@ it starts, so a checkpoint holds that state. Every rank computes all blocks, wit
 one block has the same order as if it were prepared.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.reading import parse_record
+from common.reading import check_record
 from data.content import ContentIndex
 from data.corpus import Corpus, text_too_short
 from data.encoding import document_batches, prefetch
@@ -110,7 +109,7 @@ class StreamingDataset:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a saved state; raise `ValueError` if it is none, or has other block or sequence lengths."""
-        parse_record(StreamState, json.dumps(state.get("stream")))
+        check_record(StreamState, state.get("stream"))
         start = {name: state["stream"][name] for name in StreamState.model_fields}
         sequences, length = start.pop("block_sequences"), start.pop("length")
         if (sequences, length) != (self.block_sequences, self.length):

@@ -87,8 +87,9 @@ class RunDir:
             starts = self._starts()
             if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
                 changed = changes(tokens, starts[-1].get("data_folder") or "") or ["the text or the tokenizer"]
+                have = "have" if len(changed) > 1 else "has"
                 raise UserError(
-                    f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed (data.path={shown(config.data.path)}, "
+                    f"{' and '.join(changed)} {have} changed (data.path={shown(config.data.path)}, "
                     f"data.tokenizer={shown(config.data.tokenizer)}): {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )

@@ -392,7 +392,9 @@ def test_zclip_run_needs_its_statistics_and_scores_may_lack_a_number(table3, tmp
         scores.write_text(json.dumps({"scores": [score("hellaswag", 100, acc=None)]}))
     collection = collect(moved, saved_identity)
     assert collection.excluded == {(STRATEGIES["ZClip"], 1)}
-    assert collection.warnings[0].endswith("damaged (metrics.jsonl has no std): restore the file, or remove the folder to train it again")
+    assert collection.warnings[0].endswith(
+        "damaged (metrics.jsonl has no std): restore the file, or remove the folder to train it again"
+    )
 
 
 def test_notes_name_each_run_once(everything):

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import zclip
 from common.errors import one_line
-from data.stream import BlockStart
+from common.reading import check_record
+from data.shapes import LoaderState
 from models import Llama
 from training.checkpoint.format import TensorSpec, is_valid, load_header, load_param_groups, tensor_specs, tensors_in
 from training.checkpoint.rng import set_rng_states
@@ -172,21 +173,16 @@ def _check_loops(fit_loop: Mapping[str, Any], step: int, config: Config) -> None
     _require(fit_loop["epoch_loop.batch_progress"]["total"].keys() == COUNTS, "its batches are not counted")
     _require(_is_count(fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]), "its batches are not counted")
     (loader,) = fit_loop["state_dict"]["combined_loader"]
-    consumed, skipped = loader["sequences_consumed"], loader["skipped_batches"]
-    _require(_is_count(consumed) and _is_count(skipped), "its position in the data is no number")
-    _require(consumed == (step + skipped) * config.trainer.global_batch_size, "its position in the data is another's")
-    _require(isinstance(loader["fingerprint"], str), "its tokens have no fingerprint")
+    position = check_record(LoaderState, loader)
+    steps_and_skipped = step + position.skipped_batches
+    is_there = position.sequences_consumed == steps_and_skipped * config.trainer.global_batch_size
+    _require(is_there, "its position in the data is another's")
     if config.data.mode == "stream":
-        stream = dict(loader["stream"])
-        mixture = stream.pop("mixture")
-        _require(
-            stream.keys() == {*BlockStart._fields, "block_sequences", "length"} - {"mixture"}, "no stream's position"
-        )
-        _require(all(map(_is_count, stream.values())), "no stream's position")
+        _require(position.stream is not None, "no stream's position")
+        mixture = loader["stream"]["mixture"]
         if mixture is not None:
-            sources, bytes_read = config.data.sources.keys(), mixture["bytes_read"]
-            _require(mixture["streams"].keys() == bytes_read.keys() == sources, "its sources are others")
-            _require(all(map(_is_count, bytes_read.values())), "its sources are others")
+            sources = config.data.sources.keys()
+            _require(mixture["streams"].keys() == mixture["bytes_read"].keys() == sources, "its sources are others")
 
 
 def _check_progress(progress: Mapping[str, Any], name: str) -> None:
