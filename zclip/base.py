@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from zclip.apply import FusedClip, apply_decision, bind_optimizers
 from zclip.arguments import integer, one_of, positive
+from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import Parameters, global_norm, local_gradient, parameters_of, statistics_dtype, tensor_norms
@@ -98,6 +99,7 @@ class ClippingStrategy(Statistics):
         self._check_policy()
         self.telemetry: dict[str, Tensor] = {}
         self._monitor = NonFiniteMonitor()
+        self._attachment: Attachment | None = None
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the bound on the norm of this step, and the statistics after it.
@@ -127,6 +129,43 @@ class ClippingStrategy(Statistics):
         coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
         telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
         return ClipResult(coefficient, norm * coefficient, clipped, decision.state, telemetry)
+
+    def attach(self, optimizer: Optimizer, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
+        """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
+
+        The norm is that of the gradients with which the optimizer would step: after accumulation, and unscaled if a
+        GradScaler is used. A closure's gradients are clipped at its end, and its loss is passed to strategies that use
+        it; without a closure they get no loss. A step without any gradient changes nothing.
+
+        Args:
+            optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped. All of its parameters are
+                clipped, also those that are added later.
+            models: modules that hold these parameters. Strategies with statistics for each tensor keep them by the
+                names that parameters have here, and FSDP1 needs its module. Default: none.
+            process_group: see `step`.
+
+        Raises:
+            TypeError: `optimizer` is not one of torch's.
+            ValueError: this strategy is attached already, or another one is attached to the optimizer.
+        """
+        if self._attachment is not None:
+            raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
+
+        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+            parameters: Parameters = [models, [group["params"] for group in inner.param_groups]]
+            shards = parameters_of(parameters)
+            if all(shard.parameter.grad is None and not shard.groups for shard in shards) and process_group is None:
+                return
+            loss = loss.detach() if self.uses_loss and loss is not None else None
+            self._step(parameters, [inner], loss, process_group)
+
+        self._attachment = Attachment(optimizer, clip)
+
+    def detach(self) -> None:
+        """End what `attach` began; nothing happens if this strategy is not attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def step(
         self,
@@ -159,8 +198,22 @@ class ClippingStrategy(Statistics):
             TypeError: an argument has the wrong type, or a gradient is sparse or complex.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
+        self._check_initialised()
+        if self._attachment is not None:
+            raise ValueError("optimizer.step() calls the strategy that is attached to it: leave out step()")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        if any(map(Attachment.is_on, optimizers)):
+            raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
+        return self._step(models, optimizers, loss, process_group)
+
+    def _step(
+        self,
+        models: Parameters,
+        optimizers: Sequence[Optimizer],
+        loss: Tensor | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> Tensor:
         with torch.no_grad():
-            self._check_initialised()
             FusedClip.cancel_all(self)
             shards = parameters_of(models)
             gradients = [local_gradient(shard.parameter) for shard in shards]
@@ -171,7 +224,7 @@ class ClippingStrategy(Statistics):
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
                 raise ValueError(NO_GRADIENTS)
-            targets = bind_optimizers(optimizer, shards, owner=self)
+            targets = bind_optimizers(optimizers, shards, owner=self)
             stats = GradStats(norm, norms, loss, shards, gradients, process_group)
             coefficients, skip, finite = self._update(stats, models)
             apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
@@ -249,7 +302,8 @@ class ClippingStrategy(Statistics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""
-        return {**self.__dict__, "_monitor": NonFiniteMonitor(), "_naming_module": None, "_objects": []}
+        of_process = {"_monitor": NonFiniteMonitor(), "_naming_module": None, "_objects": [], "_attachment": None}
+        return {**self.__dict__, **of_process}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
