@@ -128,9 +128,7 @@ class FusedClip:
         if not on_cpu or skip:
             self._attributes["found_inf"] = skip.to(torch.float32)
         optimizer: Any = self._optimizer()
-        scaler_found_inf = getattr(
-            optimizer, "found_inf", None
-        )  # a GradScaler is stepping, and deletes both attributes
+        scaler_found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler, which deletes both attributes
         if scaler_found_inf is not None and "found_inf" in self._attributes:
             self._attributes["found_inf"] = torch.maximum(skip.to(scaler_found_inf), scaler_found_inf)
         for name, value in self._attributes.items():

@@ -302,7 +302,12 @@ class ClippingStrategy(Statistics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""
-        of_process = {"_monitor": NonFiniteMonitor(), "_naming_module": None, "_objects": [], "_attachment": None}
+        of_process: dict[str, Any] = {
+            "_monitor": NonFiniteMonitor(),
+            "_naming_module": None,
+            "_objects": [],
+            "_attachment": None,
+        }
         return {**self.__dict__, **of_process}
 
     def __repr__(self) -> str:
