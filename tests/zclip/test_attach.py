@@ -160,3 +160,39 @@ def test_attached_strategy_lives_as_long_as_the_optimizer():
     model(batch(0)).square().mean().backward()
     optimizer.step()
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+class Container(torch.optim.Optimizer):
+    """Several optimizers as one, as torchtitan's OptimizersContainer: its own step calls each of theirs."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for group in o.param_groups for p in group["params"]], {})
+
+    def step(self, *args, **kwargs):
+        for optimizer in self.optimizers:
+            optimizer.step(*args, **kwargs)
+
+    def zero_grad(self, *args, **kwargs):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(*args, **kwargs)
+
+
+def test_container_of_optimizers_is_clipped_by_one_norm():
+    models = [build_model() for _ in range(4)]
+    optimizers = [OPTIMIZERS["fused adamw"](model.parameters()) for model in models]
+    attached, called = ZClip(warmup_steps=5), ZClip(warmup_steps=5)
+    container = Container(*optimizers[:2])
+    attached.attach(container)
+    for step in range(20):
+        for i, model in enumerate(models):
+            optimizers[i].zero_grad()
+            model(batch(step + i % 2)).square().mean().backward()
+        container.step()
+        called.step(*models[2:], optimizer=optimizers[2:])
+        for optimizer in optimizers[2:]:
+            optimizer.step()
+        torch.testing.assert_close(attached.telemetry["grad_norm"], called.telemetry["grad_norm"], equal_nan=True)
+    for i in (0, 1):
+        assert_same_weights(models[i], models[i + 2], rtol=1e-5, atol=1e-6)
+    assert attached.read_telemetry()["nonfinite"] > 0
