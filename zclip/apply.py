@@ -157,10 +157,10 @@ Target = tuple[list[Tensor], FusedClip | None]
 
 
 def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], owner: object) -> list[Target]:
-    """Return the optimizers that step with parameters of the shards only, and reserve their next steps.
+    """Return the optimizers with those of their parameters that are clipped, and reserve the steps of fused ones.
 
-    An optimizer is fused only if no other optimizer holds its parameters: both would scale their gradients. `owner` is
-    the strategy, which must outlive its decision.
+    A decision is applied inside a fused step only if all of the optimizer's parameters are clipped, and no other
+    optimizer holds them: both would scale their gradients. `owner` is the strategy, which must outlive its decision.
 
     Raises:
         TypeError: one of the optimizers is something else.
@@ -168,16 +168,18 @@ def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], ow
     """
     clipped = {id(shard.parameter) for shard in shards}
     candidates: dict[Optimizer, list[Tensor]] = {}
+    whole: set[Optimizer] = set()  # all of whose gradients are clipped
     for inner in map(unwrap, optimizers):
         if not hasattr(inner, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
         parameters = [p for group in inner.param_groups for p in group["params"]]
+        candidates[inner] = [p for p in parameters if id(p) in clipped]
         if {id(p) for p in parameters if p.requires_grad or p.grad is not None} <= clipped:
-            candidates[inner] = parameters
+            whole.add(inner)
     holders = Counter(id(p) for parameters in candidates.values() for p in parameters)
     targets: list[Target] = []
     for inner, parameters in candidates.items():
-        fused = supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
+        fused = inner in whole and supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
         targets.append((parameters, FusedClip.of(inner) if fused else None))
     for _, fused_clip in targets:
         if fused_clip is not None:

@@ -19,7 +19,17 @@ from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
-from zclip.norm import Parameters, global_norm, local_gradient, parameters_of, statistics_dtype, tensor_norms
+from zclip.norm import (
+    Parameters,
+    Shard,
+    global_norm,
+    local_gradient,
+    norm_like,
+    parameters_of,
+    statistics_dtype,
+    tensor_norms,
+)
+from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
 NO_GRADIENTS = (
@@ -34,6 +44,7 @@ class Policy(TypedDict, total=False):
 
     on_nonfinite: str
     max_consecutive_nonfinite: int | None
+    scope: str | Sequence[str] | None
 
 
 class ClippingStrategy(Statistics):
@@ -52,14 +63,17 @@ class ClippingStrategy(Statistics):
         on_nonfinite: "skip" (default), "zero" or "raise".
 
             - "skip": the optimizer passed to `step` skips its step, weight decay and momentum included. A fused
-              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. Gradients are set to zero, as
-              with "zero", without an optimizer, for one that is not fused on an accelerator, and for one that also
-              holds parameters not passed to `step`.
+              optimizer gets a flag; on a CPU, any other optimizer finds no gradients of the clipped parameters.
+              Gradients are set to zero, as with "zero", without an optimizer, and on an accelerator for one that is not
+              fused, or also holds parameters that are not clipped.
             - "zero": gradients are set to zero. Weight decay, momentum and Adam's moments still move the weights.
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
         max_consecutive_nonfinite: number of consecutive non-finite norms that raises `FloatingPointError`. Default 20;
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
+        scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
+            `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
+            whatever they hold; `other_norm` is their norm. A saved state records the scope.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -80,6 +94,7 @@ class ClippingStrategy(Statistics):
     - `clipped_by_max`: whether `max_grad_norm` clipped it further than the rule.
     - `consecutive_clips`: number of consecutive clipped steps up to this one; non-finite steps do not count.
     - `nonfinite`, `consecutive_nonfinite`: number of non-finite norms, in total and consecutive.
+    - `other_norm`: the norm of the gradients that are not in the scope, if there is a scope.
     """
 
     #: Whether the rule uses the loss, if the caller passes it.
@@ -152,12 +167,13 @@ class ClippingStrategy(Statistics):
             raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
-            parameters: Parameters = [models, [group["params"] for group in inner.param_groups]]
-            shards = parameters_of(parameters)
+            own = [parameter for group in inner.param_groups for parameter in group["params"]]
+            ids = set(map(id, own))
+            shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
             if all(shard.parameter.grad is None and not shard.groups for shard in shards) and process_group is None:
                 return
             loss = loss.detach() if self.uses_loss and loss is not None else None
-            self._step(parameters, [inner], loss, process_group)
+            self._step(shards, models, [inner], loss, process_group)
 
         self._attachment = Attachment(optimizer, clip)
 
@@ -204,10 +220,11 @@ class ClippingStrategy(Statistics):
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
         if any(map(Attachment.is_on, optimizers)):
             raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
-        return self._step(models, optimizers, loss, process_group)
+        return self._step(parameters_of(models), models, optimizers, loss, process_group)
 
     def _step(
         self,
+        shards: Sequence[Shard],
         models: Parameters,
         optimizers: Sequence[Optimizer],
         loss: Tensor | None,
@@ -215,7 +232,9 @@ class ClippingStrategy(Statistics):
     ) -> Tensor:
         with torch.no_grad():
             FusedClip.cancel_all(self)
-            shards = parameters_of(models)
+            others: list[Shard] = []
+            if self.scope is not None and shards:
+                shards, others = split_by_scope(shards, self._names(models), self.scope)
             gradients = [local_gradient(shard.parameter) for shard in shards]
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
@@ -227,6 +246,8 @@ class ClippingStrategy(Statistics):
             targets = bind_optimizers(optimizers, shards, owner=self)
             stats = GradStats(norm, norms, loss, shards, gradients, process_group)
             coefficients, skip, finite = self._update(stats, models)
+            if self.scope is not None:
+                self.telemetry["other_norm"] = norm_like(norm, others, process_group)
             apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
             return norm.to(torch.float32)
 
@@ -291,6 +312,7 @@ class ClippingStrategy(Statistics):
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
+        check_scope(self.scope)
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""

@@ -30,6 +30,8 @@ class Statistics:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
+    #: Patterns of the names of the parameters that the statistics are of; `None`: all.
+    scope: str | Sequence[str] | None = None
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -133,8 +135,9 @@ class Statistics:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        It holds only tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
-        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
+        A scope is in it too, if there is one. It holds only tensors, numbers, strings, lists and dicts. `torch.save`,
+        `torch.load(weights_only=True)` and `torch.distributed.checkpoint` support it. The last one loads into existing
+        tensors: see `prepare`.
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
@@ -147,6 +150,8 @@ class Statistics:
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
         }
+        if self.scope is not None:
+            state["scope"] = self._patterns()
         if self.per_tensor:
             state["names"] = [tensor.name for tensor in self.tensors]
             state["shapes"] = [tensor.shape for tensor in self.tensors]
@@ -176,7 +181,11 @@ class Statistics:
             raise ValueError(
                 f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        check_keys(own, "it", state_dict, REQUIRED, ("started", "names", "shapes") if self.per_tensor else ("started",))
+        optional = ("started", "scope", "names", "shapes") if self.per_tensor else ("started", "scope")
+        check_keys(own, "it", state_dict, REQUIRED, optional)
+        if not same(self._patterns(), state_dict.get("scope")):
+            scopes = f"scope={shown(state_dict.get('scope'))}, not {shown(self._patterns())}"
+            raise ValueError(f"the saved {own} was made with {scopes}: make this one with the same scope")
         started = state_dict.get("started", False)
         if not isinstance(started, bool):
             refuse(own, "started", started, "true or false")
@@ -194,6 +203,10 @@ class Statistics:
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         self.check_state(state, counters)
         return state, counters, tensors
+
+    def _patterns(self) -> list[str] | None:
+        """Return the patterns of the scope."""
+        return [self.scope] if isinstance(self.scope, str) else None if self.scope is None else [*self.scope]
 
     def _check_config(self, saved: Any) -> None:
         """Raise `ValueError` unless saved arguments are those of this strategy."""

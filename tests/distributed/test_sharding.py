@@ -115,6 +115,14 @@ def fsdp2_attached(rank: int, world: int) -> Curve:
     return fsdp2(rank, world, make_optimizer=fused_adamw, attached=True)
 
 
+def clip_one_layer() -> ZClip:
+    return ZClip(warmup_steps=5, scope="up.*")
+
+
+def fsdp2_scope(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make=clip_one_layer)
+
+
 def hsdp(rank: int, world: int) -> Curve:
     model = Net()
     fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
@@ -331,6 +339,7 @@ CASES = [
     (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
     (fsdp2_attached, 2, {"make_optimizer": fused_adamw}), (fsdp1_attached, 2, {}),
+    (fsdp2_scope, 2, {"make": clip_one_layer}),
 ]  # fmt: skip
 SLOW_CASES = [
     (fsdp1_flat, 2, {}), (fsdp2_agc, 2, {"make": AGC}), (pipeline_agc, 2, {"make": AGC}),
