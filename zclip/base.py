@@ -29,6 +29,7 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
+from zclip.saved_state import MAX_CHANGES, differences
 from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
@@ -94,6 +95,7 @@ class ClippingStrategy(Statistics):
     - `clipped_by_max`: whether `max_grad_norm` clipped it further than the rule.
     - `consecutive_clips`: number of consecutive clipped steps up to this one; non-finite steps do not count.
     - `nonfinite`, `consecutive_nonfinite`: number of non-finite norms, in total and consecutive.
+    - `changes`: number of changes of arguments so far, at most 1,000, if there are any.
     - `other_norm`: the norm of the gradients that are not in the scope, if there is a scope.
     """
 
@@ -144,6 +146,31 @@ class ClippingStrategy(Statistics):
         coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
         telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
         return ClipResult(coefficient, norm * coefficient, clipped, decision.state, telemetry)
+
+    def change(self, **settings: Any) -> None:
+        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
+
+        The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
+        `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
+        `on_nonfinite` and the other policies can be assigned.
+
+        Args:
+            settings: new values by the names of arguments.
+
+        Raises:
+            TypeError: there is no such argument.
+            ArgumentError: a value is out of its range. Nothing is changed.
+            ValueError: the statistics do not fit, such as those of a window of another length. Nothing is changed.
+        """
+        config = self.config()
+        if unknown := sorted(settings.keys() - config.keys()):
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
+        changed = type(self)(**{**config, **settings})
+        if self.counters:
+            changed._checked(self.state_dict(), override=True)
+        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
+        for name in settings:
+            setattr(self, name, getattr(changed, name))
 
     def attach(self, optimizer: Optimizer, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
         """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
@@ -306,6 +333,8 @@ class ClippingStrategy(Statistics):
             **counters,
             **telemetry,
         }
+        if self.changes:
+            self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
         self._monitor.update(counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
 

@@ -128,7 +128,7 @@ def test_saved_state_is_that_of_its_scope():
     strategy = ZClip(scope="*.weight")
     strategy.step(model)
     ZClip(scope=WEIGHTS).load_state_dict(strategy.state_dict())
-    message = r"^the saved ZClip was made with scope=\['\*\.weight'\], not None: make this one with the same scope$"
+    message = r"^the saved ZClip was made with scope=\['\*\.weight'\], not None: make this one with the same"
     with pytest.raises(ValueError, match=message):
         ZClip().load_state_dict(strategy.state_dict())
     with pytest.raises(ValueError, match=r"made with scope=None, not \['\*\.weight'\]"):
