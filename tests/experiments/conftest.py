@@ -1,5 +1,6 @@
 """Runs that the tests of experiments read: those of Table 3 as files, and those of all experiments."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,19 @@ from matplotlib.figure import Figure
 from experiments.paper.collect import ExpectedRun, Key, RunCollection
 from experiments.paper.figures import FIGURES
 from experiments.paper.tables_and_figures import STRATEGIES, SUITES
-from tests.experiments.written_runs import SEEDS, expected_runs, places, run_of, score, write_run
+from tests.experiments.written_runs import (
+    BASE,
+    COMPOSITIONS,
+    SEEDS,
+    SMALL,
+    composed,
+    expected_runs,
+    places,
+    run_of,
+    score,
+    write_run,
+)
+from tests.helpers import Once
 
 #: Excess loss of Table 3's strategies after a corrupted batch.
 BUMPS = {"No clipping": 2.0, "Fixed 1.0": 0.3, "AutoClip": 0.1, "ZClip": 0.0}
@@ -34,7 +47,19 @@ def table3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Key, Ex
 
 
 @pytest.fixture(scope="session")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> RunCollection:
+def compositions(once: Once) -> None:
+    """Compose the configurations of all experiments, once for all pytest workers: Hydra takes seconds."""
+
+    def fill(folder: Path) -> None:
+        for spec in SUITES["all"]:
+            composed(*BASE, *SMALL, *spec.overrides)
+        (folder / "compositions.pickle").write_bytes(pickle.dumps(COMPOSITIONS))
+
+    COMPOSITIONS.update(pickle.loads((once("compositions", fill) / "compositions.pickle").read_bytes()))
+
+
+@pytest.fixture(scope="session")
+def everything(compositions: None, tmp_path_factory: pytest.TempPathFactory) -> RunCollection:
     """The runs of all experiments with three seeds. Excess losses are smaller with stronger clipping."""
     runs = {}
     for (spec, seed), (place, config) in expected_runs(SUITES["all"], tmp_path_factory.mktemp("all")).items():

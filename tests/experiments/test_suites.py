@@ -23,7 +23,7 @@ from experiments.paper.tables_and_figures import (
     ZCLIP_DEFAULTS,
 )
 from scripts.paper_runs import PaperSettings
-from tests.experiments.written_runs import BASE, SMALL, composed, expected_runs, places, score, with_settings, write_run
+from tests.experiments.written_runs import SMALL, composed, expected_runs, places, score, with_settings, write_run
 from tests.helpers import CHECKOUT, SLOW, script, train
 from tests.scripts.loading import load_script
 from training.config.compose import load_config, saved_identity
@@ -116,13 +116,11 @@ def assert_made(folder: Path, corrupted: str, figures: tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def paper_script(tmp_path, monkeypatch) -> Callable[..., None]:
+def paper_script(compositions, tmp_path, monkeypatch) -> Callable[..., None]:
     """Run the main function of a script that reads runs in this process, in the folder `tmp_path`.
 
-    A script composes the configurations of all experiments. Here they are composed once in a session.
+    A script composes the configurations of all experiments. Here they are composed already.
     """
-    for spec in SUITES["all"]:
-        composed(*BASE, *SMALL, *spec.overrides)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.config.compose.compose", lambda _, overrides: composed(*overrides))
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,16 @@ SEEDS = (0, 1, 2)
 BASE = ("experiment=paper", "scale=micro", f"paths.runs={quoted('runs')}")
 
 
-@cache
+#: Configurations of train.py that are composed already, by their overrides.
+COMPOSITIONS: dict[tuple[str, ...], DictConfig] = {}
+
+
 def composed(*overrides: str) -> DictConfig:
     """Return the configuration of train.py, composed once in a session; Hydra takes a tenth of a second for each."""
-    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
-        return compose("train", list(overrides))
+    if overrides not in COMPOSITIONS:
+        with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+            COMPOSITIONS[overrides] = compose("train", list(overrides))
+    return COMPOSITIONS[overrides]
 
 
 def expected_runs(

@@ -60,18 +60,16 @@ def test_sweep_runs_only_unfinished_jobs_and_reports_those_that_fail(tiny, tmp_p
     settings = (*tiny, "trainer.max_steps=4", "clip._target_=failing.Failing")
     first = train(*settings, "clip.alpha=0.97", cwd=tmp_path, env=env)
     assert first.returncode == 0, first.stderr
-    done = train("-m", *settings, LOCAL, "clip.alpha=0.97,0.5,0.9", cwd=tmp_path, env=env)
-    assert "1 of 3 are finished already" in done.stdout
-    assert re.findall("^started|^failed|^finished", done.stdout, re.M).count("started") == 2
-    assert len(re.findall("^finished micro-", done.stdout, re.M)) == 1
+    done = train("-m", *settings, LOCAL, "clip.alpha=0.97,0.5", cwd=tmp_path, env=env)
+    assert "1 of 2 are finished already" in done.stdout
+    assert re.findall("^started|^failed|^finished", done.stdout, re.M) == ["started", "failed"]
     assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert re.match(r"1 of 3 runs have not finished: micro-zclip-\S+ \(status 1, \S+/log\.txt\)", done.stderr)
+    assert re.match(r"1 of 2 runs have not finished: micro-zclip-\S+ \(status 1, \S+/log\.txt\)", done.stderr)
     assert "failed micro-zclip-" in done.stdout and done.stdout.count("log.txt): RuntimeError: step failed") == 1
-    assert done.stdout.count("\n│") == 2, "the table of the finished runs"
     (log,) = (p for p in tmp_path.glob("runs/main/*/log.txt") if "step failed" in p.read_text())
     assert "step failed" in (log.parent / "failure.txt").read_text()
-    assert "2 done, 1 failed" in status(tmp_path)
-    assert len(results(tmp_path)) == 2
+    assert "1 done, 1 failed" in status(tmp_path)
+    assert len(results(tmp_path)) == 1
 
 
 @pytest.mark.slow
