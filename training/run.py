@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
-from common.errors import UserError, prefix_errors
+from common.errors import UserError, prefix_errors, shown
 from common.run_files import corrupted_steps
 from data import (
     BatchCorruption,
@@ -38,6 +38,7 @@ from training.checkpoint.fork import ForkSource
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import Start, prepare_start
 from training.checkpoint.rewind import rewind
+from training.config.identity import shared_settings
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
@@ -49,7 +50,13 @@ from training.monitor.progress import ProgressDisplay
 from training.monitor.wandb_run import WandbRun
 from training.run_dir import RunDir
 from training.runtime.coordinated_stop import CoordinatedStop
-from training.runtime.distributed import broadcast_from_rank0, init_process_group, is_distributed, rank
+from training.runtime.distributed import (
+    broadcast_from_rank0,
+    gather_from_all,
+    init_process_group,
+    is_distributed,
+    rank,
+)
 from training.runtime.hardware import available_memory
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
@@ -97,12 +104,13 @@ def train(
     Raises:
         Interrupted: a signal ended training; the run is saved.
         RunError: the run cannot continue.
-        UserError: the training text cannot be read.
+        UserError: the training text cannot be read, or the processes were started with different settings.
     """
     quiet_libraries()
     while True:
         pl.seed_everything(config.seed, verbose=False)
         init_process_group(config.trainer.accelerator == "gpu")
+        check_agreement(config, tokens)
         start = broadcast_from_rank0(partial(prepare_start, run_dir, fork, console.print))
         run = build_run(start, config, run_dir, tokens, console, listeners)
         test_set = validation_set(config, tokens, console, config.data.max_val_tokens)
@@ -122,6 +130,18 @@ def train(
             for logger in run.loggers:
                 logger.finish()
         return final_metrics(config, tokens, run.module.test_loss, test_set)
+
+
+def check_agreement(config: Config, tokens: Tokens) -> None:
+    """Raise `UserError` in all processes unless they have the same settings and tokens. All processes call it."""
+    first, *others = gather_from_all(shared_settings(config) | {"tokens": tokens.fingerprint})
+    for number, other in enumerate(others, 1):
+        if changed := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            pairs = [f"{key}={shown(other.get(key))} (process 0: {shown(first.get(key))})" for key in changed[:4]]
+            raise UserError(
+                f"process {number} of the run was started with other settings or text than process 0, "
+                f"{', '.join(pairs)}: start all with the same"
+            )
 
 
 def fit(run: Run, start: Start) -> bool:
