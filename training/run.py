@@ -42,7 +42,12 @@ from training.config.identity import shared_settings
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
-from training.lightning_internals import interrupts_as_raised, keep_our_signal_handlers, skip_sigterm_broadcast
+from training.lightning_internals import (
+    interrupts_as_raised,
+    keep_our_signal_handlers,
+    no_trainer_variables,
+    skip_sigterm_broadcast,
+)
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
 from training.monitor.metrics import Listener, MetricsRecorder
@@ -262,24 +267,25 @@ def build_trainer(config: Config, run_dir: RunDir, callbacks: list[pl.Callback])
         strategy = ModelParallelStrategy(config.trainer.dp_replicate, config.trainer.dp_shard)
     elif config.trainer.strategy == "ddp":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
-    trainer = pl.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.nodes,
-        strategy=strategy,
-        precision="32-true" if config.trainer.sharded else config.trainer.precision,  # FSDP2 has its own policy
-        max_steps=config.trainer.max_steps,
-        accumulate_grad_batches=config.trainer.grad_accum_steps,
-        callbacks=callbacks,
-        logger=False,
-        default_root_dir=run_dir.path,
-        use_distributed_sampler=False,
-        plugins=[TorchElasticEnvironment() if is_distributed() else LightningEnvironment()],
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with no_trainer_variables():
+        trainer = pl.Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.nodes,
+            strategy=strategy,
+            precision="32-true" if config.trainer.sharded else config.trainer.precision,  # FSDP2 has its own policy
+            max_steps=config.trainer.max_steps,
+            accumulate_grad_batches=config.trainer.grad_accum_steps,
+            callbacks=callbacks,
+            logger=False,
+            default_root_dir=run_dir.path,
+            use_distributed_sampler=False,
+            plugins=[TorchElasticEnvironment() if is_distributed() else LightningEnvironment()],
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     keep_our_signal_handlers(trainer)
     skip_sigterm_broadcast(trainer)
     return trainer
