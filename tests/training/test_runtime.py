@@ -186,6 +186,16 @@ def test_closed_pipe_does_not_change_the_exit_status():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_streams_that_are_closed_from_the_start_drop_output():
+    """No file gets their numbers, to which libraries print."""
+    code = (
+        "from training.runtime.stdio import *\ninstall_best_effort_stdio()\nfile = open(os.devnull)\n"
+        "print('text'), print('text', file=sys.stderr), flush_stdio(), sys.exit(file.fileno() < 3)"
+    )
+    closed = ["bash", "-c", f'"{sys.executable}" -c "$0" <&- >&- 2>&-', code]
+    assert subprocess.run(closed, cwd=CHECKOUT).returncode == 0
+
+
 #: A process that alone cannot use its text.
 ALONE = """
 import sys
