@@ -46,6 +46,37 @@ class _SmallReads(io.RawIOBase):
         return self._packed.read(min(size, 1 << 13) if size >= 0 else 1 << 13)
 
 
+class _Xz(io.RawIOBase):
+    """Unpacks a .xz file of one stream or several, with padding between and behind them.
+
+    Python's own reader takes whatever follows a stream, if it does not begin as one, for the end of the file.
+    """
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed = packed
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content, packed = b"", b""
+        while not content:
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed:
+                    if not (padding := self._packed.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                    packed = padding.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input and not (packed := self._packed.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            content = self._stream.decompress(packed, len(buffer))
+            packed = b""
+        buffer[: len(content)] = content
+        return len(content)
+
+
 def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
     """Return a binary file that reads the content of an open one.
 
@@ -54,7 +85,7 @@ def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
     if suffix == ".gz":
         return gzip.open(_SmallReads(packed) if sample else packed)
     if suffix == ".xz":
-        return lzma.open(packed)
+        return io.BufferedReader(_Xz(packed))
     if suffix == ".zst" and sample:
         import zstandard
 
