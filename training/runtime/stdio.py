@@ -5,6 +5,7 @@ Output is dropped on a full disk, into a closed pipe, and where a stream is clos
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -46,7 +47,7 @@ def install_best_effort_stdio() -> None:
     _open_closed_descriptors()
     if not isinstance(sys.stdout, BestEffortStream):
         sys.stdout, sys.stderr = (
-            BestEffortStream(stream or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            BestEffortStream(stream or Path(os.devnull).open("w", encoding="utf-8"))
             for stream in (sys.stdout, sys.stderr)
         )
 
