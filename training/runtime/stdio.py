@@ -5,7 +5,6 @@ Output is dropped on a full disk, into a closed pipe, and where a stream is clos
 
 import os
 import sys
-from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -47,7 +46,7 @@ def install_best_effort_stdio() -> None:
     _open_closed_descriptors()
     if not isinstance(sys.stdout, BestEffortStream):
         sys.stdout, sys.stderr = (
-            BestEffortStream(stream or Path(os.devnull).open("w", encoding="utf-8"))
+            BestEffortStream(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
             for stream in (sys.stdout, sys.stderr)
         )
 
