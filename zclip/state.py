@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zclip.decision import State
-from zclip.norm import Parameters, Shard, device_of, parameters_of, statistics_dtype
+from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import check_keys, check_tensor, check_values, is_plain, refuse, same, shown
 from zclip.tensors import TensorId, find, identify, parameter_names
 
@@ -61,6 +61,7 @@ class Statistics:
         Raises:
             ValueError: no parameter requires gradients, or the parameters are on the meta device.
         """
+        models = tuple(map(listed, models))
         self._check_initialised()
         shards = parameters_of(models)
         device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
