@@ -7,7 +7,7 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,37 @@ class _SmallReads(io.RawIOBase):
         return self._packed.read(min(size, 1 << 13) if size >= 0 else 1 << 13)
 
 
+class _Xz(io.RawIOBase):
+    """Unpacks a .xz file of one stream or several, with padding between and behind them.
+
+    Python's own reader takes whatever follows a stream, if it does not begin as one, for the end of the file.
+    """
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed = packed
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content, packed = b"", b""
+        while not content:
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed:
+                    if not (padding := self._packed.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                    packed = padding.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input and not (packed := self._packed.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            content = self._stream.decompress(packed, len(buffer))
+            packed = b""
+        buffer[: len(content)] = content
+        return len(content)
+
+
 def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
     """Return a binary file that reads the content of an open one.
 
@@ -54,7 +85,7 @@ def _unpacked(packed: IO[bytes], suffix: str, sample: bool = False) -> Any:
     if suffix == ".gz":
         return gzip.open(_SmallReads(packed) if sample else packed)
     if suffix == ".xz":
-        return lzma.open(packed)
+        return io.BufferedReader(_Xz(packed))
     if suffix == ".zst" and sample:
         import zstandard
 
@@ -109,23 +140,30 @@ def _parquet_footer(file: Path) -> Any:
         return None
 
 
-def files_at(path: Path) -> Iterable[Path]:
-    """Yield a file, the files in a folder and in those below it, or the files that a glob pattern matches.
+def files_at(path: Path) -> list[Path]:
+    """Return a file, the files in a folder and in those below it, or the files that a glob pattern matches, in order.
 
-    Linked folders are followed. A file that is found in two ways is yielded once. Hidden files and folders are skipped,
-    unless they are named.
+    Linked folders are followed. Of a file that is found in two ways, the first counts. Hidden files and folders are
+    skipped, unless they are named.
     """
     if path.is_file():
-        yield path
-    elif path.is_dir():
-        yield from _files_below(path)
+        return [path]
+    if path.is_dir():
+        found = _files_below(path)
     else:
         names = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - pathlib does not follow linked folders
-        files: dict[str, Path] = {}
-        for file in map(Path, names):
-            if file.is_file():
-                files.setdefault(os.path.realpath(file), file)
-        yield from files.values()
+        found = (file for file in map(Path, names) if file.is_file())
+    folders: dict[Path, str] = {}  # the real ones, each looked up once
+    files: dict[str, Path] = {}
+    for file in sorted(found):
+        if file.is_symlink():
+            place = os.path.realpath(file)
+        else:
+            if file.parent not in folders:
+                folders[file.parent] = os.path.realpath(file.parent)
+            place = os.path.join(folders[file.parent], file.name)  # noqa: PTH118 - of text, as os.path.realpath
+        files.setdefault(place, file)
+    return list(files.values())
 
 
 def _files_below(root: Path) -> Iterator[Path]:

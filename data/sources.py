@@ -74,7 +74,7 @@ class Source(SourceConfig):
             except ModuleNotFoundError as error:
                 raise self.error(str(error)) from error
         root = Path(self.path)
-        found = sorted(files_at(root))
+        found = files_at(root)
         files = found if root.is_file() else [file for file in found if format_of(file)]
         if not files:
             problem = f"{'holds no such file' if found or root.is_dir() else 'does not exist'}: {ALLOWED_FILES}"

@@ -76,9 +76,12 @@ def wrap_tokenizer(tokenizer: tokenizers.Tokenizer, end: int) -> Tokenizer:
     """Return a tokenizer of the `tokenizers` library that appends the token with the id `end` to each text.
 
     Tokens that its template adds around a text, such as a begin token, are not used, and not saved either: an exported
-    tokenizer then encodes a prompt as training did.
+    tokenizer then encodes a prompt as training did. Merges that are dropped at random (BPE dropout) are not: a text has
+    the same tokens in every process, and whenever it is read again.
     """
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     if tokenizer.num_special_tokens_to_add(False):
         tokenizer.post_processor = None
     tokenizer.no_padding()

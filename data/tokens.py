@@ -57,10 +57,17 @@ class TokenArray:
         return int(self.starts[-1])
 
     def part(self, index: int) -> np.ndarray:
-        """Return the tokens of one part, (tokens,), mapped read-only."""
+        """Return the tokens of one part, (tokens,), mapped read-only.
+
+        Raises:
+            UserError: its file has been removed or changed since it was checked.
+        """
         if index not in self._maps:
-            # A view of the map as a plain array is indexed several times faster than np.memmap itself.
-            self._maps[index] = np.load(self.files[index], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            try:
+                # A view of the map as a plain array is indexed several times faster than np.memmap itself.
+                self._maps[index] = np.load(self.files[index], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            except (OSError, ValueError) as error:
+                raise damaged(self.files[index].parent, error) from error
         return self._maps[index]
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -147,6 +154,8 @@ def damaged(folder: Path, error: Exception) -> UserError:
     """Return the error for a folder of tokens that is prepared again if it is not there."""
     if isinstance(error, PermissionError):
         return UserError(f"the prepared tokens in {folder} cannot be read ({error.strerror} at {error.filename})")
+    if not folder.exists():
+        return UserError(f"the prepared tokens in {folder} were removed: the same command prepares them again")
     return UserError(f"the prepared tokens in {folder} are damaged ({one_line(error)}): remove that folder")
 
 

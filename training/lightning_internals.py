@@ -4,6 +4,7 @@ Each function says why it is needed. tests/training/test_lightning_internals.py 
 upgrade of Lightning fails there with a sentence, and not in a run.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,6 +12,19 @@ from typing import Any
 import lightning.pytorch as pl
 
 from training.runtime.signals import Interrupted
+
+
+@contextmanager
+def no_trainer_variables() -> Iterator[None]:
+    """Hide the variables `PL_TRAINER_*`, from which Lightning takes arguments that a `Trainer` is not given.
+
+    A limit of its time or batches, left over in a shell, would end a run early as if it were finished.
+    """
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PL_TRAINER_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def keep_our_signal_handlers(trainer: pl.Trainer) -> None:

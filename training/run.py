@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
-from common.errors import UserError, prefix_errors
+from common.errors import UserError, prefix_errors, shown
 from common.run_files import corrupted_steps
 from data import (
     BatchCorruption,
@@ -38,10 +38,16 @@ from training.checkpoint.fork import ForkSource
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import Start, prepare_start
 from training.checkpoint.rewind import rewind
+from training.config.identity import shared_settings
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import memory_warning
-from training.lightning_internals import interrupts_as_raised, keep_our_signal_handlers, skip_sigterm_broadcast
+from training.lightning_internals import (
+    interrupts_as_raised,
+    keep_our_signal_handlers,
+    no_trainer_variables,
+    skip_sigterm_broadcast,
+)
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
 from training.monitor.metrics import Listener, MetricsRecorder
@@ -49,7 +55,13 @@ from training.monitor.progress import ProgressDisplay
 from training.monitor.wandb_run import WandbRun
 from training.run_dir import RunDir
 from training.runtime.coordinated_stop import CoordinatedStop
-from training.runtime.distributed import broadcast_from_rank0, init_process_group, is_distributed, rank
+from training.runtime.distributed import (
+    broadcast_from_rank0,
+    gather_from_all,
+    init_process_group,
+    is_distributed,
+    rank,
+)
 from training.runtime.hardware import available_memory
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
@@ -97,12 +109,13 @@ def train(
     Raises:
         Interrupted: a signal ended training; the run is saved.
         RunError: the run cannot continue.
-        UserError: the training text cannot be read.
+        UserError: the training text cannot be read, or the processes were started with different settings.
     """
     quiet_libraries()
     while True:
         pl.seed_everything(config.seed, verbose=False)
         init_process_group(config.trainer.accelerator == "gpu")
+        check_agreement(config, tokens)
         start = broadcast_from_rank0(partial(prepare_start, run_dir, fork, console.print))
         run = build_run(start, config, run_dir, tokens, console, listeners)
         test_set = validation_set(config, tokens, console, config.data.max_val_tokens)
@@ -122,6 +135,18 @@ def train(
             for logger in run.loggers:
                 logger.finish()
         return final_metrics(config, tokens, run.module.test_loss, test_set)
+
+
+def check_agreement(config: Config, tokens: Tokens) -> None:
+    """Raise `UserError` in all processes unless they have the same settings and tokens. All processes call it."""
+    first, *others = gather_from_all(shared_settings(config) | {"tokens": tokens.fingerprint})
+    for number, other in enumerate(others, 1):
+        if changed := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            pairs = [f"{key}={shown(other.get(key))} (process 0: {shown(first.get(key))})" for key in changed[:4]]
+            raise UserError(
+                f"process {number} of the run was started with other settings or text than process 0, "
+                f"{', '.join(pairs)}: start all with the same"
+            )
 
 
 def fit(run: Run, start: Start) -> bool:
@@ -242,24 +267,25 @@ def build_trainer(config: Config, run_dir: RunDir, callbacks: list[pl.Callback])
         strategy = ModelParallelStrategy(config.trainer.dp_replicate, config.trainer.dp_shard)
     elif config.trainer.strategy == "ddp":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
-    trainer = pl.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.nodes,
-        strategy=strategy,
-        precision="32-true" if config.trainer.sharded else config.trainer.precision,  # FSDP2 has its own policy
-        max_steps=config.trainer.max_steps,
-        accumulate_grad_batches=config.trainer.grad_accum_steps,
-        callbacks=callbacks,
-        logger=False,
-        default_root_dir=run_dir.path,
-        use_distributed_sampler=False,
-        plugins=[TorchElasticEnvironment() if is_distributed() else LightningEnvironment()],
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with no_trainer_variables():
+        trainer = pl.Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.nodes,
+            strategy=strategy,
+            precision="32-true" if config.trainer.sharded else config.trainer.precision,  # FSDP2 has its own policy
+            max_steps=config.trainer.max_steps,
+            accumulate_grad_batches=config.trainer.grad_accum_steps,
+            callbacks=callbacks,
+            logger=False,
+            default_root_dir=run_dir.path,
+            use_distributed_sampler=False,
+            plugins=[TorchElasticEnvironment() if is_distributed() else LightningEnvironment()],
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     keep_our_signal_handlers(trainer)
     skip_sigterm_broadcast(trainer)
     return trainer

@@ -23,6 +23,7 @@ from zclip.norm import (
     Parameters,
     Shard,
     global_norm,
+    listed,
     local_gradient,
     norm_like,
     parameters_of,
@@ -82,9 +83,9 @@ class ClippingStrategy(Statistics):
 
     Statistics of tensors (`per_tensor`) are kept by the names of the parameters in the module given to `step`, without
     those of wrappers (DDP, FSDP, torch.compile). Each tensor finds its own later and in a saved state, whatever is
-    frozen, added or reordered. One that has none, or has another shape, starts fresh. Parameters given without their
-    module have no names. In one process each keeps its statistics; those of a saved state must be of parameters of the
-    same number, order and shapes.
+    frozen, added or reordered. One that has none, or has another shape, starts fresh, and so does one that a step was
+    not given: give `step` the frozen ones too. Parameters given without their module have no names. In one process each
+    keeps its statistics; those of a saved state must be of parameters of the same number, order and shapes.
 
     `telemetry` holds 0-dim tensors of the last step, on the gradients' device; `read_telemetry` returns them as floats,
     in one transfer. A strategy adds its own, which are NaN (or false) on a step whose norm is not finite.
@@ -193,6 +194,8 @@ class ClippingStrategy(Statistics):
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
 
+        models = tuple(map(listed, models))
+
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = [parameter for group in inner.param_groups for parameter in group["params"]]
             ids = set(map(id, own))
@@ -238,7 +241,7 @@ class ClippingStrategy(Statistics):
         Raises:
             ValueError: no parameter has a gradient, two strategies clip for one optimizer's step, or statistics of
                 tensors are of other parameters.
-            TypeError: an argument has the wrong type, or a gradient is sparse or complex.
+            TypeError: an argument has the wrong type, or a gradient is sparse, complex, or not on its parameter's mesh.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
         self._check_initialised()
@@ -247,6 +250,7 @@ class ClippingStrategy(Statistics):
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
         if any(map(Attachment.is_on, optimizers)):
             raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
+        models = tuple(map(listed, models))
         return self._step(parameters_of(models), models, optimizers, loss, process_group)
 
     def _step(
@@ -266,6 +270,7 @@ class ClippingStrategy(Statistics):
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
                 raise ValueError(NO_GRADIENTS)
+            loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
             norms = tensor_norms(shards, gradients)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
@@ -289,10 +294,15 @@ class ClippingStrategy(Statistics):
 
         Returns:
             0-dim tensor; 0 where the step would be skipped.
+
+        Raises:
+            TypeError: an argument is not a tensor of one real number.
         """
         with torch.no_grad():
             self._check_initialised()
-            norm = norm.detach().to(statistics_dtype(norm.device))
+            norm = _scalar("norm", norm)
+            norm = norm.to(statistics_dtype(norm.device))
+            loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
             coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
             assert isinstance(coefficient, Tensor)
             return torch.where(skip, 0.0, coefficient.reshape(()))
@@ -364,6 +374,14 @@ class ClippingStrategy(Statistics):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+def _scalar(name: str, value: object) -> Tensor:
+    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
+    return value.detach().reshape(())
 
 
 def _where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -78,6 +79,13 @@ def parameters_of(models: Parameters) -> list[Shard]:
     return list(shards.values())
 
 
+def listed(models: Parameters) -> Parameters:
+    """Return modules and tensors as they are, and iterables of them as lists: a generator can be read once only."""
+    if isinstance(models, nn.Module | Tensor | str) or not isinstance(models, Iterable):
+        return models
+    return [listed(inner) for inner in models]
+
+
 def device_of(shards: Sequence[Shard]) -> torch.device:
     """Return the device of the first parameter that is trained, or of the first one."""
     return next((shard for shard in shards if shard.parameter.requires_grad), shards[0]).parameter.device
@@ -96,17 +104,28 @@ def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
     return (group,) if handle is not None and group is not None and handle.uses_sharded_strategy else ()
 
 
+def _mesh(tensor: Tensor) -> DeviceMesh | None:
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """Return this rank's shard of a parameter's gradient, in the layout of the parameter; `None` without a gradient.
 
     Raises:
-        TypeError: the gradient is sparse or complex.
+        TypeError: the gradient is sparse or complex, or not on the parameter's mesh.
     """
     gradient = parameter.grad
-    if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
-        kind = "sparse" if gradient.is_sparse else "complex"
+    if gradient is None:
+        return None
+    if gradient.layout != torch.strided or gradient.is_complex():
+        kind = "complex" if gradient.is_complex() else "sparse"
         raise TypeError(
             f"the gradient of a parameter of shape {tuple(parameter.shape)} is {kind}: it must be dense and real"
+        )
+    if _mesh(gradient) != _mesh(parameter):
+        raise TypeError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is not on the parameter's mesh: both must "
+            "be plain tensors, or DTensors on one mesh"
         )
     if not isinstance(gradient, DTensor):
         return gradient

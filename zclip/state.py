@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zclip.decision import State
-from zclip.norm import Parameters, Shard, device_of, parameters_of, statistics_dtype
+from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import (
     MAX_CHANGES,
     check_keys,
@@ -74,6 +74,7 @@ class Statistics:
         Raises:
             ValueError: no parameter requires gradients, or the parameters are on the meta device.
         """
+        models = tuple(map(listed, models))
         self._check_initialised()
         shards = parameters_of(models)
         device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")

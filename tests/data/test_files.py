@@ -116,6 +116,16 @@ def test_linked_folders_are_read_once(tmp_path):
     assert sorted(texts_of(tmp_path / "data" / "**" / "*.jsonl")) == ["data", "elsewhere", "other"]
 
 
+def test_linked_file_beside_itself_is_read_once_under_the_first_name(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name in ("below/b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "a.jsonl").symlink_to("c.jsonl")
+    (tmp_path / "d.jsonl").symlink_to("below/b.jsonl")
+    for path in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        assert texts_of(path) == ["c", "below/b"]
+
+
 def test_hidden_files_and_folders_are_skipped_unless_they_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07Mac OS X \xb0")

@@ -21,6 +21,7 @@ from data import Corpus, Mixture, Source, Tokens, open_tokens, prepare
 from data.rows import LocalRows
 from data.tokenizer import load_tokenizer
 from data.tokens import DOCUMENT_DTYPE
+from tests.data.arrays import token_array
 from tests.data.preparation import PART_TOKENS, corpus_of, prepare_lines, write_lines
 from tests.data.processes import Job
 from tests.helpers import SLOW
@@ -388,6 +389,19 @@ def test_text_shorter_than_a_sequence_is_rejected(lines, tmp_path):
         corpus_of(lines).check(tmp_path, 10_000_000)
     with pytest.raises(ValueError, match=r"sequence_length=4000 is longer than the text: the test text has \S+ tokens"):
         prepare(corpus_of(lines), tmp_path, 4_000)
+
+
+def test_tokens_that_are_cut_or_removed_once_they_are_open_are_one_sentence(tmp_path):
+    """A part is mapped when it is first read, the held-out ones after the last step of a run."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    array = token_array(folder, np.arange(10, dtype=np.uint16))
+    os.truncate(array.files[0], 130)
+    with pytest.raises(UserError, match=r"^the prepared tokens in \S+ are damaged \(.*\): remove that folder$"):
+        array.read(0, 10)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"tokens were removed: the same command prepares them again$"):
+        array.read(0, 10)
 
 
 def test_damaged_journal_is_reported(lines, tmp_path, monkeypatch):

@@ -200,6 +200,17 @@ def test_file_of_several_compressed_frames_is_estimated_and_read(tmp_path):
     assert len(texts_of(source)) == 40
 
 
+def test_xz_of_several_streams_is_read_to_its_end_padding_among_them(tmp_path):
+    first, second = (PACK[".xz"](json.dumps({"text": text}).encode() + b"\n") for text in ("one", "two"))
+    (tmp_path / "a.jsonl.xz").write_bytes(first + bytes(20_000) + second + bytes(8))
+    source = Source(name="s", path=str(tmp_path))
+    assert texts_of(source) == ["one", "two"]
+    for rest in (b"\xfe" + second[1:], second[:8] + b"\0" + second[9:], b"garbage", second[:20]):
+        (tmp_path / "a.jsonl.xz").write_bytes(first + rest)
+        with pytest.raises(SourceError, match=r" cannot be read: .*a\.jsonl\.xz: "):
+            texts_of(source)
+
+
 def test_batches_of_documents_have_at_least_their_size(tmp_path):
     texts = [f"{i:03}" + "x" * (i % 50) for i in range(100)]
     sources = [Source(name="s", path=str(write(tmp_path, ".jsonl", texts=texts, files=1)))]

@@ -136,6 +136,16 @@ def test_text_is_neither_padded_nor_cut_nor_decorated(tmp_path):
     assert tokenizer.size == 21
 
 
+def test_merges_are_not_dropped_at_random(tokenizer, tmp_path):
+    """Each process of a run tokenizes a stream for itself."""
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (ids,), (expected,) = (t.encode(["the state of the union"]) for t in (read_tokenizer(tmp_path), tokenizer))
+    assert ids.tolist() == expected.tolist()
+
+
 def test_end_of_text_is_the_usual_one_if_the_tokenizer_names_none(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")

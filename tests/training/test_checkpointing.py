@@ -32,7 +32,7 @@ from tests.helpers import (
     train,
 )
 from tests.training.process_control import Gates, Ranks
-from training.checkpoint.format import is_valid, load_model_state, saved_config
+from training.checkpoint.format import CHECKSUM, is_valid, load_model_state, publish, saved_config
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import prepare_start
 from training.checkpoint.rng import rng_states, set_rng_states
@@ -259,6 +259,19 @@ def test_leftovers_of_killed_saves_are_removed_links_among_them(finished_run, tm
     (run_dir.checkpoints / ".saving-cdef-step-00000048.ckpt").touch()
     assert prepare_start(run_dir, None, print).step == 40
     assert len(list(run_dir.checkpoints.iterdir())) == len(steps) and (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("size", [None, 1000], ids=["elsewhere", "cut"])
+def test_checkpoint_without_the_shard_of_another_process_is_not_published(size, sharded_run, tmp_path):
+    """Machines that do not share the run folder write each to their own."""
+    temporary, final = tmp_path / ".saving-step-00000008.ckpt", tmp_path / "step-00000008.ckpt"
+    shutil.copytree(sharded_run / "checkpoints" / final.name, temporary)
+    (temporary / CHECKSUM).unlink()
+    shard = temporary / "__1_0.distcp"
+    shard.unlink() if size is None else os.truncate(shard, size)
+    with pytest.raises(RunError, match=r"^__1_0\.distcp, .* all processes must see the same run folder"):
+        publish(temporary, final)
+    assert not final.exists()
 
 
 def test_divergence_detector_compares_medians_of_windows():

@@ -1,5 +1,6 @@
 """What training/lightning_internals.py relies on in Lightning. A failure says what an upgrade has broken."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import compose_config
 from training.lightning_internals import (
     dump_checkpoint,
     forward_context,
@@ -19,6 +21,8 @@ from training.lightning_internals import (
     rescale_batch_counts,
     skip_sigterm_broadcast,
 )
+from training.run import build_trainer
+from training.run_dir import RunDir
 from training.runtime import signals
 from training.runtime.signals import Interrupted
 
@@ -239,3 +243,12 @@ def test_forward_context_has_the_precision_of_training(precision, dtype, tmp_pat
         f"Lightning's precision_plugin.forward_context computes {precision} in {found}: evaluations during training "
         "would differ from training"
     )
+
+
+def test_variables_of_lightning_do_not_change_a_run(monkeypatch, tmp_path):
+    variables = {"PL_TRAINER_MAX_TIME": "00:00:00:01", "PL_TRAINER_LIMIT_TEST_BATCHES": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    trainer = build_trainer(compose_config(), RunDir(tmp_path), [])
+    assert trainer.limit_test_batches == 1.0 and trainer.callbacks == []
+    assert variables.items() <= os.environ.items()

@@ -10,17 +10,20 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.errors import UserError
+from tests import gloo_pool
 from tests.helpers import CHECKOUT, compose_config
-from tests.process_pool import run_ranks
+from tests.process_pool import run, run_ranks
 from training.launch.cli import reporting
 from training.launch.processes import local_store
 from training.launch.slurm_queue import queued_jobs, sbatch_resources, submit
-from training.runtime.distributed import check_environment
+from training.run import check_agreement
+from training.runtime.distributed import check_environment, init_process_group
 from training.runtime.environment import environment
 from training.runtime.slurm import export_torchrun_env, job_to_requeue, requeue
 from training.runtime.stdio import BestEffortStream
@@ -181,6 +184,70 @@ def test_closed_pipe_does_not_change_the_exit_status():
         cwd=CHECKOUT, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_streams_that_are_closed_from_the_start_drop_output():
+    """No file gets their numbers, to which libraries print."""
+    code = (
+        "from training.runtime.stdio import *\ninstall_best_effort_stdio()\nfile = open(os.devnull)\n"
+        "print('text'), print('text', file=sys.stderr), flush_stdio(), sys.exit(file.fileno() < 3)"
+    )
+    closed = ["bash", "-c", f'"{sys.executable}" -c "$0" <&- >&- 2>&-', code]
+    assert subprocess.run(closed, cwd=CHECKOUT).returncode == 0
+
+
+#: A process that alone cannot use its text.
+ALONE = """
+import sys
+
+from common.errors import UserError
+from training.launch import cli
+
+def main():
+    with cli.reporting():
+        raise UserError("the text is not on this machine")
+
+cli.ERROR_REPORT_DELAY = 0.0
+sys.exit(cli.command_line(main))
+"""
+
+
+def test_error_that_only_one_process_has_is_reported_by_it(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    done = run(str(tmp_path / "alone.py"), cwd=tmp_path, env={**variables, "PYTHONPATH": str(CHECKOUT)})
+    sentence = "process 1 of the run: alone.py: error: the text is not on this machine\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+#: Settings of the second of two processes, or its tokens, and how it is told from the first; `None`: they agree.
+DIFFERING = (
+    (["paths.cache=elsewhere", "data.path=elsewhere", "name=other", "logger=wandb"], None),
+    (["seed=7"], "seed=7 (process 0: 0)"),
+    (["trainer.log_every=7", "eval.limit=9"], "eval.limit=9 (process 0: null), trainer.log_every=7 (process 0: 5)"),
+    (["tokens"], "tokens=its (process 0: the)"),
+)
+
+
+def disagreements(rank: int, world: int) -> list[str | None]:
+    """Return how two processes do not agree, for each difference."""
+    init_process_group(gpu=False)
+    found: list[str | None] = []
+    for differing, _ in DIFFERING:
+        own = differing if rank == 1 else []
+        config = compose_config(*(setting for setting in own if "=" in setting))
+        try:
+            check_agreement(config, SimpleNamespace(fingerprint="its" if "tokens" in own else "the"))
+            found.append(None)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_processes_with_other_settings_or_text_refuse_to_train_together():
+    start = "process 1 of the run was started with other settings or text than process 0, "
+    expected = [named and f"{start}{named}: start all with the same" for _, named in DIFFERING]
+    assert gloo_pool.run(disagreements, 2) == [expected, expected]
 
 
 def test_srun_tasks_get_torchruns_variables(monkeypatch):

@@ -96,3 +96,14 @@ def test_groups_are_those_that_shard_a_parameter(mesh):
     assert [shard.groups for shard in parameters_of(parameters)] == [(shards,), (replicas, shards), (shards,), ()]
     fsdp1 = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
     assert [shard.groups for shard in parameters_of([fsdp1, fsdp1])] == [()], "one rank shards nothing"
+
+
+def test_gradient_that_is_not_on_the_mesh_of_its_parameter_is_refused(mesh):
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, (Shard(0), Shard(0))))
+    plain = nn.Parameter(torch.ones(4))
+    sharded.grad, plain.grad = torch.ones(4), distribute_tensor(torch.ones(4), mesh, (Shard(0), Shard(0)))
+    other = nn.Parameter(distribute_tensor(torch.ones(4), mesh["shards"], (Shard(0),)))
+    other.grad = plain.grad
+    for parameter in (sharded, plain, other):
+        with pytest.raises(TypeError, match=r"shape \(4,\) is not on the parameter's mesh: both must be plain tensors"):
+            FixedNorm().step([parameter])

@@ -321,10 +321,29 @@ def test_other_types_and_sparse_or_complex_gradients_are_rejected():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match=r"gradient of a parameter of shape \(5, 3\) is sparse: it must be dense"):
         ZClip().step(embedding)
+    rows = nn.Parameter(torch.eye(3).to_sparse_csr())
+    rows.grad = torch.eye(3).to_sparse_csr()
+    with pytest.raises(TypeError, match=r"shape \(3, 3\) is sparse: it must be dense"):
+        ZClip().step(rows)
     wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     wave.abs().sum().backward()
     with pytest.raises(TypeError, match="is complex"):
         ZClip().step(wave)
+
+
+@pytest.mark.parametrize("value", [0.5, torch.ones(2), torch.ones((), dtype=torch.complex64)])
+def test_loss_and_norm_are_tensors_of_one_number(value):
+    strategy = SkipStep()
+    for call in (
+        lambda: strategy.step(model_with_gradients(0), loss=value),
+        lambda: strategy.observe(torch.ones(()), loss=value),
+        lambda: strategy.observe(value),
+    ):
+        with pytest.raises(TypeError, match=r"^(loss|norm)= takes a 0-dim real tensor, not (float|Tensor of shape)"):
+            call()
+    strategy.step(model_with_gradients(0), loss=torch.ones(1))
+    strategy.observe(torch.ones(1))
+    assert strategy.state["loss_count"] == 1 and strategy.state["norm_count"] == 2
 
 
 class Lagging(ClippingStrategy):

@@ -320,6 +320,18 @@ def test_several_modules_have_names_of_their_own():
     assert parameter_names([*one.parameters()]) == {}
 
 
+def test_modules_of_a_generator_are_told_apart_by_their_names():
+    """It can be read once only: by position, tensors in another order would have each other's statistics."""
+    strategy, restored, model = adagc(), adagc(), Model(("head", "layer", "embed"))
+    take_steps(strategy, Model())
+    restored.prepare(module for module in [model])
+    assert restored.state_dict()["names"] == [name for name, _ in model.named_parameters()]
+    restored.load_state_dict(strategy.state_dict())
+    set_gradients(model)
+    restored.step(module for module in [model])
+    assert levels(restored) == pytest.approx(LEVELS)
+
+
 def test_lightning_knows_names_of_an_optimizers_parameters():
     """The callback passes the optimizer's parameters, and the module that names them."""
     model, callback = Model(), ClippingCallback(adagc())

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from common.errors import RunError
 from common.files import commit, sha256
 from common.reading import open_regular, read_bytes
 from common.root_cause import root_cause
@@ -125,10 +126,29 @@ def write(checkpoint: dict[str, Any], temporary: Path, sharded: bool, is_rank0: 
 
 
 def publish(temporary: Path, checkpoint: Path) -> None:
-    """Give a checkpoint that all processes have written its final name, once the disk holds it."""
+    """Give a checkpoint that all processes have written its final name, once the disk holds it.
+
+    Raises:
+        RunError: what another process has written is not there.
+    """
     if temporary.is_dir():
+        _check_shards(temporary)
         (temporary / CHECKSUM).write_text(sha256(temporary / INDEX))
     commit(temporary, checkpoint)
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise `RunError` unless a folder has each part of a file that its index names."""
+    ends: dict[str, int] = {}
+    for place in _Reader(folder).read_metadata().storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < end:
+            raise RunError(
+                f"{name}, which another process wrote, is not whole in {folder.parent}: all processes must see the "
+                "same run folder, on a file system that their machines share"
+            )
 
 
 def load_model_state(checkpoint: Path) -> dict[str, Tensor]:

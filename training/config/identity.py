@@ -43,6 +43,15 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     return kept
 
 
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Return the settings, by dotted key, that are the same in all processes of a run.
+
+    They change what a process computes, or when it exchanges numbers with others. Places may differ between machines.
+    """
+    plain = config.model_dump(mode="json", by_alias=True, exclude=OUTPUT - {"eval"})
+    return {key: value for key, value in flatten(plain).items() if not (is_place(key) or key == "eval.data_dir")}
+
+
 def differences(config: Config, saved: Config, is_named: bool = True) -> dict[str, tuple[Any, Any]]:
     """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none.
 

@@ -39,6 +39,8 @@ _TRACEBACKS = "ZCLIP_TRACEBACKS"
 
 #: Exit statuses of the errors that `reporting` has printed.
 exit_statuses: list[int] = []
+#: Sentences of errors in this process, which rank 0 may report too: it is then killed before it prints them.
+_withheld: list[str] = []
 
 
 def command_line(main: Callable[[], Any]) -> int:
@@ -80,7 +82,9 @@ def command_line(main: Callable[[], Any]) -> int:
         return 128 + error.signum
     else:
         if rank() > 0 and exit_statuses:
-            time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends; rank 0 reports the error
+            time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends: it was not rank 0
+            for sentence in _withheld:
+                print(f"process {rank()} of the run: {sentence}", file=sys.stderr)
         failures = [status for status in exit_statuses if status != EXIT_USER_ERROR]
         return (failures or exit_statuses or [0])[0]
     finally:
@@ -122,8 +126,8 @@ def reporting() -> Iterator[None]:
             error = RunError(f"{what}: when it can, run the same command to resume")
         if isinstance(error, RunError):
             exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
-            if str(error) and rank() == 0:
-                print(printable_line(error), file=sys.stderr)
+            if str(error):
+                _print_sentence(printable_line(error))
             return
         if not isinstance(error, UserError | HydraException | OmegaConfBaseException) and not _raised_by_hydra(error):
             if is_distributed():
@@ -131,12 +135,20 @@ def reporting() -> Iterator[None]:
                 os._exit(1)  # exit handlers would wait for the other processes for ever
             raise
         exit_statuses.append(EXIT_USER_ERROR)
-        if rank() > 0 or (isinstance(error, UserError) and not str(error)):
+        if isinstance(error, UserError) and not str(error):
             return
-        if os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
+        if rank() == 0 and os.environ.get(_TRACEBACKS, "0") not in ("", "0"):
             traceback.print_exc()
         sentence = describe(error, sweeps=_program() == "train.py")
-        print(f"{_program()}: error: {printable_line(sentence)}", file=sys.stderr)
+        _print_sentence(f"{_program()}: error: {printable_line(sentence)}")
+
+
+def _print_sentence(sentence: str) -> None:
+    """Print why the run ends; another process than rank 0 does so at its end, if it still lives then."""
+    if rank() > 0:
+        _withheld.append(sentence)
+    else:
+        print(sentence, file=sys.stderr)
 
 
 def _program() -> str:

@@ -58,6 +58,15 @@ def init_process_group(gpu: bool) -> None:
             signal.signal(signum, handler)
 
 
+def gather_from_all(value: T) -> list[T]:
+    """Return what each rank gives, in the order of ranks, on all ranks. They must be connected."""
+    if not is_distributed():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """Return the result of `decide` on rank 0, on all ranks. They must be connected.
 

@@ -1,4 +1,7 @@
-"""Standard output and error whose failures do not end a run: on a full disk or a closed pipe, output is dropped."""
+"""Standard output and error whose failures do not end a run.
+
+Output is dropped on a full disk, into a closed pipe, and where a stream is closed from the start, as by `>&-`.
+"""
 
 import os
 import sys
@@ -40,8 +43,21 @@ def _redirect_to_devnull(stream: TextIO) -> None:
 
 def install_best_effort_stdio() -> None:
     """Replace `sys.stdout` and `sys.stderr` by streams whose errors are ignored."""
+    _open_closed_descriptors()
     if not isinstance(sys.stdout, BestEffortStream):
-        sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
+        sys.stdout, sys.stderr = (
+            BestEffortStream(stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+            for stream in (sys.stdout, sys.stderr)
+        )
+
+
+def _open_closed_descriptors() -> None:
+    """Open those of 0, 1 and 2 that are closed: a file would get the number next, and what libraries print."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
 
 
 def flush_stdio() -> None:
