@@ -38,24 +38,25 @@ class EvaluatedModel(NamedTuple):
 
 def hugging_face_model(name: str, scores: Path, device: str, dtype: str) -> EvaluatedModel:
     """Return a Hugging Face model by its folder or its name on the hub."""
-    model = _folder_digest(Path(name)) if Path(name).is_dir() else name
+    model = _folder_digest(Path(name), scores) if Path(name).is_dir() else name
 
     def load() -> Any:
-        from lm_eval.models.huggingface import HFLM
+        from evaluation.hugging_face_lm import CompleteHFLM
 
         try:
-            return HFLM(pretrained=name, device=device, dtype=dtype, batch_size=16)
+            return CompleteHFLM(pretrained=name, device=device, dtype=dtype, batch_size=16)
         except Exception as error:  # from the hub, or the files in the folder
             raise UserError(f"hf={name} cannot be loaded ({one_line(error, 200)})") from error
 
     return EvaluatedModel(name, None, model, Scores(scores), lambda: model, load)
 
 
-def _folder_digest(folder: Path) -> str:
-    """Return a digest of the model and tokenizer in a folder."""
+def _folder_digest(folder: Path, scores: Path) -> str:
+    """Return a digest of the model and tokenizer in a folder, in which a file of scores may be too."""
     digest = hashlib.sha256()
+    others = {folder.resolve() / SCORES, scores.resolve()}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in MODEL_FILES and path.name != SCORES:
+        if path.is_file() and path.suffix in MODEL_FILES and folder.resolve() / path.name not in others:
             digest.update(path.name.encode())
             digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:16]

@@ -116,6 +116,10 @@ def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
     (tmp_path / "tokenizer.json").rename(tmp_path / "vocabulary.json")
     assert len({before, changed, identity()}) == 3
     assert identity("a name on the hub") == "a name on the hub"
+    scores = tmp_path / "scores.json"
+    before = hugging_face_model(str(tmp_path), scores, "cpu", "float32").model
+    scores.write_text('{"scores": []}')
+    assert hugging_face_model(str(tmp_path), scores, "cpu", "float32").model == before
 
 
 def test_hugging_face_model_that_cannot_be_loaded_is_an_error(tmp_path):

@@ -275,3 +275,44 @@ def test_missing_data_is_an_error_of_one_sentence(runs, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "the data of eval.tasks=hellaswag cannot be loaded (" in done.stderr
     assert all(source in done.stderr for source in SOURCES)
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | fields))
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def weights_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    names = load_file(folder.parent / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_a_weight, "1 weights are missing, model.norm.weight among them"),
+        (
+            weights_elsewhere,
+            "model.safetensors.index.json names ../other.safetensors, which is not the name of a file in the folder",
+        ),
+        (
+            partial(change_config, attn_implementation="somebody/kernel"),
+            "attn_implementation=somebody/kernel is code on the hub",
+        ),
+    ],
+)
+def test_hugging_face_model_is_whole_and_only_from_its_folder(change, reason, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    change(folder)
+    model = evaluation.evaluator.hugging_face_model(str(folder), folder / "task_scores.json", "cpu", "float32")
+    with pytest.raises(UserError) as error:
+        model.load()
+    assert str(error.value) == f"hf={folder} cannot be loaded ({reason})"
