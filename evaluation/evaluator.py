@@ -119,8 +119,9 @@ class Evaluator:
             cached_lm = CachedLM(loaded, cache.responses, cache.add, show)
             task = self.tasks[name, num_fewshot]
             results = score_task(cached_lm, name, task, self.config.limit, self.config.seed)
-        if new_texts := getattr(loaded, "num_texts", 0) - texts:
-            results["truncated_fraction"] = round((loaded.num_truncated - truncated) / new_texts, 4)
+        if all_texts := getattr(loaded, "num_texts", 0) - texts + cached_lm.cached_texts:
+            all_truncated = loaded.num_truncated - truncated + cached_lm.cached_truncated
+            results["truncated_fraction"] = round(all_truncated / all_texts, 4)
         results["seconds"] = round(time.monotonic() - start, 1)
         score = model.scores.add(self._key(model, name, num_fewshot), results)
         cache.delete()

@@ -97,6 +97,8 @@ def test_interrupted_evaluation_resumes_with_the_same_weights_only(setup, finger
     setup.interrupt_after = ALL
     (score,) = setup.score(fingerprint)
     assert setup.loads[1].num_texts == recomputed and score["items"] * 2 == ALL
+    used = setup.loads if recomputed < ALL else setup.loads[1:]
+    assert score["truncated_fraction"] == round(sum(model.num_truncated for model in used) / ALL, 4) > 0
 
 
 def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
