@@ -106,7 +106,7 @@ class Evaluator:
 
     def _score(self, model: EvaluatedModel, loaded: Any, name: str, num_fewshot: int) -> dict[str, Any]:
         """Compute and save a score."""
-        path = model.scores.response_cache_path(model.step, self.dtype)
+        path = model.scores.response_cache_path(model.step, self.dtype, model.model)
         cache = ResponseCache(path, f"{model.fingerprint()} {self.dtype}")
         start = time.monotonic()
         texts, truncated = getattr(loaded, "num_texts", 0), getattr(loaded, "num_truncated", 0)

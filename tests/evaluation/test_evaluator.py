@@ -11,6 +11,7 @@ from common.errors import UserError
 from evaluation.config import EvalConfig
 from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
 from evaluation.language_model import LlamaLM
+from evaluation.response_cache import ResponseCache
 from evaluation.scores import Scores
 from tests.evaluation.known_models import CPU, Uniform
 
@@ -86,6 +87,14 @@ def test_fraction_of_truncated_texts_is_saved(setup):
     (model,) = setup.loads
     assert 0 < model.num_truncated < model.num_texts == 80
     assert score["truncated_fraction"] == round(model.num_truncated / 80, 4)
+
+
+def test_models_that_share_a_file_of_scores_share_no_responses(tmp_path):
+    scores = Scores(tmp_path / "both.json")
+    first, second = (ResponseCache(scores.response_cache_path(None, "float32", name), name) for name in ("a/b", "a/c"))
+    for cache, answer in ((first, -1.0), (second, -2.0), (first, -3.0)):
+        cache.add({f"request{answer}": (answer, True)})
+    assert ResponseCache(second.path, "a/c").responses == {"request-2.0": (-2.0, True)}
 
 
 @pytest.mark.parametrize("fingerprint, recomputed", [("these", ALL - 1024), ("others", ALL)])
