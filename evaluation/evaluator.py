@@ -102,7 +102,7 @@ class Evaluator:
                     self.console.print(f"skipped: {model.title}: {error}", style="yellow")
                     self.failed.append(name)
                     continue
-            yield {"run": model.title, **score}
+            yield {**score, "run": model.title}
 
     def _score(self, model: EvaluatedModel, loaded: Any, name: str, num_fewshot: int) -> dict[str, Any]:
         """Compute and save a score."""

@@ -12,7 +12,7 @@ from evaluation.config import EvalConfig
 from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
 from evaluation.language_model import LlamaLM
 from evaluation.response_cache import ResponseCache
-from evaluation.scores import Scores
+from evaluation.scores import Scores, score_key
 from tests.evaluation.known_models import CPU, Uniform
 
 #: Requests about all items of WinoGrande.
@@ -80,6 +80,12 @@ def test_only_missing_scores_are_computed_and_all_are_saved(setup):
     saved = [{"run": "main/one", **score} for score in json.loads(setup.path.read_text())["scores"]]
     assert saved == [score, *new, other, of_another]
     assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
+
+
+def test_score_is_of_the_model_in_whose_file_it_is(setup):
+    score = score_key("winogrande", 0, None, 0, 20, "float32") | {"items": 5, "acc": 0.5, "run": "main/two"}
+    setup.path.write_text(json.dumps({"scores": [score]}))
+    assert [row["run"] for row in setup.score()] == ["main/one"]
 
 
 def test_fraction_of_truncated_texts_is_saved(setup):
