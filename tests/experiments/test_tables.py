@@ -316,6 +316,7 @@ def damage(file: Path, content) -> None:
         ("result.json", "{", "damaged (result.json: "),
         ("task_scores.json", "{", "damaged (task_scores.json: "),
         ("metrics.jsonl", None, "not of the same run"),
+        ("result.json", {"steps": 10**15}, "not of the same run"),
         (
             "result.json",
             '{"steps": 140, "tokens": 1}',
