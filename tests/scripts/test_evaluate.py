@@ -178,6 +178,8 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("hf=./x run=y", "run=y means nothing with hf=./x: give one of them"),
         ("hf=./x step=3", "step=3 means nothing with hf=./x: give one of them"),
         ("hf=. out=.", "out=. is a folder: it must be a file for the scores"),
+        ("hf=. out=/dev/null", "out=/dev/null is there, and no file of scores: choose another"),
+        ("hf=. out=notes", "out=notes is there, and no file of scores: choose another"),
         ("hf=a/b/c", "hf=a/b/c does not exist: it must be a folder, or owner/name on the Hugging Face hub"),
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
@@ -186,6 +188,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
 )
 def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path, monkeypatch, evaluate):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("somebody's notes")
     with pytest.raises(UserError) as error:
         evaluate(*override.split())
     assert str(error.value) == message
