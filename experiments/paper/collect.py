@@ -148,6 +148,7 @@ def _check(run: Run) -> None:
     step = run.metrics["step"]
     is_whole = len(step) == run.result["steps"] and np.array_equal(step, np.arange(1, len(step) + 1))
     _require(is_whole, "its metrics.jsonl and result.json are not of the same run")
+    _require(bool((np.diff(run.metrics["tokens"], prepend=0) > 0).all()), "metrics.jsonl has tokens that do not grow")
     for score in run.scores:
         numeric = [key for key in score if key.startswith("acc") or key == "truncated_fraction"]
         numbers = [score[key] for key in numeric if score[key] is not None]
