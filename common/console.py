@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 #: Controls but for line breaks and tabs, surrogates, and what changes the direction of text.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 #: Columns of the narrowest terminal that tables are laid out for: rich fails where no column of theirs has room.

@@ -5,6 +5,7 @@ default, bounds and a docstring that says what it means; `docs/reference` is gen
 """
 
 import os
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,12 +112,20 @@ def _with_texts(annotation: Any, value: Any, key: str, given: Mapping[str, str])
             given_bytes = value.encode(errors="backslashreplace").decode()
             raise ConfigError(key, given_bytes, "text in UTF-8") from None
         return value
-    types_ = set(_base_types(annotation))
-    if isinstance(value, list) and list[str] in types_:
-        return [_with_texts(str, one, "", given) for one in value]
-    if isinstance(value, bool | int | float) and str in types_ and not types_ & {bool, int, float}:
+    if isinstance(value, list) and list[str] in set(_base_types(annotation)):
+        words = re.fullmatch(r"\[([^\[\]'\"]*)\]", given.get(key, ""))
+        texts = words[1].split(",") if words else []
+        one_by_one = texts if len(texts) == len(value) else [str(shown(one)) for one in value]
+        return [_with_texts(str, one, "", {"": text.strip()}) for one, text in zip(value, one_by_one, strict=True)]
+    if isinstance(value, bool | int | float) and is_text(annotation):
         return given.get(key, str(shown(value)))
     return value
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a type takes texts, and neither numbers nor truth values, which a text can look like."""
+    types_ = set(_base_types(annotation))
+    return str in types_ and not types_ & {bool, int, float}
 
 
 def _base_types(annotation: Any) -> Iterator[Any]:

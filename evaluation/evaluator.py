@@ -38,24 +38,25 @@ class EvaluatedModel(NamedTuple):
 
 def hugging_face_model(name: str, scores: Path, device: str, dtype: str) -> EvaluatedModel:
     """Return a Hugging Face model by its folder or its name on the hub."""
-    model = _folder_digest(Path(name)) if Path(name).is_dir() else name
+    model = _folder_digest(Path(name), scores) if Path(name).is_dir() else name
 
     def load() -> Any:
-        from lm_eval.models.huggingface import HFLM
+        from evaluation.hugging_face_lm import CompleteHFLM
 
         try:
-            return HFLM(pretrained=name, device=device, dtype=dtype, batch_size=16)
+            return CompleteHFLM(pretrained=name, device=device, dtype=dtype, batch_size=16)
         except Exception as error:  # from the hub, or the files in the folder
             raise UserError(f"hf={name} cannot be loaded ({one_line(error, 200)})") from error
 
     return EvaluatedModel(name, None, model, Scores(scores), lambda: model, load)
 
 
-def _folder_digest(folder: Path) -> str:
-    """Return a digest of the model and tokenizer in a folder."""
+def _folder_digest(folder: Path, scores: Path) -> str:
+    """Return a digest of the model and tokenizer in a folder, in which a file of scores may be too."""
     digest = hashlib.sha256()
+    others = {folder.resolve() / SCORES, scores.resolve()}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in MODEL_FILES and path.name != SCORES:
+        if path.is_file() and path.suffix in MODEL_FILES and folder.resolve() / path.name not in others:
             digest.update(path.name.encode())
             digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:16]
@@ -101,11 +102,11 @@ class Evaluator:
                     self.console.print(f"skipped: {model.title}: {error}", style="yellow")
                     self.failed.append(name)
                     continue
-            yield {"run": model.title, **score}
+            yield {**score, "run": model.title}
 
     def _score(self, model: EvaluatedModel, loaded: Any, name: str, num_fewshot: int) -> dict[str, Any]:
         """Compute and save a score."""
-        path = model.scores.response_cache_path(model.step, self.dtype)
+        path = model.scores.response_cache_path(model.step, self.dtype, model.model)
         cache = ResponseCache(path, f"{model.fingerprint()} {self.dtype}")
         start = time.monotonic()
         texts, truncated = getattr(loaded, "num_texts", 0), getattr(loaded, "num_truncated", 0)
@@ -118,8 +119,9 @@ class Evaluator:
             cached_lm = CachedLM(loaded, cache.responses, cache.add, show)
             task = self.tasks[name, num_fewshot]
             results = score_task(cached_lm, name, task, self.config.limit, self.config.seed)
-        if new_texts := getattr(loaded, "num_texts", 0) - texts:
-            results["truncated_fraction"] = round((loaded.num_truncated - truncated) / new_texts, 4)
+        if all_texts := getattr(loaded, "num_texts", 0) - texts + cached_lm.cached_texts:
+            all_truncated = loaded.num_truncated - truncated + cached_lm.cached_truncated
+            results["truncated_fraction"] = round(all_truncated / all_texts, 4)
         results["seconds"] = round(time.monotonic() - start, 1)
         score = model.scores.add(self._key(model, name, num_fewshot), results)
         cache.delete()

@@ -85,9 +85,21 @@ class LlamaLM(TemplateLM):
                 texts.append(Text([self.prefix_token_id, *full], len(full)))
         return texts
 
+    def count_texts(self, kind: str, requests: Sequence[Instance]) -> tuple[int, int]:
+        """Return how many texts the requests of a kind, such as "loglikelihood", have, and how many are truncated."""
+        texts: list[Text] = []
+        if requests and kind == "loglikelihood":
+            texts = self._texts([request.args for request in requests])
+        elif kind == "loglikelihood_rolling":
+            texts = [window for request in requests for window in self._windows(request)]
+        return len(texts), self._truncated(texts)
+
+    def _truncated(self, texts: Sequence[Text]) -> int:
+        return sum(len(text.tokens) > self.max_length + 1 for text in texts)
+
     def _score(self, texts: Sequence[Text]) -> list[Score]:
         self.num_texts += len(texts)
-        self.num_truncated += sum(len(text.tokens) > self.max_length + 1 for text in texts)
+        self.num_truncated += self._truncated(texts)
         parts = [(index, part) for index, text in enumerate(texts) for part in split_long(text, self.max_length)]
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         part_texts = [part for _, part in parts]
@@ -109,15 +121,18 @@ class LlamaLM(TemplateLM):
         windows: list[Text] = []
         window_request: list[int] = []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            for before, after in map(utils.make_disjoint_window, rolling):
-                windows.append(Text([*before, *after], len(after)))
-                window_request.append(number)
+            windows += self._windows(request)
+            window_request += [number] * (len(windows) - len(window_request))
         sums = [0.0] * len(requests)
         for number, result in zip(window_request, self._score(windows), strict=True):
             sums[number] += result.log_likelihood
         return sums
+
+    def _windows(self, request: Instance) -> list[Text]:
+        """Return the parts of a text in which each token is scored once."""
+        tokens = self.tok_encode(request.args[0])
+        rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+        return [Text([*before, *after], len(after)) for before, after in map(utils.make_disjoint_window, rolling)]
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

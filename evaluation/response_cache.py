@@ -75,6 +75,8 @@ class CachedLM:
         progress: called with the number of responses so far and the number of requests.
         should_stop: called before each chunk of requests; whether to raise `EvaluationInterrupted`.
         model_error: what the model has raised, as opposed to the task's own code.
+        cached_texts: texts of the requests that were cached, for models with `count_texts`.
+        cached_truncated: those of them that are longer than the model's context.
     """
 
     model: Any
@@ -83,6 +85,8 @@ class CachedLM:
     progress: Callable[[int, int], None]
     should_stop: Callable[[], bool] = lambda: False
     model_error: Exception | None = None
+    cached_texts: int = 0
+    cached_truncated: int = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -103,6 +107,9 @@ class CachedLM:
         keys = [hashlib.sha256(json.dumps([kind, *request.args]).encode()).hexdigest()[:32] for request in requests]
         unique = dict(zip(keys, requests, strict=True))
         missing = [(key, r) for key, r in unique.items() if not _is_response(kind, self.responses.get(key))]
+        if count := getattr(self.model, "count_texts", None):
+            texts, truncated = count(kind, [unique[key] for key in unique.keys() - dict(missing).keys()])
+            self.cached_texts, self.cached_truncated = self.cached_texts + texts, self.cached_truncated + truncated
         for start in range(0, len(missing), REQUESTS_PER_SAVE):
             self.progress(len(requests) - len(missing) + start, len(requests))
             if self.should_stop():

@@ -1,6 +1,7 @@
 """Scores of a model on tasks. Each is saved as soon as it is computed."""
 
 import glob
+import hashlib
 import json
 import time
 from importlib.metadata import version
@@ -87,9 +88,11 @@ class Scores:
         """Return the score with this key, or `None`."""
         return next((score for score in self.all if _has_key(score, key)), None)
 
-    def response_cache_path(self, step: int | None, dtype: str) -> Path:
-        """Return the file for the responses of an evaluation that is not finished."""
-        return self.path.with_name(f".{self.path.stem}-{step or 0}-{dtype}.jsonl")
+    def response_cache_path(self, step: int | None, dtype: str, model: str | None = None) -> Path:
+        """Return the file for the responses of an evaluation that is not finished; no two models share it."""
+        name = f".{self.path.stem}-{step or 0}-{dtype}"
+        name += "" if model is None else f"-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+        return self.path.with_name(f"{name}.jsonl")
 
     def remove_after(self, step: int) -> None:
         """Remove scores and cached responses of later steps: a run that resumes at this step may differ after it."""

@@ -1,5 +1,6 @@
 """Scores as a table in the terminal: fractions in percent, with standard errors."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -59,9 +60,9 @@ def _metrics(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _number(row: dict[str, Any], name: str) -> float | None:
-    """Return a number of a score; `None` if it has none of that name."""
-    value = row.get(name)
-    return value if type(value) in (int, float) else None
+    """Return a number of a score; `None` if it has none of that name, or one that is none of a metric."""
+    value: Any = row.get(name)
+    return value if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
 
 
 def _items(row: dict[str, Any]) -> str:

@@ -116,6 +116,12 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     except Exception as error:  # from the hub, its libraries, or definitions that need more packages
         sources = f": {DATA_SOURCES}" if name in SETS else ""
         raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({one_line(error, 200)}){sources}") from error
+    if name not in loaded["tasks"]:
+        group = loaded["groups"].get(name)
+        if group is None or not group.aggregate_metric_list:
+            tasks = ",".join(loaded["tasks"])
+            kind = "a tag" if group is None else "a group"
+            raise TaskError(f"eval.tasks={name} is {kind} that has no score of its own: name its tasks, [{tasks}]")
     for task_name, task in loaded["tasks"].items():
         if task_name in SETS:
             _check_published(task_name, task, str(file or "the hub"))

@@ -39,8 +39,11 @@ class _SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         self.failed: list[str] = []
         jobs = [compose_job(self.loader, self.config, overrides) for overrides in job_overrides]
-        if jobs[0].config.plan:
-            print_plans(jobs)
+        if jobs[0].config.plan or jobs[0].config.print_run_dir:
+            if jobs[0].config.plan:
+                print_plans(jobs, self.search_overrides)
+            else:
+                print("\n".join(str(job.run_dir.path) for job in jobs))
             return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=None) for job in jobs]
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # sweepers may write there
         unfinished = [job for job in jobs if not job.collect_result()]

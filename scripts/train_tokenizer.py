@@ -8,11 +8,12 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 from common.console import make_console
 from common.errors import ConfigError, prefix_errors
 from common.files import atomic_folder
-from common.settings import AtLeastOne, Count, Folder, Settings, parse
+from common.settings import Allowed, AtLeastOne, Count, Folder, Settings, parse
 from data import CacheConfig, DataConfig, corpus_tokenizer
 from training.config.checks import check_data, check_folder
 
@@ -26,8 +27,8 @@ class TrainTokenizerConfig(Settings):
     """Number of ids; a small corpus may yield fewer."""
     max_bytes: AtLeastOne
     """Bytes of text after which reading stops."""
-    out: Folder
-    """Folder that is written. It must not exist."""
+    out: Annotated[Folder | None, Allowed("a folder, or null")]
+    """Folder that is written, which must not exist; null: tokenizers/<data.name>-<vocab_size> in `paths.cache`."""
     paths: CacheConfig
     """Folders."""
 
@@ -36,10 +37,11 @@ def main(values: _entry.Values) -> None:
     """Train the tokenizer and write its files."""
     config = parse(TrainTokenizerConfig, values)
     console = make_console()
-    out = Path(config.out)
+    default = Path(config.paths.cache, "tokenizers", f"{config.data.name}-{config.vocab_size}")
+    out = default if config.out is None else Path(config.out)
     if out.exists():
-        raise ConfigError("out", config.out, problem="exists already: remove it, or choose another folder")
-    check_folder("out", config.out, out)
+        raise ConfigError("out", out, problem="exists already: remove it, or choose another folder")
+    check_folder("out", str(out), out)
     corpus = check_data(config.data, config.paths.cache, sequence_length=1)
     with prefix_errors("data"):
         tokenizer = corpus_tokenizer(corpus, console, math.floor(config.max_bytes))
@@ -47,7 +49,7 @@ def main(values: _entry.Values) -> None:
         with atomic_folder(out) as temporary:
             tokenizer.save(temporary)
     except OSError as error:
-        raise ConfigError("out", config.out, problem=f"cannot be written ({error.strerror})") from error
+        raise ConfigError("out", out, problem=f"cannot be written ({error.strerror})") from error
     note = "" if tokenizer.size == corpus.vocab_size else f" (the text has no more, of {corpus.vocab_size:,})"
     console.print(f"{tokenizer.size:,} tokens{note}: data.tokenizer={out}")
 

@@ -28,9 +28,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from common.console import make_console
 from common.settings import Values, parse
 from common.text import overrides_dict
 from experiments.paper.tables_and_figures import SUITES
+from experiments.run.summary import table
 from models.hugging_face import export
 from tests.helpers import CHECKOUT, TINY, compose_config, copy_run, make
 from tests.process_pool import run, run_ranks
@@ -338,3 +340,16 @@ def test_yaml_of_document_is_a_configuration(tmp_path, corpus):
     (texts / "notes.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     done = run("train.py", f"--config-dir={tmp_path}", "data=mine", *TINY, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_result_in_the_readme_is_printed_as_a_run_prints_it(capsys):
+    shares = {"data": 0.2, "forward_backward": 98.2, "clip": 0.8, "optimizer": 0.8}
+    result = {
+        "test_loss": 5.3627, "test_tokens": 128_000, "test_bits_per_byte": 1.798, "unigram_entropy": 6.523, "spikes": 0,
+        "spike_definition": "5 robust sigma over the last 50 steps", "clipped_share": 0.037, "steps": 300,
+        "clipped_by_z": 1, "tokens_per_second": 7536.0, "parameters": 3.34e6, "saving_seconds": 0.25,
+        "step_seconds": {phase: 0.00272 * share for phase, share in shares.items()}, "peak_memory_gib": 1.0,
+    }  # fmt: skip
+    make_console(width=80).print(table(result, title="result"), soft_wrap=False)
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert printed in (CHECKOUT / "README.md").read_text()

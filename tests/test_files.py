@@ -184,8 +184,8 @@ def test_yaml_is_plain_or_refused(content):
 
 def test_printed_text_is_text(capsys):
     console = make_console()
-    console.print("runs/[bold]x[/b] :smile: \x1b[2J \ud800 \u202e", style="bold")
-    assert capsys.readouterr().out == "runs/[bold]x[/b] :smile: \\x1b[2J \\ud800 \\u202e\n"
+    console.print("runs/[bold]x[/b] :smile: \x1b[2J \ud800 \u202e\u061c", style="bold")
+    assert capsys.readouterr().out == "runs/[bold]x[/b] :smile: \\x1b[2J \\ud800 \\u202e\\u061c\n"
 
 
 @pytest.mark.parametrize("value", ["plain", "it's", "a\\b", "a\\'b", "x=1, [y] {z}", "ends with \\", "\\\\'\\\\x\\\\"])

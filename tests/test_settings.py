@@ -122,6 +122,8 @@ def test_type_of_a_setting_decides_whether_a_value_is_a_text(monkeypatch):
     assert settings.cache == "/home/me/cache"
     assert settings.inner.target == "true" and settings.sources["a"].target == "1.10"
     assert parse(Texts, values).name == "202401" and values["name"] == 202401
+    for text, folders in (("[1, b]", ["1", "b"]), ("[1.0,b]", ["1.0", "b"]), ("['1',b]", ["1", "b"])):
+        assert parse(Texts, Values(values, {"folders": text})).folders == folders
 
 
 class Texts(Outer):

@@ -145,8 +145,10 @@ def _check(run: Run) -> None:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
     for name in ("grad_norm", "clipped_norm"):
         _require(not (run.metrics[name] < 0).any(), f"metrics.jsonl has {name} below 0")
-    is_whole = np.array_equal(run.metrics["step"], np.arange(1, run.result["steps"] + 1))
+    step = run.metrics["step"]
+    is_whole = len(step) == run.result["steps"] and np.array_equal(step, np.arange(1, len(step) + 1))
     _require(is_whole, "its metrics.jsonl and result.json are not of the same run")
+    _require(bool((np.diff(run.metrics["tokens"], prepend=0) > 0).all()), "metrics.jsonl has tokens that do not grow")
     for score in run.scores:
         numeric = [key for key in score if key.startswith("acc") or key == "truncated_fraction"]
         numbers = [score[key] for key in numeric if score[key] is not None]

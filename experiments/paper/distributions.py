@@ -22,6 +22,8 @@ WINDOWS = ((500 / 11_900, 635 / 11_900), (3050 / 11_900, 3185 / 11_900))
 MIN_WINDOW_STEPS = 50
 #: Number of norms that the test needs.
 MIN_NORMS = 3
+#: Most bins of a histogram.
+MOST_BINS = 100
 
 
 def draw_distributions(collection: RunCollection, windows: Sequence[tuple[int, int]] = ()) -> Figure:
@@ -85,7 +87,7 @@ def window_norms(run: Run, first: int, last: int) -> np.ndarray:
 def _draw_sample(axes: Sequence[Axes], sample: np.ndarray, name: str) -> None:
     mean, deviation = sample.mean(), sample.std(ddof=1)
     statistic, p = stats.shapiro(sample)
-    axes[0].hist(sample, bins="auto", density=True, color=SKY, edgecolor="white")
+    axes[0].hist(sample, bins=bin_edges(sample).tolist(), density=True, color=SKY, edgecolor="white")
     grid = np.linspace(*axes[0].get_xlim(), 200)
     axes[0].plot(grid, stats.norm.pdf(grid, mean, deviation), color=ORANGE, lw=1.5)
     axes[0].set_title(f"{name}: Shapiro-Wilk W = {statistic:.3f}, p = {p:.2g}", fontsize=9)
@@ -94,3 +96,13 @@ def _draw_sample(axes: Sequence[Axes], sample: np.ndarray, name: str) -> None:
     axes[1].plot(theory, slope * theory + offset, color=ORANGE, lw=1.2)
     axes[1].set_title(f"{name}: Q-Q", fontsize=9)
     axes[1].set_xlabel("quantiles of the normal", fontsize=8)
+
+
+def bin_edges(sample: np.ndarray) -> np.ndarray:
+    """Return the edges of a histogram's bins: numpy's, unless an outlier makes too many, or all values are equal."""
+    low, high = float(sample.min()), float(sample.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        return np.array([low - max(abs(low), 1) / 2, high + max(abs(high), 1) / 2])
+    quarter, three_quarters = np.quantile(sample, (0.25, 0.75))
+    width = 2 * (three_quarters - quarter) / len(sample) ** (1 / 3)  # of Freedman and Diaconis
+    return np.histogram_bin_edges(sample, "auto" if high - low <= MOST_BINS * width else "sturges")

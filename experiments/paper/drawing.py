@@ -77,6 +77,13 @@ def plot_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, number: int, ba
     ax.plot(step, values.mean(axis=0), color=color, ls=DASHES[number % len(DASHES)], lw=1.3, label=label)
 
 
+def scale_by_logarithm(ax: Axes) -> None:
+    """Make the vertical axis logarithmic, unless no line has a value above 0: matplotlib cannot draw that."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
+    if (values > 0).any():
+        ax.set_yscale("log")
+
+
 def mark_corrupted(ax: Axes, runs: Iterable[Run]) -> None:
     """Mark the steps with corrupted batches."""
     for number, step in enumerate(sorted({step for run in runs for step in corrupted_steps(run)})):

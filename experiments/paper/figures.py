@@ -18,6 +18,7 @@ from experiments.paper.drawing import (
     plot_differences,
     plot_losses,
     plot_seeds,
+    scale_by_logarithm,
 )
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
 from experiments.paper.verdict import NotTestable, reached_by_seed
@@ -79,14 +80,14 @@ def _plot_norms(axes: Sequence[Axes], lines: Sequence[Line]) -> str:
         smoothing = plot_losses(axes[0], line.runs, label, line.number)
         for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
             plot_seeds(ax, [run.metrics[column] for run in line.runs], label, line.number)
-    for ax in axes:
-        mark_corrupted(ax, _runs(lines))
     norms = np.concatenate([run.metrics[name] for run in _runs(lines) for name in ("grad_norm", "clipped_norm")])
     norms = norms[np.isfinite(norms) & (norms > 0)]
     for ax in axes[1:]:
-        ax.set_yscale("log")
+        scale_by_logarithm(ax)
         if len(norms):
             ax.set_ylim(norms.min() / 1.3, norms.max() * 1.3)
+    for ax in axes:
+        mark_corrupted(ax, _runs(lines))
     return smoothing
 
 
@@ -146,8 +147,8 @@ def _draw_before_and_after(lines: Sequence[Line], _: RunCollection) -> tuple[Fig
     columns = {"norm before": "grad_norm", "norm after": "clipped_norm"}
     for number, (ax, (label, column)) in enumerate(zip(axes, columns.items(), strict=True)):
         plot_seeds(ax, [run.metrics[column] for run in _runs(lines)], label, number)
+        scale_by_logarithm(ax)
         mark_corrupted(ax, _runs(lines))
-        ax.set_yscale("log")
         ax.set_ylabel(label)
         ax.legend()
     return figure, "not smoothed"
@@ -161,8 +162,8 @@ def _draw_statistics(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, s
         for line in lines:
             rows = [np.where(run.metrics["step"] > warmup, run.metrics[column], np.nan) for run in line.runs]
             plot_seeds(ax, rows, line.label, line.number, band=False)
+        scale_by_logarithm(ax)
         mark_corrupted(ax, _runs(lines))
-        ax.set_yscale("log")
         ax.set_ylabel(name)
     axes[0].legend(ncols=2, fontsize=8)
     return figure, f"after ZClip's {warmup} steps of warm-up; not smoothed"

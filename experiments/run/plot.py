@@ -24,7 +24,13 @@ def plot_run(run: Run) -> Path:
 
 
 def draw_run(run: Run) -> Figure:
-    """Return the figure: loss, norms on a log axis, z-score (or clip coefficient), over the steps."""
+    """Return the figure: loss, norms on a log axis, z-score (or clip coefficient), over the steps.
+
+    Raises:
+        ValueError: the metrics, perhaps of another version, lack one of these.
+    """
+    if "clipped_norm" not in run.metrics:
+        raise ValueError("metrics.jsonl has no clipped_norm")
     figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True)
     for ax, draw in zip(axes, (_draw_loss, _draw_norm, _draw_z_score), strict=True):
         draw(ax, run)

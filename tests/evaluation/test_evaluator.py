@@ -11,7 +11,8 @@ from common.errors import UserError
 from evaluation.config import EvalConfig
 from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
 from evaluation.language_model import LlamaLM
-from evaluation.scores import Scores
+from evaluation.response_cache import ResponseCache
+from evaluation.scores import Scores, score_key
 from tests.evaluation.known_models import CPU, Uniform
 
 #: Requests about all items of WinoGrande.
@@ -81,11 +82,25 @@ def test_only_missing_scores_are_computed_and_all_are_saved(setup):
     assert [path.name for path in setup.path.parent.iterdir() if path.suffix == ".jsonl"] == []
 
 
+def test_score_is_of_the_model_in_whose_file_it_is(setup):
+    score = score_key("winogrande", 0, None, 0, 20, "float32") | {"items": 5, "acc": 0.5, "run": "main/two"}
+    setup.path.write_text(json.dumps({"scores": [score]}))
+    assert [row["run"] for row in setup.score()] == ["main/one"]
+
+
 def test_fraction_of_truncated_texts_is_saved(setup):
     (score,) = setup.score(limit=40)
     (model,) = setup.loads
     assert 0 < model.num_truncated < model.num_texts == 80
     assert score["truncated_fraction"] == round(model.num_truncated / 80, 4)
+
+
+def test_models_that_share_a_file_of_scores_share_no_responses(tmp_path):
+    scores = Scores(tmp_path / "both.json")
+    first, second = (ResponseCache(scores.response_cache_path(None, "float32", name), name) for name in ("a/b", "a/c"))
+    for cache, answer in ((first, -1.0), (second, -2.0), (first, -3.0)):
+        cache.add({f"request{answer}": (answer, True)})
+    assert ResponseCache(second.path, "a/c").responses == {"request-2.0": (-2.0, True)}
 
 
 @pytest.mark.parametrize("fingerprint, recomputed", [("these", ALL - 1024), ("others", ALL)])
@@ -97,6 +112,8 @@ def test_interrupted_evaluation_resumes_with_the_same_weights_only(setup, finger
     setup.interrupt_after = ALL
     (score,) = setup.score(fingerprint)
     assert setup.loads[1].num_texts == recomputed and score["items"] * 2 == ALL
+    used = setup.loads if recomputed < ALL else setup.loads[1:]
+    assert score["truncated_fraction"] == round(sum(model.num_truncated for model in used) / ALL, 4) > 0
 
 
 def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
@@ -116,6 +133,10 @@ def test_hugging_face_model_is_identified_by_its_model_files(tmp_path):
     (tmp_path / "tokenizer.json").rename(tmp_path / "vocabulary.json")
     assert len({before, changed, identity()}) == 3
     assert identity("a name on the hub") == "a name on the hub"
+    scores = tmp_path / "scores.json"
+    before = hugging_face_model(str(tmp_path), scores, "cpu", "float32").model
+    scores.write_text('{"scores": []}')
+    assert hugging_face_model(str(tmp_path), scores, "cpu", "float32").model == before
 
 
 def test_hugging_face_model_that_cannot_be_loaded_is_an_error(tmp_path):

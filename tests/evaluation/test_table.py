@@ -1,6 +1,7 @@
 """Scores in the terminal: percent with standard errors, one model or several."""
 
 import io
+import math
 
 from rich.console import Console
 
@@ -59,3 +60,6 @@ def test_what_is_no_number_is_no_metric():
     lines = printed(row(acc="[b]x", acc_stderr=[1], f1=0.5, f1_stderr="x", other={"a": 1}, truncated_fraction="y"))
     assert cells(lines, "task") == ["task", "shots", "items", "f1 %"]
     assert cells(lines, "hellaswag") == ["hellaswag", "0", "1,267", "50.00"]
+    for number in (10**400, -(10**400), math.nan, math.inf):
+        lines = printed(row(acc=number, f1=0.5, f1_stderr=number, truncated_fraction=number))
+        assert cells(lines, "hellaswag") == ["hellaswag", "0", "1,267", "50.00"] and "exceed" not in lines[-1]

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from common.errors import UserError
 from experiments.paper.claims import SUPPORTED, judge_claims
 from experiments.paper.collect import RunCollection
-from experiments.paper.distributions import draw_distributions, norm_windows, window_norms
+from experiments.paper.distributions import bin_edges, draw_distributions, norm_windows, window_norms
 from experiments.paper.drawing import NothingToDraw, plot_differences, smooth
 from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
@@ -315,3 +316,26 @@ def test_windows_of_figure_9_can_be_chosen(everything):
         "steps 80 to 90\ndensity",
     ]
     assert "a window is up to 36% of the run" in drawn_figures["figure9"].get_supxlabel()
+
+
+@pytest.mark.parametrize("name", ["figure5", *map(SLOW, ("figure1", "figure7", "figure8", "figure9", "ema"))])
+def test_runs_without_a_number_can_be_drawn(name, everything):
+    """Such a run had no finite step."""
+
+    def without_numbers(spec, seed, run):
+        return run._replace(metrics={c: v if c in ("step", "tokens") else v * np.nan for c, v in run.metrics.items()})
+
+    specs = [*FIGURE_RUNS[name].values()][:2]
+    few = everything._replace(runs={(spec, 0): everything.runs[spec, 0] for spec in specs})
+    with suppress(NothingToDraw):
+        assert image(FIGURES[name](modify(few, without_numbers)), "svg")
+
+
+def test_histograms_of_outliers_and_of_equal_norms_have_few_bins():
+    usual = np.linspace(1, 2, 50)
+    assert bin_edges(usual).tolist() == np.histogram_bin_edges(usual, "auto").tolist()
+    for outlier in (1e4, 1e12, 9e99):
+        assert 3 <= len(bin_edges(np.append(usual, outlier))) <= 100
+    for equal in (9e99, 1.0, 0.0, -700.0, 1e-320):
+        low, high = bin_edges(np.full(5, equal))
+        assert low < equal < high

@@ -258,3 +258,12 @@ def test_best_run_of_a_sweep_is_bold():
     result = {"train_loss": 4.6, "spikes": 0, "clipped_share": 0.1}
     shown = comparison([({"clip": name}, result | {"test_loss": loss}) for name, loss in (("a", 4.5), ("b", 4.4))])
     assert [row.style for row in shown.rows] == [None, "bold"]
+
+
+def test_metrics_without_the_norms_after_clipping_cannot_be_drawn(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text("clip: {}\n")
+    (path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0, "grad_norm": 1.0}\n')
+    with pytest.raises(ValueError, match=r"^metrics\.jsonl has no clipped_norm$"):
+        plot_run(read_run(path))

@@ -274,3 +274,10 @@ def test_mistakes_in_paper_settings_are_named(override, message, tmp_path, monke
     with pytest.raises(UserError) as error:
         parse(PaperSettings, OmegaConf.to_container(cfg)).selected()
     assert str(error.value).startswith(message)
+
+
+def test_paths_of_paper_settings_may_begin_with_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"scale": "micro", "experiment": "all", "seeds": [0], "overrides": [], "windows": None}
+    settings = parse(PaperSettings, values | {"out": "~/results", "paths": {"runs": "~"}})
+    assert settings.paths.runs == str(tmp_path) and settings.out_folder("tables") == tmp_path / "results" / "tables"

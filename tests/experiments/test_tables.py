@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -316,6 +317,7 @@ def damage(file: Path, content) -> None:
         ("result.json", "{", "damaged (result.json: "),
         ("task_scores.json", "{", "damaged (task_scores.json: "),
         ("metrics.jsonl", None, "not of the same run"),
+        ("result.json", {"steps": 10**15}, "not of the same run"),
         (
             "result.json",
             '{"steps": 140, "tokens": 1}',
@@ -395,6 +397,14 @@ def test_zclip_run_needs_its_statistics_and_scores_may_lack_a_number(table3, tmp
     assert collection.warnings[0].endswith(
         "damaged (metrics.jsonl has no std): restore the file, or remove the folder to train it again"
     )
+
+
+def test_tokens_of_a_run_grow_with_its_steps(table3, tmp_path):
+    moved, key = moved_to(tmp_path, table3, "AutoClip"), (STRATEGIES["AutoClip"], 1)
+    metrics = moved[key].path / "metrics.jsonl"
+    metrics.write_text(re.sub('"tokens": [0-9]+', '"tokens": 0', metrics.read_text()))
+    collection = collect(moved, saved_identity)
+    assert collection.excluded == {key} and "has tokens that do not grow" in collection.warnings[0]
 
 
 def test_notes_name_each_run_once(everything):

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.errors import UserError
 from evaluation.tasks import SETS
@@ -185,6 +187,15 @@ def test_report_has_the_commands_that_make_it_again():
     ]
     train, *_, tables, _ = make_report._commands(settings, collection(complete, device="H100"), ["table5"])
     assert "hydra/launcher" not in train and tables.startswith("python scripts/make_tables.py")
+
+
+def test_commands_of_the_report_are_quoted_for_hydra():
+    paths = SimpleNamespace(runs="a,b [ü]")
+    overrides = ["data.path=ü", 'data.path="c"', r"data.path=\d"]
+    settings = SimpleNamespace(scale="micro", paths=paths, overrides=overrides, out="it's", windows=None)
+    *_, command = load_script("make_report")._commands(settings, collection(1), ["table5"])
+    read = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(shlex.split(command)[2:])}
+    assert (read["paths.runs"], read["out"], read["overrides"]) == (paths.runs, "it's", overrides)
 
 
 def test_help_of_a_script_is_its_documentation(tmp_path):

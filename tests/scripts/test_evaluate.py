@@ -178,6 +178,8 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("hf=./x run=y", "run=y means nothing with hf=./x: give one of them"),
         ("hf=./x step=3", "step=3 means nothing with hf=./x: give one of them"),
         ("hf=. out=.", "out=. is a folder: it must be a file for the scores"),
+        ("hf=. out=/dev/null", "out=/dev/null is there, and no file of scores: choose another"),
+        ("hf=. out=notes", "out=notes is there, and no file of scores: choose another"),
         ("hf=a/b/c", "hf=a/b/c does not exist: it must be a folder, or owner/name on the Hugging Face hub"),
         ("out=x.json", "out=x.json means nothing without hf: the scores of a run are in its task_scores.json"),
         ("dtype=float", "dtype=float is not allowed: it must be one of float32, bfloat16, float16"),
@@ -186,6 +188,7 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
 )
 def test_evaluate_mistakes_are_one_sentence(override, message, tmp_path, monkeypatch, evaluate):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("somebody's notes")
     with pytest.raises(UserError) as error:
         evaluate(*override.split())
     assert str(error.value) == message
@@ -275,3 +278,44 @@ def test_missing_data_is_an_error_of_one_sentence(runs, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "the data of eval.tasks=hellaswag cannot be loaded (" in done.stderr
     assert all(source in done.stderr for source in SOURCES)
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | fields))
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def weights_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    names = load_file(folder.parent / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_a_weight, "1 weights are missing, model.norm.weight among them"),
+        (
+            weights_elsewhere,
+            "model.safetensors.index.json names ../other.safetensors, which is not the name of a file in the folder",
+        ),
+        (
+            partial(change_config, attn_implementation="somebody/kernel"),
+            "attn_implementation=somebody/kernel is code on the hub",
+        ),
+    ],
+)
+def test_hugging_face_model_is_whole_and_only_from_its_folder(change, reason, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    change(folder)
+    model = evaluation.evaluator.hugging_face_model(str(folder), folder / "task_scores.json", "cpu", "float32")
+    with pytest.raises(UserError) as error:
+        model.load()
+    assert str(error.value) == f"hf={folder} cannot be loaded ({reason})"

@@ -1,6 +1,7 @@
 """A run is exported to Hugging Face's format, and another run starts from the export."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,13 @@ def test_step_and_dtype_of_the_export(finished_run, tmp_path):
     saved = load_model_state(finished_run / "checkpoints" / "step-00000008.ckpt")
     assert model.dtype == torch.bfloat16 and not (tmp_path / "exported" / "left").exists()
     assert all(torch.equal(tensor, saved[name].bfloat16()) for name, tensor in model.state_dict().items())
+
+
+def test_run_whose_name_looks_like_a_number_is_exported_into_its_folder(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "1.10")
+    done = script("export_hf.py", "run=1.10", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith(": 1.10/hugging_face\n"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["1.10"]
 
 
 def test_model_card_shows_names_as_they_are():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -25,6 +26,7 @@ from training.config.schema import ClipConfig, Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
 from training.launch.sweep import CheckSweep
+from training.monitor.wandb_run import run_id
 from training.run import prepare_tokens
 from zclip import ZClip
 
@@ -204,6 +206,34 @@ def test_finished_run_is_shown_without_a_login(finished_run, tiny, checked, tmp_
 def test_mode_that_wandb_does_not_know_is_refused(tiny, refusal, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     assert "WANDB_MODE=nonsense is not allowed: it must be one of online, off" in refusal(*tiny, "logger=wandb")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("WANDB_BASE_URL", "nonsense", "Input should be a valid URL"),
+        ("WANDB_RUN_ID", "a/b", "Run ID cannot contain the characters"),
+        ("WANDB_INIT_TIMEOUT", "soon", "Input should be a valid number"),
+    ],
+)
+def test_environment_that_wandb_does_not_take_is_refused(name, value, reason, tiny, refusal, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(name, value)
+    assert f"the environment variable {name} is not allowed: {reason}" in refusal(*tiny, "logger=wandb")
+
+
+@pytest.mark.parametrize("tags", ["['']", f"[a,{'b' * 65}]"])
+def test_tags_that_wandb_does_not_take_are_refused(tags, refusal):
+    assert refusal("logger=wandb", f"logger.tags={tags}").endswith("a list of words of at most 64 characters")
+
+
+def test_wandb_takes_the_identifier_of_every_run():
+    short = ["main-a", "main-läuf=1+2"]
+    assert [run_id(name) for name in short] == short
+    ids = {run_id(f"main-{name}") for name in ("a,b", "a-b", "a;b", "x" * 124, f"{'x' * 199}y", f"{'x' * 199}z")}
+    assert len(ids) == 6
+    for identifier in ids:
+        assert wandb.Settings(run_id=identifier).run_id == identifier and len(identifier) <= 128
 
 
 def test_wandb_without_a_login_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers import compose_config
-from training.launch.cli import options_first
+from training.launch.cli import options_first, quote_texts
 from training.launch.hydra_errors import describe
 
 
@@ -57,6 +57,23 @@ def test_error_is_one_sentence(override, sentence, monkeypatch):
 )
 def test_options_may_stand_between_settings(given, sorted_arguments):
     assert options_first(given.split()) == sorted_arguments.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "quoted"),
+    [
+        ("-m paths.runs=2024_01 lr=1e-3,3e-3", "-m paths.runs='2024_01' lr=1e-3,3e-3"),
+        ("-m name=1_0,1.10,b,true,1e5", "-m name='1_0','1.10',b,'true','1e5'"),
+        ("-m +name=1.10 ++data.path=7", "-m +name='1.10' ++data.path='7'"),
+        ("-m name='1,2' data.path=choice(1.10,2) resume=null", "-m name='1,2' data.path=choice(1.10,2) resume=null"),
+        (
+            "-m seed=1,2 trainer.max_steps=1_0 --config-name=1.10",
+            "-m seed=1,2 trainer.max_steps=1_0 --config-name=1.10",
+        ),
+    ],
+)
+def test_texts_of_a_sweep_are_taken_as_typed(given, quoted):
+    assert quote_texts(given.split()) == quoted.split()
 
 
 def test_missing_value_of_an_interpolation_is_named(monkeypatch):

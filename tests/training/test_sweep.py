@@ -72,6 +72,25 @@ def test_sweep_runs_only_unfinished_jobs_and_reports_those_that_fail(tiny, tmp_p
     assert len(results(tmp_path)) == 1
 
 
+def test_other_processes_compose_the_configuration_that_the_command_line_names(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nlr: 1e-2\n")
+    settings = ("-m", LOCAL, f"--config-dir={tmp_path}", "--config-name=mine", "seed=1,2")
+    planned = train(*settings, "++plan=true", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    lines = [line for line in planned.stdout.splitlines() if line.startswith("sbatch ")]
+    search = f"--config-dir={tmp_path} --config-name=mine"
+    assert [line.partition(".sbatch ")[2] for line in lines] == [f"seed={seed} {search}" for seed in (1, 2)]
+
+
+def test_folders_of_a_sweep_are_printed_and_not_made(tiny, tmp_path):
+    done = train("-m", LOCAL, *tiny, "seed=1,2", "print_run_dir=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition("-")[0] for line in done.stdout.splitlines()] == [
+        f"runs/main/micro-zclip-lr0.003-seed{seed}" for seed in (1, 2)
+    ]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_sweep_of_finished_jobs_and_another_starts_one_process(tiny, tmp_path):
     settings = (*tiny, LOCAL, "trainer.max_steps=4")

@@ -5,8 +5,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
-from common.errors import ConfigError, UserError, prefix_errors, shown
+from common.errors import ConfigError, UserError, one_line, prefix_errors, shown
 from data import Corpus, DataConfig, corpus_from
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
@@ -170,11 +171,16 @@ def _check_wandb() -> None:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode not in WANDB_MODES:
         raise UserError(f"WANDB_MODE={mode} is not allowed: it must be one of {', '.join(WANDB_MODES)}, or not set")
-    if mode == "online":
-        import wandb
+    import wandb
 
-        if not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
-            raise UserError(
-                "logger=wandb is not possible: wandb is not logged in; run `wandb login`, or set WANDB_API_KEY, or "
-                "WANDB_MODE=offline"
-            )
+    for name in (name for name in os.environ if name.startswith("WANDB_")):
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except (wandb.errors.UsageError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
+            raise UserError(f"the environment variable {name} is not allowed: {reason}") from error
+    if mode == "online" and not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
+        raise UserError(
+            "logger=wandb is not possible: wandb is not logged in; run `wandb login`, or set WANDB_API_KEY, or "
+            "WANDB_MODE=offline"
+        )

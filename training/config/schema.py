@@ -174,7 +174,11 @@ class LoggerConfig(Settings):
     """wandb's project."""
     entity: Annotated[str | None, Allowed("a wandb user or team, or null")] = None
     """wandb's user or team; null: the default of whoever is logged in."""
-    tags: Annotated[tuple[str, ...], Field(strict=False), Allowed("a list of words")] = ()
+    tags: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...],
+        Field(strict=False),
+        Allowed("a list of words of at most 64 characters"),
+    ] = ()
     """wandb's tags."""
 
 

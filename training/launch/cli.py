@@ -6,6 +6,7 @@ sentence for errors of the user; program faults keep their traceback. With HYDRA
 
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.console import printable_line
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
+from common.settings import fields_of, is_text
+from training.config.schema import Config
 from training.launch.hydra_errors import describe
 from training.launch.processes import ERROR_REPORT_DELAY, ProcessFailed, Stopped, die_with_parent, report_failure
 from training.runtime import signals, slurm
@@ -36,6 +39,9 @@ CANNOT_USE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
 #: The user's HYDRA_FULL_ERROR. `command_line` sets that variable itself, and child processes inherit both.
 _TRACEBACKS = "ZCLIP_TRACEBACKS"
+
+#: Words that Hydra takes for numbers or truth values.
+_NOT_READ_AS_TEXT = re.compile(r"[+-]?[\d_.]*\d[\d_.]*(e[+-]?\d+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 
 #: Exit statuses of the errors that `reporting` has printed.
 exit_statuses: list[int] = []
@@ -54,6 +60,8 @@ def command_line(main: Callable[[], Any]) -> int:
     if {"-m", "--multirun"} & {*sys.argv[1:]} and _program() != "train.py":
         print(f"{_program()}: error: -m is not possible: only train.py has sweeps", file=sys.stderr)
         return EXIT_USER_ERROR
+    if {"-m", "--multirun"} & {*sys.argv[1:]}:
+        sys.argv[1:] = quote_texts(sys.argv[1:])
     die_with_parent()
     install_best_effort_stdio()
     signals.install_handlers()
@@ -106,6 +114,21 @@ def options_first(arguments: Sequence[str]) -> list[str]:
             option = None
             settings.append(argument)
     return options + settings
+
+
+def quote_texts(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a sweep in which texts that look like numbers are quoted.
+
+    Hydra hands a job the values that it has read: `name=2024_01` as the number 202401.
+    """
+    keys = {key for key, field in fields_of(Config) if is_text(field.annotation)}
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key.lstrip("+") in keys and not {*value} & {*"'\"\\()[]{}$"}:
+            value = ",".join(f"'{word}'" if _NOT_READ_AS_TEXT.fullmatch(word) else word for word in value.split(","))
+        quoted.append(f"{key}{equals}{value}")
+    return quoted
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.saved_config import check_same_run
 from training.config.checks import check
-from training.config.compose import load_config
+from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import exit_statuses, reporting
@@ -107,14 +107,16 @@ def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
 
 
 def config_search_overrides(hydra: Any) -> list[str]:
-    """Return the arguments with which another process looks for configurations where this one does, by Hydra's own."""
+    """Return the arguments with which another process composes the configuration that this one does, by Hydra's own."""
     sources = hydra.runtime.config_sources
-    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    return folders + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+    chosen = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    chosen += [f"--config-path={s.path}" for s in sources if s.provider == "main" and Path(s.path) != CONFIGS]
+    chosen += [f"--config-name={hydra.job.config_name}"] if hydra.job.config_name != "train" else []
+    return chosen + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
 
 
-def print_plans(jobs: Sequence[Job]) -> None:
-    """Print the plans of the runs of a sweep, and the lines that submit them to SLURM."""
+def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str]) -> None:
+    """Print the plans of a sweep's runs, and the lines that submit them; they end with `config_search_overrides`."""
     hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
     peak = peak_flops(hardware.device)
@@ -129,9 +131,9 @@ def print_plans(jobs: Sequence[Job]) -> None:
         hours = devices * needed.hours(devices, peak, job.config.hardware.mfu)
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
         table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
-        overrides = [override for override in job.overrides if not override.lower().startswith("plan=")]
+        overrides = [override for override in job.overrides if not override.lstrip("+").startswith("plan=")]
         resources = sbatch_resources(job.config.trainer)
-        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides]))
+        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides, *search_overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
     console = make_console()

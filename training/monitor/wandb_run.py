@@ -1,5 +1,7 @@
 """Weights & Biases as a listener of a run. wandb is imported only if it is chosen. Its failures never stop training."""
 
+import hashlib
+import re
 from pathlib import Path
 
 from lightning.pytorch.loggers import WandbLogger
@@ -14,6 +16,14 @@ from training.monitor.metrics import Row
 
 #: Seconds to wait for the server at the start and at the end of a run.
 SERVER_TIMEOUT = 30
+
+
+def run_id(name: str) -> str:
+    """Return the identifier of a run, by experiment and name. A digest takes the place of what wandb does not allow."""
+    if re.fullmatch(r"[^:;,#?/']{1,128}", name):
+        return name
+    allowed = re.sub(r"[:;,#?/']", "-", name)
+    return f"{allowed[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 class WandbRun:
@@ -47,7 +57,7 @@ class WandbRun:
             tags=list(config.logger.tags),
             group=config.experiment,
             name=name,
-            id=f"{config.experiment}-{name}"[-128:],
+            id=run_id(f"{config.experiment}-{name}"),
             resume="allow",
             save_dir=self.folder,
             offline=offline,
