@@ -113,6 +113,7 @@ class Result(Record):
     clipped_share: Annotated[float, Field(ge=0, le=1)]
     skipped: Step = 0
     clipped_by_z: Step | None = None
+    clipped_by_max_share: Annotated[float, Field(ge=0, le=1)] | None = None
     tokens_per_second: Number | None
     mfu: Number | None = None
     step_seconds: dict[str, Number | None] = Field({})

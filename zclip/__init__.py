@@ -3,9 +3,8 @@
     from zclip import ZClip
 
     zclip = ZClip()
-    loss.backward()
-    zclip.step(model)      # after backward, before the optimizer
-    optimizer.step()
+    zclip.attach(optimizer)  # every optimizer.step() now clips first; or, where the loop clips:
+    zclip.step(model)        # after backward, before the optimizer
 
 `ZClip` is the strategy of the paper, and the other strategies are baselines. All are subclasses of `ClippingStrategy`,
 as your own strategy can be. Importing this package imports torch only. On first access, `ZClipLightningCallback` and

@@ -9,7 +9,7 @@ fused multiplication always runs.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,13 @@ def _cast_like(coefficient: Tensor, gradient: Tensor) -> Tensor:
     wide = coefficient.to(gradient.device, torch.float32)
     # A 0-dim tensor would be rounded to the gradient's dtype before the product.
     return wide.reshape((1,) * gradient.ndim) if wide.ndim == 0 else wide
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Return the optimizer inside wrappers that pass gradients to it unchanged."""
+    while type(optimizer).__module__.split(".")[0] in WRAPPERS:
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def supports_fused_scaling(optimizer: Optimizer) -> bool:
@@ -120,8 +127,14 @@ class FusedClip:
             self._attributes["grad_scale"] = torch.where(skip, 1.0, 1.0 / coefficient).to(torch.float32)
         if not on_cpu or skip:
             self._attributes["found_inf"] = skip.to(torch.float32)
+        optimizer: Any = self._optimizer()
+        scaler_found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler, which deletes both attributes
+        if scaler_found_inf is not None and "found_inf" in self._attributes:
+            self._attributes["found_inf"] = torch.maximum(skip.to(scaler_found_inf), scaler_found_inf)
         for name, value in self._attributes.items():
-            setattr(self._optimizer(), name, value)
+            setattr(optimizer, name, value)
+        if scaler_found_inf is not None:
+            self._attributes, self._owner = {}, None
 
     def clear(self) -> None:
         """Drop the decision."""
@@ -143,13 +156,11 @@ class FusedClip:
 Target = tuple[list[Tensor], FusedClip | None]
 
 
-def bind_optimizers(
-    optimizer: Optimizer | Iterable[Optimizer] | None, shards: Sequence[Shard], owner: object
-) -> list[Target]:
-    """Return the optimizers that step with parameters of the shards only, and reserve their next steps.
+def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], owner: object) -> list[Target]:
+    """Return the optimizers with those of their parameters that are clipped, and reserve the steps of fused ones.
 
-    An optimizer is fused only if no other optimizer holds its parameters: both would scale their gradients. `owner` is
-    the strategy, which must outlive its decision.
+    A decision is applied inside a fused step only if all of the optimizer's parameters are clipped, and no other
+    optimizer holds them: both would scale their gradients. `owner` is the strategy, which must outlive its decision.
 
     Raises:
         TypeError: one of the optimizers is something else.
@@ -157,18 +168,18 @@ def bind_optimizers(
     """
     clipped = {id(shard.parameter) for shard in shards}
     candidates: dict[Optimizer, list[Tensor]] = {}
-    for inner in [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ():
-        while type(inner).__module__.split(".")[0] in WRAPPERS:
-            inner = inner.optimizer  # type: ignore[attr-defined]
+    whole: set[Optimizer] = set()  # all of whose gradients are clipped
+    for inner in map(unwrap, optimizers):
         if not hasattr(inner, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
         parameters = [p for group in inner.param_groups for p in group["params"]]
+        candidates[inner] = [p for p in parameters if id(p) in clipped]
         if {id(p) for p in parameters if p.requires_grad or p.grad is not None} <= clipped:
-            candidates[inner] = parameters
+            whole.add(inner)
     holders = Counter(id(p) for parameters in candidates.values() for p in parameters)
     targets: list[Target] = []
     for inner, parameters in candidates.items():
-        fused = supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
+        fused = inner in whole and supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
         targets.append((parameters, FusedClip.of(inner) if fused else None))
     for _, fused_clip in targets:
         if fused_clip is not None:

@@ -16,17 +16,22 @@ from torch.optim import Optimizer
 
 from zclip.apply import FusedClip, apply_decision, bind_optimizers
 from zclip.arguments import integer, one_of, positive
+from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
+    Shard,
     global_norm,
     listed,
     local_gradient,
+    norm_like,
     parameters_of,
     statistics_dtype,
     tensor_norms,
 )
+from zclip.saved_state import MAX_CHANGES, differences
+from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
 NO_GRADIENTS = (
@@ -41,6 +46,7 @@ class Policy(TypedDict, total=False):
 
     on_nonfinite: str
     max_consecutive_nonfinite: int | None
+    scope: str | Sequence[str] | None
 
 
 class ClippingStrategy(Statistics):
@@ -59,14 +65,17 @@ class ClippingStrategy(Statistics):
         on_nonfinite: "skip" (default), "zero" or "raise".
 
             - "skip": the optimizer passed to `step` skips its step, weight decay and momentum included. A fused
-              optimizer gets a flag; on a CPU, any other optimizer finds no gradients. Gradients are set to zero, as
-              with "zero", without an optimizer, for one that is not fused on an accelerator, and for one that also
-              holds parameters not passed to `step`.
+              optimizer gets a flag; on a CPU, any other optimizer finds no gradients of the clipped parameters.
+              Gradients are set to zero, as with "zero", without an optimizer, and on an accelerator for one that is not
+              fused, or also holds parameters that are not clipped.
             - "zero": gradients are set to zero. Weight decay, momentum and Adam's moments still move the weights.
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
         max_consecutive_nonfinite: number of consecutive non-finite norms that raises `FloatingPointError`. Default 20;
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
+        scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
+            `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
+            whatever they hold; `other_norm` is their norm. A saved state records the scope.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -87,6 +96,8 @@ class ClippingStrategy(Statistics):
     - `clipped_by_max`: whether `max_grad_norm` clipped it further than the rule.
     - `consecutive_clips`: number of consecutive clipped steps up to this one; non-finite steps do not count.
     - `nonfinite`, `consecutive_nonfinite`: number of non-finite norms, in total and consecutive.
+    - `changes`: number of changes of arguments so far, at most 1,000, if there are any.
+    - `other_norm`: the norm of the gradients that are not in the scope, if there is a scope.
     """
 
     #: Whether the rule uses the loss, if the caller passes it.
@@ -106,6 +117,7 @@ class ClippingStrategy(Statistics):
         self._check_policy()
         self.telemetry: dict[str, Tensor] = {}
         self._monitor = NonFiniteMonitor()
+        self._attachment: Attachment | None = None
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the bound on the norm of this step, and the statistics after it.
@@ -135,6 +147,71 @@ class ClippingStrategy(Statistics):
         coefficient = torch.where(clipped, target / (norm + 1e-6), 1.0)
         telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
         return ClipResult(coefficient, norm * coefficient, clipped, decision.state, telemetry)
+
+    def change(self, **settings: Any) -> None:
+        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
+
+        The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
+        `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
+        `on_nonfinite` and the other policies can be assigned.
+
+        Args:
+            settings: new values by the names of arguments.
+
+        Raises:
+            TypeError: there is no such argument.
+            ArgumentError: a value is out of its range. Nothing is changed.
+            ValueError: the statistics do not fit, such as those of a window of another length. Nothing is changed.
+        """
+        config = self.config()
+        if unknown := sorted(settings.keys() - config.keys()):
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
+        changed = type(self)(**{**config, **settings})
+        if self.counters:
+            changed._checked(self.state_dict(), override=True)
+        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
+        for name in settings:
+            setattr(self, name, getattr(changed, name))
+
+    def attach(self, optimizer: Optimizer, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
+        """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
+
+        The norm is that of the gradients with which the optimizer would step: after accumulation, and unscaled if a
+        GradScaler is used. A closure's gradients are clipped at its end, and its loss is passed to strategies that use
+        it; without a closure they get no loss. A step without any gradient changes nothing.
+
+        Args:
+            optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped. All of its parameters are
+                clipped, also those that are added later.
+            models: modules that hold these parameters. Strategies with statistics for each tensor keep them by the
+                names that parameters have here, and FSDP1 needs its module. Default: none.
+            process_group: see `step`.
+
+        Raises:
+            TypeError: `optimizer` is not one of torch's.
+            ValueError: this strategy is attached already, or another one is attached to the optimizer.
+        """
+        if self._attachment is not None:
+            raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
+
+        models = tuple(map(listed, models))
+
+        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+            own = [parameter for group in inner.param_groups for parameter in group["params"]]
+            ids = set(map(id, own))
+            shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            if all(shard.parameter.grad is None and not shard.groups for shard in shards) and process_group is None:
+                return
+            loss = loss.detach() if self.uses_loss and loss is not None else None
+            self._step(shards, models, [inner], loss, process_group)
+
+        self._attachment = Attachment(optimizer, clip)
+
+    def detach(self) -> None:
+        """End what `attach` began; nothing happens if this strategy is not attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def step(
         self,
@@ -167,11 +244,28 @@ class ClippingStrategy(Statistics):
             TypeError: an argument has the wrong type, or a gradient is sparse, complex, or not on its parameter's mesh.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
+        self._check_initialised()
+        if self._attachment is not None:
+            raise ValueError("optimizer.step() calls the strategy that is attached to it: leave out step()")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        if any(map(Attachment.is_on, optimizers)):
+            raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
         models = tuple(map(listed, models))
+        return self._step(parameters_of(models), models, optimizers, loss, process_group)
+
+    def _step(
+        self,
+        shards: Sequence[Shard],
+        models: Parameters,
+        optimizers: Sequence[Optimizer],
+        loss: Tensor | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> Tensor:
         with torch.no_grad():
-            self._check_initialised()
             FusedClip.cancel_all(self)
-            shards = parameters_of(models)
+            others: list[Shard] = []
+            if self.scope is not None and shards:
+                shards, others = split_by_scope(shards, self._names(models), self.scope)
             gradients = [local_gradient(shard.parameter) for shard in shards]
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
@@ -181,9 +275,11 @@ class ClippingStrategy(Statistics):
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
                 raise ValueError(NO_GRADIENTS)
-            targets = bind_optimizers(optimizer, shards, owner=self)
+            targets = bind_optimizers(optimizers, shards, owner=self)
             stats = GradStats(norm, norms, loss, shards, gradients, process_group)
             coefficients, skip, finite = self._update(stats, models)
+            if self.scope is not None:
+                self.telemetry["other_norm"] = norm_like(norm, others, process_group)
             apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
             return norm.to(torch.float32)
 
@@ -247,12 +343,15 @@ class ClippingStrategy(Statistics):
             **counters,
             **telemetry,
         }
+        if self.changes:
+            self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
         self._monitor.update(counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
 
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
+        check_scope(self.scope)
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
@@ -264,7 +363,13 @@ class ClippingStrategy(Statistics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""
-        return {**self.__dict__, "_monitor": NonFiniteMonitor(), "_naming_module": None, "_objects": []}
+        of_process: dict[str, Any] = {
+            "_monitor": NonFiniteMonitor(),
+            "_naming_module": None,
+            "_objects": [],
+            "_attachment": None,
+        }
+        return {**self.__dict__, **of_process}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())

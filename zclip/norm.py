@@ -212,6 +212,13 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
     return values
 
 
+def norm_like(norm: Tensor, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the 2-norm of the gradients of other parameters, maybe none, with the device and dtype of `norm`."""
+    gradients = [local_gradient(shard.parameter) for shard in shards]
+    norms = tensor_norms(shards, gradients).to(norm) if shards else norm.new_zeros(1)
+    return global_norm(norms, process_group)
+
+
 def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """Return the 2-norm of gradients with these (n,) norms, 0-dim and of their dtype.
 

@@ -9,6 +9,9 @@ from torch import Tensor
 #: Counters are below this, so that they can be counted up and are exact in float64.
 MAX_COUNT = 2**53
 
+#: Most changes of arguments that a strategy records; also most values and characters of one argument in a change.
+MAX_CHANGES = 1000
+
 
 def shown(value: object) -> str:
     """Return a value of any kind and size in at most 80 characters."""
@@ -49,6 +52,32 @@ def same(own: Any, saved: Any) -> bool:
         equal_length = isinstance(saved, list | tuple) and len(own) == len(saved)
         return equal_length and all(same(a, b) for a, b in zip(own, saved, strict=True))
     return not isinstance(saved, Tensor) and bool(own == saved)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return `setting`, `from` and `to` of each argument that is not the same. Only `after` is trusted."""
+    changed = [key for key in sorted(before.keys() | after.keys()) if not same(after.get(key), before.get(key))]
+    return [{"setting": key, "from": before.get(key), "to": after.get(key)} for key in changed]
+
+
+def checked_changes(strategy: str, changes: Any) -> list[dict[str, Any]]:
+    """Return recorded changes of arguments; raise `ValueError` if they are of another shape, or too many."""
+    if not isinstance(changes, list) or len(changes) > MAX_CHANGES:
+        refuse(strategy, "changes", changes, f"a list of at most {MAX_CHANGES}")
+    for i, change in enumerate(changes):
+        check_keys(strategy, f"changes[{i}]", change, ("setting", "from", "to"), ())
+        for key, value in change.items():
+            values = value if isinstance(value, list) and len(value) <= MAX_CHANGES else [value]
+            if not all(map(_is_small, values)):
+                refuse(strategy, f"changes[{i}].{key}", value, "a number, a text, null, or a list of them")
+    return [dict(change) for change in changes]
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value of an argument is a number, a text or `None`, and takes little memory."""
+    if isinstance(value, str):
+        return len(value) <= MAX_CHANGES
+    return value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
-from zclip.saved_state import check_keys, check_tensor, check_values, is_plain, refuse, same, shown
+from zclip.saved_state import (
+    MAX_CHANGES,
+    check_keys,
+    check_tensor,
+    check_values,
+    checked_changes,
+    differences,
+    is_plain,
+    refuse,
+    shown,
+)
 from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
@@ -30,10 +40,13 @@ class Statistics:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
+    #: Patterns of the names of the parameters that the statistics are of; `None`: all.
+    scope: str | Sequence[str] | None = None
 
     def __init__(self) -> None:
         self.state: State = {}
         self.counters: State = {}
+        self.changes: list[dict[str, Any]] = []  # `setting`, `from` and `to` of each change of an argument
         self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
         self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
@@ -134,8 +147,9 @@ class Statistics:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        It holds only tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
-        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
+        A scope is in it too, if there is one. It holds only tensors, numbers, strings, lists and dicts. `torch.save`,
+        `torch.load(weights_only=True)` and `torch.distributed.checkpoint` support it. The last one loads into existing
+        tensors: see `prepare`.
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
@@ -148,22 +162,33 @@ class Statistics:
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
         }
+        if self.changes:
+            state["changes"] = [dict(change) for change in self.changes]
+        if self.scope is not None:
+            state["scope"] = self._patterns()
         if self.per_tensor:
             state["names"] = [tensor.name for tensor in self.tensors]
             state["shapes"] = [tensor.shape for tensor in self.tensors]
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
         """Restore a state that `state_dict` returned. A state that is refused changes nothing.
+
+        Args:
+            state_dict: the state.
+            override: whether the state may be of other arguments, or another scope. The strategy keeps its own, and
+                records the difference in `changes`. Default False.
 
         Raises:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
                 damaged: the message names the entry, its value and what is allowed.
         """
-        self.state, self.counters, self.tensors = self._checked(state_dict)
+        self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
         self._objects = []
 
-    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[State, State, list[TensorId]]:
+    def _checked(
+        self, state_dict: Mapping[str, Any], override: bool
+    ) -> tuple[State, State, list[TensorId], list[dict[str, Any]]]:
         """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
         own = type(self).__name__
         if not isinstance(state_dict, Mapping):
@@ -177,37 +202,46 @@ class Statistics:
             raise ValueError(
                 f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        check_keys(own, "it", state_dict, REQUIRED, ("started", "names", "shapes") if self.per_tensor else ("started",))
+        optional = ("started", "changes", "scope", *(("names", "shapes") if self.per_tensor else ()))
+        check_keys(own, "it", state_dict, REQUIRED, optional)
         started = state_dict.get("started", False)
         if not isinstance(started, bool):
             refuse(own, "started", started, "true or false")
-        self._check_config(state_dict["config"])
+        changes = self._checked_changes(state_dict, override)
         state, counters = state_dict["state"], state_dict["counters"]
         if started and isinstance(counters, Mapping) and not counters:
             raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
         if isinstance(counters, Mapping) and not counters:
             check_keys(own, "state", state, (), ())
-            return {}, {}, []
+            return {}, {}, [], changes
         zero = torch.zeros((), dtype=torch.int64)
         counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
         tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
         like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         self.check_state(state, counters)
-        return state, counters, tensors
+        return state, counters, tensors, changes
 
-    def _check_config(self, saved: Any) -> None:
-        """Raise `ValueError` unless saved arguments are those of this strategy."""
-        own, config = type(self).__name__, self.config()
+    def _patterns(self) -> list[str] | None:
+        """Return the patterns of the scope."""
+        return [self.scope] if isinstance(self.scope, str) else None if self.scope is None else [*self.scope]
+
+    def _checked_changes(self, state_dict: Mapping[str, Any], override: bool) -> list[dict[str, Any]]:
+        """Return the changes of arguments that a saved state records, and those from its arguments to these.
+
+        Raises:
+            ValueError: its arguments, or its scope, are not those of this strategy, and `override` is false.
+        """
+        own, saved = type(self).__name__, state_dict["config"]
         names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
         check_keys(own, "config", saved, (), names)
-        changed = [key for key in sorted(config.keys() | saved.keys()) if not same(config.get(key), saved.get(key))]
-        if changed:
-            pairs = [
-                f"{key if key in config else shown(key)}={shown(saved.get(key))}, not {shown(config.get(key))}"
-                for key in changed[:20]
-            ]
-            raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: make this one with the same arguments")
+        before = {**saved, "scope": state_dict.get("scope")}
+        new = differences(before, {**self.config(), "scope": self._patterns()})
+        if new and not override:
+            pairs = [f"{shown(c['setting'])[1:-1]}={shown(c['from'])}, not {shown(c['to'])}" for c in new[:20]]
+            same_or = "make this one with the same arguments, or load it with override=True"
+            raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
+        return checked_changes(own, [*checked_changes(own, state_dict.get("changes", [])), *new][-MAX_CHANGES:])
 
     def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
         """Return which tensors saved statistics are of. States of before names were saved have their number only."""

@@ -13,6 +13,9 @@ from experiments.run.read import Run, corrupted_rows, corrupted_steps
 #: Maximum number of varied settings that have a column each in the table of a sweep.
 MAX_COLUMNS = 3
 
+#: Share of steps from which a bound beside the rule replaces the rule, and what the table then says.
+MOSTLY, RULE_HARDLY_ACTS = 0.5, "of steps: the rule hardly acts; raise clip.max_grad_norm, or set it null"
+
 #: Phases of a step: the names in metrics.jsonl, and those in the table.
 STEP_PHASES = {"data": "data", "forward_backward": "forward and backward", "clip": "clipping", "optimizer": "optimizer"}
 
@@ -28,6 +31,8 @@ def summarise(run: Run) -> dict[str, Any]:
         clipped_share: fraction of steps whose gradients were scaled down.
         skipped: number of steps whose norm was not finite.
         clipped_by_z: number of ZClip's spikes; `None` for other strategies.
+        clipped_by_max_share: fraction of steps that `clip.max_grad_norm` clipped further than the rule; `None` without
+            this bound.
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
             `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
             are `None` if the times were lost with the file.
@@ -49,6 +54,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "clipped_share": float(np.mean((metrics["clipped"] > 0) & np.isfinite(metrics["grad_norm"]))),
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
+        "clipped_by_max_share": _bound_share(run),
         "tokens_per_second": _median(rates),
         "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {phase: _median(metrics.get(f"{phase}_seconds")) for phase in STEP_PHASES},
@@ -57,6 +63,14 @@ def summarise(run: Run) -> dict[str, Any]:
         "corrupted_batches": len(corrupted),
         "corruption_kind": run.config["data"]["corruption"]["kind"] if corrupted else None,
     }
+
+
+def _bound_share(run: Run) -> float | None:
+    """Return the fraction of steps in which a bound beside the rule was binding; `None` without such a bound."""
+    bound = run.metrics.get("clipped_by_max")
+    if bound is None or run.config["clip"].get("max_grad_norm") is None:
+        return None
+    return float(np.mean(bound == 1))
 
 
 def _rates(metrics: dict[str, np.ndarray]) -> np.ndarray:
@@ -133,12 +147,14 @@ def table(result: dict[str, Any], title: str) -> Table:
     by_z = "" if result.get("clipped_by_z") is None else f", {result['clipped_by_z']} of them by z-score"
     skipped = f"; {result['skipped']} skipped, norm not finite" if result.get("skipped") else ""
     size = f"{result['parameters'] / 1e6:.2f}M parameters"
+    bound = result.get("clipped_by_max_share") or 0.0
     rows = [
         ("test loss", loss, f"{result['test_tokens']:,} test tokens"),
         ("test perplexity", perplexity, "" if bits is None else f"{bits:.3f} bits per byte"),
         ("unigram entropy", f"{unigram:.3f} nats/token", "the lowest loss of a model without context"),
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
         ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),
+        *([("clipped by the bound", f"{bound:.1%}", RULE_HARDLY_ACTS)] if bound >= MOSTLY else []),
         (
             "speed",
             "unknown" if rate is None else f"{rate:,.0f} tokens/s",

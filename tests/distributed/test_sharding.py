@@ -56,20 +56,25 @@ def train(
     world: int = 1,
     make: Callable = lambda: ZClip(warmup_steps=5),
     make_optimizer: Callable = sgd,
+    attached: bool = False,
     **step,
 ) -> Curve:
     """Train on this rank's part of each batch; return norms, clipped norms and the full parameters."""
     strategy = make()
     optimizer = make_optimizer(model.parameters())
+    if attached:
+        strategy.attach(optimizer, model, **step)
     norms, clipped_norms = [], []
     for t in range(STEPS):
         optimizer.zero_grad()
         model(batch(t).chunk(world)[rank]).square().mean().backward()
-        norms.append(strategy.step(model, optimizer=optimizer, **step).double())
-        clipped_norms.append(strategy.telemetry["clipped_norm"])
-        if make_optimizer is fused_adamw and clipped_norms[-1] < 0.9 * norms[-1]:
-            assert optimizer.grad_scale > 1, "the decision is applied inside the step"
+        if not attached:
+            strategy.step(model, optimizer=optimizer, **step)
+            if make_optimizer is fused_adamw and strategy.telemetry["clipped"]:
+                assert optimizer.grad_scale > 1, "the decision is applied inside the step"
         optimizer.step()
+        norms.append(strategy.telemetry["grad_norm"].clone())
+        clipped_norms.append(strategy.telemetry["clipped_norm"])
     return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
@@ -104,6 +109,18 @@ def fsdp2_fused(rank: int, world: int) -> Curve:
 
 def two_dimensions_fused(rank: int, world: int) -> Curve:
     return tensor_parallel_and_fsdp2(rank, world, make_optimizer=fused_adamw)
+
+
+def fsdp2_attached(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make_optimizer=fused_adamw, attached=True)
+
+
+def clip_one_layer() -> ZClip:
+    return ZClip(warmup_steps=5, scope="up.*")
+
+
+def fsdp2_scope(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make=clip_one_layer)
 
 
 def hsdp(rank: int, world: int) -> Curve:
@@ -158,7 +175,13 @@ def plain_and_dtensor(rank: int, world: int) -> Curve:
     return train(model, rank, world)
 
 
-def fsdp1(rank: int, world: int, strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD, orig: bool = True) -> Curve:
+def fsdp1(
+    rank: int,
+    world: int,
+    strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD,
+    orig: bool = True,
+    attached: bool = False,
+) -> Curve:
     group = None
     if strategy is ShardingStrategy.HYBRID_SHARD:
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -166,13 +189,17 @@ def fsdp1(rank: int, world: int, strategy: ShardingStrategy = ShardingStrategy.F
     model = FullyShardedDataParallel(
         Net(), sharding_strategy=strategy, use_orig_params=orig, device_id=torch.device("cpu"), **(group or {})
     )
-    norms, clipped_norms, _ = train(model, rank, world)
+    norms, clipped_norms, _ = train(model, rank, world, attached=attached)
     with FullyShardedDataParallel.summon_full_params(model):
         return norms, clipped_norms, full_parameters(model).clone()
 
 
 def fsdp1_flat(rank: int, world: int) -> Curve:
     return fsdp1(rank, world, orig=False)
+
+
+def fsdp1_attached(rank: int, world: int) -> Curve:
+    return fsdp1(rank, world, attached=True)
 
 
 def fsdp1_hybrid(rank: int, world: int) -> Curve:
@@ -311,6 +338,8 @@ CASES = [
     (fsdp2_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}), (tensor_parallel_agc, 2, {"make": AGC}),
     (fsdp2_fused, 2, {"make_optimizer": fused_adamw}), (pipeline_adagc, 2, {"make": lambda: AdaGC(warmup_steps=4)}),
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
+    (fsdp2_attached, 2, {"make_optimizer": fused_adamw}), (fsdp1_attached, 2, {}),
+    (fsdp2_scope, 2, {"make": clip_one_layer}),
 ]  # fmt: skip
 SLOW_CASES = [
     (fsdp1_flat, 2, {}), (fsdp2_agc, 2, {"make": AGC}), (pipeline_agc, 2, {"make": AGC}),

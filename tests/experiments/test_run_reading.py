@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -87,6 +88,12 @@ def test_summary(tmp_path):
     assert summarise(compiled)["tokens_per_second"] == 10 and summarise(compiled)["mfu"] == pytest.approx(0.1)
     untimed = write_run(tmp_path / "untimed", [*steps, row(10, 1.0, 0.0)])
     assert summarise(untimed)["tokens_per_second"] == 10, "that of the steps whose times are known"
+    bounded = write_run(
+        tmp_path / "bound", [row(i + 1, 1.0, 0.0) | {"clipped_by_max": float(i < 7)} for i in range(10)]
+    )
+    for bound, share in ((1.0, 0.7), (None, None)):
+        bounded.config["clip"] = {"name": "zclip", "max_grad_norm": bound}
+        assert summarise(bounded)["clipped_by_max_share"] == share
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
 
@@ -142,6 +149,11 @@ def test_tables_show_the_numbers():
         for number in ("5.276", "3", "4.0%"):
             assert number in text
     assert "two" in text and "not finite" in text and "same" not in text
+    for share, said in ((0.49, False), (0.83, True)):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(table(result | {"clipped_by_max_share": share}, "t"))
+        advice = r"83\.0% +│ of steps: the rule hardly acts; raise clip\.max_grad_norm, or set it null"
+        assert bool(re.search(advice, console.export_text())) == said
     assert "bits per byte" not in text and "skipped" not in text and "corrupted" not in text
     console = Console(width=200, record=True, file=io.StringIO())
     spent = {"other": 0.0, "data": 0.1, "forward_backward": 1.5, "clip": 0.1, "optimizer": 0.3}

@@ -187,7 +187,8 @@ def test_mistakes_in_a_saved_state_say_what_is_wrong():
         "state of ZClip (version 2) cannot be loaded into FixedNorm (version 1)"
     )
     assert message(ValueError, ZClip(alpha=0.9, eps=1e-3).load_state_dict, saved) == (
-        "the saved ZClip was made with alpha=0.97, not 0.9, eps=1e-06, not 0.001: make this one with the same arguments"
+        "the saved ZClip was made with alpha=0.97, not 0.9, eps=1e-06, not 0.001: make this one with the same "
+        "arguments, or load it with override=True"
     )
     damaged = {**saved, "state": {key: value for key, value in saved["state"].items() if key not in ("mean", "var")}}
     assert message(ValueError, ZClip().load_state_dict, damaged) == (

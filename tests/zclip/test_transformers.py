@@ -33,14 +33,14 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder, callback: TrainerClippingCallback, optimizer: str = "adamw_torch", **settings) -> Trainer:
+def trainer(folder, callback: TrainerClippingCallback | None, optimizer: str = "adamw_torch", **settings) -> Trainer:
     values = dict(
         output_dir=str(folder), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=0.01, weight_decay=0.01,
         lr_scheduler_type="constant", optim=optimizer, max_grad_norm=0.0, use_cpu=True, report_to=[],
         disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     args = TrainingArguments(**{**values, **settings})
-    return InOrder(Wrapped(), args, train_dataset=ROWS, callbacks=[callback])
+    return InOrder(Wrapped(), args, train_dataset=ROWS, callbacks=[callback] if callback else [])
 
 
 def zclip() -> ZClip:
@@ -67,6 +67,16 @@ def test_training_matches_the_plain_loop(optimizer, accumulation, tmp_path):
     assert_same_weights(run.model.net, model)
     torch.testing.assert_close(callback.strategy.state["mean"], expected_zclip.state["mean"])
     assert callback.strategy.state["count"] == STEPS
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_strategy_attached_to_the_optimizer_matches_the_plain_loop(optimizer, tmp_path):
+    run, strategy = trainer(tmp_path, None, optimizer), zclip()
+    strategy.attach(run.create_optimizer())
+    run.train()
+    model, expected_zclip = reference()
+    assert_same_weights(run.model.net, model)
+    torch.testing.assert_close(strategy.state["mean"], expected_zclip.state["mean"])
 
 
 @pytest.mark.parametrize(

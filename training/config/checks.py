@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from common.errors import ConfigError, UserError, one_line, prefix_errors
+from common.errors import ConfigError, UserError, one_line, prefix_errors, shown
 from data import Corpus, DataConfig, corpus_from
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
+from models.llama import Llama
 from training.config.schema import Config, TrainerConfig
 from training.config.strategy import clipping_strategy
 from training.runtime.hardware import available_memory
+from zclip.scope import in_scope
 
 
 def check(config: Config, run_folder: Path) -> None:
@@ -21,7 +23,7 @@ def check(config: Config, run_folder: Path) -> None:
 
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
     """
-    clipping_strategy(config.clip)
+    _check_scope(config)
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
@@ -35,6 +37,18 @@ def check(config: Config, run_folder: Path) -> None:
             _check_wandb()
         check_folder("paths.runs", config.paths.runs, run_folder)
     check_cache(corpus, config.paths.cache)
+
+
+def _check_scope(config: Config) -> None:
+    """Raise `UserError` unless the clipping strategy can be made, and clips a parameter of the model."""
+    scope = clipping_strategy(config.clip).scope
+    if scope is None:
+        return
+    with torch.device("meta"):
+        names = [f"model.{name}" for name, _ in Llama(config.model.llama).named_parameters()]
+    if not any(in_scope(name, scope) for name in names):
+        problem = f"has none of the model's parameters, which are {', '.join(names[:4])}, ..."
+        raise ConfigError("clip.scope", shown(scope), problem=problem)
 
 
 def _check_started_processes(trainer: TrainerConfig) -> None:

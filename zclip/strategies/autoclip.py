@@ -54,9 +54,9 @@ class AutoClip(ClippingStrategy):
             state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
         return super().clip(stats, state)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
         """Restore the history."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, override)
         self._steps = int(self.state["count"]) if self.state else 0
 
     def check_state(self, state: State, counters: State) -> None:

@@ -1,0 +1,206 @@
+"""A strategy that is attached to an optimizer clips as one that is called before each of its steps."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers import SLOW
+from tests.zclip.reference_loop import assert_same_weights, build_model
+from zclip import AdaGC, FixedNorm, SkipStep, ZClip
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+}
+STRATEGIES = {
+    "zclip": lambda: ZClip(warmup_steps=5),
+    "fixed": lambda: FixedNorm(0.05),
+    "adagc": AdaGC,
+    "skip": lambda: SkipStep(sigma=3.0, window=8),
+}
+FLOWS = ["plain", "closure", "closure by name", "scaler", "unscaled before"]
+
+
+def batch(step: int) -> torch.Tensor:
+    """(8, 5) inputs; those of steps 12 and 19 are spikes, and step 15 is not finite."""
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    return x * {12: 50.0, 15: torch.nan, 19: 50.0}.get(step, 1.0)
+
+
+def train(make_optimizer, strategy, flow: str, attached: bool):
+    """Return the model after 25 steps, and the telemetry of each."""
+    model = build_model()
+    optimizer = make_optimizer(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5, enabled=flow in FLOWS[3:])
+    telemetry = []
+    if attached:
+        strategy.attach(optimizer, model)
+    for step in range(25):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = model(batch(step)).square().mean()
+            scaler.scale(loss).backward()
+            if flow == "unscaled before" or (flow == "scaler" and not attached):
+                scaler.unscale_(optimizer)
+            if not attached:
+                strategy.step(model, optimizer=optimizer, loss=loss if flow.startswith("closure") else None)
+            return loss
+
+        if flow == "closure":
+            optimizer.step(closure)
+        elif flow == "closure by name":
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            scaler.step(optimizer)
+            scaler.update()
+        telemetry.append(strategy.read_telemetry())
+    return model, telemetry
+
+
+def case(name: str, optimizer: str, flow: str):
+    fast = (name == "zclip" and optimizer != "fused sgd") or (flow == "closure" and optimizer == "fused adamw")
+    return (pytest.param if fast else SLOW)(name, optimizer, flow)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "flow"), [case(*names) for names in itertools.product(STRATEGIES, OPTIMIZERS, FLOWS)]
+)
+def test_attached_strategy_clips_as_one_that_is_called(name, optimizer, flow):
+    make = STRATEGIES[name]
+    model, telemetry = train(OPTIMIZERS[optimizer], make(), flow, attached=True)
+    expected, expected_telemetry = train(OPTIMIZERS[optimizer], make(), flow, attached=False)
+    assert_same_weights(model, expected, rtol=1e-6, atol=1e-7)
+    if flow in FLOWS[:3]:
+        assert str(telemetry) == str(expected_telemetry)
+    unclipped, _ = train(OPTIMIZERS[optimizer], FixedNorm(1e9), flow, attached=False)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), unclipped.parameters(), strict=True))
+
+
+def test_detached_strategy_clips_no_more():
+    model = build_model()
+    optimizer, strategy = torch.optim.SGD(model.parameters(), lr=1.0), FixedNorm(0.01)
+    strategy.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before, strict=True)])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+    strategy.detach()
+    strategy.detach()
+    optimizer.zero_grad()
+    model(batch(1)).square().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    strategy.step(model)
+    assert not all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_optimizer_or_strategy_is_not_attached_twice():
+    model = build_model()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
+    strategy = ZClip()
+    strategy.attach(optimizer)
+    with pytest.raises(ValueError, match=r"^this ZClip is attached to an optimizer already: make one for each$"):
+        strategy.attach(other)
+    with pytest.raises(ValueError, match=r"^a strategy is attached to this optimizer already: detach\(\) that one"):
+        ZClip().attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"^optimizer\.step\(\) calls the strategy that is attached to it: leave out"):
+        strategy.step(model)
+    with pytest.raises(ValueError, match=r"^a strategy is attached to an optimizer of these: leave out step\(\)"):
+        ZClip().step(model, optimizer=optimizer)
+    strategy.detach()
+    strategy.attach(other)
+    with pytest.raises(TypeError, match=r"^attach\(\) takes an optimizer of torch, not Linear$"):
+        ZClip().attach(torch.nn.Linear(1, 1))
+
+
+def test_step_without_gradients_is_no_step_of_the_strategy():
+    model, strategy = build_model(), ZClip()
+    optimizer = torch.optim.AdamW(model.parameters())
+    strategy.attach(optimizer)
+    optimizer.step()
+    assert strategy.read_telemetry() == {}
+
+
+def test_parameters_that_are_added_later_are_clipped():
+    first, later = build_model(), build_model()
+    optimizer, strategy = torch.optim.SGD(first.parameters(), lr=1.0), FixedNorm(1.0)
+    strategy.attach(optimizer)
+    optimizer.add_param_group({"params": list(later.parameters())})
+    for model in (first, later):
+        model(batch(0)).square().mean().backward()
+    expected = torch.cat([p.grad.flatten() for model in (first, later) for p in model.parameters()]).norm()
+    optimizer.step()
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_copies_are_not_attached():
+    model, strategy = build_model(), ZClip()
+    optimizer = torch.optim.AdamW(model.parameters())
+    strategy.attach(optimizer)
+    copied = copy.deepcopy(strategy)
+    model(batch(0)).square().mean().backward()
+    copied.step(model)
+    optimizer.step()
+    assert int(copied.state["count"]) == int(strategy.state["count"]) == 1
+
+
+def test_statistics_of_tensors_have_the_names_of_the_module():
+    model, strategy = build_model(), AdaGC()
+    optimizer = torch.optim.AdamW(model.parameters())
+    strategy.attach(optimizer, model)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert strategy.state_dict()["names"] == [name for name, _ in model.named_parameters()]
+
+
+def test_attached_strategy_lives_as_long_as_the_optimizer():
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    FixedNorm(0.01).attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+class Container(torch.optim.Optimizer):
+    """Several optimizers as one, as torchtitan's OptimizersContainer: its own step calls each of theirs."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for group in o.param_groups for p in group["params"]], {})
+
+    def step(self, *args, **kwargs):
+        for optimizer in self.optimizers:
+            optimizer.step(*args, **kwargs)
+
+    def zero_grad(self, *args, **kwargs):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(*args, **kwargs)
+
+
+def test_container_of_optimizers_is_clipped_by_one_norm():
+    models = [build_model() for _ in range(4)]
+    optimizers = [OPTIMIZERS["fused adamw"](model.parameters()) for model in models]
+    attached, called = ZClip(warmup_steps=5), ZClip(warmup_steps=5)
+    container = Container(*optimizers[:2])
+    attached.attach(container)
+    for step in range(20):
+        for i, model in enumerate(models):
+            optimizers[i].zero_grad()
+            model(batch(step + i % 2)).square().mean().backward()
+        container.step()
+        called.step(*models[2:], optimizer=optimizers[2:])
+        for optimizer in optimizers[2:]:
+            optimizer.step()
+        torch.testing.assert_close(attached.telemetry["grad_norm"], called.telemetry["grad_norm"], equal_nan=True)
+    for i in (0, 1):
+        assert_same_weights(models[i], models[i + 2], rtol=1e-5, atol=1e-6)
+    assert attached.read_telemetry()["nonfinite"] > 0

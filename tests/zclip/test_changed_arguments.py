@@ -1,0 +1,91 @@
+"""Arguments can be changed in a running loop and where a state is loaded; the state records it."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.zclip.reference_loop import batch, build_model
+from zclip import AutoClip, FixedNorm, ZClip
+
+
+def steps(strategy, first: int, last: int, model=None):
+    """Take the steps from `first` to `last` - 1, and return the model."""
+    model = model or build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        strategy.step(model, optimizer=optimizer)
+        optimizer.step()
+    return model
+
+
+def test_changed_argument_acts_from_the_next_step_on_the_same_statistics():
+    changed, other, unchanged = ZClip(warmup_steps=5), ZClip(warmup_steps=5, z_thresh=0.5), ZClip(warmup_steps=5)
+    steps(changed, 0, 8)
+    unchanged.load_state_dict(changed.state_dict())
+    other.load_state_dict(changed.state_dict(), override=True)
+    changed.change(z_thresh=0.5)
+    for strategy in (changed, other, unchanged):
+        steps(strategy, 8, 16)
+    change = {"setting": "z_thresh", "from": 2.5, "to": 0.5}
+    assert changed.changes == other.changes == [change]
+    assert changed.state_dict()["config"]["z_thresh"] == 0.5 and changed.read_telemetry()["changes"] == 1
+    assert str(changed.state_dict()) == str(other.state_dict())
+    assert changed.state["mean"] != unchanged.state["mean"]
+    assert "changes" not in ZClip().state_dict()
+
+
+def test_record_of_changes_is_restored_and_bounded():
+    strategy, resumed = FixedNorm(1.0), FixedNorm(2.0)
+    strategy.change(max_norm=2.0)
+    resumed.load_state_dict(strategy.state_dict())
+    assert resumed.changes == strategy.changes == [{"setting": "max_norm", "from": 1.0, "to": 2.0}]
+    for step in range(1500):
+        strategy.change(max_norm=3.0 + step)
+    assert len(strategy.changes) == 1000 and strategy.changes[-1]["to"] == 1502.0
+    FixedNorm(1502.0).load_state_dict(strategy.state_dict())
+    FixedNorm(1.0).load_state_dict(strategy.state_dict(), override=True)
+
+
+def test_change_that_is_refused_changes_nothing():
+    strategy = ZClip(recovery_window=40)
+    steps(strategy, 0, 50)
+    before = copy.deepcopy(strategy.state_dict())
+    with pytest.raises(ValueError, match=r"^z_thresh=-1 is not allowed: it must be a number above 0$"):
+        strategy.change(alpha=0.5, z_thresh=-1)
+    with pytest.raises(TypeError, match=r"^ZClip has no argument 'zthresh': it has alpha, z_thresh, "):
+        strategy.change(zthresh=3.0)
+    assert int(strategy.state["block_count"]) > 10
+    with pytest.raises(ValueError, match=r"state\.block_count=\d+ is not allowed: it must be an integer from 0 to 9$"):
+        strategy.change(recovery_window=10)
+    assert str(strategy.state_dict()) == str(before)
+
+
+def test_growing_history_goes_on_after_a_change():
+    changed, expected = AutoClip(percentile=10.0), AutoClip(percentile=50.0)
+    steps(changed, 0, 12)
+    steps(expected, 0, 12)
+    changed.change(percentile=50.0)
+    assert changed._steps == expected._steps == 12
+    changed.load_state_dict(expected.state_dict())
+    model, other = steps(changed, 12, 20), steps(expected, 12, 20)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "changes={} is not allowed: it must be a list of at most 1000"),
+        ([{}] * 1001, "changes=a list is not allowed|changes=\\[.* is not allowed: it must be a list of at most 1000"),
+        ([3], r"changes\[0\]=3 is not allowed: it must be a dict"),
+        ([{"setting": "z_thresh"}], r"changes\[0\] lacks from, to"),
+        ([{"setting": "a", "from": 1, "to": {}}], r"changes\[0\]\.to={} is not allowed: it must be a number, a text"),
+        ([{"setting": "a", "from": 10**5000, "to": 1}], r"changes\[0\]\.from=a int is not allowed"),
+        ([{"setting": "a" * 2000, "from": 1, "to": 1}], r"changes\[0\]\.setting='a+\.\.\. is not allowed"),
+    ],
+)
+def test_damaged_record_of_changes_is_refused(changes, message):
+    with pytest.raises(ValueError, match=rf"^the saved ZClip is damaged: {message}"):
+        ZClip().load_state_dict({**ZClip().state_dict(), "changes": changes})

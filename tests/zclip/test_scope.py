@@ -1,0 +1,136 @@
+"""A strategy with a scope measures, clips and skips the parameters in it, and leaves the others alone."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.helpers import same
+from tests.zclip.reference_loop import batch, build_model
+from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
+from zclip.scope import in_scope
+
+WEIGHTS = ["*.weight"]
+
+
+def backward(model, step: int = 0) -> None:
+    model.zero_grad()
+    model(batch(step)).square().mean().backward()
+
+
+def parts(model) -> tuple[list, list]:
+    """Return the weights and the biases of the model."""
+    named = list(model.named_parameters())
+    return [p for name, p in named if name.endswith("weight")], [p for name, p in named if name.endswith("bias")]
+
+
+def norm(tensors) -> float:
+    return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "inside"),
+    [
+        ("layers.0.up.weight", "*.weight", True),
+        ("layers.0.up.bias", "*.weight", False),
+        ("layers.0.up.weight", ["layers.[1-9].*", "layers.0.*"], True),
+        ("embed.weight", ["!embed*"], False),
+        ("layers.0.up.weight", "!embed*", True),
+        ("embed.weight", ["*.weight", "!embed*"], False),
+        ("Embed.weight", ["!embed*"], True),
+        ("layers.10.up.weight", "layers.1.*", False),
+    ],
+)
+def test_patterns_are_those_of_a_shell(name, scope, inside):
+    assert in_scope(name, scope) == inside
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+def test_only_the_scope_is_measured_and_scaled(attached, fused):
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    strategy = FixedNorm(0.01, scope=WEIGHTS)
+    backward(model)
+    weights, biases = parts(model)
+    expected, others = norm(p.grad for p in weights), [p.grad.clone() for p in biases]
+    before = copy.deepcopy(model.state_dict())
+    if attached:
+        strategy.attach(optimizer, model)
+    else:
+        strategy.step(model, optimizer=optimizer)
+    optimizer.step()
+    telemetry = strategy.read_telemetry()
+    assert telemetry["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    assert telemetry["other_norm"] == pytest.approx(norm(others), rel=1e-6)
+    assert telemetry["clipped_norm"] == pytest.approx(0.01, rel=1e-3)
+    moved = {name: before[name] - value for name, value in model.state_dict().items()}
+    assert norm(v for name, v in moved.items() if name.endswith("weight")) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close([v for name, v in moved.items() if name.endswith("bias")], others)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+def test_norm_that_is_not_finite_concerns_its_scope_only(policy, fused):
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+    strategy = ZClip(scope=WEIGHTS, on_nonfinite=policy)
+    backward(model)
+    strategy.step(model, optimizer=optimizer)
+    optimizer.step()
+    backward(model, 1)
+    model[0].weight.grad[0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    strategy.step(model, optimizer=optimizer)
+    optimizer.step()
+    after = model.state_dict()
+    assert strategy.read_telemetry()["nonfinite"] == 1
+    assert all(not torch.equal(before[name], after[name]) for name in after if name.endswith("bias"))
+    unchanged = [torch.equal(before[name], after[name]) for name in after if name.endswith("weight")]
+    assert all(unchanged) if policy == "skip" else not any(unchanged), "decay and moments move them under zero"
+    assert all(value.isfinite().all() for value in after.values())
+    backward(model, 2)
+    model[0].bias.grad[0] = torch.nan
+    strategy.step(model, optimizer=optimizer)
+    assert strategy.read_telemetry()["nonfinite"] == 1 and strategy.telemetry["other_norm"].isnan()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in parts(model)[0])
+
+
+@pytest.mark.parametrize("make", [AdaGC, AGC, lambda **policy: SkipStep(window=4, **policy)])
+def test_scope_has_the_decisions_of_a_model_without_the_others(make):
+    model, expected = build_model(), build_model()
+    strategy, reference = make(scope=WEIGHTS), make()
+    for step in range(20):
+        for each in (model, expected):
+            backward(each, step)
+        strategy.step(model)
+        reference.step(parts(expected)[0])
+        assert same([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()])
+    assert len(strategy.state_dict().get("names", [0, 0])) == 2
+
+
+def test_scope_without_names_or_parameters_is_refused():
+    model = build_model()
+    backward(model)
+    with pytest.raises(ValueError, match=r"^scope= needs the names of the parameters: give step\(\) or attach\(\) the"):
+        ZClip(scope=WEIGHTS).step(model.parameters())
+    message = r"^scope=head\.\* has none of the 4 parameters, which are 0\.weight, 0\.bias, 2\.weight, \.\.\.$"
+    with pytest.raises(ValueError, match=message):
+        ZClip(scope="head.*").step(model)
+    for scope in ([], "", 3, [3], [""]):
+        with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
+            ZClip(scope=scope)
+
+
+def test_saved_state_is_that_of_its_scope():
+    model = build_model()
+    backward(model)
+    strategy = ZClip(scope="*.weight")
+    strategy.step(model)
+    ZClip(scope=WEIGHTS).load_state_dict(strategy.state_dict())
+    message = r"^the saved ZClip was made with scope=\['\*\.weight'\], not None: make this one with the same"
+    with pytest.raises(ValueError, match=message):
+        ZClip().load_state_dict(strategy.state_dict())
+    with pytest.raises(ValueError, match=r"made with scope=None, not \['\*\.weight'\]"):
+        strategy.load_state_dict(ZClip().state_dict())
+    assert "scope" not in ZClip().state_dict()

@@ -1,0 +1,85 @@
+"""Clip before every step of an optimizer, by the hook that torch's optimizers call there.
+
+The hook comes after backward, accumulation and whatever else the loop does. Two things are then left to do. A closure
+makes the gradients inside the step, so the hook clips at the closure's end. A GradScaler leaves the unscaling of
+gradients to a fused optimizer's step, so the hook unscales them first.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zclip.apply import FusedClip, scale_, unwrap
+from zclip.norm import local_gradient
+
+#: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
+Clip = Callable[[Optimizer, Tensor | None], None]
+
+
+class Attachment:
+    """The hook of a strategy on one optimizer.
+
+    Args:
+        optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped.
+        clip: called before each step. The hook keeps it alive, and with it the strategy.
+
+    Raises:
+        TypeError: `optimizer` is something else.
+        ValueError: a strategy is attached to the optimizer already.
+    """
+
+    _attached: ClassVar["weakref.WeakKeyDictionary[Optimizer, Attachment]"] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def is_on(cls, optimizer: Any) -> bool:
+        """Whether a strategy is attached to an optimizer, or to the one inside a wrapper."""
+        inner = unwrap(optimizer)
+        return isinstance(inner, Optimizer) and inner in cls._attached
+
+    def __init__(self, optimizer: Optimizer, clip: Clip) -> None:
+        inner = unwrap(optimizer)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"attach() takes an optimizer of torch, not {type(optimizer).__name__}")
+        if inner in self._attached:
+            raise ValueError("a strategy is attached to this optimizer already: detach() that one first")
+        FusedClip.of(inner)  # registers a hook, which is not possible while hooks are called
+        self._clip = clip
+        self._hook = inner.register_step_pre_hook(self._before_step)
+        self._attached[inner] = self
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
+        for optimizer in [optimizer for optimizer, attachment in self._attached.items() if attachment is self]:
+            del self._attached[optimizer]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
+        if closure is None:
+            _unscale(optimizer)
+            self._clip(optimizer, None)
+            return None
+
+        def clipped_closure() -> Any:
+            loss = closure()
+            self._clip(optimizer, loss if isinstance(loss, Tensor) else None)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], clipped_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped_closure}
+
+
+def _unscale(optimizer: Any) -> None:
+    """Divide the gradients by the scale that a GradScaler has left to the optimizer's step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [gradient for p in parameters if (gradient := local_gradient(p)) is not None]
+    if gradients:
+        scale_(gradients, 1 / scale, scale.new_zeros((), dtype=bool))
+    optimizer.grad_scale = None
