@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, one_line
+from common.errors import one_line
 from common.files import hold_lock, write_atomic
-from common.reading import read_json
+from common.reading import damage, parse_record, read_bytes
 from common.run_files import TaskScores, as_dict
 from evaluation.response_cache import EvaluationInterrupted
 from evaluation.tasks import FEWSHOT_SEED, TaskError, sample
@@ -80,9 +80,10 @@ class Scores:
         if not self.path.exists():
             return []
         try:
-            return [as_dict(score) for score in read_json(self.path, TaskScores).scores]
-        except UserError as error:
-            raise TaskError(str(error)) from error
+            return [as_dict(score) for score in parse_record(TaskScores, read_bytes(self.path)).scores]
+        except (OSError, ValueError) as error:
+            advice = "restore it, or move it away to compute its scores again"
+            raise TaskError(damage(self.path, error, advice)) from error
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the score with this key, or `None`."""

@@ -49,6 +49,8 @@ class _SweepLauncher(Launcher):
         unfinished = [job for job in jobs if not job.collect_result()]
         if len(jobs) > len(unfinished):
             print(f"{len(jobs) - len(unfinished)} of {len(jobs)} are finished already")
+        for job in unfinished:
+            refuse_link(job.run_dir.log_file)  # before the first one starts
         self.run(list({job.run_dir.path: job for job in unfinished}.values()))  # equal jobs are one run
         if self.failed:
             raise RunError(f"{len(self.failed)} of {len(jobs)} runs have not finished: {', '.join(self.failed)}")
@@ -186,7 +188,6 @@ class Slurm(_SweepLauncher):
             print(f"job {job.run_dir.slurm_job()} has {job.title} already")
             return
         job.run_dir.path.mkdir(parents=True, exist_ok=True)
-        refuse_link(job.run_dir.log_file)
         output = f"--output={str(job.run_dir.log_file.absolute()).replace('%', '%%')}"
         options = [*sbatch_resources(job.config.trainer), *self.options, output, f"--job-name={job.title}"]
         number = submit(options, [*job.overrides, *self.search_overrides])

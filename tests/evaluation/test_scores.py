@@ -337,7 +337,7 @@ HOSTILE_SCORES = [
 def test_damaged_file_is_an_error_and_can_be_quarantined(text, tmp_path):
     path = tmp_path / "task_scores.json"
     path.write_text(text)
-    with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
+    with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): restore it, or move it away"):
         Scores(path)
     assert quarantine(path).read_text() == text and not path.exists()
 
@@ -346,6 +346,6 @@ def test_scores_that_are_no_file_are_an_error(tmp_path):
     path = tmp_path / "task_scores.json"
     for make in (os.mkfifo, os.mkdir):
         make(path)
-        with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): remove it"):
+        with pytest.raises(TaskError, match=r"task_scores.json is damaged \(.*\): restore it, or move it away"):
             Scores(path)
         path.rename(tmp_path / make.__name__)

@@ -306,7 +306,7 @@ def test_reason_why_a_job_cannot_be_requeued_is_printed(command, tmp_path, monke
 
 
 def test_jobs_of_the_queue(command):
-    command("squeue", "echo 7 RUNNING; echo 8 PENDING")
+    command("squeue", "echo 7 RUNNING; echo; echo 8 PENDING")
     assert queued_jobs() == {"7": "RUNNING", "8": "PENDING"}
     command("squeue", "echo cannot reach the controller >&2; exit 1")
     with pytest.raises(UserError, match=r"^squeue failed: cannot reach the controller$"):

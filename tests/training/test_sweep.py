@@ -91,6 +91,17 @@ def test_folders_of_a_sweep_are_printed_and_not_made(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_linked_log_is_refused_before_a_job_starts(tiny, tmp_path):
+    sweep = ("-m", *tiny, LOCAL, "seed=0,1")
+    planned = train(*sweep, "print_run_dir=true", cwd=tmp_path)
+    path = tmp_path / planned.stdout.splitlines()[1]
+    path.mkdir(parents=True)
+    (path / "log.txt").symlink_to(tmp_path / "outside")
+    done = train(*sweep, cwd=tmp_path)
+    assert done.returncode == 2 and "log.txt is a link: what is written there must stay in its folder" in done.stderr
+    assert "started" not in done.stdout and not (tmp_path / "outside").exists()
+
+
 @pytest.mark.slow
 def test_sweep_of_finished_jobs_and_another_starts_one_process(tiny, tmp_path):
     settings = (*tiny, LOCAL, "trainer.max_steps=4")

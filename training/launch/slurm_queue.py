@@ -18,7 +18,7 @@ def queued_jobs() -> dict[str, str]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise UserError(f"squeue failed: {reason}")
-    return dict(line.split() for line in done.stdout.splitlines())
+    return dict(line.split() for line in done.stdout.splitlines() if line.strip())
 
 
 def sbatch_resources(trainer: TrainerConfig) -> list[str]:
