@@ -31,7 +31,7 @@ class Attachment:
         ValueError: a strategy is attached to the optimizer already.
     """
 
-    _attached: ClassVar["weakref.WeakKeyDictionary[Optimizer, Attachment]"] = weakref.WeakKeyDictionary()
+    _attached: ClassVar["weakref.WeakSet[Optimizer]"] = weakref.WeakSet()
 
     @classmethod
     def is_on(cls, optimizer: Any) -> bool:
@@ -47,14 +47,15 @@ class Attachment:
             raise ValueError("a strategy is attached to this optimizer already: detach() that one first")
         FusedClip.of(inner)  # registers a hook, which is not possible while hooks are called
         self._clip = clip
+        self._optimizer = weakref.ref(inner)
         self._hook = inner.register_step_pre_hook(self._before_step)
-        self._attached[inner] = self
+        self._attached.add(inner)
 
     def remove(self) -> None:
         """Remove the hook."""
         self._hook.remove()
-        for optimizer in [optimizer for optimizer, attachment in self._attached.items() if attachment is self]:
-            del self._attached[optimizer]
+        if (optimizer := self._optimizer()) is not None:
+            self._attached.discard(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args

@@ -7,6 +7,7 @@ function of tensors: it takes the statistics as a dict and returns new ones. An 
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -39,6 +40,10 @@ NO_GRADIENTS = (
     "on the module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
     "itself, and cannot be clipped from outside)"
 )
+
+
+class _NoGradients(ValueError):
+    """No parameter that a step is to clip has a gradient."""
 
 
 class Policy(TypedDict, total=False):
@@ -193,17 +198,14 @@ class ClippingStrategy(Statistics):
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
-
         models = tuple(map(listed, models))
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = [parameter for group in inner.param_groups for parameter in group["params"]]
             ids = set(map(id, own))
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
-            if all(shard.parameter.grad is None and not shard.groups for shard in shards) and process_group is None:
-                return
-            loss = loss.detach() if self.uses_loss and loss is not None else None
-            self._step(shards, models, [inner], loss, process_group)
+            with suppress(_NoGradients):  # the optimizer then has nothing to do either
+                self._step(shards, models, [inner], loss, process_group)
 
         self._attachment = Attachment(optimizer, clip)
 
@@ -269,12 +271,12 @@ class ClippingStrategy(Statistics):
             gradients = [local_gradient(shard.parameter) for shard in shards]
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
-                raise ValueError(NO_GRADIENTS)
+                raise _NoGradients(NO_GRADIENTS)
             loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
             norms = tensor_norms(shards, gradients)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
-                raise ValueError(NO_GRADIENTS)
+                raise _NoGradients(NO_GRADIENTS)
             targets = bind_optimizers(optimizers, shards, owner=self)
             stats = GradStats(norm, norms, loss, shards, gradients, process_group)
             coefficients, skip, finite = self._update(stats, models)

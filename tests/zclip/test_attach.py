@@ -1,7 +1,9 @@
 """A strategy that is attached to an optimizer clips as one that is called before each of its steps."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -127,6 +129,24 @@ def test_step_without_gradients_is_no_step_of_the_strategy():
     strategy.attach(optimizer)
     optimizer.step()
     assert strategy.read_telemetry() == {}
+    scoped, model = ZClip(scope="0.*"), build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scoped.attach(optimizer, model)
+    model[0].requires_grad_(False)
+    model(batch(0)).square().mean().backward()
+    before = model[2].weight.clone()
+    optimizer.step()
+    assert scoped.read_telemetry() == {} and not torch.equal(before, model[2].weight)
+
+
+def test_optimizer_and_model_are_freed():
+    model, strategy = build_model(), ZClip()
+    model.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # as a LightningModule knows its own
+    strategy.attach(model.optimizer, model)
+    reference = weakref.ref(model)
+    del model, strategy
+    gc.collect()
+    assert reference() is None
 
 
 def test_parameters_that_are_added_later_are_clipped():
