@@ -2,7 +2,8 @@
 
 The hook comes after backward, accumulation and whatever else the loop does. Two things are then left to do. A closure
 makes the gradients inside the step, so the hook clips at the closure's end. A GradScaler leaves the unscaling of
-gradients to a fused optimizer's step, so the hook unscales them first.
+gradients to a fused optimizer's step, so the hook unscales them first. One kind of step is no step of training:
+`torch.distributed.checkpoint` makes an optimizer create its state by a step with zero gradients and learning rates.
 """
 
 import weakref
@@ -60,8 +61,9 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
         if closure is None:
-            _unscale(optimizer)
-            self._clip(optimizer, None)
+            if not ("closure" in kwargs and _has_no_state(optimizer)):
+                _unscale(optimizer)
+                self._clip(optimizer, None)
             return None
 
         def clipped_closure() -> Any:
@@ -72,6 +74,14 @@ class Attachment:
         if len(args) > 1:
             return (args[0], clipped_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": clipped_closure}
+
+
+def _has_no_state(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has no state yet, and learning rates of 0.
+
+    `torch.distributed.checkpoint` then calls `step(closure=None)`. Gradients are not looked at: ranks must agree.
+    """
+    return not optimizer.state and all(group.get("lr") == 0 for group in optimizer.param_groups)
 
 
 def _unscale(optimizer: Any) -> None:

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from tests.helpers import SLOW
 from tests.zclip.reference_loop import assert_same_weights, build_model
@@ -137,6 +138,21 @@ def test_step_without_gradients_is_no_step_of_the_strategy():
     before = model[2].weight.clone()
     optimizer.step()
     assert scoped.read_telemetry() == {} and not torch.equal(before, model[2].weight)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_state_that_a_checkpoint_creates_is_no_step(lr):
+    model, strategy = build_model(), ZClip()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    strategy.attach(optimizer)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert saved["state"] and strategy.read_telemetry() == {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # of a warm-up
+    first = ZClip()
+    first.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert int(first.state["count"]) == 1
 
 
 def test_optimizer_and_model_are_freed():
