@@ -19,6 +19,7 @@ from zclip.apply import FusedClip, apply_decision, bind_optimizers
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
+from zclip.integrations.deepspeed import EngineAttachment, is_engine
 from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
@@ -31,14 +32,13 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
-from zclip.saved_state import MAX_CHANGES, differences
 from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
 NO_GRADIENTS = (
     "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
     "on the module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
-    "itself, and cannot be clipped from outside)"
+    "itself: use attach(engine))"
 )
 
 
@@ -107,6 +107,8 @@ class ClippingStrategy(Statistics):
 
     #: Whether the rule uses the loss, if the caller passes it.
     uses_loss = False
+    #: Whether the rule looks at the gradients themselves, besides their norms.
+    needs_gradients = False
 
     on_nonfinite: str = "skip"
     max_consecutive_nonfinite: int | None = 20
@@ -122,7 +124,7 @@ class ClippingStrategy(Statistics):
         self._check_policy()
         self.telemetry: dict[str, Tensor] = {}
         self._monitor = NonFiniteMonitor()
-        self._attachment: Attachment | None = None
+        self._attachment: Attachment | EngineAttachment | None = None
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the bound on the norm of this step, and the statistics after it.
@@ -153,51 +155,37 @@ class ClippingStrategy(Statistics):
         telemetry = {"clipped_by_max": clipped & (target < decision.target), **decision.telemetry}
         return ClipResult(coefficient, norm * coefficient, clipped, decision.state, telemetry)
 
-    def change(self, **settings: Any) -> None:
-        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
-
-        The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
-        `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
-        `on_nonfinite` and the other policies can be assigned.
-
-        Args:
-            settings: new values by the names of arguments.
-
-        Raises:
-            TypeError: there is no such argument.
-            ArgumentError: a value is out of its range. Nothing is changed.
-            ValueError: the statistics do not fit, such as those of a window of another length. Nothing is changed.
-        """
-        config = self.config()
-        if unknown := sorted(settings.keys() - config.keys()):
-            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
-        changed = type(self)(**{**config, **settings})
-        if self.counters:
-            changed._checked(self.state_dict(), override=True)
-        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
-        for name in settings:
-            setattr(self, name, getattr(changed, name))
-
-    def attach(self, optimizer: Optimizer, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
+    def attach(self, optimizer: Any, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
         """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
 
         The norm is that of the gradients with which the optimizer would step: after accumulation, and unscaled if a
         GradScaler is used. A closure's gradients are clipped at its end, and its loss is passed to strategies that use
         it; without a closure they get no loss. A step without any gradient changes nothing.
 
+        In DeepSpeed's engine with ZeRO 1, 2 or 3 the strategy takes the place of `gradient_clipping`. It gets the
+        engine's norm, unless the engine skips the step itself, because the norm is not finite. Where the strategy skips
+        one, gradients are zero, so weight decay and momentum still move the weights.
+
         Args:
-            optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped. All of its parameters are
-                clipped, also those that are added later.
+            optimizer: an optimizer of torch, or a DeepSpeed engine; wrappers of Accelerate and Lightning are unwrapped.
+                All of its parameters are clipped, also those that are added later.
             models: modules that hold these parameters. Strategies with statistics for each tensor keep them by the
                 names that parameters have here, and FSDP1 needs its module. Default: none.
             process_group: see `step`.
 
         Raises:
-            TypeError: `optimizer` is not one of torch's.
-            ValueError: this strategy is attached already, or another one is attached to the optimizer.
+            TypeError: `optimizer` is something else.
+            ValueError: this strategy is attached already, or another one is attached to the optimizer; or the engine
+                is not one of ZeRO, or the strategy needs more than a norm.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
+        if is_engine(optimizer):
+            if self.per_tensor or self.needs_gradients or self.scope is not None:
+                what = "a scope" if self.scope is not None else type(self).__name__
+                raise ValueError(f"{what} is not possible in DeepSpeed's engine: it gives one norm of all parameters")
+            self._attachment = EngineAttachment(optimizer, self.observe)
+            return
         models = tuple(map(listed, models))
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:

@@ -144,6 +144,31 @@ class Statistics:
                 )
         return {name: _plain(getattr(self, name)) for name in names}
 
+    def change(self, **settings: Any) -> None:
+        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
+
+        The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
+        `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
+        `on_nonfinite` and the other policies can be assigned.
+
+        Args:
+            settings: new values by the names of arguments.
+
+        Raises:
+            TypeError: there is no such argument.
+            ArgumentError: a value is out of its range. Nothing is changed.
+            ValueError: the statistics do not fit, such as those of a window of another length. Nothing is changed.
+        """
+        config = self.config()
+        if unknown := sorted(settings.keys() - config.keys()):
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
+        changed = type(self)(**{**config, **settings})
+        if self.counters:
+            changed._checked(self.state_dict(), override=True)
+        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
+        for name in settings:
+            setattr(self, name, getattr(changed, name))
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 

@@ -152,7 +152,7 @@ def test_mistakes_in_the_arguments_of_step_say_what_to_pass():
     assert message(ValueError, NoClipping().step, nn.Linear(2, 2)) == (
         "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), on the "
         "module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
-        "itself, and cannot be clipped from outside)"
+        "itself: use attach(engine))"
     )
     assert message(TypeError, NoClipping().step, "weight") == (
         "'weight' is not a parameter: pass modules, parameters, or iterables of either, without names"

@@ -35,6 +35,8 @@ class AGC(ClippingStrategy):
     Telemetry, in addition to that of `ClippingStrategy`: `clipped_units`, their number.
     """
 
+    needs_gradients = True
+
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, **policy: Unpack[Policy]) -> None:
         super().__init__(None, **policy)
         self.ratio = positive("ratio", ratio)
