@@ -5,8 +5,10 @@ makes the gradients inside the step, so the hook clips at the closure's end. A G
 gradients to a fused optimizer's step, so the hook unscales them first.
 """
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,6 +19,8 @@ from zclip.norm import local_gradient
 
 #: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
 Clip = Callable[[Optimizer, Tensor | None], None]
+#: Code of the function that torch puts around the `step` of each class, and that calls the hooks.
+HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 class Attachment:
@@ -58,6 +62,8 @@ class Attachment:
             self._attached.discard(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if _is_inner_step(optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
         if closure is None:
             _unscale(optimizer)
@@ -72,6 +78,19 @@ class Attachment:
         if len(args) > 1:
             return (args[0], clipped_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": clipped_closure}
+
+
+def _is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether the hooks are called by a step within a step: that of a subclass calls `super().step()`.
+
+    The stack tells. A flag would stay set where a step raises, and the next step would not be clipped.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None:
+        steps += frame.f_code is HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 def _unscale(optimizer: Any) -> None:

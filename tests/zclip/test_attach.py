@@ -190,6 +190,32 @@ def test_attached_strategy_lives_as_long_as_the_optimizer():
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+class SubclassSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("flow", ["plain", "closure"])
+def test_step_that_calls_that_of_its_base_class_is_clipped_once(flow, fused):
+    torch.optim.SGD(build_model().parameters())  # from now on torch calls the hooks in the base class's step too
+    model, telemetry = train(lambda p: SubclassSGD(p, lr=0.01, fused=fused), ZClip(warmup_steps=5), flow, True)
+    expected, expected_telemetry = train(lambda p: torch.optim.SGD(p, lr=0.01), ZClip(warmup_steps=5), flow, False)
+    assert_same_weights(model, expected, rtol=1e-6, atol=1e-7)
+    assert telemetry[-1]["nonfinite"] == expected_telemetry[-1]["nonfinite"] == 1
+
+
+def test_step_after_one_that_raised_is_clipped():
+    model, strategy = build_model(), FixedNorm(0.01)
+    optimizer = SubclassSGD(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
 class Container(torch.optim.Optimizer):
     """Several optimizers as one, as torchtitan's OptimizersContainer: its own step calls each of theirs."""
 
