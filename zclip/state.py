@@ -21,6 +21,7 @@ from zclip.saved_state import (
     refuse,
     shown,
 )
+from zclip.scope import split_by_scope
 from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
@@ -72,11 +73,13 @@ class Statistics:
             models: modules, parameters, or iterables of either, as for `step`.
 
         Raises:
-            ValueError: no parameter requires gradients, or the parameters are on the meta device.
+            ValueError: no parameter requires gradients, the parameters are on the meta device, or none is in the scope.
         """
         models = tuple(map(listed, models))
         self._check_initialised()
         shards = parameters_of(models)
+        if self.scope is not None:
+            shards, _ = split_by_scope(shards, self._names(models), self.scope)
         device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
         if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")

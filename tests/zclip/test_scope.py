@@ -122,6 +122,16 @@ def test_scope_without_names_or_parameters_is_refused():
             ZClip(scope=scope)
 
 
+def test_prepared_statistics_are_those_of_the_first_step():
+    model, prepared, strategy = build_model(), AdaGC(scope=WEIGHTS), AdaGC(scope=WEIGHTS)
+    prepared.prepare(model)
+    backward(model)
+    strategy.step(model)
+    names, shapes = (strategy.state_dict()[key] for key in ("names", "shapes"))
+    assert (prepared.state_dict()["names"], prepared.state_dict()["shapes"]) == (names, shapes)
+    assert len(prepared.state["gamma"]) == len(strategy.state["gamma"]) == 2
+
+
 def test_saved_state_is_that_of_its_scope():
     model = build_model()
     backward(model)
