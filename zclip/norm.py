@@ -213,10 +213,22 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
 
 
 def norm_like(norm: Tensor, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the 2-norm of the gradients of other parameters, maybe none, with the device and dtype of `norm`."""
-    gradients = [local_gradient(shard.parameter) for shard in shards]
+    """Return the 2-norm of the gradients of other parameters, maybe none, with the device and dtype of `norm`.
+
+    They are not scaled, so they may be sparse or complex.
+    """
+    gradients = [_elements(shard.parameter) for shard in shards]
     norms = tensor_norms(shards, gradients).to(norm) if shards else norm.new_zeros(1)
     return global_norm(norms, process_group)
+
+
+def _elements(parameter: Tensor) -> Tensor | None:
+    """Return a dense real tensor with the norm of this rank's shard of a gradient; `None` without a gradient."""
+    gradient = parameter.grad
+    if gradient is None or not (gradient.layout == torch.sparse_coo or gradient.is_complex()):
+        return local_gradient(parameter)
+    elements = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(elements.resolve_conj()) if elements.is_complex() else elements
 
 
 def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

@@ -122,6 +122,21 @@ def test_scope_without_names_or_parameters_is_refused():
             ZClip(scope=scope)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_gradients_that_are_not_in_the_scope_may_be_sparse_or_complex(kind):
+    model = build_model()
+    backward(model)
+    bias = model[0].bias.detach().clone()
+    model[0].bias = torch.nn.Parameter(bias if kind == "sparse" else torch.complex(bias, bias))
+    sparse = torch.sparse_coo_tensor([[1, 1, 7]], [1.0, 2.0, 4.0], (9,))
+    model[0].bias.grad = sparse if kind == "sparse" else torch.tensor([3.0, 4.0j] + [0.0] * 7)
+    model[2].bias.grad = None
+    strategy = FixedNorm(0.01, scope=WEIGHTS)
+    strategy.step(model)
+    assert strategy.read_telemetry()["other_norm"] == 5.0
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
 def test_prepared_statistics_are_those_of_the_first_step():
     model, prepared, strategy = build_model(), AdaGC(scope=WEIGHTS), AdaGC(scope=WEIGHTS)
     prepared.prepare(model)
