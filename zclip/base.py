@@ -31,7 +31,7 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
-from zclip.saved_state import MAX_CHANGES, differences
+from zclip.saved_state import MAX_CHANGES, differences, recordable
 from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
@@ -174,7 +174,7 @@ class ClippingStrategy(Statistics):
         changed = type(self)(**{**config, **settings})
         if self.counters:
             changed._checked(self.state_dict(), override=True)
-        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
+        self.changes = [*self.changes, *recordable(differences(config, changed.config()))][-MAX_CHANGES:]
         for name in settings:
             setattr(self, name, getattr(changed, name))
 

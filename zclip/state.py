@@ -18,6 +18,7 @@ from zclip.saved_state import (
     checked_changes,
     differences,
     is_plain,
+    recordable,
     refuse,
     shown,
 )
@@ -244,7 +245,7 @@ class Statistics:
             pairs = [f"{shown(c['setting'])[1:-1]}={shown(c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        return checked_changes(own, [*checked_changes(own, state_dict.get("changes", [])), *new][-MAX_CHANGES:])
+        return [*checked_changes(own, state_dict.get("changes", [])), *recordable(new)][-MAX_CHANGES:]
 
     def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
         """Return which tensors saved statistics are of. States of before names were saved have their number only."""

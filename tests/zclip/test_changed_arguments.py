@@ -74,6 +74,22 @@ def test_growing_history_goes_on_after_a_change():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+class Limits(FixedNorm):
+    def __init__(self, limits):
+        super().__init__(1.0)
+        self.limits = limits
+
+
+@pytest.mark.parametrize(("one", "other"), [({"a": 1.0}, {"a": 2.0}), ([[0, 1.0]], [[0, 2.0]]), ("a", "b" * 2000)])
+def test_change_of_an_argument_of_any_kind_can_be_loaded(one, other):
+    strategy, resumed = Limits(one), Limits(one)
+    strategy.change(limits=other)
+    Limits(other).load_state_dict(strategy.state_dict())
+    resumed.load_state_dict(Limits(other).state_dict(), override=True)
+    Limits(one).load_state_dict(resumed.state_dict())
+    assert [change["setting"] for change in strategy.changes + resumed.changes] == ["limits", "limits"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
