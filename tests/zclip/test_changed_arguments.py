@@ -90,6 +90,18 @@ def test_change_of_an_argument_of_any_kind_can_be_loaded(one, other):
     assert [change["setting"] for change in strategy.changes + resumed.changes] == ["limits", "limits"]
 
 
+def test_history_that_may_grow_after_a_change_is_loaded_again():
+    strategy = AutoClip(window=10)
+    model = steps(strategy, 0, 5)
+    strategy.change(window=None)
+    steps(strategy, 5, 25, model)
+    assert len(strategy.state["history"]) == 40
+    before = strategy.state_dict()
+    strategy.load_state_dict(before)
+    strategy.change(percentile=20.0)
+    assert str(strategy.state_dict()["state"]) == str(before["state"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
