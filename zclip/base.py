@@ -173,7 +173,9 @@ class ClippingStrategy(Statistics):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
         changed = type(self)(**{**config, **settings})
         if self.counters:
-            changed._checked(self.state_dict(), override=True)
+            state, *_ = changed._checked(self.state_dict(), override=True)
+            for key, value in state.items():
+                self.state[key].copy_(value)
         self.changes = [*self.changes, *recordable(differences(config, changed.config()))][-MAX_CHANGES:]
         for name in settings:
             setattr(self, name, getattr(changed, name))

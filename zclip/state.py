@@ -223,6 +223,8 @@ class Statistics:
         tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
         like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        if override:
+            state = self.adapt_state(state, state_dict["config"])
         self.check_state(state, counters)
         return state, counters, tensors, changes
 
@@ -279,6 +281,18 @@ class Statistics:
             tensors[key] = check_tensor(own, entry, saved[key], like, key in self.resizable)
             check_values(own, entry, tensors[key], like, key in nonnegative)
         return {key: _wide(value).clone() for key, value in tensors.items()}
+
+    def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
+        """Return statistics that were made with other arguments as those of this strategy's. Default: as they are.
+
+        Args:
+            state: statistics with the keys, dtypes and shapes of `initial_state`; must not be changed in place.
+            config: the arguments that they were made with; those of a saved state may be of any kind.
+
+        Raises:
+            ValueError: an argument that is needed is not one.
+        """
+        return state
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` if statistics contradict each other; each is checked on its own before. Default: nothing.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AutoClip, FixedNorm, ZClip
+from zclip import AutoClip, FixedNorm, GradientStabilizer, ZClip
 
 
 def steps(strategy, first: int, last: int, model=None):
@@ -100,6 +100,25 @@ def test_history_that_may_grow_after_a_change_is_loaded_again():
     strategy.load_state_dict(before)
     strategy.change(percentile=20.0)
     assert str(strategy.state_dict()["state"]) == str(before["state"])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_changed_decay_keeps_the_moments_that_are_corrected_for_bias(loaded):
+    strategy, changed = GradientStabilizer(), GradientStabilizer(gamma1=0.99, gamma2=0.999)
+    model = steps(strategy, 0, 9)
+    if loaded:
+        changed.load_state_dict(strategy.state_dict(), override=True)
+    else:
+        changed = copy.deepcopy(strategy)
+        changed.change(gamma1=0.99, gamma2=0.999)
+    for key, before, after in (("m", 0.7, 0.99), ("v", 0.9, 0.999)):
+        corrected = changed.state[key] / (1 - after**9)
+        torch.testing.assert_close(corrected, strategy.state[key] / (1 - before**9))
+    steps(changed, 9, 10, model)
+    assert changed.read_telemetry()["clipped_norm"] < 2.1  # of four tensors, each about 1
+    damaged = {**strategy.state_dict(), "config": {"gamma1": "a", "gamma2": 0.9, "eps": 1e-8}}
+    with pytest.raises(ValueError, match=r"^gamma1=a is not allowed: it must be a number from 0 to below 1$"):
+        strategy.load_state_dict(damaged, override=True)
 
 
 @pytest.mark.parametrize(
