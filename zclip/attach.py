@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -72,7 +73,8 @@ class Attachment:
 
         def clipped_closure() -> Any:
             loss = closure()
-            self._clip(optimizer, loss if isinstance(loss, Tensor) else None)
+            value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
+            self._clip(optimizer, value if isinstance(value, Tensor) else None)
             return loss
 
         if len(args) > 1:

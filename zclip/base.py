@@ -184,8 +184,10 @@ class ClippingStrategy(Statistics):
         """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
 
         The norm is that of the gradients with which the optimizer would step: after accumulation, and unscaled if a
-        GradScaler is used. A closure's gradients are clipped at its end, and its loss is passed to strategies that use
-        it; without a closure they get no loss. A step without any gradient changes nothing.
+        GradScaler is used. A closure's gradients are clipped at its end. A step without any gradient changes nothing.
+
+        Strategies that use the loss get that of a closure, which is the last micro-batch's in Lightning. They get none
+        without a closure, and none in several processes, where each has the loss of its own batch.
 
         Args:
             optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped. All of its parameters are
@@ -206,6 +208,8 @@ class ClippingStrategy(Statistics):
             own = [parameter for group in inner.param_groups for parameter in group["params"]]
             ids = set(map(id, own))
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                loss = None  # other ranks may have another one, and would decide otherwise
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
                 self._step(shards, models, [inner], loss, process_group)
 

@@ -190,6 +190,26 @@ def test_attached_strategy_lives_as_long_as_the_optimizer():
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize(("processes", "losses"), [(1, 2), (2, 0)])
+def test_loss_of_a_closure_counts_in_one_process_only(processes, losses, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    model, strategy = build_model(), SkipStep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(lambda: float(closure()))
+    assert int(strategy.state["loss_count"]) == losses
+    assert int(strategy.state["norm_count"]) == 2
+
+
 class SubclassSGD(torch.optim.SGD):
     def step(self, closure=None):
         return super().step(closure)
