@@ -80,7 +80,9 @@ class ClippingStrategy(Statistics):
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
-            whatever they hold; `other_norm` is their norm. A saved state records the scope.
+            whatever they hold; `other_norm` is their norm. A saved state records the scope. Of several names (tied
+            weights) the first in alphabetical order counts. If several modules are given, names begin with their
+            number: `1.embed.weight`.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a

@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers import same
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
+from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip.base import Policy
 from zclip.scope import in_scope
 
 WEIGHTS = ["*.weight"]
@@ -43,6 +44,25 @@ def norm(tensors) -> float:
 )
 def test_patterns_are_those_of_a_shell(name, scope, inside):
     assert in_scope(name, scope) == inside
+
+
+@pytest.mark.parametrize("strategy", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC])
+def test_help_of_each_strategy_names_every_policy(strategy):
+    assert all(f"{name}:" in strategy.__doc__ or f"`{name}`" in strategy.__doc__ for name in Policy.__annotations__)
+
+
+def test_name_of_a_parameter_is_its_first_one_and_has_the_number_of_its_module():
+    first, second = build_model(), build_model()
+    for model in (first, second):
+        backward(model)
+    second.again = second[2]
+    gradients = [p.grad for p in (*first.parameters(), second[0].weight, second[0].bias)]
+    expected = norm(gradients)
+    strategy = FixedNorm(0.01, scope=["!1.again*", "!1.2*"])
+    strategy.step(first, second)
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"^scope=again\* has none of the 4 parameters, which are 0\.weight, "):
+        FixedNorm(0.01, scope="again*").step(second)
 
 
 @pytest.mark.parametrize("fused", [False, True])

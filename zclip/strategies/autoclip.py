@@ -26,7 +26,7 @@ class AutoClip(ClippingStrategy):
         percentile: percentile of the history, from 0 to 100. Default 10.
         window: number of latest norms in the history. Default `None`: all norms; the buffer then doubles whenever it is
             full and takes 8 bytes per step.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
     Telemetry, in addition to that of `ClippingStrategy`: `threshold`, the percentile.
     """

@@ -28,7 +28,7 @@ class GradientStabilizer(ClippingStrategy):
         gamma1: decay of the first moment, 0 <= gamma1 < 1. Default 0.7.
         gamma2: decay of the second moment, 0 <= gamma2 < 1. Default 0.9.
         eps: added to the root of the second moment, > 0. Default 1e-8.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
     """
 
     per_tensor = True
