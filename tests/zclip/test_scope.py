@@ -140,6 +140,10 @@ def test_scope_without_names_or_parameters_is_refused():
     for scope in ([], "", 3, [3], [""]):
         with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
             ZClip(scope=scope)
+        strategy = ZClip()
+        strategy.scope = scope
+        with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
+            strategy.step(model)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
