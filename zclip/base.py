@@ -175,10 +175,17 @@ class ClippingStrategy(Statistics):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
         changed = type(self)(**{**config, **settings})
         if self.counters:
-            state, *_ = changed._checked(self.state_dict(), override=True)
+            try:
+                state, *_ = changed._checked(self.state_dict(), override=True)
+            except ValueError as error:
+                new = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+                reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+                raise ValueError(f"the statistics do not fit {new}: {reason}") from error
             for key, value in state.items():
                 self.state[key].copy_(value)
-        self.changes = [*self.changes, *recordable(differences(config, changed.config()))][-MAX_CHANGES:]
+        after = {name: value for name, value in changed.config().items() if name in settings}
+        new_changes = recordable(differences({name: config[name] for name in settings}, after))
+        self.changes = [*self.changes, *new_changes][-MAX_CHANGES:]
         for name in settings:
             setattr(self, name, getattr(changed, name))
 
