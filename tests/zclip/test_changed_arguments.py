@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AutoClip, FixedNorm, GradientStabilizer, ZClip
+from zclip import AutoClip, FixedNorm, GradientStabilizer, SkipStep, ZClip
 
 
 def steps(strategy, first: int, last: int, model=None):
@@ -50,17 +50,35 @@ def test_record_of_changes_is_restored_and_bounded():
 
 
 def test_change_that_is_refused_changes_nothing():
-    strategy = ZClip(recovery_window=40)
-    steps(strategy, 0, 50)
+    strategy = ZClip()
+    steps(strategy, 0, 3)
     before = copy.deepcopy(strategy.state_dict())
     with pytest.raises(ValueError, match=r"^z_thresh=-1 is not allowed: it must be a number above 0$"):
         strategy.change(alpha=0.5, z_thresh=-1)
     with pytest.raises(TypeError, match=r"^ZClip has no argument 'zthresh': it has alpha, z_thresh, "):
         strategy.change(zthresh=3.0)
-    assert int(strategy.state["block_count"]) > 10
-    with pytest.raises(ValueError, match=r"^the statistics do not fit recovery_window=10: state\.block_count=\d+"):
-        strategy.change(recovery_window=10)
     assert str(strategy.state_dict()) == str(before)
+    strategy = SkipStep(window=8)
+    steps(strategy, 0, 3)
+    before = copy.deepcopy(strategy.state_dict())
+    with pytest.raises(ValueError, match=r"^the statistics do not fit sigma=3.0, window=4: state\.losses=a float64"):
+        strategy.change(sigma=3.0, window=4)
+    assert str(strategy.state_dict()) == str(before)
+
+
+def test_block_of_another_length_starts_anew():
+    strategy, resumed = ZClip(warmup_steps=5), ZClip(warmup_steps=5, recovery_window=10)
+    model = steps(strategy, 0, 30)
+    assert int(strategy.state["block_count"]) == 25
+    resumed.load_state_dict(strategy.state_dict(), override=True)
+    strategy.change(recovery_window=None)
+    steps(strategy, 30, 33, model)
+    assert int(strategy.state["block_count"]) == 0
+    strategy.change(recovery_window=10)
+    for changed in (strategy, resumed):
+        assert changed.state["blocks"][0] == changed.state["mean"] and not changed.state["blocks"][1:].any()
+        steps(changed, 33, 36, model)
+        assert int(changed.state["block_count"]) == 3
 
 
 def test_growing_history_goes_on_after_a_change():
