@@ -24,6 +24,7 @@ from zclip.norm import (
     Parameters,
     Shard,
     global_norm,
+    is_flattened,
     listed,
     local_gradient,
     norm_like,
@@ -207,7 +208,8 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: `optimizer` is not one of torch's.
-            ValueError: this strategy is attached already, or another one is attached to the optimizer.
+            ValueError: this strategy is attached already, or another one is attached to the optimizer. In the
+                optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
@@ -216,6 +218,9 @@ class ClippingStrategy(Statistics):
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = [parameter for group in inner.param_groups for parameter in group["params"]]
             ids = set(map(id, own))
+            flattened = {id(parameter) for parameter in own if is_flattened(parameter)}
+            if flattened and not flattened <= self._names(models).keys():
+                raise ValueError("FSDP1 shards parameters, and only its module knows how: attach(optimizer, model)")
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise

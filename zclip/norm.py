@@ -104,6 +104,11 @@ def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
     return (group,) if handle is not None and group is not None and handle.uses_sharded_strategy else ()
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has flattened a parameter: only its module knows over which ranks it is sharded."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def _mesh(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
