@@ -46,7 +46,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, clip: Clip) -> None:
         inner = unwrap(optimizer)
-        if not isinstance(inner, Optimizer):
+        if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_pre_hooks"):
             raise TypeError(f"attach() takes an optimizer of torch, not {type(optimizer).__name__}")
         if inner in self._attached:
             raise ValueError("a strategy is attached to this optimizer already: detach() that one first")
@@ -66,7 +66,7 @@ class Attachment:
         if _is_inner_step(optimizer):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
-        if closure is None:
+        if not callable(closure):  # none, or an argument of a step that takes others
             _unscale(optimizer)
             self._clip(optimizer, None)
             return None

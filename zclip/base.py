@@ -207,12 +207,12 @@ class ClippingStrategy(Statistics):
             process_group: see `step`.
 
         Raises:
-            TypeError: `optimizer` is not one of torch's.
+            TypeError: `optimizer` is not one of torch's, or has not called `Optimizer.__init__`.
             ValueError: this strategy is attached already, or another one is attached to the optimizer. In the
                 optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
         """
         if self._attachment is not None:
-            raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
+            raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         models = tuple(map(listed, models))
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:

@@ -108,7 +108,7 @@ def test_optimizer_or_strategy_is_not_attached_twice():
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
     strategy = ZClip()
     strategy.attach(optimizer)
-    with pytest.raises(ValueError, match=r"^this ZClip is attached to an optimizer already: make one for each$"):
+    with pytest.raises(ValueError, match=r"^this ZClip is attached already: detach\(\) it, or make one for each$"):
         strategy.attach(other)
     with pytest.raises(ValueError, match=r"^a strategy is attached to this optimizer already: detach\(\) that one"):
         ZClip().attach(optimizer)
@@ -234,6 +234,35 @@ def test_step_after_one_that_raised_is_clipped():
     model(batch(0)).square().mean().backward()
     optimizer.step()
     assert strategy.read_telemetry()["clipped"] == 1
+
+
+class Scaled(torch.optim.SGD):
+    """The argument of its step is no closure."""
+
+    def step(self, factor):
+        assert factor == 0.5
+        return super().step()
+
+
+def test_argument_of_a_step_that_is_no_closure_is_passed_on():
+    model, strategy = build_model(), FixedNorm(0.01)
+    optimizer = Scaled(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    optimizer.step(0.5)
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Not an optimizer of its own: torch cannot call hooks in its step."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_wrapper_without_hooks_is_refused():
+    with pytest.raises(TypeError, match=r"^attach\(\) takes an optimizer of torch, not Wrapper$"):
+        ZClip().attach(Wrapper(torch.optim.SGD(build_model().parameters())))
 
 
 class Container(torch.optim.Optimizer):
