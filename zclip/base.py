@@ -6,6 +6,7 @@ function of tensors: it takes the statistics as a dict and returns new ones. An 
 `torch.where`, without a device sync, and the rule can be compiled.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypedDict, Unpack
@@ -174,21 +175,24 @@ class ClippingStrategy(Statistics):
         config = self.config()
         if unknown := sorted(settings.keys() - config.keys()):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
-        changed = type(self)(**{**config, **settings})
+        made = type(self)(**{**config, **settings})
+        new = {name: getattr(made, name) for name in settings}
+        changed = copy.copy(self)
+        changed.__dict__.update(new)
         if self.counters:
             try:
                 state, *_ = changed._checked(self.state_dict(), override=True)
             except ValueError as error:
-                new = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+                words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
                 reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
-                raise ValueError(f"the statistics do not fit {new}: {reason}") from error
+                raise ValueError(f"the statistics do not fit {words}: {reason}") from error
             for key, value in state.items():
                 self.state[key].copy_(value)
         after = {name: value for name, value in changed.config().items() if name in settings}
-        new_changes = recordable(differences({name: config[name] for name in settings}, after))
-        self.changes = [*self.changes, *new_changes][-MAX_CHANGES:]
-        for name in settings:
-            setattr(self, name, getattr(changed, name))
+        changes = recordable(differences({name: config[name] for name in settings}, after))
+        self.changes = [*self.changes, *changes][-MAX_CHANGES:]
+        for name, value in new.items():
+            setattr(self, name, value)
 
     def attach(self, optimizer: Optimizer, *models: Parameters, process_group: dist.ProcessGroup | None = None) -> None:
         """Clip before every step of an optimizer, whatever loop calls it, until `detach`.

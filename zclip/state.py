@@ -287,7 +287,8 @@ class Statistics:
 
         Args:
             state: statistics with the keys, dtypes and shapes of `initial_state`; must not be changed in place.
-            config: the arguments that they were made with; those of a saved state may be of any kind.
+            config: the arguments that they were made with, but for those that a subclass takes as `**policy`; those of
+                a saved state may be of any kind.
 
         Raises:
             ValueError: an argument that is needed is not one.

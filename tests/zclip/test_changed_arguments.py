@@ -105,6 +105,26 @@ def test_only_the_argument_that_is_changed_is_recorded():
     assert strategy.percent == 0.5
 
 
+@pytest.mark.parametrize(
+    ("base", "own"), [(ZClip, {"warmup_steps": 5, "recovery_window": 80}), (GradientStabilizer, {"gamma1": 0.5})]
+)
+def test_arguments_that_a_subclass_passes_on_stay(base, own):
+    class Passing(base):
+        def __init__(self, factor=1.0, **policy):
+            super().__init__(**policy)
+            self.factor = factor
+
+    strategy, resumed = Passing(**own), Passing(2.0, **own)
+    steps(strategy, 0, 60)
+    before = strategy.state_dict()
+    resumed.load_state_dict(before, override=True)
+    strategy.change(factor=2.0)
+    for changed in (strategy, resumed):
+        assert str(changed.state_dict()["state"]) == str(before["state"])
+        assert changed.changes == [{"setting": "factor", "from": 1.0, "to": 2.0}]
+        assert all(getattr(changed, name) == value for name, value in own.items())
+
+
 class Limits(FixedNorm):
     def __init__(self, limits):
         super().__init__(1.0)

@@ -47,7 +47,7 @@ class GradientStabilizer(ClippingStrategy):
     def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
         """Return moments of other decays with the same bias-corrected values."""
         steps = state["steps"].clamp(min=1)  # moments are 0 before
-        before1, before2 = (decay(key, config.get(key, torch.nan)) for key in ("gamma1", "gamma2"))
+        before1, before2 = (decay(key, config.get(key, getattr(self, key))) for key in ("gamma1", "gamma2"))
         return {
             "steps": state["steps"],
             "m": state["m"] * ((1 - self.gamma1**steps) / (1 - before1**steps)),

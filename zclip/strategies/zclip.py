@@ -128,7 +128,7 @@ class ZClip(ClippingStrategy):
 
     def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
         """Restart the blocks, if they are of another length now or did not go on without recovery."""
-        if same(self.recovery_window, config.get("recovery_window")):
+        if same(self.recovery_window, config.get("recovery_window", self.recovery_window)):
             return state
         block = {key: torch.zeros_like(value) for key, value in state.items() if key.startswith("block")}
         block["blocks"][0] = state["mean"]
