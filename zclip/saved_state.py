@@ -121,8 +121,10 @@ def check_values(strategy: str, entry: str, value: Tensor, initial: Tensor, nonn
     """Raise `ValueError` unless all values are finite and, if `nonnegative`, not below 0.
 
     NaN and infinities are allowed where `initial` has them: they are statistics that have no value yet. Integers are
-    counts, at most `MAX_COUNT`.
+    counts, at most `MAX_COUNT`. Truth values are both allowed.
     """
+    if value.dtype == torch.bool:
+        return
     start = initial[~initial.isfinite()].to(value).unique()
     ok = value.isfinite()
     if nonnegative:
