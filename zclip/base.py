@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers
+from zclip.apply import FusedClip, apply_decision, bind_optimizers, unwrap
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
@@ -212,12 +212,16 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: `optimizer` is not one of torch's, or has not called `Optimizer.__init__`.
-            ValueError: this strategy is attached already, or another one is attached to the optimizer. In the
-                optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
+            ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
+                none of its parameters. In the optimizer's step also what `step` raises, and if the module of FSDP1 is
+                missing.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         models = tuple(map(listed, models))
+        own_ids = {id(p) for group in getattr(unwrap(optimizer), "param_groups", ()) for p in group["params"]}
+        if models and own_ids and own_ids.isdisjoint(id(shard.parameter) for shard in parameters_of(models)):
+            raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = [parameter for group in inner.param_groups for parameter in group["params"]]

@@ -181,6 +181,16 @@ def test_statistics_of_tensors_have_the_names_of_the_module():
     assert strategy.state_dict()["names"] == [name for name, _ in model.named_parameters()]
 
 
+def test_module_that_the_optimizer_does_not_train_is_refused():
+    model, strategy = build_model(), AdaGC()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"^the models hold no parameter of the optimizer: give attach\(\) the module"):
+        strategy.attach(optimizer, copy.deepcopy(model))
+    with pytest.raises(TypeError, match=r"^attach\(\) takes an optimizer of torch, not Sequential$"):
+        strategy.attach(model, optimizer)
+    strategy.attach(optimizer, model[0], copy.deepcopy(model))
+
+
 def test_attached_strategy_lives_as_long_as_the_optimizer():
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
