@@ -6,10 +6,13 @@ gradients to a fused optimizer's step, so the hook unscales them first. One kind
 `torch.distributed.checkpoint` makes an optimizer create its state by a step with zero gradients and learning rates.
 """
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +21,8 @@ from zclip.norm import local_gradient
 
 #: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
 Clip = Callable[[Optimizer, Tensor | None], None]
+#: Code of the function that torch puts around the `step` of each class, and that calls the hooks.
+HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 class Attachment:
@@ -42,7 +47,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, clip: Clip) -> None:
         inner = unwrap(optimizer)
-        if not isinstance(inner, Optimizer):
+        if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_pre_hooks"):
             raise TypeError(f"attach() takes an optimizer of torch, not {type(optimizer).__name__}")
         if inner in self._attached:
             raise ValueError("a strategy is attached to this optimizer already: detach() that one first")
@@ -59,8 +64,10 @@ class Attachment:
             self._attached.discard(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if _is_inner_step(optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
-        if closure is None:
+        if not callable(closure):  # none, or an argument of a step that takes others
             if not ("closure" in kwargs and _has_no_state(optimizer)):
                 _unscale(optimizer)
                 self._clip(optimizer, None)
@@ -68,7 +75,8 @@ class Attachment:
 
         def clipped_closure() -> Any:
             loss = closure()
-            self._clip(optimizer, loss if isinstance(loss, Tensor) else None)
+            value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
+            self._clip(optimizer, value if isinstance(value, Tensor) else None)
             return loss
 
         if len(args) > 1:
@@ -82,6 +90,19 @@ def _has_no_state(optimizer: Optimizer) -> bool:
     `torch.distributed.checkpoint` then calls `step(closure=None)`. Gradients are not looked at: ranks must agree.
     """
     return not optimizer.state and all(group.get("lr") == 0 for group in optimizer.param_groups)
+
+
+def _is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether the hooks are called by a step within a step: that of a subclass calls `super().step()`.
+
+    The stack tells. A flag would stay set where a step raises, and the next step would not be clipped.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None:
+        steps += frame.f_code is HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 def _unscale(optimizer: Any) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers
+from zclip.apply import FusedClip, apply_decision, bind_optimizers, unwrap
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
@@ -25,6 +25,7 @@ from zclip.norm import (
     Parameters,
     Shard,
     global_norm,
+    is_flattened,
     listed,
     local_gradient,
     norm_like,
@@ -80,7 +81,9 @@ class ClippingStrategy(Statistics):
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
-            whatever they hold; `other_norm` is their norm. A saved state records the scope.
+            whatever they hold; `other_norm` is their norm. A saved state records the scope. Of several names (tied
+            weights) the first in alphabetical order counts. If several modules are given, names begin with their
+            number: `1.embed.weight`.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -159,8 +162,10 @@ class ClippingStrategy(Statistics):
         """Clip before every step of an optimizer, whatever loop calls it, until `detach`.
 
         The norm is that of the gradients with which the optimizer would step: after accumulation, and unscaled if a
-        GradScaler is used. A closure's gradients are clipped at its end, and its loss is passed to strategies that use
-        it; without a closure they get no loss. A step without any gradient changes nothing.
+        GradScaler is used. A closure's gradients are clipped at its end. A step without any gradient changes nothing.
+
+        Strategies that use the loss get that of a closure, which is the last micro-batch's in Lightning. They get none
+        without a closure, and none in several processes, where each has the loss of its own batch.
 
         In DeepSpeed's engine with ZeRO 1, 2 or 3 the strategy takes the place of `gradient_clipping`. It gets the
         engine's norm, unless the engine skips the step itself, because the norm is not finite. Where the strategy skips
@@ -174,12 +179,13 @@ class ClippingStrategy(Statistics):
             process_group: see `step`.
 
         Raises:
-            TypeError: `optimizer` is something else.
-            ValueError: this strategy is attached already, or another one is attached to the optimizer; or the engine
-                is not one of ZeRO, or the strategy needs more than a norm.
+            TypeError: `optimizer` is something else, or has not called `Optimizer.__init__`.
+            ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
+                none of its parameters; or the engine is not one of ZeRO, or the strategy needs more than a norm. In the
+                optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
         """
         if self._attachment is not None:
-            raise ValueError(f"this {type(self).__name__} is attached to an optimizer already: make one for each")
+            raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         if is_engine(optimizer):
             if self.per_tensor or self.needs_gradients or self.scope is not None:
                 what = "a scope" if self.scope is not None else type(self).__name__
@@ -187,11 +193,19 @@ class ClippingStrategy(Statistics):
             self._attachment = EngineAttachment(optimizer, self.observe)
             return
         models = tuple(map(listed, models))
+        own_ids = {id(p) for group in getattr(unwrap(optimizer), "param_groups", ()) for p in group["params"]}
+        if models and own_ids and own_ids.isdisjoint(id(shard.parameter) for shard in parameters_of(models)):
+            raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = [parameter for group in inner.param_groups for parameter in group["params"]]
             ids = set(map(id, own))
+            flattened = {id(parameter) for parameter in own if is_flattened(parameter)}
+            if flattened and not flattened <= self._names(models).keys():
+                raise ValueError("FSDP1 shards parameters, and only its module knows how: attach(optimizer, model)")
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                loss = None  # other ranks may have another one, and would decide otherwise
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
                 self._step(shards, models, [inner], loss, process_group)
 

@@ -104,6 +104,11 @@ def _fsdp1_groups(module: FullyShardedDataParallel) -> Groups:
     return (group,) if handle is not None and group is not None and handle.uses_sharded_strategy else ()
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has flattened a parameter: only its module knows over which ranks it is sharded."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def _mesh(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
@@ -213,10 +218,22 @@ def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:
 
 
 def norm_like(norm: Tensor, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the 2-norm of the gradients of other parameters, maybe none, with the device and dtype of `norm`."""
-    gradients = [local_gradient(shard.parameter) for shard in shards]
+    """Return the 2-norm of the gradients of other parameters, maybe none, with the device and dtype of `norm`.
+
+    They are not scaled, so they may be sparse or complex.
+    """
+    gradients = [_elements(shard.parameter) for shard in shards]
     norms = tensor_norms(shards, gradients).to(norm) if shards else norm.new_zeros(1)
     return global_norm(norms, process_group)
+
+
+def _elements(parameter: Tensor) -> Tensor | None:
+    """Return a dense real tensor with the norm of this rank's shard of a gradient; `None` without a gradient."""
+    gradient = parameter.grad
+    if gradient is None or not (gradient.layout == torch.sparse_coo or gradient.is_complex()):
+        return local_gradient(parameter)
+    elements = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(elements.resolve_conj()) if elements.is_complex() else elements
 
 
 def global_norm(norms: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Checks of a saved state, before anything of it is used: it may be damaged, or written by somebody else."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import torch
@@ -60,6 +60,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dic
     return [{"setting": key, "from": before.get(key), "to": after.get(key)} for key in changed]
 
 
+def recordable(changes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return changes of arguments as `checked_changes` allows them: a dict, say, becomes a short text."""
+    return [{k: value if _is_recordable(value) else shown(value) for k, value in c.items()} for c in changes]
+
+
 def checked_changes(strategy: str, changes: Any) -> list[dict[str, Any]]:
     """Return recorded changes of arguments; raise `ValueError` if they are of another shape, or too many."""
     if not isinstance(changes, list) or len(changes) > MAX_CHANGES:
@@ -67,10 +72,14 @@ def checked_changes(strategy: str, changes: Any) -> list[dict[str, Any]]:
     for i, change in enumerate(changes):
         check_keys(strategy, f"changes[{i}]", change, ("setting", "from", "to"), ())
         for key, value in change.items():
-            values = value if isinstance(value, list) and len(value) <= MAX_CHANGES else [value]
-            if not all(map(_is_small, values)):
+            if not _is_recordable(value):
                 refuse(strategy, f"changes[{i}].{key}", value, "a number, a text, null, or a list of them")
     return [dict(change) for change in changes]
+
+
+def _is_recordable(value: Any) -> bool:
+    values = value if isinstance(value, list) and len(value) <= MAX_CHANGES else [value]
+    return all(map(_is_small, values))
 
 
 def _is_small(value: Any) -> bool:
@@ -112,8 +121,10 @@ def check_values(strategy: str, entry: str, value: Tensor, initial: Tensor, nonn
     """Raise `ValueError` unless all values are finite and, if `nonnegative`, not below 0.
 
     NaN and infinities are allowed where `initial` has them: they are statistics that have no value yet. Integers are
-    counts, at most `MAX_COUNT`.
+    counts, at most `MAX_COUNT`. Truth values are both allowed.
     """
+    if value.dtype == torch.bool:
+        return
     start = initial[~initial.isfinite()].to(value).unique()
     ok = value.isfinite()
     if nonnegative:

@@ -41,8 +41,9 @@ def split_by_scope(
         scope: see `in_scope`.
 
     Raises:
-        ValueError: a parameter has no name, or none is in the scope.
+        ValueError: the scope is not one, a parameter has no name, or none is in the scope.
     """
+    check_scope(scope)
     if not all(id(shard.parameter) in names for shard in shards):
         raise ValueError("scope= needs the names of the parameters: give step() or attach() the module that holds them")
     inside = [shard for shard in shards if in_scope(names[id(shard.parameter)], scope)]

@@ -1,5 +1,6 @@
 """The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
 
+import copy
 import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -18,9 +19,11 @@ from zclip.saved_state import (
     checked_changes,
     differences,
     is_plain,
+    recordable,
     refuse,
     shown,
 )
+from zclip.scope import split_by_scope
 from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
@@ -72,11 +75,13 @@ class Statistics:
             models: modules, parameters, or iterables of either, as for `step`.
 
         Raises:
-            ValueError: no parameter requires gradients, or the parameters are on the meta device.
+            ValueError: no parameter requires gradients, the parameters are on the meta device, or none is in the scope.
         """
         models = tuple(map(listed, models))
         self._check_initialised()
         shards = parameters_of(models)
+        if self.scope is not None:
+            shards, _ = split_by_scope(shards, self._names(models), self.scope)
         device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
         if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
@@ -162,12 +167,24 @@ class Statistics:
         config = self.config()
         if unknown := sorted(settings.keys() - config.keys()):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
-        changed = type(self)(**{**config, **settings})
+        made = type(self)(**{**config, **settings})
+        new = {name: getattr(made, name) for name in settings}
+        changed = copy.copy(self)
+        changed.__dict__.update(new)
         if self.counters:
-            changed._checked(self.state_dict(), override=True)
-        self.changes = [*self.changes, *differences(config, changed.config())][-MAX_CHANGES:]
-        for name in settings:
-            setattr(self, name, getattr(changed, name))
+            try:
+                state, *_ = changed._checked(self.state_dict(), override=True)
+            except ValueError as error:
+                words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+                reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+                raise ValueError(f"the statistics do not fit {words}: {reason}") from error
+            for key, value in state.items():
+                self.state[key].copy_(value)
+        after = {name: value for name, value in changed.config().items() if name in settings}
+        changes = recordable(differences({name: config[name] for name in settings}, after))
+        self.changes = [*self.changes, *changes][-MAX_CHANGES:]
+        for name, value in new.items():
+            setattr(self, name, value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
@@ -244,6 +261,8 @@ class Statistics:
         tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
         like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        if override:
+            state = self.adapt_state(state, state_dict["config"])
         self.check_state(state, counters)
         return state, counters, tensors, changes
 
@@ -266,7 +285,7 @@ class Statistics:
             pairs = [f"{shown(c['setting'])[1:-1]}={shown(c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        return checked_changes(own, [*checked_changes(own, state_dict.get("changes", [])), *new][-MAX_CHANGES:])
+        return [*checked_changes(own, state_dict.get("changes", [])), *recordable(new)][-MAX_CHANGES:]
 
     def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
         """Return which tensors saved statistics are of. States of before names were saved have their number only."""
@@ -300,6 +319,19 @@ class Statistics:
             tensors[key] = check_tensor(own, entry, saved[key], like, key in self.resizable)
             check_values(own, entry, tensors[key], like, key in nonnegative)
         return {key: _wide(value).clone() for key, value in tensors.items()}
+
+    def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
+        """Return statistics that were made with other arguments as those of this strategy's. Default: as they are.
+
+        Args:
+            state: statistics with the keys, dtypes and shapes of `initial_state`; must not be changed in place.
+            config: the arguments that they were made with, but for those that a subclass takes as `**policy`; those of
+                a saved state may be of any kind.
+
+        Raises:
+            ValueError: an argument that is needed is not one.
+        """
+        return state
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` if statistics contradict each other; each is checked on its own before. Default: nothing.

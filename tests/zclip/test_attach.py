@@ -109,7 +109,7 @@ def test_optimizer_or_strategy_is_not_attached_twice():
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
     strategy = ZClip()
     strategy.attach(optimizer)
-    with pytest.raises(ValueError, match=r"^this ZClip is attached to an optimizer already: make one for each$"):
+    with pytest.raises(ValueError, match=r"^this ZClip is attached already: detach\(\) it, or make one for each$"):
         strategy.attach(other)
     with pytest.raises(ValueError, match=r"^a strategy is attached to this optimizer already: detach\(\) that one"):
         ZClip().attach(optimizer)
@@ -197,6 +197,16 @@ def test_statistics_of_tensors_have_the_names_of_the_module():
     assert strategy.state_dict()["names"] == [name for name, _ in model.named_parameters()]
 
 
+def test_module_that_the_optimizer_does_not_train_is_refused():
+    model, strategy = build_model(), AdaGC()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"^the models hold no parameter of the optimizer: give attach\(\) the module"):
+        strategy.attach(optimizer, copy.deepcopy(model))
+    with pytest.raises(TypeError, match=r"^attach\(\) takes an optimizer of torch, not Sequential$"):
+        strategy.attach(model, optimizer)
+    strategy.attach(optimizer, model[0], copy.deepcopy(model))
+
+
 def test_attached_strategy_lives_as_long_as_the_optimizer():
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -204,6 +214,81 @@ def test_attached_strategy_lives_as_long_as_the_optimizer():
     model(batch(0)).square().mean().backward()
     optimizer.step()
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("processes", "losses"), [(1, 2), (2, 0)])
+def test_loss_of_a_closure_counts_in_one_process_only(processes, losses, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    model, strategy = build_model(), SkipStep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(lambda: float(closure()))
+    assert int(strategy.state["loss_count"]) == losses
+    assert int(strategy.state["norm_count"]) == 2
+
+
+class SubclassSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("flow", ["plain", "closure"])
+def test_step_that_calls_that_of_its_base_class_is_clipped_once(flow, fused):
+    torch.optim.SGD(build_model().parameters())  # from now on torch calls the hooks in the base class's step too
+    model, telemetry = train(lambda p: SubclassSGD(p, lr=0.01, fused=fused), ZClip(warmup_steps=5), flow, True)
+    expected, expected_telemetry = train(lambda p: torch.optim.SGD(p, lr=0.01), ZClip(warmup_steps=5), flow, False)
+    assert_same_weights(model, expected, rtol=1e-6, atol=1e-7)
+    assert telemetry[-1]["nonfinite"] == expected_telemetry[-1]["nonfinite"] == 1
+
+
+def test_step_after_one_that_raised_is_clipped():
+    model, strategy = build_model(), FixedNorm(0.01)
+    optimizer = SubclassSGD(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
+class Scaled(torch.optim.SGD):
+    """The argument of its step is no closure."""
+
+    def step(self, factor):
+        assert factor == 0.5
+        return super().step()
+
+
+def test_argument_of_a_step_that_is_no_closure_is_passed_on():
+    model, strategy = build_model(), FixedNorm(0.01)
+    optimizer = Scaled(model.parameters(), lr=0.01)
+    strategy.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    optimizer.step(0.5)
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Not an optimizer of its own: torch cannot call hooks in its step."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_wrapper_without_hooks_is_refused():
+    with pytest.raises(TypeError, match=r"^attach\(\) takes an optimizer of torch, not Wrapper$"):
+        ZClip().attach(Wrapper(torch.optim.SGD(build_model().parameters())))
 
 
 class Container(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AutoClip, FixedNorm, ZClip
+from zclip import AutoClip, FixedNorm, GradientStabilizer, SkipStep, ZClip
 
 
 def steps(strategy, first: int, last: int, model=None):
@@ -50,17 +50,35 @@ def test_record_of_changes_is_restored_and_bounded():
 
 
 def test_change_that_is_refused_changes_nothing():
-    strategy = ZClip(recovery_window=40)
-    steps(strategy, 0, 50)
+    strategy = ZClip()
+    steps(strategy, 0, 3)
     before = copy.deepcopy(strategy.state_dict())
     with pytest.raises(ValueError, match=r"^z_thresh=-1 is not allowed: it must be a number above 0$"):
         strategy.change(alpha=0.5, z_thresh=-1)
     with pytest.raises(TypeError, match=r"^ZClip has no argument 'zthresh': it has alpha, z_thresh, "):
         strategy.change(zthresh=3.0)
-    assert int(strategy.state["block_count"]) > 10
-    with pytest.raises(ValueError, match=r"state\.block_count=\d+ is not allowed: it must be an integer from 0 to 9$"):
-        strategy.change(recovery_window=10)
     assert str(strategy.state_dict()) == str(before)
+    strategy = SkipStep(window=8)
+    steps(strategy, 0, 3)
+    before = copy.deepcopy(strategy.state_dict())
+    with pytest.raises(ValueError, match=r"^the statistics do not fit sigma=3.0, window=4: state\.losses=a float64"):
+        strategy.change(sigma=3.0, window=4)
+    assert str(strategy.state_dict()) == str(before)
+
+
+def test_block_of_another_length_starts_anew():
+    strategy, resumed = ZClip(warmup_steps=5), ZClip(warmup_steps=5, recovery_window=10)
+    model = steps(strategy, 0, 30)
+    assert int(strategy.state["block_count"]) == 25
+    resumed.load_state_dict(strategy.state_dict(), override=True)
+    strategy.change(recovery_window=None)
+    steps(strategy, 30, 33, model)
+    assert int(strategy.state["block_count"]) == 0
+    strategy.change(recovery_window=10)
+    for changed in (strategy, resumed):
+        assert changed.state["blocks"][0] == changed.state["mean"] and not changed.state["blocks"][1:].any()
+        steps(changed, 33, 36, model)
+        assert int(changed.state["block_count"]) == 3
 
 
 def test_growing_history_goes_on_after_a_change():
@@ -72,6 +90,86 @@ def test_growing_history_goes_on_after_a_change():
     changed.load_state_dict(expected.state_dict())
     model, other = steps(changed, 12, 20), steps(expected, 12, 20)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Percent(FixedNorm):
+    def __init__(self, percent=50.0, max_norm=1.0):
+        super().__init__(max_norm)
+        self.percent = percent / 100
+
+
+def test_only_the_argument_that_is_changed_is_recorded():
+    strategy = Percent()
+    strategy.change(max_norm=2.0)
+    assert strategy.changes == [{"setting": "max_norm", "from": 1.0, "to": 2.0}]
+    assert strategy.percent == 0.5
+
+
+@pytest.mark.parametrize(
+    ("base", "own"), [(ZClip, {"warmup_steps": 5, "recovery_window": 80}), (GradientStabilizer, {"gamma1": 0.5})]
+)
+def test_arguments_that_a_subclass_passes_on_stay(base, own):
+    class Passing(base):
+        def __init__(self, factor=1.0, **policy):
+            super().__init__(**policy)
+            self.factor = factor
+
+    strategy, resumed = Passing(**own), Passing(2.0, **own)
+    steps(strategy, 0, 60)
+    before = strategy.state_dict()
+    resumed.load_state_dict(before, override=True)
+    strategy.change(factor=2.0)
+    for changed in (strategy, resumed):
+        assert str(changed.state_dict()["state"]) == str(before["state"])
+        assert changed.changes == [{"setting": "factor", "from": 1.0, "to": 2.0}]
+        assert all(getattr(changed, name) == value for name, value in own.items())
+
+
+class Limits(FixedNorm):
+    def __init__(self, limits):
+        super().__init__(1.0)
+        self.limits = limits
+
+
+@pytest.mark.parametrize(("one", "other"), [({"a": 1.0}, {"a": 2.0}), ([[0, 1.0]], [[0, 2.0]]), ("a", "b" * 2000)])
+def test_change_of_an_argument_of_any_kind_can_be_loaded(one, other):
+    strategy, resumed = Limits(one), Limits(one)
+    strategy.change(limits=other)
+    Limits(other).load_state_dict(strategy.state_dict())
+    resumed.load_state_dict(Limits(other).state_dict(), override=True)
+    Limits(one).load_state_dict(resumed.state_dict())
+    assert [change["setting"] for change in strategy.changes + resumed.changes] == ["limits", "limits"]
+
+
+def test_history_that_may_grow_after_a_change_is_loaded_again():
+    strategy = AutoClip(window=10)
+    model = steps(strategy, 0, 5)
+    strategy.change(window=None)
+    steps(strategy, 5, 25, model)
+    assert len(strategy.state["history"]) == 40
+    before = strategy.state_dict()
+    strategy.load_state_dict(before)
+    strategy.change(percentile=20.0)
+    assert str(strategy.state_dict()["state"]) == str(before["state"])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_changed_decay_keeps_the_moments_that_are_corrected_for_bias(loaded):
+    strategy, changed = GradientStabilizer(), GradientStabilizer(gamma1=0.99, gamma2=0.999)
+    model = steps(strategy, 0, 9)
+    if loaded:
+        changed.load_state_dict(strategy.state_dict(), override=True)
+    else:
+        changed = copy.deepcopy(strategy)
+        changed.change(gamma1=0.99, gamma2=0.999)
+    for key, before, after in (("m", 0.7, 0.99), ("v", 0.9, 0.999)):
+        corrected = changed.state[key] / (1 - after**9)
+        torch.testing.assert_close(corrected, strategy.state[key] / (1 - before**9))
+    steps(changed, 9, 10, model)
+    assert changed.read_telemetry()["clipped_norm"] < 2.1  # of four tensors, each about 1
+    damaged = {**strategy.state_dict(), "config": {"gamma1": "a", "gamma2": 0.9, "eps": 1e-8}}
+    with pytest.raises(ValueError, match=r"^gamma1=a is not allowed: it must be a number from 0 to below 1$"):
+        strategy.load_state_dict(damaged, override=True)
 
 
 @pytest.mark.parametrize(

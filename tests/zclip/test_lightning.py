@@ -92,6 +92,13 @@ def test_statistics_are_saved_in_the_checkpoint(tmp_path):
         assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
 
 
+def test_callback_whose_strategy_was_changed_loads_its_own_state():
+    callback = ZClipLightningCallback()
+    callback.strategy.change(z_thresh=3.0)
+    callback.load_state_dict(callback.state_dict())
+    assert callback.strategy.changes == [{"setting": "z_thresh", "from": 2.5, "to": 3.0}]
+
+
 def test_bf16_mixed_with_a_fused_optimizer_trains(tmp_path):
     module = Automatic(fused=True)
     before = torch.cat([p.detach().flatten() for p in module.parameters()])

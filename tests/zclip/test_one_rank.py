@@ -98,6 +98,22 @@ def test_groups_are_those_that_shard_a_parameter(mesh):
     assert [shard.groups for shard in parameters_of([fsdp1, fsdp1])] == [()], "one rank shards nothing"
 
 
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_attached_strategy_asks_for_the_module_of_fsdp1(use_orig_params, group):
+    model = FullyShardedDataParallel(
+        nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=use_orig_params, process_group=group
+    )
+    optimizer, strategy = torch.optim.SGD(model.parameters(), lr=1.0), FixedNorm(0.01)
+    strategy.attach(optimizer, model.parameters())
+    model(torch.ones(3, 2)).sum().backward()
+    with pytest.raises(ValueError, match=r"^FSDP1 shards parameters, and only its module knows how: attach\("):
+        optimizer.step()
+    strategy.detach()
+    strategy.attach(optimizer, model)
+    optimizer.step()
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
 def test_gradient_that_is_not_on_the_mesh_of_its_parameter_is_refused(mesh):
     sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, (Shard(0), Shard(0))))
     plain = nn.Parameter(torch.ones(4))

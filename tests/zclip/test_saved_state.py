@@ -244,6 +244,21 @@ def test_own_strategy_may_have_negative_and_missing_statistics():
     assert refusal(other, infinite).endswith("state.log=inf is not allowed: it must be a finite number or nan")
 
 
+class Alternate(ClippingStrategy):
+    def initial_state(self, like):
+        return {"odd": torch.zeros((), dtype=torch.bool)}
+
+    def decide(self, norm, state):
+        return Decision(2 * norm, {"odd": ~state["odd"]})
+
+
+def test_truth_values_load_again():
+    strategy, resumed = Alternate(), Alternate()
+    strategy.observe(torch.tensor(1.0))
+    resumed.load_state_dict(strategy.state_dict())
+    assert resumed.state["odd"]
+
+
 def test_restored_parameters_of_another_library_do_not_require_gradients():
     strategy = used(MAKE["zclip"])
     trained = with_entry(strategy.state_dict(), "state", "mean", torch.tensor(1.0, requires_grad=True))

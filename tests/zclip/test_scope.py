@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers import same
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
+from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip.base import Policy
 from zclip.scope import in_scope
 
 WEIGHTS = ["*.weight"]
@@ -43,6 +44,25 @@ def norm(tensors) -> float:
 )
 def test_patterns_are_those_of_a_shell(name, scope, inside):
     assert in_scope(name, scope) == inside
+
+
+@pytest.mark.parametrize("strategy", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC])
+def test_help_of_each_strategy_names_every_policy(strategy):
+    assert all(f"{name}:" in strategy.__doc__ or f"`{name}`" in strategy.__doc__ for name in Policy.__annotations__)
+
+
+def test_name_of_a_parameter_is_its_first_one_and_has_the_number_of_its_module():
+    first, second = build_model(), build_model()
+    for model in (first, second):
+        backward(model)
+    second.again = second[2]
+    gradients = [p.grad for p in (*first.parameters(), second[0].weight, second[0].bias)]
+    expected = norm(gradients)
+    strategy = FixedNorm(0.01, scope=["!1.again*", "!1.2*"])
+    strategy.step(first, second)
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"^scope=again\* has none of the 4 parameters, which are 0\.weight, "):
+        FixedNorm(0.01, scope="again*").step(second)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -120,6 +140,35 @@ def test_scope_without_names_or_parameters_is_refused():
     for scope in ([], "", 3, [3], [""]):
         with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
             ZClip(scope=scope)
+        strategy = ZClip()
+        strategy.scope = scope
+        with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
+            strategy.step(model)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_gradients_that_are_not_in_the_scope_may_be_sparse_or_complex(kind):
+    model = build_model()
+    backward(model)
+    bias = model[0].bias.detach().clone()
+    model[0].bias = torch.nn.Parameter(bias if kind == "sparse" else torch.complex(bias, bias))
+    sparse = torch.sparse_coo_tensor([[1, 1, 7]], [1.0, 2.0, 4.0], (9,))
+    model[0].bias.grad = sparse if kind == "sparse" else torch.tensor([3.0, 4.0j] + [0.0] * 7)
+    model[2].bias.grad = None
+    strategy = FixedNorm(0.01, scope=WEIGHTS)
+    strategy.step(model)
+    assert strategy.read_telemetry()["other_norm"] == 5.0
+    assert strategy.read_telemetry()["clipped"] == 1
+
+
+def test_prepared_statistics_are_those_of_the_first_step():
+    model, prepared, strategy = build_model(), AdaGC(scope=WEIGHTS), AdaGC(scope=WEIGHTS)
+    prepared.prepare(model)
+    backward(model)
+    strategy.step(model)
+    names, shapes = (strategy.state_dict()[key] for key in ("names", "shapes"))
+    assert (prepared.state_dict()["names"], prepared.state_dict()["shapes"]) == (names, shapes)
+    assert len(prepared.state["gamma"]) == len(strategy.state["gamma"]) == 2
 
 
 def test_saved_state_is_that_of_its_scope():

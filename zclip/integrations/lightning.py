@@ -112,8 +112,9 @@ class ClippingCallback(pl.Callback):
         states = state_dict.get("strategies") if isinstance(state_dict, Mapping) else None
         if not isinstance(states, list) or not states:
             raise ValueError("this is not the state of a clipping callback: it lacks a list of strategies")
-        for state in states:
-            copy.deepcopy(self._initial_strategy).load_state_dict(state)
+        for i, state in enumerate(states):
+            strategy = self.strategies[i] if i < len(self.strategies) else self._initial_strategy
+            copy.deepcopy(strategy).load_state_dict(state)
         self._create_strategies(len(states))
         for strategy, state in zip(self.strategies, states, strict=False):
             strategy.load_state_dict(state)

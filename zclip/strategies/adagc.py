@@ -28,7 +28,7 @@ class AdaGC(ClippingStrategy):
         beta: smoothing factor of the average, 0 <= beta < 1. Default 0.98.
         warmup_steps: number of first steps, which clip the global norm instead, >= 1. Default 100.
         lambda_abs: upper bound on the global norm during the warm-up, > 0. Default 1.0.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
     Telemetry, in addition to that of `ClippingStrategy`: `clipped_tensors`, their number.
     """

@@ -27,7 +27,7 @@ class AGC(ClippingStrategy):
         ratio: upper bound on the ratio of gradient norm to weight norm of a unit (lambda in the paper), > 0. Default
             0.01.
         eps: lower bound on the weight norm, so that zero weights can change, > 0. Default 1e-3.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
     Raises:
         ValueError: in `step`, parameters are flattened by FSDP1, so that their rows are unknown; in `observe`, always.

@@ -1,6 +1,6 @@
 """AutoClip: the threshold is a percentile of the norms so far."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -26,7 +26,7 @@ class AutoClip(ClippingStrategy):
         percentile: percentile of the history, from 0 to 100. Default 10.
         window: number of latest norms in the history. Default `None`: all norms; the buffer then doubles whenever it is
             full and takes 8 bytes per step.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
     Telemetry, in addition to that of `ClippingStrategy`: `threshold`, the percentile.
     """
@@ -38,8 +38,12 @@ class AutoClip(ClippingStrategy):
         valid = is_number(percentile) and 0 <= percentile <= 100
         self.percentile = require(valid, "percentile", percentile, "a number from 0 to 100")
         self.window = integer("window", window, null="for the full history")
-        self.resizable = () if window else ("history",)
         self._steps = 0  # upper bound of the count on the device, known without a device sync
+
+    @property
+    def resizable(self) -> Collection[str]:  # type: ignore[override]
+        """The history, if it is unlimited; `change` may set another window."""
+        return () if self.window else ("history",)
 
     def initial_state(self, like: Tensor) -> State:
         """Return an empty history; unused entries hold infinity, so that sorting moves them to the end."""

@@ -15,7 +15,7 @@ class FixedNorm(ClippingStrategy):
 
     Args:
         max_norm: threshold c in g <- g min(1, c / ||g||). Default 1.0, the fixed baseline of the ZClip paper.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
     """
 
     def __init__(self, max_norm: float = 1.0, **policy: Unpack[Policy]) -> None:
@@ -31,7 +31,7 @@ class NoClipping(ClippingStrategy):
     """Record the norm of the gradients and leave them unchanged.
 
     Args:
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
     """
 
     def __init__(self, **policy: Unpack[Policy]) -> None:

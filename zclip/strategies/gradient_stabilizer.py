@@ -1,6 +1,7 @@
 """GradientStabilizer: each gradient tensor keeps its direction and gets a smoothed norm."""
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class GradientStabilizer(ClippingStrategy):
         gamma1: decay of the first moment, 0 <= gamma1 < 1. Default 0.7.
         gamma2: decay of the second moment, 0 <= gamma2 < 1. Default 0.9.
         eps: added to the root of the second moment, > 0. Default 1e-8.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
     """
 
     per_tensor = True
@@ -42,6 +43,16 @@ class GradientStabilizer(ClippingStrategy):
     def initial_state(self, like: Tensor) -> State:
         """Return zero moments, and for each tensor the number of steps for their bias correction."""
         return {"steps": torch.zeros_like(like), "m": torch.zeros_like(like), "v": torch.zeros_like(like)}
+
+    def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
+        """Return moments of other decays with the same bias-corrected values."""
+        steps = state["steps"].clamp(min=1)  # moments are 0 before
+        before1, before2 = (decay(key, config.get(key, getattr(self, key))) for key in ("gamma1", "gamma2"))
+        return {
+            "steps": state["steps"],
+            "m": state["m"] * ((1 - self.gamma1**steps) / (1 - before1**steps)),
+            "v": state["v"] * ((1 - self.gamma2**steps) / (1 - before2**steps)),
+        }
 
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each tensor."""

@@ -25,7 +25,7 @@ class SkipStep(ClippingStrategy):
     Args:
         sigma: number of standard deviations above the mean beyond which a value is an outlier, > 0. Default 6.
         window: number of values in the window, >= 2. Default 128.
-        policy: `on_nonfinite` and `max_consecutive_nonfinite`, see `ClippingStrategy`.
+        policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
     Telemetry, in addition to that of `ClippingStrategy`: `skipped`, 0 or 1.
     """

@@ -1,6 +1,7 @@
 """ZClip: clip a norm that is an outlier among the norms of the steps before it."""
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from zclip.arguments import decay, integer, one_of, positive, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
-from zclip.saved_state import refuse
+from zclip.saved_state import refuse, same
 
 MODES = ("zscore", "percentile")
 CLIP_OPTIONS = ("adaptive_scaling", "mean", "max")
@@ -74,11 +75,14 @@ class ZClip(ClippingStrategy):
             above 1 the target may exceed the norm; it still enters the statistics, as in the published package. Default
             1.0.
         skip_update_on_spike: whether a spike leaves the statistics unchanged. Default False.
-        recovery_window: number of norms in a block of the recovery rule, >= 8. Default 40; `None` disables the rule.
+        recovery_window: number of norms in a block of the recovery rule, >= 8. Default 40; `None` disables the rule. A
+            change starts a new block.
         on_nonfinite: what happens on a norm that is NaN or infinite: "skip" (default) the optimizer's step, set the
             gradients to "zero", or "raise"; see `ClippingStrategy`.
         max_consecutive_nonfinite: number of consecutive such norms that raises `FloatingPointError`. Default 20;
             `None`: never.
+        scope: patterns of the names of the parameters to clip, such as `["*.weight", "!embed*"]`; see
+            `ClippingStrategy`. Default `None`: all.
 
     Raises:
         ArgumentError: an argument is out of its range; the message names it, its value and what is allowed.
@@ -121,6 +125,14 @@ class ZClip(ClippingStrategy):
         counts = {key: torch.zeros_like(like, dtype=torch.int64) for key in ("count", "block_count", "block_spikes")}
         moments = {key: torch.zeros_like(like) for key in ("mean", "var", "block_mean", "block_var")}
         return counts | moments | {"blocks": like.new_zeros(3)}
+
+    def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
+        """Restart the blocks, if they are of another length now or did not go on without recovery."""
+        if same(self.recovery_window, config.get("recovery_window", self.recovery_window)):
+            return state
+        block = {key: torch.zeros_like(value) for key, value in state.items() if key.startswith("block")}
+        block["blocks"][0] = state["mean"]
+        return state | block
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the counts of a block are below its length."""
