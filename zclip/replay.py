@@ -44,8 +44,10 @@ def replay(
     """Replay the norms of a run through a strategy that has not taken a step; NaN is a norm that was not finite.
 
     The strategy's `max_consecutive_nonfinite` is set to `None`. If its `on_nonfinite` is "raise", such a norm raises
-    `FloatingPointError`.
+    `FloatingPointError`. A strategy with a scope raises `ValueError`.
     """
+    if strategy.scope is not None:
+        raise ValueError(f"scope={strategy.scope} cannot be replayed: a file has the norm of all parameters only")
     strategy.max_consecutive_nonfinite = None
     clipped_norms, consecutive, max_consecutive = [], 0, 0
     for i, norm in enumerate(norms):

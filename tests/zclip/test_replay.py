@@ -99,6 +99,7 @@ GLOBAL_NORM = "it must be a ClippingStrategy over the global norm, because a fil
         ("clip=zclop=2", f"clip=zclop=2 is not known: {STRATEGIES}"),
         ("clip=zclip.AdaGC", f"clip=zclip.AdaGC cannot be replayed: {GLOBAL_NORM}"),
         ("clip=zclip.ClippingStrategy", f"clip=zclip.ClippingStrategy cannot be replayed: {GLOBAL_NORM}"),
+        ("scope='*.weight'", "scope=*.weight cannot be replayed: a file has the norm of all parameters only"),
         ("clip=zclip.Decision", f"clip=zclip.Decision cannot be replayed: {GLOBAL_NORM}"),
         ("clip=zclip.replay.MAX_COMBINATIONS", f"clip=zclip.replay.MAX_COMBINATIONS cannot be replayed: {GLOBAL_NORM}"),
         ("column=norm", "column=norm is not in FILE: it has step, loss, grad_norm"),
