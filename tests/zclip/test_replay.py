@@ -200,11 +200,12 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path, capsys):
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     for name, problem in (
         ("fifo.jsonl", "it is not a regular file"), ("folder.csv", "it is a folder"), ("loop.csv", "[Errno 40]"),
-        ("x" * 300, "[Errno 36] File name too long"), ("a\0b", "embedded null byte"), ("a/b", "[Errno 2] No such file"),
+        ("x" * 300, "[Errno 36] File name too long"), ("a\0b", "embedded null "), ("a/b", "[Errno 2] No such file"),
     ):  # fmt: skip
         assert main(["replay", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
-        assert f"cannot be read: {problem}" in error and error.count("\n") == 1
+        reason = error.partition("cannot be read: ")[2].removeprefix("stat: ")  # which Python 3.13 adds
+        assert reason.startswith(problem) and error.count("\n") == 1
     assert main(["replay", "/dev/zero"]) == 2 and "it is not a regular file" in capsys.readouterr().err
 
 
