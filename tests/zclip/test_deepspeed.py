@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 
-from tests.helpers import CHECKOUT
+from tests.helpers import CHECKOUT, Once
 from tests.process_pool import rank_environments
 from tests.zclip.deepspeed_rank import NAN_STEP, batch_with_nan
 from tests.zclip.reference_loop import STEPS, build_model
@@ -28,7 +27,6 @@ PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "-
 
 
 def download(folder: Path) -> None:
-    folder.mkdir()
     for command in (
         ["install", "--no-deps", "--target", str(folder), *NEEDS],
         ["download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"deepspeed=={VERSION}"],
@@ -42,13 +40,9 @@ def download(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def packages(tmp_path_factory, worker_id) -> Path:
-    """A folder with DeepSpeed's source and what it needs, downloaded once by the first of pytest's workers."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder if worker_id == "master" else folder.parent) / "deepspeed"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            download(folder)
+def packages(once: Once) -> Path:
+    """A folder with DeepSpeed's source and what it needs."""
+    folder = once("deepspeed", download)
     if (folder / "error").exists():
         pytest.skip(f"deepspeed {VERSION} cannot be downloaded: {(folder / 'error').read_text()}")
     return folder

@@ -9,36 +9,34 @@ import inspect
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 
-from tests.helpers import SLOW
+from tests.helpers import SLOW, Once
 from tests.zclip.norm_traces import spiky_norms
 from zclip import ZClip
 
 VERSION = "1.0.0"
 
 
+def download(folder: Path) -> None:
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1",
+             "--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"zclip=={VERSION}"]  # fmt: skip
+    done = subprocess.run(fetch, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        (folder / "error").write_text(str(done.stderr.strip().splitlines()[-1:]))
+    else:
+        (wheel,) = folder.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(folder)
+
+
 @pytest.fixture(scope="session")
-def published(tmp_path_factory, worker_id):
-    """The published class, downloaded once by the first of pytest's parallel workers."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder if worker_id == "master" else folder.parent) / "published"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries",
-                     "1", "--no-deps", "--only-binary", ":all:", "--dest", str(folder),
-                     f"zclip=={VERSION}"]  # fmt: skip
-            done = subprocess.run(fetch, capture_output=True, text=True, timeout=120)
-            folder.mkdir(exist_ok=True)
-            if done.returncode:
-                (folder / "error").write_text(str(done.stderr.strip().splitlines()[-1:]))
-            else:
-                (wheel,) = folder.glob("*.whl")
-                zipfile.ZipFile(wheel).extractall(folder)
+def published(once: Once):
+    """The published class."""
+    folder = once("published", download)
     if (folder / "error").exists():
         pytest.skip(f"zclip {VERSION} cannot be downloaded: {(folder / 'error').read_text()}")
     spec = importlib.util.spec_from_file_location("published_zclip", folder / "zclip" / "zclip.py")
