@@ -68,6 +68,11 @@ def unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
+def optimizer_parameters(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def supports_fused_scaling(optimizer: Optimizer) -> bool:
     """Return whether an optimizer can scale gradients and skip a step inside its own pass.
 
@@ -172,7 +177,7 @@ def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], ow
     for inner in map(unwrap, optimizers):
         if not hasattr(inner, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
-        parameters = [p for group in inner.param_groups for p in group["params"]]
+        parameters = optimizer_parameters(inner)
         candidates[inner] = [p for p in parameters if id(p) in clipped]
         if {id(p) for p in parameters if p.requires_grad or p.grad is not None} <= clipped:
             whole.add(inner)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, scale_, unwrap
+from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
 from zclip.norm import local_gradient
 
 #: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
@@ -110,7 +110,7 @@ def _unscale(optimizer: Any) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = optimizer_parameters(optimizer)
     gradients = [gradient for p in parameters if (gradient := local_gradient(p)) is not None]
     if gradients:
         scale_(gradients, 1 / scale, scale.new_zeros((), dtype=bool))

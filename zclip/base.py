@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers, unwrap
+from zclip.apply import FusedClip, apply_decision, bind_optimizers, optimizer_parameters, unwrap
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
@@ -198,7 +198,7 @@ class ClippingStrategy(Statistics):
             raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
-            own = [parameter for group in inner.param_groups for parameter in group["params"]]
+            own = optimizer_parameters(inner)
             ids = set(map(id, own))
             flattened = {id(parameter) for parameter in own if is_flattened(parameter)}
             if flattened and not flattened <= self._names(models).keys():

@@ -17,13 +17,18 @@ def check_scope(scope: object) -> None:
     require(valid, "scope", scope, "a pattern of parameter names, or a list of patterns", null="for all parameters")
 
 
+def patterns_of(scope: str | Sequence[str]) -> list[str]:
+    """Return the patterns of a scope, of which a single one may stand alone."""
+    return [scope] if isinstance(scope, str) else [*scope]
+
+
 def in_scope(name: str, scope: str | Sequence[str]) -> bool:
     """Return whether a parameter's name matches one of the patterns, and none of those that begin with `!`.
 
     Patterns are those of a shell, case-sensitive, and `*` matches dots too. If all begin with `!`, every other name is
     in the scope.
     """
-    patterns = [scope] if isinstance(scope, str) else scope
+    patterns = patterns_of(scope)
     included = [pattern for pattern in patterns if not pattern.startswith("!")]
     excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     is_included = not included or any(fnmatchcase(name, pattern) for pattern in included)

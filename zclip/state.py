@@ -23,7 +23,7 @@ from zclip.saved_state import (
     refuse,
     shown,
 )
-from zclip.scope import split_by_scope
+from zclip.scope import patterns_of, split_by_scope
 from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
@@ -268,7 +268,7 @@ class Statistics:
 
     def _patterns(self) -> list[str] | None:
         """Return the patterns of the scope."""
-        return [self.scope] if isinstance(self.scope, str) else None if self.scope is None else [*self.scope]
+        return None if self.scope is None else patterns_of(self.scope)
 
     def _checked_changes(self, state_dict: Mapping[str, Any], override: bool) -> list[dict[str, Any]]:
         """Return the changes of arguments that a saved state records, and those from its arguments to these.

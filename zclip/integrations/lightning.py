@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from zclip import ClippingStrategy, ZClip
+from zclip.apply import optimizer_parameters
 
 
 class ClippingCallback(pl.Callback):
@@ -79,7 +80,7 @@ class ClippingCallback(pl.Callback):
     ) -> None:
         """Clip the gradients of an optimizer; a fused one applies the coefficient inside its step."""
         had_backward, self._had_backward = self._had_backward, False
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = optimizer_parameters(optimizer)
         if pl_module.automatic_optimization and not had_backward:
             return  # training_step returned None
         no_gradients = trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters)
