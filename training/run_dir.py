@@ -160,15 +160,17 @@ class RunDir:
             return []
         return [as_dict(start) for start in read_json(self.environment_file, Environment).starts]
 
+    def _last_start(self) -> dict[str, Any]:
+        """Return the entry of the last start; an empty one if there was none."""
+        return (self._starts() or [{}])[-1]
+
     def data_folder(self) -> str | None:
         """Return the name of the tokens' folder at the last start; `None` if it is not known."""
-        starts = self._starts()
-        return starts[-1].get("data_folder") if starts else None
+        return self._last_start().get("data_folder")
 
     def check_tokenizer(self) -> None:
         """Raise `UserError` if a file of the tokenizer is not the one that the last start recorded, if it did."""
-        starts = self._starts()
-        recorded = starts[-1].get("tokenizer", {}) if starts else {}
+        recorded = self._last_start().get("tokenizer", {})
         for file in (self.tokenizer / name for name in TOKENIZER_FILES if name in recorded):
             if file.is_file() and sha256(file) != recorded[file.name]:  # a missing one is reported when it is read
                 problem = "is not the tokenizer that the run was trained with: restore it"
