@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins train.py zclip_lightning_callback.py
+CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,11 @@ bench-clip: setup ## measure the cost of clipping, as ratios (a minute)
 
 reference: setup ## write docs/reference, the reference of all settings
 	$(BIN)/python -m training.config.reference
+
+docs: setup ## build the documentation into build/docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
+	@echo "the first page is build/docs/index.html"
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)
