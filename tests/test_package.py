@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from tests.helpers import CHECKOUT, Once, make
-from tests.test_docs import blocks
+from tests.test_docs import blocks, check_command, commands
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 #: What README's example finds, as in tests/test_docs.py, and what must be true after it.
@@ -131,3 +131,68 @@ def test_version_is_the_same_everywhere():
     documents = [*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")]
     wheels = {w for document in documents for w in re.findall(r"zclip-([\d.]+)-py3", document.read_text())}
     assert wheels == {version}
+
+
+def copied_by_docker() -> dict[str, str]:
+    """Return what the Dockerfile copies, each with its place in the image."""
+    lines = re.findall(r"^COPY (.+) (\S+)$", (CHECKOUT / "Dockerfile").read_text(), re.M)
+    places = [(name, Path("/zclip", place)) for names, place in lines for name in names.split()]
+    return {name: str(place if place.name == name else place / name) for name, place in places}
+
+
+def copied_by_apptainer() -> dict[str, str]:
+    """Return what apptainer.def copies, each with its place in the image."""
+    section = (CHECKOUT / "apptainer.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
+    return dict(line.split() for line in section.splitlines())
+
+
+def test_both_images_are_made_alike():
+    docker, apptainer = (CHECKOUT / "Dockerfile").read_text(), (CHECKOUT / "apptainer.def").read_text()
+    assert copied_by_docker() == copied_by_apptainer()
+    (python,) = re.findall(r"^ARG PYTHON=(.+)$", docker, re.M)
+    assert f"From: python:{python}-slim" in apptainer
+    assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
+    for text in (docker, apptainer):
+        assert "PIP_NO_CACHE_DIR=1 make setup\n" in text
+        assert "/zclip/.venv/bin:$PATH" in text
+
+
+@pytest.mark.slow
+def test_files_of_the_images_are_enough_to_train(tiny, tmp_path):
+    """In a folder with what the images copy, from another working directory."""
+    for name, place in copied_by_docker().items():
+        target = tmp_path / place[1:]
+        if (CHECKOUT / name).is_dir():
+            shutil.copytree(CHECKOUT / name, target)
+        else:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(CHECKOUT / name, target)
+    work, program = tmp_path / "work", tmp_path / "zclip"
+    work.mkdir()
+    for words in (["train.py", *tiny, "trainer.max_steps=6"], ["scripts/status.py", "folder=runs/main"]):
+        command = [sys.executable, program / words[0], *words[1:]]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "done" in done.stdout
+    assert {path.name for path in work.iterdir()} == {"runs"}
+
+
+def test_commands_in_images_are_accepted_by_their_programs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        words for words in commands(CHECKOUT / "docs" / "how-to" / "containers.md") if "/zclip/" in " ".join(words)
+    ]
+    assert len(lines) > 3
+    checked: set[tuple[str, ...]] = set()
+    for words in lines:
+        start = words.index("python")
+        check_command(["python", words[start + 1].removeprefix("/zclip/"), *words[start + 2 :]], checked, monkeypatch)
+
+
+def test_verdicts_page_has_the_recorded_verdicts():
+    record = (CHECKOUT / "experiments" / "results" / "micro" / "verdicts.md").read_text()
+    page = (CHECKOUT / "docs" / "evidence" / "verdicts.md").read_text()
+    recorded = re.findall(r"^## .+\n\n\*\*(.+)\*\*$", record, re.M)
+    assert len(recorded) == 9
+    assert re.findall(r"^\| \[.+?\]\(#[\w-]+\) \| (.+?) \|", page, re.M) == recorded
+    assert [verdict.lower() for verdict in re.findall(r"^## .+\n\n\*\*(.+?)\.?\*\*", page, re.M)][-9:] == recorded
