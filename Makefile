@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs wheel lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ docs: setup ## build the documentation into build/docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
 	@echo "the first page is build/docs/index.html"
+
+# setuptools would add whatever earlier builds have left in build/lib.
+wheel: setup ## build the library's wheel into dist/
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 lint: setup ## check style and types
 	$(BIN)/ruff check $(CODE)
