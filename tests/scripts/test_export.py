@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import SLOW, TINY, read_jsonl, script, train
+from tests.helpers import CHECKOUT, SLOW, TINY, read_jsonl, script, train
 from tests.scripts.loading import load_script
 from training.checkpoint.format import load_model_state
 
@@ -32,6 +32,15 @@ def test_export_has_the_weights_and_the_tokenizer_of_the_run(exported, finished_
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert model.config.eos_token_id == tokenizer.eos_token_id and ids.max() < model.config.vocab_size
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+
+
+def test_code_of_the_page_on_hugging_face_generates_text(exported, tmp_path, monkeypatch, capsys):
+    page = (CHECKOUT / "docs" / "how-to" / "hugging-face.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "my-model").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "hugging-face.md", "exec"), {})  # what the reader would run
+    assert capsys.readouterr().out.startswith("The state of the Union is")
 
 
 def test_step_and_dtype_of_the_export(finished_run, tmp_path):

@@ -21,7 +21,7 @@ from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, read_o
 from training.config.checks import check, check_cache
 from training.config.compose import load_config, read_config, resumed_config, to_yaml
 from training.config.identity import differences, identity, run_name, run_path
-from training.config.reference import FOLDER, json_schema, markdown
+from training.config.reference import FOLDER, default_options, first_comment, json_schema, markdown
 from training.config.schema import ClipConfig, Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
@@ -431,6 +431,14 @@ def test_reference_of_settings_is_current():
 def test_every_setting_has_a_meaning():
     for key, field in fields_of(Config):
         assert field.description, f"{key} has no docstring"
+
+
+def test_every_option_of_a_group_has_a_meaning():
+    for group in default_options():
+        files = sorted((CONFIGS / group).glob("*.yaml"))
+        assert files, f"the group {group} has no options"
+        for file in files:
+            assert first_comment(file), f"{file} does not begin with a comment"
 
 
 def test_prepared_tokens_are_used_from_a_cache_that_cannot_be_written(tmp_path):
