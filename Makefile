@@ -30,7 +30,7 @@ help: ### list the commands of every day
 help-all: ### list all commands
 	@awk -F ':.*##+ ' '/^[a-z-]+:.*##+ / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(DEV) ### create .venv with all dependencies (other commands install what they need)
+setup: $(DEV) ### install all dependencies (other commands install what they need)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: try make PYTHON=python3.12 ...")'
@@ -41,7 +41,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-train: $(TRAIN) ### show what ZClip does: three runs on the same text, with bad batches (three minutes)
+train: $(TRAIN) ### show what ZClip does: three runs on the same batches, some bad (two minutes)
 	$(BIN)/python train.py -m experiment=first_look $(if $(filter clip=%,$(ARGS)),,$(STRATEGIES)) $(ARGS)
 
 eval: $(EVAL) ### score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.limit=1000"

@@ -1,6 +1,6 @@
 """Draw finished runs next to each other: `python scripts/compare.py run=runs/main [out=a.png]`.
 
-    run  folder of an experiment, whose finished runs are compared, or a list of up to seven run folders
+    run  folder of an experiment, or a list of run folders; up to seven finished runs are compared
     out  file of the picture; default comparison.png in the folder of the runs
 
 Losses, their differences if the runs saw the same batches, and gradient norms after clipping. A

@@ -138,14 +138,14 @@ def differences(runs: Sequence[Compared]) -> list[Difference]:
 
 
 def sentences(runs: Sequence[Compared]) -> str:
-    """Return a sentence or two on how the others differ from the run with the lowest test loss."""
+    """Return a sentence or two, each in a line, on how the others differ from the run with the lowest test loss."""
     found, reference = differences(runs), best(runs).label
     at_end = _listed((one.label, one.test_loss) for one in found)
     if all(one.after_corrupted is None for one in found):
         return f"The final test loss was {at_end} than with {reference}."
     after = _listed((one.label, one.after_corrupted) for one in found)
     return (
-        f"In the {EXCESS_WINDOW} steps after a corrupted batch, the training loss was {after} than with {reference}. "
+        f"In the {EXCESS_WINDOW} steps after a corrupted batch, the training loss was {after} than with {reference}.\n"
         f"The final test loss was {at_end}."
     )
 

@@ -52,8 +52,8 @@ def test_differences_from_the_best_run_are_said_in_nats(three):
     ]  # fmt: skip
     assert sentences(runs) == (
         "In the 10 steps after a corrupted batch, the training loss was 0.28 nats higher with clip=none and 0.08 nats "
-        "higher with clip=fixed than with clip=zclip. The final test loss was 0.36 nats higher with clip=none and 0.06 "
-        "nats higher with clip=fixed."
+        "higher with clip=fixed than with clip=zclip.\n"
+        "The final test loss was 0.36 nats higher with clip=none and 0.06 nats higher with clip=fixed."
     )
 
 
