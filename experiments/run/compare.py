@@ -105,6 +105,8 @@ def _differ(values: Iterable[Any]) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 3:
+        return f"[{_shown(value[0])}, ..., {_shown(value[-1])}]"
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 

@@ -86,6 +86,11 @@ def test_label_of_a_run_has_the_settings_in_which_it_differs(clips, labels, tmp_
     assert [one.label for one in together(*runs)] == labels
 
 
+def test_long_lists_are_shortened_in_labels(three):
+    identities = [{"steps": steps} for steps in ([], [120, 121, 155, 192], [5])]
+    assert [one.label for one in compared(three, identities)] == ["steps=[]", "steps=[120, ..., 192]", "steps=[5]"]
+
+
 def test_picture_has_losses_differences_and_norms_in_the_colours_of_the_strategies(three):
     loss, difference, norm = draw_comparison(together(*three)).axes
     assert [line.get_color() for line in loss.lines] == [
