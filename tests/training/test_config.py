@@ -449,6 +449,6 @@ def test_tasks_during_training_without_lm_eval_are_a_mistake(tiny, tmp_path, mon
     """`make train` does not install it."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     overrides = (*tiny, "trainer.eval_every=10")
-    problem = r"needs lm-eval, which is not installed: run `pip install -c constraints\.txt -e '\.\[eval\]'`"
+    problem = "needs lm-eval, which is not installed: run `make setup`"
     with pytest.raises(ConfigError, match=rf"trainer\.eval_every=10 {problem}"):
         check(compose_config(*overrides), tmp_path / "run")

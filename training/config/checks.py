@@ -168,7 +168,7 @@ def _check_lm_eval(config: Config) -> None:
     """Raise `ConfigError` if tasks are to be evaluated and lm-eval is not installed: `make train` needs none."""
     every = config.trainer.eval_every
     if every is not None and find_spec("lm_eval") is None:
-        problem = "needs lm-eval, which is not installed: run `pip install -c constraints.txt -e '.[eval]'`"
+        problem = "needs lm-eval, which is not installed: run `make setup`"
         raise ConfigError("trainer.eval_every", every, problem=problem)
 
 
