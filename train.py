@@ -1,8 +1,30 @@
-"""Train one language model: `python train.py clip=zclip lr=3e-3`, or `-m` with comma-separated values for a sweep.
+"""Train one language model, or with -m several: a sweep. Settings are KEY=VALUE; all have defaults.
 
-Composes the configuration, checks it, and leaves a run folder. The same command again continues an unfinished
-run and shows the result of a finished one.
+Groups and their options:
+  clip     none fixed autoclip zclip zclip_mean zclip_max adagc gradient_stabilizer skip_step agc
+  model    nano micro 60m 150m 350m 1b 7b hf
+  data     sotu smollm
+  trainer  cpu gpu ddp fsdp hsdp
+  scale    main micro proxy paper
+  logger   jsonl wandb
+Keys: lr seed name trainer.max_steps trainer.global_batch_size data.path paths.runs ...
+      (docs/reference/config.md explains all)
+
+    python train.py clip=zclip lr=3e-3
+    python train.py -m clip=none,fixed,zclip lr=1e-3,3e-3
+    python train.py model=1b trainer=fsdp plan=true
+    python train.py clip=agc --cfg job
+
+The last two train nothing: they print memory and time, and all settings. A run leaves a folder in
+runs/. The same command again continues an unfinished run, and shows the result of a finished one.
+A sweep ends with a table, and with a picture of its runs.
 """
+
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
+    print(__doc__, end="")
+    sys.exit()
 
 from training.runtime.signals import install_handlers
 
@@ -10,7 +32,8 @@ install_handlers()  # first: what follows takes seconds to load
 
 import json
 import math
-import sys
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -30,13 +53,13 @@ from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
 from training.checkpoint.saved_config import check_same_run, config_of_run
 from training.config.checks import check
-from training.config.compose import load_config, resumed_config
+from training.config.compose import load_config, resumed_config, saved_identity
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
 from training.launch.plan import plan_table
 from training.launch.processes import launch
-from training.launch.sweep import completed_jobs, config_search_overrides
+from training.launch.sweep import CompletedJob, completed_jobs, config_search_overrides
 from training.run_dir import RunDir
 from training.runtime.distributed import is_distributed, rank
 from training.runtime.signals import reraise_pending
@@ -89,9 +112,10 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
         else:
             result = run(config, run_dir, console, fork)
     if not (has_local_launcher() or rank() > 0):
-        console.print(table(result, title="result"), soft_wrap=False)
+        if HydraConfig.get().mode == RunMode.RUN:
+            console.print(table(result, title="result"), soft_wrap=False)
         console.print(f"picture  {run_dir.plot}\nfolder   {run_dir.path}")
-        completed_jobs.append((overrides_dict(HydraConfig.get().overrides.task), result))
+        completed_jobs.append(CompletedJob(overrides_dict(HydraConfig.get().overrides.task), result, run_dir.path))
     return result
 
 
@@ -151,8 +175,27 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     return result
 
 
+def report_sweep(jobs: Sequence[CompletedJob]) -> None:
+    """Print the table of a sweep, and draw its runs next to each other if they are not too many for a picture."""
+    from experiments.run.compare import MAX_RUNS, compared, plot_comparison, sentences
+
+    make_console(soft_wrap=False).print(comparison([(job.overrides, job.result) for job in jobs]))
+    paths = list({job.path.resolve(): job.path for job in jobs})
+    if not 1 < len(paths) <= MAX_RUNS:
+        return
+    console, target = make_console(), Path(os.path.commonpath([path.parent for path in paths]), "comparison.png")
+    try:
+        runs = [read_run(path) for path in paths]
+        together = compared(runs, [saved_identity(run.config) for run in runs])
+        plot_comparison(together, target)
+    except (OSError, ValueError, KeyError) as error:
+        console.print(f"{target} cannot be drawn ({one_line(error)})")
+    else:
+        console.print(f"{sentences(together)}\npicture  {os.path.relpath(target)}")
+
+
 if __name__ == "__main__":
     status = command_line(main)
     if len(completed_jobs) > 1:
-        make_console(soft_wrap=False).print(comparison(completed_jobs))
+        report_sweep(completed_jobs)
     sys.exit(status)

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lm_eval.api.instance import Instance
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from common.files import open_append, refuse_folder
 from common.reading import read_lines
 from evaluation.tasks import TaskError
+
+if TYPE_CHECKING:  # training without tasks does not need lm-eval
+    from lm_eval.api.instance import Instance
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 #: A line of the file: a request's key, and its response.
@@ -91,19 +93,19 @@ class CachedLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: "list[Instance]") -> list[tuple[float, bool]]:
         """See lm-eval's `LM`."""
         return [(number, greedy) for number, greedy in self._respond("loglikelihood", requests)]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: "list[Instance]") -> list[float]:
         """See lm-eval's `LM`."""
         return self._respond("loglikelihood_rolling", requests)
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: "list[Instance]") -> list[str]:
         """See lm-eval's `LM`."""
         return self._respond("generate_until", requests)
 
-    def _respond(self, kind: str, requests: list[Instance]) -> list[Any]:
+    def _respond(self, kind: str, requests: "list[Instance]") -> list[Any]:
         keys = [hashlib.sha256(json.dumps([kind, *request.args]).encode()).hexdigest()[:32] for request in requests]
         unique = dict(zip(keys, requests, strict=True))
         missing = [(key, r) for key, r in unique.items() if not _is_response(kind, self.responses.get(key))]

@@ -6,12 +6,17 @@ The import puts the checkout first on the path, in place of scripts/, whose modu
 
 import errno
 import inspect
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
+
+#: Columns of what `--help` prints.
+HELP_WIDTH = 100
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == _CHECKOUT / "scripts":
@@ -34,17 +39,29 @@ def run(main: Callable[[Values], None], config: str | None = None) -> NoReturn:
         config: file below configs/ without its ending, such as "evaluate", from which Hydra composes the settings;
             `None`: the settings are the KEY=VALUE arguments of the command line.
     """
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(_help(inspect.getdoc(sys.modules["__main__"]) or "", config))
+        sys.exit(0)
     from training.launch.cli import command_line
 
     sys.exit(command_line(_from_arguments(main) if config is None else _composed(main, config)))
 
 
+def _help(documentation: str, config: str | None) -> str:
+    """Return what `--help` prints: the script's documentation, its paragraphs wrapped, and the settings of a file."""
+    paragraphs = re.split(r"\n\s*\n", documentation)
+    lines = [p if re.search(r"^(    |- )", p, re.M) else textwrap.fill(p, HELP_WIDTH) for p in paragraphs]
+    if config is not None:
+        text = (_CHECKOUT / "configs" / f"{config}.yaml").read_text()
+        sections = re.split(r"^(?=\S)", text, flags=re.M)
+        settings = [s.rstrip() for s in sections if not re.match("defaults:|hydra:|#", s)]
+        lines.append("\n".join(["Settings, and their defaults:", *filter(None, settings)]))
+    return "\n\n".join(lines)
+
+
 def _from_arguments(main: Callable[[Values], None]) -> Callable[[], None]:
     """Return a function that calls `main` with the command line's arguments."""
     from omegaconf import OmegaConf
-
-    if {"-h", "--help"} & {*sys.argv[1:]}:
-        return lambda: print(inspect.getdoc(sys.modules["__main__"]))
 
     def called() -> None:
         with _short_names():

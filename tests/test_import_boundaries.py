@@ -74,6 +74,33 @@ def test_experiments_read_runs_without_the_paper():
         assert not upward, f"{file.relative_to(CHECKOUT)} imports {upward}"
 
 
+#: Packages that `make train` does not install: those of the extras eval, paper and dev.
+NOT_FOR_TRAINING = {"lm_eval", "transformers", "scipy", "jinja2", "accelerate", "hypothesis", "pytest"}
+#: Modules that a run imports only to score tasks.
+FOR_TASKS = {"evaluation/language_model.py", "evaluation/hugging_face_lm.py"}
+
+
+def test_training_loads_without_the_packages_of_other_extras():
+    files = [
+        file
+        for name in ("common", "data", "models", "training", "evaluation", "experiments/run")
+        for file in modules(name)
+    ]
+    assert len(files) > 50
+    for file in [
+        *files,
+        CHECKOUT / "train.py",
+        CHECKOUT / "scripts" / "compare.py",
+        CHECKOUT / "scripts" / "status.py",
+    ]:
+        if str(file.relative_to(CHECKOUT)) in FOR_TASKS:
+            continue
+        loaded = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in loaded for alias in node.names if isinstance(node, ast.Import)}
+        names |= {str(node.module) for node in loaded if isinstance(node, ast.ImportFrom)}
+        assert not {name.partition(".")[0] for name in names} & NOT_FOR_TRAINING, file
+
+
 def test_training_imports_downward():
     for file in modules("training"):
         own = name_of(file).split(".")[1:2]

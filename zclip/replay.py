@@ -1,6 +1,6 @@
 """Replay the gradient norms of a finished run: which steps would a strategy have clipped?
 
-    python -m zclip replay FILE [clip=zclip] [KEY=VALUE[,VALUE...] ...] [column=grad_norm] [loss=loss] [out=replay.png]
+    python -m zclip replay FILE [KEY=VALUE[,VALUE...] ...]
 
     FILE    a run's metrics.jsonl, or a CSV with a column of norms, such as a wandb export
     clip    zclip, fixed, autoclip, skip_step or none, or module.Class of your own; default zclip
@@ -10,10 +10,12 @@
     loss    name of the column of losses, for skip_step; default loss, if the file has it
     out     file of the plot, or none; default replay.png. The plot needs matplotlib.
 
-Rows without a norm are skipped. NaN, inf, and null in JSON lines, are norms that were not finite. The norms are those
-that the run recorded: if an early step had been clipped differently, the later norms would differ.
+Rows without a norm are skipped. NaN, inf, and null in JSON lines, are norms that were not finite.
+The norms are those that the run recorded: if an early step had been clipped differently, the later
+norms would differ.
 
     python -m zclip replay metrics.jsonl z_thresh=2,2.5,3
+    python -m zclip replay metrics.jsonl clip=fixed max_norm=0.5,1 out=none
 """
 
 import ast

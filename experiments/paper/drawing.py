@@ -4,9 +4,8 @@ A line is the mean over seeds. A band goes from the lowest to the highest seed, 
 Lines differ in colour and dashes. Captions say where values are smoothed.
 """
 
-import itertools
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,34 +13,15 @@ from matplotlib.figure import Figure
 
 from experiments.paper.collect import seeds_text
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
+from experiments.run.smoothing import smooth
 from experiments.run.style import COLORS, DASHES, draw_grid
 
 #: Characters per inch of the caption.
 CHARACTERS_PER_INCH = 16
 
-#: Smoothing window as a fraction of the steps, and its maximum: a spike is a few steps long.
-SMOOTHED_FRACTION, MAX_SMOOTHED_STEPS = 1 / 60, 9
-
 
 class NothingToDraw(ValueError):
     """No run of a figure is finished."""
-
-
-def smooth(values: np.ndarray, corrupted_rows: Collection[int] = ()) -> tuple[np.ndarray, int]:
-    """Return centred running means of the values of each step, and their window.
-
-    Windows are shorter at the ends and next to corrupted batches, which have no value: no mean spans one.
-    """
-    width = min(MAX_SMOOTHED_STEPS, max(1, round(len(values) * SMOOTHED_FRACTION)) // 2 * 2 + 1)
-    smoothed = np.full(len(values), np.nan)
-    edges = [-1, *sorted(corrupted_rows), len(values)]
-    for before, after in itertools.pairwise(edges):
-        if length := len(values[before + 1 : after]):
-            kernel = np.ones(min(width, 2 * length - 1))
-            counts = np.convolve(np.ones(length), kernel)
-            centre = slice(len(kernel) // 2, len(kernel) // 2 + length)
-            smoothed[before + 1 : after] = (np.convolve(values[before + 1 : after], kernel) / counts)[centre]
-    return smoothed, width
 
 
 def plot_losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = True) -> str:

@@ -1,7 +1,7 @@
 """The look of all figures: a colour-blind-safe palette, line styles and grids."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axis import Axis
@@ -20,6 +20,25 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = COLORS = (
 )  # fmt: skip
 #: Line styles, so that lines differ without colour too.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
+
+
+class LineStyle(NamedTuple):
+    """The colour and the dashes of a line."""
+
+    color: str
+    dashes: Any
+
+
+#: The lines of clipping strategies, by `clip.name`: the same in every comparison. In grey, their dashes differ.
+STRATEGY_STYLES = {
+    "zclip": LineStyle(BLUE, DASHES[0]),
+    "fixed": LineStyle(ORANGE, DASHES[1]),
+    "none": LineStyle(AMBER, DASHES[2]),
+    "autoclip": LineStyle(GREEN, DASHES[3]),
+    "adagc": LineStyle(PURPLE, DASHES[4]),
+    "agc": LineStyle(SKY, DASHES[5]),
+    "skip_step": LineStyle(BLACK, DASHES[6]),
+}
 
 
 def draw_grid(figure: Figure) -> None:

@@ -91,8 +91,8 @@ def _max(column: np.ndarray | None) -> float | None:
     return None if column is None or np.isnan(column).all() else float(np.nanmax(column))
 
 
-def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
-    """Return the table at the end of a sweep: one row per run, with the best test loss in bold.
+def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]], title: str = "sweep") -> Table:
+    """Return the table of a sweep, or of other runs: one row per run, with the best test loss in bold.
 
     Args:
         jobs: overrides (key to value) and result of each run. Only overrides that differ are shown.
@@ -100,7 +100,7 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]]) -> Table:
     keys = dict.fromkeys(key for overrides, _ in jobs for key in overrides)
     varied = [key for key in keys if len({overrides.get(key) for overrides, _ in jobs}) > 1]
     merged = len(varied) > MAX_COLUMNS
-    sweep = Table(title="sweep", title_justify="left", show_lines=merged, padding=(0, 0 if merged else 1))
+    sweep = Table(title=title, title_justify="left", show_lines=merged, padding=(0, 0 if merged else 1))
     for column in ["settings"] if merged else varied:
         sweep.add_column(column, min_width=25 if merged else None, overflow="fold")
     injected = any(result.get("corrupted_batches") for _, result in jobs)

@@ -31,10 +31,11 @@ from training.config.compose import load_config, saved_identity
 
 @pytest.mark.parametrize("names", [("table3", "all"), SLOW(tuple(SUITES))], ids=["two", "all"])
 def test_every_suite_is_an_option_of_experiment(names):
-    assert {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")} == {"main", "paper"}
+    files = {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")}
+    assert files == {"first_look", "main", "paper"}
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        assert {*loader.get_group_options("experiment")} == {*SUITES, "main", "paper"}
+        assert {*loader.get_group_options("experiment")} == {*SUITES, "first_look", "main", "paper"}
         for name in names:
             cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
             assert cfg.paper.suite == name and cfg.hydra.sweeper._target_.endswith(".SuiteSweeper")
@@ -74,7 +75,7 @@ def tiny(corpus: Path, cache: Path) -> tuple[str, ...]:
 def test_suite_is_trained_in_the_folders_that_tables_read(tmp_path, tiny):
     done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").iterdir())
+    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").glob("nano-*"))
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
     expected = expected_runs(SUITES["table5"], tmp_path / "runs", seeds=[0], settings=tiny)
     collection = collect(places(expected), saved_identity)

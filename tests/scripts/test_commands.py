@@ -1,11 +1,13 @@
 """Every script and every command of the Makefile is there and is tested."""
 
+import ast
 import io
 import json
 import os
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,28 +16,32 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.errors import UserError
 from evaluation.tasks import SETS
-from tests.helpers import CHECKOUT, copy_run, make, script
+from tests.helpers import CHECKOUT, copy_run, make, script, train
 from tests.scripts.loading import load_script
 from training.run_dir import RunDir
+from zclip.replay import __doc__ as replay_help
 
 #: The tests' own environment is used as it is.
-INSTALLED = ("-o", "setup", f"BIN={Path(sys.executable).parent}")
+EXTRAS = ("train", "eval", "paper", "dev", "docs")
+INSTALLED = (*(word for extra in EXTRAS for word in ("-o", f".venv/.{extra}")), f"BIN={Path(sys.executable).parent}")
+#: Rows and columns of the screen that a program's help fits on.
+ROWS, COLUMNS = 24, 100
 
 
 def test_help_lists_every_command():
-    listed = set(re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help"), re.M))
+    listed = set(re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help-all"), re.M))
     phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.M)
     assert phony is not None and listed == {*phony[1].split()}
 
 
 def test_commands_name_programs_that_exist():
-    commands = re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help"), re.M)
+    commands = re.findall(r"^  make ([\w-]+) ", make(*INSTALLED, "help-all"), re.M)
     lines = make(*INSTALLED, "-n", *(command for command in commands if command not in ("setup", "clean")))
     programs = re.findall(r"bin/python ((?:scripts/)?\w+\.py)", lines)
     assert {*programs} == {
         "train.py", "scripts/eval_data.py", "scripts/evaluate.py", "scripts/make_tables.py", "scripts/make_figures.py",
         "scripts/make_report.py", "scripts/status.py", "scripts/bench_data.py", "scripts/bench_train.py",
-        "scripts/bench_eval.py", "scripts/bench_clip.py",
+        "scripts/bench_eval.py", "scripts/bench_clip.py", "scripts/compare.py",
     }  # fmt: skip
     modules = {name.replace(".", "/") for name in re.findall(r"bin/python -m ([\w.]+)", lines) if name != "pytest"}
     for program in (*programs, *(f"{module}.py" for module in modules)):
@@ -198,8 +204,52 @@ def test_commands_of_the_report_are_quoted_for_hydra():
     assert (read["paths.runs"], read["out"], read["overrides"]) == (paths.runs, "it's", overrides)
 
 
-def test_help_of_a_script_is_its_documentation(tmp_path):
+def test_commands_install_what_they_need_once():
+    """As extras of pyproject.toml; `make train` installs one of them."""
+    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*EXTRAS} == {*extras}
+    new = ("VENV=new",)
+    assert re.findall(r"--editable '\.\[(\w+)\]'", make(*new, "-n", "train")) == ["train"]
+    assert re.findall(r"--editable '\.\[(\w+)\]'", make(*new, "-n", "test")) == ["train", "eval", "paper", "dev"]
+    assert make(*new, "-n", "train", "status").count("pip install") == 1
+
+
+def test_make_train_compares_strategies_unless_others_are_given():
+    assert "train.py -m experiment=first_look clip=none,fixed,zclip seed=1" in make(
+        *INSTALLED, "-n", "train", "ARGS=seed=1"
+    )
+    (line,) = make(*INSTALLED, "-n", "train", "ARGS=lr=1e-3 clip=agc,zclip").splitlines()
+    assert line.count("clip=") == 1 and line.endswith("lr=1e-3 clip=agc,zclip")
+
+
+def test_help_of_every_program_fits_a_screen():
+    load_script("status")
+    for path in sorted((CHECKOUT / "scripts").glob("[a-z]*.py")):
+        entry = re.search(r"_entry\.run\(main(?:, \"(\S+)\")?\)", path.read_text())
+        if entry is None:
+            continue
+        documentation = ast.get_docstring(ast.parse(path.read_text()))
+        shown = sys.modules["_entry"]._help(documentation, entry[1]).partition("Settings, and their defaults:")
+        assert f"scripts/{path.name}" in shown[0] or f"make {path.stem.replace('_', '-')} " in shown[0], path
+        assert len("".join(shown).splitlines()) <= ROWS, path
+        assert max(map(len, shown[0].splitlines())) <= COLUMNS, path
+    documented = (ast.get_docstring(ast.parse((CHECKOUT / "train.py").read_text())), replay_help, make("help"))
+    for text in documented:
+        assert text is not None and len(text.splitlines()) <= ROWS, text
+        assert max(map(len, text.splitlines())) <= COLUMNS, text
+
+
+def test_help_of_training_lists_the_options_of_each_group():
+    text = ast.get_docstring(ast.parse((CHECKOUT / "train.py").read_text()))
+    assert text is not None
+    groups = {group: {*options.split()} for group, options in re.findall(r"^  (\w+) +(.*)$", text, re.M)}
+    assert groups == {group: {p.stem for p in (CHECKOUT / "configs" / group).glob("*.yaml")} for group in groups}
+
+
+def test_help_of_a_program_is_its_documentation(tmp_path):
     done = script("status.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "folder" in done.stdout, done.stderr
+    assert done.returncode == 0 and "folder: runs/main " in done.stdout and "hydra" not in done.stdout, done
+    done = train("--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("Train one language model"), done
     done = script("bench_clip.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("Measure clipping: `python scripts/bench_clip.py"), done

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -450,3 +451,12 @@ def test_prepared_tokens_are_used_from_a_cache_that_cannot_be_written(tmp_path):
     with read_only(cache):
         check_cache(corpus, str(cache))
         assert prepare(corpus, cache, 16).fingerprint == prepared.fingerprint
+
+
+def test_tasks_during_training_without_lm_eval_are_a_mistake(tiny, tmp_path, monkeypatch):
+    """`make train` does not install it."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    overrides = (*tiny, "trainer.eval_every=10")
+    problem = "needs lm-eval, which is not installed: run `make setup`"
+    with pytest.raises(ConfigError, match=rf"trainer\.eval_every=10 {problem}"):
+        check(compose_config(*overrides), tmp_path / "run")

@@ -368,7 +368,7 @@ def test_sweep_trains_each_combination_once(tiny, tmp_path):
     sweep = ("-m", "clip=none,zclip", "lr=1e-3,3e-3", *settings)
     done = train(*sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    runs = sorted((tmp_path / "runs" / "main").iterdir())
+    runs = sorted((tmp_path / "runs" / "main").glob("micro-*"))
     assert len(runs) == 4 and all((run / "result.json").exists() for run in runs)
     again = train(*sweep, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -395,7 +395,7 @@ def test_wandb_is_imported_only_when_chosen_and_each_job_of_a_sweep_has_its_own_
     shutil.rmtree(only_run(tmp_path))
     done = run(program, "-m", "seed=0,1", "logger=wandb", *settings, cwd=tmp_path, env={"WANDB_MODE": "offline"})
     assert done.returncode == 0 and "wandb is imported: True" in done.stdout, done.stdout + done.stderr
-    runs = list((tmp_path / "runs" / "main").iterdir())
+    runs = list((tmp_path / "runs" / "main").glob("micro-*"))
     assert len(runs) == 2
     for path in runs:
         (file,) = path.glob("wandb/offline-run-*/run-*.wandb")

@@ -214,6 +214,10 @@ def test_sweeper_without_job_list_gets_test_losses(launcher, tiny, tmp_path):
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert sorted(losses.values()) == sorted(result["test_loss"] for result in results(tmp_path))
     assert len(losses) == 2
+    compared = r"The final test loss was 0\.\d\d nats higher with lr=\S+ than with lr=\S+\.\npicture  (\S+)\n$"
+    found = re.search(compared, done.stdout)
+    assert found is not None and (tmp_path / found[1]).read_bytes().startswith(b"\x89PNG"), done.stdout
+    assert "unigram entropy" not in done.stdout, "the table of a single run"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def check(config: Config, run_folder: Path) -> None:
     if not (run_folder / "result.json").exists():  # a finished run is only shown
         if config.logger.name == "wandb":
             _check_wandb()
+        _check_lm_eval(config)
         check_folder("paths.runs", config.paths.runs, run_folder)
     check_cache(corpus, config.paths.cache)
 
@@ -160,6 +162,14 @@ def _check_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
             own = corpus.tokenizer is None
             key, value = ("vocab_size", corpus.vocab_size) if own else ("tokenizer", corpus.tokenizer)
             raise ConfigError(key, value, problem=problem)
+
+
+def _check_lm_eval(config: Config) -> None:
+    """Raise `ConfigError` if tasks are to be evaluated and lm-eval is not installed: `make train` needs none."""
+    every = config.trainer.eval_every
+    if every is not None and find_spec("lm_eval") is None:
+        problem = "needs lm-eval, which is not installed: run `make setup`"
+        raise ConfigError("trainer.eval_every", every, problem=problem)
 
 
 #: What wandb takes in the variable WANDB_MODE.

@@ -30,8 +30,17 @@ from training.launch.slurm_queue import sbatch_resources
 from training.run_dir import RunDir
 from training.runtime.hardware import peak_flops
 
-#: Finished runs of this sweep: their overrides, key to value, and results.
-completed_jobs: list[tuple[dict[str, str], dict[str, Any]]] = []
+
+class CompletedJob(NamedTuple):
+    """A finished run of a sweep: its overrides, key to value, its result and its folder."""
+
+    overrides: dict[str, str]
+    result: dict[str, Any]
+    path: Path
+
+
+#: Finished runs of this sweep.
+completed_jobs: list[CompletedJob] = []
 
 
 class Job(NamedTuple):
@@ -50,7 +59,7 @@ class Job(NamedTuple):
         """Add the result to `completed_jobs`; return whether the run is finished."""
         result = self.run_dir.read_result()
         if result is not None:
-            completed_jobs.append((overrides_dict(self.overrides), result))
+            completed_jobs.append(CompletedJob(overrides_dict(self.overrides), result, self.run_dir.path))
         return result is not None
 
     def check(self) -> None:

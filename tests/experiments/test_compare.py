@@ -1,0 +1,128 @@
+"""Runs next to each other: labels, differences worked out by hand, the picture, and the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from experiments.run.compare import best, compared, differences, draw_comparison, on_same_batches, sentences
+from experiments.run.read import Run, read_run
+from experiments.run.style import STRATEGY_STYLES
+from tests.helpers import RESULT, script
+from tests.scripts.loading import load_script
+
+BAD = [10, 11]
+
+
+def write(folder: Path, clip: str, above: float, test_loss: float | None, seed: int = 0, **clip_settings: float) -> Run:
+    """Write a run of 30 steps whose loss is `above` 4 after the corrupted batches, and return it."""
+    config = {"seed": seed, "lr": 0.01, "clip": {"name": clip, "_target_": clip, **clip_settings}}
+    config |= {"data": {"name": "text", "corruption": {"steps": BAD, "kind": "repeat"}}}
+    config |= {"trainer": {"global_batch_size": 8}, "model": {"name": "nano"}}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps(config))
+    rows = [
+        {"step": step, "tokens": 8 * step, "loss": 9.0 if step in BAD else 4.0 + above * (step > BAD[-1]),
+         "grad_norm": 5.0 if step in BAD else 0.5, "clipped_norm": 0.4 if step in BAD else 0.5,
+         "clipped": float(step in BAD)}
+        for step in range(1, 31)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "result.json").write_text(json.dumps(RESULT | {"steps": 30, "test_loss": test_loss}))
+    return read_run(folder)
+
+
+def together(*runs: Run):
+    return compared(runs, [run.config for run in runs])
+
+
+@pytest.fixture
+def three(tmp_path):
+    values = {"none": (0.3, 4.4), "fixed": (0.1, 4.1), "zclip": (0.02, 4.04)}
+    return [write(tmp_path / clip, clip, above, test) for clip, (above, test) in values.items()]
+
+
+def test_differences_from_the_best_run_are_said_in_nats(three):
+    runs = together(*three)
+    assert best(runs).label == "clip=zclip" and on_same_batches(runs)
+    assert [(one.label, round(one.after_corrupted, 3), round(one.test_loss, 3)) for one in differences(runs)] == [
+        ("clip=none", 0.28, 0.36), ("clip=fixed", 0.08, 0.06),
+    ]  # fmt: skip
+    assert sentences(runs) == (
+        "In the 10 steps after a corrupted batch, the training loss was 0.28 nats higher with clip=none and 0.08 nats "
+        "higher with clip=fixed than with clip=zclip.\n"
+        "The final test loss was 0.36 nats higher with clip=none and 0.06 nats higher with clip=fixed."
+    )
+
+
+def test_lower_training_loss_than_the_best_run_is_called_lower(tmp_path):
+    runs = together(write(tmp_path / "a", "fixed", 0.0, 4.2), write(tmp_path / "b", "zclip", 0.5, 4.1))
+    assert "the training loss was 0.50 nats lower with clip=fixed than with clip=zclip." in sentences(runs)
+
+
+def test_runs_on_other_batches_are_compared_by_their_test_loss_alone(tmp_path):
+    runs = together(write(tmp_path / "a", "zclip", 0.0, 4.1), write(tmp_path / "b", "zclip", 0.1, None, seed=1))
+    assert not on_same_batches(runs) and [one.label for one in runs] == ["seed=0", "seed=1"]
+    assert sentences(runs) == "The final test loss was unknown with seed=1 than with seed=0."
+    assert len(draw_comparison(runs).axes) == 2
+
+
+@pytest.mark.parametrize(
+    ("clips", "labels"),
+    [
+        ([("zclip", {"alpha": 0.9}), ("fixed", {"max_norm": 1.0})], ["clip=zclip", "clip=fixed"]),
+        ([("zclip", {"alpha": 0.9}), ("zclip", {"alpha": 0.5})], ["clip.alpha=0.9", "clip.alpha=0.5"]),
+        (
+            [("zclip", {"alpha": 0.9}), ("zclip", {"alpha": 0.5}), ("none", {})],
+            ["clip=zclip clip.alpha=0.9", "clip=zclip clip.alpha=0.5", "clip=none"],
+        ),
+        ([("zclip", {}), ("zclip", {})], ["0", "1"]),
+    ],
+)
+def test_label_of_a_run_has_the_settings_in_which_it_differs(clips, labels, tmp_path):
+    runs = [write(tmp_path / str(i), clip, 0.0, 4.0, **more) for i, (clip, more) in enumerate(clips)]
+    assert [one.label for one in together(*runs)] == labels
+
+
+def test_long_lists_are_shortened_in_labels(three):
+    identities = [{"steps": steps} for steps in ([], [120, 121, 155, 192], [5])]
+    assert [one.label for one in compared(three, identities)] == ["steps=[]", "steps=[120, ..., 192]", "steps=[5]"]
+
+
+def test_picture_has_losses_differences_and_norms_in_the_colours_of_the_strategies(three):
+    loss, difference, norm = draw_comparison(together(*three)).axes
+    assert [line.get_color() for line in loss.lines] == [
+        STRATEGY_STYLES[clip].color for clip in ("none", "fixed", "zclip")
+    ]
+    assert np.isnan(loss.lines[0].get_ydata()[9:11]).all(), "corrupted batches have no loss"
+    assert difference.lines[0].get_ydata()[15] == pytest.approx(0.28)
+    assert norm.get_yscale() == "log"
+    assert "clip=zclip, test loss 4.04" in loss.get_legend_handles_labels()[1]
+    assert "clip=fixed, 7% of steps clipped" in norm.get_legend_handles_labels()[1]
+
+
+def test_command_prints_the_table_and_writes_the_picture(finished_run, diverged_run, tmp_path):
+    runs = f"run=[{finished_run},{diverged_run}]"
+    done = script("compare.py", runs, "out=both.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "clip=zclip" in done.stdout and done.stdout.endswith("picture  both.png\n")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_of_the_command_are_one_sentence(three, tmp_path):
+    compare = load_script("compare")
+    for settings, problem in (
+        ({"run": str(tmp_path / "zclip")}, "has 1 finished runs: 2 to 7 can be compared"),
+        ({"run": str(tmp_path / "gone")}, "does not exist"),
+        ({"run": str(tmp_path), "out": str(tmp_path)}, "must be a file that ends in .png"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            compare.main(settings)
+    (tmp_path / "zclip" / "metrics.jsonl").write_text("x\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        compare.main({"run": str(tmp_path)})
+    (tmp_path / "zclip" / "result.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        compare.main({"run": [str(tmp_path / "zclip")]})
