@@ -16,12 +16,15 @@ from typing import Any
 
 from zclip.base import ClippingStrategy
 from zclip.decision import ClipResult, Decision, GradStats, State
-from zclip.strategies.adagc import AdaGC
+from zclip.strategies.adagc import AdaGC, GlobalAdaGC
 from zclip.strategies.agc import AGC
 from zclip.strategies.autoclip import AutoClip
 from zclip.strategies.fixed_norm import FixedNorm, NoClipping
 from zclip.strategies.gradient_stabilizer import GradientStabilizer
+from zclip.strategies.lagged_z_score import LaggedZScore
+from zclip.strategies.log_z_score import LogZScore
 from zclip.strategies.skip_step import SkipStep
+from zclip.strategies.tensor_autoclip import TensorAutoClip
 from zclip.strategies.zclip import ZClip
 
 __all__ = [
@@ -32,11 +35,15 @@ __all__ = [
     "ClippingStrategy",
     "Decision",
     "FixedNorm",
+    "GlobalAdaGC",
     "GradStats",
     "GradientStabilizer",
+    "LaggedZScore",
+    "LogZScore",
     "NoClipping",
     "SkipStep",
     "State",
+    "TensorAutoClip",
     "ZClip",
 ]
 

@@ -3,7 +3,8 @@
     python -m zclip replay FILE [KEY=VALUE[,VALUE...] ...]
 
     FILE    a run's metrics.jsonl, or a CSV with a column of norms, such as a wandb export
-    clip    zclip, fixed, autoclip, skip_step or none, or module.Class of your own; default zclip
+    clip    zclip, log_z_score, lagged_z_score, fixed, autoclip, global_adagc, skip_step or none, or module.Class of your
+            own; default zclip
     KEY     argument of the strategy; every combination of the values is replayed.
             Defaults are those of the class: max_grad_norm is off.
     column  name of the column of norms; default grad_norm
@@ -31,10 +32,29 @@ from typing import Any
 
 import torch
 
-from zclip import AutoClip, ClippingStrategy, FixedNorm, NoClipping, SkipStep, ZClip
+from zclip import (
+    AutoClip,
+    ClippingStrategy,
+    FixedNorm,
+    GlobalAdaGC,
+    LaggedZScore,
+    LogZScore,
+    NoClipping,
+    SkipStep,
+    ZClip,
+)
 from zclip.trace import NormTrace, ReplayResult, printable, read_trace
 
-STRATEGIES = {"zclip": ZClip, "fixed": FixedNorm, "autoclip": AutoClip, "skip_step": SkipStep, "none": NoClipping}
+STRATEGIES: dict[str, type[ClippingStrategy]] = {
+    "zclip": ZClip,
+    "log_z_score": LogZScore,
+    "lagged_z_score": LaggedZScore,
+    "fixed": FixedNorm,
+    "autoclip": AutoClip,
+    "global_adagc": GlobalAdaGC,
+    "skip_step": SkipStep,
+    "none": NoClipping,
+}
 
 #: The plot has a panel for each combination.
 MAX_COMBINATIONS = 50

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.gloo_pool import run
 from tests.helpers import SLOW
-from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from tests.zclip.every_strategy import SHORT
+from zclip import AGC, AdaGC, GradientStabilizer, ZClip
 
 STEPS = 12
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -289,16 +290,9 @@ def no_rank_has_gradients(rank: int, world: int) -> Curve:
     return (torch.zeros(1),) * 3
 
 
-STRATEGIES = [
-    NoClipping, lambda: FixedNorm(0.1), lambda: AutoClip(percentile=30), lambda: AutoClip(percentile=30, window=4),
-    lambda: ZClip(warmup_steps=5, clip_option="mean"), lambda: ZClip(warmup_steps=5, mode="percentile"),
-    lambda: AdaGC(warmup_steps=4), GradientStabilizer, lambda: SkipStep(sigma=2.0, window=6), AGC,
-]  # fmt: skip
-
-
 def every_strategy(rank: int, world: int) -> Curve:
     """Every strategy over two mesh dimensions, against training with it in one process."""
-    for make in STRATEGIES:
+    for make in SHORT.values():
         expected = train(Net(), make=make)
         curve = tensor_parallel_and_fsdp2(rank, world, make=make)
         for one, other, rtol in zip(curve, expected, (1e-6, 2e-6, 1e-5), strict=True):

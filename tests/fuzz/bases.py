@@ -8,7 +8,6 @@ import json
 import lzma
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from data import TOKENIZER_FILES, Corpus, Source, prepare
 from data.prepare import _Preparation
 from models.hugging_face import export
 from tests.helpers import FSDP, TINY, train_to_end
+from tests.zclip.every_strategy import SHORT
 from training.checkpoint.load import RunCheckpoint
-from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip import ClippingStrategy
 
 #: Settings of a run whose files are small, so that changes meet their structure.
 SMALL = (
@@ -34,11 +34,6 @@ SMALL = (
     "trainer.val_every=8", "trainer.val_tokens=512", "data.max_val_tokens=512", "name=run",
 )  # fmt: skip
 
-STRATEGIES: dict[str, Callable[[], ClippingStrategy]] = {
-    "ZClip": lambda: ZClip(warmup_steps=3), "max": lambda: ZClip(clip_option="max", warmup_steps=3), "AdaGC": AdaGC,
-    "AGC": AGC, "AutoClip": lambda: AutoClip(window=8), "FixedNorm": lambda: FixedNorm(1.0),
-    "GradientStabilizer": GradientStabilizer, "NoClipping": NoClipping, "SkipStep": SkipStep,
-}  # fmt: skip
 
 TEXTS = [f"Text {i} of the nation, naïve and 東京 🎉: {'and so on ' * (i % 5)}" for i in range(60)]
 PART_TOKENS = 300
@@ -161,7 +156,7 @@ def write_tokens(folder: Path) -> None:
 def write_states(folder: Path) -> None:
     """Make the saved state of each strategy after some steps."""
     (folder / "states").mkdir()
-    for name, make in STRATEGIES.items():
+    for name, make in SHORT.items():
         strategy = make()
         take_steps(strategy, 12)
         torch.save(strategy.state_dict(), folder / "states" / f"{name}.pt")

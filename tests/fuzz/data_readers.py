@@ -15,7 +15,8 @@ from data.tokenizer import tokenizer_identity
 from models.hugging_face import check_weights, config_of, load
 from models.llama import Llama
 from tests.fuzz.attempts import Refused
-from tests.fuzz.bases import STRATEGIES, corpus_of, take_steps
+from tests.fuzz.bases import corpus_of, take_steps
+from tests.zclip.every_strategy import SHORT
 from zclip.replay import main as replay
 
 
@@ -85,19 +86,19 @@ def read_state(folder: Path, bases: Path, rng: random.Random) -> None:
     def is_changed(file: Path) -> bool:
         return not file.is_file() or file.read_bytes() != (bases / "states" / file.name).read_bytes()
 
-    changed = [name for name in STRATEGIES if is_changed(folder / f"{name}.pt")]
-    name = rng.choice(changed or list(STRATEGIES))
+    changed = [name for name in SHORT if is_changed(folder / f"{name}.pt")]
+    name = rng.choice(changed or list(SHORT))
     try:
         assert (folder / f"{name}.pt").is_file()
         state = torch.load(folder / f"{name}.pt", weights_only=True)
     except Exception as error:
         raise Refused("torch cannot load it") from error
-    strategy = STRATEGIES[name]()
+    strategy = SHORT[name]()
     strategy.load_state_dict(state)
     for _ in range(3):
         assert np.isfinite(take_steps(strategy, 2)), f"the norm after clipping is not finite: {strategy.telemetry}"
     assert all(not v.is_floating_point() or not v.isnan().any() for v in strategy.state.values()), strategy.state
-    again = STRATEGIES[name]()
+    again = SHORT[name]()
     again.load_state_dict(strategy.state_dict())
 
 

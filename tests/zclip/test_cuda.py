@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from tests.zclip.every_strategy import SHORT
+from zclip import ClippingStrategy, ZClip
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-STRATEGIES = [
-    NoClipping, lambda: FixedNorm(0.5), AutoClip, lambda: AutoClip(window=8), lambda: ZClip(warmup_steps=4),
-    lambda: ZClip(warmup_steps=4, clip_option="mean", max_grad_norm=1.0),
-    lambda: ZClip(warmup_steps=4, mode="percentile"), lambda: AdaGC(warmup_steps=4), GradientStabilizer, SkipStep, AGC,
-]  # fmt: skip
 
 
 def train(strategy: ClippingStrategy, model: nn.Module, pass_optimizer: bool) -> list[torch.Tensor]:
@@ -41,7 +36,7 @@ def train(strategy: ClippingStrategy, model: nn.Module, pass_optimizer: bool) ->
     return norms
 
 
-@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
 @pytest.mark.parametrize("pass_optimizer", [False, True])
 def test_no_step_waits_for_the_device_and_weights_match_the_cpu(make, pass_optimizer):
     torch.manual_seed(0)

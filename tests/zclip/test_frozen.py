@@ -9,22 +9,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.helpers import same
+from tests.zclip.every_strategy import CLASSES
 from zclip import (
-    AGC,
     AdaGC,
-    AutoClip,
     ClippingCallback,
     ClippingStrategy,
     FixedNorm,
-    GradientStabilizer,
-    NoClipping,
-    SkipStep,
-    ZClip,
 )
 
-EACH = pytest.mark.parametrize(
-    "make", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC]
-)
+EACH = pytest.mark.parametrize("make", CLASSES)
 
 
 def model_with_gradients(frozen: bool, scale: float = 5.0) -> nn.Module:

@@ -8,7 +8,21 @@ import torch
 from torch import nn
 
 import zclip
-from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClippingStrategy,
+    FixedNorm,
+    GlobalAdaGC,
+    GradientStabilizer,
+    LaggedZScore,
+    LogZScore,
+    NoClipping,
+    SkipStep,
+    TensorAutoClip,
+    ZClip,
+)
 from zclip.arguments import ArgumentError
 
 DEFAULTS = {
@@ -19,7 +33,11 @@ DEFAULTS = {
         "alpha": 0.97, "z_thresh": 2.5, "max_grad_norm": None, "eps": 1e-6, "warmup_steps": 25, "mode": "zscore",
         "clip_option": "adaptive_scaling", "clip_factor": 1.0, "skip_update_on_spike": False, "recovery_window": 40,
     },
-    AdaGC: {"lambda_rel": 1.05, "beta": 0.98, "warmup_steps": 100, "lambda_abs": 1.0},
+    AdaGC: {"lambda_rel": 1.04, "beta": 0.99, "warmup_steps": 100, "lambda_abs": 1.0, "recovery_window": None},
+    GlobalAdaGC: {"lambda_rel": 1.04, "beta": 0.99, "warmup_steps": 100, "lambda_abs": 1.0, "recovery_window": None},
+    LogZScore: {"alpha": 0.97, "z_thresh": 3.0, "max_grad_norm": None, "warmup_steps": 10, "min_std": 0.02},
+    LaggedZScore: {"z_thresh": 3.0, "lag": 500, "window": 500, "warmup_steps": 100, "max_grad_norm": None},
+    TensorAutoClip: {"percentile": 95.0, "window": 128},
     GradientStabilizer: {"gamma1": 0.7, "gamma2": 0.9, "eps": 1e-8},
     SkipStep: {"sigma": 6.0, "window": 128},
     AGC: {"ratio": 0.01, "eps": 1e-3},
@@ -46,6 +64,17 @@ BOUNDS = [
     (AdaGC, "beta", [1, -0.1], DECAY, [0]),
     (AdaGC, "warmup_steps", [0], "an integer from 1", [1]),
     (AdaGC, "lambda_abs", [0], POSITIVE, [1e-9]),
+    (AdaGC, "recovery_window", [7, 8.0], "an integer from 8, or null to switch recovery off", [8, None]),
+    (LogZScore, "alpha", [1, -0.1], DECAY, [0]),
+    (LogZScore, "z_thresh", [0], POSITIVE, [1e-9]),
+    (LogZScore, "warmup_steps", [0], "an integer from 1", [1]),
+    (LogZScore, "min_std", [0], POSITIVE, [1e-9]),
+    (LaggedZScore, "z_thresh", [0], POSITIVE, [1e-9]),
+    (LaggedZScore, "lag", [-1, 1.5], "an integer from 0", [0]),
+    (LaggedZScore, "window", [1, None], "an integer from 2", [2]),
+    (LaggedZScore, "warmup_steps", [3], "an integer from 4", [4]),
+    (TensorAutoClip, "percentile", [-1e-9, 100.1, None, True], "a number from 0 to 100", [0, 100]),
+    (TensorAutoClip, "window", [1, None], "an integer from 2", [2]),
     (GradientStabilizer, "gamma1", [1, -0.1], DECAY, [0]),
     (GradientStabilizer, "gamma2", [1, -0.1], DECAY, [0]),
     (GradientStabilizer, "eps", [0], POSITIVE, [1e-30]),

@@ -7,20 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from zclip import AGC, AdaGC, AutoClip, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
-
-STRATEGIES = [
-    NoClipping,
-    FixedNorm,
-    AutoClip,
-    lambda: AutoClip(window=8),
-    ZClip,
-    AdaGC,
-    GradientStabilizer,
-    SkipStep,
-    AGC,
-]
-STRATEGIES += [lambda option=option: ZClip(clip_option=option, warmup_steps=4) for option in ("mean", "max")]
+from tests.zclip.every_strategy import CLASSES, SHORT
+from zclip import ZClip
 
 
 def linear_with_gradients(value: float | None, seed: int = 0) -> nn.Module:
@@ -33,7 +21,7 @@ def linear_with_gradients(value: float | None, seed: int = 0) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
 def test_nonfinite_norms_leave_no_trace(make):
     """Non-finite norms change neither the statistics nor later gradients."""
     draw = random.Random(0)
@@ -55,7 +43,7 @@ def test_nonfinite_norms_leave_no_trace(make):
     assert all(torch.equal(with_nonfinite.state[key], without.state[key]) for key in without.state)
 
 
-@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-30, 1e-8, 1e15])
 def test_tiny_huge_and_zero_gradients_stay_finite(make, scale):
     """30 steps are more than the warm-up of `ZClip`."""
@@ -92,7 +80,7 @@ def test_raise_policy_names_the_parameters():
         zclip.step(linear_with_gradients(None))
 
 
-@pytest.mark.parametrize("make", [NoClipping, FixedNorm, AutoClip, ZClip, AdaGC, GradientStabilizer, SkipStep, AGC])
+@pytest.mark.parametrize("make", CLASSES)
 def test_every_strategy_takes_a_policy_and_checks_it(make):
     strategy = make(on_nonfinite="zero", max_consecutive_nonfinite=None)
     assert (strategy.on_nonfinite, strategy.max_consecutive_nonfinite) == ("zero", None)

@@ -13,7 +13,21 @@ from torch import nn
 
 from tests.zclip import transcriptions as equations
 from tests.zclip.transcriptions import Step
-from zclip import AGC, AdaGC, AutoClip, ClippingStrategy, FixedNorm, GradientStabilizer, NoClipping, SkipStep, ZClip
+from zclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClippingStrategy,
+    FixedNorm,
+    GlobalAdaGC,
+    GradientStabilizer,
+    LaggedZScore,
+    LogZScore,
+    NoClipping,
+    SkipStep,
+    TensorAutoClip,
+    ZClip,
+)
 from zclip.norm import parameters_of, tensor_norms
 
 #: The strategies with the arguments of a few steps, and their equations.
@@ -27,6 +41,23 @@ STRATEGIES: dict[str, tuple[type[ClippingStrategy], type, dict[str, Any]]] = {
         ZClip,
         equations.ZClipEquations,
         {"warmup_steps": 2, "z_thresh": 1.0, "max_grad_norm": 3.0, "clip_option": "mean", "alpha": 0.5},
+    ),
+    "log-z-score": (
+        LogZScore,
+        equations.LogZScoreEquations,
+        {"warmup_steps": 2, "z_thresh": 1.2, "alpha": 0.8, "max_grad_norm": 20.0},
+    ),
+    "lagged-z-score": (
+        LaggedZScore,
+        equations.LaggedZScoreEquations,
+        {"z_thresh": 0.5, "lag": 2, "window": 3, "warmup_steps": 4},
+    ),
+    "tensor-autoclip": (TensorAutoClip, equations.TensorAutoClipEquations, {"percentile": 35.0, "window": 3}),
+    "global-adagc": (GlobalAdaGC, equations.GlobalAdaGCEquations, {"warmup_steps": 2, "lambda_abs": 2.0, "beta": 0.7}),
+    "adagc-recovery": (
+        AdaGC,
+        equations.AdaGCEquations,
+        {"warmup_steps": 1, "lambda_abs": 0.01, "recovery_window": 8},
     ),
     "adagc": (AdaGC, equations.AdaGCEquations, {"warmup_steps": 3, "lambda_abs": 2.0, "beta": 0.7}),
     "stabilizer": (GradientStabilizer, equations.GradientStabilizerEquations, {}),

@@ -86,7 +86,10 @@ def test_wandb_export_with_every_strategy(norm_trace, tmp_path, capsys):
     assert "max_norm=0.5" in capsys.readouterr().out
 
 
-STRATEGIES = "it must be one of zclip, fixed, autoclip, skip_step, none, or module.Class"
+STRATEGIES = (
+    "it must be one of zclip, log_z_score, lagged_z_score, fixed, autoclip, global_adagc, skip_step, none, "
+    "or module.Class"
+)
 GLOBAL_NORM = "it must be a ClippingStrategy over the global norm, because a file has no other norms"
 
 

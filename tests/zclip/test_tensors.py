@@ -212,7 +212,7 @@ def test_states_from_before_names_were_saved_load():
     model.layer[0].weight.requires_grad_(False)
     gamma = torch.tensor([1.0, 100.0, 1000.0], dtype=torch.float64)
     old = adagc().state_dict() | {
-        "state": {"count": torch.tensor(3), "gamma": gamma},
+        "state": adagc().initial_state(torch.zeros_like(gamma)) | {"count": torch.tensor(3), "gamma": gamma},
         "counters": {key: torch.tensor(0) for key in ("consecutive_clips", "nonfinite", "consecutive_nonfinite")},
         "started": True,
     }

@@ -153,24 +153,39 @@ class ZClipEquations(GlobalEquations):
 
 
 class AdaGCEquations(Equations):
-    """Algorithm 1 of arXiv 2502.11034; a tensor without an average after the warm-up starts one."""
+    """Algorithm 1 of arXiv 2502.11034; a tensor without an average after the warm-up starts one.
 
-    def __init__(self, lambda_rel=1.05, beta=0.98, warmup_steps=100, lambda_abs=1.0):
+    `recovery_window` is the rule of `zclip.AdaGC`.
+    """
+
+    def __init__(self, lambda_rel=1.04, beta=0.99, warmup_steps=100, lambda_abs=1.0, recovery_window=None):
         self.lambda_rel, self.beta, self.warmup_steps, self.lambda_abs = lambda_rel, beta, warmup_steps, lambda_abs
-        self.count, self.gamma = 0, None
+        self.recovery_window, self.count, self.gamma = recovery_window, 0, None
 
-    def clip(self, step):
-        self.gamma = self.gamma or [math.inf] * len(step.norms)
+    def factors(self, norms: list[float], global_norm: float) -> list[float]:
+        """Return the factor on each norm, and update its average."""
+        self.gamma = self.gamma or [math.inf] * len(norms)
+        self.blocks = self.blocks if self.count else [[] for _ in norms]
         factors = []
-        for i, (n, gamma) in enumerate(zip(step.norms, self.gamma, strict=True)):
-            bound = self.lambda_abs / step.norm if step.norm and self.count < self.warmup_steps else None
+        for i, (n, gamma) in enumerate(zip(norms, self.gamma, strict=True)):
+            bound = self.lambda_abs / global_norm if global_norm and self.count < self.warmup_steps else None
             h = min(1.0, (bound if bound is not None else self.lambda_rel * gamma / n) if n else 1.0)
             factors.append(h)
             if n and (self.count < self.warmup_steps or gamma == math.inf):
                 self.gamma[i] = min(gamma, h * n)
             elif n:
                 self.gamma[i] = self.beta * gamma + (1 - self.beta) * h * n
+            if n and self.count >= self.warmup_steps and self.recovery_window:
+                self.blocks[i].append((n, h < 1))
+                if len(self.blocks[i]) == self.recovery_window:
+                    if sum(clipped for _, clipped in self.blocks[i]) >= 0.75 * self.recovery_window:
+                        self.gamma[i] = statistics.fmean(norm for norm, _ in self.blocks[i])
+                    self.blocks[i] = []
         self.count += 1
+        return factors
+
+    def clip(self, step):
+        factors = self.factors(step.norms, step.norm)
         clipped = sum(h < 1 for h in factors)
         after = math.hypot(*(h * n for h, n in zip(factors, step.norms, strict=True)))
         self.telemetry = {"grad_norm": step.norm, "clipped_norm": after, "clipped": clipped > 0,
@@ -180,6 +195,97 @@ class AdaGCEquations(Equations):
     @property
     def statistics(self):
         return {"count": self.count, "gamma": self.gamma}
+
+
+class GlobalAdaGCEquations(AdaGCEquations):
+    """The same over the global norm."""
+
+    def clip(self, step):
+        (h,) = self.factors([step.norm], step.norm)
+        self.telemetry = {"grad_norm": step.norm, "clipped_norm": h * step.norm, "clipped": h < 1, "clipped_by_max": 0}
+        return h
+
+    @property
+    def statistics(self):
+        return {"count": self.count, "gamma": self.gamma and self.gamma[0]}
+
+
+class LogZScoreEquations(GlobalEquations):
+    """Weighted mean and variance of all log norms so far, by their weights alpha^age, not by a recursion."""
+
+    def __init__(self, alpha=0.97, z_thresh=3.0, max_grad_norm=None, warmup_steps=10, min_std=0.02):
+        self.alpha, self.z_thresh, self.max_grad_norm = alpha, z_thresh, max_grad_norm
+        self.warmup_steps, self.min_std, self.logs = warmup_steps, min_std, []
+
+    def moments(self) -> tuple[float, float]:
+        if not self.logs:
+            return 0.0, 0.0
+        weights = [self.alpha ** (len(self.logs) - 1 - i) for i in range(len(self.logs))]
+        mean = sum(w * y for w, y in zip(weights, self.logs, strict=True)) / sum(weights)
+        return mean, sum(w * (y - mean) ** 2 for w, y in zip(weights, self.logs, strict=True)) / sum(weights)
+
+    def target(self, x):
+        mean, var = self.moments()
+        std, target, z, spike, low = max(math.sqrt(var), self.min_std), math.inf, NAN, False, False
+        if x > 0 and len(self.logs) >= self.warmup_steps:
+            z = (math.log(x) - mean) / std
+            spike, low = z > self.z_thresh, z < -self.z_thresh
+            target = math.exp(mean + self.z_thresh * std) if spike else math.inf
+            self.logs.append(mean + max(-self.z_thresh, min(self.z_thresh, z)) * std)
+        elif x > 0:
+            self.logs.append(math.log(x))
+        return target, {"z": z, "mean": math.exp(mean), "std": std, "spike": spike, "low": low}
+
+    @property
+    def statistics(self):
+        mean, var = self.moments()
+        return {"count": len(self.logs), "mean": mean, "var": var}
+
+
+class LaggedZScoreEquations(GlobalEquations):
+    """Mean and deviation of norms that lie `lag` steps back, or of the older half of the norms so far."""
+
+    def __init__(self, z_thresh=3.0, lag=500, window=500, warmup_steps=100, max_grad_norm=None):
+        self.z_thresh, self.lag, self.window, self.warmup_steps = z_thresh, lag, window, warmup_steps
+        self.max_grad_norm, self.norms = max_grad_norm, []
+
+    def target(self, x):
+        kept = self.norms[-(self.lag + self.window) :]
+        compared = kept[: len(kept) - min(self.lag, len(self.norms) // 2)]
+        mean = statistics.fmean(compared) if compared else 0.0
+        std = max(statistics.pstdev(compared) if compared else 0.0, 1e-4 * mean)
+        warm = len(self.norms) >= self.warmup_steps
+        self.norms.append(x)
+        target, z = (mean + self.z_thresh * std, (x - mean) / std) if warm else (math.inf, NAN)
+        return target, {"z": z, "mean": mean, "std": std}
+
+    @property
+    def statistics(self):
+        return {"count": len(self.norms)}
+
+
+class TensorAutoClipEquations(Equations):
+    """Algorithm 1 of arXiv 2007.14469 for each tensor, over its latest `window` norms, once there are so many."""
+
+    def __init__(self, percentile=95.0, window=128):
+        self.percentile, self.window, self.norms = percentile, window, None
+
+    def clip(self, step):
+        self.norms = self.norms or [[] for _ in step.norms]
+        factors = []
+        for n, norms in zip(step.norms, self.norms, strict=True):
+            norms.extend([n] if n else [])
+            bound = np.percentile(norms[-self.window :], self.percentile) if len(norms) >= self.window else math.inf
+            factors.append(min(1.0, bound / n) if n else 1.0)
+        clipped = sum(h < 1 for h in factors)
+        after = math.hypot(*(h * n for h, n in zip(factors, step.norms, strict=True)))
+        self.telemetry = {"grad_norm": step.norm, "clipped_norm": after, "clipped": clipped > 0,
+                          "clipped_by_max": 0, "clipped_tensors": clipped}  # fmt: skip
+        return factors
+
+    @property
+    def statistics(self):
+        return {"count": self.norms and [len(norms) for norms in self.norms]}
 
 
 class GradientStabilizerEquations(Equations):
