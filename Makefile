@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs train.py zclip_lightning_callback.py
+CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs examples train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs lint format clean
