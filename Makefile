@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs train.py zclip_lightning_callback.py
+CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs examples train.py zclip_lightning_callback.py
 
 # What each command needs, as extras of pyproject.toml: `.venv/.train` says that `.[train]` is installed.
 TRAIN := $(VENV)/.train

@@ -18,13 +18,13 @@ LOCK_IN_FRACTION = 0.75
 class AdaGC(ClippingStrategy):
     """Adaptive clipping of each tensor against its own history (Wang et al., arXiv 2502.11034, algorithm 1).
 
-    With g_i the gradient of tensor i, after the warm-up
+    With g_i the gradient of tensor i, after the warm-up::
 
         h_i = min(lambda_rel gamma_i / ||g_i||, 1),    gamma_i <- beta gamma_i + (1 - beta) ||h_i g_i||
 
-    and during the warm-up, with the global norm ||g||,
+    and during the warm-up, with the global norm x::
 
-        h = min(lambda_abs / ||g||, 1),                gamma_i <- min(gamma_i, ||h g_i||).
+        h = min(lambda_abs / x, 1),                    gamma_i <- min(gamma_i, ||h g_i||).
 
     The average of a tensor does not change on a step without a gradient or with a zero one.
 

@@ -16,7 +16,7 @@ from zclip.norm import Shard, sum_over_ranks
 class AGC(ClippingStrategy):
     """Unit-wise adaptive gradient clipping (Brock et al., arXiv 2102.06171, equation 3).
 
-    For unit i of a weight W with gradient G, which is a row, or the whole tensor if it has fewer than two dimensions,
+    For unit i of a weight W with gradient G, which is a row, or the whole tensor if it has fewer than two dimensions::
 
         G_i <- G_i min(1, ratio max(||W_i||, eps) / ||G_i||)
 

@@ -14,7 +14,7 @@ class FixedNorm(ClippingStrategy):
     """Scale gradients of a norm above `max_norm` down to it (Pascanu et al., arXiv 1211.5063, algorithm 1).
 
     Args:
-        max_norm: threshold c in g <- g min(1, c / ||g||). Default 1.0, the fixed baseline of the ZClip paper.
+        max_norm: threshold c in `g <- g min(1, c / ||g||)`. Default 1.0, the fixed baseline of the ZClip paper.
         policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
     """
 

@@ -14,7 +14,7 @@ from zclip.decision import ClipResult, GradStats, State
 class GradientStabilizer(ClippingStrategy):
     """Replace each tensor's norm by a ratio of its moving moments (Huang et al., arXiv 2502.17055).
 
-    With n the norm of a tensor's gradient g, and t the number of its non-zero gradients up to this step,
+    With n the norm of a tensor's gradient g, and t the number of its non-zero gradients up to this step::
 
         m <- gamma1 m + (1 - gamma1) n,       m^ = m / (1 - gamma1^t)
         v <- gamma2 v + (1 - gamma2) n^2,     v^ = v / (1 - gamma2^t)

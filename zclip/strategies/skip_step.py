@@ -13,11 +13,12 @@ from zclip.decision import ClipResult, GradStats, State
 class SkipStep(ClippingStrategy):
     """Skip the optimizer step if the loss or the norm is an outlier in a rolling window.
 
-    The rule is that of `SkipStepAdamW` in OLMo-core (the trainer of OLMo 2, arXiv 2501.00656). A step is skipped unless
+    The rule is that of `SkipStepAdamW` in OLMo-core (the trainer of OLMo 2, arXiv 2501.00656). A step is
+    skipped unless::
 
         loss - mean(losses) <= sigma std(losses)   and   norm - mean(norms) <= sigma std(norms)
 
-    over the values of the last `window` steps before this one, with the unbiased standard deviation. Values of skipped
+    Means and standard deviations (unbiased) are those of the last `window` steps before this one. Values of skipped
     steps enter the window too; non-finite ones do not. No step is skipped before max(2, window / 2) - 1 values are in
     the window, except for a non-finite loss. Pass the loss to `step`, otherwise only the norm counts. Pass the
     optimizer too, otherwise a skipped step has zero gradients (see `ClippingStrategy`).

@@ -28,14 +28,14 @@ class ZClip(ClippingStrategy):
     """Z-score clipping with exponential moving statistics (arXiv 2504.02507, section 3).
 
     The mean and the population variance start as those of the first `warmup_steps` norms. Later norms x have a z-score,
-    from the statistics of the steps before. If it is above z_thresh, the step is a spike, and its norm is clipped.
+    from the statistics of the steps before. If it is above z_thresh, the step is a spike, and its norm is clipped::
 
         z = (x - mean) / (std + eps)
         clipped norm = mean + xi(z) std,   xi(z) = z_thresh^2 / z   ("adaptive_scaling", the paper's reciprocal)
                                                    0                ("mean")
                                                    z_thresh         ("max", and mode="percentile")
 
-    The norm then enters the statistics: y is the clipped norm of a spike, and x otherwise.
+    The norm then enters the statistics: y is the clipped norm of a spike, and x otherwise::
 
         mean <- alpha mean + (1 - alpha) y
         var  <- alpha var  + (1 - alpha) (y - mean)^2     with the new mean
@@ -48,8 +48,8 @@ class ZClip(ClippingStrategy):
     and every step is clipped for ever. After a lasting fall they need hundreds of steps to forget the old level. After
     each block of `recovery_window` norms, the mean and variance are reset to those of the block's unclipped norms in
 
-    - a rise: three quarters of them were spikes.
-    - a fall: the standard deviation is above four times the block's. The block's mean and that of the previous block
+    - a rise, if three quarters of them were spikes.
+    - a fall, if the standard deviation is above four times the block's. The block's mean and that of the previous block
       are also below half of the mean of one of the two blocks before these (or of the warm-up).
 
     Neither happens by chance to independent norms without heavy tails. Let a fraction p of the steps be spikes. Three
