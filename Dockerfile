@@ -12,7 +12,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -
 WORKDIR /zclip
 COPY LICENSE Makefile README.md constraints.txt pyproject.toml zclip_lightning_callback.py ./
 COPY zclip ./zclip
-RUN PIP_NO_CACHE_DIR=1 make setup
+RUN PIP_NO_CACHE_DIR=1 make .venv/.train .venv/.eval
 
 COPY common ./common
 COPY configs ./configs

@@ -1,7 +1,8 @@
 """Train one language model, or with -m several: a sweep. Settings are KEY=VALUE; all have defaults.
 
 Groups and their options:
-  clip     none fixed autoclip zclip zclip_mean zclip_max adagc gradient_stabilizer skip_step agc
+  clip     zclip zclip_mean zclip_max log_z_score lagged_z_score none fixed autoclip tensor_autoclip
+           adagc global_adagc agc gradient_stabilizer skip_step
   model    nano micro 60m 150m 350m 1b 7b hf
   data     sotu smollm
   trainer  cpu gpu ddp fsdp hsdp

@@ -35,6 +35,7 @@ extensions = [
 ]
 exclude_patterns = ["_*"]
 nitpicky = True
+default_role = "code"  # a single backtick in a docstring
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

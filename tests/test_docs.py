@@ -63,7 +63,7 @@ HUB = ("data=smollm", "eval.tasks=[arc_easy,piqa]")
 READ_PAPER_RUNS = {"scripts/make_tables.py", "scripts/make_figures.py", "scripts/make_report.py"}
 #: Targets of make that run no program of the checkout on the reader's files.
 OTHER_TARGETS = {"test", "test-all", "lint", "format", "setup", "slurm", "mutants", "faults", "fuzz", "reference"}
-OTHER_TARGETS |= {"docs", "wheel"}
+OTHER_TARGETS |= {"docs", "wheel", "help", "help-all"}
 #: Commands of other programs than ours.
 OTHER_PROGRAMS = ("pip install ", "docker ", "apptainer ", "wandb login", "wandb sync", "scancel --signal=USR1")
 GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu")
@@ -366,7 +366,7 @@ def test_yaml_of_document_is_a_configuration(tmp_path, corpus):
     assert done.returncode == 0, done.stderr
 
 
-def test_result_in_the_readme_is_printed_as_a_run_prints_it(capsys):
+def test_result_in_the_tutorial_is_printed_as_a_run_prints_it(capsys):
     shares = {"data": 0.2, "forward_backward": 98.2, "clip": 0.8, "optimizer": 0.8}
     result = {
         "test_loss": 5.3627, "test_tokens": 128_000, "test_bits_per_byte": 1.798, "unigram_entropy": 6.523, "spikes": 0,
@@ -376,4 +376,4 @@ def test_result_in_the_readme_is_printed_as_a_run_prints_it(capsys):
     }  # fmt: skip
     make_console(width=80).print(table(result, title="result"), soft_wrap=False)
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
-    assert printed in (CHECKOUT / "README.md").read_text()
+    assert printed in (CHECKOUT / "docs" / "tutorials" / "first-run.md").read_text()

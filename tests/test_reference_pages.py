@@ -106,7 +106,7 @@ def test_each_script_and_target_is_described():
     text = page("command-line.md")
     scripts = {f"scripts/{file.name}" for file in (CHECKOUT / "scripts").glob("[!_]*.py")}
     assert scripts | {"scripts/slurm/train.sbatch"} == first_cells(section(text, "## Scripts"))
-    targets = {*re.findall(r"^  make (\S+)", make("help"), re.M)}
+    targets = {*re.findall(r"^  make (\S+)", make("help-all"), re.M)}
     assert targets == first_cells(section(text, "## make"))
 
 

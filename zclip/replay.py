@@ -3,8 +3,8 @@
     python -m zclip replay FILE [KEY=VALUE[,VALUE...] ...]
 
     FILE    a run's metrics.jsonl, or a CSV with a column of norms, such as a wandb export
-    clip    zclip, log_z_score, lagged_z_score, fixed, autoclip, global_adagc, skip_step or none, or module.Class of your
-            own; default zclip
+    clip    zclip, log_z_score, lagged_z_score, fixed, autoclip, global_adagc, skip_step, none, or
+            module.Class of your own; default zclip
     KEY     argument of the strategy; every combination of the values is replayed.
             Defaults are those of the class: max_grad_norm is off.
     column  name of the column of norms; default grad_norm

@@ -130,9 +130,11 @@ class AdaGC(ClippingStrategy):
 
 
 class GlobalAdaGC(AdaGC):
-    """AdaGC over the global norm (arXiv 2502.11034, section 4): one average, and one coefficient for all gradients.
+    """AdaGC over the global norm (after arXiv 2502.11034): one average, one coefficient for all gradients.
 
-        h = min(lambda_rel gamma / ||g||, 1),    gamma <- beta gamma + (1 - beta) ||h g||
+    With the global norm x::
+
+        h = min(lambda_rel gamma / x, 1),    gamma <- beta gamma + (1 - beta) h x
 
     It is a rule over the global norm, so it works where an engine gives only that norm.
 
