@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := common zclip models data training evaluation experiments scripts tests hydra_plugins docs train.py zclip_lightning_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs lint format clean
+.PHONY: help setup train eval eval-data test test-all slurm mutants faults fuzz status tables figures report reproduce bench-clip bench-data bench-train bench-eval gpu-check gpu-carry reference docs lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ bench-eval: setup ## compare scoring speed with lm-eval's hf backend: ARGS="run=
 
 bench-clip: setup ## measure the cost of clipping, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)
+
+gpu-check: ## check all of this on one GPU within nine minutes, or in tiny sizes: ARGS="dry_run=true"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/gpu_check.py $(ARGS)
+
+gpu-carry: setup ## collect in build/gpu-carry what a GPU machine without network lacks (a few minutes)
+	$(BIN)/python scripts/gpu_carry.py $(ARGS)
 
 reference: setup ## write docs/reference, the reference of all settings
 	$(BIN)/python -m training.config.reference
