@@ -30,7 +30,7 @@ from scripts.gpu_stages.context import Context, environment_for_children, read_s
 #: The stages in their order, with the most seconds of each, and those that the stages before leave it.
 STAGES = {
     "environment": (25, 10),
-    "cuda_tests": (100, 40),
+    "cuda_tests": (130, 40),
     "clipping": (40, 15),
     "training": (200, 60),
     "resume": (80, 50),

@@ -15,6 +15,15 @@ from common.files import write_atomic
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+#: A program that runs train.py with algorithms that give the same bits each time, where torch has them.
+DETERMINISTIC = """
+import os, runpy, torch
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+torch.use_deterministic_algorithms(True, warn_only=True)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 @dataclass
 class Context:
     """A stage in progress. `results` are those of this call and of calls before, by names."""
@@ -56,14 +65,15 @@ class Context:
         with path.open("w") as file:
             done = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, cwd=CHECKOUT)
         if check and done.returncode:
-            raise RuntimeError(f"{command[0]} failed: {(path.read_text().strip().splitlines() or ['no output'])[-1]}")
+            raise RuntimeError(f"{log} failed: {(path.read_text().strip().splitlines() or ['no output'])[-1]}")
         return done.returncode
 
-    def train(self, name: str, *overrides: str) -> Path:
+    def train(self, name: str, *overrides: str, deterministic: bool = False) -> Path:
         """Run or resume train.py under a name, and return its run folder."""
         runs = self.out / "runs"
         places = (f"paths.runs={runs}", f"paths.cache={self.cache}", "experiment=main", f"name={name}")
-        self.call("train.py", *places, *overrides, log=f"{self.name}-{name}")
+        program = ("-c", DETERMINISTIC) if deterministic else ("train.py",)
+        self.call(*program, *places, *overrides, log=f"{self.name}-{name}")
         return runs / "main" / name
 
     def model(self, name: str = "60m") -> Sequence[str]:

@@ -54,10 +54,14 @@ def test_no_step_waits_for_the_gpu(tiny, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_over_nccl_trains_as_one_process_does(strategy, tiny, tmp_path):
-    alone, rank = tmp_path / "alone", tmp_path / "rank"
-    alone.mkdir(), rank.mkdir()
-    losses = gpu_run(alone, *tiny)
-    distributed = gpu_run(rank, *tiny, f"trainer.strategy={strategy}", "trainer.compile=true", env=RANK)
-    assert distributed == pytest.approx(losses, rel=0.02) and losses[-1] < losses[0]
+def test_a_rank_of_ddp_and_fsdp_over_nccl_trains_as_one_process_does(tiny, tmp_path):
+    strategies = {"single": (), "ddp": (), "fsdp": ("trainer.compile=true",)}
+    losses = {}
+    for strategy, more in strategies.items():
+        folder = tmp_path / strategy
+        folder.mkdir()
+        env = RANK if strategy != "single" else None
+        losses[strategy] = gpu_run(folder, *tiny, f"trainer.strategy={strategy}", *more, env=env)
+    assert losses["single"][-1] < losses["single"][0]
+    assert losses["ddp"] == pytest.approx(losses["single"], rel=1e-3)
+    assert losses["fsdp"] == pytest.approx(losses["single"], rel=0.02)  # its activations are bfloat16 throughout
