@@ -38,6 +38,9 @@ STAGES = {
     "figure": (240, 150),
 }
 
+#: Results that the table leaves to the files.
+DETAILS = ("versions", "milliseconds", "over_clip_grad_norm")
+
 #: Most seconds of each stage in a dry run.
 DRY_RUN_SECONDS = 240
 
@@ -143,25 +146,27 @@ def run_stage(name: str, config: GpuCheckConfig, out: Path, end: float, console:
 
 
 def summary(out: Path) -> Table:
-    """Return the results of all stages as a table."""
+    """Return the results of all stages as a short table; the files have the rest."""
     table = Table(title="GPU check", title_justify="left")
     for column in ("stage", "state", "s", "results"):
         table.add_column(column, overflow="fold")
     for name in STAGES:
         found: dict[str, Any] = read_state(out / f"{name}.json")
-        lines = [f"{key}: {_text(value)}" for key, value in found.get("results", {}).items()]
-        if "error" in found:
-            lines.append(found["error"])
+        lines = short(found.get("results", {})) + ([found["error"]] if "error" in found else [])
         table.add_row(name, found.get("state", "not run"), str(found.get("seconds", "")), "\n".join(lines))
     return table
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return "\n".join(map(str, value)) or "none"
-    return str(value)
+def short(results: dict[str, Any]) -> list[str]:
+    """Return the results of a stage in lines: one for its plain numbers, and one for each of its parts."""
+    plain = {key: value for key, value in results.items() if not isinstance(value, dict | list)}
+    lines = [", ".join(f"{key} {value}" for key, value in plain.items())] if plain else []
+    for key, value in results.items():
+        if isinstance(value, dict) and key not in DETAILS:
+            lines.append(f"{key}: " + ", ".join(f"{name} {inner}" for name, inner in value.items()))
+        elif isinstance(value, list):
+            lines += [str(item) for item in value]
+    return lines
 
 
 if __name__ == "__main__":

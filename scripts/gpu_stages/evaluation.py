@@ -11,4 +11,5 @@ def run(context: Context) -> None:
     limit, rounds = (4, 1) if context.dry_run else (200, 1)
     arguments = (f"run={context.out / 'runs' / 'main' / 'resume'}", f"data_dir={data}", f"limit={limit}")
     context.call("scripts/bench_eval.py", *arguments, f"rounds={rounds}", log=context.name)
-    context.save(table=(context.out / f"{context.name}.log").read_text().splitlines()[-12:])
+    lines = (context.out / f"{context.name}.log").read_text().splitlines()
+    context.save(rows=[line.strip("│ ") for line in lines if line.startswith("│")])
