@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import CHECKOUT, read_jsonl, start_from_nothing
+from data import Batch
+from tests.helpers import CHECKOUT, compose_config, read_jsonl, start_from_nothing
+from training.module import PretrainingModule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -52,6 +54,17 @@ def test_no_step_waits_for_the_gpu(tiny, tmp_path):
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_batches_are_copied_from_pinned_memory():
+    module = PretrainingModule(compose_config("model=nano"), fresh=False)
+    batch = Batch(torch.zeros(64, 1025, dtype=torch.int32))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        copied = module.transfer_batch_to_device(batch, torch.device("cuda"), 0)
+        torch.cuda.synchronize()
+    assert copied.tokens.is_cuda and copied.targets is None
+    assert any("Pinned -> Device" in event.name for event in profile.events())
 
 
 def test_a_rank_of_ddp_and_fsdp_over_nccl_trains_as_one_process_does(tiny, tmp_path):

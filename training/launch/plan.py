@@ -92,7 +92,7 @@ def _moments(config: Config) -> list[dict[str, float]]:
     # The gradients of the step before are freed by now. A block's are reduced while those of the next are computed.
     current = gradients if accumulates or sharded else 0
     in_flight = (size + 4) * block.parameters if sharded else 0
-    products: dict[str, float] = {"gradients": current, "loss": (10 if mixed and sharded else 8) * head + 2 * hidden}
+    products: dict[str, float] = {"gradients": current, "loss": 8 * head + 2 * hidden}
     last_block = {
         "gradients": current + in_flight,
         "activations": base["activations"] + block.all - saved + 3 * size * tokens * model.intermediate_size,
