@@ -10,9 +10,12 @@ TIMER = "tests/training/test_module.py::test_step_timer_sums_the_time_of_each_ph
 
 def run(context: Context) -> None:
     """Save how many tests passed, and the names of those that did not."""
-    report = (context.out / "cuda-tests.xml").resolve()
+    report = context.out / "cuda-tests.xml"
+    report.unlink(missing_ok=True)
     options = ("-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}")
     context.call("-m", "pytest", *options, *FILES, TIMER, log=context.name, check=False)
+    if not report.exists():
+        raise RuntimeError((context.out / f"{context.name}.log").read_text().strip().splitlines()[-1])
     cases = list(ET.parse(report).getroot().iter("testcase"))
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)

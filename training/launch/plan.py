@@ -89,13 +89,14 @@ def _moments(config: Config) -> list[dict[str, float]]:
     # log-probabilities and gradient, and the gradient of the chunk before.
     loss = (4 + (size if mixed and not sharded else 0)) * head + 2 * size * tokens * model.hidden_size
     forward = base | {"loss": loss + (14 if mixed else 12) * logits}
-    # The gradients of the step before are freed by now. A block's are reduced while those of the next are computed.
+    # The gradients of the step before are freed by now. A block's are reduced while those of the next are computed,
+    # of whose feed-forward part the first two are there with what the block has saved.
     current = gradients if accumulates or sharded else 0
-    in_flight = (size + 4) * block.parameters if sharded else 0
+    in_flight = 4 * block.parameters if sharded else 0
     products: dict[str, float] = {"gradients": current, "loss": 8 * head + 2 * hidden}
     last_block = {
         "gradients": current + in_flight,
-        "activations": base["activations"] + block.all - saved + 3 * size * tokens * model.intermediate_size,
+        "activations": base["activations"] + block.all - saved + 2 * size * tokens * model.intermediate_size,
         "loss": (size if sharded else 4) * head,
     }
     reduced: dict[str, float] = {"gradients": gradients + (size + 4) * outside, "activations": 0}
