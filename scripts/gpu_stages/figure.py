@@ -20,9 +20,13 @@ def run(context: Context) -> None:
     for clip in CLIPS:
         rows[clip] = metrics(context.train(f"figure-{clip}", f"clip={clip}", *settings))
         losses = [row["loss"] for row in rows[clip] if row["loss"] is not None]
-        numbers = {"final_loss": round(sum(losses[-20:]) / len(losses[-20:]), 4), "highest_late": round(max(losses[-400:]), 4)}
-        speed = max(row["tokens_per_second"] for row in rows[clip])
-        context.save(**{clip: {**numbers, "steps": len(rows[clip]), "tokens_per_second": speed}})
+        numbers = {
+            "final_loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
+            "highest_of_last_400": round(max(losses[-400:]), 4),
+            "steps": len(rows[clip]),
+            "tokens_per_second": max(row["tokens_per_second"] for row in rows[clip]),
+        }
+        context.save(**{clip: numbers})
     _draw(context, rows, rate)
 
 
