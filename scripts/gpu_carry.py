@@ -119,7 +119,7 @@ def report(out: Path, console: Console) -> None:
     console.print(f"{total:6.1f} MiB  in all, of {LIMIT}", style="bold red" if total > LIMIT else "bold")
     site = "/tmp/site"
     console.print(
-        f"python3 -m pip install -q --no-index --no-deps --no-compile --target {site} {out}/wheels/*.whl && "
+        f"python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target {site} {out}/wheels/*.whl && "
         f"PYTHONPATH={site} python3 scripts/gpu_check.py report=$OUT",
         soft_wrap=True,
     )
