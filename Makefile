@@ -16,7 +16,7 @@ STRATEGIES := clip=none,fixed,zclip
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help help-all setup train eval eval-data test test-all slurm mutants faults fuzz status compare tables figures report reproduce bench-clip bench-data bench-train bench-eval reference docs wheel lint format clean
+.PHONY: help help-all setup train eval eval-data test test-all slurm mutants faults fuzz status compare tables figures report reproduce bench-clip bench-data bench-train bench-eval gpu-check gpu-carry reference docs wheel lint format clean
 
 help: ### list the commands of every day
 	@awk -F ':.*### ' '/^[a-z-]+:.*### / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,12 @@ bench-eval: $(EVAL) ## compare scoring speed with lm-eval's: ARGS="run=runs/main
 
 bench-clip: $(TRAIN) ## measure the cost of clipping, as ratios (a minute)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)
+
+gpu-check: ## check all of this on one GPU within nine minutes, or in tiny sizes: ARGS="dry_run=true"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/gpu_check.py $(ARGS)
+
+gpu-carry: $(DEV) ## collect in build/gpu-carry what a GPU machine without network lacks (a few minutes)
+	$(BIN)/python scripts/gpu_carry.py $(ARGS)
 
 reference: $(TRAIN) ## write docs/reference, the reference of all settings
 	$(BIN)/python -m training.config.reference

@@ -106,5 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        # In float32, because bfloat16 would round the factor, such as 1/3 with three micro-batches.
-        return *((grad.float() * grads[0]).to(grad.dtype) for grad in (grad_x, grad_w)), None, None, None
+        return _scaled(grad_x, grads[0]), _scaled(grad_w, grads[0]), None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return a product computed in float32: bfloat16 would round the factor, such as 1/3 with three micro-batches."""
+    return grad * factor if grad.dtype == torch.float32 else grad.float().mul_(factor).to(grad.dtype)

@@ -60,9 +60,8 @@ def published_step(folder: str, model: nn.Module) -> Callable[[], object]:
     return lambda: published.step(model)
 
 
-def main(values: _entry.Values) -> None:
-    """Run the benchmark and print its table."""
-    config = parse(BenchClipConfig, values)
+def measure(config: BenchClipConfig) -> tuple[int, dict[str, float]]:
+    """Return the number of parameters, and the median seconds of each method: first the floor and torch's."""
     torch.manual_seed(0)
     shapes = llama_shapes(config.params)
     model = nn.Module()
@@ -88,8 +87,14 @@ def main(values: _entry.Values) -> None:
         return lambda: (clip(), optimizer.step())
 
     medians = median_seconds({name: with_step(clip) for name, clip in methods.items()}, config.rounds, "rounds", 2)
-    floor, clip_grad_norm = (medians[name] for name in list(methods)[:2])
-    count = sum(p.numel() for p in weights)
+    return sum(p.numel() for p in weights), medians
+
+
+def main(values: _entry.Values) -> None:
+    """Run the benchmark and print its table."""
+    config = parse(BenchClipConfig, values)
+    count, medians = measure(config)
+    floor, clip_grad_norm = list(medians.values())[:2]
     title = f"{count / 1e6:.0f}M fp32 parameters, {device_name(config.device)}, torch {torch.__version__}"
     table = numbers_table(title, "clip + fused AdamW step", "median ms", "over the floor", "over clip_grad_norm_")
     for name, median in medians.items():

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,13 +177,18 @@ def run_rounds(contenders: list[Contender], rounds: int) -> float:
     return statistics.median(rates)
 
 
-def specification(config: BenchTrainConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """Return what a contender needs to know; the batches of the run are written to the folder."""
+def specification(
+    config: BenchTrainConfig, folder: Path, console: Console, extra: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what a contender needs to know; the batches of the run are written to the folder.
+
+    `extra` are overrides of our run.
+    """
     overrides = [
         f"model={config.model}", f"trainer={'gpu' if GPU else 'cpu'}", f"data.sequence_length={config.length}",
         f"trainer.global_batch_size={config.batch}", f"trainer.micro_batch_size={config.batch}",
         "trainer.max_steps=100000", "trainer.checkpoint_every=100000", f"trainer.log_every={LOG_EVERY}",
-        "optim.warmup_fraction=0", f"paths.runs={folder}",
+        "optim.warmup_fraction=0", f"paths.runs={folder}", *extra,
     ]  # fmt: skip
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         run = load_config(compose("train", overrides=overrides))

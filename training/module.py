@@ -74,6 +74,12 @@ class PretrainingModule(pl.LightningModule):
                 group.update(self.adamw, initial_lr=peak, lr=self.lr_at(self.global_step))
             schedule.scheduler.base_lrs = [peak for _ in optimizer.param_groups]
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device. A GPU copies it while Python goes on, for which it must be in pinned memory."""
+        if isinstance(batch, Batch) and device.type == "cuda":
+            batch = Batch(batch.tokens.pin_memory(), None if batch.targets is None else batch.targets.pin_memory())
+        return move_data_to_device(batch, device)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Reduce sharded gradients after the last micro-batch of a step only. Lightning does so for other models."""
         parallel.set_gradient_sync(self.model, (batch_idx + 1) % self.config.trainer.grad_accum_steps == 0)
@@ -116,7 +122,7 @@ class PretrainingModule(pl.LightningModule):
         """Return the mean loss over held-out tokens in nats per token. All processes of the run call it."""
         total, count = 0.0, 0
         for batch, tokens in validation_set:
-            loss = self.loss(move_data_to_device(batch, self.device))[1]
+            loss = self.loss(self.transfer_batch_to_device(batch, self.device, 0))[1]
             if tokens:
                 total += float(loss) * tokens
                 count += tokens

@@ -1,13 +1,17 @@
 """What a run will need, computed without allocating any of it: `python train.py model=1b trainer=fsdp plan=true`.
 
 Activations are those that autograd keeps: a block runs on tensors that have a shape and no content, and what it saves
-is added up. Whatever else a device holds (kernels, fragmentation, communication buffers) is not in the table.
+is added up. The memory is that of the moment of a step that needs the most, and within 10 % of what torch's own memory
+trackers count (tests/training/test_plan_memory.py). Whatever else a device holds (CUDA's context, kernels,
+fragmentation, communication buffers) is not in the table, and compiled blocks save less.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,31 +45,64 @@ class Plan(NamedTuple):
 
 def plan(config: Config) -> Plan:
     """Return what the run of a configuration needs."""
-    model, trainer, length = config.model.llama, config.trainer, config.data.sequence_length
-    shards, sharded = trainer.dp_shard, trainer.sharded
-    mixed = trainer.precision == "bf16-mixed"
-    size = 2 if mixed else 4
-    tokens = trainer.micro_batch_size * length
-    dtype = torch.bfloat16 if mixed and sharded else torch.float32  # other models are in bfloat16 by autocast
-    block, selective, within = _activations(model, trainer.micro_batch_size, length, dtype, mixed and not sharded)
-    rows = chunk_rows(tokens, model.vocab_size, "cuda" if trainer.accelerator == "gpu" else "cpu")
-    mode = trainer.activation_checkpointing
-    saved = {"none": within, "selective": selective, "full": tokens * model.hidden_size * dtype.itemsize}[mode]
-    whole_gradients = sharded and trainer.grad_accum_steps > 1
-    outside_of_blocks = model.parameters - model.num_hidden_layers * block
-    in_use = outside_of_blocks + 2 * block if sharded else (model.parameters if mixed else 0)
-    memory = {
-        "weights": 4 * model.parameters / shards,
-        "optimizer": 8 * model.parameters / shards,
-        "gradients": 4 * model.parameters * (1 if whole_gradients else 1 / shards),
-        "weights in use": size * in_use,
-        "activations": model.num_hidden_layers * saved + (within if mode != "none" else 0),
-        "loss": (4 * model.vocab_size + 2 * tokens * size) * model.hidden_size + 8 * rows * model.vocab_size,
-    }
+    trainer = config.trainer
+    memory = max(_moments(config), key=lambda moment: sum(moment.values()))
     if trainer.async_save and trainer.accelerator == "cpu":  # a GPU's copy is in the host's memory
-        memory["copy that is saved"] = 12 * model.parameters / shards
-    per_step = trainer.global_batch_size * length
-    return Plan(memory, per_step, trainer.max_steps, flops_per_token(model, length) * per_step * trainer.max_steps)
+        memory["copy that is saved"] = 12 * config.model.parameters / trainer.dp_shard
+    per_step = trainer.global_batch_size * config.data.sequence_length
+    flops = flops_per_token(config.model.llama, config.data.sequence_length)
+    return Plan(memory, per_step, trainer.max_steps, flops * per_step * trainer.max_steps)
+
+
+def _moments(config: Config) -> list[dict[str, float]]:
+    """Return the memory at the moments of a step that may need the most, in bytes by what takes them.
+
+    They are the end of the forward pass, in the loss; the beginning of the backward pass, in the loss and in the last
+    block; and for a sharded model its end, when the gradients outside of blocks are reduced.
+    """
+    model, trainer, length = config.model.llama, config.trainer, config.data.sequence_length
+    mixed, sharded, gpu = trainer.precision == "bf16-mixed", trainer.sharded, trainer.accelerator == "gpu"
+    tokens, accumulates = trainer.micro_batch_size * length, trainer.grad_accum_steps > 1
+    dtype = torch.bfloat16 if mixed and sharded else torch.float32  # other models are in bfloat16 by autocast
+    size = 2 if mixed else 4  # of an element in a matrix product
+    hidden = tokens * model.hidden_size * dtype.itemsize
+    block = _activations(model, trainer.micro_batch_size, length, dtype, mixed and not sharded, gpu)
+    mode, layers = trainer.activation_checkpointing, model.num_hidden_layers
+    saved = {"none": block.all, "selective": block.selective, "full": hidden}[mode]
+
+    outside = model.parameters - layers * block.parameters
+    if sharded:
+        in_use = size * (outside + 2 * block.parameters)
+    else:
+        in_use = size * block.parameters * (layers if mode == "none" else 1) if mixed else 0  # copies by autocast
+    gradients = 4 * model.parameters / (1 if sharded and accumulates else trainer.dp_shard)
+    base = {
+        "weights": 4 * model.parameters / trainer.dp_shard,
+        "optimizer": 8 * model.parameters / trainer.dp_shard,
+        "gradients": gradients,
+        "weights in use": in_use,
+        "activations": layers * saved + 2 * hidden,  # with the final norm's input and output
+    }
+    head = model.vocab_size * model.hidden_size
+    logits = chunk_rows(tokens, model.vocab_size, "cuda" if gpu else "cpu") * model.vocab_size
+    # The head's gradient and copy; the input and its gradient; of a chunk the logits, also in float32, their
+    # log-probabilities and gradient, and the gradient of the chunk before.
+    loss = (4 + (size if mixed and not sharded else 0)) * head + 2 * size * tokens * model.hidden_size
+    forward = base | {"loss": loss + (14 if mixed else 12) * logits}
+    # The gradients of the step before are freed by now. A block's are reduced while those of the next are computed,
+    # of whose feed-forward part the first two are there with what the block has saved.
+    current = gradients if accumulates or sharded else 0
+    in_flight = 4 * block.parameters if sharded else 0
+    products: dict[str, float] = {"gradients": current, "loss": 8 * head + 2 * hidden}
+    last_block = {
+        "gradients": current + in_flight,
+        "activations": base["activations"] + block.all - saved + 2 * size * tokens * model.intermediate_size,
+        "loss": (size if sharded else 4) * head,
+    }
+    reduced: dict[str, float] = {"gradients": gradients + (size + 4) * outside, "activations": 0}
+    if sharded:  # no block is gathered then
+        products["weights in use"] = reduced["weights in use"] = size * outside
+    return [forward, base | products, base | last_block, *([base | reduced] if sharded else [])]
 
 
 def with_possible_batch(config: Config) -> Config:
@@ -97,7 +134,7 @@ def plan_table(configured: Config) -> Table:
     notes = {
         "weights": "on each device",
         "gradients": "whole: they are reduced after the last micro-batch only" if whole_gradients else "",
-        "weights in use": "gathered: two blocks, and what is outside of blocks" if trainer.sharded else "",
+        "weights in use": "gathered from the other processes" if trainer.sharded else "",
     }
     table = Table(title=f"{model.name}: {model.parameters:,} parameters", title_justify="left", show_header=False)
     for name, value in needed.memory.items():
@@ -139,6 +176,14 @@ def memory_warning(config: Config, available: int) -> str | None:
     )
 
 
+class BlockMemory(NamedTuple):
+    """The parameters of a block, and the bytes that it keeps for its backward pass."""
+
+    parameters: int
+    selective: int
+    all: int
+
+
 class _Results(TorchDispatchMode):
     """Adds up the results of the operations that selective checkpointing keeps.
 
@@ -161,15 +206,46 @@ class _Results(TorchDispatchMode):
         return out
 
 
-def _activations(
-    config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, autocast: bool = False
-) -> tuple[int, int, int]:
-    """Return a block's parameters, and the bytes that it keeps for its backward pass: selectively, and by itself.
+def use_gpu_norms(module: nn.Module) -> None:
+    """Make the norms in a module, whose tensors have no content, save what they save on a GPU.
 
-    Weights and input are of `dtype`. The copies of weights that autocast makes do not count.
+    There torch runs one kernel, which saves its input and a number per row. On a CPU it takes several steps and saves
+    float32 intermediates, and so it does on a GPU if the dtype of the input is not that of the weight.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.RMSNorm):
+            norm.forward = partial(_gpu_norm, norm)  # type: ignore[method-assign]
+
+
+def _gpu_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    if x.dtype != norm.weight.dtype:
+        return nn.functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+    return _FusedNorm.apply(x, norm.weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _activations(
+    config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, autocast: bool = False, gpu: bool = False
+) -> BlockMemory:
+    """Return the memory of a block whose weights and input are of `dtype`.
+
+    The copies of weights that autocast makes do not count.
     """
     with FakeTensorMode():
         block = Block(config)
+        if gpu:
+            use_gpu_norms(block)
         for parameter in block.parameters():
             parameter.data = torch.empty(parameter.shape, dtype=dtype)
         own = {parameter.untyped_storage()._cdata: parameter for parameter in block.parameters()}
@@ -187,4 +263,5 @@ def _activations(
         with mixed, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _Results(own) as results:
             out = block(x, angles, angles)
         assert out.requires_grad
-        return sum(parameter.numel() for parameter in block.parameters()), results.bytes + x.nbytes, sum(saved.values())
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        return BlockMemory(parameters, results.bytes + x.nbytes, sum(saved.values()))
