@@ -63,7 +63,7 @@ HUB = ("data=smollm", "eval.tasks=[arc_easy,piqa]")
 READ_PAPER_RUNS = {"scripts/make_tables.py", "scripts/make_figures.py", "scripts/make_report.py"}
 #: Targets of make that run no program of the checkout on the reader's files.
 OTHER_TARGETS = {"test", "test-all", "lint", "format", "setup", "slurm", "mutants", "faults", "fuzz", "reference"}
-OTHER_TARGETS |= {"docs", "wheel", "help", "help-all"}
+OTHER_TARGETS |= {"docs", "wheel", "help", "help-all", "gpu-carry"}
 #: Commands of other programs than ours.
 OTHER_PROGRAMS = ("pip install ", "docker ", "apptainer ", "wandb login", "wandb sync", "scancel --signal=USR1")
 GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu")
