@@ -57,3 +57,11 @@ def test_consecutive_nonfinite_norms_raise_a_step_late():
             model.weight.grad = torch.full_like(model.weight, torch.nan)
             zclip.step(model)
             torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
+def test_states_of_the_device_load_there_and_on_the_cpu(make):
+    strategy, model = make(), nn.Linear(4, 3).cuda()
+    train(strategy, model, pass_optimizer=True)
+    make().load_state_dict(strategy.state_dict())
+    strategy.change()  # checks the statistics where they are

@@ -6,7 +6,10 @@ import random
 import pytest
 import torch
 
-from tests.zclip.every_strategy import CLASSES, SHORT
+import zclip.base
+import zclip.norm
+import zclip.state
+from tests.zclip.every_strategy import CLASSES, OF_NORMS, SHORT
 from zclip import AdaGC, GlobalAdaGC, LaggedZScore, LogZScore
 
 
@@ -54,3 +57,32 @@ def test_lagged_z_score_clips_a_slow_run_up_that_recent_statistics_follow():
         coefficients = [float(clip.observe(torch.tensor(x, dtype=torch.float64))) for x in norms]
         first[name] = [t for t, c in enumerate(coefficients) if c < 1 and t >= 600]
     assert len(first["lagged"]) > 25 > 2 * len(first["recent"])
+
+
+def test_lagged_z_score_does_not_clip_while_the_norms_it_compares_with_are_zero():
+    clip = LaggedZScore(lag=4, window=8, warmup_steps=4)
+    coefficients = [float(clip.observe(torch.tensor(x))) for x in [0.0] * 20 + [1.0] * 20 + [5.0]]
+    assert coefficients[:-1] == [1.0] * 40 and coefficients[-1] < 0.3
+
+
+#: Traces that a rule over floats of half the length may not survive.
+HARD = {
+    "constant": [0.01] * 40,
+    "large": [1e18 * 1.01**t for t in range(40)],
+    "small": [1e-18 * 1.01**t for t in range(40)],
+    "far apart": [10.0 ** (18 * math.sin(t)) for t in range(40)],
+    "zero": [0.0] * 10 + [1.0, 0.0] * 10,
+}
+
+
+@pytest.mark.parametrize("norms", HARD.values(), ids=HARD)
+@pytest.mark.parametrize("make", OF_NORMS.values(), ids=OF_NORMS)
+def test_statistics_in_float32_stay_numbers_and_load_again(make, norms, monkeypatch):
+    """As on devices that have no float64."""
+    for module in (zclip.base, zclip.norm, zclip.state):
+        monkeypatch.setattr(module, "statistics_dtype", lambda device: torch.float32)
+    strategy = make()
+    for norm in norms:
+        assert 0 <= float(strategy.observe(torch.tensor(norm))) < math.inf
+    assert all(value.dtype != torch.float64 for value in strategy.state.values())
+    make().load_state_dict(strategy.state_dict())

@@ -254,7 +254,7 @@ class LaggedZScoreEquations(GlobalEquations):
         compared = kept[: len(kept) - min(self.lag, len(self.norms) // 2)]
         mean = statistics.fmean(compared) if compared else 0.0
         std = max(statistics.pstdev(compared) if compared else 0.0, 1e-4 * mean)
-        warm = len(self.norms) >= self.warmup_steps
+        warm = len(self.norms) >= self.warmup_steps and mean > 0
         self.norms.append(x)
         target, z = (mean + self.z_thresh * std, (x - mean) / std) if warm else (math.inf, NAN)
         return target, {"z": z, "mean": mean, "std": std}

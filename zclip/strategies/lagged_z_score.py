@@ -15,13 +15,14 @@ MIN_RELATIVE_STD = 1e-4
 
 
 class LaggedZScore(ClippingStrategy):
-    """Clip to mean + z_thresh std of the norms of steps T - lag - window to T - lag.
+    """Clip to mean + z_thresh std of the norms of steps T - lag - window to T - lag - 1.
 
     A spike often has a run-up of tens of steps in which norms rise. Statistics of the latest steps rise with it. These
     lag behind, as in MosaicML's LLM Foundry, whose outlier detection compares with a delayed moving average.
 
     Norms enter before clipping, so after a lasting change of their level the rule follows within `lag + window` steps.
-    Until there are that many norms, the statistics are those of the older half of them.
+    At most half of the norms so far are left out, so at first the older half counts. While the mean is 0, nothing but
+    `max_grad_norm` clips.
 
     Args:
         z_thresh: number of standard deviations above the mean to which norms are clipped, > 0. Default 3.0.
@@ -31,8 +32,8 @@ class LaggedZScore(ClippingStrategy):
         max_grad_norm: upper bound on the norm after clipping, > 0; it does not affect the statistics. Default `None`.
         policy: `on_nonfinite`, `max_consecutive_nonfinite` and `scope`, see `ClippingStrategy`.
 
-    Telemetry, in addition to that of `ClippingStrategy`: `z` (NaN during the warm-up), `mean` and `std` of the norms
-    that the step is compared with.
+    Telemetry, in addition to that of `ClippingStrategy`: `z` (NaN during the warm-up and while the mean is 0), `mean`
+    and `std` of the norms that the step is compared with.
     """
 
     nonnegative = ("history", "count")
@@ -64,7 +65,7 @@ class LaggedZScore(ClippingStrategy):
             refuse(type(self).__name__, "state.history", history, f"finite in its first {norms} values, and inf behind")
 
     def decide(self, norm: Tensor, state: State) -> Decision:
-        """Return the bound of this step, infinity during the warm-up, and the history with its norm."""
+        """Return the bound of this step, infinity where the rule does not clip, and the history with its norm."""
         history, count = state["history"], state["count"]
         slots = torch.arange(history.numel(), device=norm.device)
         age = (count - 1 - slots) % history.numel() + 1  # 1 for the norm of the step before
@@ -73,7 +74,7 @@ class LaggedZScore(ClippingStrategy):
         mean = torch.where(compared, history, 0.0).sum() / number
         var = torch.where(compared, history - mean, 0.0).square().sum() / number
         std = var.sqrt().maximum(MIN_RELATIVE_STD * mean)
-        warm = count >= self.warmup_steps
+        warm = (count >= self.warmup_steps) & (mean > 0)
         target = torch.where(warm, mean + self.z_thresh * std, torch.inf)
         z = torch.where(warm, (norm - mean) / std, torch.nan)
         new = {"history": torch.where(slots == count % history.numel(), norm, history), "count": count + 1}

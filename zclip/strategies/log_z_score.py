@@ -77,6 +77,7 @@ class LogZScore(ClippingStrategy):
         # The distance is limited, not the log norm: a norm far away would leave rounding errors of its size.
         distance = torch.where(warm, (x - mean).clamp(-bound, bound), x - mean)
         weight = (1 - self.alpha) / (1 - self.alpha ** (count + 1).to(norm.dtype))
+        weight = weight.clamp(max=1)  # a rounding error above 1 would make the variance negative
         new = {
             "count": count + 1,
             "mean": mean + weight * distance,

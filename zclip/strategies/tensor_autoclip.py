@@ -43,7 +43,7 @@ class TensorAutoClip(ClippingStrategy):
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless each history has as many norms as its count says."""
         history, count = state["history"], state["count"]
-        known = torch.arange(self.window) < count.unsqueeze(-1)
+        known = torch.arange(self.window, device=count.device) < count.unsqueeze(-1)
         if not torch.equal(history.isfinite(), known):
             refuse(type(self).__name__, "state.history", history, "finite as far as count says, and inf behind")
 
