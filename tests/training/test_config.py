@@ -273,6 +273,27 @@ def test_sweep_with_one_bad_job_is_refused(overrides, message, tmp_path, monkeyp
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_sweep_of_slurm_jobs_needs_no_gpu_where_it_is_submitted(tmp_path, monkeypatch, capsys):
+    """A login node mostly has none. The batch must still be possible."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.launch.cli.exit_statuses", statuses := [])
+    monkeypatch.setattr("training.launch.sweep.exit_statuses", statuses)
+
+    def submitted(*overrides: str) -> None:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            sweep = hydra.compose_config("train", [*overrides], RunMode.MULTIRUN, with_log_configuration=False)
+            CheckSweep().on_multirun_start(sweep)
+
+    settings = ("model=1b", "trainer=hsdp", "clip=fixed,zclip", "data.vocab_size=4096")
+    submitted("hydra/launcher=slurm", "trainer.global_batch_size=128", *settings)
+    for launcher, message in (("slurm", "= 128 sequences at once must divide"), ("local", "torch sees no GPU here")):
+        with pytest.raises(SystemExit) as end:
+            submitted(f"hydra/launcher={launcher}", *settings)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_sweep_with_one_bad_job_starts_none(tmp_path):
     overrides, message = BAD_SWEEPS[0]
     done = train("-m", *overrides, cwd=tmp_path)

@@ -62,9 +62,9 @@ class Job(NamedTuple):
             completed_jobs.append(CompletedJob(overrides_dict(self.overrides), result, self.run_dir.path))
         return result is not None
 
-    def check(self) -> None:
-        """Raise `UserError` if the run cannot be started."""
-        check(self.config, self.run_dir.path)
+    def check(self, *, elsewhere: bool = False) -> None:
+        """Raise `UserError` if the run cannot be started here, or `elsewhere`."""
+        check(self.config, self.run_dir.path, elsewhere=elsewhere)
         check_same_run(self.run_dir, self.config)
         if not self.run_dir.result_file.exists():
             find_fork_source(self.config, self.run_dir)
@@ -101,9 +101,10 @@ def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
     """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
     if not jobs:
         raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
+    elsewhere = sweep.hydra.launcher._target_.endswith(".Slurm")  # a login node has no GPU
     seen: dict[Path, list[str]] = {}
     for job in jobs:
-        job.check()
+        job.check(elsewhere=elsewhere)
         path = job.run_dir.path
         if path in seen and job.config.name is None and sweep.paper.suite is None:
             raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
