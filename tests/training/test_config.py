@@ -130,6 +130,7 @@ BAD = {
     "model=2b": "model=2b is not known: it must be one of 150m, 1b, 350m, 60m, 7b, hf, micro",
     "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
     "lr=fast": "lr=fast is not allowed: it must be a number above 0",
+    "optim.name=sgd": "optim.name=sgd is not allowed: it must be adamw",
     "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
     "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",

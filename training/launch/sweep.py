@@ -125,8 +125,11 @@ def config_search_overrides(hydra: Any) -> list[str]:
     return chosen + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
 
 
-def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str]) -> None:
-    """Print the plans of a sweep's runs, and the lines that submit them; they end with `config_search_overrides`."""
+def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str], options: Sequence[str] = ()) -> None:
+    """Print the plans of a sweep's runs, and the lines that submit them with these options of sbatch.
+
+    The lines end with `config_search_overrides`.
+    """
     hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
     peak = peak_flops(hardware.device)
@@ -142,7 +145,7 @@ def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str]) -> None:
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
         table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
         overrides = [override for override in job.overrides if not override.lstrip("+").startswith("plan=")]
-        resources = sbatch_resources(job.config.trainer)
+        resources = [*sbatch_resources(job.config.trainer), *options]
         lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides, *search_overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
