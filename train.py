@@ -88,13 +88,13 @@ def main(cfg: DictConfig) -> float | None:
 
 def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
     """Return the configuration and folder of the run that the command line names."""
-    config = load_config(cfg, overrides)
+    begun = None if cfg.get("resume") is None else config_of_run(RunDir(Path(str(cfg.resume))))
+    config = load_config(cfg, overrides, begun)
     if config.resume is None:
         run_dir = RunDir(run_path(config))
         check_same_run(run_dir, config)
         return config, run_dir
     run_dir = RunDir(Path(config.resume))
-    begun = config_of_run(run_dir)
     if begun is None:
         raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
     return resumed_config(config, begun, overrides), run_dir

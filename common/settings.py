@@ -214,7 +214,9 @@ def allowed_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return allowed_words(inner, more)
     if get_origin(annotation) is Literal:
         *others, last = map(str, get_args(annotation))
-        return f"one of {', '.join([*others, last])}" if len(others) > 2 else f"{', '.join(others)} or {last}"
+        if len(others) > 2:
+            return f"one of {', '.join([*others, last])}"
+        return f"{', '.join(others)} or {last}" if others else last
     if len(options := _options(annotation)) > 1:
         return ", or ".join(map(allowed_words, options))
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null"}

@@ -31,6 +31,9 @@ SQUEUE_TIMEOUT = 600
 class _SweepLauncher(Launcher):
     """Base of both launchers; `failed` describes the runs that have not finished."""
 
+    #: Options of sbatch, besides those for nodes, tasks and GPUs.
+    options: Sequence[str] = ()
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader = hydra_context.config_loader
         self.config = config
@@ -41,7 +44,7 @@ class _SweepLauncher(Launcher):
         jobs = [compose_job(self.loader, self.config, overrides) for overrides in job_overrides]
         if jobs[0].config.plan or jobs[0].config.print_run_dir:
             if jobs[0].config.plan:
-                print_plans(jobs, self.search_overrides)
+                print_plans(jobs, self.search_overrides, self.options)
             else:
                 print("\n".join(str(job.run_dir.path) for job in jobs))
             return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=None) for job in jobs]

@@ -39,7 +39,7 @@ from tests.helpers import CHECKOUT, TINY, compose_config, copy_run, make
 from tests.process_pool import run, run_ranks
 from tests.scripts.loading import load_script
 from training.checkpoint.load import RunCheckpoint
-from training.config.checks import check
+from training.config.checks import check, check_batch
 from training.config.identity import run_path
 from training.launch.cli import options_first
 from zclip import ClippingStrategy
@@ -144,9 +144,10 @@ def programs(words: Sequence[str]) -> Iterator[list[str]]:
         yield from found
     elif any(word.endswith("train.sbatch") for word in words):
         (start,) = (i for i, word in enumerate(words) if word.endswith("train.sbatch"))
-        yield ["train.py", *words[start + 1 :], "plan=true"]
+        yield ["train.py", *words[start + 1 :]]
     elif words[0] == "torchrun":
-        yield ["train.py", *(word for word in words[words.index("train.py") + 1 :] if word != "..."), "plan=true"]
+        settings = [word for word in words[words.index("train.py") + 1 :] if word != "..."]
+        yield ["train.py", *settings, *(["plan=true"] if "..." in words else [])]
     elif words[0] == "train.py":
         yield list(words)
     elif not any(shlex.join(words).startswith(command) for command in OTHER_PROGRAMS):
@@ -229,8 +230,10 @@ def check_training(arguments: Sequence[str]) -> None:
         assert suites <= {*SUITES, "first_look"}, arguments
         overrides = ["experiment=paper" if o[:11] == "experiment=" and suites & {*SUITES} else o for o in overrides]
         overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
-    if "hydra/launcher=slurm" in overrides or any(argument in GPU for argument in arguments):
-        overrides = [*overrides, *(["plan=true"] if "plan=true" not in overrides else [])]
+    planned = "plan=true" in overrides
+    if not planned and ("hydra/launcher=slurm" in overrides or any(argument in GPU for argument in arguments)):
+        check_batch(compose_config(*overrides).trainer)
+        overrides = [*overrides, "plan=true"]
     config = compose_config(*overrides)
     if not (options.cfg or config.resume or any(hub in arguments for hub in HUB)):
         check(config, run_path(config))

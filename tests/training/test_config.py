@@ -130,6 +130,7 @@ BAD = {
     "model=2b": "model=2b is not known: it must be one of 150m, 1b, 350m, 60m, 7b, hf, micro",
     "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
     "lr=fast": "lr=fast is not allowed: it must be a number above 0",
+    "optim.name=sgd": "optim.name=sgd is not allowed: it must be adamw",
     "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
     "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",
@@ -271,6 +272,27 @@ def test_sweep_with_one_bad_job_is_refused(overrides, message, tmp_path, monkeyp
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_sweep_of_slurm_jobs_needs_no_gpu_where_it_is_submitted(tmp_path, monkeypatch, capsys):
+    """A login node mostly has none. The batch must still be possible."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.launch.cli.exit_statuses", statuses := [])
+    monkeypatch.setattr("training.launch.sweep.exit_statuses", statuses)
+
+    def submitted(*overrides: str) -> None:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            sweep = hydra.compose_config("train", [*overrides], RunMode.MULTIRUN, with_log_configuration=False)
+            CheckSweep().on_multirun_start(sweep)
+
+    settings = ("model=1b", "trainer=hsdp", "clip=fixed,zclip", "data.vocab_size=4096")
+    submitted("hydra/launcher=slurm", "trainer.global_batch_size=128", *settings)
+    for launcher, message in (("slurm", "= 128 sequences at once must divide"), ("local", "torch sees no GPU here")):
+        with pytest.raises(SystemExit) as end:
+            submitted(f"hydra/launcher={launcher}", *settings)
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_sweep_with_one_bad_job_starts_none(tmp_path):

@@ -188,6 +188,14 @@ def test_slurm_jobs_take_turns_and_only_unfinished_ones_are_submitted(slurm, cap
     assert [job.return_value for job in again] == [1, 4, 3] and len(Path("calls").read_text().splitlines()) == 4
 
 
+def test_plan_prints_the_lines_that_would_be_submitted(slurm, capsys):
+    slurm("hydra.launcher.partition=gpu").launch([["seed=7", "plan=true"]], 0)
+    *_, line = capsys.readouterr().out.splitlines()
+    options = "--partition=gpu --time=1-00:00:00 --signal=USR1@300"
+    assert line == f"sbatch --nodes=1 --ntasks-per-node=1 {options} scripts/slurm/train.sbatch seed=7"
+    assert not Path("calls").exists()
+
+
 def test_submitted_slurm_jobs_need_not_be_waited_for(slurm, capsys):
     launcher = slurm("hydra.launcher.wait=false")
     for line in (r"job \d:", r"job \d has"):

@@ -158,6 +158,13 @@ def test_run_resumes_on_another_number_of_processes(sharded_run, tiny, tmp_path)
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
 
 
+def test_resume_needs_no_other_setting_than_the_number_of_processes(sharded_run, checked, refusal, tmp_path):
+    run = copy_run(sharded_run, tmp_path)
+    resumed, _ = checked(f"resume={run}", "trainer.nodes=2", "trainer.devices=1")
+    assert (resumed.trainer.strategy, resumed.trainer.world_size) == ("fsdp", 2)
+    assert "3 processes x 4 = 12 sequences at once must divide" in refusal(f"resume={run}", "trainer.devices=3")
+
+
 @pytest.mark.slow
 def test_killed_run_resumes_on_another_number_of_processes(runs, settings):
     """SIGKILL of one of two processes ends the other. Four processes resume, started by torchrun."""

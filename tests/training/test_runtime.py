@@ -198,7 +198,7 @@ def test_streams_that_are_closed_from_the_start_drop_output():
 
 #: A process that alone cannot use its text.
 ALONE = """
-import sys
+import os, signal, sys, threading
 
 from common.errors import UserError
 from training.launch import cli
@@ -207,17 +207,22 @@ def main():
     with cli.reporting():
         raise UserError("the text is not on this machine")
 
-cli.ERROR_REPORT_DELAY = 0.0
+cli.ERROR_REPORT_DELAY = float(sys.argv.pop())
+if cli.ERROR_REPORT_DELAY:
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 sys.exit(cli.command_line(main))
 """
 
 
-def test_error_that_only_one_process_has_is_reported_by_it(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_error_that_only_one_process_has_is_reported_by_it(seconds, tmp_path):
+    """If process 0 reports it, launchers such as torchrun end this process before `seconds` have passed."""
     (tmp_path / "alone.py").write_text(ALONE)
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
-    done = run(str(tmp_path / "alone.py"), cwd=tmp_path, env={**variables, "PYTHONPATH": str(CHECKOUT)})
+    env = {**variables, "PYTHONPATH": str(CHECKOUT)}
+    done = run(str(tmp_path / "alone.py"), str(seconds), cwd=tmp_path, env=env)
     sentence = "process 1 of the run: alone.py: error: the text is not on this machine\n"
-    assert (done.returncode, done.stderr) == (2, sentence)
+    assert (done.returncode, done.stderr) == (2, "" if seconds else sentence)
 
 
 #: Settings of the second of two processes, or its tokens, and how it is told from the first; `None`: they agree.

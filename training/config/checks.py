@@ -19,17 +19,21 @@ from training.runtime.hardware import available_memory
 from zclip.scope import in_scope
 
 
-def check(config: Config, run_folder: Path) -> None:
+def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     """Raise `UserError` if the run cannot be started here, or planned if `config.plan` is set. Writes nothing.
 
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
+    A run that is started `elsewhere`, as a job on nodes of a cluster, needs no GPUs and no memory here.
     """
     _check_scope(config)
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
-    _check_processes(config.trainer)
-    _check_memory(config)
+    if not elsewhere:
+        _check_gpus(config.trainer)
+    check_batch(config.trainer)
+    if not elsewhere:
+        _check_memory(config)
     _check_initial_weights(config)
     corpus = check_data(config.data, config.paths.cache, config.data.sequence_length)
     _check_vocabulary(corpus, config.model)
@@ -63,8 +67,8 @@ def _check_started_processes(trainer: TrainerConfig) -> None:
         )
 
 
-def _check_processes(trainer: TrainerConfig) -> None:
-    """Raise `UserError` unless there are the devices, and the processes can share the global batch."""
+def _check_gpus(trainer: TrainerConfig) -> None:
+    """Raise `UserError` unless each process on this machine can have a GPU, if it needs one."""
     if trainer.accelerator == "gpu":
         if not torch.cuda.is_available():
             raise UserError(
@@ -74,6 +78,10 @@ def _check_processes(trainer: TrainerConfig) -> None:
         if (visible := torch.cuda.device_count()) < trainer.devices:
             problem = f"is not possible: torch sees {visible} GPUs here"
             raise ConfigError("trainer.devices", trainer.devices, problem=problem)
+
+
+def check_batch(trainer: TrainerConfig) -> None:
+    """Raise `ConfigError` unless the processes can share the global batch."""
     processes, micro = trainer.world_size, trainer.micro_batch_size
     at_once = processes * micro
     if trainer.global_batch_size % at_once:

@@ -49,12 +49,19 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+def load_config(cfg: DictConfig, overrides: Iterable[str] = (), resumed: Config | None = None) -> Config:
     """Return the typed configuration of a run, composed with these overrides of the command line.
+
+    If it continues a run that has begun (`resumed`), its trainer has that run's settings, but for the overrides: the
+    number of processes must fit the strategy of the run.
 
     Raises `UserError` if a key or value is not allowed.
     """
-    return parse(Config, Values(container(cfg), overrides_dict(overrides)))
+    plain, named = container(cfg), overrides_dict(overrides)
+    if resumed is not None:
+        given = {key: value for key, value in plain["trainer"].items() if f"trainer.{key}" in named}
+        plain["trainer"] = resumed.trainer.model_dump(mode="json", by_alias=True) | given
+    return parse(Config, Values(plain, named))
 
 
 def read_config(path: Path) -> Config:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,10 @@ def command_line(main: Callable[[], Any]) -> int:
         return 128 + error.signum
     else:
         if rank() > 0 and exit_statuses:
-            time.sleep(ERROR_REPORT_DELAY)  # the launcher ends all processes when one ends: it was not rank 0
-            for sentence in _withheld:
-                print(f"process {rank()} of the run: {sentence}", file=sys.stderr)
+            with suppress(signals.Interrupted):  # the launcher ends all processes when one ends: it was rank 0
+                time.sleep(ERROR_REPORT_DELAY)
+                for sentence in _withheld:
+                    print(f"process {rank()} of the run: {sentence}", file=sys.stderr)
         failures = [status for status in exit_statuses if status != EXIT_USER_ERROR]
         return (failures or exit_statuses or [0])[0]
     finally:

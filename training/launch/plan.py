@@ -158,8 +158,9 @@ def plan_table(configured: Config) -> Table:
     peak = peak_flops(hardware.device)
     assert peak is not None  # `HardwareConfig` checks it
     speed = f"{devices * peak * hardware.mfu / flops:,.0f} tokens/s, {hardware.mfu:.0%} MFU"
-    hours = f"{needed.hours(devices, peak, hardware.mfu):,.3g} hours"
-    table.add_row("time", hours, f"{speed} on {devices} {hardware.device}")
+    hours = needed.hours(devices, peak, hardware.mfu)
+    time = f"{hours:,.3g} hours" if hours >= 1 else f"{hours * 60:,.3g} minutes"
+    table.add_row("time", time, f"{speed} on {devices} {hardware.device}")
     return table
 
 

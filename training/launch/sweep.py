@@ -62,9 +62,9 @@ class Job(NamedTuple):
             completed_jobs.append(CompletedJob(overrides_dict(self.overrides), result, self.run_dir.path))
         return result is not None
 
-    def check(self) -> None:
-        """Raise `UserError` if the run cannot be started."""
-        check(self.config, self.run_dir.path)
+    def check(self, *, elsewhere: bool = False) -> None:
+        """Raise `UserError` if the run cannot be started here, or `elsewhere`."""
+        check(self.config, self.run_dir.path, elsewhere=elsewhere)
         check_same_run(self.run_dir, self.config)
         if not self.run_dir.result_file.exists():
             find_fork_source(self.config, self.run_dir)
@@ -101,9 +101,10 @@ def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
     """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
     if not jobs:
         raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
+    elsewhere = sweep.hydra.launcher._target_.endswith(".Slurm")  # a login node has no GPU
     seen: dict[Path, list[str]] = {}
     for job in jobs:
-        job.check()
+        job.check(elsewhere=elsewhere)
         path = job.run_dir.path
         if path in seen and job.config.name is None and sweep.paper.suite is None:
             raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
@@ -124,8 +125,11 @@ def config_search_overrides(hydra: Any) -> list[str]:
     return chosen + [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
 
 
-def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str]) -> None:
-    """Print the plans of a sweep's runs, and the lines that submit them; they end with `config_search_overrides`."""
+def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str], options: Sequence[str] = ()) -> None:
+    """Print the plans of a sweep's runs, and the lines that submit them with these options of sbatch.
+
+    The lines end with `config_search_overrides`.
+    """
     hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
     peak = peak_flops(hardware.device)
@@ -141,7 +145,7 @@ def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str]) -> None:
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
         table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
         overrides = [override for override in job.overrides if not override.lstrip("+").startswith("plan=")]
-        resources = sbatch_resources(job.config.trainer)
+        resources = [*sbatch_resources(job.config.trainer), *options]
         lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides, *search_overrides]))
     table.add_section()
     table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
