@@ -18,7 +18,7 @@ Keys: lr seed name trainer.max_steps trainer.global_batch_size data.path paths.r
 
 The last two train nothing: they print memory and time, and all settings. A run leaves a folder in
 runs/. The same command again continues an unfinished run, and shows the result of a finished one.
-A sweep ends with a table, and with a picture of its runs.
+A sweep ends with a table, and up to seven runs with a picture.
 """
 
 import sys
@@ -182,9 +182,11 @@ def report_sweep(jobs: Sequence[CompletedJob]) -> None:
 
     make_console(soft_wrap=False).print(comparison([(job.overrides, job.result) for job in jobs]))
     paths = list({job.path.resolve(): job.path for job in jobs})
+    console, target = make_console(), picture_path(paths)
+    if len(paths) > MAX_RUNS:
+        console.print(f"no picture of more than {MAX_RUNS} runs: scripts/compare.py run=[A,B] draws some of them")
     if not 1 < len(paths) <= MAX_RUNS:
         return
-    console, target = make_console(), picture_path(paths)
     try:
         runs = [read_run(path) for path in paths]
         together = compared(runs, [saved_identity(run.config) for run in runs])
