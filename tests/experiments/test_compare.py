@@ -18,8 +18,9 @@ from experiments.run.compare import (
 )
 from experiments.run.read import Run, read_run
 from experiments.run.style import STRATEGY_STYLES
-from tests.helpers import RESULT, script
+from tests.helpers import RESULT, same_handlers, script
 from tests.scripts.loading import load_script
+from training.launch.sweep import CompletedJob
 
 BAD = [10, 11]
 
@@ -149,6 +150,17 @@ def test_command_prints_the_table_and_writes_the_picture(finished_run, diverged_
     assert done.returncode == 0, done.stderr
     assert "clip=zclip" in done.stdout and done.stdout.endswith("picture  new/both.png\n")
     assert (tmp_path / "new/both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_without_a_picture_ends_with_its_table_and_says_why(three, capsys):
+    with same_handlers():
+        from train import report_sweep
+    jobs = [CompletedJob({"clip": run.path.name}, RESULT, run.path) for run in three]
+    report_sweep(jobs)
+    printed = capsys.readouterr().out
+    assert "│ zclip │" in printed and "comparison.png cannot be drawn (name is not set" in printed
+    report_sweep([job._replace(path=job.path / str(i)) for job in jobs for i in range(3)])
+    assert capsys.readouterr().out.endswith("draws some of them\n")
 
 
 def test_mistakes_of_the_command_are_one_sentence(three, tmp_path):
