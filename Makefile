@@ -16,6 +16,8 @@ STRATEGIES := clip=none,fixed,zclip
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
+# `python -m venv` that fails leaves a python without pip.
+.DELETE_ON_ERROR:
 .PHONY: help help-all setup train eval eval-data test test-all slurm mutants faults fuzz status compare tables figures report reproduce bench-clip bench-data bench-train bench-eval gpu-check gpu-carry reference docs wheel lint format clean
 
 help: ### list the commands of every day
@@ -42,7 +44,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 train: $(TRAIN) ### show what ZClip does: three runs on the same batches, some bad (two minutes)
-	$(BIN)/python train.py -m experiment=first_look $(if $(filter clip=%,$(ARGS)),,$(STRATEGIES)) $(ARGS)
+	$(BIN)/python train.py -m experiment=first_look $(if $(findstring clip=,$(ARGS)),,$(STRATEGIES)) $(ARGS)
 
 eval: $(EVAL) ### score runs on HellaSwag and WinoGrande: ARGS="run=runs/main eval.limit=1000"
 	$(if $(findstring eval.data_dir=,$(ARGS)),,$(BIN)/python scripts/eval_data.py $(patsubst paths.cache=%,out=%/eval,$(filter paths.cache=%,$(ARGS))))

@@ -18,7 +18,7 @@ Keys: lr seed name trainer.max_steps trainer.global_batch_size data.path paths.r
 
 The last two train nothing: they print memory and time, and all settings. A run leaves a folder in
 runs/. The same command again continues an unfinished run, and shows the result of a finished one.
-A sweep ends with a table, and with a picture of its runs.
+A sweep ends with a table, and up to seven runs with a picture.
 """
 
 import sys
@@ -63,7 +63,7 @@ from training.launch.processes import launch
 from training.launch.sweep import CompletedJob, completed_jobs, config_search_overrides
 from training.run_dir import RunDir
 from training.runtime.distributed import is_distributed, rank
-from training.runtime.signals import reraise_pending
+from training.runtime.signals import Interrupted, reraise_pending
 from training.runtime.slurm import has_local_launcher
 
 
@@ -178,18 +178,20 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
 
 def report_sweep(jobs: Sequence[CompletedJob]) -> None:
     """Print the table of a sweep, and draw its runs next to each other if they are not too many for a picture."""
-    from experiments.run.compare import MAX_RUNS, compared, plot_comparison, sentences
+    from experiments.run.compare import MAX_RUNS, compared, picture_path, plot_comparison, sentences
 
     make_console(soft_wrap=False).print(comparison([(job.overrides, job.result) for job in jobs]))
     paths = list({job.path.resolve(): job.path for job in jobs})
+    console, target = make_console(), picture_path(paths)
+    if len(paths) > MAX_RUNS:
+        console.print(f"no picture of more than {MAX_RUNS} runs: scripts/compare.py run=[A,B] draws some of them")
     if not 1 < len(paths) <= MAX_RUNS:
         return
-    console, target = make_console(), Path(os.path.commonpath([path.parent for path in paths]), "comparison.png")
     try:
         runs = [read_run(path) for path in paths]
         together = compared(runs, [saved_identity(run.config) for run in runs])
         plot_comparison(together, target)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         console.print(f"{target} cannot be drawn ({one_line(error)})")
     else:
         console.print(f"{sentences(together)}\npicture  {os.path.relpath(target)}")
@@ -197,6 +199,9 @@ def report_sweep(jobs: Sequence[CompletedJob]) -> None:
 
 if __name__ == "__main__":
     status = command_line(main)
-    if len(completed_jobs) > 1:
-        report_sweep(completed_jobs)
+    try:
+        if len(completed_jobs) > 1:
+            report_sweep(completed_jobs)
+    except Interrupted as error:
+        status = status or 128 + error.signum
     sys.exit(status)

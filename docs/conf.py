@@ -1,8 +1,8 @@
 """Settings of the documentation: `make docs` builds it with Sphinx into build/docs."""
 
 import sys
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -13,11 +13,13 @@ sys.path[:0] = [str(HERE / "_extensions"), str(HERE.parent)]
 def reachable(url: str) -> bool:
     """Return whether an inventory of another project's names can be read now."""
     try:
-        with urllib.request.urlopen(f"{url}objects.inv", timeout=5):
-            return True
-    except (urllib.error.URLError, TimeoutError):
+        with urllib.request.urlopen(f"{url}objects.inv", timeout=5) as inventory:
+            found = inventory.readline().startswith(b"# Sphinx inventory")  # a proxy may answer with a page of its own
+    except (OSError, HTTPException):
+        found = False
+    if not found:
         print(f"no links to {url}: it cannot be reached")
-        return False
+    return found
 
 
 project = "ZClip"

@@ -11,16 +11,15 @@ sweep of train.py draws the same picture at its end.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from common.console import make_console
 from common.errors import ConfigError, UserError, one_line
 from common.settings import Allowed, Folder, PathText, Settings, parse
-from experiments.run.compare import MAX_RUNS, compared, plot_comparison, sentences
+from experiments.run.compare import MAX_RUNS, compared, picture_path, plot_comparison, sentences
 from experiments.run.read import Run, read_run
 from experiments.run.summary import comparison
 from training.config.checks import check_folder
@@ -44,21 +43,21 @@ def main(values: _entry.Values) -> None:
     """Print the table and the sentence, and write the picture."""
     config = parse(CompareConfig, values)
     given = [Path(path) for path in (config.run if isinstance(config.run, list) else [config.run])]
-    paths = [run for path in given for run in finished_runs(path)]
+    paths = list({run.resolve(): run for path in given for run in finished_runs(path)}.values())
     if not 1 < len(paths) <= MAX_RUNS:
         shown = [str(path) for path in given]
         problem = f"has {len(paths)} finished runs: 2 to {MAX_RUNS} can be compared; name them as run=[A,B]"
         raise ConfigError("run", shown[0] if len(shown) == 1 else shown, problem=problem)
-    target = Path(os.path.commonpath([path.parent for path in paths]), "comparison.png")
-    target = target if config.out is None else Path(config.out)
+    target = picture_path(paths) if config.out is None else Path(config.out)
     if target.is_dir() or target.suffix != ".png":
         raise ConfigError("out", target, problem="is not allowed: it must be a file that ends in .png")
     check_folder("out", str(target), target.parent)
-    runs = [read(path) for path in paths]
-    together = compared(runs, [saved_identity(run.config) for run in runs])
+    runs, identities = zip(*map(read, paths), strict=True)
+    together = compared(runs, identities)
     console = make_console()
     rows = [({"run": one.label}, dict(one.run.result)) for one in together]
     console.print(comparison(rows, title="comparison"), soft_wrap=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
     plot_comparison(together, target)
     console.print(f"{sentences(together)}\npicture  {target}")
 
@@ -74,11 +73,12 @@ def finished_runs(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("*/result.json") if (file.parent / "config.yaml").is_file())
 
 
-def read(path: Path) -> Run:
-    """Return the contents of a run folder; raise `UserError` if it is damaged."""
+def read(path: Path) -> tuple[Run, dict[str, Any]]:
+    """Return the contents of a run folder and the run's identity; raise `UserError` if the folder is damaged."""
     try:
-        return read_run(path)
-    except (OSError, ValueError, KeyError) as error:
+        run = read_run(path)
+        return run, saved_identity(run.config)
+    except (OSError, ValueError) as error:
         raise UserError(f"run={path} cannot be read ({one_line(error)})") from error
 
 

@@ -14,7 +14,7 @@ MAX_WORDS = 40
 
 def sentences(text: str) -> list[str]:
     """Return the sentences of a Markdown text: those of paragraphs, list items and cells of tables, not code."""
-    text = re.sub(r"^(```|:::).*?^\1$", "\n\n", text, flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$|^:::.*?$", "\n\n", text, flags=re.M | re.S)
     text = re.sub(r"^\|?[-|: ]+\|$", "\n\n", text, flags=re.M)
     text = re.sub(r"`[^`]*`", "Code", text)
     text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
@@ -29,9 +29,10 @@ def test_no_sentence_has_more_than_forty_words(document):
     assert not long, long
 
 
-def test_sentences_are_found_in_paragraphs_lists_and_tables():
+def test_sentences_are_found_in_paragraphs_lists_tables_and_notes():
     text = "# Title\n\nOne `a. B`. Two\nends.\n\n- Three: x.\n\n| a | Four. Five |\n|---|---|\n\n```sh\nmake x\n```\n"
-    assert sentences(text) == ["Title", "One Code.", "Two ends.", "Three: x.", "a", "Four.", "Five"]
+    text += ":::{note}\nSix.\n:::\n"
+    assert sentences(text) == ["Title", "One Code.", "Two ends.", "Three: x.", "a", "Four.", "Five", "Six."]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(CHECKOUT)))

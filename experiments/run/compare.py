@@ -5,6 +5,7 @@ of the settings. All are compared with the run of the lowest test loss.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.files import make_dir, write_atomic
+from common.errors import UserError
+from common.files import write_atomic
 from common.text import flatten
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans, excess_loss
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
@@ -61,15 +63,25 @@ class Difference(NamedTuple):
 
 
 def compared(runs: Sequence[Run], identities: Sequence[Mapping[str, Any]]) -> list[Compared]:
-    """Return runs with their labels; `identities` are the nested settings that determine their numbers."""
+    """Return runs with their labels; `identities` are the nested settings that determine their numbers.
+
+    Raises:
+        UserError: the metrics of a run, perhaps of another version, lack what is drawn.
+    """
+    for run in runs:
+        if "clipped_norm" not in run.metrics:
+            raise UserError(f"{run.path}/metrics.jsonl has no clipped_norm")
     flat = [flatten(identity) for identity in identities]
     batches = [
-        {key: value for key, value in one.items() if _sets_batches(key)} | {"text": run.result.get("data_fingerprint")}
+        {key: value for key, value in one.items() if _sets_batches(key)}
+        | {"text": run.result.get("data_fingerprint"), "rewinds": list(run.rewinds)}
         for one, run in zip(flat, runs, strict=True)
     ]
     names = _labels(flat)
     if len({*names}) < len(names):  # copies of a run
         names = [run.path.resolve().name for run in runs]
+    if len({*names}) < len(names):
+        names = [str(run.path) for run in runs]
     return [Compared(*one) for one in zip(names, runs, batches, strict=True)]
 
 
@@ -116,9 +128,9 @@ def best(runs: Sequence[Compared]) -> Compared:
 
 
 def on_same_batches(runs: Sequence[Compared]) -> bool:
-    """Return whether all runs saw the same batches, but for corrupted ones, in the same number of steps."""
-    steps = {len(one.run.metrics["step"]) for one in runs}
-    return len(steps) == 1 and not _differ(one.batches for one in runs)
+    """Return whether all runs saw the same batches, but for corrupted ones, at the same steps."""
+    same_steps = all(np.array_equal(one.run.metrics["step"], runs[0].run.metrics["step"]) for one in runs)
+    return same_steps and not _differ(one.batches for one in runs)
 
 
 def differences(runs: Sequence[Compared]) -> list[Difference]:
@@ -140,33 +152,52 @@ def differences(runs: Sequence[Compared]) -> list[Difference]:
 
 
 def sentences(runs: Sequence[Compared]) -> str:
-    """Return a sentence or two, each in a line, on how the others differ from the run with the lowest test loss."""
-    found, reference = differences(runs), best(runs).label
-    at_end = _listed((one.label, one.test_loss) for one in found)
-    if all(one.after_corrupted is None for one in found):
-        return f"The final test loss was {at_end} than with {reference}."
-    after = _listed((one.label, one.after_corrupted) for one in found)
-    return (
-        f"In the {EXCESS_WINDOW} steps after a corrupted batch, the training loss was {after} than with {reference}.\n"
-        f"The final test loss was {at_end}."
-    )
+    """Return sentences, each in a line, on how the others differ from the run with the lowest test loss."""
+    found, reference = differences(runs), best(runs)
+    if reference.test_loss is None:
+        return "No run has a finite test loss."
+    after = [(one.label, one.after_corrupted) for one in found]
+    at_end = [(one.label, one.test_loss) for one in found]
+    said = [
+        (f"In the {EXCESS_WINDOW} steps after a corrupted batch, the training loss", after if _known(after) else []),
+        ("The final test loss", at_end),
+    ]
+    lines: list[str] = []
+    for subject, values in said:
+        if known := _known(values):
+            than = "" if lines else f" than with {reference.label}"
+            lines.append(f"{subject} was {_listed(_difference(nats) for nats in known)}{than}.")
+        if unknown := [f"with {label}" for label, nats in values if nats is None]:
+            lines.append(f"{subject} was not finite {_listed(unknown)}.")
+    return "\n".join(lines)
 
 
-def _listed(values: Iterable[tuple[str, float | None]]) -> str:
-    """Return differences in words: "0.30 nats higher with clip=none and 0.08 nats higher with clip=fixed"."""
-    words = [f"{_difference(nats)} with {label}" for label, nats in values]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+def _known(values: Iterable[tuple[str, float | None]]) -> list[tuple[str, float]]:
+    return [(label, nats) for label, nats in values if nats is not None]
 
 
-def _difference(nats: float | None) -> str:
-    if nats is None:
-        return "unknown"
-    return f"{abs(nats):.2f} nats {'lower' if nats < 0 else 'higher'}"
+def _difference(value: tuple[str, float]) -> str:
+    """Return a difference in words: "0.30 nats higher with clip=none"."""
+    label, nats = value
+    return f"{abs(nats):.2f} nats {'lower' if nats < 0 else 'higher'} with {label}"
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Return "A", "A and B" or "A, B and C"."""
+    *first, last = words
+    return " and ".join([", ".join(first), last] if first else [last])
+
+
+def picture_path(paths: Sequence[Path]) -> Path:
+    """Return comparison.png in the innermost folder that has all of these run folders."""
+    folders = [path.parent for path in paths]
+    if any(folder.is_absolute() for folder in folders):
+        folders = [folder.absolute() for folder in folders]
+    return Path(os.path.commonpath(folders), "comparison.png")
 
 
 def plot_comparison(runs: Sequence[Compared], target: Path) -> None:
     """Write the picture of a comparison."""
-    make_dir(target.parent)
     figure = draw_comparison(runs)
     write_atomic(target, image(figure, "png", dpi=110))
     plt.close(figure)
@@ -233,8 +264,11 @@ def _draw_norms(ax: Axes, runs: Sequence[Compared], styles: Sequence[LineStyle])
         clipped = after < before * (1 - 1e-6)
         ax.plot(step, after, color=style.color, ls=style.dashes, lw=1.1)
         share = f"{one.label}, {np.mean(clipped):.0%} of steps clipped"
-        ax.vlines(step[clipped], after[clipped], before[clipped], color=style.color, lw=0.6, alpha=0.5)
-        ax.plot(step[clipped], before[clipped], "o", mfc="none", color=style.color, ms=4)
+        at, low, high = step[clipped], after[clipped], before[clipped]
+        gap = np.full(len(at), np.nan)  # between the parts of one line: so many lines would take minutes
+        between = (np.stack(ends, axis=1).ravel() for ends in ((at, at, gap), (low, high, gap)))
+        ax.plot(*between, color=style.color, lw=0.6, alpha=0.5)
+        ax.plot(at, high, "o", mfc="none", color=style.color, ms=4)
         ax.plot([], [], color=style.color, ls=style.dashes, lw=1.4, label=share)
         positive |= bool((after > 0).any())
     ax.plot([], [], "o", mfc="none", color="0.3", ms=4, label="norm before clipping, where a step was clipped")
@@ -246,9 +280,9 @@ def _draw_norms(ax: Axes, runs: Sequence[Compared], styles: Sequence[LineStyle])
 
 def _mark_corrupted(ax: Axes, runs: Sequence[Compared]) -> None:
     """Shade the steps with corrupted batches of any run."""
-    steps = sorted({step for one in runs for step in corrupted_steps(one.run)})
-    starts = [step for step in steps if step - 1 not in steps]
-    ends = [step for step in steps if step + 1 not in steps]
+    steps = {step for one in runs for step in corrupted_steps(one.run)}
+    starts = sorted(step for step in steps if step - 1 not in steps)
+    ends = sorted(step for step in steps if step + 1 not in steps)
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         label = "corrupted batches" if i == 0 else None
         ax.axvspan(start - 0.5, end + 0.5, color="0.5", alpha=0.25, lw=0, zorder=0, label=label)

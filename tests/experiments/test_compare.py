@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from experiments.run.compare import best, compared, differences, draw_comparison, on_same_batches, sentences
+from experiments.run.compare import (
+    best,
+    compared,
+    differences,
+    draw_comparison,
+    on_same_batches,
+    picture_path,
+    sentences,
+)
 from experiments.run.read import Run, read_run
 from experiments.run.style import STRATEGY_STYLES
-from tests.helpers import RESULT, script
+from tests.helpers import RESULT, same_handlers, script
 from tests.scripts.loading import load_script
+from training.launch.sweep import CompletedJob
 
 BAD = [10, 11]
 
@@ -65,8 +74,35 @@ def test_lower_training_loss_than_the_best_run_is_called_lower(tmp_path):
 def test_runs_on_other_batches_are_compared_by_their_test_loss_alone(tmp_path):
     runs = together(write(tmp_path / "a", "zclip", 0.0, 4.1), write(tmp_path / "b", "zclip", 0.1, None, seed=1))
     assert not on_same_batches(runs) and [one.label for one in runs] == ["seed=0", "seed=1"]
-    assert sentences(runs) == "The final test loss was unknown with seed=1 than with seed=0."
+    assert sentences(runs) == "The final test loss was not finite with seed=1."
     assert len(draw_comparison(runs).axes) == 2
+
+
+def test_no_run_is_called_the_best_if_none_has_a_test_loss(tmp_path):
+    runs = together(*(write(tmp_path / clip, clip, 0.0, None) for clip in ("fixed", "zclip")))
+    assert sentences(runs) == "No run has a finite test loss."
+
+
+def test_training_losses_that_are_not_finite_are_named_beside_the_differences(three):
+    three[1].metrics["loss"][15] = np.nan
+    assert sentences(together(*three)).splitlines()[:2] == [
+        "In the 10 steps after a corrupted batch, the training loss was 0.28 nats higher with clip=none than with "
+        "clip=zclip.",
+        "In the 10 steps after a corrupted batch, the training loss was not finite with clip=fixed.",
+    ]
+
+
+def test_steps_are_not_compared_with_those_of_a_run_that_has_skipped_batches_or_lacks_steps(three):
+    skipped = [{"from_step": 20, "to_step": 15, "skipped_batches": 5}]
+    later = {name: column + (name == "step") for name, column in three[0].metrics.items()}
+    assert not on_same_batches(together(three[0], three[1]._replace(rewinds=skipped)))
+    assert not on_same_batches(together(three[0]._replace(metrics=later), three[1]))
+
+
+def test_picture_of_runs_named_in_both_ways_is_in_the_folder_that_has_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert picture_path([Path("runs/a/1"), Path("runs/b/1")]) == Path("runs/comparison.png")
+    assert picture_path([Path("runs/a/1"), tmp_path / "runs/a/2"]) == tmp_path / "runs/a/comparison.png"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +120,11 @@ def test_runs_on_other_batches_are_compared_by_their_test_loss_alone(tmp_path):
 def test_label_of_a_run_has_the_settings_in_which_it_differs(clips, labels, tmp_path):
     runs = [write(tmp_path / str(i), clip, 0.0, 4.0, **more) for i, (clip, more) in enumerate(clips)]
     assert [one.label for one in together(*runs)] == labels
+
+
+def test_copies_of_a_run_in_folders_of_the_same_name_are_told_apart(tmp_path):
+    runs = [write(tmp_path / parent / "run", "zclip", 0.0, 4.0) for parent in "ab"]
+    assert [one.label for one in together(*runs)] == [str(tmp_path / parent / "run") for parent in "ab"]
 
 
 def test_long_lists_are_shortened_in_labels(three):
@@ -105,24 +146,38 @@ def test_picture_has_losses_differences_and_norms_in_the_colours_of_the_strategi
 
 def test_command_prints_the_table_and_writes_the_picture(finished_run, diverged_run, tmp_path):
     runs = f"run=[{finished_run},{diverged_run}]"
-    done = script("compare.py", runs, "out=both.png", cwd=tmp_path)
+    done = script("compare.py", runs, "out=new/both.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "clip=zclip" in done.stdout and done.stdout.endswith("picture  both.png\n")
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "clip=zclip" in done.stdout and done.stdout.endswith("picture  new/both.png\n")
+    assert (tmp_path / "new/both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_without_a_picture_ends_with_its_table_and_says_why(three, capsys):
+    with same_handlers():
+        from train import report_sweep
+    jobs = [CompletedJob({"clip": run.path.name}, RESULT, run.path) for run in three]
+    report_sweep(jobs)
+    printed = capsys.readouterr().out
+    assert "│ zclip │" in printed and "comparison.png cannot be drawn (name is not set" in printed
+    report_sweep([job._replace(path=job.path / str(i)) for job in jobs for i in range(3)])
+    assert capsys.readouterr().out.endswith("draws some of them\n")
 
 
 def test_mistakes_of_the_command_are_one_sentence(three, tmp_path):
     compare = load_script("compare")
     for settings, problem in (
         ({"run": str(tmp_path / "zclip")}, "has 1 finished runs: 2 to 7 can be compared"),
+        ({"run": [str(tmp_path / "zclip")] * 2}, "has 1 finished runs"),
         ({"run": str(tmp_path / "gone")}, "does not exist"),
         ({"run": str(tmp_path), "out": str(tmp_path)}, "must be a file that ends in .png"),
     ):
         with pytest.raises(UserError, match=problem):
             compare.main(settings)
-    (tmp_path / "zclip" / "metrics.jsonl").write_text("x\n")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"run=.*/fixed cannot be read \(name is not set"):
         compare.main({"run": str(tmp_path)})
+    (tmp_path / "zclip" / "metrics.jsonl").write_text("x\n")
+    with pytest.raises(UserError, match=r"run=.*/zclip cannot be read \(metrics.jsonl, line 1"):
+        compare.main({"run": [str(tmp_path / "zclip"), str(tmp_path / "none")]})
     (tmp_path / "zclip" / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         compare.main({"run": [str(tmp_path / "zclip")]})

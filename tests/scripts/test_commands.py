@@ -215,12 +215,24 @@ def test_commands_install_what_they_need_once():
     assert make(*new, "-n", "train", "status").count("pip install") == 1
 
 
+def test_environment_that_could_not_be_made_is_made_again(tmp_path):
+    """As on Debian without python3-venv, where `python -m venv` fails after it has made a python without pip."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || (mkdir -p "$3/bin" && ln -s /bin/true "$3/bin/python" && exit 1)\n')
+    python.chmod(0o755)
+    made = tmp_path / "venv" / "bin" / "python"
+    with pytest.raises(AssertionError, match="Deleting file"):
+        make(f"VENV={tmp_path}/venv", f"PYTHON={python}", str(made))
+    assert made.parent.is_dir() and not made.is_symlink()
+
+
 def test_make_train_compares_strategies_unless_others_are_given():
     assert "train.py -m experiment=first_look clip=none,fixed,zclip seed=1" in make(
         *INSTALLED, "-n", "train", "ARGS=seed=1"
     )
     (line,) = make(*INSTALLED, "-n", "train", "ARGS=lr=1e-3 clip=agc,zclip").splitlines()
     assert line.count("clip=") == 1 and line.endswith("lr=1e-3 clip=agc,zclip")
+    assert "clip=none" not in make(*INSTALLED, "-n", "train", "ARGS='clip=agc,zclip'")
 
 
 def test_help_of_every_program_fits_a_screen():
