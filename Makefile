@@ -120,6 +120,7 @@ reference: $(TRAIN) ## write docs/reference, the reference of all settings
 	$(BIN)/python -m training.config.reference
 
 docs: $(DOCS) ### build the documentation into build/docs
+	rm -rf build/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
 	@echo "the first page is build/docs/index.html"
 
