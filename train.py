@@ -27,9 +27,11 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
     print(__doc__, end="")
     sys.exit()
 
+from common.missing_packages import report_missing_packages
 from training.runtime.signals import install_handlers
 
 install_handlers()  # first: what follows takes seconds to load
+report_missing_packages()
 
 import json
 import math

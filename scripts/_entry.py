@@ -1,7 +1,7 @@
 """The entry of every script. Import it before anything that takes seconds to load.
 
 The import puts the checkout first on the path, in place of scripts/, whose modules may have the names of packages
-(`evaluate`), and installs the signal handlers. `run` then runs the script's main function.
+(`evaluate`), and installs what reports signals and missing packages. `run` then runs the script's main function.
 """
 
 import errno
@@ -22,9 +22,11 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == _CHECKOUT / "scripts":
     sys.path[0] = str(_CHECKOUT)
 
+from common.missing_packages import report_missing_packages
 from training.runtime.signals import install_handlers
 
 install_handlers()
+report_missing_packages()
 
 from common.errors import UserError
 from common.settings import Values

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.errors import UserError
+from common.missing_packages import missing_package
 from evaluation.tasks import SETS
 from tests.helpers import CHECKOUT, copy_run, make, script, train
 from tests.scripts.loading import load_script
@@ -267,3 +269,17 @@ def test_help_of_a_program_is_its_documentation(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("Train one language model"), done
     done = script("bench_clip.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("Measure clipping: `python scripts/bench_clip.py"), done
+
+
+@pytest.mark.parametrize("program", ["train.py", "scripts/status.py"])
+def test_program_without_its_packages_says_what_to_do_in_one_sentence(program):
+    done = subprocess.run([sys.executable, "-S", CHECKOUT / program], capture_output=True, text=True)  # no packages
+    (sentence,) = done.stderr.splitlines()
+    assert re.fullmatch(rf"{Path(program).name}: error: \w+ is not installed: run `make setup`, and use \S+", sentence)
+    assert done.returncode == 2
+
+
+def test_error_of_an_import_of_our_own_is_no_missing_package():
+    assert missing_package(ModuleNotFoundError("", name="scipy.stats")) is not None
+    ours, unnamed = ModuleNotFoundError("", name="training.gone"), ModuleNotFoundError("")
+    assert all(missing_package(error) is None for error in (ours, unnamed, ImportError("", name="scipy")))

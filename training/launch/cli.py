@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.console import printable_line
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR, RunError, UserError
+from common.missing_packages import missing_package
 from common.settings import fields_of, is_text
 from training.config.schema import Config
 from training.launch.hydra_errors import describe
@@ -148,6 +149,8 @@ def reporting() -> Iterator[None]:
             verb = "written" if error.errno in CANNOT_WRITE else "used"
             what = f"{error.filename or 'a file'} cannot be {verb} ({error.strerror})"
             error = RunError(f"{what}: when it can, run the same command to resume")
+        if missing := missing_package(error):
+            error = UserError(missing)
         if isinstance(error, RunError):
             exit_statuses.append(1 if isinstance(error, ProcessFailed) else EXIT_CANNOT_CONTINUE)
             if str(error):
