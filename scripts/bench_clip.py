@@ -2,6 +2,9 @@
 
 It times clip + fused AdamW step on gradients with the shapes of a LLaMA. It prints medians, as ratios to two baselines
 with the same optimizer step: the floor, which computes the norm and clips nothing, and `clip_grad_norm_` of torch.
+
+    python scripts/bench_clip.py rounds=5
+    python scripts/bench_clip.py device=cuda params=1e9
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

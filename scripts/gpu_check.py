@@ -3,6 +3,8 @@
 Each stage runs in a process of its own with a time limit, and writes its results to OUT/STAGE.json as it has them. A
 second call goes on with the stages that are not done. The table of all results so far is printed last.
 `dry_run=true` runs every stage in tiny sizes on any machine.
+
+    python scripts/gpu_check.py dry_run=true out=build/rehearsal
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

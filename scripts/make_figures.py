@@ -1,6 +1,8 @@
 """The paper's figures from runs: `python scripts/make_figures.py scale=micro [experiment=figure5] [seeds=[0,1,2]]`.
 
 Each figure is written as SVG and PNG into `figures/` of `out`, which is runs/results-micro by default.
+
+    python scripts/make_figures.py scale=micro experiment=figure5
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -2,6 +2,8 @@
 
 The page is self-contained; its verdicts are in verdicts.md too. With `experiment=[table3,figure2]` the page has only
 these, and is named report-table3-figure2.html.
+
+    python scripts/make_report.py scale=micro
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -1,6 +1,8 @@
 """The paper's tables with our numbers: `python scripts/make_tables.py scale=micro [experiment=table3] [seeds=[0,1,2]]`.
 
 Each table is written as Markdown, LaTeX and CSV into `tables/` of `out`, which is runs/results-micro by default.
+
+    python scripts/make_tables.py scale=micro experiment=table3
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

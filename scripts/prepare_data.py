@@ -3,6 +3,8 @@
 `train.py` does the same if the tokens are missing. This script prepares them earlier or on another machine, and
 compares every file of prepared tokens with its checksum. After an interruption, the same command continues. The cache
 folder may be copied: with the same settings its tokens are found, whether the text is there, elsewhere, or gone.
+
+    python scripts/prepare_data.py data.path=texts
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

@@ -1,4 +1,9 @@
-"""Print the state of each run of an experiment: `python scripts/status.py [folder=runs/main]`."""
+"""Print the state of each run of an experiment: `python scripts/status.py [folder=runs/main]`.
+
+The states are done, running, waiting, failed, stopped and damaged.
+
+    python scripts/status.py folder=runs/main
+"""
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 

@@ -2,6 +2,8 @@
 
 The folder then works as `data.tokenizer=FOLDER` and in transformers' `AutoTokenizer.from_pretrained`. Only the training
 documents are used: those that `data.val_fraction` holds out are skipped.
+
+    python scripts/train_tokenizer.py data.path=texts vocab_size=4096 out=my-tokenizer
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

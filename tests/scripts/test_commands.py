@@ -245,7 +245,8 @@ def test_help_of_every_program_fits_a_screen():
             continue
         documentation = ast.get_docstring(ast.parse(path.read_text()))
         shown = sys.modules["_entry"]._help(documentation, entry[1]).partition("Settings, and their defaults:")
-        assert f"scripts/{path.name}" in shown[0] or f"make {path.stem.replace('_', '-')} " in shown[0], path
+        example = rf"^    (python scripts/{path.name}|make {path.stem.replace('_', '-')} )"
+        assert re.search(example, shown[0], re.M), path
         assert len("".join(shown).splitlines()) <= ROWS, path
         assert max(map(len, shown[0].splitlines())) <= COLUMNS, path
     documented = (ast.get_docstring(ast.parse((CHECKOUT / "train.py").read_text())), replay_help, make("help"))
