@@ -189,6 +189,9 @@ def files(finished_run: Path, corpus: Path, tmp_path: Path) -> Path:
     """A reader's folder with the texts and runs that the documents name."""
     copy_run(finished_run, tmp_path).rename(tmp_path / "runs" / "main" / "NAME")
     copy_run(finished_run, tmp_path / "paper").rename(tmp_path / "runs" / "paper-micro")
+    (tmp_path / "runs" / "first-look").mkdir()
+    for name in ("A", "B"):
+        copy_run(finished_run, tmp_path / name).rename(tmp_path / "runs" / "first-look" / name)
     (tmp_path / "texts").mkdir()
     rows = [{"text": file.read_text()[:20_000]} for file in sorted(corpus.glob("*.txt"))]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "texts" / "speeches.jsonl.xz", compression="xz")

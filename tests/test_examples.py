@@ -1,11 +1,13 @@
 """The examples run as their first lines say, and show what they promise."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ def run_example(monkeypatch, tmp_path, capfd):
     def run(name: str) -> str:
         threads = torch.get_num_threads()
         try:
-            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+            with patch.dict(os.environ):  # as a program of its own would, it may set variables
+                runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         finally:
             torch.set_num_threads(threads)
             sys.modules.pop("toy", None)
