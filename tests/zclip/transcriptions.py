@@ -65,6 +65,14 @@ class GlobalEquations(Equations):
         return self.observe(step.norm)
 
 
+def of_tensors(step: Step, factors: list[float]) -> dict[str, float]:
+    """Return the telemetry of a rule with a factor for each tensor."""
+    clipped = sum(h < 1 for h in factors)
+    after = math.hypot(*(h * n for h, n in zip(factors, step.norms, strict=True)))
+    return {"grad_norm": step.norm, "clipped_norm": after, "clipped": clipped > 0, "clipped_by_max": 0,
+            "clipped_tensors": clipped}  # fmt: skip
+
+
 class NoClippingEquations(GlobalEquations):
     def target(self, x):
         return math.inf, {}
@@ -186,10 +194,7 @@ class AdaGCEquations(Equations):
 
     def clip(self, step):
         factors = self.factors(step.norms, step.norm)
-        clipped = sum(h < 1 for h in factors)
-        after = math.hypot(*(h * n for h, n in zip(factors, step.norms, strict=True)))
-        self.telemetry = {"grad_norm": step.norm, "clipped_norm": after, "clipped": clipped > 0,
-                          "clipped_by_max": 0, "clipped_tensors": clipped}  # fmt: skip
+        self.telemetry = of_tensors(step, factors)
         return factors
 
     @property
@@ -277,10 +282,7 @@ class TensorAutoClipEquations(Equations):
             norms.extend([n] if n else [])
             bound = np.percentile(norms[-self.window :], self.percentile) if len(norms) >= self.window else math.inf
             factors.append(min(1.0, bound / n) if n else 1.0)
-        clipped = sum(h < 1 for h in factors)
-        after = math.hypot(*(h * n for h, n in zip(factors, step.norms, strict=True)))
-        self.telemetry = {"grad_norm": step.norm, "clipped_norm": after, "clipped": clipped > 0,
-                          "clipped_by_max": 0, "clipped_tensors": clipped}  # fmt: skip
+        self.telemetry = of_tensors(step, factors)
         return factors
 
     @property
