@@ -166,11 +166,12 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
         if "-m" in arguments or any(argument in GPU for argument in arguments):
             return [*("seed=0" if a == "seed=0,1,2" else a for a in arguments), "plan=true"]
         added = [a for a in TINY if not a.startswith("trainer.max_steps")]
-        arguments = [argument.replace("/NAME@300", "/NAME@8") for argument in arguments]  # a step that the run has
-        added += [f"trainer.max_steps={12 if 'fork_from' in given else 4}", f"paths.cache={data['cache']}"]
+        forks = any("/NAME@300" in argument for argument in arguments)  # the run of the fixture, which has a step 8
+        arguments = [argument.replace("/NAME@300", "/NAME@8") for argument in arguments]
+        added += [f"trainer.max_steps={12 if forks else 4}", f"paths.cache={data['cache']}"]
         added += [f"data.path={data['corpus']}"] if not {"data", "data.path"} & given else []
         added += ["eval.limit=4", f"eval.data_dir={data['sets']}"]
-        added += [] if "fork_from" in given else ["model.max_position_embeddings=128"]
+        added += [] if forks else ["model.max_position_embeddings=128"]
         fixed = {"clip.warmup_steps", *(("model",) if "model" in given else ())}
     elif program == "scripts/evaluate.py":
         arguments = [argument for argument in arguments if not argument.startswith("eval.limit=")]
