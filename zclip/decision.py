@@ -72,3 +72,21 @@ class ClipResult(NamedTuple):
     state: State
     telemetry: Mapping[str, Tensor] = MappingProxyType({})
     skip: Tensor | None = None
+
+
+def clip_tensors(stats: GradStats, coefficients: Tensor, state: State) -> ClipResult:
+    """Return the result of a rule that scales tensors down, each by its own coefficient, and counts them.
+
+    Args:
+        stats: norms of this step.
+        coefficients: (n,) factors of at most 1.
+        state: statistics after this step.
+    """
+    clipped_tensors = stats.all_reduce_sum((coefficients < 1).sum())
+    return ClipResult(
+        coefficients,
+        clipped_norm=stats.all_reduce_sum((stats.norms * coefficients).square().sum()).sqrt(),
+        clipped=clipped_tensors > 0,
+        state=state,
+        telemetry={"clipped_tensors": clipped_tensors},
+    )

@@ -33,6 +33,13 @@ def refuse(strategy: str, entry: str, value: object, allowed: str) -> NoReturn:
     raise ValueError(f"the saved {strategy} is damaged: {entry}={shown(value)} is not allowed: it must be {allowed}")
 
 
+def check_history(strategy: str, history: Tensor, count: int) -> None:
+    """Raise `ValueError` unless a ring of norms has as many as were counted, at most its length, and `inf` behind."""
+    norms = min(count, len(history))
+    if not history[:norms].isfinite().all() or history[norms:].isfinite().any():
+        refuse(strategy, "state.history", history, f"finite in its first {norms} values, and inf behind")
+
+
 def check_keys(strategy: str, where: str, found: object, required: Collection[str], optional: Collection[str]) -> None:
     """Raise `ValueError` unless `found` is a dict with the required keys, and no others than the optional ones."""
     if not isinstance(found, Mapping):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zclip.arguments import decay, integer, positive
 from zclip.base import ClippingStrategy, Policy
-from zclip.decision import ClipResult, GradStats, State
+from zclip.decision import ClipResult, GradStats, State, clip_tensors
 from zclip.saved_state import refuse, same
 
 #: The level of a norm has risen if this fraction of a block is clipped.
@@ -94,14 +94,7 @@ class AdaGC(ClippingStrategy):
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each tensor."""
         coefficients, new = self._rule(stats.norms, stats.norm, state)
-        clipped_tensors = stats.all_reduce_sum((coefficients < 1).sum())
-        return ClipResult(
-            coefficients,
-            clipped_norm=stats.all_reduce_sum((stats.norms * coefficients).square().sum()).sqrt(),
-            clipped=clipped_tensors > 0,
-            state=new,
-            telemetry={"clipped_tensors": clipped_tensors},
-        )
+        return clip_tensors(stats, coefficients, new)
 
     def _rule(self, norms: Tensor, global_norm: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the coefficients of norms, and the statistics after them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from zclip.arguments import integer, is_number, require
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, Decision, GradStats, State
-from zclip.saved_state import refuse
+from zclip.saved_state import check_history, refuse
 
 #: Length of the first buffer of an unlimited history.
 HISTORY = 1024
@@ -66,9 +66,7 @@ class AutoClip(ClippingStrategy):
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the history has as many norms as its count says, and no more room than it made."""
         history, count = state["history"], int(state["count"])
-        norms = min(count, len(history))
-        if not history[:norms].isfinite().all() or history[norms:].isfinite().any():
-            refuse(type(self).__name__, "state.history", history, f"finite in its first {norms} values, and inf behind")
+        check_history(type(self).__name__, history, count)
         steps = count + int(counters["nonfinite"])  # the buffer doubled whenever it had no room for another step
         if self.window is None and not (count <= len(history) <= max(HISTORY, 2 * steps)):
             allowed = f"of {HISTORY} values, or doubled as often as the {steps} steps before needed"

@@ -8,7 +8,7 @@ from torch import Tensor
 from zclip.arguments import integer, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
-from zclip.saved_state import refuse
+from zclip.saved_state import check_history
 
 #: Lower bound on the standard deviation, relative to the mean.
 MIN_RELATIVE_STD = 1e-4
@@ -60,9 +60,7 @@ class LaggedZScore(ClippingStrategy):
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the history has as many norms as its count says."""
-        history, norms = state["history"], min(int(state["count"]), len(state["history"]))
-        if not history[:norms].isfinite().all() or history[norms:].isfinite().any():
-            refuse(type(self).__name__, "state.history", history, f"finite in its first {norms} values, and inf behind")
+        check_history(type(self).__name__, state["history"], int(state["count"]))
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the bound of this step, infinity where the rule does not clip, and the history with its norm."""

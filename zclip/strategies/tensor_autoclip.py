@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zclip.arguments import integer, is_number, require
 from zclip.base import ClippingStrategy, Policy
-from zclip.decision import ClipResult, GradStats, State
+from zclip.decision import ClipResult, GradStats, State, clip_tensors
 from zclip.saved_state import refuse
 
 
@@ -61,11 +61,4 @@ class TensorAutoClip(ClippingStrategy):
         target = ordered[..., below] + (ordered[..., above] - ordered[..., below]) * (rank - below)
         full = present & (count >= self.window)
         coefficients = torch.where(full, (target / norms).clamp(max=1), 1.0)
-        clipped_tensors = stats.all_reduce_sum((coefficients < 1).sum())
-        return ClipResult(
-            coefficients,
-            clipped_norm=stats.all_reduce_sum((norms * coefficients).square().sum()).sqrt(),
-            clipped=clipped_tensors > 0,
-            state={"history": history, "count": count},
-            telemetry={"clipped_tensors": clipped_tensors},
-        )
+        return clip_tensors(stats, coefficients, {"history": history, "count": count})
