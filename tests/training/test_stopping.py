@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_launcher_forwards_signals_to_all_ranks(settings, tmp_path):
 LAUNCHED = """
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -283,14 +285,18 @@ def test_every_script_imports_its_entry_first():
     for text in scripts:
         assert re.findall(r"^(?:from|import) (\w+)", text, re.M)[0] == "_entry", text[:200]
     entry = (CHECKOUT / "scripts" / "_entry.py").read_text().partition("\ninstall_handlers()")[0]
-    imported = set(re.findall(r"^(?:from|import) ([\w.]+)", entry, re.M))
-    assert imported - set(sys.stdlib_module_names) - {"collections.abc"} == {"training.runtime.signals"}
+    imports = "\n".join(re.findall(r"^(?:from|import) .+", entry, re.M))
+    program = f"import sys; before = {{*sys.modules}}\n{imports}\nprint(*{{*sys.modules}} - before)"
+    seen = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in seen.stdout.split()}
+    assert imported and imported <= {*sys.stdlib_module_names, "common", "training"}, imported
 
 
 #: Strategies during whose construction a signal arrives: one swallows the exception, another hides it by an error.
 SWALLOWING = """
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 from zclip import ZClip
