@@ -1,9 +1,10 @@
-"""Hydra plugins of the paper's experiments: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
+"""Hydra plugins of declared sets of runs: `python train.py -m experiment=table3 scale=micro seed=0,1,2`.
 
-`experiments/paper/tables_and_figures.py` declares the suites: the runs of each table and figure. Hydra sees one option
-of the group `experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`, `--help`, shell
-completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are the runs of the
-suites times the sweep over all other overrides. A job itself has `experiment=paper`, which is a file.
+`experiments/suites.py` has the suites: the runs of each of the paper's tables and figures, and those of each lab. Hydra
+sees one option of the group `experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`,
+`--help`, shell completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are
+the runs of the suites times the sweep over all other overrides. A job itself has the file that its suite extends, such
+as `experiment=paper`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from experiments.paper.tables_and_figures import SUITES
+from experiments.suites import SUITES
 from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans
 
 
@@ -43,7 +44,7 @@ class _SuiteConfigs(ConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         name = Path(config_path).stem
-        defaults = ["paper", {"override /hydra/sweeper": "suite"}]
+        defaults = [SUITES[name].base, {"override /hydra/sweeper": "suite"}]
         config = OmegaConf.create({"defaults": defaults, "paper": {"suite": name}})
         return ConfigResult(self.provider, f"{self.scheme()}://", config, {"package": "_global_"})
 
@@ -77,20 +78,24 @@ class SuiteSweeper(BasicSweeper):
             raise UserError(
                 f"experiment={value} is not possible: {unknown[0]} is none of the suites {', '.join(sorted(SUITES))}"
             )
-        suite_keys = {override.partition("=")[0] for spec in SUITES["all"] for override in spec.overrides}
+        suites = [SUITES[name] for name in names]
+        bases = {suite.base for suite in suites}
+        if len(bases) > 1:
+            raise UserError(f"experiment={value} is not possible: {' and '.join(names)} do not share their settings")
+        suite_keys = {key for name in SUITES if SUITES[name].base in bases for key in SUITES[name].keys}
         for key in (key.lstrip("+~") for key in by_key):
             if key in suite_keys or key == "lr":
                 steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
                 keys = ", ".join(sorted(suite_keys))
                 raise UserError(f"{key} cannot be set with experiment={value}: the suites set {keys}{steps}")
         scale = by_key["scale"].get_value_element_as_str() if "scale" in by_key else None
-        if scale in (None, "main"):
+        if suites[0].needs_scale and scale in (None, "main"):
             problem = "scale is not set" if scale is None else "scale=main is not possible"
             raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
-        specs = dict.fromkeys(spec for name in names for spec in SUITES[name])
+        runs = dict.fromkeys(run for suite in suites for run in suite.runs)
         others = [override for override in overrides if override.get_key_element() != "experiment"]
         (combinations,) = BasicSweeper.split_arguments(others, None)
-        return [[["experiment=paper", *spec.overrides, *more] for more in combinations for spec in specs]]
+        return [[[f"experiment={suites[0].base}", *run, *more] for more in combinations for run in runs]]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs, or with `plan=true` print what they need."""

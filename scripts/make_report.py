@@ -20,9 +20,9 @@ from common.settings import parse
 from common.text import quoted
 from evaluation.tasks import SETS
 from experiments.paper.claims import judge_claims
-from experiments.paper.collect import RunCollection
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import TABLES
+from experiments.run.collect import RunCollection
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 from training.runtime.environment import environment
 

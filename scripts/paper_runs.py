@@ -12,11 +12,11 @@ from pydantic import Field, StringConstraints, model_validator
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, PathText, Settings
 from common.text import overrides_dict, quoted
-from experiments.paper.collect import ExpectedRun, RunCollection, collect
 from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES, clipping_functions
 from experiments.paper.tables_and_figures import SUITES, TABLES, ZCLIP_DEFAULTS
+from experiments.run.collect import ExpectedRun, RunCollection, collect
 from training.config.checks import check_folder
 from training.config.compose import CONFIGS, resolve_runs, saved_identity
 from zclip import ZClip

@@ -32,8 +32,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from common.console import make_console
 from common.settings import Values, parse
 from common.text import overrides_dict
-from experiments.paper.tables_and_figures import SUITES
 from experiments.run.summary import table
+from experiments.suites import SUITES
 from models.hugging_face import export
 from tests.helpers import CHECKOUT, TINY, compose_config, copy_run, make
 from tests.process_pool import run, run_ranks
@@ -237,8 +237,10 @@ def check_training(arguments: Sequence[str]) -> None:
     overrides = options.overrides
     if options.multirun:
         suites = {suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")}
-        assert suites <= {*SUITES, "first_look"}, arguments
-        overrides = ["experiment=paper" if o[:11] == "experiment=" and suites & {*SUITES} else o for o in overrides]
+        assert suites <= {*SUITES, "adam_lag", "first_look"}, arguments
+        if declared := suites & {*SUITES}:
+            base = f"experiment={SUITES[declared.pop()].base}"
+            overrides = [base if override.startswith("experiment=") else override for override in overrides]
         overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides]
     planned = "plan=true" in overrides
     if not planned and ("hydra/launcher=slurm" in overrides or any(argument in GPU for argument in arguments)):

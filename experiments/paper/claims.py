@@ -17,7 +17,6 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import MIN_NORMS, norm_windows, window_norms
 from experiments.paper.measures import clip_and_step_seconds
 from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
@@ -50,6 +49,7 @@ from experiments.paper.verdict import (
     require_seeds,
     run_text,
 )
+from experiments.run.collect import RunCollection
 
 #: Percentage of a step that is negligible.
 NEGLIGIBLE = 1.0

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from common.errors import UserError
-from experiments.paper.collect import RunCollection
 from experiments.paper.drawing import NothingToDraw, finish_figure
 from experiments.paper.tables_and_figures import FIGURE_RUNS
+from experiments.run.collect import RunCollection
 from experiments.run.read import Run, corrupted_steps
 from experiments.run.style import BLUE, ORANGE, SKY
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.paper.collect import seeds_text
+from experiments.run.collect import seeds_text
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.smoothing import smooth
 from experiments.run.style import COLORS, DASHES, draw_grid

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import (
     NothingToDraw,
@@ -22,6 +21,7 @@ from experiments.paper.drawing import (
 )
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
 from experiments.paper.verdict import NotTestable, reached_by_seed
+from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 from experiments.run.style import COLORS, DASHES, ORANGE
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.paper.collect import RunCollection, seeds_text
 from experiments.paper.measures import DIVERGED_NOTE, MEASURES
 from experiments.paper.tables_and_figures import Table
+from experiments.run.collect import RunCollection, seeds_text
 from experiments.run.definitions import min_spike_height, recovery_steps
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 

@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 
 from experiments.escape import escape_latex, escape_markdown
-from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import table_notes
 from experiments.paper.measures import MEASURES
 from experiments.paper.tables_and_figures import Column, Specs, Table
+from experiments.run.collect import RunCollection
 
 
 class Cell(NamedTuple):

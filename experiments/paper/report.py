@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from experiments.escape import escape_markdown, visible
 from experiments.paper.claims import __doc__ as how_judged
-from experiments.paper.collect import RunCollection
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.render import fill_table, footnote, table_rows, title
 from experiments.paper.tables_and_figures import Table
 from experiments.paper.verdict import Verdict
+from experiments.run.collect import RunCollection
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.style import image

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.paper.collect import RunCollection
 from experiments.paper.measures import MEASURES
 from experiments.paper.tables_and_figures import RATES, SPIKE_LAB, RunSpec
 from experiments.paper.verdict import (
@@ -32,6 +31,7 @@ from experiments.paper.verdict import (
     require_not_diverged,
     run_text,
 )
+from experiments.run.collect import RunCollection
 from experiments.run.definitions import SPIKE_WINDOW, loss_dips, min_spike_height
 from experiments.run.read import corrupted_rows
 

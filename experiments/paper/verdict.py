@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.paper.collect import RunCollection
 from experiments.paper.measures import MEASURES, Reached, reach_final_loss
 from experiments.paper.tables_and_figures import RunSpec
+from experiments.run.collect import RunCollection
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
 

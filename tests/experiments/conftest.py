@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.paper.collect import ExpectedRun, Key, RunCollection
 from experiments.paper.figures import FIGURES
 from experiments.paper.tables_and_figures import STRATEGIES, SUITES
+from experiments.run.collect import ExpectedRun, Key, RunCollection
 from tests.experiments.written_runs import (
     BASE,
     COMPOSITIONS,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments.paper.collect import RunCollection
 from experiments.paper.tables_and_figures import SPIKE_LAB, RunSpec
+from experiments.run.collect import RunCollection
 from tests.experiments.written_runs import modify
 
 

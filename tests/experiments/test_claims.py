@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim, judge_claims
-from experiments.paper.collect import RunCollection
 from experiments.paper.measures import reach_final_loss
 from experiments.paper.tables_and_figures import ALPHAS, FIGURE_RUNS, RATES, STRATEGIES, THRESHOLDS, VARIANTS
 from experiments.paper.verdict import TOO_FEW_SEEDS, NotTestable, difference_by_seed, event_rate, measure_by_seed
+from experiments.run.collect import RunCollection
 from tests.experiments.modified_runs import with_loss, with_result
 from tests.experiments.written_runs import SEEDS, modify, without
 

@@ -11,13 +11,13 @@ import pytest
 
 from common.errors import UserError
 from experiments.paper.claims import SUPPORTED, judge_claims
-from experiments.paper.collect import RunCollection
 from experiments.paper.distributions import bin_edges, draw_distributions, norm_windows, window_norms
 from experiments.paper.drawing import NothingToDraw, plot_differences, smooth
 from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
+from experiments.run.collect import RunCollection
 from experiments.run.style import image
 from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.modified_runs import with_result

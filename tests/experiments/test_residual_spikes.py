@@ -3,8 +3,8 @@
 import numpy as np
 
 from experiments.paper.claims import CLAIMS, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, judge_claim
-from experiments.paper.collect import RunCollection
 from experiments.paper.tables_and_figures import RATES, SPIKE_LAB
+from experiments.run.collect import RunCollection
 from tests.experiments.modified_runs import with_excess_loss, with_loss
 from tests.experiments.written_runs import SEEDS, without
 

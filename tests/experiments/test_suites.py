@@ -10,18 +10,19 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from common.settings import parse
-from experiments.paper.collect import collect
+from experiments.paper import tables_and_figures
 from experiments.paper.measures import MEASURES
 from experiments.paper.render import fill_table, markdown, paper_numbers
 from experiments.paper.tables_and_figures import (
     ALPHAS,
     FIGURE_RUNS,
     STRATEGIES,
-    SUITES,
     TABLES,
     THRESHOLDS,
     ZCLIP_DEFAULTS,
 )
+from experiments.run.collect import collect
+from experiments.suites import SUITES
 from scripts.paper_runs import PaperSettings
 from tests.experiments.written_runs import SMALL, composed, expected_runs, places, score, with_settings, write_run
 from tests.helpers import CHECKOUT, SLOW, script, train
@@ -29,17 +30,19 @@ from tests.scripts.loading import load_script
 from training.config.compose import load_config, saved_identity
 
 
-@pytest.mark.parametrize("names", [("table3", "all"), SLOW(tuple(SUITES))], ids=["two", "all"])
+@pytest.mark.parametrize("names", [("table3", "adam_lag_lab"), SLOW(tuple(SUITES))], ids=["two", "all"])
 def test_every_suite_is_an_option_of_experiment(names):
     files = {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")}
-    assert files == {"first_look", "main", "paper"}
+    assert files == {"adam_lag", "first_look", "main", "paper"}
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        assert {*loader.get_group_options("experiment")} == {*SUITES, "first_look", "main", "paper"}
+        assert {*loader.get_group_options("experiment")} == {*SUITES, *files}
         for name in names:
             cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
             assert cfg.paper.suite == name and cfg.hydra.sweeper._target_.endswith(".SuiteSweeper")
-            assert cfg.experiment.startswith("paper-")
+            assert cfg.experiment.startswith(
+                "paper-" if SUITES[name].needs_scale else name.removesuffix("_lab").replace("_", "-")
+            )
             with pytest.raises(UserError, match=f"experiment={name} is a set of runs: it needs -m"):
                 load_config(cfg)
     with initialize_config_dir(str(CHECKOUT / "configs" / "paper"), version_base="1.3"):
@@ -47,7 +50,7 @@ def test_every_suite_is_an_option_of_experiment(names):
 
 
 def test_declarations_are_complete():
-    assert {*TABLES, *FIGURE_RUNS} < {*SUITES} and all(SUITES.values())
+    assert {*TABLES, *FIGURE_RUNS} < {*SUITES} and all(suite.runs for suite in SUITES.values())
     for name, rows in paper_numbers().items():
         table = TABLES[name]
         assert set(rows) == {*table.rows}
@@ -77,7 +80,7 @@ def test_suite_is_trained_in_the_folders_that_tables_read(tmp_path, tiny):
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").glob("nano-*"))
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
-    expected = expected_runs(SUITES["table5"], tmp_path / "runs", seeds=[0], settings=tiny)
+    expected = expected_runs(tables_and_figures.SUITES["table5"], tmp_path / "runs", seeds=[0], settings=tiny)
     collection = collect(places(expected), saved_identity)
     assert collection.runs.keys() == expected.keys() and not collection.warnings, collection.warnings
     text = markdown(fill_table(TABLES["table5"], collection))
@@ -134,7 +137,9 @@ def paper_script(compositions, tmp_path, monkeypatch) -> Callable[..., None]:
 
 
 def test_scripts_make_tables_figures_and_a_report(paper_script, tmp_path, capsys):
-    for (_, seed), (place, config) in expected_runs(SUITES["table5"], Path("runs"), seeds=[0]).items():
+    for (_, seed), (place, config) in expected_runs(
+        tables_and_figures.SUITES["table5"], Path("runs"), seeds=[0]
+    ).items():
         write_run(place.path, config, seed, scores=[score("winogrande", 100, acc=0.5)])
     warned = place.path.with_name("unknown")
     warned.mkdir()
@@ -163,7 +168,9 @@ def test_nothing_is_written_without_finished_runs(paper_script):
     for name in ("make_tables", "make_report"):
         with pytest.raises(UserError, match=message):
             paper_script(name)
-    for (_, seed), (place, config) in expected_runs(SUITES["table5"], Path("runs"), seeds=[0]).items():
+    for (_, seed), (place, config) in expected_runs(
+        tables_and_figures.SUITES["table5"], Path("runs"), seeds=[0]
+    ).items():
         write_run(place.path, with_settings(config, {"trainer.max_steps": 150}), seed)
     with pytest.raises(UserError, match=rf"{message}.*nano-.* excluded: config.yaml was changed \(trainer"):
         paper_script("make_tables", "experiment=table5")
@@ -196,7 +203,7 @@ def test_nothing_is_written_without_finished_runs(paper_script):
         ),
         (
             ("-m", "experiment=[table2,main]"),
-            "experiment=[table2,main] is not possible: main is none of the suites all,",
+            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_lab,",
         ),
     ],
 )

@@ -11,13 +11,13 @@ import pytest
 
 from experiments.escape import escape_latex
 from experiments.paper.claims import NOT_TESTABLE, judge_claims
-from experiments.paper.collect import collect
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.measures import MEASURES, clip_and_step_seconds
 from experiments.paper.render import as_csv, fill_table, latex, markdown
 from experiments.paper.tables_and_figures import SPIKE_LAB, STRATEGIES, TABLES
+from experiments.run.collect import collect
 from tests.experiments.written_runs import (
     CORRUPTED_STEPS,
     expected_runs,

@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 
 from common.settings import parse
 from common.text import quoted
-from experiments.paper.collect import ExpectedRun, Key, RunCollection
+from experiments.labs.declaration import Arm, Lab
 from experiments.paper.tables_and_figures import RunSpec
+from experiments.run.collect import ExpectedRun, Key, RunCollection
 from experiments.run.read import Run
-from tests.helpers import CHECKOUT
+from tests.helpers import CHECKOUT, RESULT
 from training.config.compose import container, to_yaml
 from training.config.identity import identity, run_path
 from training.config.schema import Config
@@ -131,3 +132,21 @@ def modify(
 def without(collection: RunCollection, *keys: Key) -> RunCollection:
     """Return the collection without some runs."""
     return collection._replace(runs={key: run for key, run in collection.runs.items() if key not in keys})
+
+
+def write_lab_run(runs: Path, lab: Lab, arm: Arm, seed: int, loss: np.ndarray, norm: np.ndarray) -> None:
+    """Write a finished run of a lab with these losses and norms, (steps,) arrays."""
+    plain = container(composed(f"experiment={lab.name}", *arm.overrides))
+    config = parse(Config, plain | {"seed": seed, "paths": plain["paths"] | {"runs": str(runs)}})
+    path = run_path(config)
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(to_yaml(config))
+    columns = {"loss": loss, "grad_norm": norm, "clipped_norm": norm, "clipped": 0 * norm}
+    if "z_thresh" in config.clip.arguments:
+        columns |= {"mean": norm, "std": norm, "spike": 0 * norm}
+    rows = [
+        {"step": i + 1, "tokens": 1024 * (i + 1), **{name: float(values[i]) for name, values in columns.items()}}
+        for i in range(len(loss))
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row).replace("NaN", "null") + "\n" for row in rows))
+    (path / "result.json").write_text(json.dumps(RESULT | {"steps": len(loss)}))

@@ -18,10 +18,10 @@ from data import Tokens, open_tokens
 from evaluation.response_cache import ResponseCache
 from evaluation.scores import Scores, score_key
 from evaluation.table import print_scores
-from experiments.paper.collect import ExpectedRun, Key, collect
 from experiments.paper.render import as_csv, fill_table, latex, markdown
 from experiments.paper.tables_and_figures import STRATEGIES as SPECS
 from experiments.paper.tables_and_figures import TABLES
+from experiments.run.collect import ExpectedRun, Key, collect
 from experiments.run.plot import draw_run
 from experiments.run.read import read_run
 from experiments.run.summary import summarise, table

@@ -16,7 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from common.errors import RunError, UserError
-from experiments.paper.tables_and_figures import SUITES
+from experiments.suites import SUITES
 from hydra_plugins import zclip_launchers
 from hydra_plugins.zclip_launchers import Slurm
 from hydra_plugins.zclip_sweeper import SuiteSweeper
@@ -35,13 +35,15 @@ def suite_jobs(*overrides: str) -> list[list[str]]:
 
 def test_jobs_of_suites_are_their_runs_times_the_sweep():
     jobs = suite_jobs("experiment=[table3,table5]", "scale=micro", "seed=0,1")
-    specs = dict.fromkeys([*SUITES["table3"], *SUITES["table5"]])
-    assert len(specs) < len(SUITES["table3"]) + len(SUITES["table5"]), "both have a run with the defaults"
-    assert jobs == [
-        ["experiment=paper", *spec.overrides, "scale=micro", f"seed={seed}"] for seed in (0, 1) for spec in specs
-    ]
+    table3, table5 = SUITES["table3"].runs, SUITES["table5"].runs
+    runs = dict.fromkeys([*table3, *table5])
+    assert len(runs) < len(table3) + len(table5), "both have a run with the defaults"
+    assert jobs == [["experiment=paper", *run, "scale=micro", f"seed={seed}"] for seed in (0, 1) for run in runs]
     assert suite_jobs("experiment=figure7", "scale=micro") == [
-        ["experiment=paper", *spec.overrides, "scale=micro"] for spec in SUITES["figure7"]
+        ["experiment=paper", *run, "scale=micro"] for run in SUITES["figure7"].runs
+    ]
+    assert suite_jobs("experiment=adam_lag_lab") == [
+        ["experiment=adam_lag", *run] for run in SUITES["adam_lag_lab"].runs
     ]
     assert suite_jobs("experiment=figure7", "scale=micro", "optim=glob(none*)") == [], "no value, no job"
 
@@ -54,7 +56,15 @@ def test_jobs_of_suites_are_their_runs_times_the_sweep():
         (("scale=micro",), "hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites"),
         (
             ("experiment=[table2,main]", "scale=micro"),
-            "experiment=[table2,main] is not possible: main is none of the suites all, clip_rate,",
+            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_lab, all, clip_rate,",
+        ),
+        (
+            ("experiment=[table2,adam_lag_lab]", "scale=micro"),
+            "experiment=[table2,adam_lag_lab] is not possible: table2 and adam_lag_lab do not share their settings",
+        ),
+        (
+            ("experiment=adam_lag_lab", "optim.eps=1"),
+            "optim.eps cannot be set with experiment=adam_lag_lab: the suites",
         ),
         (("experiment=table3", "scale=micro", "lr=1e-3"), "lr cannot be set with experiment=table3: the suites set cl"),
         (

@@ -1,6 +1,9 @@
-"""Collecting the runs of tables and figures from disk, with warnings about runs that are missing or do not fit."""
+"""Collecting declared runs from disk, with warnings about runs that are missing or do not fit.
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+A declaration names each run by a spec, such as a `RunSpec` of the paper's tables or an `Arm` of a lab, and a seed.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,15 +11,14 @@ import numpy as np
 
 from common.reading import read_lines
 from common.text import flatten
-from experiments.paper.tables_and_figures import RunSpec
 from experiments.run.definitions import diverged
 from experiments.run.read import Run, corrupted_rows, read_config, read_run
 
 #: What can go wrong in reading the files of a run.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
-#: A run, and its seed.
-Key = tuple[RunSpec, int]
+#: A declared run, and its seed.
+Key = tuple[Any, int]
 #: Returns the settings that determine a run's numbers, from its config.yaml as a nested dict.
 Identity = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -29,7 +31,7 @@ class ExpectedRun(NamedTuple):
 
 
 class RunCollection(NamedTuple):
-    """The runs of a paper's experiments that exist on disk."""
+    """The declared runs that exist on disk."""
 
     runs: dict[Key, Run]  # those that are finished
     diverged: set[Key]  # the finished runs that have diverged
@@ -42,19 +44,19 @@ class RunCollection(NamedTuple):
         """Seeds of which any run exists, even an excluded one."""
         return sorted({seed for _, seed in [*self.runs, *self.unfinished, *self.excluded]})
 
-    def runs_of(self, spec: RunSpec) -> list[Run]:
+    def runs_of(self, spec: Hashable) -> list[Run]:
         """Return the finished runs of a spec, in the order of their seeds."""
         return [run for seed in self.seeds if (run := self.runs.get((spec, seed))) is not None]
 
-    def diverged_seeds(self, spec: RunSpec) -> list[int]:
+    def diverged_seeds(self, spec: Hashable) -> list[int]:
         """Return the seeds with which a run has diverged."""
         return [seed for seed in self.seeds if (spec, seed) in self.diverged]
 
-    def complete_seeds(self, specs: Collection[RunSpec]) -> list[int]:
+    def complete_seeds(self, specs: Collection[Hashable]) -> list[int]:
         """Return the seeds of which all runs are finished."""
         return [seed for seed in self.seeds if all((spec, seed) in self.runs for spec in specs)]
 
-    def notes(self, labelled_specs: Iterable[tuple[str, RunSpec]], with_diverged: bool = True) -> list[str]:
+    def notes(self, labelled_specs: Iterable[tuple[str, Hashable]], with_diverged: bool = True) -> list[str]:
         """Return a sentence for each kind of missing run, such as "not run: ZClip (seed 1)", and for diverged runs."""
         kinds: dict[str, dict[str, list[str]]] = {"not run": {}, "excluded": {}, "unfinished": {}, "diverged": {}}
         for label, spec in dict.fromkeys(labelled_specs):

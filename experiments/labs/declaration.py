@@ -1,0 +1,84 @@
+"""The labs: small experiments that show one instability each, and what cures it.
+
+This is the only declaration: `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4` trains the runs of a lab, and
+`scripts/make_lab.py` reads the same runs. A run is identified by its overrides on top of `experiment=adam_lag`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Arm(NamedTuple):
+    """Runs of a lab that differ only in their seed.
+
+    Attributes:
+        label: how tables and figures name them.
+        overrides: settings on top of the lab's.
+        is_control: whether the arm is no strategy, but tests the explanation of the instability.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+    is_control: bool = False
+
+
+class Lab(NamedTuple):
+    """An instability, and the arms that are compared.
+
+    Attributes:
+        name: file in configs/experiment/ with the settings that all arms share.
+        title: the instability.
+        reference: label of the arm with which all others are compared.
+        arms: all arms. Runs of the same seed see the same batches and begin with the same weights.
+        cures: labels of the controls that must cure if the explanation holds.
+    """
+
+    name: str
+    title: str
+    reference: str
+    arms: Sequence[Arm]
+    cures: Sequence[str] = ()
+
+    def arm(self, label: str) -> Arm:
+        """Return an arm by its label."""
+        return next(arm for arm in self.arms if arm.label == label)
+
+
+def _batches_of(sequences: int) -> tuple[str, ...]:
+    return (f"trainer.global_batch_size={sequences}", f"trainer.micro_batch_size={sequences}")
+
+
+#: Every strategy, with the arguments of its file.
+STRATEGIES = (
+    Arm("no clipping", ("clip=none",)),
+    Arm("fixed 1.0", ("clip=fixed",)),
+    Arm("ZClip", ("clip=zclip",)),
+    Arm("AutoClip", ("clip=autoclip",)),
+    Arm("AdaGC", ("clip=adagc",)),
+    Arm("GlobalAdaGC", ("clip=global_adagc",)),
+    Arm("AGC", ("clip=agc",)),
+    Arm("log z-score", ("clip=log_z_score",)),
+    Arm("lagged z-score", ("clip=lagged_z_score",)),
+    Arm("TensorAutoClip", ("clip=tensor_autoclip",)),
+    Arm("GradientStabilizer", ("clip=gradient_stabilizer",)),
+    Arm("skip-step", ("clip=skip_step",)),
+)
+
+ADAM_LAG = Lab(
+    "adam_lag",
+    "Adam's second moment lags behind gradients that shrink",
+    reference="no clipping",
+    arms=(
+        *STRATEGIES,
+        Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
+        Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
+        Arm("eps 1e-4", ("clip=none", "optim.eps=1e-4"), is_control=True),
+        Arm("half the rate", ("clip=none", "lr=5e-3"), is_control=True),
+        Arm(
+            "batches of 8", ("clip=none", "trainer.global_batch_size=8", "trainer.micro_batch_size=8"), is_control=True
+        ),
+    ),
+    cures=("beta2 0.95", "eps 1e-4"),
+)
+
+LABS = {lab.name: lab for lab in (ADAM_LAG,)}

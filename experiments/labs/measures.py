@@ -1,0 +1,70 @@
+"""The numbers of a run of a lab on spikes."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.labs.natural_spikes import CALM, FIRST, NaturalSpike, natural_spikes, warning_steps
+from experiments.run.read import Run
+
+#: Number of steps at the end whose mean is the final loss.
+FINAL_STEPS = 200
+#: Columns of metrics.jsonl that may warn of a spike, with their names in tables.
+SIGNALS = {"grad_norm": "gradient norm", "update_norm": "update norm", "loss": "loss"}
+
+
+class SpikeNumbers(NamedTuple):
+    """The spikes of a run, and what else its table shows.
+
+    Attributes:
+        spikes: the spikes.
+        per_10k: spikes in 10,000 steps.
+        area: sum over the spikes of the loss above their level, in nats x steps; infinite if a loss is not finite.
+        steps_lost: number of steps in spikes.
+        worst: highest loss as a multiple of the level before it; 1 without a spike.
+        mean_loss: mean over the steps after the first 200, in nats.
+        final_loss: mean over the last 200 steps, in nats.
+        clipped: share of steps whose gradients were scaled, or skipped.
+    """
+
+    spikes: list[NaturalSpike]
+    per_10k: float
+    area: float
+    steps_lost: int
+    worst: float
+    mean_loss: float
+    final_loss: float
+    clipped: float
+
+
+def spike_numbers(run: Run) -> SpikeNumbers:
+    """Return the numbers of a run."""
+    loss = run.metrics["loss"]
+    loss = np.where(np.isfinite(loss), loss, np.inf)
+    spikes = natural_spikes(loss)
+    return SpikeNumbers(
+        spikes,
+        per_10k=1e4 * len(spikes) / max(1, len(loss) - FIRST),
+        area=sum(spike.area for spike in spikes),
+        steps_lost=sum(spike.length for spike in spikes),
+        worst=max((spike.height for spike in spikes), default=1.0),
+        mean_loss=float(loss[FIRST:].mean()),
+        final_loss=float(loss[-FINAL_STEPS:].mean()),
+        clipped=float(np.mean(run.metrics["clipped"] > 0)),
+    )
+
+
+def warnings_of(run: Run) -> list[Mapping[str, int]]:
+    """Return how many steps each signal of a run warns before each of its spikes, see `warning_steps`.
+
+    Spikes with too few calm steps before them are left out, such as one soon after another.
+    """
+    found = []
+    ended = 0
+    for spike in natural_spikes(run.metrics["loss"]):
+        steps = {name: warning_steps(run.metrics[name], spike.start) for name in SIGNALS if name in run.metrics}
+        if spike.start - ended >= CALM[0]:
+            found.append({name: value for name, value in steps.items() if value is not None})
+        ended = spike.start + spike.length
+    return [each for each in found if each]

@@ -1,0 +1,141 @@
+"""The tables of a lab on spikes: its arms compared with the reference, and which signal warns first."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.escape import escape_markdown
+from experiments.labs.declaration import Arm, Lab
+from experiments.labs.measures import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
+from experiments.labs.statistics import Ratio, interval, outcomes, paired_ratio
+from experiments.run.collect import RunCollection
+from experiments.run.read import Run
+
+#: Added to areas before they are compared, in nats x steps: less than any spike, so that areas of 0 have a ratio.
+AREA_OFFSET = 1.0
+
+
+class ArmResult(NamedTuple):
+    """The runs of an arm.
+
+    Attributes:
+        arm: the arm.
+        numbers: numbers of each finished run, by seed.
+        ratio: its areas as multiples of the reference arm's; `None` for the reference, and for too few seeds.
+        outcome: what it does to spikes, see `outcomes`; empty without a ratio.
+    """
+
+    arm: Arm
+    numbers: Mapping[int, SpikeNumbers]
+    ratio: Ratio | None
+    outcome: str
+
+
+def arm_results(lab: Lab, collection: RunCollection) -> list[ArmResult]:
+    """Return the results of the arms that have a finished run, in the lab's order."""
+    numbers = {
+        arm: {seed: spike_numbers(run) for seed in collection.seeds if (run := collection.runs.get((arm, seed)))}
+        for arm in lab.arms
+    }
+    numbers = {arm: by_seed for arm, by_seed in numbers.items() if by_seed}
+    areas = {arm: {seed: each.area for seed, each in by_seed.items()} for arm, by_seed in numbers.items()}
+    reference = areas.get(lab.arm(lab.reference), {})
+    ratios: dict[str, Ratio] = {}
+    for arm, by_seed in areas.items():
+        ratio = paired_ratio(by_seed, reference, AREA_OFFSET) if arm.label != lab.reference else None
+        if ratio is not None:
+            ratios[arm.label] = ratio
+    shown = outcomes(ratios)
+    return [
+        ArmResult(arm, by_seed, ratios.get(arm.label), shown.get(arm.label, "")) for arm, by_seed in numbers.items()
+    ]
+
+
+HEADER = (
+    "arm",
+    "spikes in 10,000 steps",
+    "area (nats x steps)",
+    "ratio of areas (95 %)",
+    "outcome",
+    "steps lost",
+    "worst",
+    "mean loss",
+    "final loss",
+    "clipped %",
+    "seeds",
+)
+
+
+def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
+    """Return the rows of the table of arms as text."""
+    rows = []
+    for result in results:
+        columns = {field: [getattr(each, field) for each in result.numbers.values()] for field in SpikeNumbers._fields}
+        rows.append(
+            [
+                result.arm.label + (" (control)" if result.arm.is_control else ""),
+                _mean(columns["per_10k"], 1),
+                _mean(columns["area"], 0),
+                "" if result.ratio is None else ratio_text(result.ratio),
+                result.outcome,
+                _mean(columns["steps_lost"], 0),
+                f"{max(columns['worst']):.0f}x",
+                _mean(columns["mean_loss"], 4),
+                _mean(columns["final_loss"], 4),
+                f"{100 * float(np.mean(columns['clipped'])):.1f}",
+                str(len(result.numbers)),
+            ]
+        )
+    return rows
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """Return a ratio with its interval."""
+    return f"{ratio.mean:.2g} ({ratio.low:.2g} to {ratio.high:.2g})"
+
+
+def _mean(values: Sequence[float], decimals: int) -> str:
+    """Return a mean with half the width of its 95 % confidence interval."""
+    mean = float(np.mean(values))
+    low, high = interval(values)
+    return f"{mean:.{decimals}f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.{decimals}f}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def csv_table(results: Sequence[ArmResult]) -> str:
+    """Return the numbers of each run as CSV: a row for each arm and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    fields = [field for field in SpikeNumbers._fields if field != "spikes"]
+    writer.writerow(["arm", "overrides", "seed", *fields, "spike_steps"])
+    for result in results:
+        for seed, numbers in result.numbers.items():
+            values = [f"{getattr(numbers, field):.6g}" for field in fields]
+            starts = " ".join(str(spike.start + 1) for spike in numbers.spikes)
+            writer.writerow([result.arm.label, " ".join(result.arm.overrides), seed, *values, starts])
+    return out.getvalue()
+
+
+def warning_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row for each signal: how many steps before a spike it warned, over all spikes of these runs."""
+    found = [steps for run in runs for steps in warnings_of(run)]
+    rows = []
+    for name, label in SIGNALS.items():
+        if steps := [each[name] for each in found if name in each]:
+            low, median, high = np.percentile(steps, (10, 50, 90))
+            first = sum(each[name] == max(each.values()) and each[name] > 0 for each in found if name in each)
+            rows.append([label, f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{first} of {len(steps)}"])
+    return rows
+
+
+WARNING_HEADER = ("signal", "median steps before the loss", "80 % of spikes", "first, or one of the first")

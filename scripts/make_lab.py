@@ -1,0 +1,94 @@
+"""Read the runs of a lab, and write its tables and figures: `python scripts/make_lab.py lab=adam_lag`.
+
+The runs are those of `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4`. Runs that are missing are named.
+"""
+
+import _entry  # first: it finds the checkout and installs the signal handlers
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from common.console import make_console
+from common.errors import UserError
+from common.files import write_atomic
+from common.settings import Allowed, Folder, Settings, parse
+from common.text import quoted
+from experiments.labs.declaration import LABS, Lab
+from experiments.labs.figures import draw_areas, draw_losses, draw_spike, first_spike
+from experiments.labs.report import report
+from experiments.labs.tables import arm_results, csv_table
+from experiments.run.collect import ExpectedRun, RunCollection, collect
+from experiments.run.style import image
+from training.config.compose import resolve_runs, saved_identity
+from training.runtime.environment import environment
+
+
+class LabSettings(Settings):
+    """Settings of the command line."""
+
+    lab: Annotated[str, Field(pattern=f"^({'|'.join(LABS)})$"), Allowed(f"one of {', '.join(LABS)}")]
+    """Lab whose runs are read."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Allowed("a list, as [0,1,2]")] = (
+        0, 1, 2, 3, 4,
+    )  # fmt: skip
+    """Seeds of the runs."""
+    runs: Folder = "runs"
+    """Folder with the lab's folder of runs, `paths.runs` of train.py."""
+    overrides: tuple[str, ...] = ()
+    """Further settings that the runs were made with, each in quotes."""
+    out: Folder | None = None
+    """Folder to write into; null: `labs/NAME` in `runs`."""
+
+
+def main(values: _entry.Values) -> None:
+    """Write report.md, numbers.csv and the figures."""
+    settings = parse(LabSettings, values)
+    console = make_console()
+    lab = LABS[settings.lab]
+    collection = collect_runs(lab, settings)
+    results = arm_results(lab, collection)
+    figures = {"areas": draw_areas(lab, results), "losses": draw_losses(lab, results, collection)}
+    reference = collection.runs_of(lab.arm(lab.reference))
+    if (found := first_spike(reference)) is not None:
+        figures["spike"] = draw_spike(*found)
+    out = Path(settings.out or f"{settings.runs}/labs/{lab.name}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        save(figure, out / name)
+    write_atomic(out / "numbers.csv", csv_table(results))
+    here = environment()
+    made = f"Read {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}."
+    write_atomic(out / "report.md", report(lab, results, collection, [*figures], made))
+    for warning in collection.warnings:
+        console.print(warning, style="yellow")
+    console.print(f"report   {out / 'report.md'}")
+
+
+def collect_runs(lab: Lab, settings: LabSettings) -> RunCollection:
+    """Return the runs of a lab; raise `UserError` if none is finished."""
+    base = (f"experiment={lab.name}", f"paths.runs={quoted(settings.runs)}", *settings.overrides)
+    overrides = {arm: (*base, *arm.overrides) for arm in lab.arms}
+    resolved = resolve_runs(overrides.values(), settings.seeds)
+    expected = {
+        (arm, seed): ExpectedRun(*resolved[overrides[arm], seed]) for arm in lab.arms for seed in settings.seeds
+    }
+    collection = collect(expected, saved_identity)
+    if not collection.runs:
+        reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
+        raise UserError(f"runs={settings.runs} has no finished run of lab={lab.name}: nothing is written{reasons}")
+    return collection
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, and close it."""
+    write_atomic(path.with_suffix(".png"), image(figure, "png", dpi=110))
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    _entry.run(main)

@@ -1,0 +1,186 @@
+"""Labs: their declarations, the spikes that they count, how arms are compared, and the report of their runs."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.labs.declaration import LABS
+from experiments.labs.natural_spikes import natural_spikes, warning_steps
+from experiments.labs.statistics import CURES, HARMS, HELPS, SAME, UNDECIDED, holm, outcomes, paired_ratio
+from experiments.suites import SUITES
+from tests.experiments.written_runs import composed, write_lab_run
+from tests.helpers import CHECKOUT, script
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_arms_of_a_lab_are_runs_that_can_be_made(name):
+    lab = LABS[name]
+    labels = [arm.label for arm in lab.arms]
+    assert len({*labels}) == len(labels) and {lab.reference, *lab.cures} <= {*labels}
+    assert all(lab.arm(label).is_control for label in lab.cures)
+    assert (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").is_file()
+    assert SUITES[f"{name}_lab"].runs == [arm.overrides for arm in lab.arms]
+    strategies = {override for arm in lab.arms for override in arm.overrides if override.startswith("clip=")}
+    assert len(strategies) > 10
+    assert composed(f"experiment={name}", *lab.arms[-1].overrides).experiment == name.replace("_", "-")
+
+
+def falling(steps=2000, level=0.05, noise=0.02, seed=0):
+    """Return a loss that falls to a level with a little noise."""
+    rng = np.random.default_rng(seed)
+    return (4 * np.exp(-np.arange(steps) / 60) + level) * np.exp(rng.normal(0, noise, steps))
+
+
+def test_a_calm_loss_has_no_spikes():
+    assert natural_spikes(falling()) == []
+
+
+def test_a_spike_has_its_start_length_height_and_area():
+    loss = falling(noise=0.0)
+    loss[1000:1050] = 1.05
+    (spike,) = natural_spikes(loss)
+    assert (spike.start, spike.length) == (1000, 50)
+    assert spike.level == pytest.approx(0.05, rel=1e-3) and spike.height == pytest.approx(21, rel=1e-3)
+    assert spike.area == pytest.approx(50, rel=1e-3)
+
+
+def test_the_level_of_a_long_spike_is_that_before_it():
+    loss = falling()
+    loss[1000:1500] = 2.0
+    assert [(spike.start, spike.length) for spike in natural_spikes(loss)] == [(1000, 500)]
+
+
+def test_a_run_that_diverges_has_one_spike_to_its_end():
+    loss = falling()
+    loss[1200:] = np.nan
+    (spike,) = natural_spikes(loss)
+    assert (spike.start, spike.length) == (1200, 800)
+    assert spike.area == spike.height == math.inf
+
+
+@settings(max_examples=20)
+@given(st.integers(300, 1200), st.integers(1, 400), st.floats(3, 100))
+def test_a_jump_is_found_where_it_is(start, length, height):
+    loss = np.full(1600, 0.1)
+    loss[start : start + length] *= height
+    (spike,) = natural_spikes(loss)
+    assert (spike.start, spike.length, spike.height) == (start, length, pytest.approx(height))
+
+
+def test_a_signal_warns_as_many_steps_before_as_it_rises_for():
+    signal = np.exp(np.random.default_rng(0).normal(0, 0.1, 1500))
+    signal[980:1001] = 10.0
+    assert warning_steps(signal, 1000) == 20
+    signal[985:988] = 1.0
+    assert warning_steps(signal, 1000) == 20, "three steps below the limit do not end a warning"
+    signal[985:990] = 1.0
+    assert warning_steps(signal, 1000) == 10
+    assert warning_steps(np.ones(1500), 1000) == 0
+    assert warning_steps(signal, 400) is None, "too few calm steps"
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_ratios_are_those_of_the_same_seed():
+    ratio = paired_ratio(by_seed(10, 20, 40), by_seed(100, 200, 400), offset=0)
+    assert ratio.mean == pytest.approx(0.1) and ratio.low == pytest.approx(0.1) == ratio.high
+    assert paired_ratio(by_seed(1, 2), by_seed(1, 2), offset=1) is None
+    unpaired = paired_ratio({0: 1.0, 1: 1.0, 2: 1.0, 7: 1e9}, by_seed(1, 1, 1), offset=1)
+    assert unpaired.mean == 1 and unpaired.seeds == 3
+
+
+def test_an_arm_that_diverges_harms():
+    ratio = paired_ratio(by_seed(math.inf, math.inf, math.inf), by_seed(100, 120, 90), offset=1)
+    assert ratio.mean > 100 and outcomes({"a": ratio}) == {"a": HARMS}
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"),
+    [
+        ((2, 3, 2, 1, 3), CURES),
+        ((20, 22, 25, 19, 24), HELPS),
+        ((95, 105, 99, 101, 100), SAME),
+        ((400, 390, 420, 405, 399), HARMS),
+        ((5, 300, 40, 100, 700), UNDECIDED),
+    ],
+)
+def test_outcomes_follow_the_size_of_the_effect(values, outcome):
+    ratio = paired_ratio(by_seed(*values), by_seed(100, 102, 99, 101, 98), offset=1)
+    assert outcomes({"arm": ratio}) == {"arm": outcome}
+
+
+def test_many_arms_need_more_evidence():
+    marginal = paired_ratio(by_seed(30, 40, 22), by_seed(100, 100, 100), offset=1)
+    assert marginal.p[HELPS] < 0.05
+    assert outcomes({"arm": marginal}) == {"arm": HELPS}
+    assert outcomes({f"arm {i}": marginal for i in range(10)})["arm 0"] == UNDECIDED
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_between_the_p_values_and_bonferroni(p_values):
+    corrected = holm(p_values)
+    assert all(p <= c <= min(1, len(p_values) * p) + 1e-12 or c >= p for p, c in zip(p_values, corrected, strict=True))
+    assert corrected[int(np.argmin(p_values))] == min(1.0, len(p_values) * min(p_values))
+    order = np.argsort(p_values, kind="stable")
+    assert np.all(np.diff(np.array(corrected)[order]) >= 0)
+
+
+@pytest.fixture(scope="module")
+def lab_report(tmp_path_factory):
+    """Write runs of some arms of the Adam-lag lab, and make its report."""
+    folder = tmp_path_factory.mktemp("lab")
+    lab = LABS["adam_lag"]
+    spikes = {"no clipping": (900, 1500), "fixed 1.0": (1200,), "beta2 0.95": (), "eps 1e-4": ()}
+    for label, starts in spikes.items():
+        for seed in (0, 1, 2):
+            loss = falling(seed=seed)
+            norm = falling(seed=seed + 10)
+            for start in starts:
+                loss[start + seed : start + seed + 100] = 2.0
+                norm[start + seed - 12 : start + seed + 100] = 5.0
+            write_lab_run(folder / "runs", lab, lab.arm(label), seed, loss, norm)
+    done = script("make_lab.py", "lab=adam_lag", "runs=runs", "out=out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_report_says_what_each_arm_does(lab_report):
+    text = (lab_report / "report.md").read_text()
+    assert "The controls that must cure do: beta2 0.95, eps 1e-4." in text
+    assert "| gradient norm | 12 | 12 to 12 | 3 of 3 |" in text, "a spike too soon after another is left out"
+    assert "not run: fixed 1.0 (seeds 3, 4)" not in text, "seeds of which there is no run are named once"
+    assert "there is no run of seeds 3, 4" in text and "not run: ZClip (seeds 0, 1, 2)" in text
+    for name in ("areas", "losses", "spike"):
+        assert f"({name}.png)" in text and (lab_report / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_numbers_of_each_run_are_saved(lab_report):
+    with (lab_report / "numbers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    first = rows[0]
+    assert (first["arm"], first["seed"], first["spike_steps"]) == ("no clipping", "0", "901 1501")
+    assert float(first["area"]) == pytest.approx(200 * 1.95, rel=0.05) and float(first["steps_lost"]) == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag"),
+        (("lab=adam_lag", "runs=none"), "has no finished run of lab=adam_lag: nothing is written"),
+        (("lab=adam_lag", "seeds=[]"), "seeds=[] is not allowed: it must be a list, as [0,1,2]"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message, tmp_path):
+    done = script("make_lab.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not [*Path(tmp_path).iterdir()]
