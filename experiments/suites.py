@@ -33,4 +33,4 @@ SUITES: dict[str, Suite] = {
     name: Suite("paper", [tuple(spec.overrides) for spec in specs], needs_scale=True)
     for name, specs in tables_and_figures.SUITES.items()
 }
-SUITES |= {f"{name}_lab": Suite(name, [arm.overrides for arm in lab.arms]) for name, lab in LABS.items()}
+SUITES |= {f"{name}_lab": Suite(name, [arm.overrides for arm in lab.runs]) for name, lab in LABS.items()}

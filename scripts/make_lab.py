@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from pydantic import Field
 
 from common.console import make_console
@@ -18,10 +17,9 @@ from common.errors import UserError
 from common.files import write_atomic
 from common.settings import Allowed, Folder, Settings, parse
 from common.text import quoted
-from experiments.labs.declaration import LABS, Lab
-from experiments.labs.figures import draw_areas, draw_losses, draw_spike, first_spike
-from experiments.labs.report import report
-from experiments.labs.tables import arm_results, csv_table
+from experiments.labs.declaration import LABS, Lab, SpikeLab
+from experiments.labs.rate_report import rate_report
+from experiments.labs.spike_report import spike_report
 from experiments.run.collect import ExpectedRun, RunCollection, collect
 from experiments.run.style import image
 from training.config.compose import resolve_runs, saved_identity
@@ -51,19 +49,18 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     lab = LABS[settings.lab]
     collection = collect_runs(lab, settings)
-    results = arm_results(lab, collection)
-    figures = {"areas": draw_areas(lab, results), "losses": draw_losses(lab, results, collection)}
-    reference = collection.runs_of(lab.arm(lab.reference))
-    if (found := first_spike(reference)) is not None:
-        figures["spike"] = draw_spike(*found)
+    made = f"Read {time.strftime('%Y-%m-%d')} at commit {str(environment()['commit'])[:8]}."
+    if isinstance(lab, SpikeLab):
+        written = spike_report(lab, collection, made)
+    else:
+        written = rate_report(lab, collection, made)
     out = Path(settings.out or f"{settings.runs}/labs/{lab.name}")
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        save(figure, out / name)
-    write_atomic(out / "numbers.csv", csv_table(results))
-    here = environment()
-    made = f"Read {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}."
-    write_atomic(out / "report.md", report(lab, results, collection, [*figures], made))
+    for name, figure in written.figures.items():
+        write_atomic(out / f"{name}.png", image(figure, "png", dpi=110))
+        plt.close(figure)
+    write_atomic(out / "numbers.csv", written.numbers)
+    write_atomic(out / "report.md", written.text)
     for warning in collection.warnings:
         console.print(warning, style="yellow")
     console.print(f"report   {out / 'report.md'}")
@@ -72,22 +69,16 @@ def main(values: _entry.Values) -> None:
 def collect_runs(lab: Lab, settings: LabSettings) -> RunCollection:
     """Return the runs of a lab; raise `UserError` if none is finished."""
     base = (f"experiment={lab.name}", f"paths.runs={quoted(settings.runs)}", *settings.overrides)
-    overrides = {arm: (*base, *arm.overrides) for arm in lab.arms}
+    overrides = {arm: (*base, *arm.overrides) for arm in lab.runs}
     resolved = resolve_runs(overrides.values(), settings.seeds)
     expected = {
-        (arm, seed): ExpectedRun(*resolved[overrides[arm], seed]) for arm in lab.arms for seed in settings.seeds
+        (arm, seed): ExpectedRun(*resolved[overrides[arm], seed]) for arm in lab.runs for seed in settings.seeds
     }
     collection = collect(expected, saved_identity)
     if not collection.runs:
         reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
         raise UserError(f"runs={settings.runs} has no finished run of lab={lab.name}: nothing is written{reasons}")
     return collection
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, and close it."""
-    write_atomic(path.with_suffix(".png"), image(figure, "png", dpi=110))
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from common.console import make_console
 from common.settings import Values, parse
 from common.text import overrides_dict
+from experiments.labs.declaration import LABS
 from experiments.run.summary import table
 from experiments.suites import SUITES
 from models.hugging_face import export
@@ -237,7 +238,7 @@ def check_training(arguments: Sequence[str]) -> None:
     overrides = options.overrides
     if options.multirun:
         suites = {suite for o in overrides if o.startswith("experiment=") for suite in o[11:].strip("[]").split(",")}
-        assert suites <= {*SUITES, "adam_lag", "first_look"}, arguments
+        assert suites <= {*SUITES, *LABS, "first_look"}, arguments
         if declared := suites & {*SUITES}:
             base = f"experiment={SUITES[declared.pop()].base}"
             overrides = [base if override.startswith("experiment=") else override for override in overrides]

@@ -1,4 +1,4 @@
-"""The labs: small experiments that show one instability each, and what cures it.
+"""The labs: small experiments that show one instability each, and what prevents it.
 
 This is the only declaration: `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4` trains the runs of a lab, and
 `scripts/make_lab.py` reads the same runs. A run is identified by its overrides on top of `experiment=adam_lag`.
@@ -22,8 +22,8 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-class Lab(NamedTuple):
-    """An instability, and the arms that are compared.
+class SpikeLab(NamedTuple):
+    """Spikes that come by themselves, and the arms that are compared.
 
     Attributes:
         name: file in configs/experiment/ with the settings that all arms share.
@@ -39,9 +39,41 @@ class Lab(NamedTuple):
     arms: Sequence[Arm]
     cures: Sequence[str] = ()
 
+    @property
+    def runs(self) -> list[Arm]:
+        """What each run is, but for its seed."""
+        return [*self.arms]
+
     def arm(self, label: str) -> Arm:
         """Return an arm by its label."""
         return next(arm for arm in self.arms if arm.label == label)
+
+
+class RateLab(NamedTuple):
+    """The loss at each of several learning rates, and the arms that are compared.
+
+    Attributes:
+        name, title, reference, arms: as in `SpikeLab`.
+        rates: peak learning rates, in ascending order.
+    """
+
+    name: str
+    title: str
+    reference: str
+    arms: Sequence[Arm]
+    rates: Sequence[float]
+
+    @property
+    def runs(self) -> list[Arm]:
+        """What each run is, but for its seed."""
+        return [self.at(arm, rate) for arm in self.arms for rate in self.rates]
+
+    def at(self, arm: Arm, rate: float) -> Arm:
+        """Return an arm at one learning rate."""
+        return Arm(f"{arm.label} at {rate:g}", (*arm.overrides, f"lr={rate:g}"), arm.is_control)
+
+
+Lab = SpikeLab | RateLab
 
 
 def _batches_of(sequences: int) -> tuple[str, ...]:
@@ -64,7 +96,7 @@ STRATEGIES = (
     Arm("skip-step", ("clip=skip_step",)),
 )
 
-ADAM_LAG = Lab(
+ADAM_LAG = SpikeLab(
     "adam_lag",
     "Adam's second moment lags behind gradients that shrink",
     reference="no clipping",
@@ -81,4 +113,17 @@ ADAM_LAG = Lab(
     cures=("beta2 0.95", "eps 1e-4"),
 )
 
-LABS = {lab.name: lab for lab in (ADAM_LAG,)}
+RATE = RateLab(
+    "rate",
+    "learning rates that are too high",
+    reference="no clipping",
+    arms=(
+        *STRATEGIES[:5],
+        Arm("QK-norm", ("clip=none", "model.qk_norm=true"), is_control=True),
+        Arm("z-loss 1e-4", ("clip=none", "optim.z_loss=1e-4"), is_control=True),
+        Arm("QK-norm and ZClip", ("clip=zclip", "model.qk_norm=true")),
+    ),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+)
+
+LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, RATE)}

@@ -1,9 +1,10 @@
-"""How an arm of a lab is compared with the reference arm: a ratio with its interval, and what it says.
+"""How an arm of a lab is compared with the reference arm: a difference over seeds with its interval, and what it says.
 
 The rules were chosen before the runs were made. Numbers of the same seed are compared, because these runs see the same
-batches and begin with the same weights. The smallest effect of interest is half: an arm helps if it leaves less than
-half of what the reference leaves, and cures if it leaves less than a tenth. Each is a one-sided test of the mean
-logarithm of the ratios (t-test over seeds). Over the arms of a lab, p-values are corrected by Holm's method.
+batches and begin with the same weights. An effect below the smallest effect of interest is no effect: half of the area
+of spikes, or 0.1 nats of learning-rate sensitivity. An arm helps if it leaves less than half of the reference's spikes,
+and cures if it leaves less than a tenth. Each outcome is a one-sided t-test over seeds of the mean difference, or of
+the mean logarithm of ratios, against its bound. Over the arms of a lab, p-values are corrected by Holm's method.
 """
 
 import math
@@ -14,25 +15,30 @@ import numpy as np
 from scipy import stats
 
 #: Ratio to the reference below which an arm helps; above its inverse, it harms.
-SMALLEST_EFFECT = 0.5
+SMALLEST_RATIO = 0.5
 #: Ratio below which an arm cures.
 CURE = 0.1
+#: Difference from the reference, in nats, from which an arm raises or lowers a number.
+SMALLEST_NATS = 0.1
 #: p below which an outcome is shown.
 SIGNIFICANT = 0.05
 #: Number of seeds that a comparison needs.
 MIN_SEEDS = 3
+#: An infinite number, of a run that has diverged, counts as so many times the highest finite one.
+DIVERGED_FACTOR = 1000
 
 CURES, HELPS, SAME, HARMS, UNDECIDED = "cures", "helps", "no difference", "harms", "undecided"
+LOWERS, RAISES = "lowers it", "raises it"
 
 
-class Ratio(NamedTuple):
-    """Numbers of an arm as multiples of the reference arm's.
+class Comparison(NamedTuple):
+    """An arm compared with the reference arm.
 
     Attributes:
-        mean: geometric mean of the ratios over seeds.
+        mean: mean difference over seeds, or geometric mean of the ratios.
         low, high: its 95 % confidence interval.
         seeds: number of seeds that both have.
-        p: p-value of each outcome: that of the one-sided test against its bound; of two tests for "no difference".
+        p: p-value of each outcome, from the least to the most important.
     """
 
     mean: float
@@ -41,43 +47,90 @@ class Ratio(NamedTuple):
     seeds: int
     p: Mapping[str, float]
 
+    def text(self) -> str:
+        """Return the mean with its interval."""
+        return f"{self.mean:.2g} ({self.low:.2g} to {self.high:.2g})"
 
-def paired_ratio(arm: Mapping[int, float], reference: Mapping[int, float], offset: float) -> Ratio | None:
-    """Return how the numbers of an arm, by seed, compare with those of the reference; `None` for fewer than 3 seeds.
 
-    `offset`, in the numbers' unit, is added to both: numbers can be 0, and differences below it do not count. An
-    infinite number, of a run that has diverged, counts as a thousand times the highest finite one.
+class _Test(NamedTuple):
+    """One-sided t-tests of the mean of some numbers."""
+
+    mean: float
+    error: float
+    freedom: int
+
+    def below(self, bound: float) -> float:
+        """Return the p-value of the mean's being below a bound."""
+        distance = self.mean - bound
+        return float(stats.t.cdf(distance / self.error, self.freedom)) if self.error else float(distance >= 0)
+
+    def above(self, bound: float) -> float:
+        """Return the p-value of the mean's being above a bound."""
+        return _Test(-self.mean, self.error, self.freedom).below(-bound)
+
+    def between(self, low: float, high: float) -> float:
+        """Return the p-value of the mean's being between two bounds."""
+        return max(self.above(low), self.below(high))
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % confidence interval of the mean."""
+        spread = float(stats.t.ppf(0.975, self.freedom)) * self.error
+        return self.mean - spread, self.mean + spread
+
+
+def _test(values: Sequence[float]) -> _Test:
+    return _Test(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
+
+
+def paired_ratio(arm: Mapping[int, float], reference: Mapping[int, float], offset: float) -> Comparison | None:
+    """Return how the numbers of an arm, by seed, compare with those of the reference as ratios.
+
+    `offset`, in the numbers' unit, is added to both: numbers can be 0, and differences below it do not count. `None`
+    for fewer than 3 common seeds.
     """
     seeds = sorted(arm.keys() & reference.keys())
     if len(seeds) < MIN_SEEDS:
         return None
     finite = [value for value in (*arm.values(), *reference.values()) if math.isfinite(value)]
-    most = 1000 * max(finite, default=1.0)
-    logs = np.array([math.log((min(arm[s], most) + offset) / (min(reference[s], most) + offset)) for s in seeds])
-    mean, error = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(len(seeds))
-    spread = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
-
-    def below(bound: float) -> float:
-        return (
-            float(stats.t.cdf((mean - math.log(bound)) / error, len(seeds) - 1))
-            if error
-            else float(mean > math.log(bound))
-        )
-
-    smallest, largest = below(SMALLEST_EFFECT), 1 - below(1 / SMALLEST_EFFECT)
-    p = {CURES: below(CURE), HELPS: smallest, SAME: max(1 - smallest, 1 - largest), HARMS: largest}
-    return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), len(seeds), p)
+    most = DIVERGED_FACTOR * max(finite, default=1.0)
+    test = _test([math.log((min(arm[s], most) + offset) / (min(reference[s], most) + offset)) for s in seeds])
+    half = math.log(SMALLEST_RATIO)
+    p = {
+        SAME: test.between(half, -half),
+        HARMS: test.above(-half),
+        HELPS: test.below(half),
+        CURES: test.below(math.log(CURE)),
+    }
+    low, high = test.interval()
+    return Comparison(math.exp(test.mean), math.exp(low), math.exp(high), len(seeds), p)
 
 
-def outcomes(ratios: Mapping[str, Ratio]) -> dict[str, str]:
-    """Return what each arm does, by label: cures, helps, harms, makes no difference, or undecided.
+def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+    """Return how the numbers of an arm, by seed and in nats, differ from those of the reference.
 
-    Each question is corrected over all arms by itself. The first outcome that is shown, in that order, counts.
+    `None` for fewer than 3 common seeds.
     """
-    found = dict.fromkeys(ratios, UNDECIDED)
-    for outcome in (SAME, HARMS, HELPS, CURES):
-        corrected = holm([ratio.p[outcome] for ratio in ratios.values()])
-        for label, p in zip(ratios, corrected, strict=True):
+    seeds = sorted(arm.keys() & reference.keys())
+    if len(seeds) < MIN_SEEDS:
+        return None
+    test = _test([arm[s] - reference[s] for s in seeds])
+    p = {
+        SAME: test.between(-SMALLEST_NATS, SMALLEST_NATS),
+        RAISES: test.above(SMALLEST_NATS),
+        LOWERS: test.below(-SMALLEST_NATS),
+    }
+    return Comparison(test.mean, *test.interval(), len(seeds), p)
+
+
+def outcomes(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
+    """Return the outcome of each arm, by label: the most important one that is shown, or "undecided".
+
+    The p-values of each outcome are corrected over all arms.
+    """
+    found = dict.fromkeys(comparisons, UNDECIDED)
+    for outcome in next((list(comparison.p) for comparison in comparisons.values()), []):
+        corrected = holm([comparison.p[outcome] for comparison in comparisons.values()])
+        for label, p in zip(comparisons, corrected, strict=True):
             if p < SIGNIFICANT:
                 found[label] = outcome
     return found
@@ -97,6 +150,4 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % confidence interval of a mean over seeds; NaN for one value, or values that are not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    spread = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return mean - spread, mean + spread
+    return _test(values).interval()

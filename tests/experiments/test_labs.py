@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,22 @@ from hypothesis import strategies as st
 
 from experiments.labs.declaration import LABS
 from experiments.labs.natural_spikes import natural_spikes, warning_steps
-from experiments.labs.statistics import CURES, HARMS, HELPS, SAME, UNDECIDED, holm, outcomes, paired_ratio
+from experiments.labs.rate_report import rate_report
+from experiments.labs.statistics import (
+    CURES,
+    HARMS,
+    HELPS,
+    LOWERS,
+    RAISES,
+    SAME,
+    UNDECIDED,
+    holm,
+    outcomes,
+    paired_difference,
+    paired_ratio,
+)
+from experiments.run.collect import RunCollection
+from experiments.run.read import Run
 from experiments.suites import SUITES
 from tests.experiments.written_runs import composed, write_lab_run
 from tests.helpers import CHECKOUT, script
@@ -21,13 +37,15 @@ from tests.helpers import CHECKOUT, script
 def test_arms_of_a_lab_are_runs_that_can_be_made(name):
     lab = LABS[name]
     labels = [arm.label for arm in lab.arms]
-    assert len({*labels}) == len(labels) and {lab.reference, *lab.cures} <= {*labels}
-    assert all(lab.arm(label).is_control for label in lab.cures)
+    assert len({*labels}) == len(labels) and lab.reference in labels
+    controls = {arm.label for arm in lab.arms if arm.is_control}
+    assert controls and lab.reference not in controls and {*getattr(lab, "cures", controls)} <= controls
+    assert len({run.overrides for run in lab.runs}) == len(lab.runs), "each is another run"
     assert (CHECKOUT / "configs" / "experiment" / f"{name}.yaml").is_file()
-    assert SUITES[f"{name}_lab"].runs == [arm.overrides for arm in lab.arms]
+    assert SUITES[f"{name}_lab"].runs == [run.overrides for run in lab.runs]
     strategies = {override for arm in lab.arms for override in arm.overrides if override.startswith("clip=")}
-    assert len(strategies) > 10
-    assert composed(f"experiment={name}", *lab.arms[-1].overrides).experiment == name.replace("_", "-")
+    assert {"clip=none", "clip=fixed", "clip=zclip"} <= strategies
+    assert composed(f"experiment={name}", *lab.runs[-1].overrides).experiment == name.replace("_", "-")
 
 
 def falling(steps=2000, level=0.05, noise=0.02, seed=0):
@@ -116,6 +134,16 @@ def test_outcomes_follow_the_size_of_the_effect(values, outcome):
     assert outcomes({"arm": ratio}) == {"arm": outcome}
 
 
+@pytest.mark.parametrize(
+    ("values", "outcome"),
+    [((0.2, 0.25, 0.22), LOWERS), ((0.49, 0.52, 0.5), SAME), ((0.9, 0.8, 0.86), RAISES), ((0.1, 0.9, 0.5), UNDECIDED)],
+)
+def test_differences_count_from_a_tenth_of_a_nat(values, outcome):
+    change = paired_difference(by_seed(*values), by_seed(0.5, 0.5, 0.5))
+    assert change.mean == pytest.approx(np.mean(values) - 0.5) and change.low < change.mean < change.high
+    assert outcomes({"arm": change}) == {"arm": outcome}
+
+
 def test_many_arms_need_more_evidence():
     marginal = paired_ratio(by_seed(30, 40, 22), by_seed(100, 100, 100), offset=1)
     assert marginal.p[HELPS] < 0.05
@@ -172,10 +200,37 @@ def test_numbers_of_each_run_are_saved(lab_report):
     assert float(first["area"]) == pytest.approx(200 * 1.95, rel=0.05) and float(first["steps_lost"]) == 200
 
 
+def rate_run(untrained, final):
+    metrics = {"step": np.arange(1.0, 3), "loss": np.array([untrained, final])}
+    return Run(Path("run"), {}, metrics, {"steps": 2, "test_loss": final if math.isfinite(final) else None}, [], [], [])
+
+
+def test_report_of_rates_has_the_sensitivity_of_each_arm():
+    lab = LABS["rate"]
+    none, zclip = (next(arm for arm in lab.arms if arm.label == label) for label in ("no clipping", "ZClip"))
+    finals = {none: (3, 2, 2, 3, 4, math.inf, 9), zclip: (3, 2, 2, 2, 2, 3, 6)}
+    runs = {
+        (lab.at(arm, rate), seed): rate_run(6.0, final + 0.001 * seed)
+        for arm, losses in finals.items()
+        for rate, final in zip(lab.rates, losses, strict=True)
+        for seed in range(3)
+    }
+    written = rate_report(lab, RunCollection(runs, set(), {}, [], frozenset()), "Read today.")
+    sensitivity = (1 + 0 + 0 + 1 + 2 + 4 + 4) / 7  # losses count at most as much as that of the untrained model
+    assert f"With no clipping, the learning-rate sensitivity is {sensitivity:.2f} nats." in written.text
+    assert "Lower by more than 0.1 nats with: ZClip -0.86" in written.text
+    assert "| ZClip | 0.001 | 2.001 | 0.001 to 0.03 |" in written.text
+    assert "not run: fixed 1.0 at 0.0003 (seeds 0, 1, 2)" in written.text
+    assert len(list(csv.DictReader(written.numbers.splitlines()))) == len(runs)
+    (ax,) = written.figures["rates"].axes
+    assert [line.get_label().split(",")[0] for line in ax.lines] == ["no clipping", "ZClip"]
+    plt.close(written.figures["rates"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag"),
+        (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag, rate"),
         (("lab=adam_lag", "runs=none"), "has no finished run of lab=adam_lag: nothing is written"),
         (("lab=adam_lag", "seeds=[]"), "seeds=[] is not allowed: it must be a list, as [0,1,2]"),
     ],

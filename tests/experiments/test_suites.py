@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from common.settings import parse
+from experiments.labs.declaration import LABS
 from experiments.paper import tables_and_figures
 from experiments.paper.measures import MEASURES
 from experiments.paper.render import fill_table, markdown, paper_numbers
@@ -33,7 +34,7 @@ from training.config.compose import load_config, saved_identity
 @pytest.mark.parametrize("names", [("table3", "adam_lag_lab"), SLOW(tuple(SUITES))], ids=["two", "all"])
 def test_every_suite_is_an_option_of_experiment(names):
     files = {path.stem for path in (CHECKOUT / "configs" / "experiment").glob("*.yaml")}
-    assert files == {"adam_lag", "first_look", "main", "paper"}
+    assert files == {*LABS, "first_look", "main", "paper"}
     with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         assert {*loader.get_group_options("experiment")} == {*SUITES, *files}

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from common.settings import parse
 from common.text import quoted
-from experiments.labs.declaration import Arm, Lab
+from experiments.labs.declaration import Arm, SpikeLab
 from experiments.paper.tables_and_figures import RunSpec
 from experiments.run.collect import ExpectedRun, Key, RunCollection
 from experiments.run.read import Run
@@ -134,7 +134,7 @@ def without(collection: RunCollection, *keys: Key) -> RunCollection:
     return collection._replace(runs={key: run for key, run in collection.runs.items() if key not in keys})
 
 
-def write_lab_run(runs: Path, lab: Lab, arm: Arm, seed: int, loss: np.ndarray, norm: np.ndarray) -> None:
+def write_lab_run(runs: Path, lab: SpikeLab, arm: Arm, seed: int, loss: np.ndarray, norm: np.ndarray) -> None:
     """Write a finished run of a lab with these losses and norms, (steps,) arrays."""
     plain = container(composed(f"experiment={lab.name}", *arm.overrides))
     config = parse(Config, plain | {"seed": seed, "paths": plain["paths"] | {"runs": str(runs)}})

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.escape import escape_markdown
-from experiments.labs.declaration import Arm, Lab
-from experiments.labs.measures import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
-from experiments.labs.statistics import Ratio, interval, outcomes, paired_ratio
+from experiments.labs.declaration import Arm, SpikeLab
+from experiments.labs.spike_numbers import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
+from experiments.labs.statistics import Comparison, interval, outcomes, paired_ratio
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -31,11 +30,11 @@ class ArmResult(NamedTuple):
 
     arm: Arm
     numbers: Mapping[int, SpikeNumbers]
-    ratio: Ratio | None
+    ratio: Comparison | None
     outcome: str
 
 
-def arm_results(lab: Lab, collection: RunCollection) -> list[ArmResult]:
+def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
     """Return the results of the arms that have a finished run, in the lab's order."""
     numbers = {
         arm: {seed: spike_numbers(run) for seed in collection.seeds if (run := collection.runs.get((arm, seed)))}
@@ -44,7 +43,7 @@ def arm_results(lab: Lab, collection: RunCollection) -> list[ArmResult]:
     numbers = {arm: by_seed for arm, by_seed in numbers.items() if by_seed}
     areas = {arm: {seed: each.area for seed, each in by_seed.items()} for arm, by_seed in numbers.items()}
     reference = areas.get(lab.arm(lab.reference), {})
-    ratios: dict[str, Ratio] = {}
+    ratios: dict[str, Comparison] = {}
     for arm, by_seed in areas.items():
         ratio = paired_ratio(by_seed, reference, AREA_OFFSET) if arm.label != lab.reference else None
         if ratio is not None:
@@ -80,7 +79,7 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
                 result.arm.label + (" (control)" if result.arm.is_control else ""),
                 _mean(columns["per_10k"], 1),
                 _mean(columns["area"], 0),
-                "" if result.ratio is None else ratio_text(result.ratio),
+                "" if result.ratio is None else result.ratio.text(),
                 result.outcome,
                 _mean(columns["steps_lost"], 0),
                 f"{max(columns['worst']):.0f}x",
@@ -93,23 +92,11 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
     return rows
 
 
-def ratio_text(ratio: Ratio) -> str:
-    """Return a ratio with its interval."""
-    return f"{ratio.mean:.2g} ({ratio.low:.2g} to {ratio.high:.2g})"
-
-
 def _mean(values: Sequence[float], decimals: int) -> str:
     """Return a mean with half the width of its 95 % confidence interval."""
     mean = float(np.mean(values))
     low, high = interval(values)
     return f"{mean:.{decimals}f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.{decimals}f}")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def csv_table(results: Sequence[ArmResult]) -> str:

@@ -7,11 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.labs.declaration import Lab
-from experiments.labs.measures import SIGNALS
+from experiments.labs.declaration import SpikeLab
 from experiments.labs.natural_spikes import CALM, NaturalSpike, natural_spikes, warning_steps
-from experiments.labs.statistics import CURE, SMALLEST_EFFECT
-from experiments.labs.tables import AREA_OFFSET, ArmResult
+from experiments.labs.spike_numbers import SIGNALS
+from experiments.labs.spike_tables import AREA_OFFSET, ArmResult
+from experiments.labs.statistics import CURE, SMALLEST_RATIO
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 from experiments.run.style import BLACK, BLUE, COLORS, DASHES, GREEN, ORANGE, draw_grid
@@ -22,7 +22,7 @@ PANELS = 4
 BEFORE, AFTER = 120, 60
 
 
-def draw_losses(lab: Lab, results: Sequence[ArmResult], collection: RunCollection) -> Figure:
+def draw_losses(lab: SpikeLab, results: Sequence[ArmResult], collection: RunCollection) -> Figure:
     """Return the losses of all runs: a panel for each arm, a line for each seed."""
     rows = -(-len(results) // PANELS)
     figure, axes = plt.subplots(
@@ -47,7 +47,7 @@ def draw_losses(lab: Lab, results: Sequence[ArmResult], collection: RunCollectio
     return figure
 
 
-def draw_areas(lab: Lab, results: Sequence[ArmResult]) -> Figure:
+def draw_areas(lab: SpikeLab, results: Sequence[ArmResult]) -> Figure:
     """Return the areas of spikes: a row for each arm, a dot for each seed, and the geometric mean."""
     figure, ax = plt.subplots(figsize=(8, 0.34 * len(results) + 1.4), layout="constrained")
     areas = [[numbers.area + AREA_OFFSET for numbers in result.numbers.values()] for result in results]
@@ -62,7 +62,7 @@ def draw_areas(lab: Lab, results: Sequence[ArmResult]) -> Figure:
     ax.set_yticks(range(len(order)), [results[index].arm.label for index in order])
     reference = next((c for c, r in zip(centres, results, strict=True) if r.arm.label == lab.reference), None)
     if reference is not None:
-        for share, text in ((1, lab.reference), (SMALLEST_EFFECT, "half of it"), (CURE, "a tenth")):
+        for share, text in ((1, lab.reference), (SMALLEST_RATIO, "half of it"), (CURE, "a tenth")):
             ax.axvline(share * reference, color="0.5", lw=0.9, ls=":")
             ax.annotate(text, (share * reference, len(order) - 0.4), rotation=90, fontsize=7, ha="right", va="top")
     ax.set_xscale("log")

@@ -1,0 +1,101 @@
+"""The report of a lab on learning rates: the curve and the sensitivity of each arm."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.labs.declaration import RateLab
+from experiments.labs.rates import RateResult, rate_results, usable_rates
+from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
+from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
+from experiments.run.collect import RunCollection
+from experiments.run.style import COLORS, DASHES, draw_grid
+
+HEADER = (
+    "arm",
+    "best rate",
+    "loss there",
+    "usable rates",
+    "sensitivity (nats)",
+    "minus the reference (95 %)",
+    "outcome",
+    "seeds",
+)
+#: What the outcomes say of the sensitivity of the reference arm.
+SENTENCES = {
+    LOWERS: f"Lower by more than {SMALLEST_NATS:g} nats with",
+    SAME: f"Within {SMALLEST_NATS:g} nats of it with",
+    RAISES: f"Higher by more than {SMALLEST_NATS:g} nats with",
+    UNDECIDED: "These seeds do not decide about",
+}
+
+
+def rate_report(lab: RateLab, collection: RunCollection, made: str) -> LabReport:
+    """Return the report, the numbers and the figure of a lab; `made` says when the report was made."""
+    results = rate_results(lab, collection)
+    figures = {"rates": draw_rates(lab, results)} if results else {}
+    best = min((result.mean_losses.min() for result in results), default=np.nan)
+    sections = {"Arms": markdown_table(HEADER, [table_row(lab, result, best) for result in results])}
+    text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
+    return LabReport(text, csv_table(lab, results), figures)
+
+
+def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
+    """Return sentences on the sensitivity of the reference arm, and on the others against it."""
+    reference = [result for result in results if result.arm.label == lab.reference]
+    said = [
+        f"With {lab.reference}, the learning-rate sensitivity is {np.mean(result.sensitivities):.2f} nats."
+        for result in reference
+    ]
+    found = {result.arm.label: result.outcome for result in results if result.outcome}
+    changes = {result.arm.label: result.change for result in results if result.change is not None}
+    return said + outcome_sentences(found, changes, SENTENCES)
+
+
+def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
+    """Return the row of an arm as text; `best` is the lowest loss of all arms, which usable rates are close to."""
+    losses = result.mean_losses
+    usable = usable_rates(lab, losses, best)
+    return [
+        result.arm.label + (" (control)" if result.arm.is_control else ""),
+        f"{lab.rates[int(losses.argmin())]:g}",
+        f"{losses.min():.3f}",
+        f"{usable[0]:g} to {usable[-1]:g}" if usable else "none",
+        f"{np.mean(result.sensitivities):.3f}",
+        "" if result.change is None else result.change.text(),
+        result.outcome,
+        str(len(result.curves)),
+    ]
+
+
+def csv_table(lab: RateLab, results: Sequence[RateResult]) -> str:
+    """Return the final loss of each run as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["arm", "overrides", "lr", "seed", "final_loss"])
+    for result in results:
+        for seed, curve in result.curves.items():
+            for rate, loss in zip(lab.rates, curve.losses, strict=True):
+                writer.writerow([result.arm.label, " ".join(result.arm.overrides), f"{rate:g}", seed, f"{loss:.6g}"])
+    return out.getvalue()
+
+
+def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:
+    """Return the curves: the mean loss over seeds at each rate, with a band from the lowest to the highest."""
+    figure, ax = plt.subplots(figsize=(8, 4.8))
+    for number, result in enumerate(results):
+        color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
+        losses = np.array([curve.losses for curve in result.curves.values()])
+        label = f"{result.arm.label}, sensitivity {np.mean(result.sensitivities):.2f}"
+        ax.plot(lab.rates, result.mean_losses, "o", ls=dashes, color=color, ms=4, lw=1.4, label=label)
+        ax.fill_between(lab.rates, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.12, lw=0)
+    ax.set_xscale("log")
+    ax.set_xlabel("peak learning rate")
+    ax.set_ylabel("final test loss (nats), at most that before training")
+    ax.legend(loc="best", fontsize=8)
+    draw_grid(figure)
+    return figure

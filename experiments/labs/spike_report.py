@@ -1,0 +1,60 @@
+"""The report of a lab on spikes: what its arms do to them, and what warns before them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.labs.declaration import SpikeLab
+from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
+from experiments.labs.spike_figures import draw_areas, draw_losses, draw_spike, first_spike
+from experiments.labs.spike_tables import (
+    HEADER,
+    WARNING_HEADER,
+    ArmResult,
+    arm_results,
+    csv_table,
+    table_rows,
+    warning_rows,
+)
+from experiments.labs.statistics import CURES, HARMS, HELPS, SAME, UNDECIDED
+from experiments.run.collect import RunCollection
+
+#: What the outcomes say of the area of spikes that the reference arm has.
+SENTENCES = {
+    CURES: "Less than a tenth of it is left with",
+    HELPS: "Less than half of it is left with",
+    SAME: "Between half and twice of it is left with",
+    HARMS: "There is more than twice as much with",
+    UNDECIDED: "These seeds do not decide about",
+}
+
+
+def spike_report(lab: SpikeLab, collection: RunCollection, made: str) -> LabReport:
+    """Return the report, the numbers and the figures of a lab; `made` says when the report was made."""
+    results = arm_results(lab, collection)
+    reference = collection.runs_of(lab.arm(lab.reference))
+    figures = {"areas": draw_areas(lab, results), "losses": draw_losses(lab, results, collection)}
+    sections = {"Arms": markdown_table(HEADER, table_rows(results))}
+    if (found := first_spike(reference)) is not None:
+        figures["spike"] = draw_spike(*found)
+    if rows := warning_rows(reference):
+        sections["Warnings"] = markdown_table(WARNING_HEADER, rows)
+    text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
+    return LabReport(text, csv_table(results), figures)
+
+
+def findings(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
+    """Return a sentence for each outcome with the arms that have it, and one on the controls that must cure."""
+    said = []
+    area = [each.area for result in results if result.arm.label == lab.reference for each in result.numbers.values()]
+    if area:
+        said.append(f"With {lab.reference}, the area of spikes is {np.mean(area):.0f} nats x steps in a run.")
+    found = {result.arm.label: result.outcome for result in results if result.outcome}
+    ratios = {result.arm.label: result.ratio for result in results if result.ratio is not None}
+    said += outcome_sentences(found, ratios, SENTENCES)
+    missing = [label for label in lab.cures if label in found and found[label] != CURES]
+    if missing:
+        said.append(f"The explanation is in doubt: {', '.join(missing)} must cure, and it is not shown.")
+    elif all(label in found for label in lab.cures):
+        said.append(f"The controls that must cure do: {', '.join(lab.cures)}.")
+    return said
