@@ -13,7 +13,7 @@ from experiments.labs.rates import RateResult, rate_results, usable_rates
 from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
 from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
-from experiments.run.style import COLORS, DASHES, draw_grid
+from experiments.run.style import draw_grid, numbered_style
 
 HEADER = (
     "arm",
@@ -88,11 +88,11 @@ def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:
     """Return the curves: the mean loss over seeds at each rate, with a band from the lowest to the highest."""
     figure, ax = plt.subplots(figsize=(8, 4.8))
     for number, result in enumerate(results):
-        color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
+        style = numbered_style(number)
         losses = np.array([curve.losses for curve in result.curves.values()])
         label = f"{result.arm.label}, sensitivity {np.mean(result.sensitivities):.2f}"
-        ax.plot(lab.rates, result.mean_losses, "o", ls=dashes, color=color, ms=4, lw=1.4, label=label)
-        ax.fill_between(lab.rates, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.12, lw=0)
+        ax.plot(lab.rates, result.mean_losses, "o", ls=style.dashes, color=style.color, ms=4, lw=1.4, label=label)
+        ax.fill_between(lab.rates, losses.min(axis=0), losses.max(axis=0), color=style.color, alpha=0.12, lw=0)
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("final test loss (nats), at most that before training")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.run.collect import seeds_text
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.smoothing import smooth
-from experiments.run.style import COLORS, DASHES, draw_grid
+from experiments.run.style import LineStyle, draw_grid
 
 #: Characters per inch of the caption.
 CHARACTERS_PER_INCH = 16
@@ -24,20 +24,20 @@ class NothingToDraw(ValueError):
     """No run of a figure is finished."""
 
 
-def plot_losses(ax: Axes, runs: Sequence[Run], label: str, number: int, band: bool = True) -> str:
+def plot_losses(ax: Axes, runs: Sequence[Run], label: str, style: LineStyle, band: bool = True) -> str:
     """Plot the smoothed losses of several seeds, corrupted batches excluded, and return how they were smoothed."""
     smoothed = [smooth(run.metrics["loss"], corrupted_rows(run)) for run in runs]
-    plot_seeds(ax, [row for row, _ in smoothed], label, number, band)
+    plot_seeds(ax, [row for row, _ in smoothed], label, style, band)
     return f"mean of {smoothed[0][1]} steps around each"
 
 
-def plot_differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, number: int) -> str:
+def plot_differences(ax: Axes, pairs: Sequence[tuple[Run, Run]], label: str, style: LineStyle) -> str:
     """Plot the loss of one run minus that of another with the same seed, and return how it was smoothed."""
     smoothed = [
         smooth(one.metrics["loss"] - other.metrics["loss"], corrupted_rows(one) | corrupted_rows(other))
         for one, other in pairs
     ]
-    plot_seeds(ax, [row for row, _ in smoothed], label, number)
+    plot_seeds(ax, [row for row, _ in smoothed], label, style)
     return f"mean of {smoothed[0][1]} steps around each"
 
 
@@ -47,14 +47,13 @@ def pairs_by_seed(runs: Iterable[Run], others: Iterable[Run]) -> list[tuple[Run,
     return [(run, by_seed[seed]) for run in runs if (seed := run.config["seed"]) in by_seed]
 
 
-def plot_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, number: int, band: bool = True) -> None:
-    """Plot the mean of several seeds, and their range if `band`; `number` is that of the colour and the dashes."""
+def plot_seeds(ax: Axes, rows: Sequence[np.ndarray], label: str, style: LineStyle, band: bool = True) -> None:
+    """Plot the mean of several seeds, and their range if `band`."""
     values = np.array(rows)
     step = np.arange(1, values.shape[1] + 1)
-    color = COLORS[number % len(COLORS)]
     if band and len(values) > 1:
-        ax.fill_between(step, values.min(axis=0), values.max(axis=0), color=color, alpha=0.18, lw=0)
-    ax.plot(step, values.mean(axis=0), color=color, ls=DASHES[number % len(DASHES)], lw=1.3, label=label)
+        ax.fill_between(step, values.min(axis=0), values.max(axis=0), color=style.color, alpha=0.18, lw=0)
+    ax.plot(step, values.mean(axis=0), color=style.color, ls=style.dashes, lw=1.3, label=label)
 
 
 def scale_by_logarithm(ax: Axes) -> None:

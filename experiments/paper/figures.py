@@ -23,17 +23,18 @@ from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES,
 from experiments.paper.verdict import NotTestable, reached_by_seed
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
-from experiments.run.style import COLORS, DASHES, ORANGE
+from experiments.run.style import ORANGE, STRATEGY_STYLES, LineStyle, line_styles, numbered_style
 
 #: Caption of figures with losses.
 EXCLUDED_NOTE = "losses of corrupted batches excluded"
 
 
 class Line(NamedTuple):
-    """The finished runs behind a line, its label, and the number of its colour and dashes."""
+    """The finished runs behind a line, its label, its strategy (`clip.name`) and its style."""
 
     label: str
-    number: int
+    strategy: str
+    style: LineStyle
     runs: Sequence[Run]
 
 
@@ -58,14 +59,14 @@ def _draw_losses(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, str]:
     figure, axes = plt.subplots(rows, 1, figsize=(7.5, 2 + 2.4 * rows), sharex=True, squeeze=False)
     top = axes[0][0]
     for line in lines:
-        smoothing = plot_losses(top, line.runs, _seeds_label(line, lines), line.number, band=not others)
+        smoothing = plot_losses(top, line.runs, _seeds_label(line, lines), line.style, band=not others)
     top.set_ylabel("training loss (nats/token)")
     if others:
         ax = axes[1][0]
         for line in others:
             if pairs := pairs_by_seed(line.runs, first.runs):
-                plot_differences(ax, pairs, line.label, line.number)
-        ax.axhline(0, color=COLORS[first.number], lw=0.9)
+                plot_differences(ax, pairs, line.label, line.style)
+        ax.axhline(0, color=first.style.color, lw=0.9)
         ax.set_ylabel(f'minus "{first.label}",\nsame seed', fontsize=9)
     for (ax,) in axes:
         mark_corrupted(ax, _runs(lines))
@@ -77,9 +78,9 @@ def _plot_norms(axes: Sequence[Axes], lines: Sequence[Line]) -> str:
     """Plot loss, norm before and norm after clipping into three axes, and return how losses were smoothed."""
     for line in lines:
         label = _seeds_label(line, lines)
-        smoothing = plot_losses(axes[0], line.runs, label, line.number)
+        smoothing = plot_losses(axes[0], line.runs, label, line.style)
         for ax, column in zip(axes[1:], ("grad_norm", "clipped_norm"), strict=True):
-            plot_seeds(ax, [run.metrics[column] for run in line.runs], label, line.number)
+            plot_seeds(ax, [run.metrics[column] for run in line.runs], label, line.style)
     norms = np.concatenate([run.metrics[name] for run in _runs(lines) for name in ("grad_norm", "clipped_norm")])
     norms = norms[np.isfinite(norms) & (norms > 0)]
     for ax in axes[1:]:
@@ -94,9 +95,9 @@ def _plot_norms(axes: Sequence[Axes], lines: Sequence[Line]) -> str:
 def _draw_rates(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, str]:
     """Draw a row for each learning rate, in which both strategies are compared."""
     by_rate: dict[str, list[Line]] = {}
-    for label, number, runs in lines:
-        strategy, rate = label.split(" at ")
-        by_rate.setdefault(rate, []).append(Line(strategy, number % 2, runs))  # fixed clipping and ZClip alternate
+    for line in lines:
+        label, rate = line.label.split(" at ")
+        by_rate.setdefault(rate, []).append(line._replace(label=label, style=STRATEGY_STYLES[line.strategy]))
     rows = len(by_rate)
     figure, axes = plt.subplots(rows, 3, figsize=(11, 2.5 * rows + 0.6), sharex=True, squeeze=False)
     for row, (rate, of_rate) in zip(axes, by_rate.items(), strict=True):
@@ -114,7 +115,7 @@ def _draw_reached(lines: Sequence[Line], collection: RunCollection) -> tuple[Fig
         raise NothingToDraw("both strategies are needed")
     figure, ax = plt.subplots(figsize=(7.5, 4.2))
     for line in lines:
-        smoothing = plot_losses(ax, line.runs, line.label, line.number)
+        smoothing = plot_losses(ax, line.runs, line.label, line.style)
     fixed_run = lines[0].runs[0]
     reached_label = _mark_reached(ax, collection, fixed_run)
     mark_corrupted(ax, _runs(lines))
@@ -146,7 +147,7 @@ def _draw_before_and_after(lines: Sequence[Line], _: RunCollection) -> tuple[Fig
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5), sharex=True, sharey=True)
     columns = {"norm before": "grad_norm", "norm after": "clipped_norm"}
     for number, (ax, (label, column)) in enumerate(zip(axes, columns.items(), strict=True)):
-        plot_seeds(ax, [run.metrics[column] for run in _runs(lines)], label, number)
+        plot_seeds(ax, [run.metrics[column] for run in _runs(lines)], label, numbered_style(number))
         scale_by_logarithm(ax)
         mark_corrupted(ax, _runs(lines))
         ax.set_ylabel(label)
@@ -161,7 +162,7 @@ def _draw_statistics(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, s
     for ax, column, name in zip(axes, ("mean", "std"), ("mean", "standard deviation"), strict=True):
         for line in lines:
             rows = [np.where(run.metrics["step"] > warmup, run.metrics[column], np.nan) for run in line.runs]
-            plot_seeds(ax, rows, line.label, line.number, band=False)
+            plot_seeds(ax, rows, line.label, line.style, band=False)
         scale_by_logarithm(ax)
         mark_corrupted(ax, _runs(lines))
         ax.set_ylabel(name)
@@ -184,7 +185,7 @@ def _draw_spike_lab(collection: RunCollection) -> Figure:
     size = (11, 2.3 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (label, pairs) in zip(axes.flat, by_label.items(), strict=False):
-        smoothing = plot_differences(ax, pairs, label, 0)
+        smoothing = plot_differences(ax, pairs, label, numbered_style(0))
         ax.axhline(0, color="0.4", lw=0.8)
         mark_corrupted(ax, [run for run, _ in pairs])
         ax.set_title(label, fontsize=10)
@@ -200,7 +201,8 @@ def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
     """Draw Figure 3 from z-scores before and after clipping, by label."""
     figure, ax = plt.subplots(figsize=(6, 4))
     for number, (label, (before, after)) in enumerate(curves.items()):
-        ax.plot(before, after, color=COLORS[number], ls=DASHES[number], lw=1.5, label=label)
+        style = numbered_style(number)
+        ax.plot(before, after, color=style.color, ls=style.dashes, lw=1.5, label=label)
     ax.set_xlabel("z-score of the norm")
     ax.set_ylabel("z-score after clipping")
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
@@ -214,9 +216,10 @@ def _lines(name: str, title: str, draw_axes: DrawAxes) -> Callable[[RunCollectio
 
     def draw_lines(collection: RunCollection) -> Figure:
         specs = FIGURE_RUNS[name]
+        styles = line_styles([spec.clip for spec in specs.values()])
         lines = [
-            Line(label, number, runs)
-            for number, (label, spec) in enumerate(specs.items())
+            Line(label, spec.clip, style, runs)
+            for style, (label, spec) in zip(styles, specs.items(), strict=True)
             if (runs := collection.runs_of(spec))
         ]
         if not lines:

@@ -6,7 +6,7 @@ of the settings. All are compared with the run of the lowest test loss.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from common.text import flatten
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans, excess_loss
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 from experiments.run.smoothing import smooth
-from experiments.run.style import COLORS, DASHES, STRATEGY_STYLES, LineStyle, draw_grid, image
+from experiments.run.style import COLORS, LineStyle, draw_grid, image, line_styles
 
 #: Maximum number of runs in a picture: there are as many colours.
 MAX_RUNS = len(COLORS)
@@ -208,7 +208,7 @@ def draw_comparison(runs: Sequence[Compared]) -> Figure:
     with_differences = on_same_batches(runs) and len(runs) > 1
     rows = 3 if with_differences else 2
     figure, axes = plt.subplots(rows, 1, figsize=(9, 2.6 * rows + 0.4), sharex=True)
-    styles = list(_styles(runs))
+    styles = line_styles([str(one.run.config.get("clip", {}).get("name")) for one in runs])
     _draw_losses(axes[0], runs, styles)
     if with_differences:
         _draw_differences(axes[1], runs, styles)
@@ -221,15 +221,6 @@ def draw_comparison(runs: Sequence[Compared]) -> Figure:
     draw_grid(figure)
     figure.align_ylabels(axes)
     return figure
-
-
-def _styles(runs: Sequence[Compared]) -> Iterator[LineStyle]:
-    """Yield the line style of each run: that of its strategy, if the runs are of different ones."""
-    names = [str(one.run.config.get("clip", {}).get("name")) for one in runs]
-    if len({*names}) == len(names) and STRATEGY_STYLES.keys() >= {*names}:
-        yield from (STRATEGY_STYLES[name] for name in names)
-    else:
-        yield from (LineStyle(color, dashes) for color, dashes, _ in zip(COLORS, DASHES, runs, strict=False))
 
 
 def _draw_losses(ax: Axes, runs: Sequence[Compared], styles: Sequence[LineStyle]) -> None:

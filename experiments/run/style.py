@@ -1,6 +1,7 @@
 """The look of all figures: a colour-blind-safe palette, line styles and grids."""
 
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -39,6 +40,18 @@ STRATEGY_STYLES = {
     "agc": LineStyle(SKY, DASHES[5]),
     "skip_step": LineStyle(BLACK, DASHES[6]),
 }
+
+
+def numbered_style(number: int) -> LineStyle:
+    """Return the style of a line by its number in a figure."""
+    return LineStyle(COLORS[number % len(COLORS)], DASHES[number % len(DASHES)])
+
+
+def line_styles(strategies: Sequence[str]) -> list[LineStyle]:
+    """Return the style of each line: that of its strategy (`clip.name`), if the lines are of different ones."""
+    if len({*strategies}) == len(strategies) and STRATEGY_STYLES.keys() >= {*strategies}:
+        return [STRATEGY_STYLES[name] for name in strategies]
+    return [numbered_style(number) for number in range(len(strategies))]
 
 
 def draw_grid(figure: Figure) -> None:

@@ -18,7 +18,7 @@ from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
 from experiments.run.collect import RunCollection
-from experiments.run.style import image
+from experiments.run.style import image, numbered_style
 from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
@@ -129,7 +129,7 @@ def test_difference_of_two_runs_excludes_the_corrupted_batches_of_both(everythin
     corrupted, baseline = (everything.runs[SPIKE_LAB["ZClip"][group], 0] for group in ("corrupted", "baseline"))
     for pair in ((corrupted, baseline), (baseline, corrupted)):
         ax = plt.figure().subplots()
-        plot_differences(ax, [pair], "difference", 0)
+        plot_differences(ax, [pair], "difference", numbered_style(0))
         assert np.flatnonzero(np.isnan(drawn(ax, "difference"))).tolist() == [79, 99, 119]
 
 
