@@ -104,13 +104,13 @@ ADAM_LAG = SpikeLab(
         *STRATEGIES,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
-        Arm("eps 1e-4", ("clip=none", "optim.eps=1e-4"), is_control=True),
+        Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),
         Arm("half the rate", ("clip=none", "lr=5e-3"), is_control=True),
         Arm(
             "batches of 8", ("clip=none", "trainer.global_batch_size=8", "trainer.micro_batch_size=8"), is_control=True
         ),
     ),
-    cures=("beta2 0.95", "eps 1e-4"),
+    cures=("beta2 0.95", "eps 1e-3"),
 )
 
 RATE = RateLab(
