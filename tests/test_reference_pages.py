@@ -15,6 +15,8 @@ import zclip
 from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR
 from common.run_files import Result, Score
 from evaluation.scores import KEY
+from experiments.labs import natural_spikes, statistics
+from experiments.labs.spike_tables import AREA_OFFSET
 from experiments.run import definitions
 from tests.helpers import CHECKOUT, make, read_jsonl
 from tests.test_import_boundaries import MAY_IMPORT, PACKAGES
@@ -131,6 +133,16 @@ def test_definitions_have_the_numbers_of_the_code():
         f"line through {definitions.SLOPE_WINDOW} steps",
         f"mean of {definitions.RECOVERED_WINDOW} losses is first within {definitions.RECOVERED} nats",
         f"mean loss of {definitions.REACHED_WINDOW} steps is first",
+        f"median of the last {natural_spikes.WINDOW} steps outside spikes",
+        f"\\max({natural_spikes.BEGINS:g}\\, m_t,\\; m_t + {natural_spikes.BEGINS_NATS:g})",
+        f"below {natural_spikes.ENDS:g} times the level",
+        f"The first {natural_spikes.FIRST} steps",
+        f"from {natural_spikes.CALM[0]} to {natural_spikes.CALM[1]} before the spike",
+        f"is at least {natural_spikes.MIN_SIGMA:g}",
+        f"{natural_spikes.WARNING_GAP} steps below the limit",
+        f"| cures | below {statistics.CURE:g} |",
+        f"below {statistics.SMALLEST_RATIO:g} | below -{statistics.SMALLEST_NATS:g} nats",
+        f"An area of {AREA_OFFSET:g} nat x step",
     ):
         assert phrase in text, phrase
     assert definitions.SCORE_SIGMAS == 7 and "at least seven standard deviations" in text
