@@ -18,7 +18,7 @@ STRATEGIES := clip=none,fixed,zclip
 .NOTPARALLEL:
 # `python -m venv` that fails leaves a python without pip.
 .DELETE_ON_ERROR:
-.PHONY: help help-all setup train eval eval-data test test-all slurm mutants faults fuzz status compare tables figures report reproduce bench-clip bench-data bench-train bench-eval gpu-check gpu-carry reference docs wheel lint format clean
+.PHONY: help help-all setup train eval eval-data test test-all slurm mutants faults fuzz status compare tables figures report lab reproduce bench-clip bench-data bench-train bench-eval gpu-check gpu-carry reference docs wheel lint format clean
 
 help: ### list the commands of every day
 	@awk -F ':.*### ' '/^[a-z-]+:.*### / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ figures: $(PAPER) ## draw the paper's figures from our runs
 
 report: $(PAPER) ## write one page with verdicts, figures and tables
 	$(BIN)/python scripts/make_report.py $(ARGS)
+
+lab: $(PAPER) ## write the tables and figures of a lab's runs: ARGS="lab=adam_lag"
+	$(BIN)/python scripts/make_lab.py $(ARGS)
 
 reproduce: $(EVAL) $(VENV)/.paper ## make the paper's Table 3 from nothing: runs, scores, table, report (eight minutes)
 	$(BIN)/python scripts/eval_data.py

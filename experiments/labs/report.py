@@ -54,7 +54,8 @@ def lab_text(
         parts += [f"## {heading}", content]
     parts += ["## Figures", *(f"![{name}]({name}.png)" for name in figures)]
     parts += ["## Method", " ".join((how_compared or "").split())]
-    parts += [f"`python train.py -m experiment={lab.name}_lab seed=0,1,2,3,4` makes the runs."]
+    command = ["python", "train.py", "-m", f"experiment={lab.name}_lab", f"seed={','.join(map(str, collection.seeds))}"]
+    parts += [f"`{' '.join(command)}` makes the runs."]
     if notes := [*collection.warnings, *collection.notes([(run.label, run) for run in lab.runs])]:
         parts += ["## Missing runs", "\n".join(f"- {escape_markdown(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"
