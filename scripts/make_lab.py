@@ -19,6 +19,7 @@ from common.settings import Allowed, Folder, Settings, parse
 from common.text import quoted
 from experiments.labs.declaration import LABS, Lab, SpikeLab
 from experiments.labs.rate_report import rate_report
+from experiments.labs.report import LabReport
 from experiments.labs.spike_report import spike_report
 from experiments.run.collect import ExpectedRun, RunCollection, collect
 from experiments.run.style import image
@@ -50,10 +51,7 @@ def main(values: _entry.Values) -> None:
     lab = LABS[settings.lab]
     collection = collect_runs(lab, settings)
     made = f"Read {time.strftime('%Y-%m-%d')} at commit {str(environment()['commit'])[:8]}."
-    if isinstance(lab, SpikeLab):
-        written = spike_report(lab, collection, made)
-    else:
-        written = rate_report(lab, collection, made)
+    written = lab_report(lab, collection, made)
     out = Path(settings.out or f"{settings.runs}/labs/{lab.name}")
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in written.figures.items():
@@ -64,6 +62,13 @@ def main(values: _entry.Values) -> None:
     for warning in collection.warnings:
         console.print(warning, style="yellow")
     console.print(f"report   {out / 'report.md'}")
+
+
+def lab_report(lab: Lab, collection: RunCollection, made: str) -> LabReport:
+    """Return the report of a lab of either kind; `made` says when it was made."""
+    if isinstance(lab, SpikeLab):
+        return spike_report(lab, collection, made)
+    return rate_report(lab, collection, made)
 
 
 def collect_runs(lab: Lab, settings: LabSettings) -> RunCollection:
