@@ -77,12 +77,17 @@ def _draw_norm(ax: Axes, run: Run) -> None:
     if bound is not None:
         ax.axhline(bound, color="0.4", ls=":", lw=1, label=f"max_grad_norm {bound:g}")
     norms = np.concatenate([run.metrics["grad_norm"], run.metrics["clipped_norm"]])
-    if (norms > 0).any():
+    _log_scale(ax, norms)
+    ax.set_ylabel("gradient norm")
+    ax.legend(loc="best")
+
+
+def _log_scale(ax: Axes, values: np.ndarray) -> None:
+    """Make the axis of these values logarithmic, if one of them is above 0."""
+    if (values > 0).any():
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "246" else "")
-    ax.set_ylabel("gradient norm")
-    ax.legend(loc="best")
 
 
 def _draw_z_score(ax: Axes, run: Run) -> None:
@@ -115,12 +120,11 @@ def _draw_update(ax: Axes, run: Run) -> None:
     ax.plot(step, norm, color=ORANGE, lw=0.9, label="update norm")
     if np.nanmin(scale, initial=1.0) < 1:
         ax.plot(step, norm * scale, color=BLUE, lw=0.9, label="the same, scaled")
-    if np.nanmax(norm, initial=0.0) > 0:
-        ax.set_yscale("log")
+    _log_scale(ax, norm)
     ax.set_ylabel("update norm")
     rate = ax.twinx()
     rate.plot(step, scale, color=PURPLE, lw=0.9, label="scale of the learning rate")
     rate.set_ylim(0, 1.05)
     rate.set_ylabel("scale")
     lines = [*ax.lines, *rate.lines]
-    ax.legend(lines, [str(line.get_label()) for line in lines], loc="best")
+    rate.legend(lines, [str(line.get_label()) for line in lines], loc="lower left", ncols=3)

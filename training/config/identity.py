@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.text import flatten
-from training.config.schema import Config
+from training.config.schema import Config, UpdateConfig
 from training.config.strategy import is_ours, rule_class, strategy_class
 
 #: Sections, and keys outside of them, that change what is written or shown, but not what is computed.
@@ -43,10 +43,10 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     clip, update = config.clip, config.update
     if is_named or is_ours(clip):
         kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
-    if (target := update.target) is None:
-        del kept["update"]  # runs without a rule are named as they were before there were any
-    else:
+    if (target := update.target) is not None:
         kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
+    elif update == UpdateConfig(_target_=None):
+        del kept["update"]  # runs without a rule are named as they were before there were any
     return kept
 
 
