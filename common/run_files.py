@@ -114,6 +114,10 @@ class Result(Record):
     skipped: Step = 0
     clipped_by_z: Step | None = None
     clipped_by_max_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    update_clipped_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    lowest_update_scale: Annotated[float, Field(ge=0, le=1)] | None = None
+    low_rate_steps: Step | None = None
+    low_rate_from: Step | None = None
     tokens_per_second: Number | None
     mfu: Number | None = None
     step_seconds: dict[str, Number | None] = Field({})

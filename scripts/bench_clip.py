@@ -21,6 +21,7 @@ from common.console import make_console
 from common.settings import AtLeastOne, Count, Folder, Settings, parse
 from scripts._bench import DEVICE, device_name, median_seconds, numbers_table
 from zclip import ClippingStrategy, Decision, ZClip
+from zclip.updates import update_norm
 
 
 class BenchClipConfig(Settings):
@@ -82,6 +83,10 @@ def measure(config: BenchClipConfig) -> tuple[int, dict[str, float]]:
         "ZClip, fused, nothing clipped": lambda: zclip.step(model, optimizer=optimizer),
         "fused, every step clipped": lambda: clip_always.step(model, optimizer=optimizer),
         "ZClip, in place, nothing clipped": lambda: zclip.step(model),
+        "norm pass, and the norm of the update": lambda: (
+            torch.nn.utils.get_total_norm(gradients),
+            update_norm(optimizer),
+        ),
     }
     if config.published:
         methods["published zclip"] = published_step(config.published, model)

@@ -24,6 +24,7 @@ from training.monitor import health
 from training.monitor.step_timer import TIMED_PHASES
 from training.run_dir import RunDir
 from training.runtime.signals import SIGNALS
+from zclip import updates
 
 REFERENCE = CHECKOUT / "docs" / "reference"
 
@@ -58,7 +59,18 @@ def telemetry() -> set[str]:
     scoped.change(z_thresh=3.0)
     model(torch.ones(3, 4)).sum().backward()
     scoped.step(model)
-    return fields | scoped.telemetry.keys()
+    return fields | scoped.telemetry.keys() | rule_telemetry()
+
+
+def rule_telemetry() -> set[str]:
+    """Return the fields that the rules over updates add to a line of metrics."""
+    fields: set[str] = set()
+    for made_by in (getattr(updates, name) for name in updates.__all__):
+        if isinstance(made_by, type) and issubclass(made_by, updates.UpdateRule) and made_by is not updates.UpdateRule:
+            rule = made_by()
+            rule.observe(torch.tensor(1.0))
+            fields |= rule.telemetry.keys()
+    return fields
 
 
 def test_each_field_of_metrics_is_described_and_no_other(finished_run):

@@ -22,6 +22,7 @@ from training.validation.loss import LossValidator
 from training.validation.tasks import TaskEvaluator
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
+from zclip.updates import UpdateRule
 
 
 @dataclass(eq=False)
@@ -183,3 +184,32 @@ class TimedClippingCallback(ClippingCallback):
         self.timer.record("forward_backward")
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.timer.record("clip")
+
+
+class UpdateRuleCallback(pl.Callback):
+    """Attaches a rule over updates to the optimizer. Its statistics are saved in the checkpoint.
+
+    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another rule.
+    """
+
+    def __init__(self, rule: UpdateRule, reset_state: bool) -> None:
+        self.rule = rule
+        self.reset_state = reset_state
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the rule."""
+        (optimizer,) = trainer.optimizers
+        self.rule.attach(optimizer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach the rule."""
+        self.rule.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the rule."""
+        return {"rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the statistics, unless they are to be reset."""
+        if not self.reset_state:
+            self.rule.load_state_dict(state_dict["rule"])

@@ -33,14 +33,14 @@ from data import (
     read_tokenizer,
     unigram_entropy,
 )
-from training.callback import RunCallback, TimedClippingCallback
+from training.callback import RunCallback, TimedClippingCallback, UpdateRuleCallback
 from training.checkpoint.fork import ForkSource
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import Start, prepare_start
 from training.checkpoint.rewind import rewind
 from training.config.identity import shared_settings
 from training.config.schema import Config
-from training.config.strategy import clipping_strategy
+from training.config.strategy import clipping_strategy, update_rule
 from training.launch.plan import memory_warning
 from training.lightning_internals import (
     interrupts_as_raised,
@@ -50,6 +50,7 @@ from training.lightning_internals import (
 )
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
+from training.monitor.low_rate import LowRateWarning
 from training.monitor.metrics import Listener, MetricsRecorder
 from training.monitor.progress import ProgressDisplay
 from training.monitor.wandb_run import WandbRun
@@ -179,7 +180,9 @@ def build_run(
     use_wandb = config.logger.name == "wandb" and rank() == 0
     loggers = [WandbRun(config, run_dir.path, console)] if use_wandb else []
     display = ProgressDisplay(config.trainer.max_steps, start.step, console)
-    metrics = MetricsRecorder(run_dir, config, strategy, [*listeners, *loggers, display], console)
+    rule = update_rule(config.update)
+    low_rate = [] if rule is None else [LowRateWarning(console)]
+    metrics = MetricsRecorder(run_dir, config, strategy, [*listeners, *loggers, display, *low_rate], console, rule)
     guard = NonFiniteGuard(run_dir, config.trainer, start.fork_step, partial(rewind, run_dir), console)
     stop = CoordinatedStop()
     checkpoints = CheckpointManager(run_dir, config, guard.divergence.is_healthy, console)
@@ -193,7 +196,8 @@ def build_run(
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
     clipper = TimedClippingCallback(strategy, callback.timer, reset_state=start.reset_clipper)
-    trainer = build_trainer(config, run_dir, [clipper, callback])
+    rules = [] if rule is None else [UpdateRuleCallback(rule, reset_state=start.reset_rule)]
+    trainer = build_trainer(config, run_dir, [clipper, *rules, callback])
     return Run(trainer, module, loader, stop, guard, display, loggers)
 
 
@@ -201,7 +205,9 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
     """Print what is trained from where, and a warning if it may not fit the memory."""
     trainer = config.trainer
     if start.fork is not None:
-        reset = ", with the clipper's statistics reset" if start.reset_clipper else ""
+        parts = {"the clipper's": start.reset_clipper, "the update rule's": start.reset_rule}
+        whose = " and ".join(part for part, is_reset in parts.items() if is_reset)
+        reset = f", with {whose} statistics reset" if whose else ""
         console.print(f"training {run_dir.path} from {start.checkpoint}{reset}")
     elif start.checkpoint:
         console.print(f"continuing {run_dir.path} after step {start.step} of {trainer.max_steps}")
@@ -314,4 +320,6 @@ def quiet_libraries() -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # compiled selective recomputation
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # A fork may have no rule over updates where the old run had one.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*UpdateRuleCallback.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # see training/runtime/slurm.py

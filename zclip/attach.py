@@ -1,8 +1,8 @@
-"""Clip before every step of an optimizer, by the hook that torch's optimizers call there.
+"""Act before every step of an optimizer, by the hook that torch's optimizers call there.
 
 The hook comes after backward, accumulation and whatever else the loop does. Two things are then left to do. A closure
-makes the gradients inside the step, so the hook clips at the closure's end. A GradScaler leaves the unscaling of
-gradients to a fused optimizer's step, so the hook unscales them first. One kind of step is no step of training:
+makes the gradients inside the step, so the hook acts at the closure's end. A GradScaler leaves the unscaling of
+gradients to a fused optimizer's step, so a strategy unscales them first. One kind of step is no step of training:
 `torch.distributed.checkpoint` makes an optimizer create its state by a step with zero gradients and learning rates.
 """
 
@@ -15,53 +15,64 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
 from zclip.norm import local_gradient
 
-#: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
-Clip = Callable[[Optimizer, Tensor | None], None]
+#: Called before the step of an optimizer; it gets the loss that a closure returned.
+BeforeStep = Callable[[Optimizer, Tensor | None], None]
 #: Code of the function that torch puts around the `step` of each class, and that calls the hooks.
 HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
-class Attachment:
-    """The hook of a strategy on one optimizer.
+class StepHook:
+    """A hook before each step of an optimizer, once its gradients are there: a closure's at the closure's end.
 
     Args:
         optimizer: the optimizer; wrappers of Accelerate and Lightning are unwrapped.
-        clip: called before each step. The hook keeps it alive, and with it the strategy.
+        act: called before each step. The hook keeps it alive.
 
     Raises:
         TypeError: `optimizer` is something else.
-        ValueError: a strategy is attached to the optimizer already.
+        ValueError: there is a hook of this class on the optimizer already.
     """
 
-    _attached: ClassVar["weakref.WeakSet[Optimizer]"] = weakref.WeakSet()
+    #: What is attached, for messages.
+    kind: ClassVar[str]
+    #: Whether these hooks come after those of other classes, whichever was registered first.
+    last: ClassVar[bool] = False
+
+    _hooks: ClassVar["weakref.WeakKeyDictionary[Optimizer, RemovableHandle]"]
+
+    def __init_subclass__(cls) -> None:
+        cls._hooks = weakref.WeakKeyDictionary()
 
     @classmethod
     def is_on(cls, optimizer: Any) -> bool:
-        """Whether a strategy is attached to an optimizer, or to the one inside a wrapper."""
+        """Whether there is a hook of this class on an optimizer, or on the one inside a wrapper."""
         inner = unwrap(optimizer)
-        return isinstance(inner, Optimizer) and inner in cls._attached
+        return isinstance(inner, Optimizer) and inner in cls._hooks
 
-    def __init__(self, optimizer: Optimizer, clip: Clip) -> None:
+    def __init__(self, optimizer: Optimizer, act: BeforeStep) -> None:
         inner = unwrap(optimizer)
         if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_pre_hooks"):
             raise TypeError(f"attach() takes an optimizer of torch, not {type(optimizer).__name__}")
-        if inner in self._attached:
-            raise ValueError("a strategy is attached to this optimizer already: detach() that one first")
+        if inner in self._hooks:
+            raise ValueError(f"{self.kind} is attached to this optimizer already: detach() that one first")
         FusedClip.of(inner)  # registers a hook, which is not possible while hooks are called
-        self._clip = clip
+        self._act = act
         self._optimizer = weakref.ref(inner)
-        self._hook = inner.register_step_pre_hook(self._before_step)
-        self._attached.add(inner)
+        self._hooks[inner] = inner.register_step_pre_hook(self._before_step)
+        for hooks in (cls._hooks for cls in StepHook.__subclasses__() if cls.last):
+            if inner in hooks:
+                pre_hooks, key = inner._optimizer_step_pre_hooks, hooks[inner].id
+                pre_hooks[key] = pre_hooks.pop(key)
 
     def remove(self) -> None:
         """Remove the hook."""
-        self._hook.remove()
-        if (optimizer := self._optimizer()) is not None:
-            self._attached.discard(optimizer)
+        if (optimizer := self._optimizer()) is not None and optimizer in self._hooks:
+            self._hooks.pop(optimizer).remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if _is_inner_step(optimizer):
@@ -69,19 +80,31 @@ class Attachment:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
         if not callable(closure):  # none, or an argument of a step that takes others
             if not ("closure" in kwargs and _has_no_state(optimizer)):
-                _unscale(optimizer)
-                self._clip(optimizer, None)
+                self._act(optimizer, None)
             return None
 
-        def clipped_closure() -> Any:
+        def longer_closure() -> Any:
             loss = closure()
             value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
-            self._clip(optimizer, value if isinstance(value, Tensor) else None)
+            self._act(optimizer, value if isinstance(value, Tensor) else None)
             return loss
 
         if len(args) > 1:
-            return (args[0], clipped_closure, *args[2:]), kwargs
-        return args, {**kwargs, "closure": clipped_closure}
+            return (args[0], longer_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": longer_closure}
+
+
+class Attachment(StepHook):
+    """The hook of a strategy on one optimizer, whose gradients it unscales, if a GradScaler left that to the step."""
+
+    kind = "a strategy"
+
+    def __init__(self, optimizer: Optimizer, clip: BeforeStep) -> None:
+        def act(inner: Optimizer, loss: Tensor | None) -> None:
+            _unscale(inner)
+            clip(inner, loss)
+
+        super().__init__(optimizer, act)
 
 
 def _has_no_state(optimizer: Optimizer) -> bool:

@@ -34,7 +34,7 @@ from zclip.norm import (
     tensor_norms,
 )
 from zclip.scope import check_scope, split_by_scope
-from zclip.state import Statistics
+from zclip.state import Statistics, where_finite
 
 NO_GRADIENTS = (
     "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
@@ -125,7 +125,6 @@ class ClippingStrategy(Statistics):
         for name, value in policy.items():
             setattr(self, name, value)
         self._check_policy()
-        self.telemetry: dict[str, Tensor] = {}
         self._monitor = NonFiniteMonitor()
         self._attachment: Attachment | EngineAttachment | None = None
 
@@ -321,49 +320,26 @@ class ClippingStrategy(Statistics):
         self._prepare_state(stats.norms if self.per_tensor else norm, stats.shards, models)
         safe = stats._replace(norm=torch.where(finite, norm, 1.0), norms=torch.where(finite, stats.norms, 1.0))
         result = self.clip(safe, self.state)
-        if not result.state.keys() <= self.state.keys():
-            unknown = ", ".join(sorted(result.state.keys() - self.state.keys()))
-            raise ValueError(
-                f"{type(self).__name__}.initial_state must return all of the statistics: it lacks {unknown}"
-            )
-        # Make new tensors before copying any: a returned statistic may alias another one of the current state.
-        state = {key: torch.where(finite, new, self.state[key]) for key, new in result.state.items()}
-        telemetry = {key: _where_finite(finite, value, norm.dtype) for key, value in result.telemetry.items()}
+        telemetry = {key: where_finite(finite, value, norm.dtype) for key, value in result.telemetry.items()}
         skip = ~finite if result.skip is None else ~finite | result.skip
-        clips = torch.where(result.clipped | skip, self.counters["consecutive_clips"] + 1, 0)
-        counters = {
-            "consecutive_clips": torch.where(finite, clips, self.counters["consecutive_clips"]),
-            "nonfinite": self.counters["nonfinite"] + ~finite,
-            "consecutive_nonfinite": torch.where(finite, 0, self.counters["consecutive_nonfinite"] + 1),
-        }
-        for tensors, new_values in ((self.state, state), (self.counters, counters)):
-            for key, value in new_values.items():
-                tensors[key].copy_(value)
+        self._advance(result.state, kept=finite, finite=finite, clipped=result.clipped | skip)
         self.telemetry = {
             "grad_norm": norm,
             "clipped_norm": torch.where(skip, 0.0, result.clipped_norm),
             "clipped": result.clipped | skip,
             "clipped_by_max": torch.zeros_like(finite),
-            **counters,
+            **{key: value.clone() for key, value in self.counters.items()},
             **telemetry,
         }
         if self.changes:
             self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
-        self._monitor.update(counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
+        self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
 
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
         check_scope(self.scope)
-
-    def read_telemetry(self) -> dict[str, float]:
-        """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
-        if not self.telemetry:
-            return {}
-        dtype = self.telemetry["grad_norm"].dtype
-        values = torch.stack([value.to(dtype) for value in self.telemetry.values()]).tolist()
-        return dict(zip(self.telemetry, values, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""
@@ -375,10 +351,6 @@ class ClippingStrategy(Statistics):
         }
         return {**self.__dict__, **of_process}
 
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
-        return f"{type(self).__name__}({arguments})"
-
 
 def _scalar(name: str, value: object) -> Tensor:
     """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`."""
@@ -386,8 +358,3 @@ def _scalar(name: str, value: object) -> Tensor:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
     return value.detach().reshape(())
-
-
-def _where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the value, or NaN (false, if it is a bool) where `finite` is false."""
-    return finite & value if value.dtype == torch.bool else torch.where(finite, value.to(dtype), torch.nan)

@@ -159,13 +159,13 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
     tensors = [gradient for gradient in gradients if gradient is not None]
     device = tensors[0].device if tensors else device_of(shards)
     dtype = statistics_dtype(device)
-    local_norms = iter(_local_norms(tensors))
+    present = iter(local_norms(tensors))
     zero = torch.zeros((), dtype=dtype, device=device)
-    norms = [zero if gradient is None else next(local_norms).to(device, dtype) for gradient in gradients]
+    norms = [zero if gradient is None else next(present).to(device, dtype) for gradient in gradients]
     return sum_over_ranks(shards, torch.stack(norms).square()).sqrt()
 
 
-def _local_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+def local_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     """Return the 2-norm of each tensor, 0-dim and float32 or float64."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return [cpu_norm(tensor) for tensor in tensors]

@@ -33,7 +33,7 @@ REQUIRED = ("strategy", "version", "config", "state", "counters")
 
 
 class Statistics:
-    """Statistics of a rule, and counters. Base of `ClippingStrategy`."""
+    """Statistics of a rule, counters and telemetry. Base of `ClippingStrategy` and of `zclip.updates.UpdateRule`."""
 
     #: Version of the layout of the saved statistics.
     version = 1
@@ -49,6 +49,7 @@ class Statistics:
     def __init__(self) -> None:
         self.state: State = {}
         self.counters: State = {}
+        self.telemetry: dict[str, Tensor] = {}  # 0-dim, of the last step; the first is its norm
         self.changes: list[dict[str, Any]] = []  # `setting`, `from` and `to` of each change of an argument
         self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
@@ -136,6 +137,45 @@ class Statistics:
     def _names(self, models: Parameters) -> dict[int, str]:
         """Return the names of parameters by their ids."""
         return parameter_names(models) | parameter_names(self._naming_module or ())
+
+    def _advance(self, new: State, *, kept: Tensor, finite: Tensor, clipped: Tensor) -> None:
+        """Replace the statistics where `kept` is true, and count, without a device sync.
+
+        Args:
+            new: statistics after this step; those that are missing stay.
+            kept: 0-dim bool.
+            finite: 0-dim bool, whether the norm is finite.
+            clipped: 0-dim bool, whether the step is clipped or skipped.
+
+        Raises:
+            ValueError: `initial_state` does not have one of the new statistics.
+        """
+        if unknown := sorted(new.keys() - self.state.keys()):
+            lacks = f"it lacks {', '.join(unknown)}"
+            raise ValueError(f"{type(self).__name__}.initial_state must return all of the statistics: {lacks}")
+        # Make new tensors before copying any: a returned statistic may alias another one of the current state.
+        state = {key: torch.where(kept, value, self.state[key]) for key, value in new.items()}
+        consecutive = self.counters["consecutive_clips"]
+        counters = {
+            "consecutive_clips": torch.where(kept, torch.where(clipped, consecutive + 1, 0), consecutive),
+            "nonfinite": self.counters["nonfinite"] + ~finite,
+            "consecutive_nonfinite": torch.where(finite, 0, self.counters["consecutive_nonfinite"] + 1),
+        }
+        for tensors, values in ((self.state, state), (self.counters, counters)):
+            for key, value in values.items():
+                tensors[key].copy_(value)
+
+    def read_telemetry(self) -> dict[str, float]:
+        """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
+        if not self.telemetry:
+            return {}
+        dtype = next(iter(self.telemetry.values())).dtype  # that of the norm
+        values = torch.stack([value.to(dtype) for value in self.telemetry.values()]).tolist()
+        return dict(zip(self.telemetry, values, strict=True))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        return f"{type(self).__name__}({arguments})"
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
@@ -340,6 +380,11 @@ class Statistics:
             state: statistics with the keys, dtypes and shapes of `initial_state`.
             counters: those of every strategy.
         """
+
+
+def where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a value of telemetry, or NaN (false, if it is a bool) where `finite` is false."""
+    return finite & value if value.dtype == torch.bool else torch.where(finite, value.to(dtype), torch.nan)
 
 
 def _wide(value: Tensor) -> Tensor:

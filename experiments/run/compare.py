@@ -93,7 +93,8 @@ def _sets_batches(key: str) -> bool:
 def _labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the settings in which each run differs from the others, such as "clip=zclip lr=0.01".
 
-    Of a group whose name differs, other keys are named only if they differ between runs of the same name.
+    Of a group whose name differs, other keys are named only if they differ between runs of the same name. A run without
+    a group has "none" of it.
     """
     keys = sorted({key for one in settings for key in one if not key.endswith("_target_")})
     varied = [key for key in keys if _differ(one.get(key) for one in settings)]
@@ -108,7 +109,12 @@ def _labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
                 varied.remove(key)
     varied = named + [key for key in varied if key not in named]
     return [
-        " ".join(f"{key.removesuffix('.name')}={_shown(one[key])}" for key in varied if key in one) for one in settings
+        " ".join(
+            f"{key.removesuffix('.name')}={_shown(one.get(key, 'none'))}"
+            for key in varied
+            if key in one or key.endswith(".name")
+        )
+        for one in settings
     ]
 
 

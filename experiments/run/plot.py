@@ -1,4 +1,4 @@
-"""The plot of one run: loss, gradient norm before and after clipping, z-score and its threshold."""
+"""The plot of one run: loss, gradient norm before and after clipping, z-score and its threshold, update norm."""
 
 from pathlib import Path
 
@@ -26,13 +26,16 @@ def plot_run(run: Run) -> Path:
 def draw_run(run: Run) -> Figure:
     """Return the figure: loss, norms on a log axis, z-score (or clip coefficient), over the steps.
 
+    If the norm of the optimizer's update was recorded, it has a panel too, with the scale of the learning rate.
+
     Raises:
         ValueError: the metrics, perhaps of another version, lack one of these.
     """
     if "clipped_norm" not in run.metrics:
         raise ValueError("metrics.jsonl has no clipped_norm")
-    figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True)
-    for ax, draw in zip(axes, (_draw_loss, _draw_norm, _draw_z_score), strict=True):
+    panels = [_draw_loss, _draw_norm, _draw_z_score, *([_draw_update] if "update_norm" in run.metrics else [])]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 1 + 2.5 * len(panels)), sharex=True)
+    for ax, draw in zip(axes, panels, strict=True):
         draw(ax, run)
     axes[-1].set_xlabel("step")
     draw_grid(figure)
@@ -74,12 +77,17 @@ def _draw_norm(ax: Axes, run: Run) -> None:
     if bound is not None:
         ax.axhline(bound, color="0.4", ls=":", lw=1, label=f"max_grad_norm {bound:g}")
     norms = np.concatenate([run.metrics["grad_norm"], run.metrics["clipped_norm"]])
-    if (norms > 0).any():
+    _log_scale(ax, norms)
+    ax.set_ylabel("gradient norm")
+    ax.legend(loc="best")
+
+
+def _log_scale(ax: Axes, values: np.ndarray) -> None:
+    """Make the axis of these values logarithmic, if one of them is above 0."""
+    if (values > 0).any():
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "246" else "")
-    ax.set_ylabel("gradient norm")
-    ax.legend(loc="best")
 
 
 def _draw_z_score(ax: Axes, run: Run) -> None:
@@ -105,3 +113,18 @@ def _draw_z_score(ax: Axes, run: Run) -> None:
         ax.set_ylim(top=1.5 * max(np.nanmax(z, initial=0), threshold or 0))
     ax.set_ylabel("z-score")
     ax.legend(loc="best", ncols=2)
+
+
+def _draw_update(ax: Axes, run: Run) -> None:
+    step, norm, scale = (run.metrics[name] for name in ("step", "update_norm", "update_scale"))
+    ax.plot(step, norm, color=ORANGE, lw=0.9, label="update norm")
+    if np.nanmin(scale, initial=1.0) < 1:
+        ax.plot(step, norm * scale, color=BLUE, lw=0.9, label="the same, scaled")
+    _log_scale(ax, norm)
+    ax.set_ylabel("update norm")
+    rate = ax.twinx()
+    rate.plot(step, scale, color=PURPLE, lw=0.9, label="scale of the learning rate")
+    rate.set_ylim(0, 1.05)
+    rate.set_ylabel("scale")
+    lines = [*ax.lines, *rate.lines]
+    rate.legend(lines, [str(line.get_label()) for line in lines], loc="lower left", ncols=3)

@@ -1,6 +1,7 @@
 """The final numbers of a run, and the tables printed after a run and after a sweep."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ MAX_COLUMNS = 3
 
 #: Share of steps from which a bound beside the rule replaces the rule, and what the table then says.
 MOSTLY, RULE_HARDLY_ACTS = 0.5, "of steps: the rule hardly acts; raise clip.max_grad_norm, or set it null"
+
+#: Share of the schedule's learning rate below which a rule over updates holds a low rate.
+LOW_RATE = 0.5
 
 #: Phases of a step: the names in metrics.jsonl, and those in the table.
 STEP_PHASES = {"data": "data", "forward_backward": "forward and backward", "clip": "clipping", "optimizer": "optimizer"}
@@ -33,6 +37,9 @@ def summarise(run: Run) -> dict[str, Any]:
         clipped_by_z: number of ZClip's spikes; `None` for other strategies.
         clipped_by_max_share: fraction of steps that `clip.max_grad_norm` clipped further than the rule; `None` without
             this bound.
+        update_clipped_share: fraction of steps on which a rule over updates acted; `None` without a rule, as the next.
+        lowest_update_scale: lowest factor on the learning rate.
+        low_rate_steps, low_rate_from: number of steps with a factor below 0.5, and the first of them; `None` for none.
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
             `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
             are `None` if the times were lost with the file.
@@ -55,6 +62,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "skipped": int(np.sum(~np.isfinite(metrics["grad_norm"]))),
         "clipped_by_z": int(np.nansum(metrics["spike"])) if "spike" in metrics else None,
         "clipped_by_max_share": _bound_share(run),
+        **_updates(metrics),
         "tokens_per_second": _median(rates),
         "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {phase: _median(metrics.get(f"{phase}_seconds")) for phase in STEP_PHASES},
@@ -71,6 +79,19 @@ def _bound_share(run: Run) -> float | None:
     if bound is None or run.config["clip"].get("max_grad_norm") is None:
         return None
     return float(np.mean(bound == 1))
+
+
+def _updates(metrics: Mapping[str, np.ndarray]) -> dict[str, float | int | None]:
+    """Return what a rule over updates did; see `summarise`."""
+    scale = metrics.get("update_scale", np.array([]))
+    known = scale[np.isfinite(scale)]
+    low = np.flatnonzero(scale < LOW_RATE)
+    return {
+        "update_clipped_share": float(np.mean(metrics["update_clipped"] == 1)) if len(known) else None,
+        "lowest_update_scale": float(known.min()) if len(known) else None,
+        "low_rate_steps": len(low) if len(known) else None,
+        "low_rate_from": int(metrics["step"][low[0]]) if len(low) else None,
+    }
 
 
 def _rates(metrics: dict[str, np.ndarray]) -> np.ndarray:
@@ -137,6 +158,17 @@ def _resource_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _update_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return a row on what a rule over updates did, if there was one."""
+    if (share := result.get("update_clipped_share")) is None:
+        return []
+    what = f"of steps; the rate was never below {LOW_RATE:g} of the schedule"
+    if low := result.get("low_rate_steps"):
+        steps = f"{low:,} step{'s' * (low > 1)} from step {result['low_rate_from']:,}"
+        what = f"of steps; the rate was below {LOW_RATE:g} of the schedule for {steps}"
+    return [("updates clipped", f"{share:.1%}", f"{what}, at the lowest {result['lowest_update_scale']:.2f}")]
+
+
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the table printed at the end of a run."""
     test, bits, mfu = result["test_loss"], result.get("test_bits_per_byte"), result.get("mfu")
@@ -155,6 +187,7 @@ def table(result: dict[str, Any], title: str) -> Table:
         ("loss spikes", str(result["spikes"]), result["spike_definition"]),
         ("steps clipped", f"{result['clipped_share']:.1%}", f"of {result['steps']:,}{by_z}{skipped}"),
         *([("clipped by the bound", f"{bound:.1%}", RULE_HARDLY_ACTS)] if bound >= MOSTLY else []),
+        *_update_rows(result),
         (
             "speed",
             "unknown" if rate is None else f"{rate:,.0f} tokens/s",

@@ -122,6 +122,13 @@ def test_label_of_a_run_has_the_settings_in_which_it_differs(clips, labels, tmp_
     assert [one.label for one in together(*runs)] == labels
 
 
+def test_run_without_a_group_that_another_has_is_labelled_as_having_none(tmp_path):
+    runs = [write(tmp_path / str(i), "zclip", 0.0, 4.0) for i in range(3)]
+    rules = [{}, {"update": {"name": "brake", "release": 0.9}}, {"update": {"name": "monitor"}}]
+    labelled = compared(runs, [run.config | rule for run, rule in zip(runs, rules, strict=True)])
+    assert [one.label for one in labelled] == ["update=none", "update=brake", "update=monitor"]
+
+
 def test_copies_of_a_run_in_folders_of_the_same_name_are_told_apart(tmp_path):
     runs = [write(tmp_path / parent / "run", "zclip", 0.0, 4.0) for parent in "ab"]
     assert [one.label for one in together(*runs)] == [str(tmp_path / parent / "run") for parent in "ab"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments.run.definitions import Spike, loss_spikes
 from experiments.run.plot import draw_run, plot_run
 from experiments.run.read import read_run
-from experiments.run.summary import STEP_PHASES, comparison, summarise, table
+from experiments.run.summary import STEP_PHASES, _update_rows, comparison, summarise, table
 
 # Alternating 1.0 and 1.2: median 1.1, median absolute deviation 0.1, so 5 sigma is 1.1 + 0.7413.
 STEADY = [1.0, 1.2] * 25
@@ -96,6 +96,25 @@ def test_summary(tmp_path):
         assert summarise(bounded)["clipped_by_max_share"] == share
     spiky = write_run(tmp_path / "spiky", [row(i + 1, 1.0, 0.0) | {"spike": float(i < 7)} for i in range(100)])
     assert summarise(spiky)["clipped_by_z"] == 7
+
+
+def test_summary_says_what_a_rule_over_updates_did(tmp_path):
+    scales = [None, 1.0, 0.4, 0.3, 0.6, 0.45]
+    rows = [row(i + 1, 1.0, 0.0) | {"update_scale": s, "update_clipped": float(s == 0.4)} for i, s in enumerate(scales)]
+    summary = summarise(write_run(tmp_path / "run", rows))
+    keys = ("update_clipped_share", "lowest_update_scale", "low_rate_steps", "low_rate_from")
+    assert [summary[key] for key in keys] == [pytest.approx(1 / 6), 0.3, 3, 3]
+    high = summarise(write_run(tmp_path / "high", rows[:2]))
+    assert [high[key] for key in keys] == [0.0, 1.0, 0, None]
+    without = summarise(write_run(tmp_path / "without", [row(1, 1.0, 0.0)]))
+    assert [without[key] for key in keys] == [None] * 4
+    for shown, words in (
+        (summary, "16.7% of steps; the rate was below 0.5 of the schedule for 3 steps from step 3, at the lowest 0.30"),
+        (high, "0.0% of steps; the rate was never below 0.5 of the schedule, at the lowest 1.00"),
+        (without, ""),
+    ):
+        (text,) = [text for _, *text in _update_rows(shown)] or [[]]
+        assert " ".join(text) == words
 
 
 def test_summary_counts_corrupted_batches_and_no_spikes_of_them(tmp_path):

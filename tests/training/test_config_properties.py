@@ -50,6 +50,7 @@ FOLDER_NAMES = st.text("abzAZ019_=,+-.äλ日", min_size=1, max_size=12).filter(
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hardware.device": st.sampled_from(sorted(PEAK_FLOPS)),
     "clip._target_": st.sampled_from(["zclip.ZClip", "zclip.AutoClip", "zclip.AdaGC", "elsewhere.Unknown"]),
+    "update._target_": st.sampled_from(["zclip.updates.UpdateMonitor", "zclip.updates.UpdateClip", None]),
     "paper.suite": st.none(),
     "data.sources": st.dictionaries(
         st.from_regex(r"[a-z]{1,5}", fullmatch=True),

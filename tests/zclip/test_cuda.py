@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.zclip.every_strategy import SHORT
 from zclip import ClippingStrategy, ZClip
+from zclip.updates import UpdateBrake, UpdateClip, UpdateMonitor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -65,3 +66,34 @@ def test_states_of_the_device_load_there_and_on_the_cpu(make):
     train(strategy, model, pass_optimizer=True)
     make().load_state_dict(strategy.state_dict())
     strategy.change()  # checks the statistics where they are
+
+
+@pytest.mark.parametrize(
+    "make", [UpdateMonitor, lambda: UpdateClip(0.2, 8), lambda: UpdateBrake(sigmas=0.1, window=16)]
+)
+def test_no_step_with_a_rule_over_updates_waits_and_scales_match_the_cpu(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))
+    scales = {}
+    for device in ("cpu", "cuda"):
+        moved, rule, zclip = copy.deepcopy(model).to(device), make(), ZClip()
+        optimizer = torch.optim.AdamW(moved.parameters(), lr=0.01, fused=True)
+        rule.attach(optimizer)
+        zclip.attach(optimizer)
+        draw = torch.Generator().manual_seed(0)
+        seen = []
+        for i in range(40):
+            for p in moved.parameters():
+                p.grad = (torch.randn(p.shape, generator=draw) * 1.03**i).to(device)
+            if i == 2 and device == "cuda":  # the first steps allocate
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert optimizer.param_groups[0]["lr"] == 0.01
+            seen.append((rule.telemetry["update_norm"], rule.telemetry["update_scale"]))
+        scales[device] = torch.tensor([[float(value) for value in pair] for pair in seen])
+        scales[f"{device} weights"] = torch.cat([p.detach().cpu().flatten() for p in moved.parameters()])
+    torch.testing.assert_close(scales["cuda"], scales["cpu"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scales["cuda weights"], scales["cpu weights"], rtol=1e-4, atol=1e-5)

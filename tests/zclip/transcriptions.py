@@ -367,3 +367,50 @@ class AGCEquations(Equations):
         self.telemetry = {"grad_norm": step.norm, "clipped_norm": math.sqrt(squares), "clipped": clipped > 0,
                           "clipped_by_max": 0, "clipped_units": clipped}  # fmt: skip
         return factors
+
+
+class UpdateClipEquations:
+    """Levanter's `clip_update_norm`, over norms without the decoupled weight decay; `scale` takes finite norms."""
+
+    def __init__(self, sigmas=3.0, window=128):
+        self.sigmas, self.window, self.norms = sigmas, window, []
+
+    def scale(self, norm: float) -> float:
+        recent, bound = self.norms[-self.window :], math.inf
+        if len(recent) >= max(2, self.window // 2):
+            bound = statistics.fmean(recent) + self.sigmas * max(statistics.pstdev(recent), 1e-6)
+        self.norms.append(norm)
+        self.bound, self.clipped = bound, norm > bound
+        return bound / norm if self.clipped else 1.0
+
+
+class UpdateBrakeEquations:
+    """The docstring of `zclip.updates.UpdateBrake`, with a list of all steps in place of a ring."""
+
+    def __init__(self, release=0.999, sigmas=5.0, window=128, past_sigmas=3.0, lag=500, past_window=500):
+        self.release, self.sigmas, self.window = release, sigmas, window
+        self.past_sigmas, self.lag, self.past_window = past_sigmas, lag, past_window
+        self.log_scale, self.taken = 0.0, []
+
+    @staticmethod
+    def robust(values: list[float], sigmas: float) -> float:
+        centre = statistics.median_low(values)
+        return centre + sigmas * max(1.4826 * statistics.median_low([abs(v - centre) for v in values]), 0.05)
+
+    def log_bound(self) -> float:
+        known, bound = len(self.taken), math.inf
+        if known >= 16:
+            bound = self.robust(self.taken[-self.window :], self.sigmas)
+        if known >= 256:
+            lag = min(known - known // 2, self.lag)
+            before = self.taken[: known - lag] if lag else self.taken
+            bound = min(bound, self.robust(before[-self.past_window :], self.past_sigmas))
+        return bound
+
+    def scale(self, norm: float) -> float:
+        self.log_scale *= self.release
+        x, bound = self.log_scale + math.log(norm), self.log_bound()
+        self.bound, self.clipped = math.exp(bound), x > bound
+        self.log_scale += min(x, bound) - x
+        self.taken.append(min(x, bound))
+        return math.exp(self.log_scale)

@@ -1,7 +1,7 @@
 """A new run from a step of an old one: `fork_from=runs/main/NAME@STEP`, for example with another clipping strategy.
 
-Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The clipper's
-statistics are restored if its settings are the same, and reset otherwise.
+Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The statistics of
+the clipper, and of a rule over updates, are restored if its settings are the same, and reset otherwise.
 """
 
 import json
@@ -31,6 +31,7 @@ class ForkSource(NamedTuple):
     run_dir: RunDir
     step: int
     same_clipping: bool  # whether the old run's clipping settings are the new one's
+    same_rule: bool  # the same of their rules over updates, if both have one
 
     @property
     def checkpoint(self) -> Path:
@@ -113,4 +114,6 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
         )
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
-    return ForkSource(run_dir, step, same_clipping=requested["clip"] == saved["clip"])
+    same_clipping = requested["clip"] == saved["clip"]
+    rules = requested.get("update"), saved.get("update")
+    return ForkSource(run_dir, step, same_clipping, same_rule=None in rules or rules[0] == rules[1])

@@ -47,11 +47,11 @@ def load_checkpoint(trainer: pl.Trainer, path: str | Path, **_: Any) -> dict[str
 
 
 def _check(trainer: pl.Trainer, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raise an error if a checkpoint is not that of its name, or if the clipper refuses its state."""
+    """Raise an error if a checkpoint is not that of its name, or if the clipper or the rule refuses its state."""
     if step_of(checkpoint) != state["global_step"]:
         raise ValueError(f"it is of step {state['global_step']!r}, or of something else")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ClippingCallback):
+        if isinstance(callback, ClippingCallback) or callback.state_key in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][callback.state_key])  # Lightning does so again
 
 

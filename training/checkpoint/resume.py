@@ -38,6 +38,11 @@ class Start(NamedTuple):
         """Whether the clipper's statistics in the checkpoint belong to another strategy."""
         return self.fork is not None and not self.fork.same_clipping
 
+    @property
+    def reset_rule(self) -> bool:
+        """Whether the statistics of a rule over updates in the checkpoint belong to another rule."""
+        return self.fork is not None and not self.fork.same_rule
+
 
 def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str], None]) -> Start:
     """Return where a run starts or resumes, and make its folder that of the run at this step. Rank 0 calls it.

@@ -23,7 +23,7 @@ from training.checkpoint.format import TensorSpec, is_valid, load_header, load_p
 from training.checkpoint.rng import set_rng_states
 from training.checkpoint.saved_config import checkpoint_config
 from training.config.schema import Config
-from training.config.strategy import clipping_strategy
+from training.config.strategy import clipping_strategy, update_rule
 
 #: What Lightning restores, and what this project adds.
 KEYS = (
@@ -74,6 +74,8 @@ def check_state(checkpoint: Path) -> None:
         _check_loops(header["loops"]["fit_loop"], step, config)
     with _part("its clipper"):
         _check_clipper(header["callbacks"], config)
+    with _part("its rule over updates"):
+        _check_rule(header["callbacks"], config)
     with _part("its random states"):
         set_rng_states(header["random"], only_check=True)
     with _part("its metrics"):
@@ -204,3 +206,9 @@ def _check_clipper(callbacks: Mapping[str, Any], config: Config) -> None:
     module, _, name = config.clip.target.rpartition(".")
     if module == "zclip" and name in zclip.__all__:
         clipping_strategy(config.clip).load_state_dict(state)
+
+
+def _check_rule(callbacks: Mapping[str, Any], config: Config) -> None:
+    """Raise an error unless the rule over updates of a checkpoint can restore its state, if there is a rule."""
+    if (rule := update_rule(config.update)) is not None:
+        rule.load_state_dict(callbacks["UpdateRuleCallback"]["rule"])

@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
 from training.config.schema import Config, TrainerConfig
-from training.config.strategy import clipping_strategy
+from training.config.strategy import clipping_strategy, update_rule
 from training.runtime.hardware import available_memory
 from zclip.scope import in_scope
 
@@ -26,6 +26,7 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     A run that is started `elsewhere`, as a job on nodes of a cluster, needs no GPUs and no memory here.
     """
     _check_scope(config)
+    update_rule(config.update)
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return

@@ -4,13 +4,14 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
 from common.text import flatten
-from training.config.schema import ClipConfig, Config
-from training.config.strategy import is_ours, strategy_class
+from training.config.schema import Config, UpdateConfig
+from training.config.strategy import is_ours, rule_class, strategy_class
 
 #: Sections, and keys outside of them, that change what is written or shown, but not what is computed.
 OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware", "print_run_dir", "eval", "paper"}
@@ -39,7 +40,13 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     kept = config.model_dump(mode="json", by_alias=True, exclude=dropped)
     if config.trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
         kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
-    kept["clip"] |= _as_declared(config.clip) if is_named or is_ours(config.clip) else config.clip.arguments
+    clip, update = config.clip, config.update
+    if is_named or is_ours(clip):
+        kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
+    if (target := update.target) is not None:
+        kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
+    elif update == UpdateConfig(_target_=None):
+        del kept["update"]  # runs without a rule are named as they were before there were any
     return kept
 
 
@@ -63,14 +70,14 @@ def differences(config: Config, saved: Config, is_named: bool = True) -> dict[st
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and (is_named or not is_place(key))}
 
 
-def _as_declared(clip: ClipConfig) -> dict[str, Any]:
-    """Return the strategy's arguments, with an integer as a float where its class declares one: 2 is 2.0."""
+def _as_declared(find_class: Callable[[], type], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a class, with an integer as a float where the class declares one: 2 is 2.0."""
     try:
-        parameters = inspect.signature(strategy_class(clip)).parameters
+        parameters = inspect.signature(find_class()).parameters
     except ConfigError:  # the class of another run, which cannot be imported here
-        return clip.arguments
+        return arguments
     floats = {name for name, parameter in parameters.items() if "float" in str(parameter.annotation)}
-    return {k: float(value) if k in floats and type(value) is int else value for k, value in clip.arguments.items()}
+    return {k: float(value) if k in floats and type(value) is int else value for k, value in arguments.items()}
 
 
 def run_name(config: Config) -> str:
@@ -78,7 +85,8 @@ def run_name(config: Config) -> str:
     if config.name is not None:
         return config.name
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.model.name}-{config.clip.name}-lr{config.lr:g}-seed{config.seed}-{digest}"
+    rule = "" if config.update.target is None else f"-{config.update.name}"
+    return f"{config.model.name}-{config.clip.name}{rule}-lr{config.lr:g}-seed{config.seed}-{digest}"
 
 
 def run_path(config: Config) -> Path:

@@ -51,6 +51,7 @@ FREE_GROUPS = ("scale", "experiment")
 #: What the section of a group says besides the generated text.
 NOTES = {
     "clip": "[Strategies](strategies.md) has them.",
+    "update": "[Clip updates](../how-to/clip-updates.md) explains them.",
     "data": "[Train on your own text](../how-to/text-and-tokens.md) explains these by tasks.",
     "trainer": "[Use several processes](../how-to/many-processes.md) explains the split of the batch.",
     "logger": "[Log to Weights & Biases](../how-to/loggers.md) shows its use.",

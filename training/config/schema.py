@@ -48,6 +48,26 @@ class ClipConfig(Settings):
         return dict(self.model_extra or {})
 
 
+class UpdateConfig(Settings):
+    """The rule over the optimizer's update. Further keys are the arguments of the class that `_target_` names."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    target: Annotated[
+        str | None,
+        StringConstraints(pattern=r"^zclip\.updates\.\w+$"),
+        Allowed("a class of zclip.updates, as zclip.updates.UpdateClip, or null"),
+    ] = Field(None, alias="_target_")
+    """A subclass of `zclip.updates.UpdateRule` in the library; null: no rule."""
+    name: FolderName = "none"
+    """Name of the rule in the run's name, tables and figures."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the rule's class."""
+        return dict(self.model_extra or {})
+
+
 class OptimConfig(Settings):
     """The optimizer and its learning-rate schedule: linear warm-up, then a cosine (the paper's Table 1)."""
 
@@ -245,6 +265,7 @@ class Config(Settings):
     model: ModelConfig
     data: DataConfig
     clip: ClipConfig
+    update: UpdateConfig = UpdateConfig(_target_=None)
     optim: OptimConfig
     trainer: TrainerConfig
     logger: LoggerConfig

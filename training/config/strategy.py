@@ -1,31 +1,29 @@
-"""From the section `clip` to a clipping strategy: any class that `_target_` names."""
+"""From the sections `clip` and `update` to a clipping strategy and a rule over updates."""
 
 import importlib
 import inspect
-from typing import Unpack, get_args, get_origin
+from typing import Any, TypeVar, Unpack, get_args, get_origin
 
 from common.errors import ConfigError, UserError, prefix_errors
-from training.config.schema import ClipConfig
+from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
+from zclip.updates import UpdateRule
+
+T = TypeVar("T", bound=ClippingStrategy | UpdateRule)
 
 
 def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
-    """Return a new strategy; raise `UserError` if its class or an argument is not possible."""
-    made_by, arguments = strategy_class(clip), clip.arguments
-    parameters = inspect.signature(made_by).parameters.values()
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    known = [p.name for p in named]
-    for keywords in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
-        known += get_args(keywords)[0].__annotations__ if get_origin(keywords) is Unpack else arguments
-    for name in arguments:
-        if name not in known:
-            problem = f"is not an argument of {made_by.__name__}: it has {', '.join(known)}"
-            raise ConfigError(f"clip.{name}", arguments[name], problem=problem)
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in arguments:
-            raise UserError(f"clip.{parameter.name} is missing: {made_by.__name__} needs it")
-    with prefix_errors("clip"):
-        return made_by(**arguments)
+    """Return a new strategy, of any class; raise `UserError` if its class or an argument is not possible."""
+    return _made("clip", strategy_class(clip), clip.arguments)
+
+
+def update_rule(update: UpdateConfig) -> UpdateRule | None:
+    """Return a new rule over updates, `None` without one; raise `UserError` if it or an argument is not possible."""
+    if update.target is not None:
+        return _made("update", rule_class(update.target), update.arguments)
+    for name, value in update.arguments.items():
+        raise ConfigError(f"update.{name}", value, problem="is not possible with update=none, which has no arguments")
+    return None
 
 
 def is_ours(clip: ClipConfig) -> bool:
@@ -35,12 +33,39 @@ def is_ours(clip: ClipConfig) -> bool:
 
 def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
     """Return the class that `clip._target_` names; raise `ConfigError` if it cannot be imported, or is no strategy."""
-    module, _, name = clip.target.rpartition(".")
+    return _found("clip", clip.target, ClippingStrategy, "a subclass of zclip.ClippingStrategy")
+
+
+def rule_class(target: str) -> type[UpdateRule]:
+    """Return the class that `update._target_` names; raise `ConfigError` if there is none, or it is no rule."""
+    return _found("update", target, UpdateRule, "a subclass of zclip.updates.UpdateRule")
+
+
+def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:
+    module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         problem = f"cannot be imported ({error}): it must be module.Class"
-        raise ConfigError("clip._target_", clip.target, problem=problem) from error
-    if not isinstance(found, type) or not issubclass(found, ClippingStrategy):
-        raise ConfigError("clip._target_", clip.target, "a subclass of zclip.ClippingStrategy")
+        raise ConfigError(f"{section}._target_", target, problem=problem) from error
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise ConfigError(f"{section}._target_", target, allowed)
     return found
+
+
+def _made(section: str, made_by: type[T], arguments: dict[str, Any]) -> T:
+    parameters = inspect.signature(made_by).parameters.values()
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    known = [p.name for p in named]
+    for keywords in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
+        known += get_args(keywords)[0].__annotations__ if get_origin(keywords) is Unpack else arguments
+    for name in arguments:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            problem = f"is not an argument of {made_by.__name__}: {has}"
+            raise ConfigError(f"{section}.{name}", arguments[name], problem=problem)
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise UserError(f"{section}.{parameter.name} is missing: {made_by.__name__} needs it")
+    with prefix_errors(section):
+        return made_by(**arguments)

@@ -33,6 +33,7 @@ from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
 from training.runtime.hardware import flops_per_token, peak_flops, peak_memory, reset_peak_memory
 from zclip import ClippingStrategy
+from zclip.updates import UpdateRule
 
 #: The numbers of a step by name: a line of metrics.jsonl, or the results of an evaluation.
 Row = Mapping[str, float | None]
@@ -46,11 +47,11 @@ class MetricsRecorder:
     """Records every optimizer step.
 
     Fields of a line: `step` (from 1); `tokens` so far; `loss` (cross entropy before the step, mean over the global
-    batch, nats per token); `lr`; and the strategy's telemetry. Means since the last transfer are `tokens_per_second`
-    and `mfu`, the share of the devices' peak that is reached. Times of rank 0 are `data_seconds`,
-    `forward_backward_seconds`, `clip_seconds` and `optimizer_seconds`, and the waits `saving_seconds` and
-    `evaluation_seconds` before the step. `peak_memory_gib` is the maximum over processes since training started:
-    allocated memory on a GPU, resident memory otherwise.
+    batch, nats per token); `lr` of the schedule; and the telemetry of the strategy and of a rule over updates. Means
+    since the last transfer are `tokens_per_second` and `mfu`, the share of the devices' peak that is reached. Times of
+    rank 0 are `data_seconds`, `forward_backward_seconds`, `clip_seconds` and `optimizer_seconds`, and the waits
+    `saving_seconds` and `evaluation_seconds` before the step. `peak_memory_gib` is the maximum over processes since
+    training started: allocated memory on a GPU, resident memory otherwise.
     """
 
     run_dir: RunDir
@@ -58,6 +59,7 @@ class MetricsRecorder:
     strategy: ClippingStrategy
     listeners: Sequence[Listener]  # called on rank 0 with each line, after it is written
     console: Console
+    rule: UpdateRule | None = None
 
     def __post_init__(self) -> None:
         self.tokens_per_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
@@ -104,7 +106,8 @@ class MetricsRecorder:
         """Record a step, whose micro-batches have been added."""
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
-        self._pending.append((step, lr, {"loss": loss, **self.strategy.telemetry}, timings))
+        updates = {} if self.rule is None else self.rule.telemetry
+        self._pending.append((step, lr, {"loss": loss, **self.strategy.telemetry, **updates}, timings))
 
     def is_due(self, step: int) -> bool:
         """Whether recorded steps are to be flushed after this one."""

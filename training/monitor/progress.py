@@ -71,9 +71,11 @@ def _numbers(row: Row, wide: bool) -> str:
 
     z = f" z {text('z', '+.1f'):>4}" if "z" in row else ""
     clipped = "clipped" if row.get("clipped") else ""
+    scale = row.get("update_scale")
+    scaled = f" lr x{scale:.2f}" if scale is not None and scale < 1 else ""
     mfu = f" {text('mfu', '.1%')} MFU" if row.get("mfu") is not None else ""
     return (
-        f"loss {text('loss', '.3f')} norm {text('grad_norm', '.3f'):>5}{z} {clipped:7}"
+        f"loss {text('loss', '.3f')} norm {text('grad_norm', '.3f'):>5}{z} {clipped:7}{scaled}"
         f" {text('tokens_per_second', ',.0f')} tok/s{mfu}"
         + (f" {text('peak_memory_gib', '.1f')} GiB {_phase_shares(row)}" if wide else "")
     )

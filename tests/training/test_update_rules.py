@@ -1,0 +1,154 @@
+"""Runs with a rule over updates: its columns, its name, its state in checkpoints."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from common.files import remove
+from tests.helpers import FSDP, Once, compose_config, copy_run, final_state, only_run, read_jsonl, same, train_to_end
+from training.checkpoint.state import find_problem
+from training.config.identity import identity, run_name
+from training.config.strategy import update_rule
+from training.monitor.low_rate import STEPS, LowRateWarning
+
+#: A brake that acts in the 40 steps of a tiny run, and checkpoints to go back to.
+BRAKE = (
+    "update=brake", "update.sigmas=0.01", "update.window=16", "update.release=0.9",
+    "trainer.checkpoint_every=8", "trainer.keep_last=9",
+)  # fmt: skip
+COLUMNS = {"update_norm", "update_scale", "update_clipped", "update_bound"}
+
+
+def test_runs_without_a_rule_keep_their_names():
+    assert "update" not in identity(compose_config())
+    assert run_name(compose_config("model=nano", "clip=fixed")) == run_name(
+        compose_config("model=nano", "clip=fixed", "update=none")
+    )
+    assert run_name(compose_config()) == "micro-zclip-lr0.003-seed0-" + run_name(compose_config())[-8:]
+    assert run_name(compose_config("update=monitor")).startswith("micro-zclip-monitor-lr0.003-seed0-")
+    two, point = (run_name(compose_config("update=brake", f"update.sigmas={k}")) for k in ("2", "2.0"))
+    assert two == point != run_name(compose_config("update=brake"))
+
+
+def test_monitor_records_norms_and_changes_no_loss(tiny, finished_run: Path, tmp_path):
+    train_to_end(*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", "update=monitor", cwd=tmp_path)
+    run = only_run(tmp_path)
+    rows, without = read_jsonl(run / "metrics.jsonl"), read_jsonl(finished_run / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in without]
+    assert all(row.keys() - other.keys() == COLUMNS for row, other in zip(rows, without, strict=True))
+    assert all(row["update_norm"] > 0 and row["update_scale"] == 1.0 for row in rows)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, finished_run)]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+def test_argument_of_no_rule_is_refused():
+    with pytest.raises(Exception, match=r"update.release=0.9 is not possible with update=none, which has no argum"):
+        update_rule(compose_config("+update.release=0.9").update)
+    with pytest.raises(Exception, match=r"update.release=2 is not allowed: it must be a number from 0 to below 1"):
+        update_rule(compose_config("update=brake", "update.release=2").update)
+    with pytest.raises(Exception, match=r"update._target_=os.system is not allowed: it must be a class of zclip.updat"):
+        compose_config("update=brake", "update._target_=os.system")
+    with pytest.raises(Exception, match=r"update._target_=zclip.updates.update_norm is not allowed: it must be a subc"):
+        update_rule(compose_config("update=brake", "update._target_=zclip.updates.update_norm").update)
+
+
+@pytest.fixture(scope="module")
+def braked_run(tiny: tuple[str, ...], once: Once) -> Path:
+    """The folder of a finished run whose brake has acted before and after step 32."""
+    return only_run(once("braked", lambda folder: train_to_end(*tiny, *BRAKE, cwd=folder)))
+
+
+def interrupted(run: Path, folder: Path, step: int) -> Path:
+    """Return a copy of a run as it was after a step."""
+    path = copy_run(run, folder)
+    (path / "result.json").unlink()
+    for checkpoint in (path / "checkpoints").glob("step-*.ckpt"):
+        if int(checkpoint.stem.split("-")[1]) > step:
+            remove(checkpoint)
+    return path
+
+
+def test_run_with_a_brake_resumes_to_the_same_bits(braked_run, tiny, run_in_process, tmp_path):
+    scales = [row["update_scale"] for row in read_jsonl(braked_run / "metrics.jsonl")]
+    assert scales[0] == 1 > scales[31] > min(scales[32:])
+    interrupted(braked_run, tmp_path, 32)
+    _, output = run_in_process(*tiny, *BRAKE)
+    assert "after step 32 of 40" in output
+    (whole, rows, loss), (resumed, others, other_loss) = map(final_state, (braked_run.parents[2], tmp_path))
+    assert rows == others and loss == other_loss
+    assert same(whole["state_dict"], resumed["state_dict"]) and same(whole["callbacks"], resumed["callbacks"])
+    assert same(whole["optimizer_states"], resumed["optimizer_states"])
+
+
+def test_checkpoints_have_the_rate_of_the_schedule_and_the_state_of_the_rule(braked_run):
+    state, rows, _ = final_state(braked_run.parents[2])
+    assert rows[-1]["update_scale"] < 1
+    without = compose_config()
+    (group,) = state["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(without.lr * without.optim.final_lr_fraction)
+    assert state["callbacks"]["UpdateRuleCallback"]["rule"]["strategy"] == "UpdateBrake"
+    result = json.loads((braked_run / "result.json").read_text())
+    assert 0 < result["update_clipped_share"] < 1 and 0 < result["lowest_update_scale"] < 1
+    assert (braked_run / "plots" / "run.png").exists()
+
+
+def test_damaged_state_of_a_rule_is_a_damaged_checkpoint(braked_run, tmp_path):
+    checkpoint = copy_run(braked_run, tmp_path) / "checkpoints" / "step-00000040.ckpt"
+    assert find_problem(checkpoint) is None
+    state = torch.load(checkpoint, weights_only=True)
+    state["callbacks"]["UpdateRuleCallback"]["rule"]["state"]["log_scale"].fill_(1.0)
+    torch.save(state, checkpoint)
+    problem = find_problem(checkpoint)
+    assert problem and "its rule over updates" in problem and "log_scale=1.0 is not allowed" in problem
+
+
+@pytest.mark.slow
+def test_forks_begin_with_and_without_a_rule(braked_run, finished_run, tiny, tmp_path):
+    old, braked = (copy_run(run, tmp_path) for run in (finished_run, braked_run))
+    output = train_to_end(*tiny, *BRAKE, f"fork_from=runs/main/{old.name}@24", "name=new", cwd=tmp_path)
+    assert "statistics reset" not in output
+    rows = read_jsonl(tmp_path / "runs" / "main" / "new" / "metrics.jsonl")
+    assert all((row.get("update_scale") is not None) == (row["step"] > 24) for row in rows)
+    from_braked = f"fork_from=runs/main/{braked.name}@24"
+    output = train_to_end(*tiny, from_braked, "name=without", cwd=tmp_path)
+    assert "statistics reset" not in output and "callbacks" not in output
+    output = train_to_end(*tiny, "update=update_clip", from_braked, "name=other", cwd=tmp_path)
+    assert "with the update rule's statistics reset" in output
+
+
+@pytest.mark.slow
+def test_sharded_run_brakes_as_one_process_does_and_resumes(braked_run, tiny, tmp_path):
+    settings = (*tiny, *BRAKE, *FSDP)
+    for folder in ("whole", "resumed"):
+        (tmp_path / folder).mkdir()
+    train_to_end(*settings, cwd=tmp_path / "whole", processes=2)
+    rows, others = (read_jsonl(run / "metrics.jsonl") for run in (only_run(tmp_path / "whole"), braked_run))
+    for key in ("loss", "update_norm", "update_scale"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in others], rel=1e-3)
+    path = interrupted(only_run(tmp_path / "whole"), tmp_path / "resumed", 32)
+    train_to_end(*settings, cwd=tmp_path / "resumed", processes=2)
+    resumed = read_jsonl(path / "metrics.jsonl")
+    assert [(row["loss"], row["update_scale"]) for row in resumed] == [(r["loss"], r["update_scale"]) for r in rows]
+
+
+def test_warning_comes_once_while_the_rate_stays_low():
+    output = io.StringIO()
+    warning = LowRateWarning(Console(file=output, width=300))
+
+    def steps(count: int, scale: float | None) -> list[str]:
+        for step in range(1, count + 1):
+            warning(step, {"update_scale": scale})
+        text = output.getvalue().splitlines()
+        output.seek(0), output.truncate()
+        return text
+
+    assert steps(STEPS - 1, 0.4) == steps(5, None) == []
+    (line,) = steps(STEPS, 0.4)
+    assert line.startswith(
+        "step 1: for 200 steps the rule over updates has held the learning rate below 0.5 of the sch"
+    )
+    assert steps(1, 0.6) == steps(STEPS - 1, 0.1) == [] != steps(1, 0.1)
