@@ -96,12 +96,21 @@ STRATEGIES = (
     Arm("skip-step", ("clip=skip_step",)),
 )
 
+#: Rules over the optimizer's updates, which act on the learning rate.
+UPDATE_RULES = (
+    Arm("update clipping", ("clip=none", "update=update_clip")),
+    Arm("brake", ("clip=none", "update=brake")),
+    Arm("ZClip and brake", ("clip=zclip", "update=brake")),
+)
+
 ADAM_LAG = SpikeLab(
     "adam_lag",
     "Adam's second moment lags behind gradients that shrink",
     reference="no clipping",
     arms=(
-        *STRATEGIES,
+        Arm("no clipping", ("clip=none", "update=monitor")),  # records the norms of updates, and changes nothing
+        *STRATEGIES[1:],
+        *UPDATE_RULES,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
         Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),

@@ -17,7 +17,7 @@ from training.monitor.low_rate import STEPS, LowRateWarning
 
 #: A brake that acts in the 40 steps of a tiny run, and checkpoints to go back to.
 BRAKE = (
-    "update=brake", "update.sigmas=0.01", "update.window=16", "update.release=0.9",
+    "update=brake", "update.margin=1.01", "update.fall_steps=3", "update.warmup_steps=5", "update.release=0.9",
     "trainer.checkpoint_every=8", "trainer.keep_last=9",
 )  # fmt: skip
 COLUMNS = {"update_norm", "update_scale", "update_clipped", "update_bound"}
@@ -30,7 +30,7 @@ def test_runs_without_a_rule_keep_their_names():
     )
     assert run_name(compose_config()) == "micro-zclip-lr0.003-seed0-" + run_name(compose_config())[-8:]
     assert run_name(compose_config("update=monitor")).startswith("micro-zclip-monitor-lr0.003-seed0-")
-    two, point = (run_name(compose_config("update=brake", f"update.sigmas={k}")) for k in ("2", "2.0"))
+    two, point = (run_name(compose_config("update=brake", f"update.margin={k}")) for k in ("2", "2.0"))
     assert two == point != run_name(compose_config("update=brake"))
 
 

@@ -385,32 +385,23 @@ class UpdateClipEquations:
 
 
 class UpdateBrakeEquations:
-    """The docstring of `zclip.updates.UpdateBrake`, with a list of all steps in place of a ring."""
+    """The docstring of `zclip.updates.UpdateBrake`, with norms and scales as they are instead of their logarithms."""
 
-    def __init__(self, release=0.999, sigmas=5.0, window=128, past_sigmas=3.0, lag=500, past_window=500):
-        self.release, self.sigmas, self.window = release, sigmas, window
-        self.past_sigmas, self.lag, self.past_window = past_sigmas, lag, past_window
-        self.log_scale, self.taken = 0.0, []
-
-    @staticmethod
-    def robust(values: list[float], sigmas: float) -> float:
-        centre = statistics.median_low(values)
-        return centre + sigmas * max(1.4826 * statistics.median_low([abs(v - centre) for v in values]), 0.05)
-
-    def log_bound(self) -> float:
-        known, bound = len(self.taken), math.inf
-        if known >= 16:
-            bound = self.robust(self.taken[-self.window :], self.sigmas)
-        if known >= 256:
-            lag = min(known - known // 2, self.lag)
-            before = self.taken[: known - lag] if lag else self.taken
-            bound = min(bound, self.robust(before[-self.past_window :], self.past_sigmas))
-        return bound
+    def __init__(self, margin=1.6, release=0.999, rise_steps=1000, fall_steps=30, warmup_steps=20):
+        self.margin, self.release, self.rise_steps, self.fall_steps = margin, release, rise_steps, fall_steps
+        self.warmup_steps = warmup_steps
+        self.s, self.level, self.norms = 1.0, 0.0, 0
 
     def scale(self, norm: float) -> float:
-        self.log_scale *= self.release
-        x, bound = self.log_scale + math.log(norm), self.log_bound()
-        self.bound, self.clipped = math.exp(bound), x > bound
-        self.log_scale += min(x, bound) - x
-        self.taken.append(min(x, bound))
-        return math.exp(self.log_scale)
+        self.norms += 1
+        self.bound = self.level * self.margin if self.norms > self.warmup_steps else math.inf
+        self.s **= self.release
+        self.clipped = self.s * norm > self.bound
+        if self.clipped:
+            self.s = self.bound / norm
+        if self.norms <= self.warmup_steps:
+            self.level = max(self.level, norm)
+        else:
+            ratio = min(norm, self.bound) / self.level
+            self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
+        return self.s

@@ -1,88 +1,85 @@
 """UpdateBrake: lower the learning rate when updates grow, and release it slowly."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from zclip.arguments import integer, is_number, positive, require
+from zclip.arguments import integer, is_number, require
 from zclip.decision import State
-from zclip.saved_state import check_history, refuse
+from zclip.saved_state import refuse
 from zclip.updates.base import UpdateDecision, UpdateRule
-from zclip.updates.bounds import robust_bound
 
 
 class UpdateBrake(UpdateRule):
-    """Bound the update as `UpdateClip` does, but remember the scale, and let it return to 1 slowly.
+    """Bound the update to a multiple of its usual norm, but remember the scale, and let it return to 1 slowly.
 
-    An experiment of this library: there is no evidence for it yet. When gradients shrink, Adam's second moment lags
-    behind them, and the effective step grows until it is unstable (arXiv 2506.04805). A rule that forgets its scale
-    after each step holds the run at that edge. This one remembers it, as s in (0, 1]:
+    An experiment of this library. When gradients shrink, Adam's second moment lags behind them, and the effective step
+    grows until it is unstable (arXiv 2506.04805). A rule that forgets its scale after each step holds the run at that
+    edge. This one remembers it, as s in (0, 1]. With the norm ||u|| of the update and its usual level L, as logarithms:
 
         log s <- release * log s
-        x = log(s * norm of the update)
-        if x > bound:  log s <- log s + bound - x
+        bound  = L + log margin
+        log s <- min(log s, bound - log ||u||)
+        L     <- L + (min(log ||u||, bound) - L) / (rise_steps if it rises, else fall_steps)
 
-    The step is taken at the rate `lr * s`. The bound is over x of the steps before, as they were taken: see
-    `zclip.updates.bounds.robust_bound`. The first 16 steps have none.
+    The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
+    norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
+    and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps.
 
     Args:
+        margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
         release: factor on log s in each step, from 0 to below 1. Default 0.999; 0 forgets at once.
-        sigmas: robust standard deviations above the median of the last `window` steps, > 0. Default 5.0.
-        window: number of these steps, >= 16. Default 128.
-        past_sigmas: the same above the median of the `past_window` steps before the last `lag`, > 0. Default 3.0.
-        lag: number of latest steps that are left out there, >= 1. Default 500.
-        past_window: number of steps there, >= 2. Default 500.
+        rise_steps: steps over which the level follows higher norms, >= 1. Default 1000.
+        fall_steps: steps over which it follows lower norms, >= 1. Default 30.
+        warmup_steps: steps at the beginning without a bound, >= 1. L is their highest norm, because momentum is still
+            building up. Default 20.
     """
 
     nonnegative = ("count",)
 
     def __init__(
         self,
+        margin: float = 1.6,
         release: float = 0.999,
-        sigmas: float = 5.0,
-        window: int = 128,
-        past_sigmas: float = 3.0,
-        lag: int = 500,
-        past_window: int = 500,
+        rise_steps: int = 1000,
+        fall_steps: int = 30,
+        warmup_steps: int = 20,
     ) -> None:
         super().__init__()
+        self.margin = require(is_number(margin) and 1 < margin < math.inf, "margin", margin, "a finite number above 1")
         self.release = require(
             is_number(release) and 0 <= release < 1, "release", release, "a number from 0 to below 1"
         )
-        self.sigmas = positive("sigmas", sigmas)
-        self.window = integer("window", window, minimum=16)
-        self.past_sigmas = positive("past_sigmas", past_sigmas)
-        self.lag = integer("lag", lag)
-        self.past_window = integer("past_window", past_window, minimum=2)
+        self.rise_steps = integer("rise_steps", rise_steps)
+        self.fall_steps = integer("fall_steps", fall_steps)
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
 
     def initial_state(self, like: Tensor) -> State:
-        """Return a scale of 1, and an empty history of log norms; unused entries hold infinity."""
-        history = like.new_full((max(self.window, self.lag + self.past_window),), torch.inf)
+        """Return a scale of 1, and no level yet."""
         count = torch.zeros((), dtype=torch.int64, device=like.device)
-        return {"log_scale": like.clone(), "history": history, "count": count}
+        return {"log_scale": like.clone(), "level": torch.full_like(like, -torch.inf), "count": count}
 
     def check_state(self, state: State, counters: State) -> None:
-        """Raise `ValueError` unless the history has as many norms as its count says, and the scale is at most 1."""
-        check_history(type(self).__name__, state["history"], int(state["count"]))
-        if state["log_scale"] > 0:
-            refuse(type(self).__name__, "state.log_scale", state["log_scale"], "at most 0")
+        """Raise `ValueError` unless the scale is at most 1, and the level is known from the first step on."""
+        name = type(self).__name__
+        if not state["log_scale"] <= 0:
+            refuse(name, "state.log_scale", state["log_scale"], "at most 0")
+        if not (state["level"].isfinite() if state["count"] > 0 else state["level"] == -torch.inf):
+            refuse(name, "state.level", state["level"], "finite after the first step, and -inf before")
 
     def decide(self, norm: Tensor, state: State) -> UpdateDecision:
-        """Release the scale, lower it if the update is above the bound, and remember both."""
-        history, count = state["history"], state["count"]
-        log_scale = self.release * state["log_scale"]
-        x = log_scale + norm.log()
-        bound = robust_bound(
-            history,
-            count,
-            sigmas=self.sigmas,
-            window=self.window,
-            past_sigmas=self.past_sigmas,
-            lag=self.lag,
-            past_window=self.past_window,
-        )
-        clipped = x > bound
-        taken = torch.minimum(x, bound)
-        log_scale = log_scale + (taken - x)
-        here = torch.arange(history.numel(), device=norm.device) == count % history.numel()
-        new = {"log_scale": log_scale, "history": torch.where(here, taken, history), "count": count + 1}
-        return UpdateDecision(log_scale.exp(), clipped, bound.exp(), new)
+        """Release the scale, lower it if the update is above the bound, and let the level follow the norm."""
+        level, count, log_norm = state["level"], state["count"], norm.log()
+        begins = count < self.warmup_steps
+        bound = torch.where(begins, torch.inf, level + math.log(self.margin))
+        released = self.release * state["log_scale"]
+        log_scale = torch.minimum(released, bound - log_norm)
+        change = torch.minimum(log_norm, bound) - level
+        followed = level + change / torch.where(change > 0, self.rise_steps, self.fall_steps)
+        new = {
+            "log_scale": log_scale,
+            "level": torch.where(begins, torch.maximum(level, log_norm), followed),
+            "count": count + 1,
+        }
+        return UpdateDecision(log_scale.exp(), log_scale < released, bound.exp(), new)
