@@ -7,8 +7,9 @@
     zclip.step(model)        # after backward, before the optimizer
 
 `ZClip` is the strategy of the paper, and the other strategies are baselines. All are subclasses of `ClippingStrategy`,
-as your own strategy can be. Importing this package imports torch only. On first access, `ZClipLightningCallback` and
-`ClippingCallback` import Lightning, and `TrainerClippingCallback` imports Hugging Face's transformers.
+as your own strategy can be. `zclip.updates` has rules over the update of an optimizer. Importing this package imports
+torch only. On first access, `ZClipLightningCallback` and `ClippingCallback` import Lightning, and
+`TrainerClippingCallback` imports Hugging Face's transformers.
 """
 
 from importlib import import_module

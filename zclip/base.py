@@ -30,6 +30,7 @@ from zclip.norm import (
     local_gradient,
     norm_like,
     parameters_of,
+    scalar,
     statistics_dtype,
     tensor_norms,
 )
@@ -273,7 +274,7 @@ class ClippingStrategy(Statistics):
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
                 raise _NoGradients(NO_GRADIENTS)
-            loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
+            loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
             norms = tensor_norms(shards, gradients)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
@@ -303,9 +304,9 @@ class ClippingStrategy(Statistics):
         """
         with torch.no_grad():
             self._check_initialised()
-            norm = _scalar("norm", norm)
+            norm = scalar("norm", norm)
             norm = norm.to(statistics_dtype(norm.device))
-            loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
+            loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
             coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
             assert isinstance(coefficient, Tensor)
             return torch.where(skip, 0.0, coefficient.reshape(()))
@@ -350,11 +351,3 @@ class ClippingStrategy(Statistics):
             "_attachment": None,
         }
         return {**self.__dict__, **of_process}
-
-
-def _scalar(name: str, value: object) -> Tensor:
-    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`."""
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
-    return value.detach().reshape(())

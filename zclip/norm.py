@@ -145,6 +145,14 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def scalar(name: str, value: object) -> Tensor:
+    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
+    return value.detach().reshape(())
+
+
 def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) -> Tensor:
     """Return the 2-norm of each gradient, over all ranks that hold a shard of it.
 

@@ -9,9 +9,11 @@ import torch
 from rich.console import Console
 
 from common.files import remove
+from common.settings import parse
 from tests.helpers import FSDP, Once, compose_config, copy_run, final_state, only_run, read_jsonl, same, train_to_end
 from training.checkpoint.state import find_problem
-from training.config.identity import identity, run_name
+from training.config.identity import differences, identity, run_name
+from training.config.schema import Config
 from training.config.strategy import update_rule
 from training.monitor.low_rate import STEPS, LowRateWarning
 
@@ -32,6 +34,15 @@ def test_runs_without_a_rule_keep_their_names():
     assert run_name(compose_config("update=monitor")).startswith("micro-zclip-monitor-lr0.003-seed0-")
     two, point = (run_name(compose_config("update=brake", f"update.margin={k}")) for k in ("2", "2.0"))
     assert two == point != run_name(compose_config("update=brake"))
+
+
+def test_configurations_from_before_there_were_rules_are_those_without_one():
+    config = compose_config("model=nano")
+    plain = config.model_dump(mode="json", by_alias=True)
+    assert plain.pop("update") == {"_target_": None, "name": "none"}
+    assert parse(Config, plain) == config and differences(config, parse(Config, plain)) == {}
+    changed = differences(compose_config("model=nano", "update=monitor"), config)
+    assert changed == {"update._target_": ("zclip.updates.UpdateMonitor", None), "update.name": ("monitor", None)}
 
 
 def test_monitor_records_norms_and_changes_no_loss(tiny, finished_run: Path, tmp_path):

@@ -5,8 +5,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tests.helpers import same
 from tests.zclip.reference_loop import STEPS, assert_same_weights, batch, build_model, train_plain
 from zclip import ZClip
+from zclip.updates import UpdateClip
 
 
 @pytest.fixture
@@ -63,3 +65,27 @@ def test_wrapped_fused_optimizer_applies_the_decision(accelerator):
     accelerator.gradient_state._set_sync_gradients(True)
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_rule_over_updates_sees_each_step_once_and_is_saved(accelerator, tmp_path):
+    weights, rules = {}, {}
+    for name in ("plain", "accelerate"):
+        model, rule, zclip = build_model(), UpdateClip(sigmas=0.5, window=8), ZClip(warmup_steps=5, z_thresh=2.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if name == "plain":
+            rule.attach(optimizer)
+            train_plain(model, optimizer)
+        else:
+            prepared, wrapped = accelerator.prepare(model, optimizer)
+            accelerator.register_for_checkpointing(rule)
+            rule.attach(wrapped)
+            train(accelerator, prepared, wrapped, zclip, range(STEPS), attached=False)
+        weights[name], rules[name] = model, rule
+    assert int(rules["accelerate"].state["count"]) == STEPS
+    assert rules["plain"].read_telemetry() == pytest.approx(rules["accelerate"].read_telemetry(), rel=1e-4)
+    assert_same_weights(weights["accelerate"], weights["plain"], rtol=1e-4, atol=1e-6)
+    accelerator.save_state(tmp_path / "state")
+    before = rules["accelerate"].state_dict()
+    rules["accelerate"].observe(torch.tensor(5.0))
+    accelerator.load_state(tmp_path / "state")
+    assert same(rules["accelerate"].state_dict(), before)

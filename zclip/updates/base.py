@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from zclip.apply import unwrap
 from zclip.attach import StepHook
 from zclip.decision import State
+from zclip.norm import scalar, statistics_dtype
 from zclip.state import Statistics, where_finite
 from zclip.updates.norm import check_optimizer, update_norm
 
@@ -116,8 +117,12 @@ class UpdateRule(Statistics):
 
         Returns:
             0-dim tensor; 1 where nothing is to be scaled.
+
+        Raises:
+            TypeError: the norm is not a tensor of one real number.
         """
-        scale = self._update(norm.detach().reshape(()).to(torch.float64))
+        norm = scalar("norm", norm)
+        scale = self._update(norm.to(statistics_dtype(norm.device)))
         return torch.ones_like(self.telemetry["update_norm"]) if scale is None else scale
 
     def _update(self, norm: Tensor, found_inf: Tensor | None = None) -> Tensor | None:
@@ -129,6 +134,9 @@ class UpdateRule(Statistics):
                 counts &= found_inf.to(norm.device, non_blocking=True).reshape(()) == 0
             self._prepare_state(norm, (), ())
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
+            if not isinstance(decision, UpdateDecision):
+                name, returned = type(self).__name__, type(decision).__name__
+                raise TypeError(f"{name}.decide must return an UpdateDecision, not {returned}")
             scale = torch.ones_like(norm) if decision.scale is None else decision.scale
             telemetry = {
                 "update_norm": norm,

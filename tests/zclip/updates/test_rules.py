@@ -425,6 +425,20 @@ def test_rule_lives_as_long_as_the_optimizer_and_copies_are_not_attached():
     assert reference() is None
 
 
+class NoDecision(UpdateRule):
+    def decide(self, norm, state):
+        return torch.ones_like(norm)
+
+
+def test_mistakes_are_one_sentence():
+    with pytest.raises(TypeError, match=r"^NoDecision\.decide must return an UpdateDecision, not Tensor$"):
+        NoDecision().observe(torch.tensor(1.0))
+    with pytest.raises(NotImplementedError, match=r"^UpdateRule must implement decide\(norm, state\)$"):
+        UpdateRule().observe(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"^norm= takes a 0-dim real tensor, not float$"):
+        UpdateClip().observe(1.0)
+
+
 def test_repr_and_live_changes_are_those_of_strategies():
     rule = UpdateBrake(release=0.99)
     assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, rise_steps=1000")
