@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers, optimizer_parameters, unwrap
+from zclip.apply import (
+    FusedClip,
+    apply_decision,
+    bind_optimizers,
+    listed_optimizers,
+    optimizer_parameters,
+    unwrap,
+)
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
@@ -24,6 +31,7 @@ from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
     Shard,
+    device_of,
     global_norm,
     is_flattened,
     listed,
@@ -33,7 +41,6 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
-from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics
 
 NO_GRADIENTS = (
@@ -81,9 +88,16 @@ class ClippingStrategy(Statistics):
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
-            whatever they hold; `other_norm` is their norm. A saved state records the scope. Of several names (tied
-            weights) the first in alphabetical order counts. If several modules are given, names begin with their
-            number: `1.embed.weight`.
+            whatever they hold; `other_norm` is their norm. Of several names (tied weights) the first in alphabetical
+            order counts. If several modules are given, names begin with their number: `1.embed.weight`.
+
+            `"group:adamw"` is a pattern of groups of the optimizer's parameters, `"!group:muon"` one that excludes
+            groups. The name of a group is its entry `name`, as in `dict(params=..., name="adamw")`, or else the name of
+            the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
+            `step(model, optimizer=[muon, adamw])`.
+
+            A pattern that matches nothing gives a warning. A saved state records the scope. It can be assigned between
+            two steps, which `changes` records.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -243,15 +257,15 @@ class ClippingStrategy(Statistics):
             The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
-            ValueError: no parameter has a gradient, two strategies clip for one optimizer's step, or statistics of
-                tensors are of other parameters.
+            ValueError: no parameter has a gradient, or none of any rank is in the scope; two strategies clip for one
+                optimizer's step, or statistics of tensors are of other parameters.
             TypeError: an argument has the wrong type, or a gradient is sparse, complex, or not on its parameter's mesh.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
         self._check_initialised()
         if self._attachment is not None:
             raise ValueError("optimizer.step() calls the strategy that is attached to it: leave out step()")
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        optimizers = listed_optimizers(optimizer)
         if any(map(Attachment.is_on, optimizers)):
             raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
         models = tuple(map(listed, models))
@@ -267,15 +281,13 @@ class ClippingStrategy(Statistics):
     ) -> Tensor:
         with torch.no_grad():
             FusedClip.cancel_all(self)
-            others: list[Shard] = []
-            if self.scope is not None and shards:
-                shards, others = split_by_scope(shards, self._names(models), self.scope)
+            shards, others = self._in_scope(shards, models, optimizers, process_group)
             gradients = [local_gradient(shard.parameter) for shard in shards]
             no_gradients = all(gradient is None for gradient in gradients)
-            if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
+            if no_gradients and process_group is None and not any(shard.groups for shard in shards):
                 raise _NoGradients(NO_GRADIENTS)
             loss = _scalar("loss", loss) if self.uses_loss and loss is not None else loss
-            norms = tensor_norms(shards, gradients)
+            norms = tensor_norms(shards, gradients) if shards else _no_norms(others, process_group)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
                 raise _NoGradients(NO_GRADIENTS)
@@ -355,7 +367,6 @@ class ClippingStrategy(Statistics):
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
-        check_scope(self.scope)
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
@@ -386,6 +397,12 @@ def _scalar(name: str, value: object) -> Tensor:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
     return value.detach().reshape(())
+
+
+def _no_norms(others: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the norm of one tensor without a gradient, for a rank that has nothing to clip: (1,)."""
+    device = device_of(others, process_group)
+    return torch.zeros(1, dtype=statistics_dtype(device), device=device)
 
 
 def _where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -86,8 +86,14 @@ def listed(models: Parameters) -> Parameters:
     return [listed(inner) for inner in models]
 
 
-def device_of(shards: Sequence[Shard]) -> torch.device:
-    """Return the device of the first parameter that is trained, or of the first one."""
+def device_of(shards: Sequence[Shard], process_group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device of the first parameter that is trained, or of the first one.
+
+    A rank of a process group that holds no parameter has a device with which the group communicates.
+    """
+    if not shards and process_group is not None:
+        accelerator = None if dist.get_backend(process_group) in ("gloo", "mpi") else torch.accelerator
+        return torch.device("cpu") if accelerator is None else accelerator.current_accelerator() or torch.device("cpu")
     return next((shard for shard in shards if shard.parameter.requires_grad), shards[0]).parameter.device
 
 

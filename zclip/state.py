@@ -3,12 +3,15 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from zclip.apply import listed_optimizers
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import (
@@ -23,7 +26,7 @@ from zclip.saved_state import (
     refuse,
     shown,
 )
-from zclip.scope import patterns_of, split_by_scope
+from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
 from zclip.tensors import TensorId, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
@@ -43,8 +46,7 @@ class Statistics:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
-    #: Patterns of the names of the parameters that the statistics are of; `None`: all.
-    scope: str | Sequence[str] | None = None
+    _scope: str | tuple[str, ...] | None = None
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -53,6 +55,27 @@ class Statistics:
         self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
         self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
+        self._scope_is_checked = False
+
+    @property
+    def scope(self) -> str | Sequence[str] | None:
+        """Patterns of the names or groups of the parameters that the statistics are of; `None`: all."""
+        return self._scope
+
+    @scope.setter
+    def scope(self, scope: str | Sequence[str] | None) -> None:
+        """Change the scope between two steps. The statistics stay, and `changes` records it.
+
+        Raises:
+            ArgumentError: it is not a pattern, or a list of patterns.
+        """
+        check_scope(scope)
+        before = self._patterns()
+        self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
+        self._scope_is_checked = False
+        if self.counters:
+            new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
+            self.changes = [*self.changes, *new][-MAX_CHANGES:]
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
@@ -65,7 +88,12 @@ class Statistics:
         """
         return {}
 
-    def prepare(self, *models: Parameters) -> None:
+    def prepare(
+        self,
+        *models: Parameters,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Create the statistics for these parameters, as the first `step` on them would; keep existing statistics.
 
         `torch.distributed.checkpoint` loads into existing tensors. Call this before it loads into a strategy that has
@@ -73,20 +101,21 @@ class Statistics:
 
         Args:
             models: modules, parameters, or iterables of either, as for `step`.
+            optimizer: the optimizer, or several, if the scope has patterns of groups. Default `None`.
+            process_group: see `step`.
 
         Raises:
             ValueError: no parameter requires gradients, the parameters are on the meta device, or none is in the scope.
         """
         models = tuple(map(listed, models))
         self._check_initialised()
-        shards = parameters_of(models)
-        if self.scope is not None:
-            shards, _ = split_by_scope(shards, self._names(models), self.scope)
-        device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
+        shards, others = self._in_scope(parameters_of(models), models, listed_optimizers(optimizer), process_group)
+        trained = process_group is not None or any(shard.parameter.requires_grad for shard in shards)
+        device = device_of(shards or others, process_group) if trained else torch.device("meta")
         if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
         if not self.counters:
-            shape = (len(shards),) if self.per_tensor else ()
+            shape = (max(len(shards), 1),) if self.per_tensor else ()
             self._prepare_state(torch.zeros(shape, dtype=statistics_dtype(device), device=device), shards, models)
 
     def _check_initialised(self) -> None:
@@ -132,6 +161,27 @@ class Statistics:
                         self.state[key] = new[key].clone()
                         self.state[key][known] = value[[found[k] for k in known]]
         self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    def _in_scope(
+        self,
+        shards: Sequence[Shard],
+        models: Parameters,
+        optimizers: Sequence[Optimizer],
+        process_group: dist.ProcessGroup | None,
+    ) -> tuple[Sequence[Shard], Sequence[Shard]]:
+        """Return the parameters that are in the scope, and the others.
+
+        In the first step of a scope, the ranks of a process group agree on whether it is possible. One of them may have
+        no parameter in it.
+        """
+        if self._scope is None:
+            return shards, []
+        names, groups = self._names(models), group_names(optimizers)
+        split = split_by_scope(shards, names, groups, self._scope)
+        if not self._scope_is_checked or (process_group is None and not split.inside):
+            check_split(split, self._scope, names, groups, process_group)
+            self._scope_is_checked = True
+        return split.inside, split.others
 
     def _names(self, models: Parameters) -> dict[int, str]:
         """Return the names of parameters by their ids."""
@@ -268,7 +318,7 @@ class Statistics:
 
     def _patterns(self) -> list[str] | None:
         """Return the patterns of the scope."""
-        return None if self.scope is None else patterns_of(self.scope)
+        return None if self._scope is None else patterns_of(self._scope)
 
     def _checked_changes(self, state_dict: Mapping[str, Any], override: bool) -> list[dict[str, Any]]:
         """Return the changes of arguments that a saved state records, and those from its arguments to these.
