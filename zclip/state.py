@@ -15,6 +15,7 @@ from zclip.apply import listed_optimizers
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import (
+    CHANGE,
     MAX_CHANGES,
     check_keys,
     check_tensor,
@@ -222,12 +223,7 @@ class Statistics:
         changed = copy.copy(self)
         changed.__dict__.update(new)
         if self.counters:
-            try:
-                state, *_ = changed._checked(self.state_dict(), override=True)
-            except ValueError as error:
-                words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-                reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
-                raise ValueError(f"the statistics do not fit {words}: {reason}") from error
+            state, *_ = changed._checked(self.state_dict(), override=True)
             for key, value in state.items():
                 self.state[key].copy_(value)
         after = {name: value for name, value in changed.config().items() if name in settings}
@@ -239,9 +235,9 @@ class Statistics:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        A scope is in it too, if there is one. It holds only tensors, numbers, strings, lists and dicts. `torch.save`,
-        `torch.load(weights_only=True)` and `torch.distributed.checkpoint` support it. The last one loads into existing
-        tensors: see `prepare`.
+        `scope` and `changes`, each of which is a list of `setting`, `from` and `to`, are in it too. It holds only
+        tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
@@ -253,11 +249,9 @@ class Statistics:
             "state": {key: value.clone() for key, value in self.state.items()},
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
+            "scope": self._patterns(),
+            "changes": [[change[key] for key in CHANGE] for change in self.changes],
         }
-        if self.changes:
-            state["changes"] = [dict(change) for change in self.changes]
-        if self.scope is not None:
-            state["scope"] = self._patterns()
         if self.per_tensor:
             state["names"] = [tensor.name for tensor in self.tensors]
             state["shapes"] = [tensor.shape for tensor in self.tensors]
@@ -273,7 +267,8 @@ class Statistics:
 
         Raises:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged: the message names the entry, its value and what is allowed.
+                damaged, or its statistics do not fit other arguments, such as those of a window of another length: the
+                message names the entry, its value and what is allowed.
         """
         self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
         self._objects = []
@@ -282,6 +277,20 @@ class Statistics:
         self, state_dict: Mapping[str, Any], override: bool
     ) -> tuple[State, State, list[TensorId], list[dict[str, Any]]]:
         """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
+        changes, new = self._checked_arguments(state_dict, override)
+        try:
+            return *self._checked_statistics(state_dict, adapted=bool(new)), changes
+        except ValueError as error:
+            if not new:
+                raise
+            words = ", ".join(f"{_argument(c['setting'], c['to'])} (was {shown(c['from'])})" for c in new[:20])
+            reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+            raise ValueError(f"the statistics do not fit {words}: {reason}") from error
+
+    def _checked_arguments(
+        self, state_dict: Mapping[str, Any], override: bool
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the changes of arguments up to this strategy's, and the last ones of these, from a saved state's."""
         own = type(self).__name__
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
@@ -296,46 +305,43 @@ class Statistics:
             )
         optional = ("started", "changes", "scope", *(("names", "shapes") if self.per_tensor else ()))
         check_keys(own, "it", state_dict, REQUIRED, optional)
-        started = state_dict.get("started", False)
-        if not isinstance(started, bool):
-            refuse(own, "started", started, "true or false")
-        changes = self._checked_changes(state_dict, override)
-        state, counters = state_dict["state"], state_dict["counters"]
-        if started and isinstance(counters, Mapping) and not counters:
-            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
-        if isinstance(counters, Mapping) and not counters:
-            check_keys(own, "state", state, (), ())
-            return {}, {}, [], changes
-        zero = torch.zeros((), dtype=torch.int64)
-        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
-        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
-        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
-        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
-        if override:
-            state = self.adapt_state(state, state_dict["config"])
-        self.check_state(state, counters)
-        return state, counters, tensors, changes
-
-    def _patterns(self) -> list[str] | None:
-        """Return the patterns of the scope."""
-        return None if self._scope is None else patterns_of(self._scope)
-
-    def _checked_changes(self, state_dict: Mapping[str, Any], override: bool) -> list[dict[str, Any]]:
-        """Return the changes of arguments that a saved state records, and those from its arguments to these.
-
-        Raises:
-            ValueError: its arguments, or its scope, are not those of this strategy, and `override` is false.
-        """
-        own, saved = type(self).__name__, state_dict["config"]
+        saved = state_dict["config"]
         names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
         check_keys(own, "config", saved, (), names)
         before = {**saved, "scope": state_dict.get("scope")}
         new = differences(before, {**self.config(), "scope": self._patterns()})
         if new and not override:
-            pairs = [f"{shown(c['setting'])[1:-1]}={shown(c['from'])}, not {shown(c['to'])}" for c in new[:20]]
+            pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        return [*checked_changes(own, state_dict.get("changes", [])), *recordable(new)][-MAX_CHANGES:]
+        recorded = checked_changes(own, state_dict.get("changes", []))
+        return [*recorded, *recordable(new)][-MAX_CHANGES:], new
+
+    def _checked_statistics(self, state_dict: Mapping[str, Any], adapted: bool) -> tuple[State, State, list[TensorId]]:
+        """Return copies of the statistics in a saved state, `adapted` from other arguments to this strategy's."""
+        own = type(self).__name__
+        started = state_dict.get("started", False)
+        if not isinstance(started, bool):
+            refuse(own, "started", started, "true or false")
+        state, counters = state_dict["state"], state_dict["counters"]
+        if started and isinstance(counters, Mapping) and not counters:
+            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
+        if isinstance(counters, Mapping) and not counters:
+            check_keys(own, "state", state, (), ())
+            return {}, {}, []
+        zero = torch.zeros((), dtype=torch.int64)
+        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
+        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
+        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        if adapted:
+            state = self.adapt_state(state, state_dict["config"])
+        self.check_state(state, counters)
+        return state, counters, tensors
+
+    def _patterns(self) -> list[str] | None:
+        """Return the patterns of the scope."""
+        return None if self._scope is None else patterns_of(self._scope)
 
     def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
         """Return which tensors saved statistics are of. States of before names were saved have their number only."""
@@ -390,6 +396,11 @@ class Statistics:
             state: statistics with the keys, dtypes and shapes of `initial_state`.
             counters: those of every strategy.
         """
+
+
+def _argument(name: str, value: object) -> str:
+    """Return an argument of a saved state and its value, in as few characters as an error may have."""
+    return f"{shown(name)[1:-1]}={shown(value)}"
 
 
 def _wide(value: Tensor) -> Tensor:
