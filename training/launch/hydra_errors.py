@@ -60,6 +60,8 @@ def _unknown_key(error: errors.ConfigAttributeError | errors.ConfigKeyError) -> 
     argument = next((a for a in sys.argv[1:] if re.match(rf"\+*{re.escape(key)}[.=]", a)), key)
     near = nearest(last, map(str, error.parent_node)) if OmegaConf.is_dict(error.parent_node) else None
     hint = f" (the nearest is {key.removesuffix(last)}{near})" if near else ""
+    if key.startswith("clip.") and any(a.startswith("resume=") for a in sys.argv[1:]):
+        return f"{argument} is not possible: clip=zclip has no {key}; name the run's own strategy too, as clip=adagc"
     section = "hydra" if key.startswith("hydra.") else "job"
     return f"{argument} is not possible: there is no key {key}{hint}; `--cfg {section}` lists all keys"
 

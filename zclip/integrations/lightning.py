@@ -104,8 +104,12 @@ class ClippingCallback(pl.Callback):
         """Return the states of all strategies."""
         return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], override: bool = False) -> None:
         """Restore the states of all strategies; a state that is refused changes none of them.
+
+        Args:
+            state_dict: the states.
+            override: see `ClippingStrategy.load_state_dict`. Default False.
 
         Raises:
             ValueError: the state is damaged, or not one of these strategies.
@@ -115,10 +119,10 @@ class ClippingCallback(pl.Callback):
             raise ValueError("this is not the state of a clipping callback: it lacks a list of strategies")
         for i, state in enumerate(states):
             strategy = self.strategies[i] if i < len(self.strategies) else self._initial_strategy
-            copy.deepcopy(strategy).load_state_dict(state)
+            copy.deepcopy(strategy).load_state_dict(state, override)
         self._create_strategies(len(states))
         for strategy, state in zip(self.strategies, states, strict=False):
-            strategy.load_state_dict(state)
+            strategy.load_state_dict(state, override)
 
     def _create_strategies(self, count: int) -> None:
         while len(self.strategies) < count:
