@@ -33,7 +33,6 @@ from zclip.norm import (
     Shard,
     device_of,
     global_norm,
-    is_flattened,
     listed,
     local_gradient,
     norm_like,
@@ -196,7 +195,7 @@ class ClippingStrategy(Statistics):
             TypeError: `optimizer` is something else, or has not called `Optimizer.__init__`.
             ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
                 none of its parameters; or the engine is not one of ZeRO, or the strategy needs more than a norm. In the
-                optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
+                optimizer's step also what `step` raises.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
@@ -214,9 +213,6 @@ class ClippingStrategy(Statistics):
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = optimizer_parameters(inner)
             ids = set(map(id, own))
-            flattened = {id(parameter) for parameter in own if is_flattened(parameter)}
-            if flattened and not flattened <= self._names(models).keys():
-                raise ValueError("FSDP1 shards parameters, and only its module knows how: attach(optimizer, model)")
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise
@@ -258,7 +254,7 @@ class ClippingStrategy(Statistics):
 
         Raises:
             ValueError: no parameter has a gradient, or none of any rank is in the scope; two strategies clip for one
-                optimizer's step, or statistics of tensors are of other parameters.
+                optimizer's step; statistics of tensors are of other parameters; or the module of FSDP1 is missing.
             TypeError: an argument has the wrong type, or a gradient is sparse, complex, or not on its parameter's mesh.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """

@@ -247,6 +247,22 @@ def _average(gradient: torch.Tensor, world: int) -> torch.Tensor:
     return gradient / world
 
 
+def fsdp1_without_its_module(rank: int, world: int) -> Curve:
+    """Gradients of a shard alone would give each rank another norm."""
+    for orig in (False, True):
+        model = FullyShardedDataParallel(Net(), use_orig_params=orig, device_id=torch.device("cpu"))
+        model(batch(0).chunk(world)[rank]).square().mean().backward()
+        inner = model.module  # knows nothing of its shards either
+        for given in (model.parameters(), [*model.parameters()], inner):
+            with pytest.raises(ValueError, match=r"^FSDP1 shards parameters, and only its module knows how: step\(mod"):
+                ZClip().step(given)
+        norm = ZClip().step(model, model.parameters())
+        single = Net()
+        single(batch(0)).square().mean().backward()
+        torch.testing.assert_close(norm, ZClip().step(single))
+    return (torch.zeros(1),) * 3
+
+
 def fsdp1_agc(rank: int, world: int) -> Curve:
     with pytest.raises(ValueError, match="AGC needs the rows of weights, which FSDP1 flattens"):
         train(FullyShardedDataParallel(Net(), device_id=torch.device("cpu")), rank, world, make=AGC)
@@ -427,6 +443,7 @@ def test_sharded_training_equals_unsharded_training(case, world, options):
         (stage_without_scope, 2),
         (scope_of_no_stage, 2),
         (fsdp1_agc, 2),
+        (fsdp1_without_its_module, 2),
         SLOW(every_strategy, 4),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
