@@ -50,11 +50,15 @@ def patterns_of(scope: str | Sequence[str]) -> list[str]:
 
 
 def group_names(optimizers: Collection[Any]) -> dict[int, str]:
-    """Return the names of groups by the ids of their parameters: a group's `name`, or the class of its optimizer."""
+    """Return the names of groups by the ids of their parameters: a group's `name`, or the class of its optimizer.
+
+    A container of optimizers, such as torchtitan's, has them as its `optimizers`.
+    """
     names: dict[int, str] = {}
     for optimizer in map(unwrap, optimizers):
-        for group in getattr(optimizer, "param_groups", ()):
-            names |= dict.fromkeys(map(id, group["params"]), str(group.get("name", type(optimizer).__name__)))
+        for inner in getattr(optimizer, "optimizers", None) or [optimizer]:
+            for group in getattr(inner, "param_groups", ()):
+                names |= dict.fromkeys(map(id, group["params"]), str(group.get("name", type(inner).__name__)))
     return names
 
 
