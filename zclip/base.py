@@ -305,7 +305,8 @@ class ClippingStrategy(Statistics):
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
-            0-dim tensor; 0 where the step would be skipped.
+            0-dim tensor; 0 where the step would be skipped. Then set gradients to zero, which a product with NaN would
+            not: `zclip.apply.scale_(gradients, coefficient, coefficient == 0)`.
 
         Raises:
             TypeError: an argument is not a tensor of one real number.

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,21 +74,20 @@ def in_scope(name: str | None, scope: str | Sequence[str], group: str | None = N
         scope: a pattern, or several.
         group: the name of its group in the optimizer. Default `None`: it matches no pattern.
     """
-    patterns = patterns_of(scope)
-    is_included = all(pattern.startswith("!") for pattern in patterns)
-    for pattern in patterns:
-        if _matches(pattern, name, group):
-            if pattern.startswith("!"):
-                return False
-            is_included = True
-    return is_included
+    return _judge(tuple(patterns_of(scope)), name, group)[0]
 
 
-def _matches(pattern: str, name: str | None, group: str | None) -> bool:
-    """Whether a pattern, of which a leading `!` does not count, matches a parameter or its group."""
-    pattern = pattern.removeprefix("!")
-    found = group if pattern.startswith(GROUP) else name
-    return found is not None and fnmatchcase(found, pattern.removeprefix(GROUP))
+@lru_cache(maxsize=1 << 16)
+def _judge(patterns: tuple[str, ...], name: str | None, group: str | None) -> tuple[bool, tuple[bool, ...]]:
+    """Return whether a parameter is in the scope, and whether each of its patterns matches, without a leading `!`."""
+    excludes = [pattern.startswith("!") for pattern in patterns]
+    matched = []
+    for pattern in (pattern.removeprefix("!") for pattern in patterns):
+        found = group if pattern.startswith(GROUP) else name
+        matched.append(found is not None and fnmatchcase(found, pattern.removeprefix(GROUP)))
+    included = [match for match, exclude in zip(matched, excludes, strict=True) if not exclude]
+    excluded = [match for match, exclude in zip(matched, excludes, strict=True) if exclude]
+    return (any(included) or not included) and not any(excluded), tuple(matched)
 
 
 def split_by_scope(
@@ -101,7 +101,7 @@ def split_by_scope(
         groups: the names of their groups, by their ids.
         scope: see `in_scope`.
     """
-    patterns = patterns_of(scope)
+    patterns = tuple(patterns_of(scope))
     of_groups = [pattern.removeprefix("!").startswith(GROUP) for pattern in patterns]
     inside: list[Shard] = []
     others: list[Shard] = []
@@ -110,10 +110,10 @@ def split_by_scope(
     for shard in shards:
         key = id(shard.parameter)
         name, group = names.get(key), groups.get(key)
-        (inside if in_scope(name, patterns, group) else others).append(shard)
+        is_inside, matched = _judge(patterns, name, group)
+        (inside if is_inside else others).append(shard)
+        matches = [count + match for count, match in zip(matches, matched, strict=True)]
         unnamed += name is None
-        for i, pattern in enumerate(patterns):
-            matches[i] += _matches(pattern, name, group)
     unnamed *= not all(of_groups)
     return Split(inside, others, [*matches, len(inside), unnamed, any(of_groups) and not groups])
 
