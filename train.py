@@ -58,7 +58,7 @@ from training.checkpoint.saved_config import check_changes, check_same_run, conf
 from training.config.checks import check
 from training.config.compose import load_config, resumed_config, saved_identity
 from training.config.identity import run_path
-from training.config.live import with_changes
+from training.config.live import under_first_name, with_changes
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
 from training.launch.plan import plan_table
@@ -96,14 +96,14 @@ def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
     if config.resume is None:
         run_dir = RunDir(run_path(config))
         check_same_run(run_dir, config)
-        return with_changes(config, run_dir.setting_changes()), run_dir
+        return under_first_name(with_changes(config, run_dir.setting_changes()), config), run_dir
     run_dir = RunDir(Path(config.resume))
     if begun is None:
         raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
     current = with_changes(begun, run_dir.setting_changes())
     resumed = resumed_config(config, current, overrides)
     check_changes(run_dir, current, resumed)
-    return resumed, run_dir
+    return under_first_name(resumed, begun), run_dir
 
 
 def run_or_show(config: Config, run_dir: RunDir) -> dict:

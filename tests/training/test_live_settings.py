@@ -9,7 +9,7 @@ from rich.console import Console
 from tests.helpers import copy_run, final_state, read_jsonl, same, train_to_end
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
-from training.config.identity import identity
+from training.config.identity import identity, run_name
 from training.run import prepare_tokens
 from training.run_dir import RunDir
 
@@ -70,7 +70,7 @@ def test_changed_arguments_act_and_stay(run, tiny, checked, tmp_path):
     command = (*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9")  # with which it began
     for again in (command, (f"resume={run}", "clip.z_thresh=0.5")):
         config, run_dir = checked(*again)
-        assert run_dir.path.samefile(run)
+        assert run_dir.path.samefile(run) and run_name(config) == run.name
         assert config.clip.arguments["max_grad_norm"] == 0.25 and config.clip.arguments["z_thresh"] == 0.5
 
 
@@ -96,7 +96,7 @@ def test_change_of_a_start_that_saved_nothing_stays(run, checked):
     start_with(*checked(f"resume={run}", "clip.z_thresh=0.5"))
     assert starts(run)[-1]["changes"] == [{"setting": "clip.z_thresh", "from": 2.5, "to": 0.5}]
     config, run_dir = checked(f"resume={run}")
-    assert config.clip.arguments["z_thresh"] == 0.5
+    assert config.clip.arguments["z_thresh"] == 0.5 and run_name(config) == run.name
     (run / "config.yaml").unlink()
     start_with(*checked(f"resume={run}", "clip.z_thresh=2"))
     assert starts(run)[-1]["changes"] == [{"setting": "clip.z_thresh", "from": 0.5, "to": 2}]

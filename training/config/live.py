@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import shown
 from common.settings import parse
+from training.config.identity import run_name
 from training.config.schema import Config
 
 
@@ -26,6 +27,13 @@ def with_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config
 def without_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
     """Return the configuration before changes, of which it may have any."""
     return _with_values(config, {change["setting"]: change["from"] for change in reversed(changes)})
+
+
+def under_first_name(config: Config, begun: Config) -> Config:
+    """Return a configuration with the name of the run, which has the hash of the settings with which it began."""
+    if config.name is not None or config.clip == begun.clip:
+        return config
+    return config.model_copy(update={"name": run_name(begun)})
 
 
 def live_changes(before: Config, after: Config) -> list[dict[str, Any]]:
