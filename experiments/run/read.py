@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) else np.nan
+    return float(value) if type(value) is float or (type(value) is int and abs(value) < 2**53) else np.nan
 
 
 def corrupted_steps(run: Run) -> list[int]:
