@@ -22,13 +22,12 @@ from zclip.saved_state import (
     check_values,
     checked_changes,
     differences,
-    is_plain,
     recordable,
     refuse,
     shown,
 )
 from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
-from zclip.tensors import TensorId, find, identify, parameter_names
+from zclip.tensors import TensorId, checked_tensor_ids, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
@@ -74,7 +73,7 @@ class Statistics:
         before = self._patterns()
         self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
         self._scope_is_checked = False
-        if self.counters:
+        if self.__dict__.get("counters"):  # it runs
             new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
             self.changes = [*self.changes, *new][-MAX_CHANGES:]
 
@@ -331,7 +330,7 @@ class Statistics:
             return {}, {}, []
         zero = torch.zeros((), dtype=torch.int64)
         counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
-        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
+        tensors = checked_tensor_ids(own, state_dict) if self.per_tensor else []
         like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         if adapted:
@@ -342,29 +341,6 @@ class Statistics:
     def _patterns(self) -> list[str] | None:
         """Return the patterns of the scope."""
         return None if self._scope is None else patterns_of(self._scope)
-
-    def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
-        """Return which tensors saved statistics are of. States of before names were saved have their number only."""
-        own, state = type(self).__name__, state_dict["state"]
-        if "names" not in state_dict:
-            values = state.values() if isinstance(state, Mapping) else ()
-            count = next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
-            return [TensorId(None, None)] * count
-        names, shapes = state_dict["names"], state_dict.get("shapes")
-        if not isinstance(names, list) or not names:
-            refuse(own, "names", names, "a list of the names of tensors")
-        if not isinstance(shapes, list) or len(shapes) != len(names):
-            refuse(own, "shapes", shapes, f"a list of the shapes of {len(names)} tensors")
-        seen: set[str | int] = set()
-        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            if name is not None:
-                if type(name) not in (str, int) or name in seen:
-                    refuse(own, f"names[{i}]", name, "a name or position that no other tensor has")
-                seen.add(name)
-            sizes = shape if isinstance(shape, list) else [-1]
-            if shape is not None and not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
-                refuse(own, f"shapes[{i}]", shape, "a list of integers from 0")
-        return [TensorId(name, shape) for name, shape in zip(names, shapes, strict=True)]
 
     def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
         own = type(self).__name__
