@@ -54,10 +54,11 @@ from data import corpus_from
 from experiments.run.read import read_run
 from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
-from training.checkpoint.saved_config import check_same_run, config_of_run
+from training.checkpoint.saved_config import check_changes, check_same_run, config_of_run
 from training.config.checks import check
 from training.config.compose import load_config, resumed_config, saved_identity
 from training.config.identity import run_path
+from training.config.live import under_first_name, with_changes
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
 from training.launch.plan import plan_table
@@ -95,11 +96,14 @@ def configured(cfg: DictConfig, overrides: list[str]) -> tuple[Config, RunDir]:
     if config.resume is None:
         run_dir = RunDir(run_path(config))
         check_same_run(run_dir, config)
-        return config, run_dir
+        return under_first_name(with_changes(config, run_dir.setting_changes()), config), run_dir
     run_dir = RunDir(Path(config.resume))
     if begun is None:
         raise UserError(f"resume={config.resume} is not possible: there is no run in that folder")
-    return resumed_config(config, begun, overrides), run_dir
+    current = with_changes(begun, run_dir.setting_changes())
+    resumed = resumed_config(config, current, overrides)
+    check_changes(run_dir, current, resumed)
+    return under_first_name(resumed, begun), run_dir
 
 
 def run_or_show(config: Config, run_dir: RunDir) -> dict:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from common.reading import Record, parse_record, read_lines
 
@@ -37,6 +37,22 @@ class ValidationLine(Record):
     val_tokens: Step
 
 
+class Change(Record):
+    """A change of an argument of the clipping strategy, which a start has made."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    setting: Annotated[str, Field(pattern=r"^clip\.\w{1,100}$")]
+    before: Any = Field(alias="from")
+    after: Any = Field(alias="to")
+
+    @model_validator(mode="after")
+    def _is_live(self) -> "Change":
+        if self.setting in ("clip.name", "clip._target_"):
+            raise ValueError(f"{self.setting} does not change")
+        return self
+
+
 class Start(Record):
     """One start of a run, with the environment that it had."""
 
@@ -53,6 +69,8 @@ class Start(Record):
     """SHA-256 of each file of the tokenizer, in hexadecimal, by its name."""
     step: Step | None = None
     slurm_job: str | None = None
+    changes: list[Change] = Field([])
+    """Of settings, that this start has made."""
 
 
 class Environment(Record):
@@ -123,6 +141,8 @@ class Result(Record):
     step_seconds: dict[str, Number | None] = Field({})
     saving_seconds: Number | None = None
     peak_memory_gib: Number | None = None
+    changes: list[dict[str, Any]] = Field([])
+    """Of settings, while the run trained: see `setting_changes`."""
     corrupted_batches: Step = 0
     corruption_kind: str | None = None
 
@@ -146,6 +166,11 @@ class TaskScores(Record):
     """task_scores.json."""
 
     scores: list[Score]
+
+
+def setting_changes(starts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the changes of settings that starts of a run have made: `step`, `setting`, `from` and `to` of each."""
+    return [{"step": start.get("step", 0), **change} for start in starts for change in start.get("changes", ())]
 
 
 def read_validation(path: Path) -> list[dict[str, Any]]:

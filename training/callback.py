@@ -164,18 +164,22 @@ class RunCallback(pl.Callback):
 class TimedClippingCallback(ClippingCallback):
     """Clips the gradients, and measures how long that takes.
 
-    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy.
+    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy. With
+    `override_arguments`, they may be of the strategy with other arguments.
     """
 
-    def __init__(self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool) -> None:
+    def __init__(
+        self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool, override_arguments: bool
+    ) -> None:
         super().__init__(strategy)
         self.timer = timer
         self.reset_state = reset_state
+        self.override_arguments = override_arguments
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], override: bool = False) -> None:
         """Restore the statistics, unless they are to be reset."""
         if not self.reset_state:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, override or self.override_arguments)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

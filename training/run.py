@@ -39,6 +39,7 @@ from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import Start, prepare_start
 from training.checkpoint.rewind import rewind
 from training.config.identity import shared_settings
+from training.config.live import describe_changes
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy, update_rule
 from training.launch.plan import memory_warning
@@ -195,7 +196,7 @@ def build_run(
     task_evaluator = TaskEvaluator(run_dir, config, tokenizer, stop.sync, report)
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
-    clipper = TimedClippingCallback(strategy, callback.timer, reset_state=start.reset_clipper)
+    clipper = TimedClippingCallback(strategy, callback.timer, start.reset_clipper, start.changed_clipper)
     rules = [] if rule is None else [UpdateRuleCallback(rule, reset_state=start.reset_rule)]
     trainer = build_trainer(config, run_dir, [clipper, *rules, callback])
     return Run(trainer, module, loader, stop, guard, display, loggers)
@@ -218,6 +219,8 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
             f"{trainer.global_batch_size} x {config.data.sequence_length} tokens"
             + (f", {epochs:.1f} passes over the text" if epochs > 1 else "")
         )
+    for sentence in describe_changes(run_dir.setting_changes()):
+        console.print(sentence)
     if warning := memory_warning(config, available_memory(trainer.accelerator, trainer.devices)):
         console.print(warning)
     if start.checkpoint is None and config.model.init_from is not None:

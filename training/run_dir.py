@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and how it is read again.
 
-    config.yaml        resolved; everything needed to run it again
-    environment.json   one entry per start: commit, versions, device, command line
+    config.yaml        resolved settings with which the run began
+    environment.json   one entry per start: commit, versions, device, command line, changed settings
     tokenizer/         as Hugging Face's libraries load it
     metrics.jsonl      one line per optimizer step
     checkpoints/       step-*.ckpt, complete or absent
@@ -31,10 +31,20 @@ from typing import Any
 from common.errors import RunError, UserError, shown
 from common.files import hold_lock, is_locked, make_dir, refuse_link, remove_leftovers, sha256, write_atomic
 from common.reading import check_record, damage, parse_json, parse_record, read_bytes, read_json, read_lines
-from common.run_files import Environment, MetricsLine, Result, Rewinds, SlurmJob, as_dict, read_validation
+from common.run_files import (
+    Environment,
+    MetricsLine,
+    Result,
+    Rewinds,
+    SlurmJob,
+    as_dict,
+    read_validation,
+    setting_changes,
+)
 from data import TOKENIZER_FILES, Tokens, changes
 from evaluation.scores import SCORES
 from training.config.compose import read_config, to_yaml
+from training.config.live import live_changes, with_changes, without_changes
 from training.config.schema import Config
 from training.runtime.environment import environment
 from training.runtime.slurm import restart_count
@@ -86,10 +96,10 @@ class RunDir:
             refuse_link(self.plot.parent)  # before training rather than after it
             starts = self._starts()
             if starts and (starts[-1].get("data_fingerprint") or tokens.fingerprint) != tokens.fingerprint:
-                changed = changes(tokens, starts[-1].get("data_folder") or "") or ["the text or the tokenizer"]
-                have = "have" if len(changed) > 1 else "has"
+                other = changes(tokens, starts[-1].get("data_folder") or "") or ["the text or the tokenizer"]
+                have = "have" if len(other) > 1 else "has"
                 raise UserError(
-                    f"{' and '.join(changed)} {have} changed (data.path={shown(config.data.path)}, "
+                    f"{' and '.join(other)} {have} changed (data.path={shown(config.data.path)}, "
                     f"data.tokenizer={shown(config.data.tokenizer)}): {self.path} was started on tokens "
                     f"{starts[-1]['data_fingerprint']}, these are {tokens.fingerprint}; restore it, or choose a name"
                 )
@@ -97,14 +107,17 @@ class RunDir:
             for name in TOKENIZER_FILES:
                 if not _holds(self.tokenizer / name, content := (tokens.folder / name).read_bytes()):
                     write_atomic(self.tokenizer / name, content)
+            recorded = setting_changes(starts)
             if not self.config_file.is_file():
-                write_atomic(self.config_file, to_yaml(config))
+                write_atomic(self.config_file, to_yaml(without_changes(config, recorded)))
+            changed = live_changes(with_changes(read_config(self.config_file), recorded), config)
             start = environment() | {
                 "data_fingerprint": tokens.fingerprint,
                 "data_folder": tokens.folder.name,
                 "tokenizer": {name: sha256(self.tokenizer / name) for name in TOKENIZER_FILES},
                 "step": max(self.checkpoint_steps(), default=0),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                **({"changes": changed} if changed else {}),
             }
             self._check_progress([*starts, start])
             write_atomic(self.environment_file, json.dumps({"starts": [*starts, start]}, indent=1))
@@ -159,6 +172,10 @@ class RunDir:
         if not self.environment_file.exists():
             return []
         return [as_dict(start) for start in read_json(self.environment_file, Environment).starts]
+
+    def setting_changes(self) -> list[dict[str, Any]]:
+        """Return the changes of settings while the run trained: `step`, `setting`, `from` and `to` of each."""
+        return setting_changes(self._starts())
 
     def _last_start(self) -> dict[str, Any]:
         """Return the entry of the last start; an empty one if there was none."""

@@ -9,7 +9,7 @@ fused multiplication always runs.
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,11 @@ def unwrap(optimizer: Any) -> Any:
     while type(optimizer).__module__.split(".")[0] in WRAPPERS:
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def listed_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """Return one optimizer, several or none as a list."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
 
 
 def optimizer_parameters(optimizer: Any) -> list[Tensor]:

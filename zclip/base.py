@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zclip.apply import FusedClip, apply_decision, bind_optimizers, optimizer_parameters, unwrap
+from zclip.apply import (
+    FusedClip,
+    apply_decision,
+    bind_optimizers,
+    listed_optimizers,
+    optimizer_parameters,
+    unwrap,
+)
 from zclip.arguments import integer, one_of, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
@@ -24,8 +31,8 @@ from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
     Shard,
+    device_of,
     global_norm,
-    is_flattened,
     listed,
     local_gradient,
     norm_like,
@@ -34,7 +41,6 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
-from zclip.scope import check_scope, split_by_scope
 from zclip.state import Statistics, where_finite
 
 NO_GRADIENTS = (
@@ -82,9 +88,16 @@ class ClippingStrategy(Statistics):
             `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
-            whatever they hold; `other_norm` is their norm. A saved state records the scope. Of several names (tied
-            weights) the first in alphabetical order counts. If several modules are given, names begin with their
-            number: `1.embed.weight`.
+            whatever they hold; `other_norm` is their norm. Of several names (tied weights) the first in alphabetical
+            order counts. If several modules are given, names begin with their number: `1.embed.weight`.
+
+            `"group:adamw"` is a pattern of groups of the optimizer's parameters, `"!group:muon"` one that excludes
+            groups. The name of a group is its entry `name`, as in `dict(params=..., name="adamw")`, or else the name of
+            the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
+            `step(model, optimizer=[muon, adamw])`.
+
+            A pattern that matches nothing gives a warning. A saved state records the scope. It can be assigned between
+            two steps, which `changes` records.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -182,7 +195,7 @@ class ClippingStrategy(Statistics):
             TypeError: `optimizer` is something else, or has not called `Optimizer.__init__`.
             ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
                 none of its parameters; or the engine is not one of ZeRO, or the strategy needs more than a norm. In the
-                optimizer's step also what `step` raises, and if the module of FSDP1 is missing.
+                optimizer's step also what `step` raises.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
@@ -200,9 +213,6 @@ class ClippingStrategy(Statistics):
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             own = optimizer_parameters(inner)
             ids = set(map(id, own))
-            flattened = {id(parameter) for parameter in own if is_flattened(parameter)}
-            if flattened and not flattened <= self._names(models).keys():
-                raise ValueError("FSDP1 shards parameters, and only its module knows how: attach(optimizer, model)")
             shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise
@@ -243,15 +253,15 @@ class ClippingStrategy(Statistics):
             The norm before clipping, a 0-dim float32 tensor on the gradients' device.
 
         Raises:
-            ValueError: no parameter has a gradient, two strategies clip for one optimizer's step, or statistics of
-                tensors are of other parameters.
+            ValueError: no parameter has a gradient, or none of any rank is in the scope; two strategies clip for one
+                optimizer's step; statistics of tensors are of other parameters; or the module of FSDP1 is missing.
             TypeError: an argument has the wrong type, or a gradient is sparse, complex, or not on its parameter's mesh.
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
         self._check_initialised()
         if self._attachment is not None:
             raise ValueError("optimizer.step() calls the strategy that is attached to it: leave out step()")
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        optimizers = listed_optimizers(optimizer)
         if any(map(Attachment.is_on, optimizers)):
             raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
         models = tuple(map(listed, models))
@@ -267,15 +277,13 @@ class ClippingStrategy(Statistics):
     ) -> Tensor:
         with torch.no_grad():
             FusedClip.cancel_all(self)
-            others: list[Shard] = []
-            if self.scope is not None and shards:
-                shards, others = split_by_scope(shards, self._names(models), self.scope)
+            shards, others = self._in_scope(shards, models, optimizers, process_group)
             gradients = [local_gradient(shard.parameter) for shard in shards]
             no_gradients = all(gradient is None for gradient in gradients)
-            if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
+            if no_gradients and process_group is None and not any(shard.groups for shard in shards):
                 raise _NoGradients(NO_GRADIENTS)
             loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
-            norms = tensor_norms(shards, gradients)
+            norms = tensor_norms(shards, gradients) if shards else _no_norms(others, process_group)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
                 raise _NoGradients(NO_GRADIENTS)
@@ -297,7 +305,8 @@ class ClippingStrategy(Statistics):
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
-            0-dim tensor; 0 where the step would be skipped.
+            0-dim tensor; 0 where the step would be skipped. Then set gradients to zero, which a product with NaN would
+            not: `zclip.apply.scale_(gradients, coefficient, coefficient == 0)`.
 
         Raises:
             TypeError: an argument is not a tensor of one real number.
@@ -340,7 +349,6 @@ class ClippingStrategy(Statistics):
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
-        check_scope(self.scope)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""
@@ -351,3 +359,9 @@ class ClippingStrategy(Statistics):
             "_attachment": None,
         }
         return {**self.__dict__, **of_process}
+
+
+def _no_norms(others: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the norm of one tensor without a gradient, for a rank that has nothing to clip: (1,)."""
+    device = device_of(others, process_group)
+    return torch.zeros(1, dtype=statistics_dtype(device), device=device)

@@ -27,6 +27,7 @@ Groups = tuple[dist.ProcessGroup, ...]
 ROW = 512
 #: Elements of half precision that `cpu_norm` converts at a time: they stay in a core's cache.
 CHUNK = 1 << 18
+FSDP1_MODULE = "FSDP1 shards parameters, and only its module knows how: step(model), or attach(optimizer, model)"
 #: Below this norm, squares that matter may vanish in float32.
 TINY = 1e-15
 
@@ -46,14 +47,17 @@ def parameters_of(models: Parameters) -> list[Shard]:
 
     Raises:
         TypeError: `models` contains something else, such as a name or an optimizer.
+        ValueError: a parameter that FSDP1 has flattened comes without its module: its other shards are not known.
     """
     shards: dict[int, Shard] = {}
     ignored: set[int] = set()  # parameters that FSDP1 does not shard
 
-    def visit(item: Parameters, fsdp1: Groups) -> None:
+    def visit(item: Parameters, fsdp1: Groups | None) -> None:
         if isinstance(item, Tensor):
+            if fsdp1 is None and is_flattened(item) and id(item) not in shards:
+                raise ValueError(FSDP1_MODULE)
             if item.is_floating_point() or item.is_complex():
-                groups = () if id(item) in ignored else fsdp1
+                groups = () if id(item) in ignored else fsdp1 or ()
                 shards.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
         elif isinstance(item, nn.Module):
             if isinstance(item, FullyShardedDataParallel):
@@ -75,7 +79,7 @@ def parameters_of(models: Parameters) -> list[Shard]:
                 "an optimizer goes into optimizer="
             )
 
-    visit(models, ())
+    visit(models, None)
     return list(shards.values())
 
 
@@ -86,8 +90,14 @@ def listed(models: Parameters) -> Parameters:
     return [listed(inner) for inner in models]
 
 
-def device_of(shards: Sequence[Shard]) -> torch.device:
-    """Return the device of the first parameter that is trained, or of the first one."""
+def device_of(shards: Sequence[Shard], process_group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device of the first parameter that is trained, or of the first one.
+
+    A rank of a process group that holds no parameter has a device with which the group communicates.
+    """
+    if not shards and process_group is not None:
+        accelerator = None if dist.get_backend(process_group) in ("gloo", "mpi") else torch.accelerator
+        return torch.device("cpu") if accelerator is None else accelerator.current_accelerator() or torch.device("cpu")
     return next((shard for shard in shards if shard.parameter.requires_grad), shards[0]).parameter.device
 
 

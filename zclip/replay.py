@@ -33,14 +33,18 @@ from typing import Any
 import torch
 
 from zclip import (
+    AGC,
+    AdaGC,
     AutoClip,
     ClippingStrategy,
     FixedNorm,
     GlobalAdaGC,
+    GradientStabilizer,
     LaggedZScore,
     LogZScore,
     NoClipping,
     SkipStep,
+    TensorAutoClip,
     ZClip,
 )
 from zclip.trace import NormTrace, ReplayResult, printable, read_trace
@@ -54,6 +58,13 @@ STRATEGIES: dict[str, type[ClippingStrategy]] = {
     "global_adagc": GlobalAdaGC,
     "skip_step": SkipStep,
     "none": NoClipping,
+}
+#: Those that need the norm of each tensor, or the gradients, which a file has not.
+OF_TENSORS: dict[str, type[ClippingStrategy]] = {
+    "adagc": AdaGC,
+    "agc": AGC,
+    "gradient_stabilizer": GradientStabilizer,
+    "tensor_autoclip": TensorAutoClip,
 }
 
 #: The plot has a panel for each combination.
@@ -110,7 +121,7 @@ def _strategy_class(name: str) -> type[ClippingStrategy]:
         return STRATEGIES[name]
     module, _, attribute = name.rpartition(".")
     try:
-        strategy_class = getattr(importlib.import_module(module), attribute)
+        strategy_class = OF_TENSORS.get(name) or getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the user's module may raise anything on import
         allowed = f"it must be one of {', '.join(STRATEGIES)}, or module.Class"
         reason = f"cannot be imported ({type(error).__name__}: {error})" if module else "is not known"
@@ -119,6 +130,7 @@ def _strategy_class(name: str) -> type[ClippingStrategy]:
     if (
         not is_strategy
         or strategy_class.per_tensor
+        or strategy_class.needs_gradients
         or (strategy_class.decide is ClippingStrategy.decide and strategy_class.clip is ClippingStrategy.clip)
     ):
         raise ValueError(

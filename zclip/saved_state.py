@@ -9,6 +9,9 @@ from torch import Tensor
 #: Counters are below this, so that they can be counted up and are exact in float64.
 MAX_COUNT = 2**53
 
+#: What a strategy records of a change of an argument; a saved state has the three values of each.
+CHANGE = ("setting", "from", "to")
+
 #: Most changes of arguments that a strategy records; also most values and characters of one argument in a change.
 MAX_CHANGES = 1000
 
@@ -77,11 +80,12 @@ def checked_changes(strategy: str, changes: Any) -> list[dict[str, Any]]:
     if not isinstance(changes, list) or len(changes) > MAX_CHANGES:
         refuse(strategy, "changes", changes, f"a list of at most {MAX_CHANGES}")
     for i, change in enumerate(changes):
-        check_keys(strategy, f"changes[{i}]", change, ("setting", "from", "to"), ())
-        for key, value in change.items():
+        if not isinstance(change, list) or len(change) != len(CHANGE):
+            refuse(strategy, f"changes[{i}]", change, f"a list of {', '.join(CHANGE)}")
+        for key, value in zip(CHANGE, change, strict=True):
             if not _is_recordable(value):
                 refuse(strategy, f"changes[{i}].{key}", value, "a number, a text, null, or a list of them")
-    return [dict(change) for change in changes]
+    return [dict(zip(CHANGE, change, strict=True)) for change in changes]
 
 
 def _is_recordable(value: Any) -> bool:

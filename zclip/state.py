@@ -3,28 +3,31 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from zclip.apply import listed_optimizers
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import (
+    CHANGE,
     MAX_CHANGES,
     check_keys,
     check_tensor,
     check_values,
     checked_changes,
     differences,
-    is_plain,
     recordable,
     refuse,
     shown,
 )
-from zclip.scope import patterns_of, split_by_scope
-from zclip.tensors import TensorId, find, identify, parameter_names
+from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
+from zclip.tensors import TensorId, checked_tensor_ids, find, identify, parameter_names
 
 #: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
 COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
@@ -43,8 +46,7 @@ class Statistics:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
-    #: Patterns of the names of the parameters that the statistics are of; `None`: all.
-    scope: str | Sequence[str] | None = None
+    _scope: str | tuple[str, ...] | None = None
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -54,6 +56,27 @@ class Statistics:
         self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
         self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
+        self._scope_is_checked = False
+
+    @property
+    def scope(self) -> str | Sequence[str] | None:
+        """Patterns of the names or groups of the parameters that the statistics are of; `None`: all."""
+        return self._scope
+
+    @scope.setter
+    def scope(self, scope: str | Sequence[str] | None) -> None:
+        """Change the scope between two steps. The statistics stay, and `changes` records it.
+
+        Raises:
+            ArgumentError: it is not a pattern, or a list of patterns.
+        """
+        check_scope(scope)
+        before = self._patterns()
+        self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
+        self._scope_is_checked = False
+        if self.__dict__.get("counters"):  # it runs
+            new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
+            self.changes = [*self.changes, *new][-MAX_CHANGES:]
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
@@ -66,7 +89,12 @@ class Statistics:
         """
         return {}
 
-    def prepare(self, *models: Parameters) -> None:
+    def prepare(
+        self,
+        *models: Parameters,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Create the statistics for these parameters, as the first `step` on them would; keep existing statistics.
 
         `torch.distributed.checkpoint` loads into existing tensors. Call this before it loads into a strategy that has
@@ -74,20 +102,21 @@ class Statistics:
 
         Args:
             models: modules, parameters, or iterables of either, as for `step`.
+            optimizer: the optimizer, or several, if the scope has patterns of groups. Default `None`.
+            process_group: see `step`.
 
         Raises:
             ValueError: no parameter requires gradients, the parameters are on the meta device, or none is in the scope.
         """
         models = tuple(map(listed, models))
         self._check_initialised()
-        shards = parameters_of(models)
-        if self.scope is not None:
-            shards, _ = split_by_scope(shards, self._names(models), self.scope)
-        device = device_of(shards) if any(shard.parameter.requires_grad for shard in shards) else torch.device("meta")
+        shards, others = self._in_scope(parameters_of(models), models, listed_optimizers(optimizer), process_group)
+        trained = process_group is not None or any(shard.parameter.requires_grad for shard in shards)
+        device = device_of(shards or others, process_group) if trained else torch.device("meta")
         if device.type == "meta":
             raise ValueError("prepare() takes the parameters to train, on their device: there are none, or on meta")
         if not self.counters:
-            shape = (len(shards),) if self.per_tensor else ()
+            shape = (max(len(shards), 1),) if self.per_tensor else ()
             self._prepare_state(torch.zeros(shape, dtype=statistics_dtype(device), device=device), shards, models)
 
     def _check_initialised(self) -> None:
@@ -133,6 +162,27 @@ class Statistics:
                         self.state[key] = new[key].clone()
                         self.state[key][known] = value[[found[k] for k in known]]
         self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    def _in_scope(
+        self,
+        shards: Sequence[Shard],
+        models: Parameters,
+        optimizers: Sequence[Optimizer],
+        process_group: dist.ProcessGroup | None,
+    ) -> tuple[Sequence[Shard], Sequence[Shard]]:
+        """Return the parameters that are in the scope, and the others.
+
+        In the first step of a scope, the ranks of a process group agree on whether it is possible. One of them may have
+        no parameter in it.
+        """
+        if self._scope is None:
+            return shards, []
+        names, groups = self._names(models), group_names(optimizers)
+        split = split_by_scope(shards, names, groups, self._scope)
+        if not self._scope_is_checked or (process_group is None and not split.inside):
+            check_split(split, self._scope, names, groups, process_group)
+            self._scope_is_checked = True
+        return split.inside, split.others
 
     def _names(self, models: Parameters) -> dict[int, str]:
         """Return the names of parameters by their ids."""
@@ -212,12 +262,7 @@ class Statistics:
         changed = copy.copy(self)
         changed.__dict__.update(new)
         if self.counters:
-            try:
-                state, *_ = changed._checked(self.state_dict(), override=True)
-            except ValueError as error:
-                words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-                reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
-                raise ValueError(f"the statistics do not fit {words}: {reason}") from error
+            state, *_ = changed._checked(self.state_dict(), override=True)
             for key, value in state.items():
                 self.state[key].copy_(value)
         after = {name: value for name, value in changed.config().items() if name in settings}
@@ -229,9 +274,9 @@ class Statistics:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        A scope is in it too, if there is one. It holds only tensors, numbers, strings, lists and dicts. `torch.save`,
-        `torch.load(weights_only=True)` and `torch.distributed.checkpoint` support it. The last one loads into existing
-        tensors: see `prepare`.
+        `scope` and `changes`, each of which is a list of `setting`, `from` and `to`, are in it too. It holds only
+        tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
+        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
@@ -243,11 +288,9 @@ class Statistics:
             "state": {key: value.clone() for key, value in self.state.items()},
             "counters": {key: value.clone() for key, value in self.counters.items()},
             "started": bool(self.counters),
+            "scope": self._patterns(),
+            "changes": [[change[key] for key in CHANGE] for change in self.changes],
         }
-        if self.changes:
-            state["changes"] = [dict(change) for change in self.changes]
-        if self.scope is not None:
-            state["scope"] = self._patterns()
         if self.per_tensor:
             state["names"] = [tensor.name for tensor in self.tensors]
             state["shapes"] = [tensor.shape for tensor in self.tensors]
@@ -263,7 +306,8 @@ class Statistics:
 
         Raises:
             ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged: the message names the entry, its value and what is allowed.
+                damaged, or its statistics do not fit other arguments, such as those of a window of another length: the
+                message names the entry, its value and what is allowed.
         """
         self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
         self._objects = []
@@ -272,6 +316,20 @@ class Statistics:
         self, state_dict: Mapping[str, Any], override: bool
     ) -> tuple[State, State, list[TensorId], list[dict[str, Any]]]:
         """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
+        changes, new = self._checked_arguments(state_dict, override)
+        try:
+            return *self._checked_statistics(state_dict, adapted=bool(new)), changes
+        except ValueError as error:
+            if not new:
+                raise
+            words = ", ".join(f"{_argument(c['setting'], c['to'])} (was {shown(c['from'])})" for c in new[:20])
+            reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+            raise ValueError(f"the statistics do not fit {words}: {reason}") from error
+
+    def _checked_arguments(
+        self, state_dict: Mapping[str, Any], override: bool
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the changes of arguments up to this strategy's, and the last ones of these, from a saved state's."""
         own = type(self).__name__
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
@@ -286,69 +344,43 @@ class Statistics:
             )
         optional = ("started", "changes", "scope", *(("names", "shapes") if self.per_tensor else ()))
         check_keys(own, "it", state_dict, REQUIRED, optional)
-        started = state_dict.get("started", False)
-        if not isinstance(started, bool):
-            refuse(own, "started", started, "true or false")
-        changes = self._checked_changes(state_dict, override)
-        state, counters = state_dict["state"], state_dict["counters"]
-        if started and isinstance(counters, Mapping) and not counters:
-            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
-        if isinstance(counters, Mapping) and not counters:
-            check_keys(own, "state", state, (), ())
-            return {}, {}, [], changes
-        zero = torch.zeros((), dtype=torch.int64)
-        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
-        tensors = self._checked_tensor_ids(state_dict) if self.per_tensor else []
-        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
-        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
-        if override:
-            state = self.adapt_state(state, state_dict["config"])
-        self.check_state(state, counters)
-        return state, counters, tensors, changes
-
-    def _patterns(self) -> list[str] | None:
-        """Return the patterns of the scope."""
-        return None if self.scope is None else patterns_of(self.scope)
-
-    def _checked_changes(self, state_dict: Mapping[str, Any], override: bool) -> list[dict[str, Any]]:
-        """Return the changes of arguments that a saved state records, and those from its arguments to these.
-
-        Raises:
-            ValueError: its arguments, or its scope, are not those of this strategy, and `override` is false.
-        """
-        own, saved = type(self).__name__, state_dict["config"]
+        saved = state_dict["config"]
         names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
         check_keys(own, "config", saved, (), names)
         before = {**saved, "scope": state_dict.get("scope")}
         new = differences(before, {**self.config(), "scope": self._patterns()})
         if new and not override:
-            pairs = [f"{shown(c['setting'])[1:-1]}={shown(c['from'])}, not {shown(c['to'])}" for c in new[:20]]
+            pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        return [*checked_changes(own, state_dict.get("changes", [])), *recordable(new)][-MAX_CHANGES:]
+        recorded = checked_changes(own, state_dict.get("changes", []))
+        return [*recorded, *recordable(new)][-MAX_CHANGES:], new
 
-    def _checked_tensor_ids(self, state_dict: Mapping[str, Any]) -> list[TensorId]:
-        """Return which tensors saved statistics are of. States of before names were saved have their number only."""
-        own, state = type(self).__name__, state_dict["state"]
-        if "names" not in state_dict:
-            values = state.values() if isinstance(state, Mapping) else ()
-            count = next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
-            return [TensorId(None, None)] * count
-        names, shapes = state_dict["names"], state_dict.get("shapes")
-        if not isinstance(names, list) or not names:
-            refuse(own, "names", names, "a list of the names of tensors")
-        if not isinstance(shapes, list) or len(shapes) != len(names):
-            refuse(own, "shapes", shapes, f"a list of the shapes of {len(names)} tensors")
-        seen: set[str | int] = set()
-        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            if name is not None:
-                if type(name) not in (str, int) or name in seen:
-                    refuse(own, f"names[{i}]", name, "a name or position that no other tensor has")
-                seen.add(name)
-            sizes = shape if isinstance(shape, list) else [-1]
-            if shape is not None and not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
-                refuse(own, f"shapes[{i}]", shape, "a list of integers from 0")
-        return [TensorId(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    def _checked_statistics(self, state_dict: Mapping[str, Any], adapted: bool) -> tuple[State, State, list[TensorId]]:
+        """Return copies of the statistics in a saved state, `adapted` from other arguments to this strategy's."""
+        own = type(self).__name__
+        started = state_dict.get("started", False)
+        if not isinstance(started, bool):
+            refuse(own, "started", started, "true or false")
+        state, counters = state_dict["state"], state_dict["counters"]
+        if started and isinstance(counters, Mapping) and not counters:
+            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
+        if isinstance(counters, Mapping) and not counters:
+            check_keys(own, "state", state, (), ())
+            return {}, {}, []
+        zero = torch.zeros((), dtype=torch.int64)
+        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
+        tensors = checked_tensor_ids(own, state_dict) if self.per_tensor else []
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
+        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
+        if adapted:
+            state = self.adapt_state(state, state_dict["config"])
+        self.check_state(state, counters)
+        return state, counters, tensors
+
+    def _patterns(self) -> list[str] | None:
+        """Return the patterns of the scope."""
+        return None if self._scope is None else patterns_of(self._scope)
 
     def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
         own = type(self).__name__
@@ -385,6 +417,11 @@ class Statistics:
 def where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a value of telemetry, or NaN (false, if it is a bool) where `finite` is false."""
     return finite & value if value.dtype == torch.bool else torch.where(finite, value.to(dtype), torch.nan)
+
+
+def _argument(name: str, value: object) -> str:
+    """Return an argument of a saved state and its value, in as few characters as an error may have."""
+    return f"{shown(name)[1:-1]}={shown(value)}"
 
 
 def _wide(value: Tensor) -> Tensor:

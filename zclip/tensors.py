@@ -1,8 +1,8 @@
 """Which tensor a statistic is of: names of parameters, and the statistics that a tensor finds under its name."""
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from zclip.norm import Parameters, Shard
+from zclip.saved_state import is_plain, refuse
 
 #: Names under which wrappers hold the module that they wrap: torch.compile, FSDP1, checkpointing, Lightning Fabric.
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -117,6 +118,33 @@ def find(
             "whose names tell its parameters apart, or always the same parameters"
         )
     return [order.index(k) if k in order else None for k in range(len(current))]
+
+
+def checked_tensor_ids(strategy: str, state_dict: Mapping[str, Any]) -> list[TensorId]:
+    """Return which tensors the statistics in a saved state are of; raise `ValueError` if it does not say.
+
+    States of before names were saved have their number only.
+    """
+    state = state_dict["state"]
+    if "names" not in state_dict:
+        values = state.values() if isinstance(state, Mapping) else ()
+        count = next((len(value) for value in values if is_plain(value) and value.ndim == 1), 1)
+        return [TensorId(None, None)] * count
+    names, shapes = state_dict["names"], state_dict.get("shapes")
+    if not isinstance(names, list) or not names:
+        refuse(strategy, "names", names, "a list of the names of tensors")
+    if not isinstance(shapes, list) or len(shapes) != len(names):
+        refuse(strategy, "shapes", shapes, f"a list of the shapes of {len(names)} tensors")
+    seen: set[str | int] = set()
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        if name is not None:
+            if type(name) not in (str, int) or name in seen:
+                refuse(strategy, f"names[{i}]", name, "a name or position that no other tensor has")
+            seen.add(name)
+        sizes = shape if isinstance(shape, list) else [-1]
+        if shape is not None and not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+            refuse(strategy, f"shapes[{i}]", shape, "a list of integers from 0")
+    return [TensorId(name, shape) for name, shape in zip(names, shapes, strict=True)]
 
 
 def _match(one: TensorId, other: TensorId) -> bool:

@@ -107,7 +107,10 @@ def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunColle
             try:
                 run = read_run(path)
                 _check(run)
-                runs[key] = run
+                if run.changes:
+                    reason = f"{run.changes[0]['setting']} was changed while it trained"
+                else:
+                    runs[key] = run
             except READ_ERRORS as error:
                 reason = f"damaged ({error}): restore the file, or remove the folder to train it again"
         if reason:

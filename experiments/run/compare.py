@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.errors import UserError
+from common.errors import UserError, shown
 from common.files import write_atomic
 from common.text import flatten
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans, excess_loss
@@ -175,6 +175,12 @@ def sentences(runs: Sequence[Compared]) -> str:
             lines.append(f"{subject} was {_listed(_difference(nats) for nats in known)}{than}.")
         if unknown := [f"with {label}" for label, nats in values if nats is None]:
             lines.append(f"{subject} was not finite {_listed(unknown)}.")
+    lines += [
+        f"With {one.label}, {change['setting']} is {shown(change['to'])} since step {change['step']}, and was "
+        f"{shown(change['from'])} before."
+        for one in runs
+        for change in one.run.changes
+    ]
     return "\n".join(lines)
 
 

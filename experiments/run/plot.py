@@ -69,13 +69,18 @@ def _draw_loss(ax: Axes, run: Run) -> None:
     ax.legend(loc="best")
 
 
+def _values(argument: np.ndarray) -> str:
+    """Return the values of an argument that may have changed."""
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(argument[~np.isnan(argument)].tolist()))
+
+
 def _draw_norm(ax: Axes, run: Run) -> None:
     step = run.metrics["step"]
     ax.plot(step, run.metrics["grad_norm"], color=ORANGE, lw=0.9, label="before clipping")
     ax.plot(step, run.metrics["clipped_norm"], color=BLUE, lw=0.9, label="after clipping")
-    bound = run.config["clip"].get("max_grad_norm")
-    if bound is not None:
-        ax.axhline(bound, color="0.4", ls=":", lw=1, label=f"max_grad_norm {bound:g}")
+    bound = run.argument("max_grad_norm")
+    if not np.isnan(bound).all():
+        ax.plot(step, bound, color="0.4", ls=":", lw=1, label=f"max_grad_norm {_values(bound)}")
     norms = np.concatenate([run.metrics["grad_norm"], run.metrics["clipped_norm"]])
     _log_scale(ax, norms)
     ax.set_ylabel("gradient norm")
@@ -97,11 +102,11 @@ def _draw_z_score(ax: Axes, run: Run) -> None:
         ax.set_ylabel("clip coefficient")
         ax.set_ylim(0, 1.05)
         return
-    z, threshold = metrics["z"], run.config["clip"].get("z_thresh")
+    z, threshold = metrics["z"], run.argument("z_thresh")
     ax.plot(step, z, color=BLUE, lw=0.9, label="z-score")
-    if threshold is not None:
+    if not np.isnan(threshold).all():
         spikes = z > threshold
-        ax.axhline(threshold, color=ORANGE, ls="--", lw=1, label=f"threshold {threshold:g}")
+        ax.plot(step, threshold, color=ORANGE, ls="--", lw=1, label=f"threshold {_values(threshold)}")
         label = f"clipped by z-score: {spikes.sum()} step{'' if spikes.sum() == 1 else 's'}"
         ax.plot(step[spikes], z[spikes], "o", color=ORANGE, ms=4, label=label)
     warmup = int(np.isnan(z).cumprod().sum())
@@ -110,7 +115,7 @@ def _draw_z_score(ax: Axes, run: Run) -> None:
     if np.nanmax(np.abs(z), initial=0) > 10:
         ax.set_yscale("symlog", linthresh=5)
     else:
-        ax.set_ylim(top=1.5 * max(np.nanmax(z, initial=0), threshold or 0))
+        ax.set_ylim(top=1.5 * max(np.nanmax(z, initial=0), np.nanmax(threshold, initial=0)))
     ax.set_ylabel("z-score")
     ax.legend(loc="best", ncols=2)
 

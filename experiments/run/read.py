@@ -43,6 +43,19 @@ class Run(NamedTuple):
     rewinds: Sequence[Mapping[str, Any]] = ()  # entries of `rewinds.json`
 
     @property
+    def changes(self) -> list[dict[str, Any]]:
+        """The changes of settings while it trained: `step`, `setting`, `from` and `to` of each."""
+        return run_files.setting_changes(self.starts)
+
+    def argument(self, name: str) -> np.ndarray:
+        """Return (steps,) an argument of the clipping strategy in each step, NaN where it has no number."""
+        values = np.full(len(self.metrics["step"]), _number(self.config["clip"].get(name)))
+        for change in self.changes:
+            if change["setting"] == f"clip.{name}":
+                values[self.metrics["step"] > change["step"]] = _number(change["to"])
+        return values
+
+    @property
     def environment(self) -> Mapping[str, Any]:
         """The environment of the last start; empty if it is not known."""
         return self.starts[-1] if self.starts else {}
@@ -52,6 +65,10 @@ class Run(NamedTuple):
         place = (task, 0, self.result.get("steps"))
         scores = [score for score in self.scores if (score["task"], score["num_fewshot"], score["step"]) == place]
         return max(scores, key=lambda score: score["items"], default=None)
+
+
+def _number(value: Any) -> float:
+    return float(value) if type(value) is float or (type(value) is int and abs(value) < 2**53) else np.nan
 
 
 def corrupted_steps(run: Run) -> list[int]:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import shown
 from experiments.run.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
@@ -43,6 +44,7 @@ def summarise(run: Run) -> dict[str, Any]:
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
             `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
             are `None` if the times were lost with the file.
+        changes: of settings, while the run trained, see `Run.changes`.
         saving_seconds: seconds in which training waited for a checkpoint.
         peak_memory_gib: maximum over the processes.
         corrupted_batches, corruption_kind: number and kind of the injected batches.
@@ -66,6 +68,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "tokens_per_second": _median(rates),
         "mfu": _median(rates * metrics["mfu"] / metrics["tokens_per_second"]) if "mfu" in metrics else None,
         "step_seconds": {phase: _median(metrics.get(f"{phase}_seconds")) for phase in STEP_PHASES},
+        "changes": run.changes,
         "saving_seconds": float(np.nansum(metrics["saving_seconds"])) if "saving_seconds" in metrics else None,
         "peak_memory_gib": _max(metrics.get("peak_memory_gib")),
         "corrupted_batches": len(corrupted),
@@ -76,7 +79,7 @@ def summarise(run: Run) -> dict[str, Any]:
 def _bound_share(run: Run) -> float | None:
     """Return the fraction of steps in which a bound beside the rule was binding; `None` without such a bound."""
     bound = run.metrics.get("clipped_by_max")
-    if bound is None or run.config["clip"].get("max_grad_norm") is None:
+    if bound is None or np.isnan(run.argument("max_grad_norm")).all():
         return None
     return float(np.mean(bound == 1))
 
@@ -138,6 +141,12 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]], title: str = "
     return sweep
 
 
+def _change_row(change: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the row on a setting that was changed while the run trained."""
+    setting, before, after = change["setting"], shown(change["from"]), shown(change["to"])
+    return "changed setting", f"{setting}={after}", f"since step {change['step']}; it was {before}"
+
+
 def _corruption(result: dict[str, Any]) -> str:
     """Return number and kind of the injected corrupted batches; empty if there are none."""
     count = result.get("corrupted_batches")
@@ -194,6 +203,7 @@ def table(result: dict[str, Any], title: str) -> Table:
             size if mfu is None else f"{size}, {mfu:.1%} MFU",
         ),
         *_resource_rows(result),
+        *map(_change_row, result.get("changes", ())),
     ]
     if corruption := _corruption(result):
         rows.append(("corrupted batches", corruption, "injected (data.corruption)"))

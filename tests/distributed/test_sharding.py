@@ -4,6 +4,7 @@ Each case trains the same small model on the same global batches, one of which i
 test compares it with `train` in one process. SGD keeps rounding errors visible in the parameters.
 """
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -124,6 +125,22 @@ def fsdp2_scope(rank: int, world: int) -> Curve:
     return fsdp2(rank, world, make=clip_one_layer)
 
 
+def two_groups(parameters) -> torch.optim.Optimizer:
+    """The weights of `Net` are a group, and its biases."""
+    up, up_bias, down, down_bias = parameters
+    return torch.optim.SGD(
+        [{"params": [up, down], "name": "matrices"}, {"params": [up_bias, down_bias], "name": "biases"}], lr=0.01
+    )
+
+
+def clip_one_group() -> ZClip:
+    return ZClip(warmup_steps=5, scope="group:matrices")
+
+
+def fsdp2_group(rank: int, world: int) -> Curve:
+    return fsdp2(rank, world, make=clip_one_group, make_optimizer=two_groups)
+
+
 def hsdp(rank: int, world: int) -> Curve:
     model = Net()
     fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
@@ -230,6 +247,22 @@ def _average(gradient: torch.Tensor, world: int) -> torch.Tensor:
     return gradient / world
 
 
+def fsdp1_without_its_module(rank: int, world: int) -> Curve:
+    """Gradients of a shard alone would give each rank another norm."""
+    for orig in (False, True):
+        model = FullyShardedDataParallel(Net(), use_orig_params=orig, device_id=torch.device("cpu"))
+        model(batch(0).chunk(world)[rank]).square().mean().backward()
+        inner = model.module  # knows nothing of its shards either
+        for given in (model.parameters(), [*model.parameters()], inner):
+            with pytest.raises(ValueError, match=r"^FSDP1 shards parameters, and only its module knows how: step\(mod"):
+                ZClip().step(given)
+        norm = ZClip().step(model, model.parameters())
+        single = Net()
+        single(batch(0)).square().mean().backward()
+        torch.testing.assert_close(norm, ZClip().step(single))
+    return (torch.zeros(1),) * 3
+
+
 def fsdp1_agc(rank: int, world: int) -> Curve:
     with pytest.raises(ValueError, match="AGC needs the rows of weights, which FSDP1 flattens"):
         train(FullyShardedDataParallel(Net(), device_id=torch.device("cpu")), rank, world, make=AGC)
@@ -300,6 +333,52 @@ def every_strategy(rank: int, world: int) -> Curve:
     return (torch.zeros(1),) * 3
 
 
+def stage_without_scope(rank: int, world: int) -> Curve:
+    """Pipeline stages of which the second has nothing in the scope clip as one process does."""
+    for make in SHORT.values():
+        model, expected, strategy, reference = Net(), Net(), make(), make()
+        strategy.scope = reference.scope = "up.*"
+        own = nn.ModuleDict({("up", "down")[rank]: (model.up, model.down)[rank]})
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.01)
+        for t in range(5):
+            for each in (model, expected):
+                each.zero_grad()
+                each(batch(t)).square().mean().backward()
+            strategy.step(own, optimizer=optimizer, process_group=dist.group.WORLD)
+            reference.step(expected)
+            for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+                if id(one) in set(map(id, own.parameters())):
+                    torch.testing.assert_close(one.grad, other.grad)
+            for key, value in reference.telemetry.items():
+                torch.testing.assert_close(strategy.telemetry[key], value, equal_nan=True, check_dtype=False)
+        restored = make()
+        restored.scope = strategy.scope
+        restored.load_state_dict(strategy.state_dict())
+    return (torch.zeros(1),) * 3
+
+
+def scope_of_no_stage(rank: int, world: int) -> Curve:
+    """All stages raise if no one has a parameter in the scope, and none warns of a pattern that another one has."""
+    model = Net()
+    model(batch(0)).square().mean().backward()
+    own = nn.ModuleDict({("up", "down")[rank]: (model.up, model.down)[rank]})
+    with pytest.raises(ValueError, match=r"^scope=head\.\* has none of the 2 parameters"):
+        ZClip(scope="head.*").step(own, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"^scope=head\.\* has none of the 2 parameters"):
+        AdaGC(scope="head.*").prepare(own, process_group=dist.group.WORLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ZClip(scope=["*.weight", "!up.*"]).step(own, process_group=dist.group.WORLD)
+    with pytest.warns(UserWarning, match=r"^'!head\*' in scope=\[\*\.weight, !head\*\] matches no parameter$"):
+        ZClip(scope=["*.weight", "!head*"]).step(own, process_group=dist.group.WORLD)
+    prepared = AdaGC(scope="up.*")
+    prepared.prepare(own, process_group=dist.group.WORLD)
+    assert len(prepared.state["gamma"]) == (1, 2)[rank == 0]
+    norm = ZClip().step(*[own] * (rank == 0), process_group=dist.group.WORLD)  # the last stage holds no parameter
+    assert norm > 0
+    return (torch.zeros(1),) * 3
+
+
 def nan_on_one_rank(rank: int, world: int) -> Curve:
     """A NaN on one rank skips the step on all ranks."""
     model, zclip = Net(), ZClip(warmup_steps=5)
@@ -334,6 +413,7 @@ CASES = [
     (pipeline_stabilizer, 2, {"make": GradientStabilizer}),
     (fsdp2_attached, 2, {"make_optimizer": fused_adamw}), (fsdp1_attached, 2, {}),
     (fsdp2_scope, 2, {"make": clip_one_layer}),
+    (fsdp2_group, 2, {"make": clip_one_group, "make_optimizer": two_groups}),
 ]  # fmt: skip
 SLOW_CASES = [
     (fsdp1_flat, 2, {}), (fsdp2_agc, 2, {"make": AGC}), (pipeline_agc, 2, {"make": AGC}),
@@ -360,7 +440,10 @@ def test_sharded_training_equals_unsharded_training(case, world, options):
     [
         (no_rank_has_gradients, 2),
         (nan_on_one_rank, 2),
+        (stage_without_scope, 2),
+        (scope_of_no_stage, 2),
         (fsdp1_agc, 2),
+        (fsdp1_without_its_module, 2),
         SLOW(every_strategy, 4),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -92,6 +92,13 @@ def test_training_losses_that_are_not_finite_are_named_beside_the_differences(th
     ]
 
 
+def test_setting_that_was_changed_in_a_run_is_named(three):
+    change = {"setting": "clip.z_thresh", "from": 2.5, "to": None}
+    three[2] = three[2]._replace(starts=[{"step": 0}, {"step": 8, "changes": [change]}])
+    line = "With clip=zclip, clip.z_thresh is null since step 8, and was 2.5 before."
+    assert sentences(together(*three)).splitlines()[-1] == line
+
+
 def test_steps_are_not_compared_with_those_of_a_run_that_has_skipped_batches_or_lacks_steps(three):
     skipped = [{"from_step": 20, "to_step": 15, "skipped_batches": 5}]
     later = {name: column + (name == "step") for name, column in three[0].metrics.items()}

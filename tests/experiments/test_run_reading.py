@@ -186,6 +186,9 @@ def test_tables_show_the_numbers():
         "1.500 bits per byte", "2 of them by z-score; 4 skipped, norm not finite", "corrupted batches", "6 repeat",
     ):  # fmt: skip
         assert shown in text, shown
+    change = {"step": 40, "setting": "clip.max_grad_norm", "from": 1.5, "to": None}
+    console.print(table(result | {"changes": [change]}, "t"))
+    assert re.search(r"changed setting +│ clip\.max_grad_norm=null │ since step 40; it was 1\.5", console.export_text())
     console.print(comparison([({"clip": "one"}, result), ({"clip": "two"}, result | corrupted)]))
     text = console.export_text()
     assert "corrupted batches" in text and "6 repeat" in text and "none" in text
@@ -231,6 +234,8 @@ def test_plot_marks_spikes_corrupted_batches_and_validation(tmp_path):
     rows = [row(step, *both) for step, both in enumerate(zip(losses, z_scores, strict=True), 1)]
     run = write_run(tmp_path / "run", rows, {"test_loss": 4.2, "unigram_entropy": 6.0})
     run.config.update(data={"corruption": {"steps": [70], "kind": "repeat"}}, clip={"max_grad_norm": 1.5})
+    change = {"setting": "clip.max_grad_norm", "from": 1.5, "to": 0.5}
+    run = run._replace(starts=[{"step": 0}, {"step": 40, "changes": [change]}])
     run = run._replace(val_metrics=[{"step": 40, "val_loss": 1.5}, {"step": 60, "hellaswag/acc": 0.3}])
     loss, norm, z = draw_run(run).axes
 
@@ -245,7 +250,8 @@ def test_plot_marks_spikes_corrupted_batches_and_validation(tmp_path):
     assert points(loss, "validation loss") == [[40, 1.5]] and points(loss, "test loss 4.20") == [[80, 4.2]]
     assert [[40, 1.5], [80, 4.2]] in [line.get_xydata().tolist() for line in loss.lines]
     assert points(loss, "unigram entropy of the test text 6.00") == [[0, 6], [1, 6]]
-    assert points(norm, "max_grad_norm 1.5") == [[0, 1.5], [1, 1.5]] and z.get_yscale() == "symlog"
+    bound = [value for _, value in points(norm, "max_grad_norm 1.5, 0.5")]
+    assert bound == [1.5] * 40 + [0.5] * 40 and z.get_yscale() == "symlog"
     del run.metrics["z"]
     assert draw_run(run).axes[-1].lines[0].get_ydata().tolist() == [0.5] * 80, "clip coefficients"
 

@@ -213,10 +213,14 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     (broken / "config.yaml").write_text("{")
     changed, config = folders["ZClip", 1]
     (changed.path / "config.yaml").write_text(to_yaml(with_settings(config, {"clip.alpha": 0.5})))
+    while_training, _ = folders["ZClip", 0]
+    change = {"setting": "clip.z_thresh", "from": 2.5, "to": 3.0}
+    (while_training.path / "environment.json").write_text(json.dumps({"starts": [{"step": 8, "changes": [change]}]}))
     collection = collect(places(expected), saved_identity)
     text = markdown(fill_table(TABLES["table3"], collection))
     assert (
-        "Not run: AutoClip (seed 1). Excluded: ZClip (seed 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)." in text
+        "Not run: AutoClip (seed 1). Excluded: ZClip (seeds 0, 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)."
+        in text
     )
     assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
     assert sorted(collection.warnings) == sorted(
@@ -225,6 +229,7 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
             "longer is excluded: not a run of these experiments (trainer.max_steps=400, not 140)",
             "broken is excluded: config.yaml cannot be read",
             f"{changed.path.name} is excluded: config.yaml was changed (clip.alpha=0.5, not 0.97)",
+            f"{while_training.path.name} is excluded: clip.z_thresh was changed while it trained",
         ]
     )
 

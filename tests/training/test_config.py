@@ -151,7 +151,13 @@ BAD = {
     "clip.warmup_steps=9999999999999999999999": "clip.warmup_steps=9999999999999999999999 is not allowed",
     "clip.z_thresh=inf": "clip.z_thresh=inf is not allowed",
     "+clip.foo=1": "clip.foo=1 is not an argument of ZClip: it has alpha, z_thresh",
-    "+clip.scope=head.*": "clip.scope=head.* has none of the model's parameters, which are model.",
+    "+clip.scope=head.*": "clip.scope=head.* is not allowed: head.* matches none of the model's parameters, which are ",
+    "+clip.scope=['*.weight','!embed*']": (
+        "clip.scope=['*.weight', '!embed*'] is not allowed: !embed* matches none of the model's parameters, which are "
+        "model.model.embed_tokens.weight, "
+    ),
+    "+clip.scope=['*','!*.weight']": "clip.scope=['*', '!*.weight'] has none of the model's parameters, which are",
+    "+clip.scope=group:Muon": "clip.scope=group:Muon is not allowed: group:Muon matches none of the model's parameters",
     "+clip.scope=[3]": "clip.scope=[3] is not allowed: it must be a pattern of parameter names, or a list of patterns",
     "+clip.on_nonfinite=ignore": "clip.on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise",
     "clip._target_=os.path.join": "clip._target_=os.path.join",

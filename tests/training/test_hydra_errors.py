@@ -44,6 +44,14 @@ def test_error_is_one_sentence(override, sentence, monkeypatch):
     assert text.startswith(sentence) and "\n" not in text
 
 
+def test_argument_of_another_strategy_than_the_default_asks_for_its_name(monkeypatch):
+    hint = ", unless the run's own strategy is named too, as clip=adagc; `--cfg job` lists all keys"
+    key = "clip.max_norm=2 is not possible: there is no key clip.max_norm (the nearest is clip.max_grad_norm)"
+    assert description(monkeypatch, "resume=x", "clip.max_norm=2") == f"{key}{hint}"
+    assert hint not in description(monkeypatch, "clip.max_norm=2")
+    assert hint not in description(monkeypatch, "resume=x", "clip=adagc", "clip.max_norm=2")
+
+
 @pytest.mark.parametrize(
     ("given", "sorted_arguments"),
     [

@@ -68,6 +68,18 @@ def test_automatic_optimization_matches_the_plain_loop(fused, tmp_path):
     torch.testing.assert_close(callback.zclip.state["mean"], expected.state["mean"])
 
 
+@pytest.mark.parametrize("scope", ["group:SGD", "other.*", ["group:*", "!group:AdamW"]])
+def test_optimizer_that_is_not_in_the_scope_is_not_clipped(scope, tmp_path):
+    module = TwoOptimizers()
+    _, callback = fit(module, tmp_path, ZClipLightningCallback(warmup_steps=5, z_thresh=2.0, scope=scope))
+    assert callback.strategies[0].telemetry == {} and callback.strategies[1].state["count"] == STEPS
+    model = build_model()
+    train_plain(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_factor=3.0)
+    assert_same_weights(module.other, model)
+    with pytest.raises(ValueError, match=r"^scope=group:Muon has none of the 4 parameters, .*; groups are AdamW$"):
+        fit(TwoOptimizers(), tmp_path, ZClipLightningCallback(scope="group:Muon"))
+
+
 def test_two_optimizers_have_separate_statistics(tmp_path):
     module = TwoOptimizers()
     _, callback = fit(module, tmp_path)

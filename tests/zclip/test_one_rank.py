@@ -104,9 +104,12 @@ def test_attached_strategy_asks_for_the_module_of_fsdp1(use_orig_params, group):
         nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=use_orig_params, process_group=group
     )
     optimizer, strategy = torch.optim.SGD(model.parameters(), lr=1.0), FixedNorm(0.01)
-    strategy.attach(optimizer, model.parameters())
+    message = r"^FSDP1 shards parameters, and only its module knows how: step\(model\), or attach\(optimizer, model\)$"
+    with pytest.raises(ValueError, match=message):
+        strategy.attach(optimizer, model.parameters())
+    strategy.attach(optimizer)
     model(torch.ones(3, 2)).sum().backward()
-    with pytest.raises(ValueError, match=r"^FSDP1 shards parameters, and only its module knows how: attach\("):
+    with pytest.raises(ValueError, match=message):
         optimizer.step()
     strategy.detach()
     strategy.attach(optimizer, model)

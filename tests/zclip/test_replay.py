@@ -17,7 +17,7 @@ import zclip.replay
 from tests.helpers import CHECKOUT
 from zclip import FixedNorm, SkipStep, ZClip
 from zclip.integrations.plot import plot
-from zclip.replay import main, replay
+from zclip.replay import OF_TENSORS, main, replay
 from zclip.trace import ReplayResult, read_trace
 
 
@@ -100,6 +100,7 @@ GLOBAL_NORM = "it must be a ClippingStrategy over the global norm, because a fil
         ("z_tresh=2", "clip=zclip does not take these settings: ZClip() got an unexpected keyword argument 'z_tresh'"),
         ("clip=zclop", f"clip=zclop is not known: {STRATEGIES}"),
         ("clip=zclop=2", f"clip=zclop=2 is not known: {STRATEGIES}"),
+        *((f"clip={name}", f"clip={name} cannot be replayed: {GLOBAL_NORM}") for name in OF_TENSORS),
         ("clip=zclip.AdaGC", f"clip=zclip.AdaGC cannot be replayed: {GLOBAL_NORM}"),
         ("clip=zclip.ClippingStrategy", f"clip=zclip.ClippingStrategy cannot be replayed: {GLOBAL_NORM}"),
         ("scope='*.weight'", "scope=*.weight cannot be replayed: a file has the norm of all parameters only"),

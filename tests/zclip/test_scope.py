@@ -59,7 +59,7 @@ def test_name_of_a_parameter_is_its_first_one_and_has_the_number_of_its_module()
     second.again = second[2]
     gradients = [p.grad for p in (*first.parameters(), second[0].weight, second[0].bias)]
     expected = norm(gradients)
-    strategy = FixedNorm(0.01, scope=["!1.again*", "!1.2*"])
+    strategy = FixedNorm(0.01, scope="!1.2*")
     strategy.step(first, second)
     assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r"^scope=again\* has none of the 4 parameters, which are 0\.weight, "):
@@ -138,13 +138,12 @@ def test_scope_without_names_or_parameters_is_refused():
     message = r"^scope=head\.\* has none of the 4 parameters, which are 0\.weight, 0\.bias, 2\.weight, \.\.\.$"
     with pytest.raises(ValueError, match=message):
         ZClip(scope="head.*").step(model)
-    for scope in ([], "", 3, [3], [""]):
+    for scope in ([], "", 3, [3], [""], "!", "group:", ["!group:"]):
         with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
             ZClip(scope=scope)
         strategy = ZClip()
-        strategy.scope = scope
         with pytest.raises(ValueError, match=r"^scope=\S* is not allowed: it must be a pattern of parameter names, or"):
-            strategy.step(model)
+            strategy.scope = scope
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
@@ -183,4 +182,126 @@ def test_saved_state_is_that_of_its_scope():
         ZClip().load_state_dict(strategy.state_dict())
     with pytest.raises(ValueError, match=r"made with scope=None, not \['\*\.weight'\]"):
         strategy.load_state_dict(ZClip().state_dict())
-    assert "scope" not in ZClip().state_dict()
+
+
+def groups_of(model) -> tuple[list[dict], list]:
+    """Return groups of the weights, named muon, and of the biases, named adamw, and these biases."""
+    weights, biases = parts(model)
+    return [{"params": weights, "name": "muon"}, {"params": biases, "name": "adamw"}], biases
+
+
+@pytest.mark.parametrize(
+    "scope", ["group:adamw", "!group:muon", ["group:*", "!group:m*"], ["group:adamw", "!*.weight"]]
+)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+def test_group_of_the_optimizer_is_a_scope(attached, fused, scope):
+    model = build_model()
+    groups, biases = groups_of(model)
+    optimizer = torch.optim.SGD(groups, lr=1.0, fused=fused)
+    strategy = FixedNorm(0.01, scope=scope)
+    backward(model)
+    expected, others = norm(p.grad for p in biases), [p.grad.clone() for p in parts(model)[0]]
+    before = copy.deepcopy(model.state_dict())
+    if attached:
+        strategy.attach(optimizer, *[model] * (scope == ["group:adamw", "!*.weight"]))
+    else:
+        strategy.step(model, optimizer=optimizer)
+    optimizer.step()
+    telemetry = strategy.read_telemetry()
+    assert telemetry["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    assert telemetry["other_norm"] == pytest.approx(norm(others), rel=1e-6)
+    moved = {name: before[name] - value for name, value in model.state_dict().items()}
+    assert norm(v for name, v in moved.items() if name.endswith("bias")) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close([v for name, v in moved.items() if name.endswith("weight")], others)
+
+
+def test_group_without_a_name_has_that_of_its_optimizer():
+    model = build_model()
+    weights, biases = parts(model)
+    optimizers = [torch.optim.Muon(weights), torch.optim.AdamW(biases)]
+    strategy = FixedNorm(0.01, scope="group:AdamW")
+    backward(model)
+    expected = norm(p.grad for p in biases)
+    strategy.step(model, optimizer=optimizers)
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    assert norm(p.grad for p in biases) == pytest.approx(0.01, rel=1e-3)
+    message = r"^scope=group:adam has none of the 4 parameters, which are .*; groups are AdamW, Muon$"
+    with pytest.raises(ValueError, match=message):
+        FixedNorm(0.01, scope="group:adam").step(model, optimizer=optimizers)
+    with pytest.raises(
+        ValueError, match=r"^scope= names groups of parameters: give step\(\) and prepare\(\) optimizer"
+    ):
+        strategy.step(model)
+    with pytest.raises(ValueError, match=r"^scope= needs the names of the parameters: give step\(\) or attach\(\) the"):
+        FixedNorm(0.01, scope=["group:AdamW", "!*.bias"]).step(weights, biases, optimizer=optimizers)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+def test_norm_that_is_not_finite_concerns_its_group_only(policy, fused):
+    model = build_model()
+    groups, biases = groups_of(model)
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5, fused=fused)
+    ZClip(scope="group:adamw", on_nonfinite=policy).attach(optimizer)
+    backward(model)
+    biases[0].grad[0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    after = model.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in after if name.endswith("weight"))
+    unchanged = [torch.equal(before[name], after[name]) for name in after if name.endswith("bias")]
+    assert all(unchanged) if policy == "skip" else not any(unchanged), "decay moves them under zero"
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def test_statistics_of_tensors_are_those_of_the_group():
+    model, strategy, prepared = build_model(), AdaGC(scope="group:adamw"), AdaGC(scope="group:adamw")
+    optimizer = torch.optim.SGD(groups_of(model)[0], lr=0.1)
+    prepared.prepare(model, optimizer=optimizer)
+    backward(model)
+    strategy.step(model, optimizer=optimizer)
+    names = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    assert prepared.state_dict()["names"] == strategy.state_dict()["names"] == names
+    with pytest.raises(ValueError, match=r"made with scope=\['group:adamw'\], not None"):
+        AdaGC().load_state_dict(strategy.state_dict())
+
+
+def test_pattern_that_matches_nothing_gives_one_warning():
+    model = build_model()
+    backward(model)
+    groups = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    for scope, pattern, what in (
+        (["*.weight", "!emebd*"], "!emebd\\*", "parameter"),
+        (["*.weight", "head.*"], "head\\.\\*", "parameter"),
+        ("!group:muon", "!group:muon", "group"),
+    ):
+        strategy = ZClip(scope=scope)
+        with pytest.warns(UserWarning, match=rf"^'{pattern}' in scope=.* matches no {what}$") as caught:
+            for _ in range(3):
+                strategy.step(model, **groups)
+        assert len(caught) == 1
+        assert strategy.read_telemetry()["grad_norm"] > 0
+
+
+def test_scope_that_is_assigned_acts_from_the_next_step_and_is_recorded():
+    model, strategy = build_model(), ZClip()
+    strategy.scope = WEIGHTS
+    assert strategy.changes == []
+    backward(model)
+    strategy.step(model)
+    strategy.scope = "*.bias"
+    backward(model)
+    expected = norm(p.grad for p in parts(model)[1])
+    strategy.step(model)
+    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+    assert strategy.changes == [{"setting": "scope", "from": ["*.weight"], "to": ["*.bias"]}]
+    assert strategy.read_telemetry()["changes"] == 1
+    resumed = ZClip(scope=["*.bias"])
+    resumed.load_state_dict(strategy.state_dict())
+    assert resumed.changes == strategy.changes
+    strategy.scope = ["*.bias"]
+    assert len(strategy.changes) == 1, "it is the same scope"
+    strategy.scope = ["head.*"]
+    with pytest.raises(ValueError, match=r"^scope=head\.\* has none of the 4 parameters"):
+        strategy.step(model)

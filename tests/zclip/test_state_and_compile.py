@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.helpers import SLOW
 from tests.zclip.every_strategy import OF_NORMS
-from zclip import ClippingStrategy, FixedNorm
+from zclip import ClippingStrategy, FixedNorm, ZClip
 
 
 def run(strategy: ClippingStrategy, start: int, stop: int) -> list[float]:
@@ -53,6 +53,24 @@ def test_unused_strategy_loads_a_distributed_checkpoint(make, tmp_path):
     for seed in range(6, 12):
         assert all(torch.equal(a, b) for a, b in zip(step(one, seed), step(other, seed), strict=True))
     assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
+
+
+def test_distributed_checkpoint_restores_changes_and_the_scope(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(3)).sum().backward()
+    strategy = ZClip(scope="weight")
+    for z_thresh in (2.0, 3.0):
+        strategy.step(model)
+        strategy.change(z_thresh=z_thresh)
+    dcp.save({"clipper": strategy}, checkpoint_id=tmp_path / "scoped")
+    dcp.save({"clipper": ZClip()}, checkpoint_id=tmp_path / "unscoped")
+    restored = ZClip(scope="weight", z_thresh=3.0)
+    dcp.load({"clipper": restored}, checkpoint_id=tmp_path / "scoped")
+    assert restored.changes == strategy.changes and len(strategy.changes) == 2
+    with pytest.raises(ValueError, match=r"made with scope=\['weight'\], not None"):
+        dcp.load({"clipper": ZClip(z_thresh=3.0)}, checkpoint_id=tmp_path / "scoped")
+    with pytest.raises(ValueError, match=r"made with scope=None, not \['weight'\]"):
+        dcp.load({"clipper": ZClip(scope="weight")}, checkpoint_id=tmp_path / "unscoped")
 
 
 @pytest.mark.parametrize("name", [SLOW(n) if n in ("none", "fixed") or "-" in n else n for n in OF_NORMS])

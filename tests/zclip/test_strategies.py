@@ -4,11 +4,12 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from zclip import AGC, AdaGC, GradientStabilizer, GradStats, SkipStep
+from zclip import AGC, AdaGC, AutoClip, GradientStabilizer, GradStats, SkipStep
 from zclip.norm import Shard
 
 
@@ -172,3 +173,17 @@ def test_tensors_without_gradients_are_ignored(make):
     if make is not AGC:
         with pytest.raises(ValueError, match=r"has statistics of 1 tensor \(parameter 0 of shape"):
             first_only.step(parameters_with_gradients(0))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_norms_of_zero_do_not_make_autoclip_zero_the_gradients(window):
+    """By the paper's rule the threshold would be 0 from the second step on."""
+    strategy = AutoClip(percentile=10, window=window)
+    norms = [0.0, 0.0, 3.0, 0.0, 2.0, 4.0, 0.0, 1.0]
+    coefficients = [float(strategy.observe(torch.tensor(norm, dtype=torch.float64))) for norm in norms]
+    positive = [norm for norm in norms if norm]
+    expected = np.percentile(positive, 10)
+    assert strategy.read_telemetry()["threshold"] == pytest.approx(expected)
+    assert coefficients == pytest.approx([1, 1, 1, 1, 1, np.percentile([3, 2, 4], 10) / 4, 1, 1], rel=1e-6)
+    for _ in range(100):
+        assert strategy.observe(torch.tensor(5.0)) > 0.1

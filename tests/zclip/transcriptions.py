@@ -87,14 +87,16 @@ class FixedNormEquations(GlobalEquations):
 
 
 class AutoClipEquations(GlobalEquations):
-    """Algorithm 1 of arXiv 2007.14469, over the latest `window` norms."""
+    """Algorithm 1 of arXiv 2007.14469, over those of the latest `window` norms that are not 0."""
 
     def __init__(self, percentile=10.0, window=None):
         self.percentile, self.window, self.history = percentile, window, []
 
     def target(self, x):
         self.history.append(x)
-        ordered = sorted(self.history[-self.window :] if self.window else self.history)
+        ordered = sorted(norm for norm in (self.history[-self.window :] if self.window else self.history) if norm)
+        if not ordered:
+            return math.inf, {"threshold": math.inf}
         rank = (len(ordered) - 1) * (self.percentile / 100)
         low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
         target = low + (high - low) * (rank - math.floor(rank))

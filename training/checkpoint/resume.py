@@ -22,6 +22,7 @@ class Start(NamedTuple):
     rewinds: list[dict[str, int]]  # of the run before
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
+    changed_clipper: bool = False  # whether arguments of the strategy have changed since the run began
 
     @property
     def skipped_batches(self) -> int:
@@ -66,7 +67,8 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
             fork.copy_history(run_dir)
         checkpoint = fork.checkpoint if fork else None
         return Start(step, checkpoint, run_dir.rewinds(step), fork, fork_step)
-    return Start(step, run_dir.checkpoint(step), run_dir.rewinds(step), None, fork_step)
+    changed = bool(run_dir.setting_changes())
+    return Start(step, run_dir.checkpoint(step), run_dir.rewinds(step), None, fork_step, changed)
 
 
 def newest_step(run_dir: RunDir, report: Callable[[str], None]) -> int | None:

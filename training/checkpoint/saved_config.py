@@ -1,18 +1,23 @@
 """The configuration of a run that has begun: that in its newest checkpoint counts, and config.yaml must agree with it.
 
+Both may differ by the changes that environment.json lists, see `training.config.live`.
+
 config.yaml can be lost or edited. Training continues from the checkpoint, whose settings hold for all its steps.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, one_line, shown
+from common.errors import ConfigError, UserError, one_line, shown
 from common.settings import parse
-from training.checkpoint.format import saved_config
+from training.checkpoint.format import is_valid, load_header, saved_config
 from training.config.compose import read_config
 from training.config.identity import differences
+from training.config.live import live_changes, with_changes, without_changes
 from training.config.schema import Config
+from training.config.strategy import clipping_strategy
 from training.run_dir import RunDir
 
 
@@ -24,13 +29,17 @@ def config_of_run(run_dir: RunDir) -> Config | None:
     """
     trained = _config_of_newest(run_dir)
     if not run_dir.config_file.is_file():
-        return trained
+        return None if trained is None else without_changes(trained, run_dir.setting_changes())
     return agreed_config(run_dir, trained)
 
 
 def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
-    """Return the configuration in config.yaml; raise `UserError` if it is not that of a checkpoint."""
+    """Return the configuration in config.yaml; raise `UserError` if it is not that of a checkpoint.
+
+    Settings that were changed while the run trained are those before the changes.
+    """
     config = read_config(run_dir.config_file)
+    trained = None if trained is None else without_changes(trained, run_dir.setting_changes())
     if trained is not None and (changed := differences(config, trained, is_named=False)):
         pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
         raise UserError(
@@ -38,6 +47,34 @@ def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
             "it: the same command as at first makes it again"
         )
     return config
+
+
+def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:
+    """Raise `ConfigError` if an argument of the strategy cannot change in a run that has begun. Writes nothing.
+
+    The run must not be finished, and the statistics in its newest checkpoint must fit the new value.
+    """
+    for change in live_changes(before, after):
+        key, problem = change["setting"], f"is not possible with resume={run_dir.path}"
+        if run_dir.result_file.exists():
+            raise ConfigError(key, change["to"], problem=f"{problem}: the run is finished")
+        strategy, state = clipping_strategy(with_changes(before, [change]).clip), _clipper_of_newest(run_dir)
+        try:
+            if state is not None:
+                strategy.load_state_dict(state, override=True)
+        except ValueError as error:
+            stay = f"it must stay {shown(change['from'])}, or fork the run"
+            raise ConfigError(key, change["to"], problem=f"{problem}: {one_line(error)}; {stay}") from error
+
+
+def _clipper_of_newest(run_dir: RunDir) -> Any:
+    """Return the strategy's state in the newest checkpoint that is not damaged; `None` if there is none."""
+    for step in reversed(run_dir.checkpoint_steps()):
+        if is_valid(run_dir.checkpoint(step)):
+            with suppress(LookupError, TypeError, ValueError):  # a hostile one is reported when the run resumes
+                (state,) = load_header(run_dir.checkpoint(step))["callbacks"]["TimedClippingCallback"]["strategies"]
+                return state
+    return None
 
 
 def check_same_run(run_dir: RunDir, config: Config) -> None:

@@ -16,7 +16,10 @@ from models.llama import Llama
 from training.config.schema import Config, TrainerConfig
 from training.config.strategy import clipping_strategy, update_rule
 from training.runtime.hardware import available_memory
-from zclip.scope import in_scope
+from zclip.scope import in_scope, patterns_of
+
+#: Class of the optimizer, which is also the name of its group of parameters.
+OPTIMIZER = "AdamW"
 
 
 def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
@@ -47,15 +50,22 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
 
 
 def _check_scope(config: Config) -> None:
-    """Raise `UserError` unless the clipping strategy can be made, and clips a parameter of the model."""
+    """Raise `UserError` unless the clipping strategy can be made, and each pattern of its scope matches a parameter."""
     scope = clipping_strategy(config.clip).scope
     if scope is None:
         return
     with torch.device("meta"):
         names = [f"model.{name}" for name, _ in Llama(config.model.llama).named_parameters()]
-    if not any(in_scope(name, scope) for name in names):
-        problem = f"has none of the model's parameters, which are {', '.join(names[:4])}, ..."
-        raise ConfigError("clip.scope", shown(scope), problem=problem)
+    value, parameters = (
+        shown(config.clip.arguments["scope"]),
+        f"the model's parameters, which are {', '.join(names[:4])}",
+    )
+    for pattern in patterns_of(scope):
+        if not any(in_scope(name, pattern.removeprefix("!"), OPTIMIZER) for name in names):
+            problem = f"is not allowed: {pattern} matches none of {parameters}, ..."
+            raise ConfigError("clip.scope", value, problem=problem)
+    if not any(in_scope(name, scope, OPTIMIZER) for name in names):
+        raise ConfigError("clip.scope", value, problem=f"has none of {parameters}, ...")
 
 
 def _check_started_processes(trainer: TrainerConfig) -> None:

@@ -17,6 +17,7 @@ from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
 from training.config.identity import changes_result, differences, identity, is_place, run_path
+from training.config.live import is_live
 from training.config.schema import Config
 from training.config.strategy import is_ours
 
@@ -99,7 +100,7 @@ def to_yaml(config: Config) -> str:
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
     """Return the configuration of `resume=FOLDER`: the saved one, with overrides.
 
-    Raises `ConfigError` if an override changes the result.
+    Raises `ConfigError` if an override changes the result, and is not an argument of the clipping strategy.
     """
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
 
@@ -116,7 +117,16 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         raise ConfigError("clip._target_", saved.clip.target, problem=problem)
     for key in named:
         section, _, name = key.partition(".")
-        if is_place(key):
+        if is_live(key) and name in ours["clip"]:
+            plain["clip"][name] = ours["clip"][name]
+        elif key == "clip":
+            if composed.clip.target != saved.clip.target or composed.clip.name != saved.clip.name:
+                problem = (
+                    f"is not possible with resume={composed.resume}: the run keeps its strategy, {saved.clip.name}, of "
+                    "which arguments may change, as clip.KEY=VALUE; fork_from= takes another one"
+                )
+                raise ConfigError(key, composed.clip.name, problem=problem)
+        elif is_place(key):
             _move(plain["data"], ours["data"], name)
         elif changes_result(key) or key in ("name", "experiment"):
             raise refusal(key)
@@ -125,8 +135,9 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         elif key != "resume":
             plain[section] = ours[section]
     resumed = parse(Config, plain)
-    if changed := differences(resumed, saved, is_named=False):  # keys of checkpoints, to which the run is rewound
-        raise refusal(next(iter(changed)))
+    changed = [key for key in differences(resumed, saved, is_named=False) if not is_live(key)]
+    if changed:  # keys of checkpoints, to which the run is rewound
+        raise refusal(changed[0])
     return resumed
 
 

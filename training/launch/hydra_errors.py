@@ -60,6 +60,9 @@ def _unknown_key(error: errors.ConfigAttributeError | errors.ConfigKeyError) -> 
     argument = next((a for a in sys.argv[1:] if re.match(rf"\+*{re.escape(key)}[.=]", a)), key)
     near = nearest(last, map(str, error.parent_node)) if OmegaConf.is_dict(error.parent_node) else None
     hint = f" (the nearest is {key.removesuffix(last)}{near})" if near else ""
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if key.startswith("clip.") and "resume" in given and "clip" not in given:
+        hint += ", unless the run's own strategy is named too, as clip=adagc"
     section = "hydra" if key.startswith("hydra.") else "job"
     return f"{argument} is not possible: there is no key {key}{hint}; `--cfg {section}` lists all keys"
 

@@ -5,7 +5,7 @@ optimizer's step. Leave the Trainer's `gradient_clip_val` unset. The statistics 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from zclip import ClippingStrategy, ZClip
 from zclip.apply import optimizer_parameters
+from zclip.norm import Shard
+from zclip.scope import group_names, split_by_scope
+from zclip.tensors import parameter_names
 
 
 class ClippingCallback(pl.Callback):
@@ -24,7 +27,8 @@ class ClippingCallback(pl.Callback):
     The norm is taken over the optimizer's parameters; under FSDP1, which flattens them, over the whole module.
     Strategies that use the loss get its mean over the global batch under automatic optimization, except in fp16, where
     Lightning has scaled it. Each of several optimizers has its own statistics: the first one uses `strategy`, the
-    others use copies of it.
+    others use copies of it. Of several optimizers, those without a parameter in the `scope` are not clipped, as Muon
+    under `scope="group:AdamW"`.
 
     Args:
         strategy: any `ClippingStrategy`. Its telemetry is `callback.strategy.telemetry`, and with several optimizers
@@ -86,6 +90,9 @@ class ClippingCallback(pl.Callback):
         no_gradients = trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters)
         if not parameters or (no_gradients and not pl_module.automatic_optimization):
             return  # Lightning's placeholder for no optimizer, or an optimizer that this step does not train
+        clipped = [other for other in trainer.optimizers if _has_part(other, pl_module, self.strategy.scope)]
+        if clipped and not any(other is optimizer for other in clipped):
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves unscaling to a fused optimizer's step, which comes later
@@ -104,8 +111,12 @@ class ClippingCallback(pl.Callback):
         """Return the states of all strategies."""
         return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], override: bool = False) -> None:
         """Restore the states of all strategies; a state that is refused changes none of them.
+
+        Args:
+            state_dict: the states.
+            override: see `ClippingStrategy.load_state_dict`. Default False.
 
         Raises:
             ValueError: the state is damaged, or not one of these strategies.
@@ -115,14 +126,22 @@ class ClippingCallback(pl.Callback):
             raise ValueError("this is not the state of a clipping callback: it lacks a list of strategies")
         for i, state in enumerate(states):
             strategy = self.strategies[i] if i < len(self.strategies) else self._initial_strategy
-            copy.deepcopy(strategy).load_state_dict(state)
+            copy.deepcopy(strategy).load_state_dict(state, override)
         self._create_strategies(len(states))
         for strategy, state in zip(self.strategies, states, strict=False):
-            strategy.load_state_dict(state)
+            strategy.load_state_dict(state, override)
 
     def _create_strategies(self, count: int) -> None:
         while len(self.strategies) < count:
             self.strategies.append(copy.deepcopy(self._initial_strategy))
+
+
+def _has_part(optimizer: torch.optim.Optimizer, module: pl.LightningModule, scope: str | Sequence[str] | None) -> bool:
+    """Whether a parameter of an optimizer is in a scope."""
+    if scope is None:
+        return True
+    shards = [Shard(parameter, ()) for parameter in optimizer_parameters(optimizer)]
+    return bool(split_by_scope(shards, parameter_names(module), group_names([optimizer]), scope).inside)
 
 
 class ZClipLightningCallback(ClippingCallback):

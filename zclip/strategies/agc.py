@@ -1,5 +1,6 @@
 """AGC of NFNets: the gradient of each unit is clipped relative to the norm of the unit's weights."""
 
+from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -45,7 +46,7 @@ class AGC(ClippingStrategy):
     def clip(self, stats: GradStats, state: State) -> ClipResult:
         """Return one coefficient for each unit of each tensor."""
         shards = stats.shards
-        if not shards:
+        if not shards and stats.process_group is None:
             raise ValueError("AGC needs weights and gradients: a norm alone is not enough")
         if any(shard.groups and not isinstance(shard.parameter, DTensor) for shard in shards):
             raise ValueError("AGC needs the rows of weights, which FSDP1 flattens: shard with FSDP2 instead")
@@ -67,9 +68,14 @@ class AGC(ClippingStrategy):
             coefficients.append(coefficient)
             squares_after.append((local_squares * coefficient.square()).sum().to(stats.norm))
             clipped.append((coefficient < 1).sum().to(stats.norm))
-        clipped_norm = stats.all_reduce_sum(sum_over_ranks(shards, torch.stack(squares_after)).sum()).sqrt()
-        clipped_units = stats.all_reduce_sum(sum_over_ranks(shards, torch.stack(clipped)).sum())
+        clipped_norm = stats.all_reduce_sum(_total(shards, squares_after, stats.norm)).sqrt()
+        clipped_units = stats.all_reduce_sum(_total(shards, clipped, stats.norm))
         return ClipResult(coefficients, clipped_norm, clipped_units > 0, state, {"clipped_units": clipped_units})
+
+
+def _total(shards: Sequence[Shard], values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of one 0-dim value for each parameter, maybe none, over the ranks that share it."""
+    return sum_over_ranks(shards, torch.stack([*values])).sum() if shards else torch.zeros_like(like)
 
 
 def _unit_squares(local: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ class AutoClip(ClippingStrategy):
     """Clip to a percentile of the history of norms (Seetharaman et al., arXiv 2007.14469, algorithm 1).
 
     The history holds the norms before clipping, including that of this step, so the first step is never clipped. The
-    percentile is interpolated linearly between two norms of the history. The ZClip paper does not state the percentile
+    percentile is interpolated linearly between two norms of the history, of which norms of exactly 0 do not count. In
+    the paper they do: the threshold is then 0 once more than a tenth of the norms are, and so is every gradient. A
+    history without other norms clips nothing. The ZClip paper does not state the percentile
     of its AutoClip baseline; 10 is the AutoClip paper's recommendation.
 
     Args:
@@ -78,10 +80,10 @@ class AutoClip(ClippingStrategy):
         index = count % history.numel()
         history = torch.where(torch.arange(history.numel(), device=norm.device) == index, norm, history)
         count = count + 1
-        length = count.clamp(max=history.numel())
-        rank = (length - 1).to(norm.dtype) * (self.percentile / 100)
+        length, zeros = count.clamp(max=history.numel()), (history == 0).sum()
+        rank = (length - zeros - 1).clamp(min=0).to(norm.dtype) * (self.percentile / 100)
         below, above = rank.floor().long(), rank.ceil().long()
-        ordered = history.sort().values
+        ordered = history.where(history > 0, torch.inf).sort().values
         low, high = ordered.take(below), ordered.take(above)
-        target = low + (high - low) * (rank - below)
+        target = torch.where(length > zeros, low + (high - low) * (rank - below), torch.inf)
         return Decision(target, {"history": history, "count": count}, {"threshold": target})

@@ -81,8 +81,8 @@ class ZClip(ClippingStrategy):
             gradients to "zero", or "raise"; see `ClippingStrategy`.
         max_consecutive_nonfinite: number of consecutive such norms that raises `FloatingPointError`. Default 20;
             `None`: never.
-        scope: patterns of the names of the parameters to clip, such as `["*.weight", "!embed*"]`; see
-            `ClippingStrategy`. Default `None`: all.
+        scope: patterns of the names of the parameters to clip, such as `["*.weight", "!embed*"]`, or of the
+            optimizer's groups, such as `"group:adamw"`; see `ClippingStrategy`. Default `None`: all.
 
     Raises:
         ArgumentError: an argument is out of its range; the message names it, its value and what is allowed.

@@ -1,0 +1,167 @@
+"""Arguments of the clipping strategy may change on resume; the run folder says so, and they stay."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+from tests.helpers import copy_run, final_state, read_jsonl, same, train_to_end
+from training.checkpoint.format import load_full
+from training.config.compose import read_config
+from training.config.identity import identity, run_name
+from training.run import prepare_tokens
+from training.run_dir import RunDir
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """The folder of a run that was interrupted after step 16 of 40."""
+    monkeypatch.chdir(tmp_path)
+    folder = copy_run(finished_run, tmp_path)
+    interrupt(folder, 16)
+    return folder
+
+
+def interrupt(run, step: int) -> None:
+    """Remove what a run has written after a step."""
+    (run / "result.json").unlink(missing_ok=True)
+    for file in (run / "checkpoints").iterdir():
+        if int(file.stem[5:]) > step:
+            file.unlink()
+
+
+def starts(run) -> list[dict]:
+    return json.loads((run / "environment.json").read_text())["starts"]
+
+
+def clipper(run, step: int) -> dict:
+    (state,) = load_full(RunDir(run).checkpoint(step))["callbacks"]["TimedClippingCallback"]["strategies"]
+    return state
+
+
+CHANGES = [
+    {"setting": "clip.max_grad_norm", "from": 1.0, "to": 0.25},
+    {"setting": "clip.z_thresh", "from": 2.5, "to": 0.5},
+]
+
+
+def test_changed_arguments_act_and_stay(run, tiny, checked, tmp_path):
+    begun, before = (run / "config.yaml").read_text(), read_jsonl(run / "metrics.jsonl")
+    out = train_to_end(f"resume={run}", "clip.z_thresh=0.5", "clip.max_grad_norm=0.25", cwd=tmp_path)
+    assert "clip.z_thresh=0.5 since step 16 (it was 2.5)" in out
+    assert "changed setting" in out and "since step 16; it was 2.5" in out
+    assert (run / "config.yaml").read_text() == begun
+    assert [start.get("changes") for start in starts(run)] == [None, CHANGES]
+    rows, (_, _, test_loss) = read_jsonl(run / "metrics.jsonl"), final_state(tmp_path)
+    assert [row["loss"] for row in rows[:17]] == [row["loss"] for row in before[:17]]
+    assert [row.get("changes") for row in rows] == [None] * 16 + [2.0] * 24
+    assert [row["clipped_norm"] for row in rows[:16]] == [row["clipped_norm"] for row in before[:16]]
+    assert all(row["clipped_norm"] <= 0.2501 for row in rows[16:]) and before[16]["clipped_norm"] > 0.2501
+    assert json.loads((run / "result.json").read_text())["changes"] == [{"step": 16, **change} for change in CHANGES]
+    state = clipper(run, 40)
+    assert (state["config"]["z_thresh"], state["config"]["max_grad_norm"]) == (0.5, 0.25)
+    assert state["changes"] == [["max_grad_norm", 1.0, 0.25], ["z_thresh", 2.5, 0.5]]
+
+    interrupt(run, 24)
+    train_to_end(f"resume={run}", cwd=tmp_path)
+    assert final_state(tmp_path)[2] == test_loss and same(clipper(run, 40), state)
+    assert [start.get("changes") for start in starts(run)] == [None, CHANGES, None]
+    command = (*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9")  # with which it began
+    for again in (command, (f"resume={run}", "clip.z_thresh=0.5")):
+        config, run_dir = checked(*again)
+        assert run_dir.path.samefile(run) and run_name(config) == run.name
+        assert config.clip.arguments["max_grad_norm"] == 0.25 and config.clip.arguments["z_thresh"] == 0.5
+
+
+@pytest.mark.slow
+def test_changed_arguments_act_in_a_sharded_run(sharded_run, tmp_path):
+    folder = copy_run(sharded_run, tmp_path)
+    (folder / "result.json").unlink()
+    for step in (24, 32, 40):
+        shutil.rmtree(RunDir(folder).checkpoint(step))
+    train_to_end(f"resume={folder}", "clip.max_grad_norm=0.25", cwd=tmp_path, processes=2)
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert [row.get("changes") for row in rows] == [None] * 16 + [1.0] * 24
+    assert all(row["clipped_norm"] <= 0.2501 for row in rows[16:])
+
+
+def start_with(config, run_dir) -> None:
+    """Start a run and end it before its first step."""
+    with run_dir.acquire(config, prepare_tokens(config, Console(quiet=True))):
+        pass
+
+
+def test_change_of_a_start_that_saved_nothing_stays(run, checked):
+    start_with(*checked(f"resume={run}", "clip.z_thresh=0.5"))
+    assert starts(run)[-1]["changes"] == [{"setting": "clip.z_thresh", "from": 2.5, "to": 0.5}]
+    config, run_dir = checked(f"resume={run}")
+    assert config.clip.arguments["z_thresh"] == 0.5 and run_name(config) == run.name
+    (run / "config.yaml").unlink()
+    start_with(*checked(f"resume={run}", "clip.z_thresh=2"))
+    assert starts(run)[-1]["changes"] == [{"setting": "clip.z_thresh", "from": 0.5, "to": 2}]
+    assert read_config(run / "config.yaml").clip.arguments["z_thresh"] == 2.5, "that with which the run began"
+    start_with(*checked(f"resume={run}"))
+    assert "changes" not in starts(run)[-1]
+    assert [change["to"] for change in run_dir.setting_changes()] == [0.5, 2]
+
+
+def test_arguments_may_be_named_with_their_strategy(run, checked):
+    config, _ = checked(f"resume={run}", "clip=zclip", "+clip.scope=['*norm*']", "clip.recovery_window=null")
+    assert config.clip.arguments["scope"] == ["*norm*"] and config.clip.arguments["recovery_window"] is None
+
+
+@pytest.mark.slow
+def test_argument_that_the_run_did_not_name_may_change(run, checked, tmp_path):
+    train_to_end(f"resume={run}", "+clip.scope=['*norm*']", cwd=tmp_path)
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert "other_norm" not in rows[15] and rows[16]["other_norm"] > rows[16]["grad_norm"]
+    (run / "config.yaml").unlink()
+    begun, _ = checked(f"resume={run}")
+    assert identity(begun)["clip"]["scope"] == ["*norm*"]
+
+
+def test_change_that_is_not_possible_is_refused(run, refusal, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    line = refusal(f"resume={run}", "clip.z_thresh=-1")
+    assert "clip.z_thresh=-1 is not allowed: it must be a number above 0" in line
+    line = refusal(f"resume={run}", "clip=autoclip", "clip.percentile=20")
+    assert f"clip=autoclip is not possible with resume={run}: the run keeps its strategy, zclip, of which" in line
+    assert "clip.name=other is not possible with resume=" in refusal(f"resume={run}", "clip.name=other")
+    assert "clip.foo=1 is not an argument of ZClip" in refusal(f"resume={run}", "+clip.foo=1")
+    assert "clip.alpha=... is not possible with resume=" in refusal(f"resume={run}", "~clip.alpha")
+    assert "lr=0.1 is not possible with resume=" in refusal(f"resume={run}", "clip.z_thresh=3", "lr=0.1")
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_finished_run_does_not_change(finished_run, refusal, checked):
+    line = refusal(f"resume={finished_run}", "clip.z_thresh=3")
+    assert f"clip.z_thresh=3 is not possible with resume={finished_run}: the run is finished" in line
+    checked(f"resume={finished_run}", "clip.z_thresh=2.5")
+
+
+def test_statistics_of_another_window_are_refused(tiny, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [each for each in tiny if not each.startswith(("clip.", "trainer.max_steps"))]
+    train_to_end(*settings, "trainer.max_steps=4", "clip=skip_step", "name=skips", cwd=tmp_path)
+    run = tmp_path / "runs" / "main" / "skips"
+    (run / "result.json").unlink()
+    line = refusal(f"resume={run}", "clip=skip_step", "clip.sigma=3", "clip.window=64")
+    assert f"clip.window=64 is not possible with resume={run}: the statistics do not fit window=64 (was 128): " in line
+    assert line.endswith("it must stay 128, or fork the run")
+
+
+def test_config_that_was_edited_is_refused_although_settings_have_changed(run, checked, refusal):
+    start_with(*checked(f"resume={run}", "clip.z_thresh=0.5"))
+    file = run / "config.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("z_thresh: 2.5", "z_thresh: 0.5"))
+    assert "config.yaml says what the run was not trained with, clip.z_thresh=0.5 (trained: 2.5)" in refusal(
+        f"resume={run}"
+    )
+    file.write_text(written)
+    environment = json.loads((run / "environment.json").read_text())
+    for damaged in ({"setting": "lr", "from": 1, "to": 2}, {"setting": "clip._target_", "from": 1, "to": 2}, {}, 3):
+        environment["starts"][-1]["changes"] = [damaged]
+        (run / "environment.json").write_text(json.dumps(environment))
+        assert "environment.json is damaged (starts.1.changes.0" in refusal(f"resume={run}")

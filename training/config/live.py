@@ -1,0 +1,56 @@
+"""Settings that may change while a run trains: the arguments of its clipping strategy, by `resume=FOLDER clip.KEY=...`.
+
+config.yaml keeps the settings with which the run began, whose hash its name has. environment.json lists the changes of
+each start. Together they are the settings in force.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from common.errors import shown
+from common.settings import parse
+from training.config.identity import run_name
+from training.config.schema import Config
+
+
+def is_live(key: str) -> bool:
+    """Whether a setting, by its dotted key, may change while a run trains."""
+    section, _, name = key.partition(".")
+    return section == "clip" and name not in ("", "name", "_target_")
+
+
+def with_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
+    """Return a configuration after changes, each of which is a `setting`, `from` and `to`."""
+    return _with_values(config, {change["setting"]: change["to"] for change in changes})
+
+
+def without_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
+    """Return the configuration before changes, of which it may have any."""
+    return _with_values(config, {change["setting"]: change["from"] for change in reversed(changes)})
+
+
+def under_first_name(config: Config, begun: Config) -> Config:
+    """Return a configuration with the name of the run, which has the hash of the settings with which it began."""
+    if config.name is not None or config.clip == begun.clip:
+        return config
+    return config.model_copy(update={"name": run_name(begun)})
+
+
+def live_changes(before: Config, after: Config) -> list[dict[str, Any]]:
+    """Return the changes of the strategy's arguments between two configurations of a run, sorted by their keys."""
+    old, new = before.clip.arguments, after.clip.arguments
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return [{"setting": f"clip.{name}", "from": old.get(name), "to": new.get(name)} for name in changed]
+
+
+def describe_changes(changes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence on each change of a run, with its `step`."""
+    return [f"{c['setting']}={shown(c['to'])} since step {c['step']} (it was {shown(c['from'])})" for c in changes]
+
+
+def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    if not values:
+        return config
+    plain = config.model_dump(mode="json", by_alias=True)
+    plain["clip"] |= {key.removeprefix("clip."): value for key, value in values.items()}
+    return parse(Config, plain)
