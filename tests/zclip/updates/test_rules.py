@@ -444,7 +444,7 @@ def test_repr_and_live_changes_are_those_of_strategies():
     assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, rise_steps=1000")
     rule.observe(torch.tensor(2.0))
     rule.change(release=0.5)
-    assert rule.state_dict()["changes"] == [{"setting": "release", "from": 0.99, "to": 0.5}]
+    assert rule.state_dict()["changes"] == [["release", 0.99, 0.5]]
     for arguments in ({"release": 1.0}, {"margin": 1}, {"margin": math.inf}, {"rise_steps": 0}, {"fall_steps": 0.5}):
         (name,) = arguments
         with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must be "):
