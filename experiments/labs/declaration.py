@@ -119,7 +119,7 @@ ADAM_LAG = SpikeLab(
             "batches of 8", ("clip=none", "trainer.global_batch_size=8", "trainer.micro_batch_size=8"), is_control=True
         ),
     ),
-    cures=("beta2 0.95", "eps 1e-3"),
+    cures=("beta2 0.95",),
 )
 
 RATE = RateLab(

@@ -52,9 +52,10 @@ def findings(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
     found = {result.arm.label: result.outcome for result in results if result.outcome}
     ratios = {result.arm.label: result.ratio for result in results if result.ratio is not None}
     said += outcome_sentences(found, ratios, SENTENCES)
-    missing = [label for label in lab.cures if label in found and found[label] != CURES]
-    if missing:
-        said.append(f"The explanation is in doubt: {', '.join(missing)} must cure, and it is not shown.")
-    elif all(label in found for label in lab.cures):
-        said.append(f"The controls that must cure do: {', '.join(lab.cures)}.")
+    for label in (label for label in lab.cures if label in found):
+        cures = found[label] == CURES
+        said.append(
+            f"{label} must cure if the explanation holds, and "
+            + ("does." if cures else "this is not shown: the explanation is in doubt.")
+        )
     return said
