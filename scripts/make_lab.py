@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from common.console import make_console
 from common.errors import UserError
@@ -26,19 +26,24 @@ from experiments.run.style import image
 from training.config.compose import resolve_runs, saved_identity
 from training.runtime.environment import environment
 
+Seed = Annotated[int, Field(ge=0)]
+Setting = Annotated[str, StringConstraints(pattern="=")]
+#: Seeds that the labs are declared with.
+SEEDS = [0, 1, 2, 3, 4]
+
 
 class LabSettings(Settings):
     """Settings of the command line."""
 
     lab: Annotated[str, Field(pattern=f"^({'|'.join(LABS)})$"), Allowed(f"one of {', '.join(LABS)}")]
     """Lab whose runs are read."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Allowed("a list, as [0,1,2]")] = (
-        0, 1, 2, 3, 4,
-    )  # fmt: skip
+    seeds: Annotated[list[Seed], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")] = SEEDS
     """Seeds of the runs."""
     runs: Folder = "runs"
     """Folder with the lab's folder of runs, `paths.runs` of train.py."""
-    overrides: tuple[str, ...] = ()
+    overrides: Annotated[
+        list[Setting], Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'""")
+    ] = Field(default_factory=list)
     """Further settings that the runs were made with, each in quotes."""
     out: Folder | None = None
     """Folder to write into; null: `labs/NAME` in `runs`."""

@@ -64,7 +64,15 @@ def draw_areas(lab: SpikeLab, results: Sequence[ArmResult]) -> Figure:
     if reference is not None:
         for share, text in ((1, lab.reference), (SMALLEST_RATIO, "half of it"), (CURE, "a tenth")):
             ax.axvline(share * reference, color="0.5", lw=0.9, ls=":")
-            ax.annotate(text, (share * reference, len(order) - 0.4), rotation=90, fontsize=7, ha="right", va="top")
+            ax.annotate(
+                f"{text} ",
+                (share * reference, 0.98),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=7,
+            )
     ax.set_xscale("log")
     ax.set_xlabel("area of spikes + 1 (nats x steps); circles are seeds, filled marks their geometric mean")
     ax.plot([], [], "s", color=BLUE, label="strategy")

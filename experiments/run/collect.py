@@ -145,7 +145,7 @@ def _check(run: Run) -> None:
     if missing := [name for name in ("paper", "data", "model", "clip") if not isinstance(run.config.get(name), dict)]:
         raise ValueError(f"config.yaml has no {', '.join(missing)}")
     columns = ["step", "tokens", "loss", "grad_norm", "clipped_norm", "clipped"]
-    columns += ["mean", "std", "spike"] if "z_thresh" in run.config["clip"] else []
+    columns += ["mean", "std", "spike"] if run.config["clip"].get("_target_") == "zclip.ZClip" else []
     if missing := [name for name in columns if name not in run.metrics]:
         raise ValueError(f"metrics.jsonl has no {', '.join(missing)}")
     for name in ("grad_norm", "clipped_norm"):

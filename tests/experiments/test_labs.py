@@ -165,7 +165,7 @@ def lab_report(tmp_path_factory):
     """Write runs of some arms of the Adam-lag lab, and make its report."""
     folder = tmp_path_factory.mktemp("lab")
     lab = LABS["adam_lag"]
-    spikes = {"no clipping": (900, 1500), "fixed 1.0": (1200,), "beta2 0.95": (), "eps 1e-3": ()}
+    spikes = {"no clipping": (900, 1500), "lagged z-score": (1200,), "beta2 0.95": (), "eps 1e-3": ()}
     for label, starts in spikes.items():
         for seed in (0, 1, 2):
             loss = falling(seed=seed)
@@ -174,7 +174,7 @@ def lab_report(tmp_path_factory):
                 loss[start + seed : start + seed + 100] = 2.0
                 norm[start + seed - 12 : start + seed + 100] = 5.0
             write_lab_run(folder / "runs", lab, lab.arm(label), seed, loss, norm)
-    done = script("make_lab.py", "lab=adam_lag", "runs=runs", "out=out", cwd=folder)
+    done = script("make_lab.py", "lab=adam_lag", "runs=runs", "out=out", "seeds=[0,1,2,3,4]", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
@@ -184,8 +184,10 @@ def test_report_says_what_each_arm_does(lab_report):
     text = (lab_report / "report.md").read_text()
     assert "beta2 0.95 must cure if the explanation holds, and does." in text
     assert "| gradient norm | 12 | 12 to 12 | 3 of 3 |" in text, "a spike too soon after another is left out"
-    assert "not run: fixed 1.0 (seeds 3, 4)" not in text, "seeds of which there is no run are named once"
-    assert "there is no run of seeds 3, 4" in text and "not run: ZClip (seeds 0, 1, 2)" in text
+    assert "not run: lagged z-score (seeds 3, 4)" not in text, "seeds of which there is no run are named once"
+    assert (
+        "there is no run of seeds 3, 4" in text and "not run: fixed 1.0 (seeds 0, 1, 2), ZClip (seeds 0, 1, 2)" in text
+    )
     for name in ("areas", "losses", "spike"):
         assert f"({name}.png)" in text and (lab_report / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -232,7 +234,15 @@ def test_report_of_rates_has_the_sensitivity_of_each_arm():
     [
         (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag, rate"),
         (("lab=adam_lag", "runs=none"), "has no finished run of lab=adam_lag: nothing is written"),
-        (("lab=adam_lag", "seeds=[]"), "seeds=[] is not allowed: it must be a list, as [0,1,2]"),
+        (
+            ("lab=adam_lag", "runs=.", "seeds=[7]", "overrides=[data.max_tokens=8000]"),
+            "has no finished run of lab=adam_lag",
+        ),
+        (
+            ("lab=adam_lag", "overrides=[seven]"),
+            """overrides=['seven'] is not allowed: it must be a list of settings in""",
+        ),
+        (("lab=adam_lag", "seeds=[]"), "seeds=[] is not allowed: it must be a list of integers from 0, as [0,1,2]"),
     ],
 )
 def test_bad_settings_are_named(arguments, message, tmp_path):

@@ -142,7 +142,7 @@ def write_lab_run(runs: Path, lab: SpikeLab, arm: Arm, seed: int, loss: np.ndarr
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
     columns = {"loss": loss, "grad_norm": norm, "clipped_norm": norm, "clipped": 0 * norm}
-    if "z_thresh" in config.clip.arguments:
+    if config.clip.target == "zclip.ZClip":
         columns |= {"mean": norm, "std": norm, "spike": 0 * norm}
     rows = [
         {"step": i + 1, "tokens": 1024 * (i + 1), **{name: float(values[i]) for name, values in columns.items()}}
