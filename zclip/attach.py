@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
-from zclip.norm import local_gradient
+from zclip.norm import local_gradients
 
 #: Clips the gradients of an optimizer's parameters; it gets the loss that a closure returned.
 Clip = Callable[[Optimizer, Tensor | None], None]
@@ -110,8 +110,7 @@ def _unscale(optimizer: Any) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return
-    parameters = optimizer_parameters(optimizer)
-    gradients = [gradient for p in parameters if (gradient := local_gradient(p)) is not None]
+    gradients = [gradient for gradient in local_gradients(optimizer_parameters(optimizer)) if gradient is not None]
     if gradients:
         scale_(gradients, 1 / scale, scale.new_zeros((), dtype=bool))
     optimizer.grad_scale = None

@@ -27,7 +27,7 @@ from zclip.norm import (
     global_norm,
     is_flattened,
     listed,
-    local_gradient,
+    local_gradients,
     norm_like,
     parameters_of,
     statistics_dtype,
@@ -270,7 +270,7 @@ class ClippingStrategy(Statistics):
             others: list[Shard] = []
             if self.scope is not None and shards:
                 shards, others = split_by_scope(shards, self._names(models), self.scope)
-            gradients = [local_gradient(shard.parameter) for shard in shards]
+            gradients = local_gradients([shard.parameter for shard in shards])
             no_gradients = all(gradient is None for gradient in gradients)
             if not shards or (no_gradients and process_group is None and not any(shard.groups for shard in shards)):
                 raise _NoGradients(NO_GRADIENTS)

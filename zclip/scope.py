@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from zclip.arguments import require
 from zclip.norm import Shard
@@ -28,7 +29,11 @@ def in_scope(name: str, scope: str | Sequence[str]) -> bool:
     Patterns are those of a shell, case-sensitive, and `*` matches dots too. If all begin with `!`, every other name is
     in the scope.
     """
-    patterns = patterns_of(scope)
+    return _matches(name, tuple(patterns_of(scope)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     included = [pattern for pattern in patterns if not pattern.startswith("!")]
     excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     is_included = not included or any(fnmatchcase(name, pattern) for pattern in included)
