@@ -30,9 +30,13 @@ def cpu_norms(tensors: Sequence[Tensor]) -> Tensor:
     _measure(norms, tensors, [i for i, t in enumerate(tensors) if t.numel() <= ROW and t.dtype != wide], torch.float32)
     rest = (norms < TINY).nonzero().flatten().tolist()
     _measure(norms, tensors, [i for i in rest if tensors[i].numel() <= SMALL or tensors[i].dtype == wide], wide)
-    for i in rest:
+    large = [i for i in rest if tensors[i].numel() > SMALL and tensors[i].dtype != wide]
+    if large:
+        rows = [_row_norms(_flat(tensors[i])) for i in large]
+        norms[large] = torch.stack(torch._foreach_norm(rows, 2, dtype=wide))
+    for i in (norms < TINY).nonzero().flatten().tolist():
         if tensors[i].numel() > SMALL and tensors[i].dtype != wide:
-            norms[i] = _norm_by_rows(tensors[i])
+            norms[i] = _tiny_norm(_flat(tensors[i]))
     for i in (norms > LARGEST).nonzero().flatten().tolist():
         if tensors[i].dtype != wide:
             norms[i] = torch.inf
@@ -46,24 +50,29 @@ def _measure(norms: Tensor, tensors: Sequence[Tensor], indices: list[int], dtype
         norms[indices] = measured.to(norms.dtype)
 
 
-def _norm_by_rows(tensor: Tensor) -> Tensor:
-    """Return the 2-norm of a tensor of float32 or less, 0-dim float64."""
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor, (n,), in the order of the memory; a view unless they overlap or lie apart."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
-    flat = tensor.detach().permute(order).reshape(-1)  # a view, unless elements overlap or lie apart
-    norm = _norm_of_rows(flat)
-    if norm < TINY:
-        largest = torch.linalg.vector_norm(flat, torch.inf, dtype=torch.float32)
-        if largest > 0:
-            norm = _norm_of_rows(flat.float() / largest) * largest
-    return norm
+    return tensor.detach().permute(order).reshape(-1)
 
 
-def _norm_of_rows(flat: Tensor) -> Tensor:
+def _row_norms(flat: Tensor) -> Tensor:
+    """Return the norms of rows of `ROW` elements, the last one shorter."""
     norms = []
     for chunk in [flat] if flat.dtype == torch.float32 else flat.split(CHUNK):
         chunk = chunk.float()
         whole = len(chunk) - len(chunk) % ROW
         norms.append(torch.linalg.vector_norm(chunk[:whole].view(-1, ROW), dim=1))
-        norms.append(torch.linalg.vector_norm(chunk[whole:]).reshape(1))
-    return torch.linalg.vector_norm(torch.cat(norms).double())
+        if whole < len(chunk):
+            norms.append(torch.linalg.vector_norm(chunk[whole:]).reshape(1))
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _tiny_norm(flat: Tensor) -> Tensor:
+    """Return the 2-norm of elements whose squares may vanish in float32, 0-dim float64."""
+    largest = torch.linalg.vector_norm(flat, torch.inf, dtype=torch.float32)
+    scale = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(_row_norms(flat.float() / scale), dtype=torch.float64) * scale
