@@ -110,7 +110,7 @@ bench-eval: $(EVAL) ## compare scoring speed with lm-eval's: ARGS="run=runs/main
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python scripts/bench_eval.py $(ARGS)
 
-bench-clip: $(TRAIN) ## measure the cost of clipping, as ratios (a minute)
+bench-clip: $(TRAIN) ## measure the cost of clipping, as ratios (minutes)
 	$(BIN)/python scripts/bench_clip.py $(ARGS)
 
 gpu-check: ## check all of this on one GPU within nine minutes, or in tiny sizes: ARGS="dry_run=true"

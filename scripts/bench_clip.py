@@ -1,7 +1,8 @@
-"""Measure clipping: `python scripts/bench_clip.py [params=100e6] [device=cpu] [rounds=15] [published=FOLDER]`.
+"""Measure clipping: `python scripts/bench_clip.py [params=100e6] [tensors=10000] [rounds=15] [published=FOLDER] ...`.
 
-It times clip + fused AdamW step on gradients with the shapes of a LLaMA. It prints medians, as ratios to two baselines
-with the same optimizer step: the floor, which computes the norm and clips nothing, and `clip_grad_norm_` of torch.
+It times clipping and a fused AdamW step, for the gradients of a LLaMA and for thousands of small ones. In one table
+nothing is clipped, in another every step is. The methods take turns. It prints medians, as ratios to two baselines with
+the same optimizer step: the floor, which computes the norm and clips nothing, and `clip_grad_norm_` of torch.
 
     python scripts/bench_clip.py rounds=5
     python scripts/bench_clip.py device=cuda params=1e9
@@ -11,38 +12,70 @@ import _entry  # first: it finds the checkout and installs the signal handlers
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from common.console import make_console
 from common.settings import AtLeastOne, Count, Folder, Settings, parse
 from scripts._bench import DEVICE, device_name, median_seconds, numbers_table
-from zclip import ClippingStrategy, Decision, ZClip
+from zclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClippingStrategy,
+    Decision,
+    FixedNorm,
+    GlobalAdaGC,
+    GradientStabilizer,
+    LaggedZScore,
+    LogZScore,
+    NoClipping,
+    SkipStep,
+    TensorAutoClip,
+    ZClip,
+)
 from zclip.updates import update_norm
+
+Method = Callable[[], object]
+Shapes = Sequence[tuple[int, ...]]
 
 
 class BenchClipConfig(Settings):
     """Settings of the command line."""
 
     params: AtLeastOne = 100e6
-    """Approximate number of parameters."""
+    """Approximate number of parameters of the LLaMA."""
+    tensors: Count = 10_000
+    """Number of tensors of the model of small ones."""
     device: Literal["cpu", "cuda"] = DEVICE
     """Device of parameters and gradients."""
     rounds: Count = 15
     """Rounds that are measured."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Clock: "cpu" counts the CPU time of all threads, for a busy machine and `OMP_NUM_THREADS=1`."""
     published: Folder | None = None
     """Folder that holds the published zclip package, which runs with its defaults; null: it does not run."""
 
 
 class ClipAlways(ClippingStrategy):
-    """Clip every step slightly: the fused optimizer writes scaled gradients back, so the norm decreases slowly."""
+    """Clip every step slightly, so that the norm decreases slowly."""
 
-    def decide(self, norm: torch.Tensor, state: dict[str, torch.Tensor]) -> Decision:
+    def decide(self, norm: Tensor, state: dict[str, Tensor]) -> Decision:
         """Return 0.999 of the norm as the target."""
         return Decision(0.999 * norm, state)
+
+
+class Weight(nn.Module):
+    """A module with one parameter and its gradient, as most modules of a language model have one."""
+
+    def __init__(self, shape: tuple[int, ...], device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape, device=device) * 0.02)
+        self.weight.grad = torch.randn_like(self.weight) * 1e-3
 
 
 def llama_shapes(parameters: float) -> list[tuple[int, ...]]:
@@ -52,6 +85,11 @@ def llama_shapes(parameters: float) -> list[tuple[int, ...]]:
     feed_forward = [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     layer = [(hidden, hidden)] * 4 + feed_forward + [(hidden,)] * 2
     return layer * 16 + [(hidden,)]
+
+
+def small_shapes(tensors: int) -> list[tuple[int, ...]]:
+    """Return the shapes of so many small tensors, half of them vectors."""
+    return [(32, 32) if i % 2 else (32,) for i in range(tensors)]
 
 
 def published_step(folder: str, model: nn.Module) -> Callable[[], object]:
@@ -64,47 +102,124 @@ def published_step(folder: str, model: nn.Module) -> Callable[[], object]:
     return lambda: published.step(model)
 
 
-def measure(config: BenchClipConfig) -> tuple[int, dict[str, float]]:
+def calm_strategies(norm: float) -> dict[str, ClippingStrategy]:
+    """Return every strategy of the library, with arguments with which it clips no gradient of this norm.
+
+    `GradientStabilizer` scales all gradients, so it is one of `clipping_methods`.
+    """
+    bound = 10 * norm
+    named: dict[str, ClippingStrategy] = {
+        "ZClip": ZClip(),
+        "ZClip with a scope": ZClip(scope="!none.*"),
+        "FixedNorm": FixedNorm(bound),
+        "NoClipping": NoClipping(),
+        "AutoClip": AutoClip(percentile=100),
+        "LogZScore": LogZScore(),
+        "LaggedZScore": LaggedZScore(),
+        "SkipStep": SkipStep(window=10_000),
+        "GlobalAdaGC": GlobalAdaGC(warmup_steps=1, lambda_abs=bound, lambda_rel=2.0),
+        "AdaGC": AdaGC(warmup_steps=1, lambda_abs=bound, lambda_rel=2.0),
+        "TensorAutoClip": TensorAutoClip(percentile=100),
+        "AGC": AGC(ratio=10.0),
+    }
+    return named
+
+
+def calm_methods(model: nn.Module, optimizer: torch.optim.Optimizer, published: str | None) -> dict[str, Method]:
+    """Return methods that measure gradients and clip nothing, before the same optimizer step."""
+    norm = float(get_norm(model))
+
+    def method(strategy: ClippingStrategy) -> Method:
+        return lambda: (strategy.step(model, optimizer=optimizer), optimizer.step())
+
+    in_place = ZClip()
+    methods: dict[str, Method] = {
+        **baselines(model, optimizer, 10 * norm),
+        **{name: method(strategy) for name, strategy in calm_strategies(norm).items()},
+        "ZClip, in place": lambda: (in_place.step(model), optimizer.step()),
+        "norm pass, and the norm of the update": lambda: (get_norm(model), update_norm(optimizer), optimizer.step()),
+    }
+    attached = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ZClip().attach(attached, model)
+    methods["ZClip, attached"] = attached.step
+    if published:
+        clip = published_step(published, model)
+        methods["published zclip"] = lambda: (clip(), optimizer.step())
+    return methods
+
+
+def clipping_methods(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Method]:
+    """Return methods that scale all gradients in every step; the last one gives each a norm of about 1 again."""
+    one = torch.ones((), device=next(model.parameters()).device)
+    norm = len(list(model.parameters())) ** 0.5
+
+    def scale_of_one() -> None:
+        """Compute the norm, and step as with a GradScaler whose scale is 1: the kernel writes gradients back."""
+        get_norm(model)
+        setattr(optimizer, "grad_scale", one)  # noqa: B010
+        optimizer.step()
+        delattr(optimizer, "grad_scale")
+
+    def method(strategy: ClippingStrategy, *, fused: bool = True) -> Method:
+        return lambda: (strategy.step(model, optimizer=optimizer if fused else None), optimizer.step())
+
+    return {
+        **baselines(model, optimizer, 0.4 * norm),
+        "norm, and a grad_scale of 1": scale_of_one,
+        "one coefficient, fused": method(ClipAlways()),
+        "one coefficient, in place": method(ClipAlways(), fused=False),
+        "AdaGC": method(AdaGC(warmup_steps=1_000_000, lambda_abs=0.2 * norm)),
+        "AGC": method(AGC(ratio=1e-3)),
+        "GradientStabilizer": method(GradientStabilizer()),
+    }
+
+
+def get_norm(model: nn.Module) -> torch.Tensor:
+    """Return the norm of all gradients, by torch."""
+    return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def baselines(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Method]:
+    """Return the floor, and clipping by torch."""
+
+    def norm_only() -> None:
+        get_norm(model)
+        optimizer.step()
+
+    return {
+        "norm pass (the floor)": norm_only,
+        "clip_grad_norm_": lambda: (clip_grad_norm_(model.parameters(), max_norm), optimizer.step()),
+    }
+
+
+def measure(config: BenchClipConfig, shapes: Shapes, clipping: bool) -> tuple[int, dict[str, float]]:
     """Return the number of parameters, and the median seconds of each method: first the floor and torch's."""
     torch.manual_seed(0)
-    shapes = llama_shapes(config.params)
-    model = nn.Module()
-    model.weights = nn.ParameterList(torch.randn(shape, device=config.device) * 0.02 for shape in shapes)
-    weights = list(model.parameters())
-    for p in weights:
-        p.grad = torch.randn_like(p) * 1e-3
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    gradients = [p.grad for p in weights if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    zclip, clip_always = ZClip(), ClipAlways()
-    methods: dict[str, Callable[[], object]] = {
-        "norm pass (the floor)": lambda: torch.nn.utils.get_total_norm(gradients),
-        "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(weights, 10 * norm),
-        "ZClip, fused, nothing clipped": lambda: zclip.step(model, optimizer=optimizer),
-        "fused, every step clipped": lambda: clip_always.step(model, optimizer=optimizer),
-        "ZClip, in place, nothing clipped": lambda: zclip.step(model),
-        "norm pass, and the norm of the update": lambda: (
-            torch.nn.utils.get_total_norm(gradients),
-            update_norm(optimizer),
-        ),
-    }
-    if config.published:
-        methods["published zclip"] = published_step(config.published, model)
-
-    def with_step(clip: Callable[[], object]) -> Callable[[], object]:
-        return lambda: (clip(), optimizer.step())
-
-    medians = median_seconds({name: with_step(clip) for name, clip in methods.items()}, config.rounds, "rounds", 2)
-    return sum(p.numel() for p in weights), medians
+    model = nn.ModuleList(Weight(shape, config.device) for shape in shapes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    methods = clipping_methods(model, optimizer) if clipping else calm_methods(model, optimizer, config.published)
+    medians = median_seconds(methods, config.rounds, "rounds", 2, config.clock == "cpu")
+    return sum(p.numel() for p in model.parameters()), medians
 
 
 def main(values: _entry.Values) -> None:
-    """Run the benchmark and print its table."""
+    """Run the benchmark and print its tables."""
     config = parse(BenchClipConfig, values)
-    count, medians = measure(config)
+    for shapes in (llama_shapes(config.params), small_shapes(config.tensors)):
+        for clipping in (False, True):
+            count, medians = measure(config, shapes, clipping)
+            print_table(config, len(shapes), count, clipping, medians)
+
+
+def print_table(config: BenchClipConfig, tensors: int, count: int, clipping: bool, medians: dict[str, float]) -> None:
+    """Print the medians of one model, in milliseconds and as ratios."""
     floor, clip_grad_norm = list(medians.values())[:2]
-    title = f"{count / 1e6:.0f}M fp32 parameters, {device_name(config.device)}, torch {torch.__version__}"
-    table = numbers_table(title, "clip + fused AdamW step", "median ms", "over the floor", "over clip_grad_norm_")
+    what = "every step is clipped" if clipping else "nothing is clipped"
+    model = f"{count / 1e6:.1f}M fp32 parameters in {tensors:,} tensors"
+    title = f"{model}, {what}; {device_name(config.device)}, torch {torch.__version__}"
+    table = numbers_table(
+        title, "clip + fused AdamW step", f"median {config.clock} ms", "over the floor", "over clip_grad_norm_"
+    )
     for name, median in medians.items():
         table.add_row(name, f"{1e3 * median:.1f}", f"{median / floor:.3f}", f"{median / clip_grad_norm:.3f}")
     make_console(soft_wrap=False, width=100).print(table)

@@ -21,35 +21,68 @@ from zclip.norm import Shard
 
 #: Packages whose optimizer wrappers pass gradients to their `optimizer` unchanged; other wrappers may read them first.
 WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+#: Elements up to which a product takes less time than looking whether it is needed.
+SMALL = 1 << 12
 
 
 def scale_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor], zero: Tensor) -> None:
-    """Multiply gradients in place by one 0-dim coefficient, or by one tensor each that broadcasts to the gradient.
+    """Multiply n gradients in place.
 
-    Where `zero` is true, all become zero, NaN and infinity included.
+    Args:
+        gradients: n tensors.
+        coefficients: 0-dim for all gradients, (n,) one for each, or n tensors that broadcast to the gradients.
+        zero: 0-dim bool; where it is true, all gradients become zero, NaN and infinity included.
     """
-    if all(tensor.device.type == "cpu" for tensor in (zero, *gradients)):
+    if zero.is_cpu and all(gradient.is_cpu for gradient in gradients):
         if zero:
             torch._foreach_zero_(gradients)
-        elif not isinstance(coefficients, Tensor) or coefficients != 1:
-            _multiply_(gradients, coefficients)
+        else:
+            _multiply_(*_scaled_ones(gradients, coefficients))
         return
     for device in dict.fromkeys(gradient.device for gradient in gradients):
         indices = [i for i, gradient in enumerate(gradients) if gradient.device == device]
         tensors = [gradients[i] for i in indices]
-        _multiply_(tensors, coefficients if isinstance(coefficients, Tensor) else [coefficients[i] for i in indices])
+        _multiply_(tensors, _select(coefficients, indices))
         device_zero = zero.to(device)
         for tensor in tensors:
             tensor.masked_fill_(device_zero, 0)
 
 
+def _scaled_ones(
+    gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
+    """Return the gradients that their coefficients change, and these; maybe others that are small. Reads values."""
+    if not isinstance(coefficients, Tensor):
+        each = enumerate(zip(gradients, coefficients, strict=True))
+        indices = [i for i, (g, coefficient) in each if g.numel() <= SMALL or (coefficient != 1).any()]
+    elif coefficients.ndim:
+        indices = (coefficients != 1).nonzero().flatten().tolist()
+    else:
+        return (gradients if coefficients != 1 else []), coefficients
+    return [gradients[i] for i in indices], _select(coefficients, indices)
+
+
+def _select(coefficients: Tensor | Sequence[Tensor], indices: list[int]) -> Tensor | Sequence[Tensor]:
+    """Return the coefficients of some of the gradients."""
+    if not isinstance(coefficients, Tensor):
+        return [coefficients[i] for i in indices]
+    if coefficients.ndim == 0 or len(indices) == len(coefficients):
+        return coefficients
+    return coefficients[indices] if coefficients.is_cpu else torch.stack([coefficients[i] for i in indices])
+
+
 def _multiply_(gradients: list[Tensor], coefficients: Tensor | Sequence[Tensor]) -> None:
-    """Multiply gradients of one device by one 0-dim coefficient, or by one each. Products are rounded, not factors."""
-    if isinstance(coefficients, Tensor) and {gradient.dtype for gradient in gradients} == {torch.float32}:
-        torch._foreach_mul_(gradients, coefficients.to(gradients[0].device, torch.float32))
+    """Multiply gradients of one device; see `scale_`. Products are rounded, not factors."""
+    if not gradients:
         return
-    each = [coefficients] * len(gradients) if isinstance(coefficients, Tensor) else coefficients
-    torch._foreach_mul_(gradients, [_cast_like(c, gradient) for c, gradient in zip(each, gradients, strict=True)])
+    if isinstance(coefficients, Tensor) and all(gradient.dtype == torch.float32 for gradient in gradients):
+        wide = coefficients.to(gradients[0].device, torch.float32)
+        torch._foreach_mul_(gradients, wide.unbind() if wide.ndim else wide)
+        return
+    if isinstance(coefficients, Tensor):
+        coefficients = coefficients.unbind() if coefficients.ndim else [coefficients] * len(gradients)
+    factors = [_cast_like(c, gradient) for c, gradient in zip(coefficients, gradients, strict=True)]
+    torch._foreach_mul_(gradients, factors)
 
 
 def _cast_like(coefficient: Tensor, gradient: Tensor) -> Tensor:
@@ -179,14 +212,18 @@ def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], ow
     clipped = {id(shard.parameter) for shard in shards}
     candidates: dict[Optimizer, list[Tensor]] = {}
     whole: set[Optimizer] = set()  # all of whose gradients are clipped
+    holders: Counter[int] = Counter()
     for inner in map(unwrap, optimizers):
         if not hasattr(inner, "param_groups"):
             raise TypeError(f"optimizer= takes an optimizer, or several, not {type(inner).__name__}")
+        if inner in candidates:
+            continue
         parameters = optimizer_parameters(inner)
-        candidates[inner] = [p for p in parameters if id(p) in clipped]
-        if {id(p) for p in parameters if p.requires_grad or p.grad is not None} <= clipped:
+        others = [p for p in parameters if id(p) not in clipped]
+        candidates[inner] = [p for p in parameters if id(p) in clipped] if others else parameters
+        if not any(p.requires_grad or p.grad is not None for p in others):
             whole.add(inner)
-    holders = Counter(id(p) for parameters in candidates.values() for p in parameters)
+        holders.update(map(id, candidates[inner]))
     targets: list[Target] = []
     for inner, parameters in candidates.items():
         fused = inner in whole and supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
@@ -227,10 +264,10 @@ def apply_decision(
             for parameter in parameters:
                 parameter.grad = None  # an optimizer does not change a parameter without a gradient
     in_place = [
-        (i, gradient)
+        i
         for i, (shard, gradient) in enumerate(zip(stats.shards, stats.gradients, strict=True))
-        if gradient is not None and shard.parameter.grad is not None and id(shard.parameter) not in fused_parameters
+        if id(shard.parameter) not in fused_parameters and gradient is not None and shard.parameter.grad is not None
     ]
     if in_place:
-        coefficient = [coefficients[i] for i, _ in in_place] if common is None else common
-        scale_([gradient for _, gradient in in_place], coefficient, skip)
+        gradients = [gradient for i in in_place if (gradient := stats.gradients[i]) is not None]
+        scale_(gradients, _select(coefficients, in_place), skip)

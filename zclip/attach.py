@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
-from zclip.norm import local_gradient
+from zclip.norm import local_gradients
 
 #: Called before the step of an optimizer; it gets the loss that a closure returned.
 BeforeStep = Callable[[Optimizer, Tensor | None], None]
@@ -133,8 +133,7 @@ def _unscale(optimizer: Any) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return
-    parameters = optimizer_parameters(optimizer)
-    gradients = [gradient for p in parameters if (gradient := local_gradient(p)) is not None]
+    gradients = [gradient for gradient in local_gradients(optimizer_parameters(optimizer)) if gradient is not None]
     if gradients:
         scale_(gradients, 1 / scale, scale.new_zeros((), dtype=bool))
     optimizer.grad_scale = None

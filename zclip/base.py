@@ -34,7 +34,7 @@ from zclip.norm import (
     device_of,
     global_norm,
     listed,
-    local_gradient,
+    local_gradients,
     norm_like,
     parameters_of,
     scalar,
@@ -278,7 +278,7 @@ class ClippingStrategy(Statistics):
         with torch.no_grad():
             FusedClip.cancel_all(self)
             shards, others = self._in_scope(shards, models, optimizers, process_group)
-            gradients = [local_gradient(shard.parameter) for shard in shards]
+            gradients = local_gradients([shard.parameter for shard in shards])
             no_gradients = all(gradient is None for gradient in gradients)
             if no_gradients and process_group is None and not any(shard.groups for shard in shards):
                 raise _NoGradients(NO_GRADIENTS)

@@ -1,9 +1,8 @@
 """Norms of gradients of any layout: plain tensors, DTensors on any meshes, FSDP1 shards, pipeline stages.
 
-On an accelerator one foreach pass sums the squares of each tensor in float32. On a CPU that pass adds one element after
-another, and errs by 1 % at 134 million elements. There `cpu_norm` sums rows of 512 elements in float32 and the rows in
-float64, and errs by less than 1e-6. Squares overflow above 1.8e19, so a larger norm counts as infinite. Squares of
-float64 gradients are float64.
+On an accelerator one foreach pass sums the squares of each tensor in float32; on a CPU that would be inexact, so
+`zclip.cpu_norm` sums them. Squares overflow above 1.8e19, so a larger norm counts as infinite. Squares of float64
+gradients are float64.
 
 Sums across tensors and ranks are float64. The sum of a shard is all-reduced over the process groups that shard its
 parameter and over no others, so replicated gradients count once. These groups are derived from the parameters, not from
@@ -20,16 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
+from zclip.cpu_norm import cpu_norms
+
 Parameters = nn.Module | Tensor | Iterable["Parameters"]
 Groups = tuple[dist.ProcessGroup, ...]
 
-#: Elements that `cpu_norm` adds up in float32.
-ROW = 512
-#: Elements of half precision that `cpu_norm` converts at a time: they stay in a core's cache.
-CHUNK = 1 << 18
 FSDP1_MODULE = "FSDP1 shards parameters, and only its module knows how: step(model), or attach(optimizer, model)"
-#: Below this norm, squares that matter may vanish in float32.
-TINY = 1e-15
 
 
 class Shard(NamedTuple):
@@ -49,38 +44,66 @@ def parameters_of(models: Parameters) -> list[Shard]:
         TypeError: `models` contains something else, such as a name or an optimizer.
         ValueError: a parameter that FSDP1 has flattened comes without its module: its other shards are not known.
     """
-    shards: dict[int, Shard] = {}
-    ignored: set[int] = set()  # parameters that FSDP1 does not shard
+    listing = _Listing({}, {}, set())
+    listing.add(models, None)
+    groups = listing.fsdp1
+    return [
+        Shard(parameter, groups.get(key) or _mesh_groups(parameter))
+        for key, parameter in listing.parameters.items()
+        if parameter.is_floating_point() or parameter.is_complex()
+    ]
 
-    def visit(item: Parameters, fsdp1: Groups | None) -> None:
+
+class _Listing(NamedTuple):
+    """Distinct parameters by their ids, process groups of those that FSDP1 shards, and ids of those that it ignores."""
+
+    parameters: dict[int, Tensor]
+    fsdp1: dict[int, Groups]
+    ignored: set[int]
+
+    def add(self, item: Parameters, fsdp1: Groups | None) -> None:
+        """Add the parameters of `item`, which FSDP1 shards over these groups; `None`: it is in no module of FSDP1."""
         if isinstance(item, Tensor):
-            if fsdp1 is None and is_flattened(item) and id(item) not in shards:
-                raise ValueError(FSDP1_MODULE)
-            if item.is_floating_point() or item.is_complex():
-                groups = () if id(item) in ignored else fsdp1 or ()
-                shards.setdefault(id(item), Shard(item, groups or _mesh_groups(item)))
+            self._add_parameters([item], fsdp1)
         elif isinstance(item, nn.Module):
-            if isinstance(item, FullyShardedDataParallel):
-                fsdp1 = _fsdp1_groups(item)
-                ignored.update(map(id, item._ignored_params))
-            for parameter in item.parameters(recurse=False):
-                visit(parameter, fsdp1)
-            for child in item.children():
-                visit(child, fsdp1)
+            self._add_module(item, fsdp1)
         elif isinstance(item, str):
             problem = "is not a parameter: pass modules, parameters, or iterables of either, without names"
             raise TypeError(f"{item!r} {problem}")
         elif isinstance(item, Iterable):
             for inner in item:
-                visit(inner, fsdp1)
+                self.add(inner, fsdp1)
         else:
             raise TypeError(
                 f"step() takes modules, parameters, and iterables of either, not {type(item).__name__}; "
                 "an optimizer goes into optimizer="
             )
 
-    visit(models, None)
-    return list(shards.values())
+    def _add_module(self, root: nn.Module, fsdp1: Groups | None) -> None:
+        """Add parameters in the order of `root.parameters()`, which takes several times as long."""
+        if isinstance(root, FullyShardedDataParallel):
+            fsdp1 = _fsdp1_groups(root)
+            self.ignored.update(map(id, root._ignored_params))
+        pending = [root]
+        while pending:
+            module = pending.pop()
+            if isinstance(module, FullyShardedDataParallel) and module is not root:
+                self._add_module(module, fsdp1)
+                continue
+            if module._parameters:
+                self._add_parameters(module._parameters.values(), fsdp1)
+            if module._modules:
+                pending.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+    def _add_parameters(self, parameters: Iterable[Tensor | None], fsdp1: Groups | None) -> None:
+        for parameter in parameters:
+            key = id(parameter)
+            if parameter is not None and key not in self.parameters:
+                if fsdp1 is None and is_flattened(parameter):
+                    raise ValueError(FSDP1_MODULE)
+                self.parameters[key] = parameter
+                if fsdp1 and key not in self.ignored:
+                    self.fsdp1[key] = fsdp1
 
 
 def listed(models: Parameters) -> Parameters:
@@ -121,6 +144,22 @@ def is_flattened(parameter: Tensor) -> bool:
 
 def _mesh(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return this rank's shard of each gradient, in the layout of its parameter; `None` where a gradient is missing.
+
+    Raises:
+        TypeError: a gradient is sparse or complex, or not on its parameter's mesh.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    plain = {nn.Parameter, Tensor, type(None)}
+    if {*map(type, gradients), *map(type, parameters)} <= plain:
+        present = [gradient for gradient in gradients if gradient is not None]
+        complex_dtype = any(dtype.is_complex for dtype in {gradient.dtype for gradient in present})
+        if not complex_dtype and {gradient.layout for gradient in present} <= {torch.strided}:
+            return gradients
+    return [local_gradient(parameter) for parameter in parameters]
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
@@ -176,44 +215,20 @@ def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) ->
     """
     tensors = [gradient for gradient in gradients if gradient is not None]
     device = tensors[0].device if tensors else device_of(shards)
-    dtype = statistics_dtype(device)
-    present = iter(local_norms(tensors))
-    zero = torch.zeros((), dtype=dtype, device=device)
-    norms = [zero if gradient is None else next(present).to(device, dtype) for gradient in gradients]
-    return sum_over_ranks(shards, torch.stack(norms).square()).sqrt()
+    norms = local_norms(tensors, device) if tensors else torch.zeros(0, dtype=statistics_dtype(device), device=device)
+    if len(tensors) < len(gradients):
+        present, zero = iter(norms.unbind()), norms.new_zeros(())
+        norms = torch.stack([zero if gradient is None else next(present) for gradient in gradients])
+    return sum_over_ranks(shards, norms.square()).sqrt()
 
 
-def local_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Return the 2-norm of each tensor, 0-dim and float32 or float64."""
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return [cpu_norm(tensor) for tensor in tensors]
+def local_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the 2-norm of each tensor, (n,) of `statistics_dtype` on the device."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return cpu_norms(tensors)
     sum_dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return torch._foreach_norm(tensors, 2, dtype=sum_dtype)
-
-
-def cpu_norm(tensor: Tensor) -> Tensor:
-    """Return the 2-norm of a floating tensor on a CPU, 0-dim float64."""
-    strides = tensor.stride()
-    order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
-    flat = tensor.detach().permute(order).reshape(-1)  # a view, unless elements overlap or lie apart
-    if flat.dtype == torch.float64:
-        return torch.linalg.vector_norm(flat)
-    norm = _norm_of_rows(flat)
-    if len(flat) and norm < TINY:
-        largest = torch.linalg.vector_norm(flat, torch.inf, dtype=torch.float32)
-        if largest > 0:
-            norm = _norm_of_rows(flat.float() / largest) * largest
-    return norm
-
-
-def _norm_of_rows(flat: Tensor) -> Tensor:
-    norms = []
-    for chunk in [flat] if flat.dtype == torch.float32 else flat.split(CHUNK):
-        chunk = chunk.float()
-        whole = len(chunk) - len(chunk) % ROW
-        norms.append(torch.linalg.vector_norm(chunk[:whole].view(-1, ROW), dim=1))
-        norms.append(torch.linalg.vector_norm(chunk[whole:]).reshape(1))
-    return torch.linalg.vector_norm(torch.cat(norms).double())
+    norms = torch._foreach_norm(list(tensors), 2, dtype=sum_dtype)
+    return torch.stack([norm.to(device) for norm in norms]).to(statistics_dtype(device))
 
 
 def sum_over_ranks(shards: Sequence[Shard], values: Tensor) -> Tensor:

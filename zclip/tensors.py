@@ -14,6 +14,8 @@ from zclip.saved_state import is_plain, refuse
 
 #: Names under which wrappers hold the module that they wrap: torch.compile, FSDP1, checkpointing, Lightning Fabric.
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+#: Wrappers whose only child is the module that they wrap.
+PARALLEL = (DistributedDataParallel, DataParallel)
 
 
 class TensorId(NamedTuple):
@@ -37,18 +39,27 @@ def parameter_names(models: Parameters) -> dict[int, str]:
     """
     modules = list({id(module): module for module in _modules(models)}.values())
     names: dict[int, str] = {}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            names[id(parameter)] = min(prefix + name, names.get(id(parameter), prefix + name))
-        wraps = isinstance(module, DistributedDataParallel | DataParallel)
-        for name, child in module.named_children():
-            visit(child, prefix if wraps or name in WRAPPED else f"{prefix}{name}.")
-
     for i, module in enumerate(modules):
-        known = dict(names)
-        visit(module, f"{i}." if len(modules) > 1 else "")
-        names.update(known)  # a parameter of two modules is the first one's
+        # A parameter of two modules is the first one's.
+        names = _module_names(module, f"{i}." if len(modules) > 1 else "") | names
+    return names
+
+
+def _module_names(root: nn.Module, prefix: str) -> dict[int, str]:
+    """Return the names of a module's parameters, by their ids; `named_parameters` takes several times as long."""
+    names: dict[int, str] = {}
+    pending = [(root, prefix)]
+    while pending:
+        module, prefix = pending.pop()
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                full, key = prefix + name, id(parameter)
+                if key not in names or full < names[key]:
+                    names[key] = full
+        if module._modules:
+            wraps = isinstance(module, PARALLEL)
+            for name, child in module.named_children():
+                pending.append((child, prefix if wraps or name in WRAPPED else f"{prefix}{name}."))
     return names
 
 

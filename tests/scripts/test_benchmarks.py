@@ -12,6 +12,7 @@ import torch
 import zclip
 from tests.helpers import script
 from tests.scripts.loading import load_script
+from tests.zclip.every_strategy import CLASSES
 
 
 def run_once(contenders: dict[str, Callable[[], object]], *arguments: object) -> dict[str, float]:
@@ -39,12 +40,44 @@ def test_contenders_take_turns_and_have_medians(monkeypatch):
     assert turns == ["a", "b"] * 4
 
 
+def test_clock_of_the_process_stops_while_it_waits(monkeypatch):
+    bench = load_script("_bench")
+    monkeypatch.setattr(bench, "time", SimpleNamespace(process_time=iter([1.0, 1.5]).__next__))
+    assert bench.median_seconds({"a": lambda: None}, rounds=1, warm_up=0, cpu_time=True) == {"a": 0.5}
+
+
 def test_shapes_have_about_the_parameters_of_the_setting():
     shapes = load_script("bench_clip").llama_shapes
     for parameters in (100e6, 1e9):
         assert sum(map(math.prod, shapes(parameters))) == pytest.approx(parameters, rel=0.05)
+    assert len(load_script("bench_clip").small_shapes(7)) == 7
     decision = load_script("bench_clip").ClipAlways().decide(torch.tensor(2.0), {})
     assert 1.9 < float(decision.target) < 2.0
+
+
+def test_strategies_of_the_benchmark_are_all_of_the_library_and_clip_where_they_should():
+    bench_clip = load_script("bench_clip")
+    model = torch.nn.ModuleList(bench_clip.Weight(shape, "cpu") for shape in [(4, 3), (5,)])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    calm = bench_clip.calm_strategies(norm)
+    assert {type(strategy).__name__ for strategy in calm.values()} | {"GradientStabilizer"} == {
+        strategy.__name__ for strategy in CLASSES
+    }
+    for name, strategy in calm.items():
+        for _ in range(3):
+            strategy.step(model)
+            assert strategy.read_telemetry()["clipped"] == 0, name
+    methods = bench_clip.clipping_methods(model, optimizer)
+    for method in methods.values():
+        method()
+    for name, method in methods.items():
+        before = [p.grad.clone() for p in model.parameters()]
+        method()
+        changed = [not torch.equal(b, p.grad) for b, p in zip(before, model.parameters(), strict=True)]
+        assert (
+            all(changed) if name not in ("norm pass (the floor)", "norm, and a grad_scale of 1") else not any(changed)
+        )
 
 
 #: A package in the place of the published one.
@@ -62,10 +95,10 @@ def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatc
     (tmp_path / "zclip.py").write_text(PUBLISHED)
     bench_clip, ours = load_script("bench_clip"), zclip.ZClip
     monkeypatch.setattr(bench_clip, "median_seconds", run_once)
-    bench_clip.main({"params": 1e5, "device": "cpu", "published": str(tmp_path)})
+    bench_clip.main({"params": 1e5, "tensors": 4, "device": "cpu", "published": str(tmp_path)})
     out = capsys.readouterr().out
     assert re.search(r"│ norm pass \(the floor\) +│ +1000.0 │ +1.000 │ +0.500 │", out), out
-    assert re.search(r"│ published zclip +│ +7000.0 │ +7.000 │ +3.500 │", out), out
+    assert re.search(r"│ published zclip +│ +18000.0 │ +18.000 │ +9.000 │", out), out
     model = torch.nn.Linear(2, 2)
     model(torch.ones(2)).sum().backward()
     step = bench_clip.published_step(str(tmp_path), model)
@@ -77,18 +110,16 @@ def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatc
 
 
 def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):
-    done = script("bench_clip.py", "params=1e5", "rounds=2", "device=cpu", cwd=tmp_path)
+    done = script("bench_clip.py", "params=1e5", "tensors=4", "rounds=1", "device=cpu", "clock=cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"│ ([\w ,()-]+?) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", done.stdout)
-    assert [row[0] for row in rows] == [
-        "norm pass (the floor)",
-        "clip_grad_norm_",
-        "ZClip, fused, nothing clipped",
-        "fused, every step clipped",
-        "ZClip, in place, nothing clipped",
-        "norm pass, and the norm of the update",
-    ], done.stdout
-    assert rows[0][2] == rows[1][3] == "1.000" and "fp32 parameters, CPU" in done.stdout
+    names = [row[0] for row in rows]
+    assert len(names) == 2 * (17 + 8) and names[:2] == names[17:19] == ["norm pass (the floor)", "clip_grad_norm_"]
+    assert {"ZClip", "AdaGC", "ZClip, attached", "GradientStabilizer", "one coefficient, fused"} < {*names}
+    assert (
+        rows[0][2] == rows[1][3] == "1.000"
+        and "fp32 parameters in 4 tensors, every step is clipped; CPU" in done.stdout
+    )
     assert not [*tmp_path.iterdir()]
 
 

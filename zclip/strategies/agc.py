@@ -13,6 +13,9 @@ from zclip.base import ClippingStrategy, Policy
 from zclip.decision import ClipResult, GradStats, State
 from zclip.norm import Shard, sum_over_ranks
 
+#: Elements of small tensors that are stacked at a time.
+BATCH = 1 << 18
+
 
 class AGC(ClippingStrategy):
     """Unit-wise adaptive gradient clipping (Brock et al., arXiv 2102.06171, equation 3).
@@ -50,26 +53,25 @@ class AGC(ClippingStrategy):
             raise ValueError("AGC needs weights and gradients: a norm alone is not enough")
         if any(shard.groups and not isinstance(shard.parameter, DTensor) for shard in shards):
             raise ValueError("AGC needs the rows of weights, which FSDP1 flattens: shard with FSDP2 instead")
-        coefficients, squares_after, clipped = [], [], []
-        for shard, local_gradient in zip(shards, stats.gradients, strict=True):
-            parameter = shard.parameter
-            if local_gradient is None and not parameter.requires_grad:
-                coefficients.append(torch.ones_like(stats.norm))
-                squares_after.append(torch.zeros_like(stats.norm))
-                clipped.append(torch.zeros_like(stats.norm))
-                continue
-            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            gradient = torch.zeros_like(weight) if local_gradient is None else local_gradient
-            local_squares = _unit_squares(gradient)
-            gradient_norm = _sum_over_ranks(shard, local_squares.clone()).sqrt()
-            weight_norm = _sum_over_ranks(shard, _unit_squares(weight)).sqrt()
+        zero = torch.zeros_like(stats.norm)
+        coefficients = [torch.ones_like(zero)] * len(shards)
+        squares_after, clipped = [zero] * len(shards), [zero] * len(shards)
+        for members in _batches(stats):
+            weights = [_weight(shards[i]) for i in members]
+            gradients = [stats.gradients[i] for i in members]
+            present = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+            first = shards[members[0]]  # with several members, none is sharded
+            local_squares = _unit_squares(_stack(present))
+            gradient_norm = _sum_over_ranks(first, local_squares.clone()).sqrt()
+            weight_norm = _sum_over_ranks(first, _unit_squares(_stack(weights))).sqrt()
             coefficient = (self.ratio * weight_norm.clamp(min=self.eps) / gradient_norm).clamp(max=1)
             coefficient = torch.where(gradient_norm > 0, coefficient, 1.0)
-            coefficients.append(coefficient)
-            squares_after.append((local_squares * coefficient.square()).sum().to(stats.norm))
-            clipped.append((coefficient < 1).sum().to(stats.norm))
-        clipped_norm = stats.all_reduce_sum(_total(shards, squares_after, stats.norm)).sqrt()
-        clipped_units = stats.all_reduce_sum(_total(shards, clipped, stats.norm))
+            squares = _sums(local_squares * coefficient.square()).to(zero)
+            clips = _sums(coefficient < 1).to(zero)
+            for i, *values in zip(members, coefficient.unbind(), squares.unbind(), clips.unbind(), strict=True):
+                coefficients[i], squares_after[i], clipped[i] = values
+        clipped_norm = stats.all_reduce_sum(_total(shards, squares_after, zero)).sqrt()
+        clipped_units = stats.all_reduce_sum(_total(shards, clipped, zero))
         return ClipResult(coefficients, clipped_norm, clipped_units > 0, state, {"clipped_units": clipped_units})
 
 
@@ -78,10 +80,46 @@ def _total(shards: Sequence[Shard], values: Sequence[Tensor], like: Tensor) -> T
     return sum_over_ranks(shards, torch.stack([*values])).sum() if shards else torch.zeros_like(like)
 
 
-def _unit_squares(local: Tensor) -> Tensor:
-    """Return the sum of squares of each unit, (rows, 1, ...) or 0-dim, in float32 at least."""
-    squares = local.detach().to(torch.promote_types(local.dtype, torch.float32)).square()
-    return squares.sum() if local.ndim < 2 else squares.sum(dim=tuple(range(1, local.ndim)), keepdim=True)
+def _batches(stats: GradStats) -> list[list[int]]:
+    """Return the indices of the parameters with units to clip; small ones of one kind, not sharded, come together."""
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[object, ...], list[int]] = {}
+    for i, ((parameter, _), gradient) in enumerate(zip(stats.shards, stats.gradients, strict=True)):
+        if gradient is None and not parameter.requires_grad:
+            continue
+        if isinstance(parameter, DTensor) or parameter.numel() > BATCH // 2:
+            batches.append([i])
+            continue
+        kind = parameter.shape, parameter.dtype, parameter.device, gradient.dtype if gradient is not None else None
+        batch = open_batches.get(kind)
+        if batch is None or (len(batch) + 1) * parameter.numel() > BATCH:
+            batch = open_batches[kind] = []
+            batches.append(batch)
+        batch.append(i)
+    return batches
+
+
+def _weight(shard: Shard) -> Tensor:
+    return shard.parameter.to_local() if isinstance(shard.parameter, DTensor) else shard.parameter
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one tensor, (k, *shape); a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _unit_squares(stacked: Tensor) -> Tensor:
+    """Return the sum of squares of each unit of k tensors, (k, rows, 1, ...) or (k,), in float32 at least."""
+    dtype = torch.promote_types(stacked.dtype, torch.float32)
+    if stacked.ndim == 1:
+        return stacked.detach().to(dtype).square()
+    dims = tuple(range(2, stacked.ndim)) or (1,)
+    return torch.linalg.vector_norm(stacked.detach(), dim=dims, keepdim=stacked.ndim > 2, dtype=dtype).square()
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Return the sum over the units of each of k tensors, (k,)."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
 
 
 def _sum_over_ranks(shard: Shard, squares: Tensor) -> Tensor:
@@ -91,6 +129,6 @@ def _sum_over_ranks(shard: Shard, squares: Tensor) -> Tensor:
         for dim, placement in enumerate(parameter.placements):
             # FSDP2 over tensor parallelism has placements that are not a `Shard` but have its attribute `dim`.
             sharded_dim: int | None = getattr(placement, "dim", None)
-            if sharded_dim is not None and (sharded_dim > 0 or squares.ndim == 0):
+            if sharded_dim is not None and (sharded_dim > 0 or squares.ndim == 1):
                 dist.all_reduce(squares, group=parameter.device_mesh.get_group(dim))
     return squares

@@ -51,14 +51,34 @@ class TensorAutoClip(ClippingStrategy):
         """Return one coefficient for each tensor."""
         norms, history, count = stats.norms, state["history"], state["count"]
         present = norms > 0
-        slots = torch.arange(self.window, device=norms.device)
-        here = (slots == (count % self.window).unsqueeze(-1)) & present.unsqueeze(-1)
-        history = torch.where(here, norms.unsqueeze(-1), history)
+        slot = (count % self.window).unsqueeze(-1)
+        value = torch.where(present.unsqueeze(-1), norms.unsqueeze(-1), history.gather(-1, slot))
+        history = history.scatter(-1, slot, value)
         count = count + present
-        rank = (self.window - 1) * (self.percentile / 100)
-        below, above = int(rank), min(int(rank) + 1, self.window - 1)
-        ordered = history.sort().values
-        target = ordered[..., below] + (ordered[..., above] - ordered[..., below]) * (rank - below)
-        full = present & (count >= self.window)
-        coefficients = torch.where(full, (target / norms).clamp(max=1), 1.0)
+        clips = present & (count >= self.window) & self._outranks(norms, history)
+        rows = clips.nonzero().flatten() if clips.is_cpu else slice(None)  # reading it elsewhere waits for the device
+        coefficients = torch.ones_like(norms)
+        coefficients[rows] = (self._target(history[rows]) / norms[rows]).clamp(max=1)
+        coefficients = torch.where(clips, coefficients, 1.0)
         return clip_tensors(stats, coefficients, {"history": history, "count": count})
+
+    @property
+    def _rank(self) -> float:
+        """The rank of the percentile in a full history, from 0."""
+        return (self.window - 1) * (self.percentile / 100)
+
+    def _outranks(self, norms: Tensor, history: Tensor) -> Tensor:
+        """Return whether each norm can be above the percentile: more of its history than the rank is below it."""
+        return (history < norms.unsqueeze(-1)).sum(-1) > int(self._rank)
+
+    def _target(self, history: Tensor) -> Tensor:
+        """Return the percentile of each row; only the end of a row that is nearer to it is sorted."""
+        rank = self._rank
+        below, above = int(rank), min(int(rank) + 1, self.window - 1)
+        if below >= self.window // 2:
+            ordered = history.topk(self.window - below).values
+            low, high = ordered[..., -1], ordered[..., below - above - 1]
+        else:
+            ordered = history.topk(above + 1, largest=False).values
+            low, high = ordered[..., below], ordered[..., above]
+        return low + (high - low) * (rank - below)

@@ -85,7 +85,7 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
         for optimizer in inner:
             for group in optimizer.param_groups:
                 for groups, norms in _norms(optimizer, group, ranks):
-                    sums[groups] = sums[groups] + torch.stack([norm.to(zero) for norm in norms]).square().sum()
+                    sums[groups] = sums[groups] + norms.to(zero).square().sum()
         squares = sum_over_ranks([*owners.values()], torch.stack([*sums.values()]))
         return global_norm(squares.sqrt(), process_group)
 
@@ -103,15 +103,15 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"this {name} has no parameters that can have gradients")
 
 
-def _norms(optimizer: Any, group: Group, ranks: Mapping[int, Groups]) -> Iterator[tuple[Groups, Sequence[Tensor]]]:
-    """Yield norms of parts of this rank's updates in a group, with the ranks that share their parameters."""
+def _norms(optimizer: Any, group: Group, ranks: Mapping[int, Groups]) -> Iterator[tuple[Groups, Tensor]]:
+    """Yield norms of parts of this rank's updates in a group, (n,), with the ranks that share their parameters."""
     parameters = [p for p in group["params"] if p.grad is not None]
     states = [optimizer.state.get(p, {}) for p in parameters]
     names, updates = (_adam if isinstance(optimizer, Adam) else _sgd)(group, states)
     pieces = _pieces(parameters, states, names, [ranks[id(p)] for p in parameters])
     for bucket in _buckets(pieces):
         gradients = _gradients(group, bucket, getattr(optimizer, "grad_scale", None))
-        yield bucket[0].ranks, local_norms(updates(bucket, gradients))
+        yield bucket[0].ranks, local_norms(updates(bucket, gradients), gradients[0].device)
 
 
 def _pieces(
