@@ -16,12 +16,11 @@ class UpdateBrake(UpdateRule):
 
     An experiment of this library. When gradients shrink, Adam's second moment lags behind them, and the effective step
     grows until it is unstable (arXiv 2506.04805). A rule that forgets its scale after each step holds the run at that
-    edge. This one remembers it, as s in (0, 1]. With the norm ||u|| of the update and its usual level L, as logarithms:
+    edge. This one remembers it, as s in (0, 1]. With x the log of the update's norm, and L that of its usual level::
 
-        log s <- release * log s
         bound  = L + log margin
-        log s <- min(log s, bound - log ||u||)
-        L     <- L + (min(log ||u||, bound) - L) / (rise_steps if it rises, else fall_steps)
+        log s <- min(release * log s, bound - x)
+        L     <- L + (min(x, bound) - L) / (rise_steps if it rises, else fall_steps)
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
