@@ -68,9 +68,11 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
         0-dim tensor of `zclip.norm.statistics_dtype`; 0 without any gradient.
 
     Raises:
-        TypeError: an optimizer is another one, has no parameters, or holds those that FSDP1 has flattened; or a
-            gradient is sparse or complex.
+        TypeError: there is no optimizer; one is another one, has no parameters, or holds those that FSDP1 has
+            flattened; or a gradient is sparse or complex.
     """
+    if not optimizers:
+        raise TypeError("update_norm() takes one optimizer or more")
     with torch.no_grad():
         inner = [unwrap(optimizer) for optimizer in optimizers]
         for optimizer in inner:
@@ -125,7 +127,8 @@ def _pieces(
         columns = [_split(t, _bucket_size(gradient)) for t in flat]
         for row in zip(*columns, strict=True):
             part, whole, *rest = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in row)
-            yield Piece(owner, groups, part.to(whole.dtype), whole, dict(zip(names, rest, strict=True)))
+            part = part.to(whole.dtype).contiguous()  # a fused kernel reads the memory, whatever the strides are
+            yield Piece(owner, groups, part, whole, dict(zip(names, rest, strict=True)))
 
 
 def _zeros(like: Tensor) -> Tensor:
