@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zclip.apply import unwrap
-from zclip.attach import StepHook
+from zclip.attach import StepHook, move_last
 from zclip.decision import State
 from zclip.norm import scalar, statistics_dtype
 from zclip.state import Statistics, where_finite
@@ -49,7 +49,8 @@ class UpdateRule(Statistics):
     The scale multiplies the learning rate of all parameter groups for one step. Decoupled weight decay is scaled with
     it, as by a schedule in torch; an L2 penalty is a part of the update. Between the steps the groups have their own
     rates, so schedulers and saved optimizer states never see the scale. If a step raises, the rates are restored before
-    the next one, before the optimizer's state is saved, and by `detach`.
+    the next one, before the optimizer's state is saved, and by `detach`; a scheduler must not step before that. A
+    pre-hook of the optimizer that sets rates must be registered before the rule is attached.
 
     On a CPU a scale of 1 leaves the rate untouched. On an accelerator nothing waits for the device if the optimizer is
     fused or capturable: the rate of the step is then a float32 tensor. For other optimizers each step waits once.
@@ -179,12 +180,18 @@ class _RuleHook(StepHook):
                 rates.append((group, group["lr"], scaled_rate(group, scale)))
                 group["lr"] = rates[-1][2]
 
+        def after_step(inner: Optimizer, *_: Any) -> None:
+            restore()
+            move_last(inner)  # behind hooks that were registered since
+
         super().__init__(optimizer, act)
         self.restore = restore
         self._others = [
-            optimizer.register_step_post_hook(restore),
+            optimizer.register_step_post_hook(after_step),
             optimizer.register_state_dict_pre_hook(restore),
         ]
+        post_hooks: Any = optimizer._optimizer_step_post_hooks
+        post_hooks.move_to_end(self._others[0].id, last=False)  # a scheduler in another hook must not see the scale
 
     def remove(self) -> None:
         """Remove the hooks, and restore the rates."""

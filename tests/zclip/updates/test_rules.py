@@ -286,6 +286,57 @@ def test_scheduler_and_saved_states_never_see_the_scale():
     assert rates[True] == rates[False]
 
 
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_schedulers_in_hooks_after_the_step_never_see_the_scale(attach_first):
+    model = build_model()
+    optimizer, rule, seen = torch.optim.SGD(model.parameters(), lr=1.0), Half(), []
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)  # from the rate before
+
+    def hook(*_):
+        seen.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+
+    if attach_first:
+        rule.attach(optimizer)
+    optimizer.register_step_post_hook(hook)
+    if not attach_first:
+        rule.attach(optimizer)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    assert seen == [1.0, 0.5, 0.25]
+
+
+def test_rate_that_a_hook_before_the_step_sets_is_scaled():
+    model, rule = build_model(), Half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(lr=0.3))
+    rule.attach(optimizer)
+    for step in range(3):
+        if step == 1:  # it comes before the rule from the next step on
+            optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(lr=0.1))
+        backward(model, step)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        if step != 1:
+            for p, q in zip(model.parameters(), before, strict=True):
+                torch.testing.assert_close(q - p, 0.5 * (0.1 if step else 0.3) * p.grad)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_rule_that_a_closure_detaches_does_not_act():
+    model, rule = build_model(), Half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rule.attach(optimizer)
+
+    def closure():
+        rule.detach()
+        return backward(model, 0)
+
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["lr"] == LR and rule.read_telemetry() == {}
+
+
 class Raises(torch.optim.SGD):
     """Its step raises where it is told to, after the hooks."""
 
