@@ -135,9 +135,7 @@ class UpdateRule(Statistics):
                 counts &= found_inf.to(norm.device, non_blocking=True).reshape(()) == 0
             self._prepare_state(norm, (), ())
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
-            if not isinstance(decision, UpdateDecision):
-                name, returned = type(self).__name__, type(decision).__name__
-                raise TypeError(f"{name}.decide must return an UpdateDecision, not {returned}")
+            self._check(decision)
             scale = torch.ones_like(norm) if decision.scale is None else decision.scale
             telemetry = {
                 "update_norm": norm,
@@ -150,6 +148,17 @@ class UpdateRule(Statistics):
             self._advance(decision.state, kept=counts, finite=finite, clipped=decision.clipped)
             self.telemetry = telemetry
             return None if decision.scale is None else torch.where(counts, scale, 1.0)
+
+    def _check(self, decision: Any) -> None:
+        name = type(self).__name__
+        if not isinstance(decision, UpdateDecision):
+            raise TypeError(f"{name}.decide must return an UpdateDecision, not {type(decision).__name__}")
+        values = {**decision.state, **decision.telemetry, "clipped": decision.clipped, "bound": decision.bound}
+        if decision.scale is not None:
+            values["scale"] = decision.scale
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}.decide must return tensors: {key} is {value!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to an optimizer of this process."""
