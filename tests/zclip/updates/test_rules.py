@@ -227,6 +227,16 @@ def test_scale_is_from_0_to_1_and_no_scaled_norm_is_above_its_bound(norms, name)
         assert scale * norm <= rule.read_telemetry()["update_bound"] * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("deviation", "expected"), [(0.1, 1.0), (0.2, 0.71), (0.3, 0.49)])
+def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake(deviation, expected):
+    """The numbers of docs/reference/strategies.md."""
+    rule, draw, scales = UpdateBrake(), random.Random(0), []
+    for _ in range(2500):
+        norm = math.exp(draw.gauss(0.0, deviation))
+        scales.append(float(rule.observe(torch.tensor(norm, dtype=torch.float64))))
+    assert sum(scales[1000:]) / 1500 == pytest.approx(expected, abs=0.03)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_resumed_rule_continues_bit_for_bit(name):
     norms = [torch.tensor(norm, dtype=torch.float64) for norm in growing_norms(2, 160)]
@@ -481,6 +491,20 @@ class NoDecision(UpdateRule):
         return torch.ones_like(norm)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", 0.5), ("clipped", True), ("bound", 2.0), ("state", {"count": 1}), ("telemetry", {"m": 0})],
+)
+def test_decision_that_is_not_of_tensors_is_refused(name, value):
+    class Numbers(Half):
+        def decide(self, norm, state):
+            return super().decide(norm, state)._replace(**{name: value})
+
+    key, number = next(iter(value.items())) if isinstance(value, dict) else (name, value)
+    with pytest.raises(TypeError, match=rf"^Numbers\.decide must return tensors: {key} is {number}$"):
+        Numbers().observe(torch.tensor(1.0))
+
+
 def test_mistakes_are_one_sentence():
     with pytest.raises(TypeError, match=r"^NoDecision\.decide must return an UpdateDecision, not Tensor$"):
         NoDecision().observe(torch.tensor(1.0))
@@ -496,7 +520,14 @@ def test_repr_and_live_changes_are_those_of_strategies():
     rule.observe(torch.tensor(2.0))
     rule.change(release=0.5)
     assert rule.state_dict()["changes"] == [["release", 0.99, 0.5]]
-    for arguments in ({"release": 1.0}, {"margin": 1}, {"margin": math.inf}, {"rise_steps": 0}, {"fall_steps": 0.5}):
+    for arguments in (
+        {"release": 1.0},
+        {"margin": 1},
+        {"margin": math.inf},
+        {"margin": 10**400},
+        {"rise_steps": 0},
+        {"fall_steps": 0.5},
+    ):
         (name,) = arguments
         with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must be "):
             UpdateBrake(**arguments)
