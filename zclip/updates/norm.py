@@ -54,7 +54,8 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
     For Adam and AdamW the update is `m / (sqrt(v) + eps)` with the moments after the step, corrected for their bias.
     For SGD it is the momentum buffer after the step (with Nesterov's term), or the gradient. The L2 penalty that
     `weight_decay` is in Adam and SGD is a part of the update. AdamW's decoupled weight decay is not. Parameters without
-    gradients have no update.
+    gradients have no update. Half precision counts as float32: a step that is not fused rounds more often, and one of
+    float16 state may be far from this norm where squares of gradients vanish.
 
     The gradients must be those of the step: after accumulation and clipping. Like a fused step, this divides them by
     `optimizer.grad_scale`, if it is set. Of a sharded parameter (DTensor) the whole counts, and all ranks must call.
