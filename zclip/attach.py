@@ -64,10 +64,7 @@ class StepHook:
         self._act = act
         self._optimizer = weakref.ref(inner)
         self._hooks[inner] = inner.register_step_pre_hook(self._before_step)
-        for hooks in (cls._hooks for cls in StepHook.__subclasses__() if cls.last):
-            if inner in hooks:
-                pre_hooks, key = inner._optimizer_step_pre_hooks, hooks[inner].id
-                pre_hooks[key] = pre_hooks.pop(key)
+        move_last(inner)
 
     def remove(self) -> None:
         """Remove the hook."""
@@ -85,6 +82,8 @@ class StepHook:
 
         def longer_closure() -> Any:
             loss = closure()
+            if optimizer not in self._hooks:  # detached in the closure
+                return loss
             value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
             self._act(optimizer, value if isinstance(value, Tensor) else None)
             return loss
@@ -92,6 +91,13 @@ class StepHook:
         if len(args) > 1:
             return (args[0], longer_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": longer_closure}
+
+
+def move_last(optimizer: Any) -> None:
+    """Move the hooks of classes that come last behind all others. torch must not be calling its pre-hooks."""
+    for hooks in (cls._hooks for cls in StepHook.__subclasses__() if cls.last):
+        if optimizer in hooks:
+            optimizer._optimizer_step_pre_hooks.move_to_end(hooks[optimizer].id)
 
 
 class Attachment(StepHook):

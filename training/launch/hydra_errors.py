@@ -61,6 +61,8 @@ def _unknown_key(error: errors.ConfigAttributeError | errors.ConfigKeyError) -> 
     near = nearest(last, map(str, error.parent_node)) if OmegaConf.is_dict(error.parent_node) else None
     hint = f" (the nearest is {key.removesuffix(last)}{near})" if near else ""
     given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if key.startswith("update.") and "resume" in given:
+        return f"{argument} is not possible with resume=: the run keeps its rule over updates and the rule's arguments"
     if key.startswith("clip.") and "resume" in given and "clip" not in given:
         hint += ", unless the run's own strategy is named too, as clip=adagc"
     section = "hydra" if key.startswith("hydra.") else "job"

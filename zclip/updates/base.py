@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zclip.apply import unwrap
-from zclip.attach import StepHook
+from zclip.attach import StepHook, move_last
 from zclip.decision import State
 from zclip.norm import scalar, statistics_dtype
 from zclip.state import Statistics, where_finite
@@ -49,7 +49,8 @@ class UpdateRule(Statistics):
     The scale multiplies the learning rate of all parameter groups for one step. Decoupled weight decay is scaled with
     it, as by a schedule in torch; an L2 penalty is a part of the update. Between the steps the groups have their own
     rates, so schedulers and saved optimizer states never see the scale. If a step raises, the rates are restored before
-    the next one, before the optimizer's state is saved, and by `detach`.
+    the next one, before the optimizer's state is saved, and by `detach`; a scheduler must not step before that. A
+    pre-hook of the optimizer that sets rates must be registered before the rule is attached.
 
     On a CPU a scale of 1 leaves the rate untouched. On an accelerator nothing waits for the device if the optimizer is
     fused or capturable: the rate of the step is then a float32 tensor. For other optimizers each step waits once.
@@ -134,9 +135,7 @@ class UpdateRule(Statistics):
                 counts &= found_inf.to(norm.device, non_blocking=True).reshape(()) == 0
             self._prepare_state(norm, (), ())
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
-            if not isinstance(decision, UpdateDecision):
-                name, returned = type(self).__name__, type(decision).__name__
-                raise TypeError(f"{name}.decide must return an UpdateDecision, not {returned}")
+            self._check(decision)
             scale = torch.ones_like(norm) if decision.scale is None else decision.scale
             telemetry = {
                 "update_norm": norm,
@@ -149,6 +148,17 @@ class UpdateRule(Statistics):
             self._advance(decision.state, kept=counts, finite=finite, clipped=decision.clipped)
             self.telemetry = telemetry
             return None if decision.scale is None else torch.where(counts, scale, 1.0)
+
+    def _check(self, decision: Any) -> None:
+        name = type(self).__name__
+        if not isinstance(decision, UpdateDecision):
+            raise TypeError(f"{name}.decide must return an UpdateDecision, not {type(decision).__name__}")
+        values = {**decision.state, **decision.telemetry, "clipped": decision.clipped, "bound": decision.bound}
+        if decision.scale is not None:
+            values["scale"] = decision.scale
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}.decide must return tensors: {key} is {value!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to an optimizer of this process."""
@@ -179,12 +189,18 @@ class _RuleHook(StepHook):
                 rates.append((group, group["lr"], scaled_rate(group, scale)))
                 group["lr"] = rates[-1][2]
 
+        def after_step(inner: Optimizer, *_: Any) -> None:
+            restore()
+            move_last(inner)  # behind hooks that were registered since
+
         super().__init__(optimizer, act)
         self.restore = restore
         self._others = [
-            optimizer.register_step_post_hook(restore),
+            optimizer.register_step_post_hook(after_step),
             optimizer.register_state_dict_pre_hook(restore),
         ]
+        post_hooks: Any = optimizer._optimizer_step_post_hooks
+        post_hooks.move_to_end(self._others[0].id, last=False)  # a scheduler in another hook must not see the scale
 
     def remove(self) -> None:
         """Remove the hooks, and restore the rates."""

@@ -24,7 +24,8 @@ class UpdateBrake(UpdateRule):
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
-    and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps.
+    and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps. Norms that
+    vary much by themselves, as those of small batches, hold s below 1 for good: then the margin must be larger.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
@@ -32,7 +33,7 @@ class UpdateBrake(UpdateRule):
         rise_steps: steps over which the level follows higher norms, >= 1. Default 1000.
         fall_steps: steps over which it follows lower norms, >= 1. Default 30.
         warmup_steps: steps at the beginning without a bound, >= 1. L is their highest norm, because momentum is still
-            building up. Default 20.
+            building up. Default 20; a momentum above 0.9 needs more, such as 2 / (1 - momentum).
     """
 
     nonnegative = ("count",)

@@ -54,7 +54,8 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
     For Adam and AdamW the update is `m / (sqrt(v) + eps)` with the moments after the step, corrected for their bias.
     For SGD it is the momentum buffer after the step (with Nesterov's term), or the gradient. The L2 penalty that
     `weight_decay` is in Adam and SGD is a part of the update. AdamW's decoupled weight decay is not. Parameters without
-    gradients have no update.
+    gradients have no update. Half precision counts as float32: a step that is not fused rounds more often, and one of
+    float16 state may be far from this norm where squares of gradients vanish.
 
     The gradients must be those of the step: after accumulation and clipping. Like a fused step, this divides them by
     `optimizer.grad_scale`, if it is set. Of a sharded parameter (DTensor) the whole counts, and all ranks must call.
@@ -68,9 +69,11 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
         0-dim tensor of `zclip.norm.statistics_dtype`; 0 without any gradient.
 
     Raises:
-        TypeError: an optimizer is another one, has no parameters, or holds those that FSDP1 has flattened; or a
-            gradient is sparse or complex.
+        TypeError: there is no optimizer; one is another one, has no parameters, or holds those that FSDP1 has
+            flattened; or a gradient is sparse or complex.
     """
+    if not optimizers:
+        raise TypeError("update_norm() takes one optimizer or more")
     with torch.no_grad():
         inner = [unwrap(optimizer) for optimizer in optimizers]
         for optimizer in inner:
@@ -125,7 +128,8 @@ def _pieces(
         columns = [_split(t, _bucket_size(gradient)) for t in flat]
         for row in zip(*columns, strict=True):
             part, whole, *rest = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in row)
-            yield Piece(owner, groups, part.to(whole.dtype), whole, dict(zip(names, rest, strict=True)))
+            part = part.to(whole.dtype).contiguous()  # a fused kernel reads the memory, whatever the strides are
+            yield Piece(owner, groups, part, whole, dict(zip(names, rest, strict=True)))
 
 
 def _zeros(like: Tensor) -> Tensor:

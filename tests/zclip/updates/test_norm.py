@@ -169,6 +169,26 @@ def test_memory_layouts_and_half_precision_gradients_do_not_matter():
         assert norm == pytest.approx(moved(optimizer), rel=1e-4)
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("layout", ["expanded", "column", "transposed"])
+def test_strides_of_gradients_do_not_matter(make, layout):
+    draw = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=draw)) for shape in ((6,), (4, 6))]
+    optimizer = make(parameters)
+    for _ in range(3):
+        for p in parameters:
+            wide = torch.randn(*p.shape, 5, dtype=torch.float64, generator=draw)
+            p.grad = {
+                "expanded": wide.flatten()[0].expand_as(p),
+                "column": wide[..., 0],
+                "transposed": wide[..., 0].t().contiguous().t(),
+            }[layout]
+        norm = float(update_norm(optimizer))
+        for p in parameters:
+            p.grad = p.grad.contiguous()  # torch's fused step takes no other
+        assert norm == pytest.approx(moved(optimizer), rel=1e-9)
+
+
 def test_no_gradients_are_an_update_of_zero():
     assert float(update_norm(torch.optim.AdamW(model().parameters()))) == 0.0
 
@@ -184,6 +204,8 @@ def test_other_optimizers_are_refused_by_name(name):
         update_norm(optimizer)
     with pytest.raises(TypeError, match=r"^the update of Linear is not known"):
         update_norm(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"^update_norm\(\) takes one optimizer or more$"):
+        update_norm()
 
 
 def test_no_temporary_has_the_size_of_the_model(monkeypatch):

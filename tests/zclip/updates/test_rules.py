@@ -227,6 +227,16 @@ def test_scale_is_from_0_to_1_and_no_scaled_norm_is_above_its_bound(norms, name)
         assert scale * norm <= rule.read_telemetry()["update_bound"] * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("deviation", "expected"), [(0.1, 1.0), (0.2, 0.71), (0.3, 0.49)])
+def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake(deviation, expected):
+    """The numbers of docs/reference/strategies.md."""
+    rule, draw, scales = UpdateBrake(), random.Random(0), []
+    for _ in range(2500):
+        norm = math.exp(draw.gauss(0.0, deviation))
+        scales.append(float(rule.observe(torch.tensor(norm, dtype=torch.float64))))
+    assert sum(scales[1000:]) / 1500 == pytest.approx(expected, abs=0.03)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_resumed_rule_continues_bit_for_bit(name):
     norms = [torch.tensor(norm, dtype=torch.float64) for norm in growing_norms(2, 160)]
@@ -284,6 +294,57 @@ def test_scheduler_and_saved_states_never_see_the_scale():
             scheduler.step()
         rates[attached] = seen
     assert rates[True] == rates[False]
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_schedulers_in_hooks_after_the_step_never_see_the_scale(attach_first):
+    model = build_model()
+    optimizer, rule, seen = torch.optim.SGD(model.parameters(), lr=1.0), Half(), []
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)  # from the rate before
+
+    def hook(*_):
+        seen.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+
+    if attach_first:
+        rule.attach(optimizer)
+    optimizer.register_step_post_hook(hook)
+    if not attach_first:
+        rule.attach(optimizer)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    assert seen == [1.0, 0.5, 0.25]
+
+
+def test_rate_that_a_hook_before_the_step_sets_is_scaled():
+    model, rule = build_model(), Half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(lr=0.3))
+    rule.attach(optimizer)
+    for step in range(3):
+        if step == 1:  # it comes before the rule from the next step on
+            optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(lr=0.1))
+        backward(model, step)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        if step != 1:
+            for p, q in zip(model.parameters(), before, strict=True):
+                torch.testing.assert_close(q - p, 0.5 * (0.1 if step else 0.3) * p.grad)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_rule_that_a_closure_detaches_does_not_act():
+    model, rule = build_model(), Half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    rule.attach(optimizer)
+
+    def closure():
+        rule.detach()
+        return backward(model, 0)
+
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["lr"] == LR and rule.read_telemetry() == {}
 
 
 class Raises(torch.optim.SGD):
@@ -430,6 +491,20 @@ class NoDecision(UpdateRule):
         return torch.ones_like(norm)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", 0.5), ("clipped", True), ("bound", 2.0), ("state", {"count": 1}), ("telemetry", {"m": 0})],
+)
+def test_decision_that_is_not_of_tensors_is_refused(name, value):
+    class Numbers(Half):
+        def decide(self, norm, state):
+            return super().decide(norm, state)._replace(**{name: value})
+
+    key, number = next(iter(value.items())) if isinstance(value, dict) else (name, value)
+    with pytest.raises(TypeError, match=rf"^Numbers\.decide must return tensors: {key} is {number}$"):
+        Numbers().observe(torch.tensor(1.0))
+
+
 def test_mistakes_are_one_sentence():
     with pytest.raises(TypeError, match=r"^NoDecision\.decide must return an UpdateDecision, not Tensor$"):
         NoDecision().observe(torch.tensor(1.0))
@@ -445,7 +520,14 @@ def test_repr_and_live_changes_are_those_of_strategies():
     rule.observe(torch.tensor(2.0))
     rule.change(release=0.5)
     assert rule.state_dict()["changes"] == [["release", 0.99, 0.5]]
-    for arguments in ({"release": 1.0}, {"margin": 1}, {"margin": math.inf}, {"rise_steps": 0}, {"fall_steps": 0.5}):
+    for arguments in (
+        {"release": 1.0},
+        {"margin": 1},
+        {"margin": math.inf},
+        {"margin": 10**400},
+        {"rise_steps": 0},
+        {"fall_steps": 0.5},
+    ):
         (name,) = arguments
         with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must be "):
             UpdateBrake(**arguments)
