@@ -3,17 +3,32 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from common.reading import Record, parse_record, read_lines
 
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _finite(value: Any) -> Any:
+    """Return a value; raise `ValueError` if a number in it is none that a float can be."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        _finite(each)
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError("a number must be finite")
+    return value
+
+
+#: An argument of a strategy.
+Argument = Annotated[Any, AfterValidator(_finite)]
 
 
 class MetricsLine(Record):
@@ -43,8 +58,8 @@ class Change(Record):
     model_config = ConfigDict(serialize_by_alias=True)
 
     setting: Annotated[str, Field(pattern=r"^clip\.\w{1,100}$")]
-    before: Any = Field(alias="from")
-    after: Any = Field(alias="to")
+    before: Argument = Field(alias="from")
+    after: Argument = Field(alias="to")
 
     @model_validator(mode="after")
     def _is_live(self) -> "Change":

@@ -1,6 +1,6 @@
 """Checks of arguments. Each returns the value, or raises an error that names the argument and what is allowed."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import TypeGuard, TypeVar
 
@@ -33,7 +33,7 @@ def require(condition: bool, field: str, value: T, allowed: str, null: str = "")
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a finite int or float; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def positive(field: str, value: T, null: str = "") -> T:

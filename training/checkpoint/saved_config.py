@@ -15,7 +15,7 @@ from common.settings import parse
 from training.checkpoint.format import is_valid, load_header, saved_config
 from training.config.compose import read_config
 from training.config.identity import differences
-from training.config.live import live_changes, with_changes, without_changes
+from training.config.live import is_live, live_changes, with_changes, without_changes
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.run_dir import RunDir
@@ -42,6 +42,11 @@ def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
     trained = None if trained is None else without_changes(trained, run_dir.setting_changes())
     if trained is not None and (changed := differences(config, trained, is_named=False)):
         pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
+        if all(map(is_live, changed)):  # the changes are lost or edited, or config.yaml is
+            raise UserError(
+                f"{run_dir.config_file}, with the changes in environment.json, says what the run was not trained with, "
+                f"{', '.join(pairs)}: restore both, or remove both and continue by resume={run_dir.path}"
+            )
         raise UserError(
             f"{run_dir.config_file} says what the run was not trained with, {', '.join(pairs)}: restore it, or remove "
             "it: the same command as at first makes it again"
