@@ -3,8 +3,9 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,9 +184,17 @@ class TaskScores(Record):
     scores: list[Score]
 
 
-def setting_changes(starts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the changes of settings that starts of a run have made: `step`, `setting`, `from` and `to` of each."""
-    return [{"step": start.get("step", 0), **change} for start in starts for change in start.get("changes", ())]
+def setting_changes(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the changes of settings that starts of a run have made: `step`, `setting`, `from` and `to` of each.
+
+    A change holds since the step of its start, or since that of a later start that went back further.
+    """
+    changes: list[dict[str, Any]] = []
+    lowest = math.inf
+    for start in reversed(starts):
+        lowest = min(lowest, start.get("step") or 0)
+        changes += [{"step": lowest, **change} for change in reversed(start.get("changes", ()))]
+    return changes[::-1]
 
 
 def read_validation(path: Path) -> list[dict[str, Any]]:

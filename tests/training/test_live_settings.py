@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from common.reading import check_record
-from common.run_files import Environment
+from common.run_files import Environment, setting_changes
 from tests.helpers import copy_run, final_state, read_jsonl, same, train_to_end
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
@@ -185,6 +185,29 @@ def test_run_whose_changes_are_lost_continues_as_the_sentence_says(run, checked,
     file.unlink()
     config, _ = checked(f"resume={run}")
     assert config.clip.arguments["z_thresh"] == 2.5, "that of its checkpoint"
+
+
+def test_recorded_change_that_the_checkpoint_was_not_trained_with_is_refused(run, refusal, checked):
+    file = run / "environment.json"
+    environment = json.loads(file.read_text())
+    for before, after in ((2.5, 0.7), (0.5, 0.7), (2.5, 2.5)):  # the checkpoint has 2.5
+        change = {"setting": "clip.z_thresh", "from": before, "to": after}
+        file.write_text(json.dumps({"starts": [{**environment["starts"][0], "changes": [change]}]}))
+        if before == 2.5:
+            checked(f"resume={run}")
+        else:
+            line = refusal(f"resume={run}")
+            assert "says what the run was not trained with, clip.z_thresh=0.7 (trained: 2.5): restore it" in line
+
+
+def test_change_holds_since_the_step_to_which_a_later_start_went_back():
+    first, second = (
+        {"setting": "clip.z_thresh", "from": 2.5, "to": 3},
+        {"setting": "clip.alpha", "from": 0, "to": 0.5},
+    )
+    starts = [{"step": 0}, {"step": 16, "changes": [first]}, {"step": 8, "changes": [second]}, {"step": 24}]
+    assert [change["step"] for change in setting_changes(starts)] == [8, 8]
+    assert setting_changes(starts[:2]) == [{"step": 16, **first}]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, [-math.inf], {"a": 10**400}])
