@@ -3,17 +3,33 @@
 Their names are in `training/run_dir.py`, which says what each is for. Numbers that were not finite are null.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from common.reading import Record, parse_record, read_lines
 
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _finite(value: Any) -> Any:
+    """Return a value; raise `ValueError` if a number in it is none that a float can be."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        _finite(each)
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError("a number must be finite")
+    return value
+
+
+#: An argument of a strategy.
+Argument = Annotated[Any, AfterValidator(_finite)]
 
 
 class MetricsLine(Record):
@@ -43,8 +59,8 @@ class Change(Record):
     model_config = ConfigDict(serialize_by_alias=True)
 
     setting: Annotated[str, Field(pattern=r"^clip\.\w{1,100}$")]
-    before: Any = Field(alias="from")
-    after: Any = Field(alias="to")
+    before: Argument = Field(alias="from")
+    after: Argument = Field(alias="to")
 
     @model_validator(mode="after")
     def _is_live(self) -> "Change":
@@ -168,9 +184,17 @@ class TaskScores(Record):
     scores: list[Score]
 
 
-def setting_changes(starts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the changes of settings that starts of a run have made: `step`, `setting`, `from` and `to` of each."""
-    return [{"step": start.get("step", 0), **change} for start in starts for change in start.get("changes", ())]
+def setting_changes(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the changes of settings that starts of a run have made: `step`, `setting`, `from` and `to` of each.
+
+    A change holds since the step of its start, or since that of a later start that went back further.
+    """
+    changes: list[dict[str, Any]] = []
+    lowest = math.inf
+    for start in reversed(starts):
+        lowest = min(lowest, start.get("step") or 0)
+        changes += [{"step": lowest, **change} for change in reversed(start.get("changes", ()))]
+    return changes[::-1]
 
 
 def read_validation(path: Path) -> list[dict[str, Any]]:

@@ -67,7 +67,13 @@ FolderName = Annotated[
 class Settings(BaseModel):
     """A section of the configuration: types are strict, keys known, values fixed once they are parsed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",  # null would be another value, and allowed for some
+    )
 
 
 class Values(dict[str, Any]):

@@ -59,7 +59,9 @@ def group_names(optimizers: Collection[Any]) -> dict[int, str]:
     for optimizer in map(unwrap, optimizers):
         for inner in getattr(optimizer, "optimizers", None) or [optimizer]:
             for group in getattr(inner, "param_groups", ()):
-                names |= dict.fromkeys(map(id, group["params"]), str(group.get("name", type(inner).__name__)))
+                name = group.get("name")
+                name = type(inner).__name__ if name is None else str(name)
+                names |= dict.fromkeys(map(id, group["params"]), name)
     return names
 
 

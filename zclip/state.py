@@ -69,9 +69,12 @@ class Statistics:
 
         Raises:
             ArgumentError: it is not a pattern, or a list of patterns.
+            ValueError: there are statistics of tensors without names.
         """
         check_scope(scope)
         before = self._patterns()
+        if before != (None if scope is None else patterns_of(scope)):
+            self._check_named(self.tensors)
         self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
         self._scope_is_checked = False
         if self.__dict__.get("counters"):  # it runs
@@ -318,7 +321,10 @@ class Statistics:
         """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
         changes, new = self._checked_arguments(state_dict, override)
         try:
-            return *self._checked_statistics(state_dict, adapted=bool(new)), changes
+            state, counters, tensors = self._checked_statistics(state_dict, adapted=bool(new))
+            if any(change["setting"] == "scope" for change in new):
+                self._check_named(tensors)
+            return state, counters, tensors, changes
         except ValueError as error:
             if not new:
                 raise
@@ -377,6 +383,12 @@ class Statistics:
             state = self.adapt_state(state, state_dict["config"])
         self.check_state(state, counters)
         return state, counters, tensors
+
+    @staticmethod
+    def _check_named(tensors: Sequence[TensorId]) -> None:
+        """Raise `ValueError` if statistics of tensors cannot find theirs in another scope: a position is no name."""
+        if not all(isinstance(tensor.name, str) for tensor in tensors):
+            raise ValueError("the parameters have no names, by which statistics find theirs in another scope")
 
     def _patterns(self) -> list[str] | None:
         """Return the patterns of the scope."""

@@ -61,11 +61,12 @@ def natural_spikes(loss: np.ndarray) -> list[NaturalSpike]:
             step += 1
             continue
         end = step + 1
-        while end < len(loss) and not loss[end] < ENDS * level:
+        while end < len(loss) and not (loss[end] < ENDS * level or loss[end] == level):
             end += 1
         inside = np.where(np.isfinite(loss[step:end]), loss[step:end], np.inf)
         area = float(np.maximum(inside - level, 0).sum())
-        spikes.append(NaturalSpike(step, end - step, level, float(inside.max()) / level, area))
+        height = float(inside.max()) / level if level > 0 else np.inf
+        spikes.append(NaturalSpike(step, end - step, level, height, area))
         step = end
     return spikes
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.labs.declaration import RateLab
-from experiments.labs.rates import RateResult, rate_results, usable_rates
+from experiments.labs.rates import USABLE, RateResult, rate_results, usable_rates
 from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
 from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
@@ -53,7 +53,15 @@ def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
     ]
     found = {result.arm.label: result.outcome for result in results if result.outcome}
     changes = {result.arm.label: result.change for result in results if result.change is not None}
-    return said + outcome_sentences(found, changes, SENTENCES)
+    said += outcome_sentences(found, changes, SENTENCES)
+    for result in results:
+        lowest = result.mean_losses.min()
+        above = [best for best in (other.mean_losses.min() for other in reference) if lowest > best + USABLE]
+        if result.outcome == LOWERS and above:
+            said.append(
+                f"{result.arm.label} learns less all the same: its best loss is {lowest:.3f}, not {above[0]:.3f}."
+            )
+    return said
 
 
 def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
@@ -64,12 +72,23 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
         result.arm.label + (" (control)" if result.arm.is_control else ""),
         f"{lab.rates[int(losses.argmin())]:g}",
         f"{losses.min():.3f}",
-        f"{usable[0]:g} to {usable[-1]:g}" if usable else "none",
+        rates_text(lab.rates, usable),
         f"{np.mean(result.sensitivities):.3f}",
         "" if result.change is None else result.change.text(),
         result.outcome,
         str(len(result.curves)),
     ]
+
+
+def rates_text(rates: Sequence[float], usable: Sequence[float]) -> str:
+    """Return usable rates as ranges of neighbours among all rates, such as `0.001 to 0.01, 0.1`."""
+    groups: list[list[float]] = []
+    for before, rate in zip((None, *rates), rates, strict=False):
+        if rate in usable:
+            if before not in usable:
+                groups.append([])
+            groups[-1].append(rate)
+    return ", ".join(f"{g[0]:g} to {g[-1]:g}" if g[1:] else f"{g[0]:g}" for g in groups) or "none"
 
 
 def csv_table(lab: RateLab, results: Sequence[RateResult]) -> str:

@@ -23,7 +23,7 @@ class SpikeNumbers(NamedTuple):
         area: sum over the spikes of the loss above their level, in nats x steps; infinite if a loss is not finite.
         steps_lost: number of steps in spikes.
         worst: highest loss as a multiple of the level before it; 1 without a spike.
-        mean_loss: mean over the steps after the first 200, in nats.
+        mean_loss: mean over the steps after the first 200, in nats; NaN if there are none.
         final_loss: mean over the last 200 steps, in nats.
         clipped: share of steps whose gradients were scaled, or skipped.
     """
@@ -49,7 +49,7 @@ def spike_numbers(run: Run) -> SpikeNumbers:
         area=sum(spike.area for spike in spikes),
         steps_lost=sum(spike.length for spike in spikes),
         worst=max((spike.height for spike in spikes), default=1.0),
-        mean_loss=float(loss[FIRST:].mean()),
+        mean_loss=float(loss[FIRST:].mean()) if len(loss) > FIRST else np.nan,
         final_loss=float(loss[-FINAL_STEPS:].mean()),
         clipped=float(np.mean(run.metrics["clipped"] > 0)),
     )

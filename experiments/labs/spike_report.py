@@ -50,12 +50,30 @@ def findings(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
     if area:
         said.append(f"With {lab.reference}, the area of spikes is {np.mean(area):.0f} nats x steps in a run.")
     found = {result.arm.label: result.outcome for result in results if result.outcome}
+    if area and not max(area):
+        said.append("There is nothing to prevent: these runs do not show the instability.")
+        found = {label: outcome for label, outcome in found.items() if outcome == HARMS}
     ratios = {result.arm.label: result.ratio for result in results if result.ratio is not None}
-    said += outcome_sentences(found, ratios, SENTENCES)
+    said += outcome_sentences(found, ratios, SENTENCES) + costs(lab, results)
     for label in (label for label in lab.cures if label in found):
         cures = found[label] == CURES
         said.append(
             f"{label} must cure if the explanation holds, and "
             + ("does." if cures else "this is not shown: the explanation is in doubt.")
         )
+    return said
+
+
+def costs(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
+    """Return a sentence on each arm with less area of spikes whose mean loss is above the reference's all the same."""
+    losses = {r.arm.label: {seed: each.mean_loss for seed, each in r.numbers.items()} for r in results}
+    reference = losses.get(lab.reference, {})
+    said = []
+    for label in (result.arm.label for result in results if result.outcome in (CURES, HELPS)):
+        seeds = losses[label].keys() & reference.keys()
+        own, other = (float(np.mean([by_seed[seed] for seed in seeds])) for by_seed in (losses[label], reference))
+        if own > other:
+            said.append(
+                f"{label} learns less all the same: its mean loss is {own:.3g}, and {other:.3g} with {lab.reference}."
+            )
     return said

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from experiments.labs.declaration import LABS
 from experiments.labs.natural_spikes import natural_spikes, warning_steps
-from experiments.labs.rate_report import rate_report
+from experiments.labs.rate_report import rate_report, rates_text
+from experiments.labs.spike_report import findings
+from experiments.labs.spike_tables import arm_results
 from experiments.labs.statistics import (
     CURES,
     HARMS,
@@ -132,6 +135,58 @@ def test_an_arm_that_diverges_harms():
 def test_outcomes_follow_the_size_of_the_effect(values, outcome):
     ratio = paired_ratio(by_seed(*values), by_seed(100, 102, 99, 101, 98), offset=1)
     assert outcomes({"arm": ratio}) == {"arm": outcome}
+
+
+def test_a_level_of_zero_has_spikes():
+    loss = np.r_[falling(500), np.zeros(500)]
+    loss[800:810] = 2.0
+    (spike,) = natural_spikes(loss)
+    assert (spike.start, spike.length, spike.height, spike.area) == (800, 10, math.inf, 20)
+
+
+def test_a_diverged_arm_harms_where_the_reference_has_no_spikes():
+    ratio = paired_ratio(by_seed(math.inf, math.inf, math.inf), by_seed(0, 0, 0), offset=1)
+    assert outcomes({"arm": ratio}) == {"arm": HARMS}
+
+
+def spike_findings(**losses):
+    """Return the findings of arms of the Adam-lag lab, by a function of the seed for each."""
+    lab = LABS["adam_lag"]
+    runs = {}
+    for label, loss_of in losses.items():
+        for seed in (0, 1, 2):
+            metrics = {"loss": loss_of(seed), "clipped": np.zeros(len(loss_of(seed)))}
+            run = Run(Path("run"), {}, metrics, {"steps": len(metrics["loss"])}, [], [], [])
+            runs[lab.arm(label.replace("_", " ")), seed] = run
+    return findings(lab, arm_results(lab, RunCollection(runs, set(), {}, [], frozenset())))
+
+
+def spiking(seed):
+    loss = falling(1000, seed=seed)
+    loss[700:800] = 2.0
+    return loss
+
+
+def test_report_of_an_arm_that_does_not_learn_says_so():
+    text = " ".join(spike_findings(no_clipping=spiking, AGC=lambda seed: np.full(1000, 6.0)))
+    assert "Less than a tenth of it is left with: AGC" in text
+    assert "AGC learns less all the same: its mean loss is 6, and 0.304 with no clipping." in text
+    assert "learns less" not in " ".join(spike_findings(no_clipping=spiking, AGC=lambda seed: falling(1000, seed=seed)))
+
+
+@pytest.mark.parametrize("steps", [150, 1000])
+def test_report_of_runs_without_spikes_judges_no_arm(steps):
+    arms = {"AGC": lambda seed: np.r_[falling(900), np.full(100, np.nan)]} if steps == 1000 else {}
+    same = partial(falling, steps)
+    said = spike_findings(no_clipping=lambda seed: same(seed=seed), ZClip=lambda seed: same(seed=seed), **arms)
+    assert said[1] == "There is nothing to prevent: these runs do not show the instability."
+    assert [sentence.split(":")[0] for sentence in said[2:]] == ["There is more than twice as much with"] * len(arms)
+
+
+def test_usable_rates_with_a_gap_are_two_ranges():
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    assert rates_text(rates, [1e-3, 3e-3, 3e-2]) == "0.001 to 0.003, 0.03"
+    assert rates_text(rates, rates) == "0.001 to 0.03" and rates_text(rates, []) == "none"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Arguments of the clipping strategy may change on resume; the run folder says so, and they stay."""
 
 import json
+import math
 import shutil
 
 import pytest
 from rich.console import Console
 
+from common.reading import check_record
+from common.run_files import Environment, setting_changes
 from tests.helpers import copy_run, final_state, read_jsonl, same, train_to_end
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
@@ -130,6 +133,13 @@ def test_change_that_is_not_possible_is_refused(run, refusal, tmp_path):
     assert "clip.name=other is not possible with resume=" in refusal(f"resume={run}", "clip.name=other")
     assert "clip.foo=1 is not an argument of ZClip" in refusal(f"resume={run}", "+clip.foo=1")
     assert "clip.alpha=... is not possible with resume=" in refusal(f"resume={run}", "~clip.alpha")
+    line = refusal(f"resume={run}", "clip={z_thresh:3}")
+    assert line.endswith(f"clip={{z_thresh:3}} is not possible with resume={run}: change arguments as clip.KEY=VALUE")
+    for value in ("inf", "nan", "-inf", "1e400"):
+        shown = "inf" if value == "1e400" else value
+        line = refusal(f"resume={run}", f"clip.max_grad_norm={value}")
+        assert f"clip.max_grad_norm={shown} is not allowed: it must be a number above 0, or null" in line
+    assert "is not allowed: it must be a number above 0" in refusal(f"resume={run}", f"clip.z_thresh=1{'0' * 400}")
     assert "lr=0.1 is not possible with resume=" in refusal(f"resume={run}", "clip.z_thresh=3", "lr=0.1")
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
@@ -156,7 +166,7 @@ def test_config_that_was_edited_is_refused_although_settings_have_changed(run, c
     file = run / "config.yaml"
     written = file.read_text()
     file.write_text(written.replace("z_thresh: 2.5", "z_thresh: 0.5"))
-    assert "config.yaml says what the run was not trained with, clip.z_thresh=0.5 (trained: 2.5)" in refusal(
+    assert "says what the run was not trained with, clip.z_thresh=0.5 (trained: 2.5): restore both" in refusal(
         f"resume={run}"
     )
     file.write_text(written)
@@ -165,3 +175,43 @@ def test_config_that_was_edited_is_refused_although_settings_have_changed(run, c
         environment["starts"][-1]["changes"] = [damaged]
         (run / "environment.json").write_text(json.dumps(environment))
         assert "environment.json is damaged (starts.1.changes.0" in refusal(f"resume={run}")
+
+
+def test_run_whose_changes_are_lost_continues_as_the_sentence_says(run, checked, refusal):
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("z_thresh: 2.5", "z_thresh: 0.5"))
+    (run / "environment.json").unlink()
+    assert refusal(f"resume={run}").endswith(f"restore both, or remove both and continue by resume={run}")
+    file.unlink()
+    config, _ = checked(f"resume={run}")
+    assert config.clip.arguments["z_thresh"] == 2.5, "that of its checkpoint"
+
+
+def test_recorded_change_that_the_checkpoint_was_not_trained_with_is_refused(run, refusal, checked):
+    file = run / "environment.json"
+    environment = json.loads(file.read_text())
+    for before, after in ((2.5, 0.7), (0.5, 0.7), (2.5, 2.5)):  # the checkpoint has 2.5
+        change = {"setting": "clip.z_thresh", "from": before, "to": after}
+        file.write_text(json.dumps({"starts": [{**environment["starts"][0], "changes": [change]}]}))
+        if before == 2.5:
+            checked(f"resume={run}")
+        else:
+            line = refusal(f"resume={run}")
+            assert "says what the run was not trained with, clip.z_thresh=0.7 (trained: 2.5): restore it" in line
+
+
+def test_change_holds_since_the_step_to_which_a_later_start_went_back():
+    first, second = (
+        {"setting": "clip.z_thresh", "from": 2.5, "to": 3},
+        {"setting": "clip.alpha", "from": 0, "to": 0.5},
+    )
+    starts = [{"step": 0}, {"step": 16, "changes": [first]}, {"step": 8, "changes": [second]}, {"step": 24}]
+    assert [change["step"] for change in setting_changes(starts)] == [8, 8]
+    assert setting_changes(starts[:2]) == [{"step": 16, **first}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [-math.inf], {"a": 10**400}])
+def test_recorded_change_has_only_finite_numbers(value):
+    for change in ({"from": value, "to": 1}, {"from": 1, "to": value}):
+        with pytest.raises(ValueError, match=r"^starts\.0\.changes\.0\.(from|to)=.* a number must be finite$"):
+            check_record(Environment, {"starts": [{"changes": [{"setting": "clip.z_thresh", **change}]}]})

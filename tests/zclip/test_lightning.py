@@ -80,6 +80,14 @@ def test_optimizer_that_is_not_in_the_scope_is_not_clipped(scope, tmp_path):
         fit(TwoOptimizers(), tmp_path, ZClipLightningCallback(scope="group:Muon"))
 
 
+def test_each_optimizer_is_clipped_in_the_scope_of_its_own_strategy(tmp_path):
+    callback = ZClipLightningCallback(warmup_steps=5, z_thresh=2.0, scope="group:AdamW")
+    callback._create_strategies(2)
+    callback.strategies[1].scope = "group:SGD"
+    fit(TwoOptimizers(), tmp_path, callback)
+    assert [int(strategy.state["count"]) for strategy in callback.strategies] == [STEPS, STEPS]
+
+
 def test_two_optimizers_have_separate_statistics(tmp_path):
     module = TwoOptimizers()
     _, callback = fit(module, tmp_path)

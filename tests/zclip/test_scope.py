@@ -10,7 +10,7 @@ from tests.zclip.every_strategy import CLASSES
 from tests.zclip.reference_loop import batch, build_model
 from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
 from zclip.base import Policy
-from zclip.scope import in_scope
+from zclip.scope import group_names, in_scope
 
 WEIGHTS = ["*.weight"]
 
@@ -305,3 +305,30 @@ def test_scope_that_is_assigned_acts_from_the_next_step_and_is_recorded():
     strategy.scope = ["head.*"]
     with pytest.raises(ValueError, match=r"^scope=head\.\* has none of the 4 parameters"):
         strategy.step(model)
+
+
+def test_statistics_of_tensors_without_names_stay_in_their_scope():
+    """They are of positions, which are other tensors in another scope."""
+    model = build_model()
+    optimizer = torch.optim.SGD(
+        [{"params": group, "name": name} for group, name in zip(parts(model), ("x", "y"), strict=True)], lr=0.1
+    )
+    strategy = AdaGC(scope="group:x")
+    backward(model)
+    strategy.step(model.parameters(), optimizer=optimizer)
+    state = strategy.state_dict()
+    words = "the parameters have no names, by which statistics find theirs in another scope"
+    with pytest.raises(ValueError, match=rf"^the statistics do not fit scope=\['group:y'\] \(was .*: {words}$"):
+        AdaGC(scope="group:y").load_state_dict(state, override=True)
+    resumed = AdaGC(scope="group:x")
+    resumed.load_state_dict(state)
+    for each in (strategy, resumed):
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            each.scope = "group:y"
+        each.scope = ["group:x"]
+
+
+@pytest.mark.parametrize(("name", "found"), [(None, "SGD"), ("", ""), ("a:b", "a:b"), (3, "3")])
+def test_group_has_its_name_or_that_of_the_optimizer(name, found):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert group_names([torch.optim.SGD([{"params": [parameter], "name": name}])]) == {id(parameter): found}

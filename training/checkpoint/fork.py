@@ -114,6 +114,8 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
         )
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
-    same_clipping = requested["clip"] == saved["clip"]
+    clipping, old_clipping = flatten(requested["clip"]), flatten(saved["clip"])
+    # A scope of null is no scope.
+    same_clipping = all(clipping.get(key) == old_clipping.get(key) for key in clipping.keys() | old_clipping.keys())
     rules = requested.get("update"), saved.get("update")
     return ForkSource(run_dir, step, same_clipping, same_rule=None in rules or rules[0] == rules[1])

@@ -15,7 +15,7 @@ from common.settings import parse
 from training.checkpoint.format import is_valid, load_header, saved_config
 from training.config.compose import read_config
 from training.config.identity import differences
-from training.config.live import live_changes, with_changes, without_changes
+from training.config.live import is_live, live_changes, with_changes, without_changes
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.run_dir import RunDir
@@ -29,7 +29,7 @@ def config_of_run(run_dir: RunDir) -> Config | None:
     """
     trained = _config_of_newest(run_dir)
     if not run_dir.config_file.is_file():
-        return None if trained is None else without_changes(trained, run_dir.setting_changes())
+        return None if trained is None else _before_changes(run_dir, trained)
     return agreed_config(run_dir, trained)
 
 
@@ -39,14 +39,34 @@ def agreed_config(run_dir: RunDir, trained: Config | None) -> Config:
     Settings that were changed while the run trained are those before the changes.
     """
     config = read_config(run_dir.config_file)
-    trained = None if trained is None else without_changes(trained, run_dir.setting_changes())
+    trained = None if trained is None else _before_changes(run_dir, trained)
     if trained is not None and (changed := differences(config, trained, is_named=False)):
         pairs = [f"{key}={shown(there)} (trained: {shown(ours)})" for key, (there, ours) in changed.items()][:4]
+        if all(map(is_live, changed)):  # the changes are lost or edited, or config.yaml is
+            raise UserError(
+                f"{run_dir.config_file}, with the changes in environment.json, says what the run was not trained with, "
+                f"{', '.join(pairs)}: restore both, or remove both and continue by resume={run_dir.path}"
+            )
         raise UserError(
             f"{run_dir.config_file} says what the run was not trained with, {', '.join(pairs)}: restore it, or remove "
             "it: the same command as at first makes it again"
         )
     return config
+
+
+def _before_changes(run_dir: RunDir, trained: Config) -> Config:
+    """Return the configuration of a checkpoint before the recorded changes; raise `UserError` if it has others."""
+    changes = run_dir.setting_changes()
+    recorded: dict[str, list[Any]] = {}
+    for change in changes:
+        recorded.setdefault(change["setting"], [change["from"]]).append(change["to"])
+    for key, values in recorded.items():
+        if (value := trained.clip.arguments.get(key.removeprefix("clip."))) not in values:
+            raise UserError(
+                f"{run_dir.environment_file} says what the run was not trained with, {key}={shown(values[-1])} "
+                f"(trained: {shown(value)}): restore it"
+            )
+    return without_changes(trained, changes)
 
 
 def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:

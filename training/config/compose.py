@@ -120,6 +120,9 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         if is_live(key) and name in ours["clip"]:
             plain["clip"][name] = ours["clip"][name]
         elif key == "clip":
+            if named[key].startswith("{"):
+                problem = f"is not possible with resume={composed.resume}: change arguments as clip.KEY=VALUE"
+                raise ConfigError(key, named[key], problem=problem)
             if composed.clip.target != saved.clip.target or composed.clip.name != saved.clip.name:
                 problem = (
                     f"is not possible with resume={composed.resume}: the run keeps its strategy, {saved.clip.name}, of "

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from common.text import flatten
 from training.config.schema import Config, UpdateConfig
 from training.config.strategy import is_ours, rule_class, strategy_class
+from zclip.arguments import is_number
 
 #: Sections, and keys outside of them, that change what is written or shown, but not what is computed.
 OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware", "print_run_dir", "eval", "paper"}
@@ -77,7 +78,8 @@ def _as_declared(find_class: Callable[[], type], arguments: dict[str, Any]) -> d
     except ConfigError:  # the class of another run, which cannot be imported here
         return arguments
     floats = {name for name, parameter in parameters.items() if "float" in str(parameter.annotation)}
-    return {k: float(value) if k in floats and type(value) is int else value for k, value in arguments.items()}
+    integers = {name for name in floats if type(arguments.get(name)) is int and is_number(arguments[name])}
+    return {name: float(value) if name in integers else value for name, value in arguments.items()}
 
 
 def run_name(config: Config) -> str:

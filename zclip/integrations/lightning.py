@@ -90,7 +90,8 @@ class ClippingCallback(pl.Callback):
         no_gradients = trainer.world_size == 1 and all(parameter.grad is None for parameter in parameters)
         if not parameters or (no_gradients and not pl_module.automatic_optimization):
             return  # Lightning's placeholder for no optimizer, or an optimizer that this step does not train
-        clipped = [other for other in trainer.optimizers if _has_part(other, pl_module, self.strategy.scope)]
+        pairs = [*zip(self.strategies, trainer.optimizers, strict=False)]
+        clipped = [other for strategy, other in pairs if _has_part(other, pl_module, strategy.scope)]
         if clipped and not any(other is optimizer for other in clipped):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -103,7 +104,7 @@ class ClippingCallback(pl.Callback):
         fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         # The process group of FSDP1 parameters is known to their modules only.
         models: Any = model if fsdp1 else parameters
-        strategy = next(s for s, o in zip(self.strategies, trainer.optimizers, strict=False) if o is optimizer)
+        strategy = next(strategy for strategy, other in pairs if other is optimizer)
         strategy._naming_module = pl_module
         strategy.step(models, optimizer=optimizer, loss=loss)
 
