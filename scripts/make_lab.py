@@ -1,6 +1,14 @@
 """Read the runs of a lab, and write its tables and figures: `python scripts/make_lab.py lab=adam_lag`.
 
 The runs are those of `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4`. Runs that are missing are named.
+
+    lab        adam_lag or rate
+    seeds      seeds of the runs; default [0,1,2,3,4]
+    runs       folder with the runs of experiments; default runs
+    overrides  further settings that the runs were made with, each in quotes
+    out        folder to write into; default labs/NAME in `runs`
+
+    python scripts/make_lab.py lab=adam_lag "seeds=[0,1,2]"
 """
 
 import _entry  # first: it finds the checkout and installs the signal handlers

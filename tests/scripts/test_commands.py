@@ -44,7 +44,7 @@ def test_commands_name_programs_that_exist():
         "train.py", "scripts/eval_data.py", "scripts/evaluate.py", "scripts/make_tables.py", "scripts/make_figures.py",
         "scripts/make_report.py", "scripts/status.py", "scripts/bench_data.py", "scripts/bench_train.py",
         "scripts/bench_eval.py", "scripts/bench_clip.py", "scripts/compare.py",
-        "scripts/gpu_check.py", "scripts/gpu_carry.py",
+        "scripts/make_lab.py", "scripts/gpu_check.py", "scripts/gpu_carry.py",
     }  # fmt: skip
     modules = {name.replace(".", "/") for name in re.findall(r"bin/python -m ([\w.]+)", lines)} - {"pytest", "pip"}
     for program in (*programs, *(f"{module}.py" for module in modules)):
