@@ -92,7 +92,7 @@ def paired_ratio(arm: Mapping[int, float], reference: Mapping[int, float], offse
     if len(seeds) < MIN_SEEDS:
         return None
     finite = [value for value in (*arm.values(), *reference.values()) if math.isfinite(value)]
-    most = DIVERGED_FACTOR * max(*finite, offset)  # also where no run has any, which counts as `offset`
+    most = DIVERGED_FACTOR * max([*finite, offset])  # also where no run has any, which counts as `offset`
     test = _test([math.log((min(arm[s], most) + offset) / (min(reference[s], most) + offset)) for s in seeds])
     half = math.log(SMALLEST_RATIO)
     p = {

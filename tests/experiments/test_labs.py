@@ -117,6 +117,11 @@ def test_ratios_are_those_of_the_same_seed():
     assert unpaired.mean == 1 and unpaired.seeds == 3
 
 
+def test_arms_of_which_all_runs_diverge_are_the_same():
+    everywhere = by_seed(math.inf, math.inf, math.inf)
+    assert paired_ratio(everywhere, everywhere, offset=1).mean == 1
+
+
 def test_an_arm_that_diverges_harms():
     ratio = paired_ratio(by_seed(math.inf, math.inf, math.inf), by_seed(100, 120, 90), offset=1)
     assert ratio.mean > 100 and outcomes({"a": ratio}) == {"a": HARMS}
