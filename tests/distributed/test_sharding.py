@@ -23,6 +23,7 @@ from tests.zclip.every_strategy import SHORT
 from zclip import AGC, AdaGC, GradientStabilizer, ZClip
 
 STEPS = 12
+COUNTS = ("clipped_units", "clipped_tensors")
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -59,9 +60,13 @@ def train(
     make: Callable = lambda: ZClip(warmup_steps=5),
     make_optimizer: Callable = sgd,
     attached: bool = False,
+    counts: list[float] | None = None,
     **step,
 ) -> Curve:
-    """Train on this rank's part of each batch; return norms, clipped norms and the full parameters."""
+    """Train on this rank's part of each batch; return norms, clipped norms and the full parameters.
+
+    `counts` gets the number of clipped units of each step, or of clipped tensors.
+    """
     strategy = make()
     optimizer = make_optimizer(model.parameters())
     if attached:
@@ -77,6 +82,8 @@ def train(
         optimizer.step()
         norms.append(strategy.telemetry["grad_norm"].clone())
         clipped_norms.append(strategy.telemetry["clipped_norm"])
+        if counts is not None:
+            counts += [float(strategy.telemetry[key]) for key in COUNTS if key in strategy.telemetry]
     return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
@@ -139,6 +146,18 @@ def clip_one_group() -> ZClip:
 
 def fsdp2_group(rank: int, world: int) -> Curve:
     return fsdp2(rank, world, make=clip_one_group, make_optimizer=two_groups)
+
+
+def clipped_are_counted_once(rank: int, world: int) -> None:
+    """Units and tensors of which each rank holds a part, under FSDP2 and tensor parallelism."""
+    for make in (AGC, lambda: AdaGC(warmup_steps=4)):
+        expected: list[float] = []
+        train(Net(), make=make, counts=expected)
+        assert len(expected) == STEPS and max(expected) > 1
+        for sharded in (fsdp2, tensor_parallel):
+            counts: list[float] = []
+            sharded(rank, world, make=make, counts=counts)
+            assert counts == expected, sharded.__name__
 
 
 def hsdp(rank: int, world: int) -> Curve:
@@ -444,6 +463,7 @@ def test_sharded_training_equals_unsharded_training(case, world, options):
         (scope_of_no_stage, 2),
         (fsdp1_agc, 2),
         (fsdp1_without_its_module, 2),
+        (clipped_are_counted_once, 2),
         SLOW(every_strategy, 4),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -1,5 +1,6 @@
 """AGC of NFNets: the gradient of each unit is clipped relative to the norm of the unit's weights."""
 
+import math
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -62,12 +63,13 @@ class AGC(ClippingStrategy):
             present = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
             first = shards[members[0]]  # with several members, none is sharded
             local_squares = _unit_squares(_stack(present))
-            gradient_norm = _sum_over_ranks(first, local_squares.clone()).sqrt()
-            weight_norm = _sum_over_ranks(first, _unit_squares(_stack(weights))).sqrt()
+            groups = _groups_of_unit(first, local_squares.ndim == 1)
+            gradient_norm = _sum_over_ranks(groups, local_squares.clone()).sqrt()
+            weight_norm = _sum_over_ranks(groups, _unit_squares(_stack(weights))).sqrt()
             coefficient = (self.ratio * weight_norm.clamp(min=self.eps) / gradient_norm).clamp(max=1)
             coefficient = torch.where(gradient_norm > 0, coefficient, 1.0)
             squares = _sums(local_squares * coefficient.square()).to(zero)
-            clips = _sums(coefficient < 1).to(zero)
+            clips = _sums(coefficient < 1).to(zero) / math.prod(dist.get_world_size(group) for group in groups)
             for i, *values in zip(members, coefficient.unbind(), squares.unbind(), clips.unbind(), strict=True):
                 coefficients[i], squares_after[i], clipped[i] = values
         clipped_norm = stats.all_reduce_sum(_total(shards, squares_after, zero)).sqrt()
@@ -122,13 +124,19 @@ def _sums(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.ndim > 1 else values
 
 
-def _sum_over_ranks(shard: Shard, squares: Tensor) -> Tensor:
-    """Return the sums over the ranks that share a unit, computed in place; rows are whole where dim 0 is sharded."""
+def _groups_of_unit(shard: Shard, is_flat: bool) -> list[dist.ProcessGroup]:
+    """Return the groups of ranks that share a unit; a row is whole where dim 0 is sharded."""
     parameter = shard.parameter
-    if isinstance(parameter, DTensor):
-        for dim, placement in enumerate(parameter.placements):
-            # FSDP2 over tensor parallelism has placements that are not a `Shard` but have its attribute `dim`.
-            sharded_dim: int | None = getattr(placement, "dim", None)
-            if sharded_dim is not None and (sharded_dim > 0 or squares.ndim == 1):
-                dist.all_reduce(squares, group=parameter.device_mesh.get_group(dim))
+    if not isinstance(parameter, DTensor):
+        return []
+    # FSDP2 over tensor parallelism has placements that are not a `Shard` but have its attribute `dim`.
+    dims = [getattr(placement, "dim", None) for placement in parameter.placements]
+    mesh = parameter.device_mesh
+    return [mesh.get_group(i) for i, dim in enumerate(dims) if dim is not None and (dim > 0 or is_flat)]
+
+
+def _sum_over_ranks(groups: Sequence[dist.ProcessGroup], squares: Tensor) -> Tensor:
+    """Return the sums over the ranks that share a unit, computed in place."""
+    for group in groups:
+        dist.all_reduce(squares, group=group)
     return squares

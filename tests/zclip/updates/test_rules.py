@@ -206,13 +206,13 @@ def test_decisions_are_those_of_the_transcription(make_rule, make_equations, ste
     rule, equations, acted = make_rule(), make_equations(), 0
     for norm in growing_norms(1, steps):
         scale = float(rule.observe(torch.tensor(norm, dtype=torch.float64)))
-        told = rule.read_telemetry()
+        telemetry = rule.read_telemetry()
         if not (math.isfinite(norm) and norm > 0):
-            assert scale == 1.0 and math.isnan(told["update_scale"]) and not told["update_clipped"]
+            assert scale == 1.0 and math.isnan(telemetry["update_scale"]) and not telemetry["update_clipped"]
             continue
         assert scale == pytest.approx(equations.scale(norm), rel=1e-9)
-        assert told["update_bound"] == pytest.approx(equations.bound, rel=1e-9)
-        assert (told["update_norm"], told["update_clipped"]) == (norm, equations.clipped)
+        assert telemetry["update_bound"] == pytest.approx(equations.bound, rel=1e-9)
+        assert (telemetry["update_norm"], telemetry["update_clipped"]) == (norm, equations.clipped)
         acted += equations.clipped
     assert 0 < acted < steps
 
@@ -348,7 +348,7 @@ def test_rule_that_a_closure_detaches_does_not_act():
 
 
 class Raises(torch.optim.SGD):
-    """Its step raises where it is told to, after the hooks."""
+    """Its step raises on demand, after the hooks."""
 
     broken = False
 
