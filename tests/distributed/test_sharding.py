@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.nets import Net, fsdp2_net, full_parameters, net_in_two_dimensions, net_on_two_meshes
 from tests.gloo_pool import run
 from tests.helpers import SLOW
 from tests.zclip.every_strategy import SHORT
@@ -25,19 +26,6 @@ from zclip import AGC, AdaGC, GradientStabilizer, ZClip
 STEPS = 12
 COUNTS = ("clipped_units", "clipped_tensors")
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Net(nn.Module):
-    """Two named linear layers for a tensor-parallel plan, with sizes that do not divide evenly."""
-
-    def __init__(self, width: int = 18) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Linear(6, width)
-        self.down = nn.Linear(width, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))
 
 
 def batch(step: int) -> torch.Tensor:
@@ -87,21 +75,12 @@ def train(
     return torch.stack(norms), torch.stack(clipped_norms), full_parameters(model)
 
 
-def full_parameters(model: nn.Module) -> torch.Tensor:
-    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([p.detach().flatten() for p in parameters])
-
-
 def ddp(rank: int, world: int) -> Curve:
     return train(DistributedDataParallel(Net()), rank, world)
 
 
 def fsdp2(rank: int, world: int, **options) -> Curve:
-    model = Net()
-    mesh = init_device_mesh("cpu", (world,))
-    for part in (model.up, model.down, model):
-        fully_shard(part, mesh=mesh)
-    return train(model, rank, world, **options)
+    return train(fsdp2_net(world), rank, world, **options)
 
 
 def fsdp2_adagc(rank: int, world: int) -> Curve:
@@ -176,10 +155,7 @@ def tensor_parallel_agc(rank: int, world: int) -> Curve:
 
 
 def tensor_parallel_and_fsdp2(rank: int, world: int, **options) -> Curve:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
-    model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["data"])
-    return train(model, rank // (world // 2), 2, **options)
+    return train(net_in_two_dimensions(world), rank // (world // 2), 2, **options)
 
 
 def partial_gradients(rank: int, world: int) -> Curve:
@@ -195,11 +171,7 @@ def partial_gradients(rank: int, world: int) -> Curve:
 
 def two_meshes(rank: int, world: int) -> Curve:
     """Two meshes in one model: one layer is sharded over all ranks, the other over pairs."""
-    model = Net()
-    fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
-    pairs = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
-    fully_shard(model.down, mesh=pairs)
-    return train(model, rank, world)
+    return train(net_on_two_meshes(world), rank, world)
 
 
 def plain_and_dtensor(rank: int, world: int) -> Curve:

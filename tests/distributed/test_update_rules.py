@@ -6,11 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from tests.distributed.nets import Net, fsdp2_net, full_parameters, net_in_two_dimensions, net_on_two_meshes
 from tests.gloo_pool import run
 from tests.helpers import SLOW
 from zclip import ZClip
@@ -18,19 +16,6 @@ from zclip.updates import UpdateClip
 
 STEPS = 30
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Net(nn.Module):
-    """Two named linear layers for a tensor-parallel plan, with sizes that do not divide evenly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Linear(6, 18)
-        self.down = nn.Linear(18, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))
 
 
 def batch(step: int) -> torch.Tensor:
@@ -60,17 +45,8 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, make_optimizer: Calla
     return torch.stack(norms), torch.stack(scales), full_parameters(model)
 
 
-def full_parameters(model: nn.Module) -> torch.Tensor:
-    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([p.detach().flatten() for p in parameters])
-
-
 def fsdp2(rank: int, world: int, **options) -> Curve:
-    model = Net()
-    mesh = init_device_mesh("cpu", (world,))
-    for part in (model.up, model.down, model):
-        fully_shard(part, mesh=mesh)
-    return train(model, rank, world, **options)
+    return train(fsdp2_net(world), rank, world, **options)
 
 
 def fsdp2_momentum(rank: int, world: int) -> Curve:
@@ -79,18 +55,11 @@ def fsdp2_momentum(rank: int, world: int) -> Curve:
 
 def two_meshes(rank: int, world: int) -> Curve:
     """One layer is sharded over all ranks, the other over pairs."""
-    model = Net()
-    fully_shard(model.up, mesh=init_device_mesh("cpu", (world,)))
-    pairs = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
-    fully_shard(model.down, mesh=pairs)
-    return train(model, rank, world)
+    return train(net_on_two_meshes(world), rank, world)
 
 
 def tensor_parallel_and_fsdp2(rank: int, world: int) -> Curve:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
-    model = parallelize_module(Net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["data"])
-    return train(model, rank // (world // 2), 2)
+    return train(net_in_two_dimensions(world), rank // (world // 2), 2)
 
 
 def pipeline(rank: int, world: int) -> Curve:
