@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from common.console import make_console
-from common.errors import UserError
 from common.files import write_atomic
 from common.settings import Allowed, Folder, Settings, parse
 from common.text import quoted
@@ -29,13 +28,11 @@ from experiments.labs.declaration import LABS, Lab, SpikeLab
 from experiments.labs.rate_report import rate_report
 from experiments.labs.report import LabReport
 from experiments.labs.spike_report import spike_report
-from experiments.run.collect import ExpectedRun, RunCollection, collect
+from experiments.run.collect import RunCollection
 from experiments.run.style import image
-from training.config.compose import resolve_runs, saved_identity
+from scripts._declared import Overrides, Seeds, collect_declared
 from training.runtime.environment import environment
 
-Seed = Annotated[int, Field(ge=0)]
-Setting = Annotated[str, StringConstraints(pattern="=")]
 #: Seeds that the labs are declared with.
 SEEDS = [0, 1, 2, 3, 4]
 
@@ -45,13 +42,11 @@ class LabSettings(Settings):
 
     lab: Annotated[str, Field(pattern=f"^({'|'.join(LABS)})$"), Allowed(f"one of {', '.join(LABS)}")]
     """Lab whose runs are read."""
-    seeds: Annotated[list[Seed], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")] = SEEDS
+    seeds: Seeds = SEEDS
     """Seeds of the runs."""
     runs: Folder = "runs"
     """Folder with the lab's folder of runs, `paths.runs` of train.py."""
-    overrides: Annotated[
-        list[Setting], Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'""")
-    ] = Field(default_factory=list)
+    overrides: Overrides = Field(default_factory=list)
     """Further settings that the runs were made with, each in quotes."""
     out: Folder | None = None
     """Folder to write into; null: `labs/NAME` in `runs`."""
@@ -87,16 +82,8 @@ def lab_report(lab: Lab, collection: RunCollection, made: str) -> LabReport:
 def collect_runs(lab: Lab, settings: LabSettings) -> RunCollection:
     """Return the runs of a lab; raise `UserError` if none is finished."""
     base = (f"experiment={lab.name}", f"paths.runs={quoted(settings.runs)}", *settings.overrides)
-    overrides = {arm: (*base, *arm.overrides) for arm in lab.runs}
-    resolved = resolve_runs(overrides.values(), settings.seeds)
-    expected = {
-        (arm, seed): ExpectedRun(*resolved[overrides[arm], seed]) for arm in lab.runs for seed in settings.seeds
-    }
-    collection = collect(expected, saved_identity)
-    if not collection.runs:
-        reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
-        raise UserError(f"runs={settings.runs} has no finished run of lab={lab.name}: nothing is written{reasons}")
-    return collection
+    problem = f"runs={settings.runs} has no finished run of lab={lab.name}"
+    return collect_declared(lab.runs, base, settings.seeds, problem)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from common.errors import ConfigError, UserError
 from common.settings import Allowed, Count, PathText, Settings
@@ -16,9 +16,10 @@ from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES, clipping_functions
 from experiments.paper.tables_and_figures import SUITES, TABLES, ZCLIP_DEFAULTS
-from experiments.run.collect import ExpectedRun, RunCollection, collect
+from experiments.run.collect import RunCollection
+from scripts._declared import Overrides, Seeds, collect_declared
 from training.config.checks import check_folder
-from training.config.compose import CONFIGS, resolve_runs, saved_identity
+from training.config.compose import CONFIGS
 from zclip import ZClip
 
 #: Names that have a figure, and all names, in the order of the report.
@@ -28,8 +29,6 @@ ALL_NAMES = tuple(dict.fromkeys([*TABLES, *FIGURE_NAMES]))
 #: Scales at which runs can be made.
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml") if path.stem != "main")
 
-Seed = Annotated[int, Field(ge=0)]
-Setting = Annotated[str, StringConstraints(pattern="=")]
 Window = Annotated[list[Count], Field(min_length=2, max_length=2)]
 WINDOWS = "pairs of the first and last of three steps or more, as [[500,635],[3050,3185]]"
 
@@ -48,11 +47,9 @@ class PaperSettings(Settings):
     """Scale of the runs."""
     experiment: Annotated[str | list[str], Allowed(f"of {', '.join(ALL_NAMES)}, or all")]
     """Tables and figures to make: one name, or a list."""
-    seeds: Annotated[list[Seed], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")]
+    seeds: Seeds
     """Seeds of the runs."""
-    overrides: Annotated[
-        list[Setting], Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'""")
-    ]
+    overrides: Overrides
     """Further settings that the runs were made with."""
     windows: Annotated[list[Window] | None, Allowed(WINDOWS)]
     """First and last steps of Figure 9's windows; null: at the same fractions of the run as in the paper."""
@@ -103,19 +100,11 @@ def collect_runs(settings: PaperSettings) -> RunCollection:
     """Return the runs of all experiments that exist; raise `UserError` if none is finished."""
     runs = settings.paths.runs
     base = ["experiment=paper", f"scale={settings.scale}", f"paths.runs={quoted(runs)}", *settings.overrides]
-    overrides = {spec: (*base, *spec.overrides) for spec in SUITES["all"]}
-    resolved = resolve_runs(overrides.values(), settings.seeds)
-    expected = {
-        (spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in settings.seeds
-    }
-    collection = collect(expected, saved_identity)
-    if not collection.runs:
-        reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
-        raise UserError(
-            f"paths.runs={runs} has no finished run of scale={settings.scale} with seeds={settings.seeds}"
-            f"{f' and overrides={settings.overrides}' if settings.overrides else ''}: nothing is written{reasons}"
-        )
-    return collection
+    problem = (
+        f"paths.runs={runs} has no finished run of scale={settings.scale} with seeds={settings.seeds}"
+        f"{f' and overrides={settings.overrides}' if settings.overrides else ''}"
+    )
+    return collect_declared(SUITES["all"], base, settings.seeds, problem)
 
 
 def draw_figures(

@@ -54,11 +54,11 @@ def draw_areas(lab: SpikeLab, results: Sequence[ArmResult]) -> Figure:
     finite = [value for values in areas for value in values if np.isfinite(value)]
     most = 2 * max(finite, default=AREA_OFFSET)
     centres = [float(np.exp(np.mean(np.log(np.minimum(values, most))))) for values in areas]
-    for row, index in enumerate(sorted(range(len(results)), key=centres.__getitem__, reverse=True)):
+    order = sorted(range(len(results)), key=centres.__getitem__, reverse=True)
+    for row, index in enumerate(order):
         color = ORANGE if results[index].arm.is_control else BLUE
         ax.plot(np.minimum(areas[index], most), [row] * len(areas[index]), "o", mfc="none", color=color, ms=5)
         ax.plot([centres[index]], [row], "D" if results[index].arm.is_control else "s", color=color, ms=6)
-    order = sorted(range(len(results)), key=centres.__getitem__, reverse=True)
     ax.set_yticks(range(len(order)), [results[index].arm.label for index in order])
     reference = next((c for c, r in zip(centres, results, strict=True) if r.arm.label == lab.reference), None)
     if reference is not None:

@@ -74,17 +74,20 @@ def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:
 
     The run must not be finished, and the statistics in its newest checkpoint must fit the new value.
     """
-    for change in live_changes(before, after):
-        key, problem = change["setting"], f"is not possible with resume={run_dir.path}"
-        if run_dir.result_file.exists():
-            raise ConfigError(key, change["to"], problem=f"{problem}: the run is finished")
-        strategy, state = clipping_strategy(with_changes(before, [change]).clip), _clipper_of_newest(run_dir)
+    changes, problem = live_changes(before, after), f"is not possible with resume={run_dir.path}"
+    if changes and run_dir.result_file.exists():
+        raise ConfigError(changes[0]["setting"], changes[0]["to"], problem=f"{problem}: the run is finished")
+    state = _clipper_of_newest(run_dir) if changes else None
+    for change in changes:
+        strategy = clipping_strategy(with_changes(before, [change]).clip)
         try:
             if state is not None:
                 strategy.load_state_dict(state, override=True)
         except ValueError as error:
             stay = f"it must stay {shown(change['from'])}, or fork the run"
-            raise ConfigError(key, change["to"], problem=f"{problem}: {one_line(error)}; {stay}") from error
+            raise ConfigError(
+                change["setting"], change["to"], problem=f"{problem}: {one_line(error)}; {stay}"
+            ) from error
 
 
 def _clipper_of_newest(run_dir: RunDir) -> Any:

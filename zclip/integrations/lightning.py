@@ -91,9 +91,10 @@ class ClippingCallback(pl.Callback):
         if not parameters or (no_gradients and not pl_module.automatic_optimization):
             return  # Lightning's placeholder for no optimizer, or an optimizer that this step does not train
         pairs = [*zip(self.strategies, trainer.optimizers, strict=False)]
-        clipped = [other for strategy, other in pairs if _has_part(other, pl_module, strategy.scope)]
-        if clipped and not any(other is optimizer for other in clipped):
-            return
+        if len(pairs) > 1:
+            clipped = [other for strategy, other in pairs if _has_part(other, pl_module, strategy.scope)]
+            if clipped and not any(other is optimizer for other in clipped):
+                return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves unscaling to a fused optimizer's step, which comes later

@@ -1,0 +1,35 @@
+"""What the scripts that read declared runs share: settings of the command line, and finding the runs on disk."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints
+
+from common.errors import UserError
+from common.settings import Allowed
+from experiments.run.collect import ExpectedRun, RunCollection, collect
+from training.config.compose import resolve_runs, saved_identity
+
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1), Allowed("a list of integers from 0, as [0,1,2]")
+]
+Overrides = Annotated[
+    list[Annotated[str, StringConstraints(pattern="=")]],
+    Allowed("""a list of settings in quotes, as 'overrides=["trainer.max_steps=400"]'"""),
+]
+
+
+def collect_declared(specs: Iterable[Any], base: Sequence[str], seeds: Sequence[int], problem: str) -> RunCollection:
+    """Return the declared runs that exist, each with the settings `base` and its spec's `overrides`.
+
+    Raises:
+        UserError: none of them is finished: `problem`, and why.
+    """
+    overrides: Mapping[Any, tuple[str, ...]] = {spec: (*base, *spec.overrides) for spec in specs}
+    resolved = resolve_runs(overrides.values(), seeds)
+    expected = {(spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in seeds}
+    collection = collect(expected, saved_identity)
+    if not collection.runs:
+        reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
+        raise UserError(f"{problem}: nothing is written{reasons}")
+    return collection
