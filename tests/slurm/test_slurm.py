@@ -1,6 +1,7 @@
 """Runs on a real SLURM cluster of three nodes, see cluster.py."""
 
 import json
+import math
 import re
 import tempfile
 import time
@@ -201,10 +202,15 @@ def test_job_interrupted_during_data_preparation_is_requeued(cluster, settings, 
 
 
 def test_job_is_requeued_before_its_time_limit(cluster, settings, tmp_path):
-    options = (*NODES[:2], "--time=2", "--signal=USR1@60")
+    """The limit is set once the run trains, and lifted after the requeue: a machine may take minutes to start it."""
+    options = (*NODES[:2], "--time=30", "--signal=USR1@60")
     job = Job(cluster, tmp_path, "x", *settings, "trainer.max_steps=1000000", options=options)
     job.wait_for_steps(10)
-    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", 150)
+    hours, minutes, seconds = map(int, cluster.job(job.number)["RunTime"].split(":"))
+    limit = math.ceil((hours * 3600 + minutes * 60 + seconds) / 60) + 1
+    cluster.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit}")
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", 240)
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     saved = int(job.wait_for_output(r"interrupted after step (\d+); the job is requeued"))
     job.wait_for_steps(saved + 20)
     assert f"continuing {job.path} after step {saved} of" in job.output()
