@@ -5,6 +5,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ OUTPUT = {"name", "experiment", "resume", "paths", "logger", "plan", "hardware",
 #: Keys of the section `trainer` that do not change it either; the first are about checkpoints.
 CHECKPOINTS = {"checkpoint_every", "keep_last", "keep_every", "async_save"}
 TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_every", "nodes", "devices"}
+
+#: Settings added after runs had names, by dotted key, with their defaults: with the default, a run is named as before.
+ADDED: dict[str, Any] = {"update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True)}
 
 
 def is_place(key: str) -> bool:
@@ -46,8 +51,11 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
         kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
     if (target := update.target) is not None:
         kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
-    elif update == UpdateConfig(_target_=None):
-        del kept["update"]  # runs without a rule are named as they were before there were any
+    for key, default in ADDED.items():
+        *sections, name = key.split(".")
+        section = reduce(getitem, sections, kept)
+        if section[name] == default:
+            del section[name]
     return kept
 
 

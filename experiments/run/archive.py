@@ -1,0 +1,106 @@
+"""Archives of finished runs: what tables and figures read of them, without checkpoints, small enough for git.
+
+An archive is a JSON object, compressed as .json.xz: `files` has the text of each small file of the run folder, and
+`metrics` the columns of metrics.jsonl. A run of 6,000 steps takes some 60 kB.
+"""
+
+import json
+import lzma
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.files import atomic_folder, write_atomic
+from common.reading import Record, check_record, open_regular, parse_json, parse_record, read_bytes, read_lines
+from common.run_files import Environment, MetricsLine, as_dict
+from experiments.run.read import read_config
+
+#: Ending of an archive's name, behind that of the run folder.
+ENDING = ".json.xz"
+#: Significant digits of numbers that are no integers.
+DIGITS = 6
+#: Files whose text is kept, beside config.yaml and environment.json.
+FILES = ("result.json", "val_metrics.jsonl", "task_scores.json", "rewinds.json")
+#: Ends of the names of columns that measure the machine. They are left out.
+MEASURED = ("_seconds", "tokens_per_second", "mfu", "peak_memory_gib")
+#: Most bytes of an archive's content.
+MOST = 1 << 28
+
+
+class Archive(Record):
+    """The content of an archive."""
+
+    files: dict[str, str]
+    metrics: dict[str, list[float | int | None]]
+
+
+def write_archive(run: Path, archive: Path) -> None:
+    """Write the archive of a finished run.
+
+    Paths of the machine are left out: `paths` in the configuration become the defaults, and the recorded commands lose
+    the settings that begin with `paths.`.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: a file of the run is damaged.
+    """
+    files = {"config.yaml": _portable_config(run), "environment.json": _portable_environment(run)}
+    files |= {name: read_bytes(run / name).decode() for name in FILES if (run / name).exists()}
+    rows = [as_dict(parse_record(MetricsLine, line)) for line in read_lines(run / "metrics.jsonl")]
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.endswith(MEASURED)]
+    metrics = {name: [_rounded(row.get(name)) for row in rows] for name in names}
+    content = json.dumps({"files": files, "metrics": metrics}, separators=(",", ":")).encode()
+    write_atomic(archive, lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+
+
+def restore_archive(archive: Path, run: Path) -> None:
+    """Make the run folder of an archive. It is there complete or not at all.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: the archive is damaged.
+    """
+    content = _read(archive)
+    if unknown := set(content.files) - {"config.yaml", "environment.json", *FILES}:
+        raise ValueError(f"a run has no file {min(unknown)!r}")
+    if len({len(column) for column in content.metrics.values()}) > 1:
+        raise ValueError("columns of metrics differ in length")
+    names = list(content.metrics)
+    rows = zip(*content.metrics.values(), strict=True)
+    lines = [json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows]
+    with atomic_folder(run) as folder:
+        for name, text in content.files.items():
+            write_atomic(folder / name, text)
+        write_atomic(folder / "metrics.jsonl", "".join(lines))
+
+
+def _read(archive: Path) -> Archive:
+    with open_regular(archive) as compressed, lzma.open(compressed) as file:
+        try:
+            content = file.read(MOST + 1)
+        except (lzma.LZMAError, EOFError):
+            raise ValueError("not compressed by xz, or cut off") from None
+    if len(content) > MOST:
+        raise ValueError(f"more than {MOST:,} bytes")
+    return check_record(Archive, parse_json(content))
+
+
+def _portable_config(run: Path) -> str:
+    return yaml.safe_dump({**read_config(run), "paths": {"runs": "runs", "cache": "cache"}}, sort_keys=False)
+
+
+def _portable_environment(run: Path) -> str:
+    starts = parse_record(Environment, read_bytes(run / "environment.json")).starts
+    portable = [_portable_start(as_dict(start)) for start in starts]
+    return json.dumps({"starts": portable}, indent=1)
+
+
+def _portable_start(start: Mapping[str, Any]) -> dict[str, Any]:
+    command = [word for word in start.get("command", ()) if not word.startswith("paths.")]
+    return {**start, "command": command}
+
+
+def _rounded(value: float | None) -> float | int | None:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

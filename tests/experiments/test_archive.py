@@ -1,0 +1,91 @@
+"""Archives of runs: what is read of a restored run is what was read of the run itself."""
+
+import json
+import lzma
+
+import numpy as np
+import pytest
+
+from experiments.run.archive import ENDING, restore_archive, write_archive
+from experiments.run.read import read_run
+from tests.helpers import script, train
+
+
+@pytest.fixture(scope="module")
+def archive(finished_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("archives") / f"{finished_run.name}{ENDING}"
+    write_archive(finished_run, path)
+    return path
+
+
+def test_restored_run_reads_as_the_run_itself(finished_run, archive, tmp_path):
+    restore_archive(archive, tmp_path / "run")
+    run, restored = read_run(finished_run), read_run(tmp_path / "run")
+    assert restored.result == run.result
+    columns = {name for name in run.metrics if not name.endswith(("seconds", "per_second", "mfu", "gib"))}
+    assert {*restored.metrics} == columns and {"loss", "grad_norm", "clipped"} <= columns
+    for name in columns:
+        np.testing.assert_allclose(restored.metrics[name], run.metrics[name], rtol=6e-6)
+    for name in ("step", "tokens"):
+        assert np.array_equal(restored.metrics[name], run.metrics[name])
+    assert {key: value for key, value in restored.config.items() if key != "paths"} == {
+        key: value for key, value in run.config.items() if key != "paths"
+    }
+
+
+def test_archive_has_no_paths_of_the_machine_but_those_of_the_data(finished_run, archive):
+    assert any(word.startswith("paths.cache=") for word in read_run(finished_run).environment["command"])
+    files = json.loads(lzma.decompress(archive.read_bytes()))["files"]
+    assert "paths:\n  runs: runs\n  cache: cache\n" in files["config.yaml"]
+    assert "paths." not in files["environment.json"] and "data.path=" in files["environment.json"]
+
+
+def test_train_shows_a_restored_run_and_does_not_train_it(finished_run, archive, tiny, tmp_path):
+    experiment = finished_run.parent.name
+    (tmp_path / "archives" / experiment).mkdir(parents=True)
+    (tmp_path / "archives" / experiment / archive.name).write_bytes(archive.read_bytes())
+    words = (f"experiment={experiment}", "archives=archives")
+    done = script("archive.py", *words, "restore=true", cwd=tmp_path)
+    assert done.returncode == 0 and "1 runs restored, 0 were there already" in done.stdout, done.stderr
+    done = train(*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", cwd=tmp_path)
+    assert "finished already" in done.stdout, done.stdout + done.stderr
+    for more, message in (((), "0 runs archived, 1 were there"), (("restore=true",), "0 runs restored, 1 were")):
+        done = script("archive.py", *words, *more, cwd=tmp_path)
+        assert done.returncode == 0 and message in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "not compressed by xz, or cut off"),
+        (b"\xfd7zXZ\x00 and so on", "not compressed by xz, or cut off"),
+        (lzma.compress(b"[]"), "not an object"),
+        (lzma.compress(b'{"files": {}}'), "metrics"),
+        (lzma.compress(b'{"files": {"../x": ""}, "metrics": {}}'), "a run has no file '../x'"),
+        (lzma.compress(b'{"files": {}, "metrics": {"step": [1], "loss": []}}'), "columns of metrics differ in length"),
+        (lzma.compress(b"x" * 1000)[:40], "cut off"),
+    ],
+    ids=["empty", "no-xz", "list", "no-metrics", "name", "columns", "cut-off"],
+)
+def test_damaged_archive_is_named_and_leaves_nothing(content, problem, tmp_path):
+    (tmp_path / "archives" / "main").mkdir(parents=True)
+    (tmp_path / "archives" / "main" / f"a{ENDING}").write_bytes(content)
+    done = script("archive.py", "experiment=main", "archives=archives", "restore=true", cwd=tmp_path)
+    assert done.returncode == 2 and "error: archives/main/a.json.xz cannot be restored (" in done.stderr, done
+    assert problem in done.stderr and done.stderr.count("\n") == 1
+    assert not [*(tmp_path / "runs").glob("*/*")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("experiment=none",), "runs=runs has no finished run of experiment=none"),
+        (("experiment=none", "restore=true", "archives=a"), "archives=a has no archives of experiment=none"),
+        (("experiment=../x",), "experiment=../x is not allowed: it must be a folder name"),
+        ((), "experiment"),
+    ],
+)
+def test_missing_runs_and_archives_are_named(words, message, tmp_path):
+    done = script("archive.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]
