@@ -20,7 +20,7 @@ from training.monitor.low_rate import STEPS, LowRateWarning
 #: A brake that acts in the 40 steps of a tiny run, and checkpoints to go back to.
 BRAKE = (
     "update=brake", "update.margin=1.01", "update.fall_steps=3", "update.warmup_steps=5", "update.release=0.9",
-    "trainer.checkpoint_every=8", "trainer.keep_last=9",
+    "update.sigmas=0", "trainer.checkpoint_every=8", "trainer.keep_last=9",
 )  # fmt: skip
 COLUMNS = {"update_norm", "update_scale", "update_clipped", "update_bound"}
 

@@ -389,21 +389,30 @@ class UpdateClipEquations:
 class UpdateBrakeEquations:
     """The docstring of `zclip.updates.UpdateBrake`, with norms and scales as they are instead of their logarithms."""
 
-    def __init__(self, margin=1.6, release=0.999, rise_steps=1000, fall_steps=30, warmup_steps=20):
+    def __init__(self, margin=1.6, release=0.999, sigmas=5.0, rise_steps=1000, fall_steps=30, warmup_steps=20):
         self.margin, self.release, self.rise_steps, self.fall_steps = margin, release, rise_steps, fall_steps
-        self.warmup_steps = warmup_steps
-        self.s, self.level, self.norms = 1.0, 0.0, 0
+        self.sigmas, self.warmup_steps = sigmas, warmup_steps
+        self.s, self.level, self.norms, self.mean = 1.0, 0.0, 0, 0.0
+        self.squares, self.variance = [], 0.0
 
     def scale(self, norm: float) -> float:
         self.norms += 1
-        self.bound = self.level * self.margin if self.norms > self.warmup_steps else math.inf
+        factor = max(self.margin, math.exp(self.sigmas * math.sqrt(self.variance)))
+        self.bound = self.level * factor if self.norms > self.warmup_steps else math.inf
         self.s **= self.release
         self.clipped = self.s * norm > self.bound
         if self.clipped:
             self.s = self.bound / norm
+        bounded = min(norm, self.bound)
         if self.norms <= self.warmup_steps:
-            self.level = max(self.level, norm)
+            self.level, self.mean = max(self.level, norm), norm
+            return self.s
+        ratio = bounded / self.level
+        self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
+        self.squares.append(2 * math.log(bounded / self.mean) ** 2 if bounded < self.mean else 0.0)
+        if len(self.squares) <= 300:
+            self.variance = statistics.fmean(self.squares)
         else:
-            ratio = min(norm, self.bound) / self.level
-            self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
+            self.variance = 299 / 300 * self.variance + self.squares[-1] / 300
+        self.mean *= (bounded / self.mean) ** 0.01
         return self.s

@@ -10,38 +10,48 @@ from zclip.decision import State
 from zclip.saved_state import refuse
 from zclip.updates.base import UpdateDecision, UpdateRule
 
+#: Steps over which the mean of log norms is taken, and over which their variance.
+MEAN_STEPS, VARIANCE_STEPS = 100, 300
+
 
 class UpdateBrake(UpdateRule):
     """Bound the update to a multiple of its usual norm, but remember the scale, and let it return to 1 slowly.
 
     An experiment of this library. When gradients shrink, Adam's second moment lags behind them, and the effective step
     grows until it is unstable (arXiv 2506.04805). A rule that forgets its scale after each step holds the run at that
-    edge. This one remembers it, as s in (0, 1]. With x the log of the update's norm, and L that of its usual level::
+    edge. This one remembers it, as s in (0, 1]. With x the log of the update's norm, L that of its usual level, and
+    d the standard deviation of x from step to step::
 
-        bound  = L + log margin
+        bound  = L + max(log margin, sigmas * d)
         log s <- min(release * log s, bound - x)
-        L     <- L + (min(x, bound) - L) / (rise_steps if it rises, else fall_steps)
+        y      = min(x, bound)
+        L     <- L + (y - L) / (rise_steps if it rises, else fall_steps)
+        d^2   <- d^2 + (2 min(y - M, 0)^2 - d^2) / 300
+        M     <- M + (y - M) / 100
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
     and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps. Norms that
-    vary much by themselves, as those of small batches, hold s below 1 for good: then the margin must be larger.
+    vary by themselves, as those of small batches, widen the bound: d counts what is below their mean M, where a spike
+    has no part. In the first 300 steps d^2 is the mean of all steps since the warm-up.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
         release: factor on log s in each step, from 0 to below 1. Default 0.999; 0 forgets at once.
+        sigmas: standard deviations that log norms may be above their usual level, from 0. Default 5; 0: `margin` alone.
         rise_steps: steps over which the level follows higher norms, >= 1. Default 1000.
         fall_steps: steps over which it follows lower norms, >= 1. Default 30.
         warmup_steps: steps at the beginning without a bound, >= 1. L is their highest norm, because momentum is still
             building up. Default 20; a momentum above 0.9 needs more, such as 2 / (1 - momentum).
     """
 
-    nonnegative = ("count",)
+    nonnegative = ("variance", "count")
 
     def __init__(
         self,
         margin: float = 1.6,
         release: float = 0.999,
+        sigmas: float = 5.0,
         rise_steps: int = 1000,
         fall_steps: int = 30,
         warmup_steps: int = 20,
@@ -51,14 +61,16 @@ class UpdateBrake(UpdateRule):
         self.release = require(
             is_number(release) and 0 <= release < 1, "release", release, "a number from 0 to below 1"
         )
+        self.sigmas = require(is_number(sigmas) and 0 <= sigmas < math.inf, "sigmas", sigmas, "a finite number from 0")
         self.rise_steps = integer("rise_steps", rise_steps)
         self.fall_steps = integer("fall_steps", fall_steps)
         self.warmup_steps = integer("warmup_steps", warmup_steps)
 
     def initial_state(self, like: Tensor) -> State:
         """Return a scale of 1, and no level yet."""
-        count = torch.zeros((), dtype=torch.int64, device=like.device)
-        return {"log_scale": like.clone(), "level": torch.full_like(like, -torch.inf), "count": count}
+        level, count = torch.full_like(like, -torch.inf), torch.zeros((), dtype=torch.int64, device=like.device)
+        zero = torch.zeros_like(like)
+        return {"log_scale": zero, "level": level, "mean": zero.clone(), "variance": zero.clone(), "count": count}
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the scale is at most 1, and the level is known from the first step on."""
@@ -70,16 +82,21 @@ class UpdateBrake(UpdateRule):
 
     def decide(self, norm: Tensor, state: State) -> UpdateDecision:
         """Release the scale, lower it if the update is above the bound, and let the level follow the norm."""
-        level, count, log_norm = state["level"], state["count"], norm.log()
-        begins = count < self.warmup_steps
-        bound = torch.where(begins, torch.inf, level + math.log(self.margin))
+        level, mean, variance, count = state["level"], state["mean"], state["variance"], state["count"]
+        log_norm, begins = norm.log(), count < self.warmup_steps
+        above = (self.sigmas * variance.sqrt()).clamp(min=math.log(self.margin))
+        bound = torch.where(begins, torch.inf, level + above)
         released = self.release * state["log_scale"]
         log_scale = torch.minimum(released, bound - log_norm)
-        change = torch.minimum(log_norm, bound) - level
+        bounded = torch.minimum(log_norm, bound)
+        change, shortfall = bounded - level, (bounded - mean).clamp(max=0)
         followed = level + change / torch.where(change > 0, self.rise_steps, self.fall_steps)
+        weight = (count + 1 - self.warmup_steps).clamp(min=1, max=VARIANCE_STEPS)
         new = {
             "log_scale": log_scale,
             "level": torch.where(begins, torch.maximum(level, log_norm), followed),
+            "mean": torch.where(begins, log_norm, mean + (bounded - mean) / MEAN_STEPS),
+            "variance": torch.where(begins, variance, variance + (2 * shortfall.square() - variance) / weight),
             "count": count + 1,
         }
         return UpdateDecision(log_scale.exp(), log_scale < released, bound.exp(), new)

@@ -22,7 +22,7 @@ from zclip import FixedNorm, SkipStep, ZClip
 from zclip.updates import UpdateBrake, UpdateClip, UpdateDecision, UpdateMonitor, UpdateRule
 
 LR, DECAY = 0.02, 0.1
-SHORT_BRAKE = {"margin": 1.1, "release": 0.9, "rise_steps": 100, "fall_steps": 3, "warmup_steps": 5}
+SHORT_BRAKE = {"margin": 1.1, "release": 0.9, "sigmas": 0.3, "rise_steps": 100, "fall_steps": 3, "warmup_steps": 5}
 RULES = {
     "clip": (lambda: UpdateClip(sigmas=0.5, window=8), lambda: UpdateClipEquations(sigmas=0.5, window=8)),
     "brake": (lambda: UpdateBrake(**SHORT_BRAKE), lambda: UpdateBrakeEquations(**SHORT_BRAKE)),
@@ -227,14 +227,26 @@ def test_scale_is_from_0_to_1_and_no_scaled_norm_is_above_its_bound(norms, name)
         assert scale * norm <= rule.read_telemetry()["update_bound"] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("deviation", "expected"), [(0.1, 1.0), (0.2, 0.71), (0.3, 0.49)])
-def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake(deviation, expected):
+@pytest.mark.parametrize(("deviation", "sigmas", "expected"), [(0.1, 5, 1), (0.3, 5, 0.98), (0.3, 0, 0.49)])
+def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake_only_without_sigmas(deviation, sigmas, expected):
     """The numbers of docs/reference/strategies.md."""
-    rule, draw, scales = UpdateBrake(), random.Random(0), []
-    for _ in range(2500):
+    rule, draw, scales = UpdateBrake(sigmas=sigmas), random.Random(0), []
+    for _ in range(4000):
         norm = math.exp(draw.gauss(0.0, deviation))
         scales.append(float(rule.observe(torch.tensor(norm, dtype=torch.float64))))
-    assert sum(scales[1000:]) / 1500 == pytest.approx(expected, abs=0.03)
+    assert sum(scales[2000:]) / 2000 == pytest.approx(expected, abs=0.03)
+
+
+def test_run_up_does_not_widen_the_bound():
+    """The variance counts what is below the mean: norms that grow tenfold leave it as it is."""
+    rule, draw = UpdateBrake(), random.Random(1)
+    for _ in range(1000):
+        rule.observe(torch.tensor(math.exp(draw.gauss(0.0, 0.1)), dtype=torch.float64))
+    calm = rule.read_telemetry()["update_bound"]
+    for step in range(40):
+        rule.observe(torch.tensor(math.exp(step / 17), dtype=torch.float64))
+    assert rule.read_telemetry()["update_bound"] == pytest.approx(calm, rel=0.03)
+    assert rule.read_telemetry()["update_scale"] < 0.25
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -265,6 +277,8 @@ def test_saved_states_that_are_damaged_or_of_other_rules_are_refused():
         ("log_scale", math.nan, r"state\.log_scale"),
         ("count", 0, r"state\.level=.* finite after the first step, and -inf before"),
         ("level", math.nan, r"state\.level"),
+        ("mean", math.nan, r"state\.mean=nan is not allowed: it must be a finite number"),
+        ("variance", -1.0, r"state\.variance"),
     ):
         damaged = copy.deepcopy(saved)
         damaged["state"][key].fill_(value)
@@ -516,7 +530,7 @@ def test_mistakes_are_one_sentence():
 
 def test_repr_and_live_changes_are_those_of_strategies():
     rule = UpdateBrake(release=0.99)
-    assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, rise_steps=1000")
+    assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, sigmas=5.0, rise_steps=1000")
     rule.observe(torch.tensor(2.0))
     rule.change(release=0.5)
     assert rule.state_dict()["changes"] == [["release", 0.99, 0.5]]
@@ -525,6 +539,7 @@ def test_repr_and_live_changes_are_those_of_strategies():
         {"margin": 1},
         {"margin": math.inf},
         {"margin": 10**400},
+        {"sigmas": -1},
         {"rise_steps": 0},
         {"fall_steps": 0.5},
     ):
