@@ -31,6 +31,7 @@ class SpikeLab(NamedTuple):
         reference: label of the arm with which all others are compared.
         arms: all arms. Runs of the same seed see the same batches and begin with the same weights.
         cures: labels of the controls that must cure if the explanation holds.
+        example: label of the arm with a rule over updates that one figure shows next to the reference.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SpikeLab(NamedTuple):
     reference: str
     arms: Sequence[Arm]
     cures: Sequence[str] = ()
+    example: str | None = None
 
     @property
     def runs(self) -> list[Arm]:
@@ -120,6 +122,7 @@ ADAM_LAG = SpikeLab(
         ),
     ),
     cures=("beta2 0.95",),
+    example="brake",
 )
 
 RATE = RateLab(

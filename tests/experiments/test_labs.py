@@ -225,7 +225,7 @@ def lab_report(tmp_path_factory):
     """Write runs of some arms of the Adam-lag lab, and make its report."""
     folder = tmp_path_factory.mktemp("lab")
     lab = LABS["adam_lag"]
-    spikes = {"no clipping": (900, 1500), "lagged z-score": (1200,), "beta2 0.95": (), "eps 1e-3": ()}
+    spikes = {"no clipping": (900, 1500), "lagged z-score": (1200,), "beta2 0.95": (), "eps 1e-3": (), "brake": ()}
     for label, starts in spikes.items():
         for seed in (0, 1, 2):
             loss = falling(seed=seed)
@@ -248,7 +248,7 @@ def test_report_says_what_each_arm_does(lab_report):
     assert (
         "there is no run of seeds 3, 4" in text and "not run: fixed 1.0 (seeds 0, 1, 2), ZClip (seeds 0, 1, 2)" in text
     )
-    for name in ("areas", "losses", "spike"):
+    for name in ("areas", "losses", "spike", "rule"):
         assert f"({name}.png)" in text and (lab_report / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -256,7 +256,7 @@ def test_report_says_what_each_arm_does(lab_report):
 def test_numbers_of_each_run_are_saved(lab_report):
     with (lab_report / "numbers.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12
+    assert len(rows) == 15
     first = rows[0]
     assert (first["arm"], first["seed"], first["spike_steps"]) == ("no clipping", "0", "901 1501")
     assert float(first["area"]) == pytest.approx(200 * 1.95, rel=0.05) and float(first["steps_lost"]) == 200

@@ -144,6 +144,8 @@ def write_lab_run(runs: Path, lab: SpikeLab, arm: Arm, seed: int, loss: np.ndarr
     columns = {"loss": loss, "grad_norm": norm, "clipped_norm": norm, "clipped": 0 * norm}
     if config.clip.target == "zclip.ZClip":
         columns |= {"mean": norm, "std": norm, "spike": 0 * norm}
+    if config.update.target is not None:
+        columns |= {"update_norm": 10 * norm, "update_scale": 0 * norm + 0.5, "update_bound": 20 * norm}
     rows = [
         {"step": i + 1, "tokens": 1024 * (i + 1), **{name: float(values[i]) for name, values in columns.items()}}
         for i in range(len(loss))
