@@ -393,7 +393,7 @@ class UpdateBrakeEquations:
         self.margin, self.release, self.rise_steps, self.fall_steps = margin, release, rise_steps, fall_steps
         self.sigmas, self.warmup_steps = sigmas, warmup_steps
         self.s, self.level, self.norms, self.mean = 1.0, 0.0, 0, 0.0
-        self.squares, self.variance = [], 0.0
+        self.squares, self.variance, self.lag = [], 0.0, 1.0
 
     def scale(self, norm: float) -> float:
         self.norms += 1
@@ -409,10 +409,12 @@ class UpdateBrakeEquations:
             return self.s
         ratio = bounded / self.level
         self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
-        self.squares.append(2 * math.log(bounded / self.mean) ** 2 if bounded < self.mean else 0.0)
+        below = bounded / (self.mean * min(self.lag, 1.0))
+        self.squares.append(2 * math.log(below) ** 2 if below < 1 else 0.0)
         if len(self.squares) <= 300:
             self.variance = statistics.fmean(self.squares)
         else:
             self.variance = 299 / 300 * self.variance + self.squares[-1] / 300
-        self.mean *= (bounded / self.mean) ** 0.01
+        self.lag *= (bounded / self.mean / self.lag) ** 0.02
+        self.mean *= (bounded / self.mean) ** 0.02
         return self.s

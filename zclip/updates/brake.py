@@ -10,8 +10,8 @@ from zclip.decision import State
 from zclip.saved_state import refuse
 from zclip.updates.base import UpdateDecision, UpdateRule
 
-#: Steps over which the mean of log norms is taken, and over which their variance.
-MEAN_STEPS, VARIANCE_STEPS = 100, 300
+#: Steps over which the mean of log norms and its lag are taken, and over which their variance.
+MEAN_STEPS, VARIANCE_STEPS = 50, 300
 
 
 class UpdateBrake(UpdateRule):
@@ -26,14 +26,16 @@ class UpdateBrake(UpdateRule):
         log s <- min(release * log s, bound - x)
         y      = min(x, bound)
         L     <- L + (y - L) / (rise_steps if it rises, else fall_steps)
-        d^2   <- d^2 + (2 min(y - M, 0)^2 - d^2) / 300
-        M     <- M + (y - M) / 100
+        d^2   <- d^2 + (2 min(y - M - min(D, 0), 0)^2 - d^2) / 300
+        D     <- D + (y - M - D) / 50
+        M     <- M + (y - M) / 50
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
     and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps. Norms that
-    vary by themselves, as those of small batches, widen the bound: d counts what is below their mean M, where a spike
-    has no part. In the first 300 steps d^2 is the mean of all steps since the warm-up.
+    vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M, where a spike
+    has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the first 300 steps
+    d^2 is the mean of all steps since the warm-up.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
@@ -68,9 +70,9 @@ class UpdateBrake(UpdateRule):
 
     def initial_state(self, like: Tensor) -> State:
         """Return a scale of 1, and no level yet."""
-        level, count = torch.full_like(like, -torch.inf), torch.zeros((), dtype=torch.int64, device=like.device)
-        zero = torch.zeros_like(like)
-        return {"log_scale": zero, "level": level, "mean": zero.clone(), "variance": zero.clone(), "count": count}
+        count = torch.zeros((), dtype=torch.int64, device=like.device)
+        zeros = {name: torch.zeros_like(like) for name in ("log_scale", "mean", "lag", "variance")}
+        return {"level": torch.full_like(like, -torch.inf), **zeros, "count": count}
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the scale is at most 1, and the level is known from the first step on."""
@@ -82,20 +84,22 @@ class UpdateBrake(UpdateRule):
 
     def decide(self, norm: Tensor, state: State) -> UpdateDecision:
         """Release the scale, lower it if the update is above the bound, and let the level follow the norm."""
-        level, mean, variance, count = state["level"], state["mean"], state["variance"], state["count"]
+        level, mean, lag, variance, count = (state[k] for k in ("level", "mean", "lag", "variance", "count"))
         log_norm, begins = norm.log(), count < self.warmup_steps
         above = (self.sigmas * variance.sqrt()).clamp(min=math.log(self.margin))
         bound = torch.where(begins, torch.inf, level + above)
         released = self.release * state["log_scale"]
         log_scale = torch.minimum(released, bound - log_norm)
         bounded = torch.minimum(log_norm, bound)
-        change, shortfall = bounded - level, (bounded - mean).clamp(max=0)
-        followed = level + change / torch.where(change > 0, self.rise_steps, self.fall_steps)
+        rise, deviation = bounded - level, bounded - mean
+        followed = level + rise / torch.where(rise > 0, self.rise_steps, self.fall_steps)
+        shortfall = (deviation - lag.clamp(max=0)).clamp(max=0)
         weight = (count + 1 - self.warmup_steps).clamp(min=1, max=VARIANCE_STEPS)
         new = {
             "log_scale": log_scale,
             "level": torch.where(begins, torch.maximum(level, log_norm), followed),
-            "mean": torch.where(begins, log_norm, mean + (bounded - mean) / MEAN_STEPS),
+            "mean": torch.where(begins, log_norm, mean + deviation / MEAN_STEPS),
+            "lag": torch.where(begins, lag, lag + (deviation - lag) / MEAN_STEPS),
             "variance": torch.where(begins, variance, variance + (2 * shortfall.square() - variance) / weight),
             "count": count + 1,
         }

@@ -249,6 +249,16 @@ def test_run_up_does_not_widen_the_bound():
     assert rule.read_telemetry()["update_scale"] < 0.25
 
 
+def test_norms_that_fall_steadily_do_not_widen_the_bound():
+    """After the start of a run norms fall tenfold in 250 steps: the bound is near them from step 200 on."""
+    rule, draw = UpdateBrake(), random.Random(2)
+    for step in range(600):
+        norm = 100 * 0.1 ** (min(step, 250) / 250) * math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+        if step >= 200:
+            assert 1.3 < rule.read_telemetry()["update_bound"] / norm < 4
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_resumed_rule_continues_bit_for_bit(name):
     norms = [torch.tensor(norm, dtype=torch.float64) for norm in growing_norms(2, 160)]
