@@ -62,7 +62,7 @@ def restore_archive(archive: Path, run: Path) -> None:
         OSError: a file cannot be read or written.
         ValueError: the archive is damaged.
     """
-    content = _read(archive)
+    content = read_archive(archive)
     if unknown := set(content.files) - {"config.yaml", "environment.json", *FILES}:
         raise ValueError(f"a run has no file {min(unknown)!r}")
     if len({len(column) for column in content.metrics.values()}) > 1:
@@ -76,7 +76,8 @@ def restore_archive(archive: Path, run: Path) -> None:
         write_atomic(folder / "metrics.jsonl", "".join(lines))
 
 
-def _read(archive: Path) -> Archive:
+def read_archive(archive: Path) -> Archive:
+    """Return the content of an archive; raise `OSError` if it cannot be read, `ValueError` if it is damaged."""
     with open_regular(archive) as compressed, lzma.open(compressed) as file:
         try:
             content = file.read(MOST + 1)

@@ -109,12 +109,12 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         return ConfigError(key, flatten(ours).get(key, "..."), problem=problem)
 
     named = overrides_dict(overrides)
-    if not is_ours(saved.clip) and named.pop("clip._target_", None) != saved.clip.target:
-        problem = (
-            f"is not a class of zclip, and not imported because a file says so: add clip._target_={saved.clip.target} "
-            "if you trust it"
-        )
-        raise ConfigError("clip._target_", saved.clip.target, problem=problem)
+    for key, target in (("clip._target_", saved.clip.target), ("update._target_", saved.update.target)):
+        if not is_ours(target) and named.pop(key, None) != target:
+            problem = (
+                f"is not a class of zclip, and not imported because a file says so: add {key}={target} if you trust it"
+            )
+            raise ConfigError(key, target, problem=problem)
     for key in named:
         section, _, name = key.partition(".")
         if is_live(key) and name in ours["clip"]:

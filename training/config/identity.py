@@ -40,16 +40,16 @@ def changes_result(key: str) -> bool:
 def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     """Return the settings on which the run's numbers depend, as a plain nested dict that JSON holds.
 
-    `is_named`: the user named the class of the clipping strategy. That of a file is imported only if it is `zclip`'s.
+    `is_named`: the user named the classes of the strategy and the rule. Those of a file are imported only if `zclip`'s.
     """
     dropped: dict[str, Any] = {**dict.fromkeys(OUTPUT, True), "trainer": TRAINER_OUTPUT}
     kept = config.model_dump(mode="json", by_alias=True, exclude=dropped)
     if config.trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
         kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
     clip, update = config.clip, config.update
-    if is_named or is_ours(clip):
+    if is_named or is_ours(clip.target):
         kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
-    if (target := update.target) is not None:
+    if (target := update.target) is not None and (is_named or is_ours(target)):
         kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
     for key, default in ADDED.items():
         *sections, name = key.split(".")
@@ -73,7 +73,7 @@ def differences(config: Config, saved: Config, is_named: bool = True) -> dict[st
 
     `saved` is from a file, and so is `config` unless `is_named`, see `identity`. Places do not differ between files.
     """
-    is_same = is_named and saved.clip.target == config.clip.target
+    is_same = is_named and (saved.clip.target, saved.update.target) == (config.clip.target, config.update.target)
     ours, theirs = flatten(identity(config, is_named)), flatten(identity(saved, is_same))
     pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and (is_named or not is_place(key))}

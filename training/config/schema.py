@@ -53,12 +53,10 @@ class UpdateConfig(Settings):
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    target: Annotated[
-        str | None,
-        StringConstraints(pattern=r"^zclip\.updates\.\w+$"),
-        Allowed("a class of zclip.updates, as zclip.updates.UpdateClip, or null"),
-    ] = Field(None, alias="_target_")
-    """A subclass of `zclip.updates.UpdateRule` in the library; null: no rule."""
+    target: Annotated[str | None, Allowed("a class, as zclip.updates.UpdateClip, or null")] = Field(
+        None, alias="_target_"
+    )
+    """Import path of a subclass of `zclip.updates.UpdateRule`; null: no rule."""
     name: FolderName = "none"
     """Name of the rule in the run's name, tables and figures."""
 

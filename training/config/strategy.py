@@ -26,9 +26,9 @@ def update_rule(update: UpdateConfig) -> UpdateRule | None:
     return None
 
 
-def is_ours(clip: ClipConfig) -> bool:
-    """Whether the class of a strategy is in this project's library, so that a file may name it."""
-    return clip.target.startswith("zclip.")
+def is_ours(target: str | None) -> bool:
+    """Whether a `_target_` is in this project's library, or null, so that a file may name it."""
+    return target is None or target.startswith("zclip.")
 
 
 def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
