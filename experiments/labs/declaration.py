@@ -105,6 +105,26 @@ UPDATE_RULES = (
     Arm("ZClip and brake", ("clip=zclip", "update=brake")),
 )
 
+#: The brake with other settings.
+BRAKES = tuple(
+    Arm(f"brake, {name} {value}", ("clip=none", "update=brake", f"update.{name}={value}"))
+    for name, values in (("release", ("0.99", "0.9997")), ("margin", ("1.3", "2.5")))
+    for value in values
+)
+
+#: The scales that the brake has chosen in the recorded run of seed 0, for runs of other seeds.
+REPLAYED = Arm(
+    "the brake's scales of seed 0",
+    (
+        "clip=none",
+        "update=monitor",
+        "update.name=replayed",
+        "update._target_=experiments.labs.replayed_scales.ReplayedScales",
+        "+update.archive=experiments/results/runs/adam-lag/pico-none-brake-lr0.01-seed0-10fe4415.json.xz",
+    ),
+    is_control=True,
+)
+
 ADAM_LAG = SpikeLab(
     "adam_lag",
     "Adam's second moment lags behind gradients that shrink",
@@ -113,6 +133,8 @@ ADAM_LAG = SpikeLab(
         Arm("no clipping", ("clip=none", "update=monitor")),  # records the norms of updates, and changes nothing
         *STRATEGIES[1:],
         *UPDATE_RULES,
+        *BRAKES,
+        REPLAYED,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
         Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),
