@@ -48,6 +48,8 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
         kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
     elif update == UpdateConfig(_target_=None):
         del kept["update"]  # runs without a rule are named as they were before there were any
+    if not config.optim.amsgrad:
+        del kept["optim"]["amsgrad"]  # likewise
     return kept
 
 

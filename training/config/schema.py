@@ -85,6 +85,8 @@ class OptimConfig(Settings):
     """Decoupled weight decay, applied to every parameter."""
     fused: Flag
     """Whether the optimizer runs as one fused kernel, into which clipping is folded."""
+    amsgrad: Flag = False
+    """Whether updates are divided by the maximum of the second moments so far (AMSGrad); 4 more bytes a parameter."""
     warmup_fraction: Fraction
     """Share of the steps over which the learning rate rises linearly from 0."""
     final_lr_fraction: Fraction
