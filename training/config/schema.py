@@ -58,7 +58,7 @@ class UpdateConfig(Settings):
         StringConstraints(pattern=r"^zclip\.updates\.\w+$"),
         Allowed("a class of zclip.updates, as zclip.updates.UpdateClip, or null"),
     ] = Field(None, alias="_target_")
-    """A subclass of `zclip.updates.UpdateRule` in the library; null: no rule."""
+    """A subclass of `zclip.updates.OptimizerRule` in the library; null: no rule."""
     name: FolderName = "none"
     """Name of the rule in the run's name, tables and figures."""
 
