@@ -141,11 +141,12 @@ def _draw_update(ax: Axes, run: Run) -> None:
 def _draw_rms(ax: Axes, run: Run) -> None:
     step, rms, tensors = (run.metrics[name] for name in ("step", "update_rms", "update_clipped_tensors"))
     ax.plot(step, rms, color=ORANGE, lw=0.9, label="highest RMS of a tensor")
-    ax.axhline(1.0, color=ORANGE, ls="--", lw=1, label="above it the tensor's rate is divided")
+    ax.axhline(1.0, color=ORANGE, ls="--", lw=1, label="above 1 its rate is divided")
+    ax.set_ylim(bottom=0, top=1.3 * max(1.0, np.nanmax(rms, initial=0)))  # room for the legend
     ax.set_ylabel("RMS")
     counts = ax.twinx()
     counts.plot(step, tensors, color=PURPLE, lw=0.9, label="tensors with a lower rate")
-    counts.set_ylim(bottom=0)
+    counts.set_ylim(bottom=0, top=1.3 * max(1.0, np.nanmax(tensors, initial=0)))
     counts.set_ylabel("tensors")
     lines = [*ax.lines, *counts.lines]
     counts.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", ncols=3)

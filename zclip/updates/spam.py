@@ -1,8 +1,8 @@
 """SPAM's spike-aware clipping: clip single elements of a gradient that are far above their own second moment."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.optim import Adam, Optimizer
 
 from zclip.apply import optimizer_parameters
 from zclip.arguments import is_number, require
-from zclip.norm import device_of, local_gradient, parameters_of, statistics_dtype, sum_over_ranks
+from zclip.norm import Groups, Shard, device_of, local_gradient, parameters_of, statistics_dtype, sum_over_ranks
 from zclip.updates.base import OptimizerRule, takes_step
 from zclip.updates.pieces import bucket_size
 
@@ -27,7 +27,8 @@ class SPAM(OptimizerRule):
     The optimizer is `torch.optim.AdamW` or `Adam`, and reads v from its state. Of the paper's optimizer this is the
     clipping (Algorithm 1). Its periodic reset of both moments and the warm-up of the rate after each reset are left
     out, and so is its sparse momentum. An element with v = 0 has no past, and is not clipped: neither is any in the
-    first step. A clipped element raises v at once, so a lasting rise is followed within a few steps.
+    first step. In the steps after it v is still small, and more elements are clipped than later. A clipped element
+    raises v at once, so a lasting rise is followed within a few steps.
 
     A strategy that is attached too, such as `ZClip`, acts first, on the norm of the unclipped gradients. So both bounds
     hold afterwards. Gradients are changed in place. Those that a fused step will unscale are compared as it will see
@@ -60,12 +61,12 @@ class SPAM(OptimizerRule):
             zero = torch.zeros((), dtype=statistics_dtype(device), device=device)
             # One sum for the parameters that the same ranks share. Ranks without gradients enter the same collectives.
             owners = {shard.groups: shard for shard in shards}
-            clipped, elements = dict.fromkeys(owners, zero), 0
-            for shard in shards:
-                if shard.parameter.grad is not None:
-                    elements += shard.parameter.numel()
-                    for count in clip_elements(optimizer, shard.parameter, self.theta):
-                        clipped[shard.groups] = clipped[shard.groups] + count.to(zero, non_blocking=True)
+            clipped, scale = dict.fromkeys(owners, zero), getattr(optimizer, "grad_scale", None)
+            with_gradients = [shard for shard in shards if shard.parameter.grad is not None]
+            elements = sum(shard.parameter.numel() for shard in with_gradients)
+            for part in _parts_above_bounds(_parts(optimizer, with_gradients), self.theta, scale):
+                count = clip_elements(part, self.theta, scale).to(zero, non_blocking=True)
+                clipped[part.ranks] = clipped[part.ranks] + count
             total = sum_over_ranks([*owners.values()], torch.stack([*clipped.values()])).sum()
             self._prepare_state(zero, (), ())
             self._observe(total, torch.full_like(zero, elements), takes_step(optimizer, device), process_group)
@@ -83,29 +84,77 @@ class SPAM(OptimizerRule):
         self._record(telemetry, {}, counts=(elements > 0) & steps, finite=finite, clipped=clipped > 0)
 
 
-def clip_elements(optimizer: Any, parameter: Tensor, theta: float) -> Iterator[Tensor]:
-    """Clip this rank's elements of a gradient; yield the numbers of clipped ones in its parts, each 0-dim."""
-    gradient, state = local_gradient(parameter), optimizer.state.get(parameter, {})
-    moment, scale = state.get("exp_avg_sq"), getattr(optimizer, "grad_scale", None)
-    if gradient is None or moment is None:
-        return
-    moment = moment.to_local() if isinstance(moment, DTensor) else moment
-    for part, v in _parts(gradient, moment):
-        wide = torch.promote_types(part.dtype, torch.float32)
-        bound = (v.to(wide) * theta).sqrt_()
-        bound.masked_fill_(bound == 0, math.inf)
-        if scale is not None:
-            bound.mul_(scale.to(bound, non_blocking=True))
-        count = (part.abs() > bound).sum()
-        if not (count.is_cpu and count == 0):
-            part.copy_(part.to(wide).clamp(-bound, bound))
-        yield count
+class Part(NamedTuple):
+    """A part of this rank's shard of a gradient, and its second moment, both as they are in memory."""
+
+    ranks: Groups  # that share the parameter
+    gradient: Tensor
+    moment: Tensor
 
 
-def _parts(gradient: Tensor, moment: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of both that temporaries of their size stay in the cache, if their memory allows."""
-    if not (gradient.is_contiguous() and moment.is_contiguous()):
-        yield gradient, moment
-        return
-    size = bucket_size(gradient)
-    yield from zip(gradient.view(-1).split(size), moment.view(-1).split(size), strict=True)
+def clip_elements(part: Part, theta: float, scale: Tensor | None) -> Tensor:
+    """Clip the elements of a part in place; return the number of clipped ones, 0-dim.
+
+    Args:
+        part: the part.
+        theta: multiple of the second moment that the square of an element may have.
+        scale: 0-dim, by which the optimizer's step will divide the gradient; `None`: it does not.
+    """
+    bound = (wide(part.moment) * theta).sqrt_()
+    bound.masked_fill_(bound == 0, math.inf)
+    if scale is not None:
+        bound.mul_(scale.to(bound, non_blocking=True))
+    count = (part.gradient.abs() > bound).sum()
+    part.gradient.copy_(wide(part.gradient).clamp(-bound, bound))
+    return count
+
+
+def _parts(optimizer: Any, shards: Sequence[Shard]) -> Iterator[Part]:
+    """Yield parts whose temporaries stay in the cache, where memory allows. Parameters without a state have none."""
+    for parameter, ranks in shards:
+        gradient, moment = local_gradient(parameter), optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        if gradient is None or moment is None or not gradient.numel():
+            continue
+        moment = moment.to_local() if isinstance(moment, DTensor) else moment
+        size = bucket_size(gradient)
+        if gradient.numel() <= size or not (gradient.is_contiguous() and moment.is_contiguous()):
+            yield Part(ranks, gradient, moment)
+            continue
+        for row in zip(gradient.view(-1).split(size), moment.view(-1).split(size), strict=True):
+            yield Part(ranks, *row)
+
+
+def _parts_above_bounds(parts: Iterable[Part], theta: float, scale: Tensor | None) -> Iterator[Part]:
+    """Yield the parts with an element that may be above its bound.
+
+    Only values in the CPU's memory are read. Of an accelerator, all parts are yielded.
+    """
+    factor = 1.0 if scale is None else float(scale) ** 2 if scale.is_cpu else math.nan
+    bucket: list[Part] = []
+    elements = 0
+    for part in parts:
+        if not part.gradient.is_cpu:
+            yield part
+            continue
+        if bucket and elements + part.gradient.numel() > bucket_size(part.gradient):
+            yield from _above_bounds(bucket, theta * factor)
+            bucket, elements = [], 0
+        bucket.append(part)
+        elements += part.gradient.numel()
+    yield from _above_bounds(bucket, theta * factor)
+
+
+def _above_bounds(bucket: Sequence[Part], factor: float) -> list[Part]:
+    """Return the parts where g^2 - factor * v is above 0 or NaN."""
+    if not bucket:
+        return []
+    gradients = [wide(part.gradient) for part in bucket]
+    excess = torch._foreach_mul([wide(part.moment) for part in bucket], -factor)
+    torch._foreach_addcmul_(excess, gradients, gradients)
+    highest = torch.stack(list(torch._foreach_max(excess))).tolist()
+    return [part for part, value in zip(bucket, highest, strict=True) if not value <= 0]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
