@@ -150,6 +150,7 @@ class Result(Record):
     clipped_by_max_share: Annotated[float, Field(ge=0, le=1)] | None = None
     update_clipped_share: Annotated[float, Field(ge=0, le=1)] | None = None
     lowest_update_scale: Annotated[float, Field(ge=0, le=1)] | None = None
+    highest_clipped_element_share: Annotated[float, Field(ge=0, le=1)] | None = None
     low_rate_steps: Step | None = None
     low_rate_from: Step | None = None
     tokens_per_second: Number | None

@@ -38,7 +38,7 @@ from zclip import (
     TensorAutoClip,
     ZClip,
 )
-from zclip.updates import update_norm
+from zclip.updates import SPAM, OptimizerRule, StableAdamW, update_norm
 
 Method = Callable[[], object]
 Shapes = Sequence[tuple[int, ...]]
@@ -132,12 +132,17 @@ def calm_methods(model: nn.Module, optimizer: torch.optim.Optimizer, published: 
     def method(strategy: ClippingStrategy) -> Method:
         return lambda: (strategy.step(model, optimizer=optimizer), optimizer.step())
 
+    def with_rule(rule: OptimizerRule) -> Method:
+        return lambda: (get_norm(model), rule.before_step(optimizer, None), optimizer.step())
+
     in_place = ZClip()
     methods: dict[str, Method] = {
         **baselines(model, optimizer, 10 * norm),
         **{name: method(strategy) for name, strategy in calm_strategies(norm).items()},
         "ZClip, in place": lambda: (in_place.step(model), optimizer.step()),
         "norm pass, and the norm of the update": lambda: (get_norm(model), update_norm(optimizer), optimizer.step()),
+        "norm pass, and StableAdamW": with_rule(StableAdamW()),
+        "norm pass, and SPAM": with_rule(SPAM()),
     }
     attached = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ZClip().attach(attached, model)

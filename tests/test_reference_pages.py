@@ -66,9 +66,13 @@ def rule_telemetry() -> set[str]:
     """Return the fields that the rules over updates add to a line of metrics."""
     fields: set[str] = set()
     for made_by in (getattr(updates, name) for name in updates.__all__):
-        if isinstance(made_by, type) and issubclass(made_by, updates.UpdateRule) and made_by is not updates.UpdateRule:
-            rule = made_by()
-            rule.observe(torch.tensor(1.0))
+        bases = (updates.OptimizerRule, updates.UpdateRule)
+        if isinstance(made_by, type) and issubclass(made_by, bases) and made_by not in bases:
+            rule, model = made_by(), nn.Linear(4, 2)
+            optimizer = torch.optim.AdamW(model.parameters())
+            rule.attach(optimizer)
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
             fields |= rule.telemetry.keys()
     return fields
 

@@ -22,7 +22,7 @@ from training.validation.loss import LossValidator
 from training.validation.tasks import TaskEvaluator
 from zclip import ClippingStrategy
 from zclip.integrations.lightning import ClippingCallback
-from zclip.updates import UpdateRule
+from zclip.updates import OptimizerRule
 
 
 @dataclass(eq=False)
@@ -196,7 +196,7 @@ class UpdateRuleCallback(pl.Callback):
     With `reset_state`, the statistics in a checkpoint are not restored: they belong to another rule.
     """
 
-    def __init__(self, rule: UpdateRule, reset_state: bool) -> None:
+    def __init__(self, rule: OptimizerRule, reset_state: bool) -> None:
         self.rule = rule
         self.reset_state = reset_state
 

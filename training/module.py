@@ -18,6 +18,9 @@ from models.hugging_face import load
 from training.config.schema import Config
 from training.validation.loss import ValidationSet
 
+#: Settings that `torch.optim.AdamW` takes.
+ADAMW_SETTINGS = {"betas", "eps", "weight_decay", "fused", "amsgrad"}
+
 
 class PretrainingModule(pl.LightningModule):
     """Next-token prediction with a LLaMA, which is on the meta device until Lightning configures it.
@@ -33,7 +36,7 @@ class PretrainingModule(pl.LightningModule):
             self.model = Llama(config.model.llama)
         self.config = config
         self.fresh = fresh
-        self.adamw: dict[str, Any] = config.optim.model_dump(include={"betas", "eps", "weight_decay", "fused"})
+        self.adamw: dict[str, Any] = config.optim.model_dump(include=ADAMW_SETTINGS)
         self.warmup_steps = round(config.optim.warmup_fraction * config.trainer.max_steps)
         self.test_loss = math.nan
 

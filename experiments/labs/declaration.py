@@ -137,6 +137,9 @@ ADAM_LAG = SpikeLab(
         REPLAYED,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
+        Arm("AMSGrad", ("clip=none", "optim.amsgrad=true"), is_control=True),
+        Arm("StableAdamW", ("clip=none", "update=stable_adamw"), is_control=True),
+        Arm("SPAM", ("clip=none", "update=spam"), is_control=True),
         Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),
         Arm("half the rate", ("clip=none", "lr=5e-3"), is_control=True),
         Arm(

@@ -26,14 +26,17 @@ def plot_run(run: Run) -> Path:
 def draw_run(run: Run) -> Figure:
     """Return the figure: loss, norms on a log axis, z-score (or clip coefficient), over the steps.
 
-    If the norm of the optimizer's update was recorded, it has a panel too, with the scale of the learning rate.
+    What a rule over updates measured has a panel too: the norm of the update with the scale of the learning rate,
+    StableAdamW's highest RMS, or the share of elements that SPAM clipped.
 
     Raises:
         ValueError: the metrics, perhaps of another version, lack one of these.
     """
     if "clipped_norm" not in run.metrics:
         raise ValueError("metrics.jsonl has no clipped_norm")
-    panels = [_draw_loss, _draw_norm, _draw_z_score, *([_draw_update] if "update_norm" in run.metrics else [])]
+    updates = {"update_norm": _draw_update, "update_rms": _draw_rms, "clipped_element_share": _draw_elements}
+    drawn = [draw for name, draw in updates.items() if name in run.metrics]
+    panels = [_draw_loss, _draw_norm, _draw_z_score, *drawn]
     figure, axes = plt.subplots(len(panels), 1, figsize=(9, 1 + 2.5 * len(panels)), sharex=True)
     for ax, draw in zip(axes, panels, strict=True):
         draw(ax, run)
@@ -133,3 +136,23 @@ def _draw_update(ax: Axes, run: Run) -> None:
     rate.set_ylabel("scale")
     lines = [*ax.lines, *rate.lines]
     rate.legend(lines, [str(line.get_label()) for line in lines], loc="lower left", ncols=3)
+
+
+def _draw_rms(ax: Axes, run: Run) -> None:
+    step, rms, tensors = (run.metrics[name] for name in ("step", "update_rms", "update_clipped_tensors"))
+    ax.plot(step, rms, color=ORANGE, lw=0.9, label="highest RMS of a tensor")
+    ax.axhline(1.0, color=ORANGE, ls="--", lw=1, label="above 1 its rate is divided")
+    ax.set_ylim(bottom=0, top=1.3 * max(1.0, np.nanmax(rms, initial=0)))  # room for the legend
+    ax.set_ylabel("RMS")
+    counts = ax.twinx()
+    counts.plot(step, tensors, color=PURPLE, lw=0.9, label="tensors with a lower rate")
+    counts.set_ylim(bottom=0, top=1.3 * max(1.0, np.nanmax(tensors, initial=0)))
+    counts.set_ylabel("tensors")
+    lines = [*ax.lines, *counts.lines]
+    counts.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", ncols=3)
+
+
+def _draw_elements(ax: Axes, run: Run) -> None:
+    step, share = run.metrics["step"], run.metrics["clipped_element_share"]
+    ax.plot(step, 100 * share, color=ORANGE, lw=0.9)
+    ax.set_ylabel("clipped elements (%)")

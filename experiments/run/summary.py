@@ -38,9 +38,11 @@ def summarise(run: Run) -> dict[str, Any]:
         clipped_by_z: number of ZClip's spikes; `None` for other strategies.
         clipped_by_max_share: fraction of steps that `clip.max_grad_norm` clipped further than the rule; `None` without
             this bound.
-        update_clipped_share: fraction of steps on which a rule over updates acted; `None` without a rule, as the next.
-        lowest_update_scale: lowest factor on the learning rate.
-        low_rate_steps, low_rate_from: number of steps with a factor below 0.5, and the first of them; `None` for none.
+        update_clipped_share: fraction of steps on which a rule over updates acted; `None` without a rule.
+        lowest_update_scale: lowest factor on the learning rate, or on that of a tensor; `None` without factors.
+        highest_clipped_element_share: highest fraction of elements that SPAM clipped in a step; `None` without it.
+        low_rate_steps, low_rate_from: number of steps with a factor below 0.5 on all rates, and the first of them;
+            `None` for none.
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
             `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
             are `None` if the times were lost with the file.
@@ -86,13 +88,16 @@ def _bound_share(run: Run) -> float | None:
 
 def _updates(metrics: Mapping[str, np.ndarray]) -> dict[str, float | int | None]:
     """Return what a rule over updates did; see `summarise`."""
-    scale = metrics.get("update_scale", np.array([]))
-    known = scale[np.isfinite(scale)]
+    missing = np.array([])
+    scale = metrics.get("update_scale", missing)
+    scales, elements = metrics.get("lowest_update_scale", scale), metrics.get("clipped_element_share", missing)
     low = np.flatnonzero(scale < LOW_RATE)
+    acted = bool(np.isfinite(scales).any() or np.isfinite(elements).any())
     return {
-        "update_clipped_share": float(np.mean(metrics["update_clipped"] == 1)) if len(known) else None,
-        "lowest_update_scale": float(known.min()) if len(known) else None,
-        "low_rate_steps": len(low) if len(known) else None,
+        "update_clipped_share": float(np.mean(metrics["update_clipped"] == 1)) if acted else None,
+        "lowest_update_scale": float(np.nanmin(scales)) if np.isfinite(scales).any() else None,
+        "highest_clipped_element_share": _max(elements),
+        "low_rate_steps": len(low) if np.isfinite(scale).any() else None,
         "low_rate_from": int(metrics["step"][low[0]]) if len(low) else None,
     }
 
@@ -171,6 +176,13 @@ def _update_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return a row on what a rule over updates did, if there was one."""
     if (share := result.get("update_clipped_share")) is None:
         return []
+    if (elements := result.get("highest_clipped_element_share")) is not None:
+        return [("elements clipped", f"{share:.1%}", f"of steps; at most {elements:.2%} of the elements in one")]
+    if result.get("low_rate_steps") is None:
+        lowest = result["lowest_update_scale"]
+        return [
+            ("updates clipped", f"{share:.1%}", f"of steps; the lowest factor on the rate of a tensor was {lowest:.2f}")
+        ]
     what = f"of steps; the rate was never below {LOW_RATE:g} of the schedule"
     if low := result.get("low_rate_steps"):
         steps = f"{low:,} step{'s' * (low > 1)} from step {result['low_rate_from']:,}"

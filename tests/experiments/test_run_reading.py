@@ -117,6 +117,30 @@ def test_summary_says_what_a_rule_over_updates_did(tmp_path):
         assert " ".join(text) == words
 
 
+def test_summary_says_what_a_rule_over_tensors_or_elements_did(tmp_path):
+    scales, shares = [None, 1.0, 0.4, 0.3, 1.0], [None, 0.0, 0.02, 0.001, 0.0]
+    tensors = [{"update_rms": s and 1 / s, "lowest_update_scale": s, "update_clipped_tensors": 2.0} for s in scales]
+    elements = [{"clipped_element_share": share} for share in shares]
+    keys = ("update_clipped_share", "lowest_update_scale", "highest_clipped_element_share", "low_rate_steps")
+    for name, columns, expected, words in (
+        (
+            "tensors",
+            tensors,
+            [0.4, 0.3, None, None],
+            "40.0% of steps; the lowest factor on the rate of a tensor was 0.30",
+        ),
+        ("elements", elements, [0.4, None, 0.02, None], "40.0% of steps; at most 2.00% of the elements in one"),
+    ):
+        rows = [row(i + 1, 1.0, 0.0) | c | {"update_clipped": float(i in (2, 3))} for i, c in enumerate(columns)]
+        run = write_run(tmp_path / name, rows)
+        summary = summarise(run)
+        assert [summary[key] for key in keys] == expected
+        ((_, *text),) = _update_rows(summary)
+        assert " ".join(text) == words
+        labels = [ax.get_ylabel() for ax in draw_run(run).axes]
+        assert (labels[3:] == ["RMS", "tensors"]) if name == "tensors" else (labels[3:] == ["clipped elements (%)"])
+
+
 def test_summary_counts_corrupted_batches_and_no_spikes_of_them(tmp_path):
     rows = [row(step, 9.0 if step in (60, 70) else 1.0 + step % 2 / 10, None) for step in range(1, 81)]
     rows[3] |= {"saving_seconds": 2.0, "peak_memory_gib": 3.0}

@@ -98,7 +98,7 @@ def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatc
     bench_clip.main({"params": 1e5, "tensors": 4, "device": "cpu", "published": str(tmp_path)})
     out = capsys.readouterr().out
     assert re.search(r"│ norm pass \(the floor\) +│ +1000.0 │ +1.000 │ +0.500 │", out), out
-    assert re.search(r"│ published zclip +│ +18000.0 │ +18.000 │ +9.000 │", out), out
+    assert re.search(r"│ published zclip +│ +20000.0 │ +20.000 │ +10.000 │", out), out
     model = torch.nn.Linear(2, 2)
     model(torch.ones(2)).sum().backward()
     step = bench_clip.published_step(str(tmp_path), model)
@@ -114,7 +114,7 @@ def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"│ ([\w ,()-]+?) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", done.stdout)
     names = [row[0] for row in rows]
-    assert len(names) == 2 * (17 + 8) and names[:2] == names[17:19] == ["norm pass (the floor)", "clip_grad_norm_"]
+    assert len(names) == 2 * (19 + 8) and names[:2] == names[19:21] == ["norm pass (the floor)", "clip_grad_norm_"]
     assert {"ZClip", "AdaGC", "ZClip, attached", "GradientStabilizer", "one coefficient, fused"} < {*names}
     assert (
         rows[0][2] == rows[1][3] == "1.000"

@@ -37,10 +37,11 @@ def peak_bytes(config: Config) -> int:
                     setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, device="cpu")))
             if trainer.sharded:
                 parallel.apply_fsdp(model, mesh, torch.bfloat16)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True, amsgrad=config.optim.amsgrad)
+            moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if config.optim.amsgrad else ()))
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
-                optimizer.state[parameter] = {n: torch.empty_like(parameter) for n in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {n: torch.empty_like(parameter) for n in moments}
             if trainer.sharded:
                 tracker = FSDPMemTracker(model, optimizer)
             else:

@@ -30,6 +30,14 @@ def test_optimizer_is_that_of_table_1(module):
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in module.parameters())
 
 
+def test_amsgrad_is_a_setting_of_the_optimizer():
+    for value in (False, True):
+        config = compose_config("model=pico", f"optim.amsgrad={str(value).lower()}")
+        module = PretrainingModule(config, fresh=True)
+        (group,) = module.configure_optimizers()["optimizer"].param_groups
+        assert group["amsgrad"] is value
+
+
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_a_tenth(module):
     factor = module.lr_factor
     assert module.warmup_steps == 40

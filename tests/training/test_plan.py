@@ -69,6 +69,8 @@ def test_plan_of_the_papers_run():
     assert tokens == pytest.approx(49.9e9, rel=1e-2)
     assert sharded.flops / tokens == pytest.approx(6.43e9, rel=1e-3)
     assert sharded.memory["weights"] == 4 * 1_071_712_256 / 8 and sharded.memory["optimizer"] == 8 * 1_071_712_256 / 8
+    amsgrad = plan(config.model_copy(update={"optim": config.optim.model_copy(update={"amsgrad": True})}))
+    assert amsgrad.memory == sharded.memory | {"optimizer": 12 * 1_071_712_256 / 8}
     assert sharded.hours(8, PEAK_FLOPS["H100"], 0.4) == pytest.approx(28.2, abs=0.1)
     unsharded = plan(compose_config("model=1b", "plan=true"))
     assert unsharded.memory["gradients"] == unsharded.memory["weights"] == 4 * 1_071_712_256

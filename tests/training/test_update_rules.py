@@ -12,7 +12,18 @@ from rich.console import Console
 from common.errors import UserError
 from common.files import remove
 from common.settings import parse
-from tests.helpers import FSDP, Once, compose_config, copy_run, final_state, only_run, read_jsonl, same, train_to_end
+from tests.helpers import (
+    FSDP,
+    SLOW,
+    Once,
+    compose_config,
+    copy_run,
+    final_state,
+    only_run,
+    read_jsonl,
+    same,
+    train_to_end,
+)
 from training.checkpoint.state import find_problem
 from training.config.identity import differences, identity, run_name
 from training.config.schema import Config
@@ -120,6 +131,51 @@ def test_run_with_a_brake_resumes_to_the_same_bits(braked_run, tiny, run_in_proc
     assert rows == others and loss == other_loss
     assert same(whole["state_dict"], resumed["state_dict"]) and same(whole["callbacks"], resumed["callbacks"])
     assert same(whole["optimizer_states"], resumed["optimizer_states"])
+
+
+#: Rules over tensors and elements, so that they act in the 40 steps of a tiny run, and their columns.
+OTHERS = {
+    "stable_adamw": (
+        ("update=stable_adamw", "optim.amsgrad=true", "optim.betas=[0.9,0.9]"),
+        {"update_rms", "lowest_update_scale", "update_clipped", "update_clipped_tensors"},
+    ),
+    "spam": (("update=spam", "update.theta=50"), {"clipped_element_share", "update_clipped"}),
+}
+
+
+@pytest.mark.parametrize("name", ["stable_adamw", SLOW("spam")])
+def test_run_with_a_rule_over_tensors_or_elements_resumes_to_the_same_bits(name, tiny, run_in_process, tmp_path):
+    rule, columns = OTHERS[name]
+    settings = (*tiny, *rule, "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    (tmp_path / "whole").mkdir()
+    assert "clipped" in train_to_end(*settings, cwd=tmp_path / "whole")
+    run = only_run(tmp_path / "whole")
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert all(columns <= row.keys() for row in rows) and (run / "plots" / "run.png").exists()
+    assert sum(row["update_clipped"] for row in rows[:24]) > 0 and sum(row["update_clipped"] for row in rows[24:]) > 0
+    interrupted(run, tmp_path, 24)
+    _, output = run_in_process(*settings)
+    assert "after step 24 of 40" in output
+    (whole, lines, loss), (resumed, others, other_loss) = map(final_state, (tmp_path / "whole", tmp_path))
+    assert lines == others and loss == other_loss
+    assert same(whole["state_dict"], resumed["state_dict"]) and same(whole["callbacks"], resumed["callbacks"])
+    assert same(whole["optimizer_states"], resumed["optimizer_states"])
+    (group,) = whole["optimizer_states"][0]["param_groups"]
+    assert len(group["params"]) == len(whole["optimizer_states"][0]["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_sharded_run_acts_on_tensors_and_elements_as_one_process_does(name, tiny, tmp_path):
+    rule, columns = OTHERS[name]
+    for folder, settings, processes in (("one", (), 1), ("two", FSDP, 2)):
+        (tmp_path / folder).mkdir()
+        train_to_end(*tiny, *rule, *settings, cwd=tmp_path / folder, processes=processes)
+    rows, others = (read_jsonl(only_run(tmp_path / folder) / "metrics.jsonl") for folder in ("one", "two"))
+    for key in ("loss", *columns - {"update_clipped_tensors", "clipped_element_share"}):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in others], rel=1e-3), key
+    for key in columns & {"update_clipped_tensors", "clipped_element_share"}:
+        assert sum(row[key] for row in rows) == pytest.approx(sum(row[key] for row in others), rel=0.02), key
 
 
 def test_checkpoints_have_the_rate_of_the_schedule_and_the_state_of_the_rule(braked_run):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.zclip.every_strategy import SHORT
 from zclip import ClippingStrategy, ZClip
-from zclip.updates import UpdateBrake, UpdateClip, UpdateMonitor
+from zclip.updates import SPAM, StableAdamW, UpdateBrake, UpdateClip, UpdateMonitor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -68,9 +68,16 @@ def test_states_of_the_device_load_there_and_on_the_cpu(make):
     strategy.change()  # checks the statistics where they are
 
 
-@pytest.mark.parametrize(
-    "make", [UpdateMonitor, lambda: UpdateClip(0.2, 8), lambda: UpdateBrake(margin=1.01, sigmas=0)]
-)
+RULES = [
+    UpdateMonitor,
+    lambda: UpdateClip(0.2, 8),
+    lambda: UpdateBrake(1.01, sigmas=0),
+    StableAdamW,
+    lambda: SPAM(20.0),
+]
+
+
+@pytest.mark.parametrize("make", RULES)
 def test_no_step_with_a_rule_over_updates_waits_and_scales_match_the_cpu(make):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))
@@ -92,7 +99,7 @@ def test_no_step_with_a_rule_over_updates_waits_and_scales_match_the_cpu(make):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert optimizer.param_groups[0]["lr"] == 0.01
-            seen.append((rule.telemetry["update_norm"], rule.telemetry["update_scale"]))
+            seen.append([*rule.telemetry.values()][:2])
         scales[device] = torch.tensor([[float(value) for value in pair] for pair in seen])
         scales[f"{device} weights"] = torch.cat([p.detach().cpu().flatten() for p in moved.parameters()])
     torch.testing.assert_close(scales["cuda"], scales["cpu"], rtol=1e-4, atol=1e-6)

@@ -112,6 +112,10 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
             f"{old.trainer.strategy} are {'' if old.trainer.sharded else 'not '}sharded"
         )
+    if old.optim.amsgrad != config.optim.amsgrad:
+        raise impossible(
+            f" with optim.amsgrad={shown(config.optim.amsgrad)}: that run has optim.amsgrad={shown(old.optim.amsgrad)}"
+        )
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
     clipping, old_clipping = flatten(requested["clip"]), flatten(saved["clip"])

@@ -6,7 +6,7 @@ clipper's statistics, and the position in the data.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ KEYS = (
 COUNTS = {"ready", "started", "processed", "completed"}
 
 #: Settings of the optimizer that every run has from its configuration, whatever its checkpoint says.
-CONFIGURED = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay", "fused"}
+CONFIGURED = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay", "fused", "amsgrad"}
 
 
 def find_problem(checkpoint: Path) -> str | None:
@@ -67,7 +67,8 @@ def check_state(checkpoint: Path) -> None:
         _check_tensors({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, specs, "state_dict")
     with _part("its optimizer"):
         (group,) = load_param_groups(checkpoint, header)
-        _check_optimizer(group, model, specs, checkpoint.is_dir())
+        moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if config.optim.amsgrad else ()))
+        _check_optimizer(group, model, specs, checkpoint.is_dir(), moments)
     with _part("its schedule"):
         _check_schedule(header["lr_schedulers"], step)
     with _part("its loops"):
@@ -133,7 +134,9 @@ def _check_tensors(expected: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
         _require(found[name] == like, f"{name} is {found[name]}, not {like}")
 
 
-def _check_optimizer(group: Mapping[str, Any], model: Llama, specs: Mapping[str, TensorSpec], sharded: bool) -> None:
+def _check_optimizer(
+    group: Mapping[str, Any], model: Llama, specs: Mapping[str, TensorSpec], sharded: bool, moments: Sequence[str]
+) -> None:
     """Raise `ValueError` unless a group of parameters has all of the model's, with AdamW's settings and state."""
     parameters = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     keys: list[Any] = list(parameters) if sharded else list(range(len(parameters)))
@@ -144,7 +147,7 @@ def _check_optimizer(group: Mapping[str, Any], model: Llama, specs: Mapping[str,
     expected: dict[str, torch.Tensor] = {}
     for key, parameter in zip(keys, parameters.values(), strict=True):
         expected[f"{key}.step"] = torch.zeros((), device="meta")
-        expected |= {f"{key}.{name}": parameter.detach() for name in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{key}.{name}": parameter.detach() for name in moments}
     _check_tensors(expected, specs, "optimizer_0.state")
 
 

@@ -23,7 +23,10 @@ CHECKPOINTS = {"checkpoint_every", "keep_last", "keep_every", "async_save"}
 TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_every", "nodes", "devices"}
 
 #: Settings added after runs had names, by dotted key, with their defaults: with the default, a run is named as before.
-ADDED: dict[str, Any] = {"update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True)}
+ADDED: dict[str, Any] = {
+    "update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True),
+    "optim.amsgrad": False,
+}
 
 
 def is_place(key: str) -> bool:

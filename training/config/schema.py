@@ -56,7 +56,7 @@ class UpdateConfig(Settings):
     target: Annotated[str | None, Allowed("a class, as zclip.updates.UpdateClip, or null")] = Field(
         None, alias="_target_"
     )
-    """Import path of a subclass of `zclip.updates.UpdateRule`; null: no rule."""
+    """Import path of a subclass of `zclip.updates.OptimizerRule`; null: no rule."""
     name: FolderName = "none"
     """Name of the rule in the run's name, tables and figures."""
 
@@ -83,6 +83,8 @@ class OptimConfig(Settings):
     """Decoupled weight decay, applied to every parameter."""
     fused: Flag
     """Whether the optimizer runs as one fused kernel, into which clipping is folded."""
+    amsgrad: Flag = False
+    """Whether updates are divided by the maximum of the second moments so far (AMSGrad); 4 more bytes a parameter."""
     warmup_fraction: Fraction
     """Share of the steps over which the learning rate rises linearly from 0."""
     final_lr_fraction: Fraction

@@ -7,9 +7,9 @@ from typing import Any, TypeVar, Unpack, get_args, get_origin
 from common.errors import ConfigError, UserError, prefix_errors
 from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
-from zclip.updates import UpdateRule
+from zclip.updates import OptimizerRule
 
-T = TypeVar("T", bound=ClippingStrategy | UpdateRule)
+T = TypeVar("T", bound=ClippingStrategy | OptimizerRule)
 
 
 def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
@@ -17,7 +17,7 @@ def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
     return _made("clip", strategy_class(clip), clip.arguments)
 
 
-def update_rule(update: UpdateConfig) -> UpdateRule | None:
+def update_rule(update: UpdateConfig) -> OptimizerRule | None:
     """Return a new rule over updates, `None` without one; raise `UserError` if it or an argument is not possible."""
     if update.target is not None:
         return _made("update", rule_class(update.target), update.arguments)
@@ -36,9 +36,9 @@ def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
     return _found("clip", clip.target, ClippingStrategy, "a subclass of zclip.ClippingStrategy")
 
 
-def rule_class(target: str) -> type[UpdateRule]:
+def rule_class(target: str) -> type[OptimizerRule]:
     """Return the class that `update._target_` names; raise `ConfigError` if there is none, or it is no rule."""
-    return _found("update", target, UpdateRule, "a subclass of zclip.updates.UpdateRule")
+    return _found("update", target, OptimizerRule, "a subclass of zclip.updates.OptimizerRule")
 
 
 def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:

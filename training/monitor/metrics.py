@@ -33,7 +33,7 @@ from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
 from training.runtime.hardware import flops_per_token, peak_flops, peak_memory, reset_peak_memory
 from zclip import ClippingStrategy
-from zclip.updates import UpdateRule
+from zclip.updates import OptimizerRule
 
 #: The numbers of a step by name: a line of metrics.jsonl, or the results of an evaluation.
 Row = Mapping[str, float | None]
@@ -59,7 +59,7 @@ class MetricsRecorder:
     strategy: ClippingStrategy
     listeners: Sequence[Listener]  # called on rank 0 with each line, after it is written
     console: Console
-    rule: UpdateRule | None = None
+    rule: OptimizerRule | None = None
 
     def __post_init__(self) -> None:
         self.tokens_per_step = self.config.trainer.global_batch_size * self.config.data.sequence_length

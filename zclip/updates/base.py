@@ -1,24 +1,25 @@
-"""Base class of rules over the update of an optimizer: what `u` is in `p <- p - lr * u`.
+"""Base classes of rules over the update of an optimizer: what `u` is in `p <- p - lr * u`.
 
-A rule is attached to an optimizer. Before each step it measures the norm of the update (`zclip.updates.norm`) and
-decides on a scale, by which the step's learning rate is multiplied. After the step the rate is what it was.
+A rule is attached to an optimizer and acts before each of its steps, once the gradients are clipped. An `UpdateRule`
+measures the norm of the update (`zclip.updates.norm`) and decides on a scale, by which the step's learning rate is
+multiplied (`zclip.updates.rates`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from zclip.apply import unwrap
-from zclip.attach import StepHook, move_last
 from zclip.decision import State
 from zclip.norm import scalar, statistics_dtype
 from zclip.state import Statistics, where_finite
 from zclip.updates.norm import check_optimizer, update_norm
+from zclip.updates.rates import RateHook
 
 
 class UpdateDecision(NamedTuple):
@@ -39,53 +40,48 @@ class UpdateDecision(NamedTuple):
     telemetry: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class UpdateRule(Statistics):
-    """Base of rules over the norm of an optimizer's update, such as Adam's `m / (sqrt(v) + eps)`.
+class OptimizerRule(Statistics):
+    """Base of everything that acts on each step of one optimizer, after every strategy has clipped its gradients.
 
-    A subclass implements `decide`, and `initial_state` if it has statistics. It keeps the arguments of its `__init__`
-    as attributes of the same names. The rule goes together with any `ClippingStrategy`, attached or called, which
-    always acts first: the rule sees the update of the clipped gradients.
+    A subclass implements `before_step`. It keeps the arguments of its `__init__` as attributes of the same names. The
+    rule goes together with any `ClippingStrategy`, attached or called, which always acts first.
 
-    The scale multiplies the learning rate of all parameter groups for one step. Decoupled weight decay is scaled with
-    it, as by a schedule in torch; an L2 penalty is a part of the update. Between the steps the groups have their own
-    rates, so schedulers and saved optimizer states never see the scale. If a step raises, the rates are restored before
-    the next one, before the optimizer's state is saved, and by `detach`; a scheduler must not step before that. A
-    pre-hook of the optimizer that sets rates must be registered before the rule is attached.
-
-    On a CPU a scale of 1 leaves the rate untouched. On an accelerator nothing waits for the device if the optimizer is
-    fused or capturable: the rate of the step is then a float32 tensor. For other optimizers each step waits once.
-
-    A step that a GradScaler or a strategy skips, one without gradients, and a norm of NaN or infinity change no
-    statistics, and the rate stays as it is.
+    Between the steps the groups have their own rates, so schedulers and saved optimizer states never see a scale. If a
+    step raises, the rates are restored before the next one, before the optimizer's state is saved, and by `detach`; a
+    scheduler must not step before that. A pre-hook of the optimizer that sets rates must be registered before the rule
+    is attached.
 
     `telemetry` holds 0-dim tensors of the last step, and `read_telemetry` returns them as floats. They are NaN (or
     false) on a step that changes no statistics.
-
-    - `update_norm`: the norm of the update before scaling.
-    - `update_scale`: the factor on the learning rate.
-    - `update_clipped`: whether the rule acted on this step.
-    - `update_bound`: the upper bound on the norm of the scaled update; `inf` without one.
     """
+
+    #: Optimizers whose steps the rule knows: classes of `torch.optim`.
+    optimizers: tuple[type[Optimizer], ...] = (Adam, SGD)
 
     def __init__(self) -> None:
         super().__init__()
-        self._hook: _RuleHook | None = None
+        self._hook: RateHook | None = None
 
-    def decide(self, norm: Tensor, state: State) -> UpdateDecision:
-        """Return the scale of this step, and the statistics after it.
+    def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
+        """Act on the step that an optimizer is about to take; it may change the gradients in place.
 
         Args:
-            norm: 0-dim float tensor, norm of the update, finite and above 0.
-            state: statistics before this step; must not be changed in place.
+            optimizer: the optimizer, whose gradients are those of the step. A fused one divides them by its
+                `grad_scale`, if it is set, and skips the step where its `found_inf` is not 0.
+            process_group: ranks that hold other parameters of the same model, such as pipeline stages.
+
+        Returns:
+            The factors on the learning rates of this step: 0-dim for all parameters, or (n,) for each of them in the
+            order of the groups; `None`: the rates stay as they are.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement decide(norm, state)")
+        raise NotImplementedError(f"{type(self).__name__} must implement before_step(optimizer, process_group)")
 
     def attach(self, optimizer: Any, process_group: dist.ProcessGroup | None = None) -> None:
         """Act on every step of an optimizer, whatever loop calls it, until `detach`.
 
         Args:
-            optimizer: `torch.optim.Adam`, `AdamW` or `SGD`; wrappers of Accelerate and Lightning are unwrapped. Each of
-                several optimizers needs a rule of its own.
+            optimizer: one of `optimizers`; wrappers of Accelerate and Lightning are unwrapped. Each of several
+                optimizers needs a rule of its own.
             process_group: ranks that hold other parameters of the same model, such as pipeline stages. Default: none.
 
         Raises:
@@ -96,19 +92,81 @@ class UpdateRule(Statistics):
         if self._hook is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         inner = unwrap(optimizer)
-        check_optimizer(inner)
-
-        def scale_of(optimizer: Optimizer) -> Tensor | None:
-            found_inf = getattr(optimizer, "found_inf", None)
-            return self._update(update_norm(optimizer, process_group=process_group), found_inf)
-
-        self._hook = _RuleHook(inner, scale_of)
+        check_optimizer(inner, self.optimizers)
+        self._hook = RateHook(inner, lambda stepping: self.before_step(stepping, process_group))
 
     def detach(self) -> None:
         """End what `attach` began; nothing happens if this rule is not attached."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def _record(
+        self, telemetry: Mapping[str, Tensor], state: State, *, counts: Tensor, finite: Tensor, clipped: Tensor
+    ) -> None:
+        """Replace the statistics and the telemetry of the last step, where it counts.
+
+        Args:
+            telemetry: 0-dim tensors; the first has the dtype of statistics.
+            state: statistics after this step.
+            counts: 0-dim bool, whether the step changes statistics.
+            finite: 0-dim bool, whether the gradients are finite.
+            clipped: 0-dim bool, whether the rule acts on this step.
+        """
+        dtype = next(iter(telemetry.values())).dtype
+        values = {key: where_finite(counts, value, dtype) for key, value in telemetry.items()}
+        self._advance(state, kept=counts, finite=finite, clipped=clipped)
+        self.telemetry = values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what belongs to an optimizer of this process."""
+        return {**self.__dict__, "_hook": None}
+
+
+def takes_step(optimizer: Optimizer, device: torch.device) -> Tensor:
+    """Return whether an optimizer will take its step, 0-dim bool: a GradScaler or a strategy may make it skip."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return found_inf.to(device, non_blocking=True).reshape(()) == 0
+
+
+class UpdateRule(OptimizerRule):
+    """Base of rules over the norm of an optimizer's update, such as Adam's `m / (sqrt(v) + eps)`.
+
+    A subclass implements `decide`, and `initial_state` if it has statistics. See `OptimizerRule` for what all rules
+    have in common. The rule sees the update of the clipped gradients.
+
+    The scale multiplies the learning rate of all parameter groups for one step. Decoupled weight decay is scaled with
+    it, as by a schedule in torch; an L2 penalty is a part of the update.
+
+    On a CPU a scale of 1 leaves the rate untouched. On an accelerator nothing waits for the device if the optimizer is
+    fused or capturable: the rate of the step is then a float32 tensor. For other optimizers each step waits once.
+
+    A step that a GradScaler or a strategy skips, one without gradients, and a norm of NaN or infinity change no
+    statistics, and the rate stays as it is.
+
+    Telemetry:
+
+    - `update_norm`: the norm of the update before scaling.
+    - `update_scale`: the factor on the learning rate.
+    - `update_clipped`: whether the rule acted on this step.
+    - `update_bound`: the upper bound on the norm of the scaled update; `inf` without one.
+    """
+
+    def decide(self, norm: Tensor, state: State) -> UpdateDecision:
+        """Return the scale of this step, and the statistics after it.
+
+        Args:
+            norm: 0-dim float tensor, norm of the update, finite and above 0.
+            state: statistics before this step; must not be changed in place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement decide(norm, state)")
+
+    def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
+        """Measure the update, and return the scale."""
+        norm = update_norm(optimizer, process_group=process_group)
+        return self._update(norm, takes_step(optimizer, norm.device))
 
     def observe(self, norm: Tensor) -> Tensor:
         """Update the statistics with one norm, without an optimizer, and return the scale for that step.
@@ -123,16 +181,15 @@ class UpdateRule(Statistics):
             TypeError: the norm is not a tensor of one real number.
         """
         norm = scalar("norm", norm)
-        scale = self._update(norm.to(statistics_dtype(norm.device)))
+        norm = norm.to(statistics_dtype(norm.device))
+        scale = self._update(norm, torch.ones_like(norm, dtype=torch.bool))
         return torch.ones_like(self.telemetry["update_norm"]) if scale is None else scale
 
-    def _update(self, norm: Tensor, found_inf: Tensor | None = None) -> Tensor | None:
+    def _update(self, norm: Tensor, steps: Tensor) -> Tensor | None:
         """Update statistics and telemetry; return the scale, 1 where the step does not count."""
         with torch.no_grad():
             finite = torch.isfinite(norm.square())
-            counts = finite & (norm > 0)
-            if found_inf is not None:
-                counts &= found_inf.to(norm.device, non_blocking=True).reshape(()) == 0
+            counts = finite & (norm > 0) & steps
             self._prepare_state(norm, (), ())
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
             self._check(decision)
@@ -144,9 +201,7 @@ class UpdateRule(Statistics):
                 "update_bound": decision.bound,
                 **decision.telemetry,
             }
-            telemetry = {key: where_finite(counts, value, norm.dtype) for key, value in telemetry.items()}
-            self._advance(decision.state, kept=counts, finite=finite, clipped=decision.clipped)
-            self.telemetry = telemetry
+            self._record(telemetry, decision.state, counts=counts, finite=finite, clipped=decision.clipped)
             return None if decision.scale is None else torch.where(counts, scale, 1.0)
 
     def _check(self, decision: Any) -> None:
@@ -159,65 +214,3 @@ class UpdateRule(Statistics):
         for key, value in values.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}.decide must return tensors: {key} is {value!r}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what belongs to an optimizer of this process."""
-        return {**self.__dict__, "_hook": None}
-
-
-class _RuleHook(StepHook):
-    """Multiplies the learning rates of an optimizer by a scale for one step, after every strategy has clipped."""
-
-    kind = "a rule over updates"
-    last = True
-
-    def __init__(self, optimizer: Optimizer, scale_of: Callable[[Optimizer], Tensor | None]) -> None:
-        rates: list[tuple[dict[str, Any], Any, Any]] = []  # groups, with their rates before and in the step
-
-        def restore(*_: Any) -> None:
-            for group, before, scaled in rates:
-                if group["lr"] is scaled:  # nobody else has set it since
-                    group["lr"] = before
-            rates.clear()
-
-        def act(inner: Optimizer, loss: Tensor | None) -> None:
-            restore()  # after a step that has raised
-            scale = scale_of(inner)
-            if scale is None or (scale.device.type == "cpu" and scale == 1):
-                return
-            for group in inner.param_groups:
-                rates.append((group, group["lr"], scaled_rate(group, scale)))
-                group["lr"] = rates[-1][2]
-
-        def after_step(inner: Optimizer, *_: Any) -> None:
-            restore()
-            move_last(inner)  # behind hooks that were registered since
-
-        super().__init__(optimizer, act)
-        self.restore = restore
-        self._others = [
-            optimizer.register_step_post_hook(after_step),
-            optimizer.register_state_dict_pre_hook(restore),
-        ]
-        post_hooks: Any = optimizer._optimizer_step_post_hooks
-        post_hooks.move_to_end(self._others[0].id, last=False)  # a scheduler in another hook must not see the scale
-
-    def remove(self) -> None:
-        """Remove the hooks, and restore the rates."""
-        super().remove()
-        self.restore()
-        for hook in self._others:
-            hook.remove()
-
-
-def scaled_rate(group: Mapping[str, Any], scale: Tensor) -> float | Tensor:
-    """Return a parameter group's learning rate times a scale, in the form that its optimizer takes.
-
-    A fused or capturable optimizer on an accelerator takes a tensor. Otherwise the scale is read, which waits for the
-    device of `scale`.
-    """
-    rate = group["lr"]
-    on_device = scale.device.type != "cpu" and (group.get("fused") or group.get("capturable"))
-    if on_device:
-        return (rate * scale).to(torch.float32)
-    return rate * scale.to(rate) if isinstance(rate, Tensor) else rate * float(scale)

@@ -2,16 +2,15 @@
 
 An optimizer's step is `p <- p - lr * u`, decoupled weight decay aside, and `u` is its update. Nothing is changed, and
 nothing waits for the device. Adam's rule is not written here a second time: torch's own kernel takes the step, on
-copies of the state. At most `BUCKET` elements are copied at a time, so that the copies stay in the cache.
+copies of the state.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, Optimizer
 
 from zclip.apply import optimizer_parameters, unwrap
@@ -20,28 +19,12 @@ from zclip.norm import (
     device_of,
     global_norm,
     is_flattened,
-    local_gradient,
     local_norms,
     parameters_of,
     statistics_dtype,
     sum_over_ranks,
 )
-
-#: Elements of each temporary on a CPU, and on accelerators. There are at most four at a time.
-BUCKET, ACCELERATOR_BUCKET = 1 << 19, 1 << 22
-
-Group = dict[str, Any]
-
-
-class Piece(NamedTuple):
-    """A part of this rank's shard of one parameter, as flat tensors in float32 or wider."""
-
-    owner: int  # number of the parameter, among those of its group that have gradients
-    ranks: Groups  # that share the parameter
-    gradient: Tensor
-    parameter: Tensor
-    state: Mapping[str, Tensor]  # of the optimizer; zeros where it has none yet
-
+from zclip.updates.pieces import Group, Piece, buckets, next_steps, with_gradients
 
 #: The rule of an optimizer: names of the state that it reads, and a function of pieces and their gradients that returns
 #: the updates, or their negatives, as one tensor or more.
@@ -93,12 +76,14 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
         return global_norm(squares.sqrt(), process_group)
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise `TypeError` unless the update of an optimizer can be computed from its state."""
+def check_optimizer(optimizer: Any, supported: tuple[type[Optimizer], ...] = (Adam, SGD)) -> None:
+    """Raise `TypeError` unless the update of an optimizer can be computed from its state, and it is a supported one."""
     name = type(optimizer).__name__
-    if not isinstance(optimizer, Adam | SGD):
-        supported = "Adam, AdamW and SGD of torch are supported"
-        raise TypeError(f"the update of {name} is not known before its step: {supported}")
+    if isinstance(optimizer, SGD) and SGD not in supported:
+        raise TypeError("SGD has no second moment: Adam and AdamW of torch are supported")
+    if not isinstance(optimizer, supported):
+        known = "Adam, AdamW and SGD" if SGD in supported else "Adam and AdamW"
+        raise TypeError(f"the update of {name} is not known before its step: {known} of torch are supported")
     parameters = optimizer_parameters(optimizer)
     if any(map(is_flattened, parameters)):
         raise TypeError("FSDP1 has flattened the parameters: update norms need FSDP2 (fully_shard)")
@@ -108,79 +93,10 @@ def check_optimizer(optimizer: Any) -> None:
 
 def _norms(optimizer: Any, group: Group, ranks: Mapping[int, Groups]) -> Iterator[tuple[Groups, Tensor]]:
     """Yield norms of parts of this rank's updates in a group, (n,), with the ranks that share their parameters."""
-    parameters = [p for p in group["params"] if p.grad is not None]
-    states = [optimizer.state.get(p, {}) for p in parameters]
+    states = [optimizer.state.get(p, {}) for p in with_gradients(group)]
     names, updates = (_adam if isinstance(optimizer, Adam) else _sgd)(group, states)
-    pieces = _pieces(parameters, states, names, [ranks[id(p)] for p in parameters])
-    for bucket in _buckets(pieces):
-        gradients = _gradients(group, bucket, getattr(optimizer, "grad_scale", None))
+    for bucket, gradients in buckets(optimizer, group, names, ranks):
         yield bucket[0].ranks, local_norms(updates(bucket, gradients), gradients[0].device)
-
-
-def _pieces(
-    parameters: Sequence[Tensor], states: Sequence[Any], names: Sequence[str], ranks: Sequence[Groups]
-) -> Iterator[Piece]:
-    for owner, (parameter, state, groups) in enumerate(zip(parameters, states, ranks, strict=True)):
-        gradient = local_gradient(parameter)
-        assert gradient is not None
-        moments = [state.get(name) for name in names]
-        flat = [_flat(gradient), _flat(parameter), *(_zeros(gradient) if m is None else _flat(m) for m in moments)]
-        columns = [_split(t, _bucket_size(gradient)) for t in flat]
-        for row in zip(*columns, strict=True):
-            part, whole, *rest = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in row)
-            part = part.to(whole.dtype).contiguous()  # a fused kernel reads the memory, whatever the strides are
-            yield Piece(owner, groups, part, whole, dict(zip(names, rest, strict=True)))
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Return flat zeros that take no memory."""
-    return like.new_zeros(()).expand(like.numel())
-
-
-def _split(flat: Tensor, size: int) -> Sequence[Tensor]:
-    return (flat,) if flat.numel() <= size else flat.split(size)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Return this rank's shard in the order of its indices; a view, if it is contiguous."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().reshape(-1)
-
-
-def _bucket_size(tensor: Tensor) -> int:
-    return BUCKET if tensor.device.type == "cpu" else ACCELERATOR_BUCKET
-
-
-def _buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield consecutive pieces of one device, dtype and ranks together, up to the size of a bucket."""
-    bucket: list[Piece] = []
-    elements = 0
-    for piece in pieces:
-        size = piece.gradient.numel()
-        if bucket and (_kind(piece) != _kind(bucket[0]) or elements + size > _bucket_size(piece.gradient)):
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(piece)
-        elements += size
-    if bucket:
-        yield bucket
-
-
-def _kind(piece: Piece) -> tuple[Any, ...]:
-    return piece.gradient.device, piece.gradient.dtype, piece.ranks
-
-
-def _gradients(group: Group, bucket: Sequence[Piece], grad_scale: Tensor | None) -> list[Tensor]:
-    """Return the gradients as the optimizer's rule takes them: unscaled, of a loss to minimise, with the L2 penalty."""
-    gradients = [piece.gradient for piece in bucket]
-    if grad_scale is not None:
-        gradients = list(torch._foreach_div(gradients, grad_scale.to(gradients[0], non_blocking=True)))
-    if group["maximize"]:
-        gradients = list(torch._foreach_neg(gradients))
-    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
-        parameters = [piece.parameter for piece in bucket]
-        gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-    return gradients
 
 
 def _adam(group: Group, states: Sequence[Any]) -> Rule:
@@ -200,24 +116,13 @@ def _adam(group: Group, states: Sequence[Any]) -> Rule:
             torch._foreach_copy_(copies, [piece.state[name] for piece in bucket])
         torch._fused_adam_(
             weights, gradients, moments[0], moments[1], moments[2] if group["amsgrad"] else [],
-            _next_steps([states[piece.owner].get("step", 0) for piece in bucket], like.device),
+            next_steps([states[piece.owner].get("step", 0) for piece in bucket], like.device),
             lr=1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"],
             amsgrad=group["amsgrad"], maximize=False,
         )  # fmt: skip
         return [rows[0, : sum(sizes)]]
 
     return names, updates
-
-
-def _next_steps(steps: Sequence[Tensor | float], device: torch.device) -> list[Tensor]:
-    """Return counters of steps after the next one, as fused kernels take them. Those on the device are not read."""
-    here = [
-        step.float()
-        if isinstance(step, Tensor) and step.device == device
-        else torch.full((), float(step), dtype=torch.float32, device=device)
-        for step in steps
-    ]
-    return list(torch._foreach_add(here, 1))
 
 
 def _sgd(group: Group, states: Sequence[Any]) -> Rule:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import zclip.updates.norm
+import zclip.updates.pieces
 from zclip.updates import update_norm
 
 LR = 0.03
@@ -147,7 +147,7 @@ def test_gradients_that_a_fused_step_unscales_are_unscaled():
 def test_norm_does_not_depend_on_the_size_of_buckets(bucket, monkeypatch):
     expected = {}
     for size in (1 << 20, bucket):
-        monkeypatch.setattr(zclip.updates.norm, "BUCKET", size)
+        monkeypatch.setattr(zclip.updates.pieces, "BUCKET", size)
         net = model()
         optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
         for step in range(3):
@@ -209,7 +209,7 @@ def test_other_optimizers_are_refused_by_name(name):
 
 
 def test_no_temporary_has_the_size_of_the_model(monkeypatch):
-    monkeypatch.setattr(zclip.updates.norm, "BUCKET", 1 << 12)
+    monkeypatch.setattr(zclip.updates.pieces, "BUCKET", 1 << 12)
     net = nn.Linear(200, 1000, bias=False)
     optimizer = torch.optim.AdamW(net.parameters())
     for _ in range(2):
