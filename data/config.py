@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from common.corruption import MOST_STEPS
 from common.errors import ConfigError
 from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, PathText, Positive, Settings
 
-CorruptionKind = Literal["random", "repeat", "foreign_script", "labels"]
+CorruptionKind = Literal["random", "repeat", "foreign_script", "labels", "repeated_ngrams", "mixed"]
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TextOrNull = Annotated[_Text | None, Allowed("a text, or null")]
@@ -27,8 +28,28 @@ class CorruptionConfig(Settings):
     steps: Steps = ()
     """Optimizer steps, counted from 1, whose batches are replaced."""
 
+    random_steps: Annotated[int, Field(ge=0, le=MOST_STEPS), Allowed(f"an integer from 0 to {MOST_STEPS}")] = 0
+    """Number of steps that `seed` draws at random, without replacement, in place of `steps`."""
+
+    random_first_step: Count = 1
+    """First step that can be drawn; the last one is that of the run."""
+
+    burst_length: Count = 1
+    """Consecutive steps of each draw. A step that is not drawn lies between two bursts."""
+
     kind: CorruptionKind = "random"
-    """Replacement: random tokens, one token repeated, letters of a foreign script, or the text with shuffled labels."""
+    """Replacement: random tokens, one token repeated, letters of a foreign script, the text with shuffled labels, or
+    the text with a repeated n-gram; `mixed`: each of them equally often, one kind for consecutive steps."""
+
+    @model_validator(mode="after")
+    def _steps_are_listed_or_drawn(self) -> Self:
+        if self.random_steps and self.steps:
+            problem = f"is not allowed with data.corruption.steps={list(self.steps)}: steps are listed or drawn"
+            raise ConfigError("random_steps", self.random_steps, problem=problem)
+        if self.random_steps % self.burst_length:
+            allowed = f"a multiple of data.corruption.burst_length={self.burst_length}"
+            raise ConfigError("random_steps", self.random_steps, allowed)
+        return self
 
 
 class SourceConfig(Settings):

@@ -255,11 +255,11 @@ def batch_corruption(
     config: Config, tokens: Tokens, rewinds: Sequence[Mapping[str, int]] = ()
 ) -> BatchCorruption | None:
     """Return what replaces batches in this run, after some rewinds; `None` if nothing does."""
-    corruption = config.data.corruption
-    steps = corrupted_steps(corruption.steps, rewinds)
+    kinds = config.corrupted_batches
+    steps = corrupted_steps(kinds, rewinds)
     if not steps:
         return None
-    return BatchCorruption(steps, corruption.kind, config.seed, read_tokenizer(tokens.folder))
+    return BatchCorruption({step: kinds[step] for step in steps}, config.seed, read_tokenizer(tokens.folder))
 
 
 def validation_set(config: Config, tokens: Tokens, console: Console, max_tokens: float | None) -> ValidationSet:
