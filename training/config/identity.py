@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.text import flatten
-from data.config import CorruptionConfig
+from data.config import CorruptionConfig, InstanceFilterConfig
 from training.config.schema import Config, UpdateConfig
 from training.config.strategy import is_ours, rule_class, strategy_class
 from zclip.arguments import is_number
@@ -45,6 +45,8 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     for key in ("random_steps", "random_first_step", "burst_length"):
         if getattr(config.data.corruption, key) == CorruptionConfig.model_fields[key].default:
             del kept["data"]["corruption"][key]  # runs are named as they were before steps could be drawn
+    if config.data.instance_filter == InstanceFilterConfig():
+        del kept["data"]["instance_filter"]  # the same
     clip, update = config.clip, config.update
     if is_named or is_ours(clip):
         kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
