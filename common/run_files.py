@@ -162,6 +162,8 @@ class Result(Record):
     """Of settings, while the run trained: see `setting_changes`."""
     corrupted_batches: Step = 0
     corruption_kind: str | None = None
+    masked_rows: Step | None = None
+    masked_steps: Step | None = None
 
 
 class Score(Record):

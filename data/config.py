@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 from annotated_types import Predicate
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from common.corruption import MOST_STEPS
 from common.errors import ConfigError
 from common.settings import Allowed, AtLeastOne, Count, Flag, Folder, FolderName, PathText, Positive, Settings
 
-CorruptionKind = Literal["random", "repeat", "foreign_script", "labels"]
+CorruptionKind = Literal["random", "repeat", "foreign_script", "labels", "repeated_ngrams", "mixed"]
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TextOrNull = Annotated[_Text | None, Allowed("a text, or null")]
@@ -27,8 +28,51 @@ class CorruptionConfig(Settings):
     steps: Steps = ()
     """Optimizer steps, counted from 1, whose batches are replaced."""
 
+    random_steps: Annotated[int, Field(ge=0, le=MOST_STEPS), Allowed(f"an integer from 0 to {MOST_STEPS}")] = 0
+    """Number of steps that `seed` draws at random, without replacement, in place of `steps`."""
+
+    random_first_step: Count = 1
+    """First step that can be drawn; the last one is that of the run."""
+
+    burst_length: Count = 1
+    """Consecutive steps of each draw. A step that is not drawn lies between two bursts."""
+
     kind: CorruptionKind = "random"
-    """Replacement: random tokens, one token repeated, letters of a foreign script, or the text with shuffled labels."""
+    """Replacement: random tokens, one token repeated, letters of a foreign script, the text with shuffled labels, or
+    the text with a repeated n-gram; `mixed`: each of them equally often, one kind for consecutive steps."""
+
+    @model_validator(mode="after")
+    def _steps_are_listed_or_drawn(self) -> Self:
+        if self.random_steps and self.steps:
+            problem = f"is not allowed with data.corruption.steps={list(self.steps)}: steps are listed or drawn"
+            raise ConfigError("random_steps", self.random_steps, problem=problem)
+        if self.random_steps % self.burst_length:
+            allowed = f"a multiple of data.corruption.burst_length={self.burst_length}"
+            raise ConfigError("random_steps", self.random_steps, allowed)
+        return self
+
+
+class InstanceFilterConfig(Settings):
+    """Training sequences that do not contribute to the loss: those with an n-gram repeated many times, as in OLMo 2."""
+
+    enabled: Flag = False
+    """Whether such sequences are masked, after batches are corrupted."""
+
+    repetition_min_period: Count = 1
+    """Tokens of the shortest n-gram."""
+
+    repetition_max_period: Count = 13
+    """Tokens of the longest n-gram."""
+
+    repetition_max_count: Annotated[int, Field(ge=2), Allowed("an integer from 2")] = 32
+    """Repetitions of an n-gram from which on its sequence is masked."""
+
+    @model_validator(mode="after")
+    def _has_periods(self) -> Self:
+        if self.repetition_max_period < self.repetition_min_period:
+            allowed = f"at least data.instance_filter.repetition_min_period={self.repetition_min_period}"
+            raise ConfigError("repetition_max_period", self.repetition_max_period, allowed)
+        return self
 
 
 class SourceConfig(Settings):
@@ -119,6 +163,9 @@ class DataConfig(Settings):
 
     corruption: CorruptionConfig = CorruptionConfig()
     """Batches that are corrupted on purpose."""
+
+    instance_filter: InstanceFilterConfig = InstanceFilterConfig()
+    """Sequences that do not contribute to the loss."""
 
 
 class CacheConfig(Settings):

@@ -4,19 +4,21 @@ The replacement of a row depends only on the seed and the row's position in the 
 ranks, for any micro-batch size, and after any interruption.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import ConfigError
-from data.config import CorruptionKind
 from data.sequences import Batch
 from data.tokenizer import Tokenizer
 
 #: (first code point, size) of the Unicode blocks of `foreign_script`: Greek, Cyrillic, Arabic, Devanagari, Han, Hangul.
 SCRIPTS = ((0x391, 0x39), (0x410, 0x40), (0x621, 0x2A), (0x905, 0x35), (0x4E00, 0x5000), (0xAC00, 0x2BA0))
+
+#: Tokens of the longest n-gram that `repeated_ngrams` repeats, and how often it does so at least (arXiv 2501.00656).
+MAX_PERIOD, MIN_COUNT = 13, 32
 
 
 class BatchCorruption:
@@ -29,16 +31,25 @@ class BatchCorruption:
     - `repeat`: one token is repeated; each row has its own.
     - `foreign_script`: random letters of a script that the corpus hardly contains; each row has its own script.
     - `labels`: the inputs are unchanged, and the targets are shuffled within each row.
+    - `repeated_ngrams`: an n-gram of the row, of 1 to 13 tokens, is repeated 32 times or more, as in web text; each row
+      has its own n-gram, number of repetitions and place, and keeps the text before and after them.
+
+    Args:
+        kinds: kind of each corrupted batch by its step.
+        seed: seed of the replacements.
+        tokenizer: tokenizer of the text.
+
+    Raises:
+        ConfigError: the tokenizer has no tokens for letters of foreign scripts.
     """
 
-    def __init__(self, steps: Collection[int], kind: CorruptionKind, seed: int, tokenizer: Tokenizer) -> None:
-        if kind == "foreign_script":
+    def __init__(self, kinds: Mapping[int, str], seed: int, tokenizer: Tokenizer) -> None:
+        if "foreign_script" in kinds.values():
             letters = ["".join(map(chr, range(start, start + size))) for start, size in SCRIPTS]
             if min(map(len, tokenizer.encode(letters))) == 1:
                 problem = "is not possible: the tokenizer has no tokens for letters of other scripts"
-                raise ConfigError("corruption.kind", kind, problem=problem)
-        self.steps = frozenset(steps)
-        self.corrupt_row = KINDS[kind]
+                raise ConfigError("corruption.kind", "foreign_script", problem=problem)
+        self.kinds = dict(kinds)
         self.seed = seed
         self.tokenizer = tokenizer
 
@@ -47,14 +58,15 @@ class BatchCorruption:
 
         `first` is the position of the first row in the run.
         """
-        if step not in self.steps:
+        kind = self.kinds.get(step)
+        if kind is None:
             return Batch(tokens)
         rows = [
-            self.corrupt_row(row, np.random.default_rng((self.seed, position)), self.tokenizer)
+            REPLACEMENTS[kind](row, np.random.default_rng((self.seed, position)), self.tokenizer)
             for position, row in enumerate(tokens.numpy(), first)
         ]
         corrupted = torch.from_numpy(np.stack(rows)).to(tokens.dtype)
-        return Batch(tokens, corrupted) if self.corrupt_row is _labels else Batch(corrupted)
+        return Batch(tokens, corrupted) if kind == "labels" else Batch(corrupted)
 
 
 def _random(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
@@ -78,10 +90,20 @@ def _labels(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> 
     return rng.permutation(row[1:])
 
 
+def _repeated_ngrams(row: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
+    period = rng.integers(1, min(MAX_PERIOD, len(row) // MIN_COUNT) + 1)
+    length = period * rng.integers(MIN_COUNT, len(row) // period + 1)
+    start = rng.integers(0, len(row) - length + 1)
+    replaced = row.copy()
+    replaced[start : start + length] = np.tile(row[start : start + period], length // period)
+    return replaced
+
+
 #: Kind -> function that returns the replacement of a row of (length + 1) tokens; `labels` returns (length) targets.
-KINDS: dict[CorruptionKind, Callable[[np.ndarray, np.random.Generator, Tokenizer], np.ndarray]] = {
+REPLACEMENTS: dict[str, Callable[[np.ndarray, np.random.Generator, Tokenizer], np.ndarray]] = {
     "random": _random,
     "repeat": _repeat,
     "foreign_script": _foreign_script,
     "labels": _labels,
+    "repeated_ngrams": _repeated_ngrams,
 }

@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from common.errors import UserError, one_line
 from common.reading import check_record
+from data.config import InstanceFilterConfig
 from data.corruption import BatchCorruption
+from data.instance_filter import has_repetition
 from data.sequences import Batch, ShuffledDataset
 from data.shapes import LoaderState
 from data.stream import StreamingDataset
@@ -34,6 +39,7 @@ class TrainLoader:
     steps: int  # optimizer steps in the whole run
     share: BatchShare
     corruption: BatchCorruption | None = None  # replaces the batches of chosen steps
+    instance_filter: InstanceFilterConfig | None = None  # masks rows, corrupted or not; `None`: none
     skipped_batches: int = 0  # global batches before this run's next one on which no step was taken
     skipped_before: int = 0  # those of them that a saved position must have skipped already
 
@@ -41,6 +47,8 @@ class TrainLoader:
         self.per_forward = self.share.micro_batch_size * self.share.world_size
         self.total = (self.steps + self.skipped_batches) * self.share.global_batch_size
         self.consumed = self.skipped_batches * self.share.global_batch_size
+        #: Position, rows and mask of the global batch that was filtered last.
+        self._filtered: tuple[int, Batch, Tensor] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches of all steps, including those already done, because Lightning counts them too."""
@@ -50,10 +58,32 @@ class TrainLoader:
         """Yield micro-batches up to the end of the run, with ids of the data type in which they are stored."""
         while self.consumed < self.total:
             first = self.consumed + self.share.rank * self.share.micro_batch_size
-            tokens = self.sequences.take(first, self.share.micro_batch_size)
             step = self.consumed // self.share.global_batch_size - self.skipped_batches + 1
             self.consumed += self.per_forward
-            yield self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
+            if self.instance_filter is None:
+                yield self._take(first, self.share.micro_batch_size, step)
+            else:
+                yield self._take_filtered(self.instance_filter, first, step)
+
+    def _take(self, first: int, rows: int, step: int) -> Batch:
+        """Return the rows from position `first` of the run on, as they are trained on at a step."""
+        tokens = self.sequences.take(first, rows)
+        return self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
+
+    def _take_filtered(self, instance_filter: InstanceFilterConfig, first: int, step: int) -> Batch:
+        """Return the micro-batch at a position with its mask.
+
+        Every rank filters the whole global batch, so that all know how many rows are masked without a message.
+        """
+        start = first - first % self.share.global_batch_size
+        if self._filtered is None or self._filtered[0] != start:
+            batch = self._take(start, self.share.global_batch_size, step)
+            self._filtered = start, batch, torch.from_numpy(~has_repetition(batch.tokens.numpy(), instance_filter))
+        _, batch, mask = self._filtered
+        rows = slice(first - start, first - start + self.share.micro_batch_size)
+        masked = len(mask) - int(mask.sum())
+        targets = None if batch.targets is None else batch.targets[rows]
+        return Batch(batch.tokens[rows], targets, mask[rows] if 0 < masked < len(mask) else None, masked)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values for JSON."""

@@ -23,11 +23,15 @@ _MASK = (1 << 64) - 1
 class Batch(NamedTuple):
     """Sequences to train on: (rows, length + 1) token ids of any integer type.
 
-    The inputs are all but the last. The targets, (rows, length), are all but the first if they are `None`.
+    The inputs are all but the last. The targets, (rows, length), are all but the first if they are `None`. Rows where
+    the instance mask, (rows,) bool, is false do not contribute to the loss; all do if it is `None`. `masked_rows` is
+    the number of such rows in the global batch. If they are all of it, there is no mask, and the step is to be skipped.
     """
 
     tokens: Tensor
     targets: Tensor | None = None
+    instance_mask: Tensor | None = None
+    masked_rows: int = 0
 
 
 class TokenDataset:

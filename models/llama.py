@@ -150,18 +150,26 @@ class Llama(nn.Module):
     @overload
     def forward(self, tokens: Tensor) -> Tensor: ...
     @overload
-    def forward(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
+        self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0, instance_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
+        instance_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, (batch, seq, vocab), of (batch, seq) token ids.
 
-        With the ids of the next tokens as targets, return what `linear_cross_entropy` returns.
+        With the ids of the next tokens as targets, return what `linear_cross_entropy` returns. Sequences where the
+        instance mask, (batch,) bool, is false count as sequences without any loss.
         """
         hidden = self.model(tokens)
         if targets is None:
             return self.lm_head(hidden)
-        return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss)
+        mask = None if instance_mask is None else instance_mask[:, None].expand(targets.shape).flatten()
+        return self.loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss, mask=mask)
 
     @torch.no_grad()
     def score(self, tokens: Tensor, tree: PrefixTree, targets: Tensor) -> tuple[Tensor, Tensor]:

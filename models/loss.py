@@ -18,7 +18,7 @@ MAX_LOGITS = {"cuda": 1 << 25, "cpu": 1 << 20}
 MIN_ROWS = 128
 
 #: `logit_grads`, or a compiled version of it.
-ChunkFn = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+ChunkFn = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
@@ -26,7 +26,9 @@ def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
     return min(tokens, max(MIN_ROWS, MAX_LOGITS.get(device, MAX_LOGITS["cuda"]) // vocabulary))
 
 
-def logit_grads(logits: Tensor, targets: Tensor, num_tokens: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def logit_grads(
+    logits: Tensor, targets: Tensor, num_tokens: Tensor, z_loss: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of the mean loss with respect to a chunk of logits, and the chunk's part of the loss.
 
     Args:
@@ -34,6 +36,7 @@ def logit_grads(logits: Tensor, targets: Tensor, num_tokens: Tensor, z_loss: flo
         targets: (rows, 1) ids.
         num_tokens: tokens in the mean, 0-dim float32.
         z_loss: see `linear_cross_entropy`.
+        mask: (rows, 1) bool, false where a token has no loss; `None`: all have.
 
     Returns:
         (rows, vocab) gradient in the dtype of the logits; the sums over rows of -log p and of (log Z)^2.
@@ -47,11 +50,18 @@ def logit_grads(logits: Tensor, targets: Tensor, num_tokens: Tensor, z_loss: flo
     if z_loss:
         grad *= 1 + 2 * z_loss * log_z
     grad.scatter_add_(1, targets, torch.full_like(log_z, -1.0))
+    if mask is not None:
+        grad, target_log_probs, log_z = (values.masked_fill(~mask, 0.0) for values in (grad, target_log_probs, log_z))
     return grad.div_(num_tokens).to(logits.dtype), -target_log_probs.sum(), log_z.square().sum()
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk_fn: ChunkFn = logit_grads
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    chunk_fn: ChunkFn = logit_grads,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of logits `hidden @ weight.T`, and the cross entropy in it.
 
@@ -61,17 +71,24 @@ def linear_cross_entropy(
         targets: (tokens,) ids.
         z_loss: weight of the mean square of log Z, the logarithm of the softmax's denominator (PaLM, section 5).
         chunk_fn: computes what is between the matrix products: `logit_grads`, or a compiled version of it.
+        mask: (tokens,) bool. Tokens where it is false count as tokens without any loss. Default `None`: all have one.
 
     Returns:
         The loss to minimise, and the mean cross entropy in nats without gradient; both 0-dim float32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_fn)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_fn, mask)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_fn: ChunkFn
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        chunk_fn: ChunkFn,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -86,7 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, tokens, rows):
                 chunk, chunk_targets = x[start : start + rows], targets[start : start + rows, None]
-                grad, chunk_entropy, chunk_squares = chunk_fn(chunk @ w.T, chunk_targets, num_tokens, z_loss)
+                chunk_mask = None if mask is None else mask[start : start + rows, None]
+                numbers = chunk_fn(chunk @ w.T, chunk_targets, num_tokens, z_loss, chunk_mask)
+                grad, chunk_entropy, chunk_squares = numbers
                 cross_entropy += chunk_entropy
                 log_z_squared += chunk_squares
                 if grad_x is None or grad_w is None:
@@ -104,9 +123,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        return _scaled(grad_x, grads[0]), _scaled(grad_w, grads[0]), None, None, None
+        return _scaled(grad_x, grads[0]), _scaled(grad_w, grads[0]), None, None, None, None
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

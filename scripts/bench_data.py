@@ -1,11 +1,12 @@
 """Measure the data: `python scripts/bench_data.py [path=FILES] [megabytes=24] [rounds=5] [tokens=50e9]`.
 
-It prints three tables, each with the ratio to a reference. The contenders take turns in one process:
+It prints four tables, three of them with the ratio to a reference. The contenders take turns in one process:
 
 - Open a folder of `tokens` tokens (sparse files, with parts as large as prepared ones), and read
   step 11,000.
 - Read shuffled batches of 2,049 tokens. The reference is a sequential copy of as many bytes in
   memory.
+- Filter sequences of a text, and of one token, by `data.instance_filter`.
 - Tokenize a text into prepared tokens, files included, and into a stream of shuffled batches.
   References are `tokenizers.encode_batch` on the same text in memory, and `datasets.map` with
   transformers' AutoTokenizer.
@@ -24,6 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +51,8 @@ from data import (
     open_tokens,
     prepare,
 )
+from data.config import InstanceFilterConfig
+from data.instance_filter import has_repetition
 from data.prepare import PART_TOKENS
 from data.sequences import order
 from data.tokens import DOCUMENT_DTYPE, documents_file, dump_with_checksum
@@ -76,7 +80,12 @@ def main(values: _entry.Values) -> None:
     config = parse(BenchDataConfig, values)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        for bench in (opening, reading, tokenizing):  # opening is first, while the process needs little memory
+        for bench in (
+            opening,
+            reading,
+            filtering,
+            tokenizing,
+        ):  # opening is first, while the process needs little memory
             make_console(soft_wrap=False).print(bench(config, Path(folder)))
 
 
@@ -164,6 +173,31 @@ def reading(config: BenchDataConfig, folder: Path) -> Table:
         speed = batches * batch_tokens / seconds
         table.add_row(name, f"{speed:,.0f}", f"{medians['sequential copy'] / seconds:.2f}")
     return table
+
+
+def filtering(config: BenchDataConfig, folder: Path) -> Table:
+    """Measure the instance filter: on sequences of the text, and on those that it looks at longest."""
+    source = Source(name="text", path=config.path, sotu=True)
+    tokenizer = corpus_tokenizer(Corpus((source,), vocab_size=4096), QUIET, max_bytes=1_000_000)
+    ids: list[np.ndarray] = []
+    while sum(map(len, ids)) < BATCH_SIZE * (SEQUENCE_LENGTH + 1):
+        ids += tokenizer.encode([document.text for document in itertools.islice(Mixture([source]), 100)])
+    text = np.resize(np.concatenate(ids), (BATCH_SIZE, SEQUENCE_LENGTH + 1)).astype(np.uint16)
+    rows = {"sequences of the text": text, "one token, repeated": np.zeros_like(text)}
+    instance_filter, batches = InstanceFilterConfig(enabled=True), 20
+    contenders = {name: partial(_filter, batch, instance_filter, batches) for name, batch in rows.items()}
+    medians = median_seconds(contenders, config.rounds, "filtering")
+    name = f"filtering {batches} batches of {BATCH_SIZE} x {SEQUENCE_LENGTH + 1}"
+    table = numbers_table("", name, "microseconds a sequence", "masked")
+    for name, seconds in medians.items():
+        masked = int(has_repetition(rows[name], instance_filter).sum())
+        table.add_row(name, f"{seconds / (batches * BATCH_SIZE) * 1e6:.1f}", f"{masked} of {BATCH_SIZE}")
+    return table
+
+
+def _filter(rows: np.ndarray, instance_filter: InstanceFilterConfig, times: int) -> None:
+    for _ in range(times):
+        has_repetition(rows, instance_filter)
 
 
 def opening(config: BenchDataConfig, folder: Path) -> Table:

@@ -2,7 +2,7 @@
 
 The runs are those of `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4`. Runs that are missing are named.
 
-    lab        adam_lag or rate
+    lab        adam_lag, rate or bad_data
     seeds      seeds of the runs; default [0,1,2,3,4]
     runs       folder with the runs of experiments; default runs
     overrides  further settings that the runs were made with, each in quotes
@@ -24,7 +24,8 @@ from common.console import make_console
 from common.files import write_atomic
 from common.settings import Allowed, Folder, Settings, parse
 from common.text import quoted
-from experiments.labs.declaration import LABS, Lab, SpikeLab
+from experiments.labs.bad_data_report import bad_data_report
+from experiments.labs.declaration import LABS, Lab, RateLab, SpikeLab
 from experiments.labs.rate_report import rate_report
 from experiments.labs.report import LabReport
 from experiments.labs.spike_report import spike_report
@@ -73,10 +74,12 @@ def main(values: _entry.Values) -> None:
 
 
 def lab_report(lab: Lab, collection: RunCollection, made: str) -> LabReport:
-    """Return the report of a lab of either kind; `made` says when it was made."""
+    """Return the report of a lab of any kind; `made` says when it was made."""
     if isinstance(lab, SpikeLab):
         return spike_report(lab, collection, made)
-    return rate_report(lab, collection, made)
+    if isinstance(lab, RateLab):
+        return rate_report(lab, collection, made)
+    return bad_data_report(lab, collection, made)
 
 
 def collect_runs(lab: Lab, settings: LabSettings) -> RunCollection:

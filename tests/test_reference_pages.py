@@ -16,6 +16,7 @@ from common.errors import EXIT_CANNOT_CONTINUE, EXIT_USER_ERROR
 from common.run_files import Result, Score
 from evaluation.scores import KEY
 from experiments.labs import natural_spikes, statistics
+from experiments.labs.bad_data import SMALLEST_EXCESS
 from experiments.labs.spike_tables import AREA_OFFSET
 from experiments.run import definitions
 from tests.helpers import CHECKOUT, make, read_jsonl
@@ -81,7 +82,7 @@ def test_each_field_of_metrics_is_described_and_no_other(finished_run):
     described = first_cells(section(page("metrics.md"), "## metrics.jsonl"))
     (fields,) = {tuple(row) for row in read_jsonl(finished_run / "metrics.jsonl")}
     assert {f"{phase}_seconds" for phase in TIMED_PHASES} <= {*fields}
-    assert described == {*fields} | telemetry()
+    assert described == {*fields, "masked_rows"} | telemetry(), "the run has no instance filter"
 
 
 def test_each_field_of_a_result_is_described_and_no_other(finished_run):
@@ -157,7 +158,8 @@ def test_definitions_have_the_numbers_of_the_code():
         f"is at least {natural_spikes.MIN_SIGMA:g}",
         f"{natural_spikes.WARNING_GAP} steps below the limit",
         f"| cures | below {statistics.CURE:g} |",
-        f"below {statistics.SMALLEST_RATIO:g} | below -{statistics.SMALLEST_NATS:g} nats",
+        f"below {statistics.SMALLEST_RATIO:g} | below -{statistics.SMALLEST_NATS:g} nats |",
+        f"nats | below -{SMALLEST_EXCESS:g} nats |",
         f"An area of {AREA_OFFSET:g} nat x step",
     ):
         assert phrase in text, phrase

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from data import Batch
 from evaluation.response_cache import EvaluationInterrupted
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.restore import load_checkpoint
@@ -87,7 +88,7 @@ class RunCallback(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             self.timer.record("forward_backward")
             return
-        self._record(trainer, pl_module)
+        self._record(trainer, pl_module, batch)
         if self.stop.poll():
             trainer.should_stop = True
         self._save_if_due(trainer)
@@ -117,11 +118,11 @@ class RunCallback(pl.Callback):
         reduce = trainer.strategy.reduce
         return self.metrics.start(trainer.global_step, module.device, lambda tensor, how: reduce(tensor, reduce_op=how))
 
-    def _record(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _record(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> None:
         assert isinstance(module, PretrainingModule)
         step = trainer.global_step
         self.timer.record("optimizer")
-        self.metrics.record(step, module.lr_at(step - 1), self.timer.pop())
+        self.metrics.record(step, module.lr_at(step - 1), self.timer.pop(), batch.masked_rows)
         if self.metrics.is_due(step):
             self._flush()
 
@@ -164,15 +165,20 @@ class RunCallback(pl.Callback):
 class TimedClippingCallback(ClippingCallback):
     """Clips the gradients, and measures how long that takes.
 
+    If all `rows` of a global batch are masked, there is nothing to learn from: the gradients are dropped, and neither
+    the strategy nor the optimizer takes the step.
+
     With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy. With
     `override_arguments`, they may be of the strategy with other arguments.
     """
 
     def __init__(
-        self, strategy: ClippingStrategy, timer: StepTimer, reset_state: bool, override_arguments: bool
+        self, strategy: ClippingStrategy, timer: StepTimer, rows: int, reset_state: bool, override_arguments: bool
     ) -> None:
         super().__init__(strategy)
         self.timer = timer
+        self.rows = rows
+        self.all_masked = False
         self.reset_state = reset_state
         self.override_arguments = override_arguments
 
@@ -181,13 +187,30 @@ class TimedClippingCallback(ClippingCallback):
         if not self.reset_state:
             super().load_state_dict(state_dict, override or self.override_arguments)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note whether all rows of the global batch are masked."""
+        self.all_masked = batch.masked_rows == self.rows
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Clip the gradients."""
+        """Clip the gradients, or drop them."""
         self.timer.record("forward_backward")
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.all_masked:
+            self._drop_gradients(pl_module)
+        else:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.timer.record("clip")
+
+    def _drop_gradients(self, module: pl.LightningModule) -> None:
+        """Let the step change nothing. Its norm is recorded as 0, and the counters as they were."""
+        module.zero_grad()
+        self._had_backward, self._loss = False, None
+        zero = torch.zeros((), device=module.device)
+        norms = dict.fromkeys(("grad_norm", "clipped_norm", "clipped", "clipped_by_max"), zero)
+        self.strategy.telemetry = {**norms, **{key: value.clone() for key, value in self.strategy.counters.items()}}
 
 
 class UpdateRuleCallback(pl.Callback):

@@ -80,7 +80,8 @@ class PretrainingModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Copy a batch to the device. A GPU copies it while Python goes on, for which it must be in pinned memory."""
         if isinstance(batch, Batch) and device.type == "cuda":
-            batch = Batch(batch.tokens.pin_memory(), None if batch.targets is None else batch.targets.pin_memory())
+            targets, mask = (None if part is None else part.pin_memory() for part in batch[1:3])
+            batch = Batch(batch.tokens.pin_memory(), targets, mask, batch.masked_rows)
         return move_data_to_device(batch, device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -88,10 +89,19 @@ class PretrainingModule(pl.LightningModule):
         parallel.set_gradient_sync(self.model, (batch_idx + 1) % self.config.trainer.grad_accum_steps == 0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss to minimise, and the mean cross entropy of a batch in nats per token."""
+        """Return the loss to minimise, and the mean cross entropy of a batch in nats per token.
+
+        Of a micro-batch with an instance mask, they are its part of the mean over the rows that contribute: the mean
+        over the micro-batches of all processes is that of the global batch.
+        """
         tokens = batch.tokens.long()
         targets = tokens[:, 1:] if batch.targets is None else batch.targets.long()
-        return self.model(tokens[:, :-1], targets, self.config.optim.z_loss)
+        loss, cross_entropy = self.model(tokens[:, :-1], targets, self.config.optim.z_loss, batch.instance_mask)
+        if batch.instance_mask is None:
+            return loss, cross_entropy
+        rows = self.config.trainer.global_batch_size
+        weight = rows / (rows - batch.masked_rows)
+        return loss * weight, cross_entropy * weight
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return of a micro-batch `loss`, which is minimised, and `cross_entropy`, which is recorded."""

@@ -196,7 +196,8 @@ def build_run(
     task_evaluator = TaskEvaluator(run_dir, config, tokenizer, stop.sync, report)
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
-    clipper = TimedClippingCallback(strategy, callback.timer, start.reset_clipper, start.changed_clipper)
+    rows = config.trainer.global_batch_size
+    clipper = TimedClippingCallback(strategy, callback.timer, rows, start.reset_clipper, start.changed_clipper)
     rules = [] if rule is None else [UpdateRuleCallback(rule, reset_state=start.reset_rule)]
     trainer = build_trainer(config, run_dir, [clipper, *rules, callback])
     return Run(trainer, module, loader, stop, guard, display, loggers)
@@ -236,6 +237,7 @@ def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
         trainer.max_steps,
         BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
         batch_corruption(config, tokens, start.rewinds),
+        config.data.instance_filter if config.data.instance_filter.enabled else None,
         skipped_batches=start.skipped_batches,
         skipped_before=start.skipped_before,
     )
@@ -255,11 +257,11 @@ def batch_corruption(
     config: Config, tokens: Tokens, rewinds: Sequence[Mapping[str, int]] = ()
 ) -> BatchCorruption | None:
     """Return what replaces batches in this run, after some rewinds; `None` if nothing does."""
-    corruption = config.data.corruption
-    steps = corrupted_steps(corruption.steps, rewinds)
+    kinds = config.corrupted_batches
+    steps = corrupted_steps(kinds, rewinds)
     if not steps:
         return None
-    return BatchCorruption(steps, corruption.kind, config.seed, read_tokenizer(tokens.folder))
+    return BatchCorruption({step: kinds[step] for step in steps}, config.seed, read_tokenizer(tokens.folder))
 
 
 def validation_set(config: Config, tokens: Tokens, console: Console, max_tokens: float | None) -> ValidationSet:

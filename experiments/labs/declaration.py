@@ -75,7 +75,27 @@ class RateLab(NamedTuple):
         return Arm(f"{arm.label} at {rate:g}", (*arm.overrides, f"lr={rate:g}"), arm.is_control)
 
 
-Lab = SpikeLab | RateLab
+class BadDataLab(NamedTuple):
+    """Bad batches at random steps, and the arms that are compared after them.
+
+    Attributes:
+        name, title, reference, arms: as in `SpikeLab`. The steps and kinds of bad batches differ by seed.
+        clean: the runs without clipping and without bad batches, from which the losses of each arm are subtracted.
+    """
+
+    name: str
+    title: str
+    reference: str
+    arms: Sequence[Arm]
+    clean: Arm
+
+    @property
+    def runs(self) -> list[Arm]:
+        """What each run is, but for its seed."""
+        return [self.clean, *self.arms]
+
+
+Lab = SpikeLab | RateLab | BadDataLab
 
 
 def _batches_of(sequences: int) -> tuple[str, ...]:
@@ -163,4 +183,17 @@ RATE = RateLab(
     rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 )
 
-LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, RATE)}
+#: Each run has four bad batches of each kind, so that one set of runs shows all kinds.
+BAD_DATA = BadDataLab(
+    "bad_data",
+    "bad batches at random steps",
+    reference="no clipping",
+    arms=(
+        *STRATEGIES,
+        *UPDATE_RULES[1:],
+        Arm("instance filter", ("clip=none", "data.instance_filter.enabled=true"), is_control=True),
+    ),
+    clean=Arm("no bad batches", ("clip=none", "data.corruption.random_steps=0")),
+)
+
+LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, RATE, BAD_DATA)}

@@ -1,13 +1,15 @@
 """What the reports of all labs share: their parts in Markdown, and the sentences on outcomes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.escape import escape_markdown
 from experiments.labs.declaration import Lab
-from experiments.labs.statistics import Comparison
+from experiments.labs.statistics import Comparison, interval
 from experiments.labs.statistics import __doc__ as how_compared
 from experiments.run.collect import RunCollection, seeds_text
 
@@ -71,6 +73,13 @@ def outcome_sentences(
         if names:
             said.append(f"{text}: {', '.join(names)}.")
     return said
+
+
+def mean_text(values: Sequence[float], decimals: int) -> str:
+    """Return a mean with half the width of its 95 % confidence interval."""
+    mean = float(np.mean(values))
+    low, high = interval(values)
+    return f"{mean:.{decimals}f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.{decimals}f}")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

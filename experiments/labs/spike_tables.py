@@ -2,15 +2,15 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.labs.declaration import Arm, SpikeLab
+from experiments.labs.report import mean_text
 from experiments.labs.spike_numbers import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
-from experiments.labs.statistics import Comparison, interval, outcomes, paired_ratio
+from experiments.labs.statistics import Comparison, outcomes, paired_ratio
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -77,26 +77,19 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
         rows.append(
             [
                 result.arm.label + (" (control)" if result.arm.is_control else ""),
-                _mean(columns["per_10k"], 1),
-                _mean(columns["area"], 0),
+                mean_text(columns["per_10k"], 1),
+                mean_text(columns["area"], 0),
                 "" if result.ratio is None else result.ratio.text(),
                 result.outcome,
-                _mean(columns["steps_lost"], 0),
+                mean_text(columns["steps_lost"], 0),
                 f"{max(columns['worst']):.0f}x",
-                _mean(columns["mean_loss"], 4),
-                _mean(columns["final_loss"], 4),
+                mean_text(columns["mean_loss"], 4),
+                mean_text(columns["final_loss"], 4),
                 f"{100 * float(np.mean(columns['clipped'])):.1f}",
                 str(len(result.numbers)),
             ]
         )
     return rows
-
-
-def _mean(values: Sequence[float], decimals: int) -> str:
-    """Return a mean with half the width of its 95 % confidence interval."""
-    mean = float(np.mean(values))
-    low, high = interval(values)
-    return f"{mean:.{decimals}f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.{decimals}f}")
 
 
 def csv_table(results: Sequence[ArmResult]) -> str:

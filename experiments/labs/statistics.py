@@ -2,9 +2,10 @@
 
 The rules were chosen before the runs were made. Numbers of the same seed are compared, because these runs see the same
 batches and begin with the same weights. An effect below the smallest effect of interest is no effect: half of the area
-of spikes, or 0.1 nats of learning-rate sensitivity. An arm helps if it leaves less than half of the reference's spikes,
-and cures if it leaves less than a tenth. Each outcome is a one-sided t-test over seeds of the mean difference, or of
-the mean logarithm of ratios, against its bound. Over the arms of a lab, p-values are corrected by Holm's method.
+of spikes, 0.1 nats of learning-rate sensitivity, or 0.02 nats of excess loss after bad batches. An arm helps if it
+leaves less than half of the reference's spikes, and cures if it leaves less than a tenth. Each outcome is a one-sided
+t-test over seeds of the mean difference, or of the mean logarithm of ratios, against its bound. Over the arms of a lab,
+p-values are corrected by Holm's method.
 """
 
 import math
@@ -105,19 +106,21 @@ def paired_ratio(arm: Mapping[int, float], reference: Mapping[int, float], offse
     return Comparison(math.exp(test.mean), math.exp(low), math.exp(high), len(seeds), p)
 
 
-def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+def paired_difference(
+    arm: Mapping[int, float], reference: Mapping[int, float], smallest: float = SMALLEST_NATS
+) -> Comparison | None:
     """Return how the numbers of an arm, by seed and in nats, differ from those of the reference.
 
-    `None` for fewer than 3 common seeds.
+    `smallest` is the smallest effect of interest, in nats. `None` for fewer than 3 common seeds.
     """
     seeds = sorted(arm.keys() & reference.keys())
     if len(seeds) < MIN_SEEDS:
         return None
     test = _test([arm[s] - reference[s] for s in seeds])
     p = {
-        SAME: test.between(-SMALLEST_NATS, SMALLEST_NATS),
-        RAISES: test.above(SMALLEST_NATS),
-        LOWERS: test.below(-SMALLEST_NATS),
+        SAME: test.between(-smallest, smallest),
+        RAISES: test.above(smallest),
+        LOWERS: test.below(-smallest),
     }
     return Comparison(test.mean, *test.interval(), len(seeds), p)
 

@@ -86,7 +86,7 @@ def compared(runs: Sequence[Run], identities: Sequence[Mapping[str, Any]]) -> li
 
 
 def _sets_batches(key: str) -> bool:
-    in_data = key.startswith("data.") and not key.startswith("data.corruption.")
+    in_data = key.startswith("data.") and not key.startswith(("data.corruption.", "data.instance_filter."))
     return in_data or key in ("seed", "trainer.global_batch_size")
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from common import run_files
+from common.corruption import KINDS, MOST_STEPS, corrupted_batches
 from common.errors import one_line
 from common.reading import MOST_YAML, Record, check_record, parse_record, parse_yaml, read_bytes, read_lines
 from common.run_files import Environment, MetricsLine, Result, Rewinds, TaskScores, as_dict
@@ -18,16 +20,26 @@ LARGEST = 1e100
 
 class _Corruption(Record):
     steps: Sequence[int] = ()
+    random_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 0
+    random_first_step: Annotated[int, Field(ge=1)] = 1
+    burst_length: Annotated[int, Field(ge=1)] = 1
+    kind: str = KINDS[0]
 
 
 class _Data(Record):
     corruption: _Corruption = _Corruption()
 
 
+class _Trainer(Record):
+    max_steps: int = 0
+
+
 class _Config(Record):
     """What is read of a configuration here."""
 
     data: _Data = _Data()
+    seed: int = 0
+    trainer: _Trainer = _Trainer()
 
 
 class Run(NamedTuple):
@@ -73,7 +85,18 @@ def _number(value: Any) -> float:
 
 def corrupted_steps(run: Run) -> list[int]:
     """Return the steps with injected corrupted batches, counted from 1, but for those that a rewind has skipped."""
-    return run_files.corrupted_steps(run.config.get("data", {}).get("corruption", {}).get("steps", []), run.rewinds)
+    return run_files.corrupted_steps(_corrupted_batches(run.config), run.rewinds)
+
+
+def corruption_kinds(run: Run) -> dict[int, str]:
+    """Return the kind of each of the `corrupted_steps`."""
+    kinds = _corrupted_batches(run.config)
+    return {step: kinds[step] for step in corrupted_steps(run)}
+
+
+def _corrupted_batches(config: Mapping[str, Any]) -> dict[int, str]:
+    corruption, trainer = config.get("data", {}).get("corruption", {}), config.get("trainer", {})
+    return corrupted_batches(corruption, config.get("seed", 0), trainer.get("max_steps", 0))
 
 
 def corrupted_rows(run: Run) -> set[int]:
@@ -118,6 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
     with _naming("config.yaml"):
         config = parse_yaml(read_bytes(path / "config.yaml", MOST_YAML))
         check_record(_Config, config)
+        _corrupted_batches(config)  # raises if the steps cannot be drawn
     return config
 
 

@@ -50,6 +50,8 @@ def summarise(run: Run) -> dict[str, Any]:
         saving_seconds: seconds in which training waited for a checkpoint.
         peak_memory_gib: maximum over the processes.
         corrupted_batches, corruption_kind: number and kind of the injected batches.
+        masked_rows, masked_steps: sequences that the instance filter masked, and steps in which it masked all; `None`
+            without a filter.
     """
     metrics = run.metrics
     corrupted = corrupted_steps(run)
@@ -75,7 +77,16 @@ def summarise(run: Run) -> dict[str, Any]:
         "peak_memory_gib": _max(metrics.get("peak_memory_gib")),
         "corrupted_batches": len(corrupted),
         "corruption_kind": run.config["data"]["corruption"]["kind"] if corrupted else None,
+        **_masked(run),
     }
+
+
+def _masked(run: Run) -> dict[str, int | None]:
+    """Return what the instance filter masked; see `summarise`."""
+    if (masked := run.metrics.get("masked_rows")) is None:
+        return {"masked_rows": None, "masked_steps": None}
+    rows = run.config["trainer"]["global_batch_size"]
+    return {"masked_rows": int(np.nansum(masked)), "masked_steps": int(np.sum(masked == rows))}
 
 
 def _bound_share(run: Run) -> float | None:
@@ -219,6 +230,10 @@ def table(result: dict[str, Any], title: str) -> Table:
     ]
     if corruption := _corruption(result):
         rows.append(("corrupted batches", corruption, "injected (data.corruption)"))
+    if (masked := result.get("masked_rows")) is not None:
+        steps = result.get("masked_steps") or 0
+        remark = f"by the instance filter; {steps} step{'' if steps == 1 else 's'} skipped, all rows masked"
+        rows.append(("sequences masked", f"{masked:,}", remark))
     summary = Table(title=title, show_header=False, title_justify="left", min_width=60)
     for name, value, remark in rows:
         summary.add_row(name, value, Text(remark, style="dim"))

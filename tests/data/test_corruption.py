@@ -1,6 +1,7 @@
 """Only the batches of the chosen steps are corrupted, and in the same way on any number of ranks."""
 
 import unicodedata
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import tokenizers
 import torch
 from tokenizers import models
 
+from common.corruption import KINDS, MIXED
 from data import BatchCorruption, BatchShare, ShuffledDataset, TokenDataset, TrainLoader
-from data.corruption import KINDS
+from data.config import CorruptionKind
+from data.corruption import REPLACEMENTS
 from data.tokenizer import END_OF_TEXT, train_tokenizer, wrap_tokenizer
 from tests.data.arrays import token_array
 
@@ -29,7 +32,7 @@ def loader(tmp_path, tokenizer):
     def make(
         kind: str | None, rank: int = 0, world: int = 1, micro: int = 8, seed: int = 1, skipped: int = 0
     ) -> TrainLoader:
-        corruption = BatchCorruption([2, 5], kind, seed, tokenizer) if kind else None
+        corruption = BatchCorruption({2: kind, 5: kind}, seed, tokenizer) if kind else None
         share = BatchShare(8, micro, rank, world)
         return TrainLoader(ShuffledDataset(sequences, seed), "f", STEPS, share, corruption, skipped)
 
@@ -96,8 +99,8 @@ def test_tokenizer_without_foreign_scripts_is_rejected():
     with pytest.raises(
         ValueError, match=r"corruption.kind=foreign_script is not possible: the tokenizer has no tokens for"
     ):
-        BatchCorruption([1], "foreign_script", 0, wrap_tokenizer(latin, end=2))
-    BatchCorruption([1], "random", 0, wrap_tokenizer(latin, end=2))
+        BatchCorruption({1: "foreign_script"}, 0, wrap_tokenizer(latin, end=2))
+    BatchCorruption({1: "random"}, 0, wrap_tokenizer(latin, end=2))
 
 
 def test_corruption_kinds(loader, tokenizer):
@@ -124,7 +127,56 @@ def test_rows_are_filled_where_the_tokenizer_has_tokens_for_several_letters():
     tokenizer = train_tokenizer([greek[i : i + 20] for i in range(0, len(greek), 20)], 4_000)
     letters = greek[:LENGTH]
     assert len(tokenizer.encode([letters])[0]) < LENGTH, "a row needs more than one letter for each token"
-    corrupted = BatchCorruption([1], "foreign_script", 1, tokenizer).replace(torch.zeros(40, LENGTH).int(), 0, 1).tokens
+    corrupted = BatchCorruption({1: "foreign_script"}, 1, tokenizer).replace(torch.zeros(40, LENGTH).int(), 0, 1).tokens
     texts = [tokenizer.tokenizer.decode(row.tolist()).strip("\ufffd") for row in corrupted]
     assert corrupted.shape == (40, LENGTH) and not (corrupted == tokenizer.end).any()
     assert any(unicodedata.name(text[0]).startswith("GREEK") and len(text) > LENGTH for text in texts)
+
+
+def test_every_kind_has_a_replacement():
+    assert set(REPLACEMENTS) == set(KINDS)
+    assert set(get_args(CorruptionKind)) == {*KINDS, MIXED}
+
+
+def repeated_part(row: np.ndarray) -> tuple[int, int, int] | None:
+    """Return (period, repetitions, start) of an n-gram of 1 to 13 tokens that is repeated 32 times or more."""
+    for period in range(1, 14):
+        for start in range(len(row) - 32 * period + 1):
+            ngram, times = row[start : start + period], 1
+            while np.array_equal(row[start + times * period :][:period], ngram):
+                times += 1
+            if times >= 32:
+                return period, times, start
+    return None
+
+
+def test_repeated_ngrams_are_part_of_the_text(tokenizer):
+    """Of distinct tokens, no n-gram is repeated by itself, so what is found is what was put in."""
+    clean = np.arange(500)
+    corruption = BatchCorruption({1: "repeated_ngrams"}, 3, tokenizer)
+    rows = corruption.replace(torch.from_numpy(np.tile(clean, (60, 1))), 0, 1).tokens.numpy()
+    found = []
+    for row in rows:
+        period, times, start = repeated_part(row)
+        end = start + period * times
+        assert end <= len(row) and np.array_equal(row[start : start + period], clean[start : start + period])
+        assert np.array_equal(row[:start], clean[:start]) and np.array_equal(row[end:], clean[end:])
+        found.append((period, times, start))
+    assert {period for period, *_ in found} == set(range(1, 14))
+    assert min(times for _, times, _ in found) < 36 and max(times for _, times, _ in found) > 100
+    assert len({start for *_, start in found}) > 30
+
+
+@pytest.mark.parametrize(("length", "longest"), [(32, 1), (63, 1), (64, 2), (415, 12), (416, 13)])
+def test_period_of_a_short_row_leaves_room_for_32_repetitions(length, longest, tokenizer):
+    corruption = BatchCorruption({1: "repeated_ngrams"}, 0, tokenizer)
+    rows = corruption.replace(torch.arange(length).repeat(80, 1), 0, 1).tokens.numpy()
+    assert max(repeated_part(row)[0] for row in rows) == longest
+
+
+def test_each_step_has_its_kind(loader, tokenizer):
+    """Step 2 repeats a token, step 5 shuffles the labels; the loader of one kind has the same rows there."""
+    mixed = loader("repeat")
+    mixed.corruption = BatchCorruption({2: "repeat", 5: "labels"}, 1, tokenizer)
+    found = steps(mixed)
+    assert same(found[1], steps(loader("repeat"))[1]) and same(found[4], steps(loader("labels"))[4])

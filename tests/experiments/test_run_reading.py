@@ -54,12 +54,23 @@ def write_run(folder, rows, result=None):
 
 
 @pytest.mark.parametrize(
-    "data", ["5", "null", "{corruption: x}", "{corruption: {steps: 3}}", "{corruption: {steps: [a]}}"]
-)
+    "data",
+    [
+        "5", "null", "{corruption: x}", "{corruption: {steps: 3}}", "{corruption: {steps: [a]}}",
+        "{corruption: {random_steps: 1000000}}", "{corruption: {random_steps: 3, burst_length: 0}}",
+    ],
+)  # fmt: skip
 def test_corrupted_steps_that_are_none_are_an_error(data, tmp_path):
     write_run(tmp_path / "run", [row(1, 1.0, None)])
     (tmp_path / "run" / "config.yaml").write_text(f"data: {data}\n")
     with pytest.raises(ValueError, match=r"^config\.yaml: data"):
+        read_run(tmp_path / "run")
+
+
+def test_steps_that_cannot_be_drawn_are_an_error(tmp_path):
+    write_run(tmp_path / "run", [row(1, 1.0, None)])
+    (tmp_path / "run" / "config.yaml").write_text("trainer: {max_steps: 4}\ndata: {corruption: {random_steps: 3}}\n")
+    with pytest.raises(ValueError, match=r"^config\.yaml: 3 steps in bursts of 1 cannot be drawn from 1 to 4"):
         read_run(tmp_path / "run")
 
 

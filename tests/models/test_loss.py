@@ -108,3 +108,34 @@ def test_full_logits_are_never_materialized(monkeypatch):
     with LargestTensor():
         loss_and_grads(plain, torch.float32)
     assert largest == TOKENS * VOCABULARY
+
+
+@pytest.mark.parametrize("z_loss", [0.0, SLOW(1e-2)])
+@pytest.mark.parametrize("kept", [0, 1, 137, 300])
+def test_masked_tokens_have_no_loss_and_no_gradient(kept, z_loss, monkeypatch):
+    """The loss is that of the other tokens alone, times their share. The oracle never sees the masked ones."""
+    monkeypatch.setattr(models.loss, "chunk_rows", lambda *_: 70)
+    mask = torch.zeros(TOKENS, dtype=torch.bool)
+    mask[torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))[:kept]] = True
+
+    def of_the_others(hidden, weight, targets):
+        if not kept:
+            return hidden.sum() * 0 + weight.sum() * 0
+        return plain(hidden[mask], weight, targets[mask], z_loss) * (kept / TOKENS)
+
+    expected = loss_and_grads(of_the_others, torch.float32)
+    actual = loss_and_grads(lambda *args: linear_cross_entropy(*args, z_loss, mask=mask)[0], torch.float32)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not actual[1][~mask].any()
+
+
+def test_masked_tokens_do_not_spread_what_is_not_finite():
+    """Logits that overflow in a masked sequence do not reach the head's gradient."""
+    hidden = torch.randn(4, 3).requires_grad_()
+    weight = torch.randn(5, 3).requires_grad_()
+    scale = torch.tensor([[1.0], [1e38], [1.0], [1.0]])
+    mask = torch.tensor([True, False, True, True])
+    loss, cross_entropy = linear_cross_entropy(hidden * scale, weight * 1e3, torch.arange(4), 1e-2, mask=mask)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(cross_entropy) and torch.isfinite(weight.grad).all()

@@ -174,6 +174,21 @@ BAD = {
     "data.corruption.kind=evil": "data.corruption.kind=evil is not allowed: it must be one of random, repeat",
     "data.corruption.steps=[0]": "data.corruption.steps=[0] is not allowed: it must be a list of different steps",
     "data.corruption.steps=[301]": "data.corruption.steps=[301] is not allowed: step 301 is after the last",
+    "data.corruption.random_steps=-1": "data.corruption.random_steps=-1 is not allowed: it must be an integer from",
+    "data.corruption.random_steps=5 data.corruption.steps=[3]": "data.corruption.random_steps=5 is not allowed with "
+    "data.corruption.steps=[3]: steps are listed or drawn",
+    "data.corruption.random_steps=5 data.corruption.burst_length=2": "data.corruption.random_steps=5 is not allowed: "
+    "it must be a multiple of data.corruption.burst_length=2",
+    "data.corruption.random_steps=151": "data.corruption.random_steps=151 is not allowed: from step 1 to the last, "
+    "trainer.max_steps=300, at most 150 can be drawn in bursts of 1",
+    "data.corruption.random_steps=1 data.corruption.random_first_step=301": "data.corruption.random_steps=1 is not "
+    "allowed: from step 301 to the last, trainer.max_steps=300, at most 0 can be drawn",
+    "data.corruption.kind=repeated_ngrams data.corruption.steps=[1] data.sequence_length=30": "data.corruption.kind="
+    "repeated_ngrams is not possible with data.sequence_length=30: it must be at least 31",
+    "data.instance_filter.repetition_max_count=1": "data.instance_filter.repetition_max_count=1 is not allowed: it "
+    "must be an integer from 2",
+    "data.instance_filter.repetition_min_period=20": "data.instance_filter.repetition_max_period=13 is not allowed: it "
+    "must be at least data.instance_filter.repetition_min_period=20",
     "model.vocab_size=100": "data.vocab_size=100 is not allowed: it must be at least 257",
     "data.sequence_length=512": "data.sequence_length=512 is longer than the model's context",
     "trainer.compile=1": "trainer.compile=1 is not allowed: it must be true or false",
@@ -364,6 +379,21 @@ def test_saved_configuration_is_the_same_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(saved))
     assert read_config(tmp_path / "config.yaml") == saved
     assert identity(read_config(tmp_path / "config.yaml")) == identity(saved)
+
+
+def test_run_whose_steps_are_not_drawn_keeps_the_name_that_it_had():
+    """The hash in the name of a run folder is of its settings. Runs of earlier versions must be found again."""
+    plain, drawn = config(), config("data.corruption.random_steps=4", "data.corruption.random_first_step=9")
+    assert identity(plain)["data"]["corruption"] == {"steps": [], "kind": "random"}
+    assert "instance_filter" not in identity(plain)["data"]
+    assert identity(drawn)["data"]["corruption"]["random_first_step"] == 9
+    assert len({run_name(config("data.corruption.random_steps=4", f"seed={seed}")) for seed in (0, 1)}) == 2
+
+
+def test_corrupted_batches_of_a_run_are_drawn_by_its_seed():
+    setting = ("data.corruption.random_steps=4", "data.corruption.random_first_step=100")
+    steps = [list(config(*setting, f"seed={seed}").corrupted_batches) for seed in (0, 1)]
+    assert steps[0] != steps[1] and all(100 <= step <= 300 for step in (*steps[0], *steps[1]))
 
 
 def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeypatch):

@@ -159,7 +159,8 @@ def parsed(plain: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
 #: Keys that validators of sections compare with others.
 CROSS = (
     "keep_every", "trainer.strategy", "dp_replicate", "num_attention_heads", "num_key_value_heads",
-    "data.sequence_length", "data.corruption.steps", "hub",
+    "data.sequence_length", "data.corruption.steps", "data.corruption.random_steps", "repetition_max_period",
+    "hub",
 )  # fmt: skip
 
 

@@ -375,3 +375,23 @@ def test_kind_of_the_corrupted_batches_before_a_fork_is_the_old_runs(tiny):
     new = compose_config(*tiny, "data.corruption.steps=[5,30]", "data.corruption.kind=random")
     with pytest.raises(ConfigError, match=r"data\.corruption\.kind=random: that run has repeat"):
         check_corruption(new, old, [], 16, lambda problem: ConfigError("fork_from", "x", problem=problem))
+
+
+def test_drawn_batches_before_a_fork_are_the_old_runs(tiny):
+    """Of another length, other steps are drawn; those of the old run can be listed."""
+
+    def check(*overrides):
+        new = compose_config(*tiny, *overrides)
+        check_corruption(new, old, [], 16, lambda problem: ConfigError("fork_from", "x", problem=problem))
+
+    drawn = ("data.corruption.random_steps=9", "data.corruption.kind=mixed")
+    old = compose_config(*tiny, *drawn)
+    steps = list(old.corrupted_batches)
+    assert steps[0] <= 16 < steps[-1]
+    check(*drawn)
+    check(f"data.corruption.steps={steps}", "data.corruption.kind=mixed")
+    problem = r"data\.corruption\.random_steps=9 and trainer\.max_steps=60: up to step 16, that run has"
+    with pytest.raises(ConfigError, match=problem):
+        check(*drawn, "trainer.max_steps=60")
+    with pytest.raises(ConfigError, match=r"data\.corruption\.kind=repeat: that run has mixed"):
+        check(f"data.corruption.steps={steps}", "data.corruption.kind=repeat")

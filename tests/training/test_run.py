@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models
 from common.errors import ConfigError, UserError
 from data import TokenDataset, corpus_from, prepare, unigram_entropy
 from data.tokenizer import END_OF_TEXT, wrap_tokenizer
-from experiments.run.read import read_run
+from experiments.run.plot import draw_run
+from experiments.run.read import corrupted_steps, read_run
 from experiments.run.summary import comparison, table
 from models import Llama
 from tests.helpers import (
@@ -417,6 +418,19 @@ def test_corrupted_batches_are_injected_and_reported(finished_run, tiny, tmp_pat
     out = io.StringIO()
     Console(file=out, width=200).print(comparison(results))
     assert "2 random" in out.getvalue() and "none" in out.getvalue(), out.getvalue()
+
+
+def test_drawn_batches_are_those_that_readers_name(tiny, run_in_process, tmp_path):
+    """The readers know the run by its folder alone. Bursts of random tokens are those steps whose loss rises."""
+    drawn = ("data.corruption.random_steps=6", "data.corruption.burst_length=2", "data.corruption.random_first_step=12")
+    run_in_process(*tiny, *drawn, "data.corruption.kind=random", "seed=3")
+    run = read_run(only_run(tmp_path))
+    steps = corrupted_steps(run)
+    rises = [step for step in range(12, 41) if run.metrics["loss"][step - 1] > run.metrics["loss"][step - 2] + 0.3]
+    assert len(steps) == 6 and rises == steps[::2], "each burst begins with a rise"
+    assert run.result["corrupted_batches"] == 6 and run.result["corruption_kind"] == "random"
+    marked = [line for line in draw_run(run).axes[0].lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in marked] == steps
 
 
 def test_tokenizer_without_foreign_letters_is_reported_before_the_run(tiny, run_in_process, tmp_path):

@@ -21,8 +21,10 @@ from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
 
-#: Settings that a run and those forked from it share; `data.corruption` may differ after the step.
+#: Settings that a run and those forked from it share.
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
+#: Of them, those that may differ after the step: the order of the sequences is the same.
+NOT_SHARED = ("data.corruption.", "data.instance_filter.")
 
 
 class ForkSource(NamedTuple):
@@ -70,18 +72,25 @@ def check_corruption(
     config: Config, old: Config, rewinds: list[dict[str, int]], step: int, impossible: Callable[[str], ConfigError]
 ) -> None:
     """Raise `ConfigError` if the corrupted batches up to the step are not the old run's, or one would not come."""
-    said, trained = config.data.corruption, old.data.corruption
-    ours, theirs = ({s for s in corrupted_steps(c.steps, rewinds) if s <= step} for c in (said, trained))
+    said, trained = config.corrupted_batches, old.corrupted_batches
+    ours, theirs = ({s for s in corrupted_steps(kinds, rewinds) if s <= step} for kinds in (said, trained))
     if ours != theirs:
-        raise impossible(
-            f" with data.corruption.steps={list(said.steps)}: up to step {step}, that run has {sorted(theirs)}"
-        )
-    if ours and said.kind != trained.kind:
-        raise impossible(f" with data.corruption.kind={said.kind}: that run has {trained.kind}")
-    taken_again = {*said.steps} - {*corrupted_steps(said.steps, rewinds), *trained.steps, *range(step + 1)}
+        raise impossible(f" with data.corruption.{_setting(config)}: up to step {step}, that run has {sorted(theirs)}")
+    if [said[s] for s in sorted(ours)] != [trained[s] for s in sorted(ours)]:
+        kind = config.data.corruption.kind
+        raise impossible(f" with data.corruption.kind={kind}: that run has {old.data.corruption.kind}")
+    taken_again = {*said} - {*corrupted_steps(said, rewinds), *trained, *range(step + 1)}
     if taken_again:
         was = f"that run was rewound, and takes the batch of the text at step {min(taken_again)}"
-        raise impossible(f" with data.corruption.steps={list(said.steps)}: {was}")
+        raise impossible(f" with data.corruption.{_setting(config)}: {was}")
+
+
+def _setting(config: Config) -> str:
+    """Return the setting that chooses the corrupted steps, with its value."""
+    corruption = config.data.corruption
+    if corruption.random_steps:
+        return f"random_steps={corruption.random_steps} and trainer.max_steps={config.trainer.max_steps}"
+    return f"steps={list(corruption.steps)}"
 
 
 def _fork_source(config: Config, fork_from: str) -> ForkSource:
@@ -103,7 +112,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
-        shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith("data.corruption.")
+        shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith(NOT_SHARED)
         if shared and value != saved_values.get(key):
             raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_values.get(key))}")
     check_corruption(config, old, run_dir.rewinds(step), step, impossible)

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.text import flatten
+from data.config import InstanceFilterConfig
 from training.config.schema import Config, UpdateConfig
 from training.config.strategy import is_ours, rule_class, strategy_class
 from zclip.arguments import is_number
@@ -26,6 +27,10 @@ TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_ev
 ADDED: dict[str, Any] = {
     "update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True),
     "optim.amsgrad": False,
+    "data.corruption.random_steps": 0,
+    "data.corruption.random_first_step": 1,
+    "data.corruption.burst_length": 1,
+    "data.instance_filter": InstanceFilterConfig().model_dump(mode="json"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from annotated_types import Predicate
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
+from common.corruption import MIXED, corrupted_batches, room
 from common.errors import ConfigError, UserError
 from common.settings import (
     Allowed,
@@ -24,6 +25,7 @@ from common.settings import (
 )
 from data import DataConfig
 from data.config import CorruptionKind, Steps
+from data.corruption import MIN_COUNT
 from evaluation.config import EvalConfig
 from models.config import ModelConfig
 from training.runtime.hardware import PEAK_FLOPS, peak_flops
@@ -280,12 +282,32 @@ class Config(Settings):
             raise UserError(
                 f"experiment={self.paper.suite} is a set of runs: it needs -m; several are a list, as [table2,table3]"
             )
-        steps, last = self.data.corruption.steps, self.trainer.max_steps
-        if late := [step for step in steps if step > last]:
-            problem = f"is not allowed: step {late[0]} is after the last, trainer.max_steps={last}"
-            raise ConfigError("data.corruption.steps", list(steps), problem=problem)
+        self._check_corruption()
         if self.data.sequence_length > self.model.max_position_embeddings:
             longest = f"model.max_position_embeddings={self.model.max_position_embeddings}"
             problem = f"is longer than the model's context: it must be at most {longest}"
             raise ConfigError("data.sequence_length", self.data.sequence_length, problem=problem)
         return self
+
+    def _check_corruption(self) -> None:
+        """Raise `ConfigError` if a batch that is to be corrupted does not exist, or is too short for that."""
+        corruption, last = self.data.corruption, self.trainer.max_steps
+        if late := [step for step in corruption.steps if step > last]:
+            problem = f"is not allowed: step {late[0]} is after the last, trainer.max_steps={last}"
+            raise ConfigError("data.corruption.steps", list(corruption.steps), problem=problem)
+        first, length = corruption.random_first_step, corruption.burst_length
+        if corruption.random_steps > (most := room(first, last, length)):
+            problem = (
+                f"is not allowed: from step {first} to the last, trainer.max_steps={last}, at most {most} can be drawn "
+                f"in bursts of {length}"
+            )
+            raise ConfigError("data.corruption.random_steps", corruption.random_steps, problem=problem)
+        is_corrupted, longest = corruption.steps or corruption.random_steps, self.data.sequence_length
+        if is_corrupted and corruption.kind in ("repeated_ngrams", MIXED) and longest + 1 < MIN_COUNT:
+            problem = f"is not possible with data.sequence_length={longest}: it must be at least {MIN_COUNT - 1}"
+            raise ConfigError("data.corruption.kind", corruption.kind, problem=problem)
+
+    @property
+    def corrupted_batches(self) -> dict[int, str]:
+        """Kind of each batch that is corrupted on purpose, by its step."""
+        return corrupted_batches(self.data.corruption.model_dump(), self.seed, self.trainer.max_steps)

@@ -47,7 +47,8 @@ class MetricsRecorder:
     """Records every optimizer step.
 
     Fields of a line: `step` (from 1); `tokens` so far; `loss` (cross entropy before the step, mean over the global
-    batch, nats per token); `lr` of the schedule; and the telemetry of the strategy and of a rule over updates. Means
+    batch, nats per token); `lr` of the schedule; `masked_rows` if there is an instance filter; and the telemetry of the
+    strategy and of a rule over updates. Means
     since the last transfer are `tokens_per_second` and `mfu`, the share of the devices' peak that is reached. Times of
     rank 0 are `data_seconds`, `forward_backward_seconds`, `clip_seconds` and `optimizer_seconds`, and the waits
     `saving_seconds` and `evaluation_seconds` before the step. `peak_memory_gib` is the maximum over processes since
@@ -102,12 +103,13 @@ class MetricsRecorder:
         """Add the mean loss of a micro-batch of this process to the step."""
         self._losses.append(loss)
 
-    def record(self, step: int, lr: float, timings: Timings) -> None:
+    def record(self, step: int, lr: float, timings: Timings, masked_rows: int = 0) -> None:
         """Record a step, whose micro-batches have been added."""
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
         updates = {} if self.rule is None else self.rule.telemetry
-        self._pending.append((step, lr, {"loss": loss, **self.strategy.telemetry, **updates}, timings))
+        masked = {"masked_rows": torch.tensor(masked_rows)} if self.config.data.instance_filter.enabled else {}
+        self._pending.append((step, lr, {"loss": loss, **masked, **self.strategy.telemetry, **updates}, timings))
 
     def is_due(self, step: int) -> bool:
         """Whether recorded steps are to be flushed after this one."""
@@ -133,10 +135,11 @@ class MetricsRecorder:
 
     def _transfer(self) -> dict[int, Row]:
         """Return the lines of the recorded steps. The device is waited for once."""
-        names = list(self._pending[0][2])
+        names = list(dict.fromkeys(name for _, _, numbers, _ in self._pending for name in numbers))
+        absent = torch.tensor(math.nan)
         table = torch.stack(
             [
-                torch.stack([numbers[name].to(self._device, torch.float32) for name in names])
+                torch.stack([numbers.get(name, absent).to(self._device, torch.float32) for name in names])
                 for _, _, numbers, _ in self._pending
             ]
         )

@@ -1,0 +1,110 @@
+"""The report of a lab on bad batches: what they cost with each arm, by kind, and whether the arm recognises them."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.labs.bad_data import SMALLEST_EXCESS, BadDataResult, bad_data_results
+from experiments.labs.bad_data_figures import draw_after, draw_excess, draw_kinds
+from experiments.labs.declaration import BadDataLab
+from experiments.labs.report import LabReport, lab_text, markdown_table, mean_text, outcome_sentences
+from experiments.labs.statistics import LOWERS, RAISES, SAME, UNDECIDED
+from experiments.run.collect import RunCollection
+
+HEADER = (
+    "arm",
+    "excess loss (nats)",
+    "minus the reference (95 %)",
+    "outcome",
+    "area (nats x steps)",
+    "test loss, difference",
+    "before bad batches",
+    "bad batches recognised %",
+    "other steps clipped %",
+    "seeds",
+)
+#: What the outcomes say of the excess loss of the reference arm.
+SENTENCES = {
+    LOWERS: f"Lower by more than {SMALLEST_EXCESS:g} nats with",
+    SAME: f"Within {SMALLEST_EXCESS:g} nats of it with",
+    RAISES: f"Higher by more than {SMALLEST_EXCESS:g} nats with",
+    UNDECIDED: "These seeds do not decide about",
+}
+#: What the columns mean.
+LEGEND = (
+    "Losses are differences from the run of the same seed without clipping and without bad batches. The excess loss is "
+    "their mean over the 10 steps after a bad batch. The area is their sum over all other steps from the first bad "
+    "batch on. Before bad batches is their mean over the 100 steps before the first one. An arm recognises a bad batch "
+    "if it clips or skips the step, lowers the learning rate, or masks sequences. The rise by kind is the excess loss "
+    "minus the mean over the 5 steps before the bad batch: what earlier ones have left does not count."
+)
+
+
+def bad_data_report(lab: BadDataLab, collection: RunCollection, made: str) -> LabReport:
+    """Return the report, the numbers and the figures of a lab; `made` says when the report was made."""
+    results = bad_data_results(lab, collection)
+    kinds = sorted({kind for result in results for each in result.numbers.values() for kind in each.rise_of})
+    sections = {
+        "Arms": f"{markdown_table(HEADER, [table_row(result) for result in results])}\n\n{LEGEND}",
+        "Rise of the loss by kind of bad batch (nats)": markdown_table(
+            ("arm", *kinds), [[_label(r), *(f"{r.mean_rise(kind):.3f}" for kind in kinds)] for r in results]
+        ),
+    }
+    figures = {}
+    if results:
+        figures = {
+            "excess": draw_excess(lab, results),
+            "kinds": draw_kinds(results, kinds),
+            "after": draw_after(lab, results, collection, kinds),
+        }
+    text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
+    return LabReport(text, csv_table(results, kinds), figures)
+
+
+def findings(lab: BadDataLab, results: Sequence[BadDataResult]) -> list[str]:
+    """Return sentences on the excess loss of the reference arm, and on the others against it."""
+    if not results:
+        return ["No arm has a run together with the run without bad batches of the same seed."]
+    said = []
+    for result in (result for result in results if result.arm.label == lab.reference):
+        excess = float(np.mean([each.excess for each in result.numbers.values()]))
+        said.append(f"With {lab.reference}, the excess loss after bad batches is {excess:.3f} nats.")
+    found = {result.arm.label: result.outcome for result in results if result.outcome}
+    changes = {result.arm.label: result.change for result in results if result.change is not None}
+    return said + outcome_sentences(found, changes, SENTENCES)
+
+
+def table_row(result: BadDataResult) -> list[str]:
+    """Return the row of an arm as text."""
+    numbers = result.numbers.values()
+    return [
+        _label(result),
+        mean_text([each.excess for each in numbers], 3),
+        "" if result.change is None else result.change.text(),
+        result.outcome,
+        mean_text([each.area for each in numbers], 1),
+        mean_text([each.final for each in numbers], 3),
+        mean_text([each.before for each in numbers], 3),
+        f"{100 * float(np.mean([each.recognised for each in numbers])):.0f}",
+        f"{100 * float(np.mean([each.clipped for each in numbers])):.1f}",
+        str(len(numbers)),
+    ]
+
+
+def _label(result: BadDataResult) -> str:
+    return result.arm.label + (" (control)" if result.arm.is_control else "")
+
+
+def csv_table(results: Sequence[BadDataResult], kinds: Sequence[str]) -> str:
+    """Return the numbers of each run as CSV: a row for each arm and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    fields = ("before", "excess", "area", "final", "recognised", "clipped")
+    writer.writerow(["arm", "overrides", "seed", *fields, *(f"rise_{kind}" for kind in kinds)])
+    for result in results:
+        for seed, numbers in result.numbers.items():
+            values = [getattr(numbers, field) for field in fields] + [numbers.rise_of.get(k, np.nan) for k in kinds]
+            writer.writerow([result.arm.label, " ".join(result.arm.overrides), seed, *(f"{v:.6g}" for v in values)])
+    return out.getvalue()
