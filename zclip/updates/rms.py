@@ -39,7 +39,8 @@ def update_rms(optimizer: Optimizer) -> Tensor:
     with torch.no_grad():
         inner = unwrap(optimizer)
         check_optimizer(inner, (Adam,))
-        shards = parameters_of(optimizer_parameters(inner))
+        parameters = optimizer_parameters(inner)
+        shards = parameters_of(parameters)
         device = device_of(shards)
         places = {id(shard.parameter): i for i, shard in enumerate(shards)}
         ranks = {id(shard.parameter): shard.groups for shard in shards}
@@ -49,7 +50,11 @@ def update_rms(optimizer: Optimizer) -> Tensor:
                 index = torch.tensor([places[id(p)] for p in owners]).to(device, non_blocking=True)
                 sums.index_add_(0, index, values.to(sums, non_blocking=True))
         sizes = torch.tensor([max(1, shard.parameter.numel()) for shard in shards], dtype=sums.dtype)
-        return (sum_over_ranks(shards, sums) / sizes.to(device, non_blocking=True)).sqrt()
+        rms = (sum_over_ranks(shards, sums) / sizes.to(device, non_blocking=True)).sqrt()
+        if len(shards) == len(parameters):
+            return rms
+        # Some parameters, such as quantized weights, can have no gradient.
+        return torch.stack([rms[places[id(p)]] if id(p) in places else rms.new_zeros(()) for p in parameters])
 
 
 def _sums(optimizer: Any, group: Group, ranks: Mapping[int, Groups]) -> Iterator[tuple[Sequence[Tensor], Tensor]]:

@@ -358,6 +358,21 @@ def test_tensors_without_elements_or_gradients_have_an_rms_of_zero():
     assert update_rms(optimizer).tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0, 0.0])
 
 
+def test_parameters_that_can_have_no_gradient_keep_their_place():
+    weights = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    parameters, rule = tensors(), StableAdamW()
+    optimizer = torch.optim.AdamW([weights, *parameters], lr=LR)
+    rule.attach(optimizer)
+    for step in range(7):
+        for p, gradient in zip(parameters, gradients(step), strict=True):
+            p.grad = gradient
+        optimizer.step()
+    assert rule.read_telemetry()["update_clipped"] and torch.equal(weights, torch.ones(2, dtype=torch.int8))
+    alone = torch.optim.AdamW(parameters, lr=LR)
+    alone.state.update({p: optimizer.state[p] for p in parameters})
+    assert torch.equal(update_rms(optimizer), torch.cat([torch.zeros(1), update_rms(alone)]))
+
+
 def test_other_optimizers_and_a_second_rule_are_refused():
     parameters = tensors()
     with pytest.raises(TypeError, match=r"^SGD has no second moment: Adam and AdamW of torch are supported$"):
