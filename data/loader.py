@@ -39,9 +39,9 @@ class TrainLoader:
     steps: int  # optimizer steps in the whole run
     share: BatchShare
     corruption: BatchCorruption | None = None  # replaces the batches of chosen steps
-    instance_filter: InstanceFilterConfig | None = None  # masks rows, corrupted or not; `None`: none
     skipped_batches: int = 0  # global batches before this run's next one on which no step was taken
     skipped_before: int = 0  # those of them that a saved position must have skipped already
+    instance_filter: InstanceFilterConfig | None = None  # masks rows, corrupted or not; `None`: none
 
     def __post_init__(self) -> None:
         self.per_forward = self.share.micro_batch_size * self.share.world_size

@@ -237,9 +237,9 @@ def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
         trainer.max_steps,
         BatchShare(trainer.global_batch_size, trainer.micro_batch_size, rank(), trainer.world_size),
         batch_corruption(config, tokens, start.rewinds),
-        config.data.instance_filter if config.data.instance_filter.enabled else None,
         skipped_batches=start.skipped_batches,
         skipped_before=start.skipped_before,
+        instance_filter=config.data.instance_filter if config.data.instance_filter.enabled else None,
     )
 
 
