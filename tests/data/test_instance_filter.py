@@ -83,7 +83,8 @@ def loader(tmp_path, tokenizer):
     def make(kind=None, rank=0, world=1, micro=8, sequences=prepared, config=None, skipped=0) -> TrainLoader:
         corruption = BatchCorruption({4: kind}, 1, tokenizer) if kind else None
         config = settings(count=9) if config is None else config
-        return TrainLoader(sequences, "f", STEPS, BatchShare(8, micro, rank, world), corruption, skipped, instance_filter=config)
+        share = BatchShare(8, micro, rank, world)
+        return TrainLoader(sequences, "f", STEPS, share, corruption, skipped, instance_filter=config)
 
     return make
 
