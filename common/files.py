@@ -144,6 +144,14 @@ def commit(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def commit_new(temporary: Path, path: Path) -> None:
+    """Give a folder its final name once the disk holds it; raise `OSError` if anything but an empty folder has it."""
+    for written in [*temporary.rglob("*"), temporary]:
+        sync(written)
+    temporary.rename(path)
+    sync(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file, folder or link. A folder that is removed in part never has its old name."""
     if path.is_symlink() or not path.is_dir():

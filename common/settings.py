@@ -56,9 +56,10 @@ Flag = Annotated[bool, Allowed("true or false")]
 #: A text that may be a path: `~`, which a shell leaves as it is behind `=`, stands for the user's folder.
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 Folder = Annotated[PathText, Allowed("a folder")]
+FOLDER_NAME = r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"
 FolderName = Annotated[
     str,
-    StringConstraints(pattern=r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"),
+    StringConstraints(pattern=FOLDER_NAME),
     AfterValidator(_fits_in_a_name),
     Allowed("a folder name of letters, digits and . _ = , + -, at most 200 bytes"),
 ]

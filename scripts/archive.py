@@ -14,11 +14,13 @@ already is left as it is.
 
 import _entry  # first: it finds the checkout and installs the signal handlers
 
+import os
+import re
 from pathlib import Path
 
 from common.console import make_console
 from common.errors import ConfigError, UserError, one_line
-from common.settings import Flag, Folder, FolderName, Settings, parse
+from common.settings import FOLDER_NAME, Flag, Folder, FolderName, Settings, parse
 from experiments.run.archive import ENDING, restore_archive, write_archive
 from training.run_dir import RunDir
 
@@ -44,23 +46,29 @@ def main(values: _entry.Values) -> None:
     settings = parse(ArchiveSettings, values)
     runs, archives = (Path(folder) / settings.experiment for folder in (settings.runs, settings.archives))
     if settings.restore:
-        pairs = [(file, runs / file.name.removesuffix(ENDING)) for file in sorted(archives.glob(f"*{ENDING}"))]
+        names = [file.name.removesuffix(ENDING) for file in sorted(archives.glob(f"*{ENDING}"))]
+        pairs = [(archives / f"{name}{ENDING}", runs / name) for name in names if re.fullmatch(FOLDER_NAME, name)]
         _require(pairs, "archives", settings.archives, f"has no archives of experiment={settings.experiment}")
     else:
         finished = [run for run in sorted(runs.glob("*")) if RunDir(run).result_file.is_file()]
         pairs = [(run, archives / f"{run.name}{ENDING}") for run in finished]
         _require(pairs, "runs", settings.runs, f"has no finished run of experiment={settings.experiment}")
-    made = 0
-    for source, target in pairs:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                (restore_archive if settings.restore else write_archive)(source, target)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{source} cannot be {_done(settings)} ({one_line(error)})") from error
-            made += 1
-    kept = len(pairs) - made
-    make_console().print(f"{made} runs {_done(settings)}, {kept} were there already: {target.parent}")
+    missing = [(source, target) for source, target in pairs if not os.path.lexists(target)]
+    problems = [problem for source, target in missing if (problem := _made(source, target, settings))]
+    made, kept = len(missing) - len(problems), len(pairs) - len(missing)
+    make_console().print(f"{made} runs {_done(settings)}, {kept} were there already: {pairs[0][1].parent}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _made(source: Path, target: Path, settings: ArchiveSettings) -> str:
+    """Archive or restore one run; return what is wrong with it, or an empty text."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (restore_archive if settings.restore else write_archive)(source, target)
+    except (OSError, ValueError) as error:
+        return f"{source} cannot be {_done(settings)} ({one_line(error)})"
+    return ""
 
 
 def _done(settings: ArchiveSettings) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # Until the tests are collected: imports make no garbage, and much that a collection would look through.
 gc.disable()
@@ -19,6 +20,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from data import Source
 from tests.helpers import CHECKOUT, FSDP, TINY, Once, only_run, script, train_to_end
+
+settings.register_profile("tests", deadline=None)  # timings decide no test
+settings.load_profile("tests")
 
 #: The validation sets, if they lie beside the checkout.
 SHARED_SETS = CHECKOUT.parent / "shared" / "data" / "eval"

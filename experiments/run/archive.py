@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from common.files import atomic_folder, write_atomic
+from common.files import commit_new, temporary_folder, write_atomic
 from common.reading import Record, check_record, open_regular, parse_json, parse_record, read_bytes, read_lines
 from common.run_files import Environment, MetricsLine, as_dict
-from experiments.run.read import read_config
+from experiments.run.read import read_config, read_run
 
 #: Ending of an archive's name, behind that of the run folder.
 ENDING = ".json.xz"
@@ -25,8 +25,8 @@ DIGITS = 6
 FILES = ("result.json", "val_metrics.jsonl", "task_scores.json", "rewinds.json")
 #: Ends of the names of columns that measure the machine. They are left out.
 MEASURED = ("_seconds", "tokens_per_second", "mfu", "peak_memory_gib")
-#: Most bytes of an archive's content.
-MOST = 1 << 28
+#: Most bytes of an archive's content: some 300,000 steps.
+MOST = 1 << 25
 
 
 class Archive(Record):
@@ -39,12 +39,12 @@ class Archive(Record):
 def write_archive(run: Path, archive: Path) -> None:
     """Write the archive of a finished run.
 
-    Paths of the machine are left out: `paths` in the configuration become the defaults, and the recorded commands lose
-    the settings that begin with `paths.`.
+    `paths` in the configuration become the defaults, and the recorded commands lose the settings that begin with
+    `paths.`. Other paths, such as `data.path`, are kept: the run is known by them.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: a file of the run is damaged.
+        ValueError: a file of the run is damaged, or it has too many steps.
     """
     files = {"config.yaml": _portable_config(run), "environment.json": _portable_environment(run)}
     files |= {name: read_bytes(run / name).decode() for name in FILES if (run / name).exists()}
@@ -52,6 +52,8 @@ def write_archive(run: Path, archive: Path) -> None:
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.endswith(MEASURED)]
     metrics = {name: [_rounded(row.get(name)) for row in rows] for name in names}
     content = json.dumps({"files": files, "metrics": metrics}, separators=(",", ":")).encode()
+    if len(content) > MOST:
+        raise ValueError(f"its metrics take more than {MOST:,} bytes")
     write_atomic(archive, lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
 
 
@@ -59,8 +61,8 @@ def restore_archive(archive: Path, run: Path) -> None:
     """Make the run folder of an archive. It is there complete or not at all.
 
     Raises:
-        OSError: a file cannot be read or written.
-        ValueError: the archive is damaged.
+        OSError: a file cannot be read or written, or there is something in the place of the folder.
+        ValueError: the archive is damaged, or not of a finished run.
     """
     content = read_archive(archive)
     if unknown := set(content.files) - {"config.yaml", "environment.json", *FILES}:
@@ -70,10 +72,14 @@ def restore_archive(archive: Path, run: Path) -> None:
     names = list(content.metrics)
     rows = zip(*content.metrics.values(), strict=True)
     lines = [json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows]
-    with atomic_folder(run) as folder:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(run) as folder:
         for name, text in content.files.items():
             write_atomic(folder / name, text)
         write_atomic(folder / "metrics.jsonl", "".join(lines))
+        if not read_run(folder).result:
+            raise ValueError("it has no result.json")
+        commit_new(folder, run)
 
 
 def read_archive(archive: Path) -> Archive:

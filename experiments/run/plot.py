@@ -101,7 +101,8 @@ def _log_scale(ax: Axes, values: np.ndarray) -> None:
 def _draw_z_score(ax: Axes, run: Run) -> None:
     step, metrics = run.metrics["step"], run.metrics
     if "z" not in metrics:
-        ax.plot(step, metrics["clipped_norm"] / metrics["grad_norm"], color=BLUE, lw=0.9)
+        with np.errstate(invalid="ignore"):  # both are 0 where all rows are masked
+            ax.plot(step, metrics["clipped_norm"] / metrics["grad_norm"], color=BLUE, lw=0.9)
         ax.set_ylabel("clip coefficient")
         ax.set_ylim(0, 1.05)
         return

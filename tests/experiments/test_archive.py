@@ -61,11 +61,12 @@ def test_train_shows_a_restored_run_and_does_not_train_it(finished_run, archive,
         (b"\xfd7zXZ\x00 and so on", "not compressed by xz, or cut off"),
         (lzma.compress(b"[]"), "not an object"),
         (lzma.compress(b'{"files": {}}'), "metrics"),
+        (lzma.compress(b'{"files": {}, "metrics": {}}'), "config.yaml"),
         (lzma.compress(b'{"files": {"../x": ""}, "metrics": {}}'), "a run has no file '../x'"),
         (lzma.compress(b'{"files": {}, "metrics": {"step": [1], "loss": []}}'), "columns of metrics differ in length"),
         (lzma.compress(b"x" * 1000)[:40], "cut off"),
     ],
-    ids=["empty", "no-xz", "list", "no-metrics", "name", "columns", "cut-off"],
+    ids=["empty", "no-xz", "list", "no-metrics", "no-config", "name", "columns", "cut-off"],
 )
 def test_damaged_archive_is_named_and_leaves_nothing(content, problem, tmp_path):
     (tmp_path / "archives" / "main").mkdir(parents=True)
@@ -74,6 +75,33 @@ def test_damaged_archive_is_named_and_leaves_nothing(content, problem, tmp_path)
     assert done.returncode == 2 and "error: archives/main/a.json.xz cannot be restored (" in done.stderr, done
     assert problem in done.stderr and done.stderr.count("\n") == 1
     assert not [*(tmp_path / "runs").glob("*/*")]
+
+
+def test_archive_of_an_unfinished_run_is_refused(finished_run, archive, tmp_path):
+    content = json.loads(lzma.decompress(archive.read_bytes()))
+    del content["files"]["result.json"]
+    (tmp_path / "a.json.xz").write_bytes(lzma.compress(json.dumps(content).encode()))
+    with pytest.raises(ValueError, match=r"has no result\.json"):
+        restore_archive(tmp_path / "a.json.xz", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json.xz"]
+
+
+def test_folder_that_appears_meanwhile_is_left_as_it_is(archive, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        restore_archive(archive, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def test_one_damaged_archive_does_not_stop_the_others(archive, tmp_path):
+    folder = tmp_path / "archives" / "main"
+    folder.mkdir(parents=True)
+    for name, content in (("a", b""), ("b", archive.read_bytes()), ("", archive.read_bytes()), ("..", b"")):
+        (folder / f"{name}{ENDING}").write_bytes(content)
+    done = script("archive.py", "experiment=main", "archives=archives", "restore=true", cwd=tmp_path)
+    assert done.returncode == 2 and "archives/main/a.json.xz cannot be restored" in done.stderr
+    assert "1 runs restored, 0 were there already" in done.stdout
+    assert [path.name for path in (tmp_path / "runs" / "main").iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def test_rule_of_your_own_trains_and_resumes_where_the_command_names_it(tiny, ru
     sys.modules.pop("my_rule")
     with pytest.raises(UserError, match=r"update._target_=my_rule.Halved is not a class of zclip, and not imported"):
         run_in_process(f"resume={resumed}")
+    assert find_problem(resumed / "checkpoints" / "step-00000032.ckpt") is None
+    run_in_process(*tiny, f"fork_from={resumed}@32", "name=forked")
     assert not (tmp_path / "imported").exists()
     _, output = run_in_process(f"resume={resumed}", "update._target_=my_rule.Halved")
     assert (tmp_path / "imported").exists() and "after step 32 of 40" in output
@@ -99,8 +101,9 @@ def test_argument_of_no_rule_is_refused():
         update_rule(compose_config("+update.release=0.9").update)
     with pytest.raises(Exception, match=r"update.release=2 is not allowed: it must be a number from 0 to below 1"):
         update_rule(compose_config("update=brake", "update.release=2").update)
-    with pytest.raises(Exception, match=r"update._target_=nowhere.Rule cannot be imported"):
-        update_rule(compose_config("update=monitor", "update._target_=nowhere.Rule").update)
+    for target in ("nowhere.Rule", ".relative.Rule", "Rule"):
+        with pytest.raises(UserError, match=rf"update._target_={target} cannot be imported"):
+            update_rule(compose_config("update=monitor", f"update._target_={target}").update)
     with pytest.raises(Exception, match=r"update._target_=zclip.updates.update_norm is not allowed: it must be a subc"):
         update_rule(compose_config("update=brake", "update._target_=zclip.updates.update_norm").update)
 

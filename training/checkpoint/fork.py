@@ -16,7 +16,7 @@ from common.run_files import corrupted_steps
 from common.text import flatten
 from training.checkpoint.saved_config import checkpoint_config
 from training.checkpoint.state import find_problem
-from training.config.identity import identity
+from training.config.identity import identity, saved_identity_of
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
@@ -109,7 +109,7 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))
-    requested, saved = identity(config), identity(old, is_named=old.clip.target == config.clip.target)
+    requested, saved = identity(config), saved_identity_of(old, config)
     saved_values = flatten(saved)
     for key, value in flatten(requested).items():
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith(NOT_SHARED)

@@ -23,7 +23,7 @@ from training.checkpoint.format import TensorSpec, is_valid, load_header, load_p
 from training.checkpoint.rng import set_rng_states
 from training.checkpoint.saved_config import checkpoint_config
 from training.config.schema import Config
-from training.config.strategy import clipping_strategy, update_rule
+from training.config.strategy import clipping_strategy, is_ours, update_rule
 
 #: What Lightning restores, and what this project adds.
 KEYS = (
@@ -212,6 +212,9 @@ def _check_clipper(callbacks: Mapping[str, Any], config: Config) -> None:
 
 
 def _check_rule(callbacks: Mapping[str, Any], config: Config) -> None:
-    """Raise an error unless the rule over updates of a checkpoint can restore its state, if there is a rule."""
-    if (rule := update_rule(config.update)) is not None:
-        rule.load_state_dict(callbacks["UpdateRuleCallback"]["rule"])
+    """Raise an error unless the rule over updates of a checkpoint can restore its state, if it is one of `zclip`."""
+    if config.update.target is not None:
+        state = callbacks["UpdateRuleCallback"]["rule"]
+        _require(isinstance(state, dict), "its state is none")
+        if is_ours(config.update.target) and (rule := update_rule(config.update)) is not None:
+            rule.load_state_dict(state)

@@ -67,6 +67,16 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     return kept
 
 
+def saved_identity_of(saved: Config, config: Config, is_named: bool = True) -> dict[str, Any]:
+    """Return the identity of a configuration from a file, to be compared with that of `config`.
+
+    Classes that the file names are imported only if they are `zclip`'s, or those of `config`, which the user has named
+    (`is_named`).
+    """
+    is_same = (saved.clip.target, saved.update.target) == (config.clip.target, config.update.target)
+    return identity(saved, is_named=is_named and is_same)
+
+
 def shared_settings(config: Config) -> dict[str, Any]:
     """Return the settings, by dotted key, that are the same in all processes of a run.
 
@@ -81,8 +91,7 @@ def differences(config: Config, saved: Config, is_named: bool = True) -> dict[st
 
     `saved` is from a file, and so is `config` unless `is_named`, see `identity`. Places do not differ between files.
     """
-    is_same = is_named and (saved.clip.target, saved.update.target) == (config.clip.target, config.update.target)
-    ours, theirs = flatten(identity(config, is_named)), flatten(identity(saved, is_same))
+    ours, theirs = flatten(identity(config, is_named)), flatten(saved_identity_of(saved, config, is_named))
     pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and (is_named or not is_place(key))}
 

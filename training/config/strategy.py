@@ -45,7 +45,7 @@ def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
         problem = f"cannot be imported ({error}): it must be module.Class"
         raise ConfigError(f"{section}._target_", target, problem=problem) from error
     if not isinstance(found, type) or not issubclass(found, base):

@@ -32,10 +32,12 @@ class UpdateBrake(UpdateRule):
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
-    and a norm that has risen for good by a factor f is followed after rise_steps * log f / log margin steps. Norms that
-    vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M, where a spike
-    has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the first 300 steps
-    d^2 is the mean of all steps since the warm-up.
+    and a norm that has risen for good by a factor f is followed after rise_steps * log f / (bound - L) steps.
+
+    Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
+    where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
+    first 300 steps d^2 is the mean of all steps since the warm-up, at whose last norm M begins. One norm far below
+    the usual widens the bound for some hundred steps.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.

@@ -52,6 +52,7 @@ class RateHook(StepHook):
         self._others = [
             optimizer.register_step_post_hook(after_step),
             optimizer.register_state_dict_pre_hook(restore),
+            optimizer.register_load_state_dict_pre_hook(restore),
         ]
         post_hooks: Any = optimizer._optimizer_step_post_hooks
         post_hooks.move_to_end(self._others[0].id, last=False)  # a scheduler in another hook must not see the scale
@@ -86,8 +87,11 @@ def _split_groups(optimizer: Optimizer, scales: Tensor) -> Undo:
         split += split_group(group, part)
     optimizer.param_groups = split
 
+    known = len(split)
+
     def undo() -> None:
         if optimizer.param_groups is split:
+            before.extend(split[known:])  # groups that were added after a step that has raised
             optimizer.param_groups = before
 
     return undo

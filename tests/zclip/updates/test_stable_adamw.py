@@ -283,6 +283,30 @@ class Raises(torch.optim.AdamW):
         return super().step(closure)
 
 
+def test_state_can_be_loaded_and_a_group_added_after_a_step_that_raised():
+    parameters, extra = tensors(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer, rule = Raises(parameters, lr=LR), StableAdamW()
+    rule.attach(optimizer)
+    for step in range(6):
+        for p, gradient in zip(parameters, gradients(step), strict=True):
+            p.grad = gradient
+        optimizer.broken = step == 5
+        if step < 5:
+            optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    optimizer.add_param_group({"params": [extra]})
+    extra.grad, optimizer.broken = torch.ones_like(extra), False
+    optimizer.step()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(parameters), 1]
+    assert (extra < 1).all()
+
+
 @pytest.mark.parametrize("then", ["step", "save", "detach"])
 def test_groups_are_restored_after_a_step_that_raised(then):
     parameters = tensors()
