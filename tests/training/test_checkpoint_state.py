@@ -159,7 +159,7 @@ TENSOR_CHANGES: dict[str, list[Change]] = {
         drop("optimizer_states", 0, "param_groups", 0),
         drop("optimizer_states", 0, "param_groups", 0, "params"),
         put("optimizer_states", 0, "param_groups", 0, "params", [0, 1]),
-        put("optimizer_states", 0, "param_groups", 0, "amsgrad", True),
+        put("optimizer_states", 0, "param_groups", 0, "capturable", True),
         put("optimizer_states", 0, "param_groups", 0, "unknown", 1),
     ],
 }
