@@ -32,6 +32,15 @@ def _finite(value: Any) -> Any:
 Argument = Annotated[Any, AfterValidator(_finite)]
 
 
+#: Columns of metrics.jsonl, besides times, that a run repeated bit for bit would not have.
+_MEASURED = ("tokens_per_second", "mfu", "peak_memory_gib")
+
+
+def is_measured(column: str) -> bool:
+    """Whether a column of metrics.jsonl measures the machine: a run repeated bit for bit would have other numbers."""
+    return column.endswith("_seconds") or column in _MEASURED
+
+
 class MetricsLine(Record):
     """A line of metrics.jsonl: further fields are the strategy's telemetry and the times of the step's phases."""
 

@@ -14,7 +14,7 @@ import yaml
 
 from common.files import commit_new, temporary_folder, write_atomic
 from common.reading import Record, check_record, open_regular, parse_json, parse_record, read_bytes, read_lines
-from common.run_files import Environment, MetricsLine, as_dict
+from common.run_files import Environment, MetricsLine, as_dict, is_measured
 from experiments.run.read import read_config, read_run
 
 #: Ending of an archive's name, behind that of the run folder.
@@ -23,8 +23,6 @@ ENDING = ".json.xz"
 DIGITS = 6
 #: Files whose text is kept, beside config.yaml and environment.json.
 FILES = ("result.json", "val_metrics.jsonl", "task_scores.json", "rewinds.json")
-#: Ends of the names of columns that measure the machine. They are left out.
-MEASURED = ("_seconds", "tokens_per_second", "mfu", "peak_memory_gib")
 #: Most bytes of an archive's content: some 300,000 steps.
 MOST = 1 << 25
 
@@ -40,7 +38,8 @@ def write_archive(run: Path, archive: Path) -> None:
     """Write the archive of a finished run.
 
     `paths` in the configuration become the defaults, and the recorded commands lose the settings that begin with
-    `paths.`. Other paths, such as `data.path`, are kept: the run is known by them.
+    `paths.`. Other paths, such as `data.path`, are kept: the run is known by them. Columns that measure the machine are
+    left out.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -49,7 +48,7 @@ def write_archive(run: Path, archive: Path) -> None:
     files = {"config.yaml": _portable_config(run), "environment.json": _portable_environment(run)}
     files |= {name: read_bytes(run / name).decode() for name in FILES if (run / name).exists()}
     rows = [as_dict(parse_record(MetricsLine, line)) for line in read_lines(run / "metrics.jsonl")]
-    names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.endswith(MEASURED)]
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if not is_measured(name)]
     metrics = {name: [_rounded(row.get(name)) for row in rows] for name in names}
     content = json.dumps({"files": files, "metrics": metrics}, separators=(",", ":")).encode()
     if len(content) > MOST:

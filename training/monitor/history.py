@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: Columns that a run repeated bit for bit would not have: they are in metrics.jsonl, and not in checkpoints.
-MEASURED = ("tokens_per_second", "mfu", "peak_memory_gib")
+from common.run_files import is_measured
 
 
 class History:
@@ -31,7 +30,7 @@ class History:
         return {
             name: torch.frombuffer(bytearray(column.tobytes()), dtype=torch.int64)
             for name, column in self._columns.items()
-            if not _is_measured(name)
+            if not is_measured(name)
         }
 
     def add(self, row: Mapping[str, float | None]) -> None:
@@ -92,15 +91,11 @@ class History:
 
     def _agrees(self, step: int, row: Mapping[str, float | None]) -> bool:
         """Whether a line has the numbers of the history, but for those that are not in checkpoints."""
-        own = {name: column[step - 1] for name, column in self._columns.items() if not _is_measured(name)}
+        own = {name: column[step - 1] for name, column in self._columns.items() if not is_measured(name)}
         theirs = {name: math.nan if value is None else value for name, value in row.items() if name != "step"}
         return all(_same(value, theirs.get(name, math.nan)) for name, value in own.items()) and all(
-            name in own or _is_measured(name) for name in theirs
+            name in own or is_measured(name) for name in theirs
         )
-
-
-def _is_measured(name: str) -> bool:
-    return name.endswith("_seconds") or name in MEASURED
 
 
 def _same(one: float, other: float) -> bool:

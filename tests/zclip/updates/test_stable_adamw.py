@@ -283,17 +283,23 @@ class Raises(torch.optim.AdamW):
         return super().step(closure)
 
 
-def test_state_can_be_loaded_and_a_group_added_after_a_step_that_raised():
-    parameters, extra = tensors(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+def before_a_step_that_raises() -> tuple[Raises, StableAdamW]:
+    """Return an optimizer after five steps with a rule, whose next step scales a tensor, and raises."""
+    parameters = tensors()
     optimizer, rule = Raises(parameters, lr=LR), StableAdamW()
     rule.attach(optimizer)
     for step in range(6):
         for p, gradient in zip(parameters, gradients(step), strict=True):
             p.grad = gradient
-        optimizer.broken = step == 5
         if step < 5:
             optimizer.step()
-            saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.broken = True
+    return optimizer, rule
+
+
+def test_state_can_be_loaded_and_a_group_added_after_a_step_that_raised():
+    (optimizer, _), extra = before_a_step_that_raises(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    saved = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     optimizer.load_state_dict(saved)
@@ -303,22 +309,14 @@ def test_state_can_be_loaded_and_a_group_added_after_a_step_that_raised():
     optimizer.add_param_group({"params": [extra]})
     extra.grad, optimizer.broken = torch.ones_like(extra), False
     optimizer.step()
-    assert [len(group["params"]) for group in optimizer.param_groups] == [len(parameters), 1]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(SHAPES), 1]
     assert (extra < 1).all()
 
 
 @pytest.mark.parametrize("then", ["step", "save", "detach"])
 def test_groups_are_restored_after_a_step_that_raised(then):
-    parameters = tensors()
-    optimizer, rule = Raises(parameters, lr=LR), StableAdamW()
-    rule.attach(optimizer)
+    optimizer, rule = before_a_step_that_raises()
     listed = optimizer.param_groups
-    for step in range(6):
-        for p, gradient in zip(parameters, gradients(step), strict=True):
-            p.grad = gradient
-        optimizer.broken = step == 5
-        if step < 5:
-            optimizer.step()
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     assert optimizer.param_groups is not listed
