@@ -403,13 +403,14 @@ class UpdateBrakeEquations:
         self.clipped = self.s * norm > self.bound
         if self.clipped:
             self.s = self.bound / norm
-        bounded = min(norm, self.bound)
         if self.norms <= self.warmup_steps:
             self.level, self.mean = max(self.level, norm), norm
             return self.s
+        expected = self.mean * min(self.lag, 1.0)
+        bounded = max(min(norm, self.bound), expected / max(factor, math.e))
         ratio = bounded / self.level
         self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
-        below = bounded / (self.mean * min(self.lag, 1.0))
+        below = bounded / expected
         self.squares.append(2 * math.log(below) ** 2 if below < 1 else 0.0)
         if len(self.squares) <= 300:
             self.variance = statistics.fmean(self.squares)

@@ -22,11 +22,13 @@ class UpdateBrake(UpdateRule):
     edge. This one remembers it, as s in (0, 1]. With x the log of the update's norm, L that of its usual level, and
     d the standard deviation of x from step to step::
 
-        bound  = L + max(log margin, sigmas * d)
+        a      = max(log margin, sigmas * d)
+        bound  = L + a
         log s <- min(release * log s, bound - x)
-        y      = min(x, bound)
+        F      = M + min(D, 0)
+        y      = max(min(x, bound), F - max(a, 1))
         L     <- L + (y - L) / (rise_steps if it rises, else fall_steps)
-        d^2   <- d^2 + (2 min(y - M - min(D, 0), 0)^2 - d^2) / 300
+        d^2   <- d^2 + (2 min(y - F, 0)^2 - d^2) / 300
         D     <- D + (y - M - D) / 50
         M     <- M + (y - M) / 50
 
@@ -37,7 +39,7 @@ class UpdateBrake(UpdateRule):
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
     where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
     first 300 steps d^2 is the mean of all steps since the warm-up, at whose last norm M begins. One norm far below
-    the usual widens the bound for some hundred steps.
+    the usual counts as one at 1/e of F, or as far below F as the bound is above L.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
@@ -92,10 +94,11 @@ class UpdateBrake(UpdateRule):
         bound = torch.where(begins, torch.inf, level + above)
         released = self.release * state["log_scale"]
         log_scale = torch.minimum(released, bound - log_norm)
-        bounded = torch.minimum(log_norm, bound)
+        expected = mean + lag.clamp(max=0)
+        bounded = torch.maximum(torch.minimum(log_norm, bound), expected - above.clamp(min=1.0))
         rise, deviation = bounded - level, bounded - mean
         followed = level + rise / torch.where(rise > 0, self.rise_steps, self.fall_steps)
-        shortfall = (deviation - lag.clamp(max=0)).clamp(max=0)
+        shortfall = (bounded - expected).clamp(max=0)
         weight = (count + 1 - self.warmup_steps).clamp(min=1, max=VARIANCE_STEPS)
         new = {
             "log_scale": log_scale,

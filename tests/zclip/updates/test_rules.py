@@ -259,6 +259,23 @@ def test_norms_that_fall_steadily_do_not_widen_the_bound():
             assert 1.3 < rule.read_telemetry()["update_bound"] / norm < 4
 
 
+@pytest.mark.parametrize(("steps", "highest"), [(1, 2.0), (10, 3.0)])
+def test_few_steps_almost_without_gradients_change_the_bound_little(steps, highest):
+    rule, draw = UpdateBrake(), random.Random(3)
+    for step in range(900):
+        norm = 1e-6 if 500 <= step < 500 + steps else math.exp(draw.gauss(0.0, 0.05))
+        assert float(rule.observe(torch.tensor(norm, dtype=torch.float64))) == 1
+        assert step < 200 or 1.3 < rule.read_telemetry()["update_bound"] < highest
+
+
+def test_norms_that_have_fallen_for_good_are_followed():
+    rule, draw = UpdateBrake(), random.Random(4)
+    for step in range(2500):
+        norm = (1.0 if step < 500 else 0.01) * math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+    assert 1.3 < rule.read_telemetry()["update_bound"] / 0.01 < 2
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_resumed_rule_continues_bit_for_bit(name):
     norms = [torch.tensor(norm, dtype=torch.float64) for norm in growing_norms(2, 160)]
