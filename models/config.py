@@ -12,7 +12,7 @@ WeightDtype = Annotated[Literal["float32", "bfloat16", "float16"], Allowed("one 
 
 
 class LlamaConfig(Settings):
-    """Shape of a LLaMA, under the field names of Hugging Face's `LlamaConfig`."""
+    """Shape and initial weights of a LLaMA, under the field names of Hugging Face's `LlamaConfig`."""
 
     vocab_size: Count
     """Number of token ids."""
@@ -34,6 +34,12 @@ class LlamaConfig(Settings):
     """Epsilon of RMSNorm."""
     initializer_range: Positive = 0.02
     """Standard deviation of the initial weights."""
+    embedding_initializer_range: Annotated[Positive | None, Allowed("a number above 0, or null")] = None
+    """Standard deviation of the initial embeddings; null: that of the other weights.
+
+    Small embeddings make the gradients of the first layers large, which can end in loss spikes (arXiv 2312.16903). No
+    field of Hugging Face's.
+    """
     tie_word_embeddings: Flag = False
     """Whether the embedding and the head share their weight."""
     qk_norm: Flag = False

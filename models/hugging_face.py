@@ -40,6 +40,8 @@ class _Index(Record):
     weight_map: dict[str, str]
 
 
+#: Fields of a shape that config.json has not, or elsewhere.
+_OURS = ("qk_norm", "rope_theta", "embedding_initializer_range")
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -56,7 +58,7 @@ def export(state: Mapping[str, Tensor], config: LlamaConfig, folder: Path, end_o
         "architectures": [_ARCHITECTURES[model_type]],
         "model_type": model_type,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-        **{name: value for name, value in config.shape.items() if name not in ("qk_norm", "rope_theta")},
+        **{name: value for name, value in config.shape.items() if name not in _OURS},
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,  # read by transformers 4; transformers 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

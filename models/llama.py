@@ -118,8 +118,9 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model.
 
-    Initial weights are normal with standard deviation `initializer_range`; norms start at 1. With the default of
-    0.02 the untrained 1B model has a loss of 11.5 (ln 65536 + hidden_size 0.02^2 / 2).
+    Initial weights are normal with standard deviation `initializer_range`, those of the embedding with
+    `embedding_initializer_range` if it is set; norms start at 1. With the default of 0.02 the untrained 1B model has a
+    loss of 11.5 (ln 65536 + hidden_size 0.02^2 / 2).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -140,10 +141,13 @@ class Llama(nn.Module):
     @torch.no_grad()
     def init_weights(self, copy_weight: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw the weights from torch's global CPU generator; `copy_weight` copies a full weight into a parameter."""
+        others = self.config.initializer_range
+        embeddings = self.config.embedding_initializer_range or others
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 weight = torch.empty(module.weight.shape, device="cpu")
-                copy_weight(module.weight, weight.normal_(std=self.config.initializer_range))
+                is_embedding = module.weight is self.model.embed_tokens.weight
+                copy_weight(module.weight, weight.normal_(std=embeddings if is_embedding else others))
             elif isinstance(module, nn.RMSNorm):
                 copy_weight(module.weight, torch.ones(module.weight.shape, device="cpu"))
 

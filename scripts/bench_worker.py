@@ -117,7 +117,8 @@ def transformers(spec: dict[str, Any]) -> None:
     """Train transformers' LLaMA in a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {name: value for name, value in spec["model"].items() if name not in ("qk_norm", "rope_theta")}
+    ours = ("qk_norm", "rope_theta", "embedding_initializer_range")
+    shape = {name: value for name, value in spec["model"].items() if name not in ours}
     rope = {"rope_type": "default", "rope_theta": spec["model"]["rope_theta"]}
     config = LlamaConfig(**shape, rope_parameters=rope, use_cache=False, attn_implementation="sdpa")  # type: ignore[call-arg]
     model = LlamaForCausalLM(config)

@@ -2,7 +2,7 @@
 
 The runs are those of `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4`. Runs that are missing are named.
 
-    lab        adam_lag, rate or bad_data
+    lab        adam_lag, adam_lag_wide, adam_lag_cosine, rate, depth or bad_data
     seeds      seeds of the runs; default [0,1,2,3,4]
     runs       folder with the runs of experiments; default runs
     overrides  further settings that the runs were made with, each in quotes

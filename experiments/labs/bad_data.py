@@ -1,8 +1,8 @@
-"""What bad batches cost a run: its losses compared with those of the run of the same seed without bad batches.
+"""What bad batches cost an arm: its losses compared with those of the same arm and seed without bad batches.
 
-Both runs begin with the same weights and see the same other batches, so the difference of their losses is what bad
-batches and the arm did. What the arm does without bad batches shows before the first of them. A loss counts at most as
-much as that of the untrained model, also where it is not finite.
+Both runs are the same until the first bad batch, and see the same other batches after it. So the difference of their
+losses is what bad batches did. What the arm itself costs shows in the run without them, against the reference arm's.
+A loss counts at most as much as that of the untrained model, also where it is not finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,59 +17,60 @@ from experiments.run.collect import RunCollection
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans
 from experiments.run.read import Run, corruption_kinds
 
-#: Number of steps before the first bad batch whose mean difference is what the arm does without bad batches.
-BEFORE = 100
 #: Number of steps before a bad batch whose mean difference is what earlier ones have left.
 LEFT = 5
 #: Difference of excess losses, in nats, from which an arm raises or lowers it.
 SMALLEST_EXCESS = 0.02
+#: Difference of test losses without bad batches, in nats, from which an arm raises or lowers it.
+SMALLEST_COST = 0.005
 
 
 class BadDataNumbers(NamedTuple):
     """The numbers of a run, in nats unless said otherwise.
 
     Attributes:
-        before: mean difference from the clean run over the 100 steps before the first bad batch.
         excess: mean difference over the 10 steps after a bad batch, or up to the next one.
         rise_of: mean of the same over bad batches of a kind, minus the mean difference over the last 5 other steps
             before each: what earlier bad batches have left does not count.
         area: sum of the differences over all other steps from the first bad batch on, in nats x steps.
-        final: test loss minus that of the clean run.
+        final: test loss minus that without bad batches.
+        cost: test loss without bad batches, minus the same of the reference arm.
         recognised: share of the bad batches on which the arm acted: it clipped or skipped the step, lowered the
             learning rate, or masked sequences.
-        clipped: the same share of all other steps.
+        acted: share of all steps on which it acted without bad batches.
     """
 
-    before: float
     excess: float
     rise_of: Mapping[str, float]
     area: float
     final: float
+    cost: float
     recognised: float
-    clipped: float
+    acted: float
 
 
-def bad_data_numbers(run: Run, clean: Run) -> BadDataNumbers:
-    """Return the numbers of a run; `clean` is the run of the same seed without clipping and bad batches."""
+def bad_data_numbers(run: Run, clean: Run, reference: Run) -> BadDataNumbers:
+    """Return the numbers of a run.
+
+    `clean` is the run of the same arm and seed without bad batches, and `reference` that of the reference arm.
+    """
     kinds = {step - 1: kind for step, kind in corruption_kinds(run).items()}
     bad = np.zeros(len(run.metrics["loss"]), dtype=bool)
     bad[list(kinds)] = True
     difference = bounded_losses(run) - bounded_losses(clean)
-    first = min(kinds)
-    acted = has_acted(run)
     means = {at: float(difference[at + 1 : min(at + 1 + EXCESS_WINDOW, end)].mean()) for at, end in spans(bad)}
     rises = {at: mean - float(difference[np.flatnonzero(~bad[:at])[-LEFT:]].mean()) for at, mean in means.items()}
     return BadDataNumbers(
-        before=float(difference[max(0, first - BEFORE) : first].mean()) if first else np.nan,
         excess=_mean([*means.values()]),
         rise_of={
             kind: _mean([rises[at] for at in rises if kinds[at] == kind])
             for kind in sorted({kinds[at] for at in rises})
         },
-        area=float(difference[first:][~bad[first:]].sum()),
+        area=float(difference[~bad].sum()),
         final=final_loss(run) - final_loss(clean),
-        recognised=float(acted[bad].mean()),
-        clipped=float(acted[~bad].mean()),
+        cost=final_loss(clean) - final_loss(reference),
+        recognised=float(has_acted(run)[bad].mean()),
+        acted=float(has_acted(clean).mean()),
     )
 
 
@@ -99,15 +100,19 @@ class BadDataResult(NamedTuple):
 
     Attributes:
         arm: the arm.
-        numbers: numbers of each seed that has a clean run.
+        numbers: numbers of each seed that has both runs of the arm, and the reference arm's without bad batches.
         change: how its excess losses differ from the reference arm's; `None` for the reference, and for too few seeds.
         outcome: what it does to the excess loss, see `outcomes`; empty without a change.
+        cost: its costs, compared with none; `None` as for `change`.
+        cost_outcome: what it does to the test loss without bad batches.
     """
 
     arm: Arm
     numbers: Mapping[int, BadDataNumbers]
     change: Comparison | None
     outcome: str
+    cost: Comparison | None
+    cost_outcome: str
 
     def mean_rise(self, kind: str) -> float:
         """Return the mean rise after bad batches of a kind over seeds, in nats; NaN if no seed has any."""
@@ -115,21 +120,38 @@ class BadDataResult(NamedTuple):
 
 
 def bad_data_results(lab: BadDataLab, collection: RunCollection) -> list[BadDataResult]:
-    """Return the results of the arms that have a run and the clean one of its seed, in the lab's order."""
+    """Return the results of the arms that have both runs of a seed, and the reference arm's, in the lab's order."""
+    reference = lab.clean(next(arm for arm in lab.arms if arm.label == lab.reference))
     numbers: dict[Arm, dict[int, BadDataNumbers]] = {}
     for arm in lab.arms:
-        for seed in collection.complete_seeds([arm, lab.clean]):
-            run, clean = collection.runs[arm, seed], collection.runs[lab.clean, seed]
-            numbers.setdefault(arm, {})[seed] = bad_data_numbers(run, clean)
-    excess = {arm.label: {seed: each.excess for seed, each in by_seed.items()} for arm, by_seed in numbers.items()}
-    reference = excess.get(lab.reference, {})
-    changes = {
-        label: change
-        for label, by_seed in excess.items()
-        if label != lab.reference and (change := paired_difference(by_seed, reference, SMALLEST_EXCESS)) is not None
-    }
-    found = outcomes(changes)
+        clean = lab.clean(arm)
+        for seed in collection.complete_seeds([arm, clean, reference]):
+            runs = (collection.runs[spec, seed] for spec in (arm, clean, reference))
+            numbers.setdefault(arm, {})[seed] = bad_data_numbers(*runs)
+    changes = _changes(lab, numbers, "excess", SMALLEST_EXCESS)
+    costs = _changes(lab, numbers, "cost", SMALLEST_COST)
+    found, cost_found = outcomes(changes), outcomes(costs)
     return [
-        BadDataResult(arm, by_seed, changes.get(arm.label), found.get(arm.label, ""))
+        BadDataResult(
+            arm,
+            by_seed,
+            changes.get(arm.label),
+            found.get(arm.label, ""),
+            costs.get(arm.label),
+            cost_found.get(arm.label, ""),
+        )
         for arm, by_seed in numbers.items()
     ]
+
+
+def _changes(
+    lab: BadDataLab, numbers: Mapping[Arm, Mapping[int, BadDataNumbers]], name: str, smallest: float
+) -> dict[str, Comparison]:
+    """Return how a number of each other arm differs from the reference arm's, by label."""
+    values = {arm.label: {seed: getattr(each, name) for seed, each in by.items()} for arm, by in numbers.items()}
+    reference = values.get(lab.reference, {})
+    return {
+        label: change
+        for label, by_seed in values.items()
+        if label != lab.reference and (change := paired_difference(by_seed, reference, smallest)) is not None
+    }

@@ -63,7 +63,7 @@ def draw_kinds(results: Sequence[BadDataResult], kinds: Sequence[str]) -> Figure
 def draw_after(
     lab: BadDataLab, results: Sequence[BadDataResult], collection: RunCollection, kinds: Sequence[str]
 ) -> Figure:
-    """Return the losses around bad batches, minus those of clean runs: a panel for each kind, a line for each arm."""
+    """Return the losses around bad batches, minus those without any: a panel for each kind, a line for each arm."""
     figure, axes = plt.subplots(
         1,
         len(kinds),
@@ -77,7 +77,8 @@ def draw_after(
     steps = np.arange(-BEFORE, AFTER + 1)
     for ax, kind in zip(axes.flat, kinds, strict=True):
         for number, result in enumerate(shown):
-            pairs = [(collection.runs[result.arm, seed], collection.runs[lab.clean, seed]) for seed in result.numbers]
+            clean = lab.clean(result.arm)
+            pairs = [(collection.runs[result.arm, seed], collection.runs[clean, seed]) for seed in result.numbers]
             style = numbered_style(number)
             mean = around_bad_batches(pairs, kind)
             ax.plot(steps, mean, color=style.color, ls=style.dashes, lw=1.3, label=result.arm.label)
@@ -93,8 +94,8 @@ def draw_after(
 def around_bad_batches(pairs: Sequence[tuple[Run, Run]], kind: str) -> np.ndarray:
     """Return the mean difference of losses around all bad batches of a kind: (BEFORE + 1 + AFTER,) in nats.
 
-    `pairs` are runs with the clean runs of their seeds. Bad batches themselves, and steps from the next one on, have no
-    value.
+    `pairs` are runs with those of the same arm and seed without bad batches. Bad batches themselves, and steps from the
+    next one on, have no value.
     """
     rows = []
     for run, clean in pairs:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.labs.bad_data import SMALLEST_EXCESS, BadDataResult, bad_data_results
+from experiments.labs.bad_data import SMALLEST_COST, SMALLEST_EXCESS, BadDataResult, bad_data_results
 from experiments.labs.bad_data_figures import draw_after, draw_excess, draw_kinds
 from experiments.labs.declaration import BadDataLab
 from experiments.labs.report import LabReport, lab_text, markdown_table, mean_text, outcome_sentences
@@ -20,9 +20,10 @@ HEADER = (
     "outcome",
     "area (nats x steps)",
     "test loss, difference",
-    "before bad batches",
+    "cost without bad batches (95 %)",
+    "outcome of the cost",
     "bad batches recognised %",
-    "other steps clipped %",
+    "acts without bad batches %",
     "seeds",
 )
 #: What the outcomes say of the excess loss of the reference arm.
@@ -32,13 +33,20 @@ SENTENCES = {
     RAISES: f"Higher by more than {SMALLEST_EXCESS:g} nats with",
     UNDECIDED: "These seeds do not decide about",
 }
+#: What the outcomes say of the test loss of the reference arm without bad batches.
+COST_SENTENCES = {
+    LOWERS: f"Without bad batches, the test loss is lower by more than {SMALLEST_COST:g} nats with",
+    SAME: f"Without bad batches, the test loss is within {SMALLEST_COST:g} nats with",
+    RAISES: f"Without bad batches, the test loss is higher by more than {SMALLEST_COST:g} nats with",
+    UNDECIDED: "These seeds do not decide what is the cost without bad batches of",
+}
 #: What the columns mean.
 LEGEND = (
-    "Losses are differences from the run of the same seed without clipping and without bad batches. The excess loss is "
-    "their mean over the 10 steps after a bad batch. The area is their sum over all other steps from the first bad "
-    "batch on. Before bad batches is their mean over the 100 steps before the first one. An arm recognises a bad batch "
-    "if it clips or skips the step, lowers the learning rate, or masks sequences. The rise by kind is the excess loss "
-    "minus the mean over the 5 steps before the bad batch: what earlier ones have left does not count."
+    "Losses are differences from the run of the same arm and seed without bad batches. The excess loss is their mean "
+    "over the 10 steps after a bad batch. The area is their sum over all steps without bad batches. The cost is the "
+    "test loss of the arm without bad batches, minus that of the reference arm. An arm recognises a bad batch if it "
+    "clips or skips the step, lowers the learning rate, or masks sequences. The rise by kind is the excess loss minus "
+    "the mean over the 5 steps before the bad batch: what earlier ones have left does not count."
 )
 
 
@@ -66,14 +74,20 @@ def bad_data_report(lab: BadDataLab, collection: RunCollection, made: str) -> La
 def findings(lab: BadDataLab, results: Sequence[BadDataResult]) -> list[str]:
     """Return sentences on the excess loss of the reference arm, and on the others against it."""
     if not results:
-        return ["No arm has a run together with the run without bad batches of the same seed."]
+        return ["No arm has a run of a seed with bad batches, and one without them."]
     said = []
     for result in (result for result in results if result.arm.label == lab.reference):
         excess = float(np.mean([each.excess for each in result.numbers.values()]))
         said.append(f"With {lab.reference}, the excess loss after bad batches is {excess:.3f} nats.")
     found = {result.arm.label: result.outcome for result in results if result.outcome}
     changes = {result.arm.label: result.change for result in results if result.change is not None}
-    return said + outcome_sentences(found, changes, SENTENCES)
+    cost_found = {result.arm.label: result.cost_outcome for result in results if result.cost_outcome}
+    costs = {result.arm.label: result.cost for result in results if result.cost is not None}
+    return [
+        *said,
+        *outcome_sentences(found, changes, SENTENCES),
+        *outcome_sentences(cost_found, costs, COST_SENTENCES),
+    ]
 
 
 def table_row(result: BadDataResult) -> list[str]:
@@ -86,9 +100,10 @@ def table_row(result: BadDataResult) -> list[str]:
         result.outcome,
         mean_text([each.area for each in numbers], 1),
         mean_text([each.final for each in numbers], 3),
-        mean_text([each.before for each in numbers], 3),
+        "" if result.cost is None else result.cost.text(),
+        result.cost_outcome,
         f"{100 * float(np.mean([each.recognised for each in numbers])):.0f}",
-        f"{100 * float(np.mean([each.clipped for each in numbers])):.1f}",
+        f"{100 * float(np.mean([each.acted for each in numbers])):.1f}",
         str(len(numbers)),
     ]
 
@@ -101,7 +116,7 @@ def csv_table(results: Sequence[BadDataResult], kinds: Sequence[str]) -> str:
     """Return the numbers of each run as CSV: a row for each arm and seed."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    fields = ("before", "excess", "area", "final", "recognised", "clipped")
+    fields = ("excess", "area", "final", "cost", "recognised", "acted")
     writer.writerow(["arm", "overrides", "seed", *fields, *(f"rise_{kind}" for kind in kinds)])
     for result in results:
         for seed, numbers in result.numbers.items():

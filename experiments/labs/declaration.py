@@ -78,21 +78,27 @@ class RateLab(NamedTuple):
 class BadDataLab(NamedTuple):
     """Bad batches at random steps, and the arms that are compared after them.
 
+    Each arm also has runs without bad batches. They show what bad batches cost the arm, and what the arm itself costs.
+
     Attributes:
         name, title, reference, arms: as in `SpikeLab`. The steps and kinds of bad batches differ by seed.
-        clean: the runs without clipping and without bad batches, from which the losses of each arm are subtracted.
+        without_bad: the setting that leaves out the bad batches.
     """
 
     name: str
     title: str
     reference: str
     arms: Sequence[Arm]
-    clean: Arm
+    without_bad: str
 
     @property
     def runs(self) -> list[Arm]:
         """What each run is, but for its seed."""
-        return [self.clean, *self.arms]
+        return [each for arm in self.arms for each in (arm, self.clean(arm))]
+
+    def clean(self, arm: Arm) -> Arm:
+        """Return an arm without bad batches."""
+        return Arm(f"{arm.label} without bad batches", (*arm.overrides, self.without_bad), arm.is_control)
 
 
 Lab = SpikeLab | RateLab | BadDataLab
@@ -170,17 +176,58 @@ ADAM_LAG = SpikeLab(
     example="brake",
 )
 
+#: Arms of the Adam-lag lab that are compared under other conditions too.
+MAIN_ARMS = tuple(
+    ADAM_LAG.arm(label)
+    for label in ("no clipping", "fixed 1.0", "ZClip", "brake", "ZClip and brake", "half the rate", "beta2 0.95")
+)
+ADAM_LAG_WIDE = SpikeLab(
+    "adam_lag_wide",
+    "Adam's second moment lags, in a model twice as wide",
+    reference="no clipping",
+    arms=MAIN_ARMS,
+    cures=("beta2 0.95",),
+    example="brake",
+)
+ADAM_LAG_COSINE = SpikeLab(
+    "adam_lag_cosine",
+    "Adam's second moment lags, with a cosine schedule",
+    reference="no clipping",
+    arms=MAIN_ARMS,
+    cures=("beta2 0.95",),
+    example="brake",
+)
+
 RATE = RateLab(
     "rate",
     "learning rates that are too high",
     reference="no clipping",
     arms=(
         *STRATEGIES[:5],
+        *UPDATE_RULES[1:],
         Arm("QK-norm", ("clip=none", "model.qk_norm=true"), is_control=True),
         Arm("z-loss 1e-4", ("clip=none", "optim.z_loss=1e-4"), is_control=True),
         Arm("QK-norm and ZClip", ("clip=zclip", "model.qk_norm=true")),
     ),
     rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+)
+
+#: sqrt(2 / 5d) for a width d of 64: the initial weights of arXiv 2312.16903, which has embeddings of 1.
+_SMALL = "0.0791"
+
+DEPTH = RateLab(
+    "depth",
+    "a deep model that starts without a warm-up",
+    reference="no clipping",
+    arms=(
+        *STRATEGIES[:5],
+        *UPDATE_RULES[1:],
+        Arm("warm-up of 10 %", ("clip=none", "optim.warmup_fraction=0.1"), is_control=True),
+        Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
+        Arm("embeddings of 0.079", ("clip=none", f"model.embedding_initializer_range={_SMALL}"), is_control=True),
+        Arm("embeddings of 1", ("clip=none", "model.embedding_initializer_range=1"), is_control=True),
+    ),
+    rates=(1e-3, 3e-3, 1e-2),
 )
 
 #: Each run has four bad batches of each kind, so that one set of runs shows all kinds.
@@ -193,7 +240,7 @@ BAD_DATA = BadDataLab(
         *UPDATE_RULES[1:],
         Arm("instance filter", ("clip=none", "data.instance_filter.enabled=true"), is_control=True),
     ),
-    clean=Arm("no bad batches", ("clip=none", "data.corruption.random_steps=0")),
+    without_bad="data.corruption.random_steps=0",
 )
 
-LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, RATE, BAD_DATA)}
+LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, ADAM_LAG_WIDE, ADAM_LAG_COSINE, RATE, DEPTH, BAD_DATA)}

@@ -23,6 +23,9 @@ HEADER = (
     "sensitivity (nats)",
     "minus the reference (95 %)",
     "outcome",
+    "mean loss over the rates",
+    "minus the reference (95 %)",
+    "outcome",
     "seeds",
 )
 #: What the outcomes say of the sensitivity of the reference arm.
@@ -31,6 +34,13 @@ SENTENCES = {
     SAME: f"Within {SMALLEST_NATS:g} nats of it with",
     RAISES: f"Higher by more than {SMALLEST_NATS:g} nats with",
     UNDECIDED: "These seeds do not decide about",
+}
+#: What they say of its mean loss over the rates.
+LOSS_SENTENCES = {
+    LOWERS: f"The mean loss over the rates is lower by more than {SMALLEST_NATS:g} nats with",
+    SAME: f"The mean loss over the rates is within {SMALLEST_NATS:g} nats with",
+    RAISES: f"The mean loss over the rates is higher by more than {SMALLEST_NATS:g} nats with",
+    UNDECIDED: "These seeds do not decide about the mean loss over the rates of",
 }
 
 
@@ -54,6 +64,9 @@ def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
     found = {result.arm.label: result.outcome for result in results if result.outcome}
     changes = {result.arm.label: result.change for result in results if result.change is not None}
     said += outcome_sentences(found, changes, SENTENCES)
+    loss_found = {result.arm.label: result.loss_outcome for result in results if result.loss_outcome}
+    loss_changes = {result.arm.label: result.loss_change for result in results if result.loss_change is not None}
+    said += outcome_sentences(loss_found, loss_changes, LOSS_SENTENCES)
     for result in results:
         lowest = result.mean_losses.min()
         above = [best for best in (other.mean_losses.min() for other in reference) if lowest > best + USABLE]
@@ -76,6 +89,9 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
         f"{np.mean(result.sensitivities):.3f}",
         "" if result.change is None else result.change.text(),
         result.outcome,
+        f"{losses.mean():.3f}",
+        "" if result.loss_change is None else result.loss_change.text(),
+        result.loss_outcome,
         str(len(result.curves)),
     ]
 

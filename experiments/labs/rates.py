@@ -5,7 +5,7 @@ of the final loss above the best of the arm, where a loss counts at most as much
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +39,16 @@ class RateResult(NamedTuple):
         curves: by seed, of the seeds that have all rates.
         change: how its sensitivity differs from the reference arm's; `None` for the reference, and for too few seeds.
         outcome: what it does to the sensitivity, see `outcomes`; empty without a change.
+        loss_change: how its mean loss over the rates differs; `None` as for `change`.
+        loss_outcome: what it does to that mean.
     """
 
     arm: Arm
     curves: Mapping[int, Curve]
     change: Comparison | None
     outcome: str
+    loss_change: Comparison | None
+    loss_outcome: str
 
     @property
     def sensitivities(self) -> list[float]:
@@ -82,14 +86,30 @@ def usable_rates(lab: RateLab, losses: np.ndarray, best: float) -> Sequence[floa
 def rate_results(lab: RateLab, collection: RunCollection) -> list[RateResult]:
     """Return the results of the arms that have all rates of a seed, in the lab's order."""
     curves = {arm: by_seed for arm in lab.arms if (by_seed := curves_of(lab, arm, collection))}
-    values = {arm.label: {seed: curve.sensitivity for seed, curve in each.items()} for arm, each in curves.items()}
+    changes = _changes(lab, curves, lambda curve: curve.sensitivity)
+    losses = _changes(lab, curves, lambda curve: float(curve.losses.mean()))
+    found, loss_found = outcomes(changes), outcomes(losses)
+    return [
+        RateResult(
+            arm,
+            by_seed,
+            changes.get(arm.label),
+            found.get(arm.label, ""),
+            losses.get(arm.label),
+            loss_found.get(arm.label, ""),
+        )
+        for arm, by_seed in curves.items()
+    ]
+
+
+def _changes(
+    lab: RateLab, curves: Mapping[Arm, Mapping[int, Curve]], number_of: Callable[[Curve], float]
+) -> dict[str, Comparison]:
+    """Return how a number of each other arm differs from the reference arm's, by label."""
+    values = {arm.label: {seed: number_of(curve) for seed, curve in by.items()} for arm, by in curves.items()}
     reference = values.get(lab.reference, {})
-    changes = {
+    return {
         label: change
         for label, by_seed in values.items()
         if label != lab.reference and (change := paired_difference(by_seed, reference)) is not None
     }
-    found = outcomes(changes)
-    return [
-        RateResult(arm, by_seed, changes.get(arm.label), found.get(arm.label, "")) for arm, by_seed in curves.items()
-    ]

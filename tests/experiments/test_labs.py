@@ -282,6 +282,8 @@ def test_report_of_rates_has_the_sensitivity_of_each_arm():
     assert f"With no clipping, the learning-rate sensitivity is {sensitivity:.2f} nats." in written.text
     assert "Lower by more than 0.1 nats with: ZClip -0.86" in written.text
     assert "| ZClip | 0.001 | 2.001 | 0.001 to 0.03 |" in written.text
+    loss = (3 + 2 + 2 + 2 + 2 + 3 + 6 - 3 - 2 - 2 - 3 - 4 - 6 - 6) / 7  # but for a thousandth of a nat
+    assert f"The mean loss over the rates is lower by more than 0.1 nats with: ZClip {loss:.2g} (" in written.text
     assert "not run: fixed 1.0 at 0.0003 (seeds 0, 1, 2)" in written.text
     assert len(list(csv.DictReader(written.numbers.splitlines()))) == len(runs)
     (ax,) = written.figures["rates"].axes
@@ -292,7 +294,7 @@ def test_report_of_rates_has_the_sensitivity_of_each_arm():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag, rate"),
+        (("lab=adam",), "lab=adam is not allowed: it must be one of adam_lag, adam_lag_wide"),
         (("lab=adam_lag", "runs=none"), "has no finished run of lab=adam_lag: nothing is written"),
         (
             ("lab=adam_lag", "runs=.", "seeds=[7]", "overrides=[data.max_tokens=8000]"),

@@ -204,7 +204,7 @@ def test_nothing_is_written_without_finished_runs(paper_script):
         ),
         (
             ("-m", "experiment=[table2,main]"),
-            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_lab,",
+            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_cosine_lab,",
         ),
     ],
 )

@@ -43,8 +43,8 @@ def test_1b_has_the_size_in_table_4():
     assert config.shape == {
         "vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 5440, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
-        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False,
-        "qk_norm": False,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "embedding_initializer_range": None,
+        "tie_word_embeddings": False, "qk_norm": False,
     }  # fmt: skip
 
 
@@ -106,6 +106,19 @@ def test_grouped_heads_equal_repeated_full_heads():
     full.load_state_dict(state)
     tokens = torch.randint(97, (2, 9))
     torch.testing.assert_close(grouped(tokens), full(tokens))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_can_have_another_initial_scale(tied):
+    """The other weights are those that are drawn without it."""
+    plain, scaled = ({}, {"embedding_initializer_range": 1.0})
+    models = []
+    for more in (plain, scaled):
+        torch.manual_seed(0)
+        models.append(dict(Llama(altered(TINY, tie_word_embeddings=tied, **more)).named_parameters()))
+    for name, weight in models[0].items():
+        factor = 50 if name == "model.embed_tokens.weight" else 1
+        torch.testing.assert_close(models[1][name], factor * weight)
 
 
 def test_tied_embeddings_are_one_parameter():

@@ -56,7 +56,7 @@ def test_jobs_of_suites_are_their_runs_times_the_sweep():
         (("scale=micro",), "hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites"),
         (
             ("experiment=[table2,main]", "scale=micro"),
-            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_lab, all, bad_data_lab,",
+            "experiment=[table2,main] is not possible: main is none of the suites adam_lag_cosine_lab, adam_lag_lab,",
         ),
         (
             ("experiment=[table2,adam_lag_lab]", "scale=micro"),

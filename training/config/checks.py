@@ -20,6 +20,8 @@ from zclip.scope import in_scope, patterns_of
 
 #: Class of the optimizer, which is also the name of its group of parameters.
 OPTIMIZER = "AdamW"
+#: Fields of the model that may differ from those of the weights that training starts from.
+FREE_FIELDS = {"max_position_embeddings", "initializer_range", "embedding_initializer_range"}
 
 
 def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
@@ -158,7 +160,7 @@ def _check_initial_weights(config: Config) -> None:
     with prefix_errors("model"):
         stored = config_of(folder).model_dump()
         for name, value in shape.model_dump().items():
-            if value != stored[name] and name not in ("max_position_embeddings", "initializer_range"):
+            if value != stored[name] and name not in FREE_FIELDS:
                 problem = f"is not allowed: {folder} has {stored[name]}; model=hf takes its shape"
                 raise ConfigError(name, value, problem=problem)
         check_weights(folder, shape)
