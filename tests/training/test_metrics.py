@@ -19,6 +19,7 @@ from training.monitor.history import History
 from training.monitor.metrics import MetricsRecorder
 from training.run_dir import RunDir
 from zclip import FixedNorm
+from zclip.updates import UpdateMonitor
 
 CONFIG = cache(compose_config)
 
@@ -192,6 +193,18 @@ def test_lines_after_the_checkpoint_are_dropped(recording, tmp_path):
     state = recording.recorder.history.state()
     resumed = Recording(tmp_path, History({name: column[:2] for name, column in state.items()}), step=2)
     assert resumed.output.getvalue() == "" and [row["step"] for row in read_jsonl(recording.file)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["loss", "data_seconds", "grad_norm"])
+def test_telemetry_with_the_name_of_another_number_is_refused(name, recording):
+    """Losses and times are the recorder's, and the norm is the strategy's. The step is not recorded."""
+    recording.recorder.rule = rule = UpdateMonitor()
+    rule.telemetry = {"update_norm": torch.tensor(1.0)}
+    recording.take(1)
+    rule.telemetry = {name: torch.tensor(1.0)}
+    with pytest.raises(RunError, match=rf"^telemetry of UpdateMonitor must not have the name {name}: "):
+        recording.take(1)
+    assert len(read_jsonl(recording.file)) == 4
 
 
 def test_steps_that_are_not_finite_stay_so(recording, tmp_path):

@@ -27,7 +27,7 @@ from tests.helpers import (
 from training.checkpoint.state import find_problem
 from training.config.identity import differences, identity, run_name
 from training.config.schema import Config
-from training.config.strategy import update_rule
+from training.config.strategy import clipping_strategy, update_rule
 from training.monitor.low_rate import STEPS, LowRateWarning
 
 #: A brake that acts in the 40 steps of a tiny run, and checkpoints to go back to.
@@ -104,6 +104,11 @@ def test_argument_of_no_rule_is_refused():
     for target in ("nowhere.Rule", ".relative.Rule", "Rule"):
         with pytest.raises(UserError, match=rf"update._target_={target} cannot be imported"):
             update_rule(compose_config("update=monitor", f"update._target_={target}").update)
+    for target, methods in (("UpdateRule", "decide or before_step"), ("OptimizerRule", "before_step")):
+        with pytest.raises(UserError, match=rf"update._target_=\S+{target} decides nothing: \D+ the method {methods}$"):
+            update_rule(compose_config("update=monitor", f"update._target_=zclip.updates.{target}").update)
+    with pytest.raises(UserError, match=r"clip._target_=zclip.ClippingStrategy decides nothing: \D+ decide or clip$"):
+        clipping_strategy(compose_config("clip=none", "clip._target_=zclip.ClippingStrategy").clip)
     with pytest.raises(Exception, match=r"update._target_=zclip.updates.update_norm is not allowed: it must be a subc"):
         update_rule(compose_config("update=brake", "update._target_=zclip.updates.update_norm").update)
 

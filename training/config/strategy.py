@@ -7,7 +7,14 @@ from typing import Any, TypeVar, Unpack, get_args, get_origin
 from common.errors import ConfigError, UserError, prefix_errors
 from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
-from zclip.updates import OptimizerRule
+from zclip.updates import OptimizerRule, UpdateRule
+
+#: Methods of base classes; a class must have one of them of its own. A subclass comes before its base.
+_ABSTRACT: dict[type, tuple[str, ...]] = {
+    ClippingStrategy: ("decide", "clip"),
+    UpdateRule: ("decide", "before_step"),
+    OptimizerRule: ("before_step",),
+}
 
 T = TypeVar("T", bound=ClippingStrategy | OptimizerRule)
 
@@ -50,6 +57,11 @@ def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:
         raise ConfigError(f"{section}._target_", target, problem=problem) from error
     if not isinstance(found, type) or not issubclass(found, base):
         raise ConfigError(f"{section}._target_", target, allowed)
+    abstract = next(each for each in _ABSTRACT if issubclass(found, each))
+    methods = _ABSTRACT[abstract]
+    if all(getattr(found, method) is getattr(abstract, method) for method in methods):
+        problem = f"decides nothing: it must have the method {' or '.join(methods)}"
+        raise ConfigError(f"{section}._target_", target, problem=problem)
     return found
 
 

@@ -41,6 +41,9 @@ Row = Mapping[str, float | None]
 #: Called with a step and its numbers.
 Listener = Callable[[int, Row], None]
 
+#: Names of numbers that telemetry must not have, besides those of times, which end in `_seconds`.
+OWN_NAMES = {"step", "tokens", "lr", "loss", "masked_rows", "tokens_per_second", "mfu", "peak_memory_gib"}
+
 
 @dataclass
 class MetricsRecorder:
@@ -69,6 +72,7 @@ class MetricsRecorder:
         self.history = History()  # on rank 0; before `start` the one of the checkpoint on all ranks
         self._pending: list[tuple[int, float, dict[str, Tensor], Timings]] = []
         self._losses: list[Tensor] = []
+        self._checked_names: tuple[str, ...] = ()
         self._file: BinaryIO | None = None
         self._unwritten: list[bytes] = []
         self._written: tuple[int, ...] = ()  # device, inode and size of the file as this process left it
@@ -108,8 +112,19 @@ class MetricsRecorder:
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
         updates = {} if self.rule is None else self.rule.telemetry
+        if self._checked_names != (names := (*self.strategy.telemetry, *updates)):
+            self._check_names(names)
         masked = {"masked_rows": torch.tensor(masked_rows)} if self.config.data.instance_filter.enabled else {}
         self._pending.append((step, lr, {"loss": loss, **masked, **self.strategy.telemetry, **updates}, timings))
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        """Raise `RunError` if a name in the telemetry of the strategy or the rule is that of another number."""
+        for index, name in enumerate(names):
+            if name in OWN_NAMES or name.endswith("_seconds") or name in names[:index]:
+                source = self.strategy if index < len(self.strategy.telemetry) else self.rule
+                where = "metrics.jsonl has another number of that name"
+                raise RunError(f"telemetry of {type(source).__name__} must not have the name {name}: {where}")
+        self._checked_names = names
 
     def is_due(self, step: int) -> bool:
         """Whether recorded steps are to be flushed after this one."""
