@@ -134,21 +134,24 @@ UPDATE_RULES = (
 #: The brake with other settings.
 BRAKES = tuple(
     Arm(f"brake, {name} {value}", ("clip=none", "update=brake", f"update.{name}={value}"))
-    for name, values in (("release", ("0.99", "0.9997")), ("margin", ("1.3", "2.5")))
+    for name, values in (("release", ("0", "0.99", "0.9997")), ("margin", ("1.3", "2.5")))
     for value in values
 )
 
-#: The scales that the brake has chosen in the recorded run of seed 0, for runs of other seeds.
-REPLAYED = Arm(
-    "the brake's scales of seed 0",
-    (
-        "clip=none",
-        "update=monitor",
-        "update.name=replayed",
-        "update._target_=experiments.labs.replayed_scales.ReplayedScales",
-        "+update.archive=experiments/results/runs/adam-lag/pico-none-brake-lr0.01-seed0-10fe4415.json.xz",
-    ),
-    is_control=True,
+#: The scales that the brake has chosen in a recorded run, for runs of other seeds. Those of seed 4 begin first.
+REPLAYED = tuple(
+    Arm(
+        f"the brake's scales of seed {seed}",
+        (
+            "clip=none",
+            "update=monitor",
+            "update.name=replayed",
+            "update._target_=experiments.labs.replayed_scales.ReplayedScales",
+            f"+update.archive=experiments/results/runs/adam-lag/pico-none-brake-lr0.01-{run}.json.xz",
+        ),
+        is_control=True,
+    )
+    for seed, run in ((0, "seed0-10fe4415"), (4, "seed4-72c26e60"))
 )
 
 ADAM_LAG = SpikeLab(
@@ -160,7 +163,7 @@ ADAM_LAG = SpikeLab(
         *STRATEGIES[1:],
         *UPDATE_RULES,
         *BRAKES,
-        REPLAYED,
+        *REPLAYED,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
         Arm("AMSGrad", ("clip=none", "optim.amsgrad=true"), is_control=True),
@@ -168,6 +171,7 @@ ADAM_LAG = SpikeLab(
         Arm("SPAM", ("clip=none", "update=spam"), is_control=True),
         Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),
         Arm("half the rate", ("clip=none", "lr=5e-3"), is_control=True),
+        Arm("0.3 of the rate", ("clip=none", "lr=3e-3"), is_control=True),
         Arm(
             "batches of 8", ("clip=none", "trainer.global_batch_size=8", "trainer.micro_batch_size=8"), is_control=True
         ),

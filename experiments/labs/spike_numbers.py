@@ -10,6 +10,8 @@ from experiments.run.read import Run
 
 #: Number of steps at the end whose mean is the final loss.
 FINAL_STEPS = 200
+#: Scale of the rate below which a step is taken at a lower rate than that of the schedule.
+SLOWED = 0.99
 #: Columns of metrics.jsonl that may warn of a spike, with their names in tables.
 SIGNALS = {"grad_norm": "gradient norm", "update_norm": "update norm", "loss": "loss"}
 
@@ -26,6 +28,8 @@ class SpikeNumbers(NamedTuple):
         mean_loss: mean over the steps after the first 200, in nats; NaN if there are none.
         final_loss: mean over the last 200 steps, in nats.
         clipped: share of steps whose gradients were scaled, or skipped.
+        slowed: share of steps that a rule over updates took below 0.99 of the rate of the schedule; NaN without a rule.
+        scale: mean scale of the rate from the first such step on; 1 if there is none, NaN without a rule.
     """
 
     spikes: list[NaturalSpike]
@@ -36,6 +40,8 @@ class SpikeNumbers(NamedTuple):
     mean_loss: float
     final_loss: float
     clipped: float
+    slowed: float
+    scale: float
 
 
 def spike_numbers(run: Run) -> SpikeNumbers:
@@ -43,6 +49,7 @@ def spike_numbers(run: Run) -> SpikeNumbers:
     loss = run.metrics["loss"]
     loss = np.where(np.isfinite(loss), loss, np.inf)
     spikes = natural_spikes(loss)
+    scale = run.metrics.get("update_scale")
     return SpikeNumbers(
         spikes,
         per_10k=1e4 * len(spikes) / max(1, len(loss) - FIRST),
@@ -52,7 +59,15 @@ def spike_numbers(run: Run) -> SpikeNumbers:
         mean_loss=float(loss[FIRST:].mean()) if len(loss) > FIRST else np.nan,
         final_loss=float(loss[-FINAL_STEPS:].mean()),
         clipped=float(np.mean(run.metrics["clipped"] > 0)),
+        slowed=float(np.mean(scale < SLOWED)) if scale is not None else np.nan,
+        scale=_mean_from_first(scale) if scale is not None else np.nan,
     )
+
+
+def _mean_from_first(scale: np.ndarray) -> float:
+    """Return the mean of scales, (steps,), from the first one below 0.99 on; 1 if there is none."""
+    slowed = np.flatnonzero(scale < SLOWED)
+    return float(np.nanmean(scale[slowed[0] :])) if len(slowed) else 1.0
 
 
 def warnings_of(run: Run) -> list[Mapping[str, int]]:

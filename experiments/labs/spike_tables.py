@@ -65,6 +65,8 @@ HEADER = (
     "mean loss",
     "final loss",
     "clipped %",
+    "at a lower rate %",
+    "mean scale from then on",
     "seeds",
 )
 
@@ -86,10 +88,17 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
                 mean_text(columns["mean_loss"], 4),
                 mean_text(columns["final_loss"], 4),
                 f"{100 * float(np.mean(columns['clipped'])):.1f}",
+                *_known(100 * np.array(columns["slowed"]), 0),
+                *_known(np.array(columns["scale"]), 2),
                 str(len(result.numbers)),
             ]
         )
     return rows
+
+
+def _known(values: np.ndarray, decimals: int) -> list[str]:
+    """Return the mean of some numbers as a cell, which is empty where runs have no such number."""
+    return ["" if np.isnan(values).any() else f"{values.mean():.{decimals}f}"]
 
 
 def csv_table(results: Sequence[ArmResult]) -> str:

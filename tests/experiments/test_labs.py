@@ -8,12 +8,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.labs.declaration import LABS
 from experiments.labs.natural_spikes import natural_spikes, warning_steps
 from experiments.labs.rate_report import rate_report, rates_text
+from experiments.labs.rule_figure import second_moment_norm
+from experiments.labs.spike_numbers import spike_numbers
 from experiments.labs.spike_report import findings
 from experiments.labs.spike_tables import arm_results
 from experiments.labs.statistics import (
@@ -260,6 +263,33 @@ def test_numbers_of_each_run_are_saved(lab_report):
     first = rows[0]
     assert (first["arm"], first["seed"], first["spike_steps"]) == ("no clipping", "0", "901 1501")
     assert float(first["area"]) == pytest.approx(200 * 1.95, rel=0.05) and float(first["steps_lost"]) == 200
+
+
+def test_norm_of_the_second_moment_is_that_of_the_optimizer():
+    """Torch's Adam keeps it; a step that is not finite is skipped."""
+    generator, norms, expected = torch.Generator().manual_seed(0), [], []
+    parameter = torch.nn.Parameter(torch.zeros(7, dtype=torch.float64))
+    adam = torch.optim.Adam([parameter], betas=(0.9, 0.95))
+    for step in range(60):
+        parameter.grad = torch.randn(7, dtype=torch.float64, generator=generator) * 0.9**step
+        if step != 20:
+            adam.step()
+        norms.append(math.nan if step == 20 else float(parameter.grad.norm()))
+        state = adam.state[parameter]
+        expected.append(float((state["exp_avg_sq"].sum() / (1 - 0.95 ** float(state["step"]))).sqrt()))
+    run = Run(Path("run"), {"optim": {"betas": [0.9, 0.95]}}, {"clipped_norm": np.array(norms)}, {}, [], [], [])
+    assert second_moment_norm(run) == pytest.approx(expected)
+
+
+def test_slowed_steps_and_their_mean_scale_are_those_of_the_rule():
+    metrics = {"loss": np.ones(300), "clipped": np.zeros(300), "update_scale": np.r_[np.ones(100), np.full(200, 0.5)]}
+    run = Run(Path("run"), {}, metrics, {}, [], [], [])
+    numbers = spike_numbers(run)
+    assert numbers.slowed == pytest.approx(2 / 3) and numbers.scale == 0.5
+    run.metrics["update_scale"] = np.full(300, 0.995)
+    assert (spike_numbers(run).slowed, spike_numbers(run).scale) == (0, 1)
+    del run.metrics["update_scale"]
+    assert math.isnan(spike_numbers(run).slowed) and math.isnan(spike_numbers(run).scale)
 
 
 def rate_run(untrained, final):
