@@ -14,6 +14,9 @@ DOCS := $(TRAIN) $(VENV)/.docs
 # The strategies that `make train` compares, unless ARGS has others.
 STRATEGIES := clip=none,fixed,zclip
 
+# Images of containers often set it: each process would compile all that it imports, and starts 1.5 times as slowly.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 # `python -m venv` that fails leaves a python without pip.

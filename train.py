@@ -66,7 +66,7 @@ from training.launch.plan import plan_table
 from training.launch.processes import launch
 from training.launch.sweep import CompletedJob, completed_jobs, config_search_overrides
 from training.run_dir import RunDir
-from training.runtime.distributed import is_distributed, rank
+from training.runtime.distributed import end_process, is_distributed, rank
 from training.runtime.signals import Interrupted, reraise_pending
 from training.runtime.slurm import has_local_launcher
 
@@ -211,4 +211,4 @@ if __name__ == "__main__":
             report_sweep(completed_jobs)
     except Interrupted as error:
         status = status or 128 + error.signum
-    sys.exit(status)
+    end_process(status)

@@ -1,5 +1,6 @@
 """The suites on the command line, and the settings of the scripts that read their runs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,12 +77,19 @@ def tiny(corpus: Path, cache: Path) -> tuple[str, ...]:
     return (*model, *trainer, *data, "paper.corruption_steps=[6]", "paper.lab_steps=[6]")
 
 
-def test_suite_is_trained_in_the_folders_that_tables_read(tmp_path, tiny):
-    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def trained(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the runs of Table 5 were trained with one seed. A test that adds files to it copies it."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=folder)
     assert done.returncode == 0, done.stderr
-    folders = sorted(path.name.split("-seed")[0] for path in (tmp_path / "runs" / "paper-micro").glob("nano-*"))
+    return folder
+
+
+def test_suite_is_trained_in_the_folders_that_tables_read(trained, tiny):
+    folders = sorted(path.name.split("-seed")[0] for path in (trained / "runs" / "paper-micro").glob("nano-*"))
     assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
-    expected = expected_runs(tables_and_figures.SUITES["table5"], tmp_path / "runs", seeds=[0], settings=tiny)
+    expected = expected_runs(tables_and_figures.SUITES["table5"], trained / "runs", seeds=[0], settings=tiny)
     collection = collect(places(expected), saved_identity)
     assert collection.runs.keys() == expected.keys() and not collection.warnings, collection.warnings
     text = markdown(fill_table(TABLES["table5"], collection))
@@ -89,10 +97,9 @@ def test_suite_is_trained_in_the_folders_that_tables_read(tmp_path, tiny):
 
 
 @pytest.mark.slow
-def test_suite_is_trained_and_read_by_its_name(tmp_path, tiny):
+def test_suite_is_trained_and_read_by_its_name(trained, tmp_path, tiny):
     """The commands of a user, small: a sweep over a suite, its table, its mistakes."""
-    done = train("-m", "experiment=table5", "scale=micro", *tiny, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(trained / "runs", tmp_path / "runs")
     again = train("-m", "experiment=[figure7,figure8]", "scale=micro", *tiny, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished already") == 3, "they are shared with Table 5"

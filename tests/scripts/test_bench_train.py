@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hydra import compose
 from rich.console import Console
 
 from common.errors import UserError
@@ -24,31 +23,20 @@ from tests.scripts.loading import load_script
 
 
 @pytest.mark.slow
-def test_our_contenders_are_timed(tmp_path):
-    settings = ("peers=none", "rounds=2", "steps=5", "compile=false", "batch=2")
-    done = script("bench_train.py", *settings, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(
-        r"│ (train.py, ZClip|our model, bare loop) +│ +([\d,]+) │ +([\d.]+) \(.*?\) │ +(\d+)% │", done.stdout
-    )
-    assert [row[0] for row in rows] == ["train.py, ZClip", "our model, bare loop"], done.stdout
-    assert rows[0][2] == "1.00" and all(int(row[1].replace(",", "")) > 0 for row in rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-
-
-@pytest.mark.slow
-def test_contender_is_timed_in_its_own_process(corpus, cache, tmp_path, monkeypatch, capfd):
+def test_our_contenders_are_timed_in_processes_of_their_own(corpus, cache, tmp_path, monkeypatch, capfd):
     """On the text of the tests; the whole text takes ten seconds to prepare."""
     bench_train = load_script("bench_train")
     small = (f"data.path={corpus}", f"paths.cache={cache}")
-    monkeypatch.setattr(bench_train, "compose", lambda name, overrides: compose(name, [*overrides, *small]))
+    monkeypatch.setattr(bench_train, "specification", partial(bench_train.specification, extra=small))
     monkeypatch.chdir(tmp_path)
-    sizes = {"model": "nano", "batch": 1, "length": 16, "steps": 5, "rounds": 2, "compile": False}
-    bench_train.main(sizes | {"only": "bare", "peers": "none"})
-    out, err = capfd.readouterr()
-    assert re.search(r"│ our model, bare loop │ +[\d,]+ │ +1.00 \(1.00 to 1.00\) │ +\d+% │ +0.\d │ +\d.\d\d │", out), (
-        out + err
+    bench_train.main(
+        {"model": "nano", "batch": 1, "length": 16, "steps": 5, "rounds": 2, "compile": False, "peers": "none"}
     )
+    out, err = capfd.readouterr()
+    row = r"│ (train.py, ZClip|our model, bare loop) +│ +([\d,]+) │ +([\d.]+) \(.*?\) │ +\d+% │ +0.\d │ +\d.\d\d │"
+    rows = re.findall(row, out)
+    assert [row[0] for row in rows] == ["train.py, ZClip", "our model, bare loop"], out + err
+    assert rows[0][2] == "1.00" and all(int(row[1].replace(",", "")) > 0 for row in rows)
     assert "0.6M parameters, 1 x 16 tokens" in out and "matrix product: " in out
     assert not [*tmp_path.iterdir()]
 

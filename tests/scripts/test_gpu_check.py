@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from tests.helpers import CHECKOUT, script
+from tests.process_pool import run
 from tests.scripts.loading import load_script
 
 #: The stages in their order, each a module beside context.py.
@@ -121,18 +122,26 @@ FOUND = {
 }
 
 
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The folder with the results of a dry run of these stages, which share their tokens, and of the evaluation."""
+    folder = tmp_path_factory.mktemp("dry-run")
+    settings = ("dry_run=true", f"only={','.join(FOUND)},evaluation", "budget=1400", "out=out", "carried=none")
+    done = run("scripts/gpu_check.py", *settings, cwd=folder, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out"
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", FOUND)
-def test_a_dry_run_runs_every_stage(name, tmp_path):
-    done = script("gpu_check.py", "dry_run=true", f"only={name}", "out=out", "carried=none", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stage = states(tmp_path / "out")[name]
-    assert stage["state"] == "done" and FOUND[name](stage["results"], tmp_path / "out"), stage
+def test_a_dry_run_runs_every_stage(name, dry_run):
+    stage = states(dry_run)[name]
+    assert stage["state"] == "done" and FOUND[name](stage["results"], dry_run), stage
 
 
 @pytest.mark.slow
-def test_the_stage_of_the_validation_sets_says_that_there_are_none(tmp_path):
-    done = script("gpu_check.py", "dry_run=true", "only=evaluation", "out=out", "carried=none", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stage = states(tmp_path / "out")["evaluation"]
+@pytest.mark.timeout(1800)
+def test_the_stage_of_the_validation_sets_says_that_there_are_none(dry_run):
+    stage = states(dry_run)["evaluation"]
     assert stage["state"] == "failed" and "there are no validation sets" in stage["error"], stage

@@ -200,7 +200,7 @@ def test_saved_configurations_are_the_same(plain, tmp_path):
 
 @pytest.mark.slow
 def test_many_saved_configurations_are_the_same(plain, tmp_path):
-    check_saved(plain, tmp_path, 3000)
+    check_saved(plain, tmp_path, 1000)
 
 
 @pytest.mark.parametrize("key", sorted(FIELDS))
@@ -211,7 +211,7 @@ def test_each_value_of_each_key_is_saved(key, plain, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", sorted(FIELDS))
 def test_many_values_of_each_key_are_saved(key, plain, tmp_path):
-    check_key(key, plain, tmp_path, 60)
+    check_key(key, plain, tmp_path, 20)
 
 
 def check_key(key: str, plain: dict[str, Any], folder: Any, examples: int) -> None:

@@ -4,16 +4,17 @@ They are started by torchrun, by srun, or by `training.launch.processes`. Only r
 is reported by the process in which it happens.
 """
 
-import atexit
 import os
 import signal
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from training.runtime.stdio import flush_stdio
 
 T = TypeVar("T")
 
@@ -48,7 +49,6 @@ def init_process_group(gpu: bool) -> None:
         return
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        atexit.register(dist.destroy_process_group)  # NCCL warns otherwise
     # Python's handlers do not run while torch waits for other processes, which may never arrive.
     previous = {signum: signal.signal(signum, signal.SIG_DFL) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -56,6 +56,21 @@ def init_process_group(gpu: bool) -> None:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with an exit status, whatever the threads of its process group do.
+
+    Such a thread may still release the tensors of the last collective, and needs the interpreter's lock for that. If
+    it asks for the lock while the interpreter shuts down, the process ends with SIGABRT. So the group is destroyed
+    first. After an error its threads may wait for other processes: this process then ends without exit handlers.
+    """
+    if dist.is_initialized():
+        if status:
+            flush_stdio()
+            os._exit(status)
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 def gather_from_all(value: T) -> list[T]:
