@@ -1,6 +1,7 @@
 """Figures and the report from run folders."""
 
 import base64
+import html.parser
 import io
 import re
 from contextlib import suppress
@@ -8,17 +9,30 @@ from contextlib import suppress
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 from common.errors import UserError
-from experiments.paper.claims import SUPPORTED, judge_claims
+from experiments.claims.labs import LAB_CLAIMS
+from experiments.claims.verdict import OUTCOMES, SUPPORTED, corrected, judge
+from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.distributions import bin_edges, draw_distributions, norm_windows, window_norms
 from experiments.paper.drawing import NothingToDraw, plot_differences, smooth
 from experiments.paper.figures import FIGURES
+from experiments.paper.images import small_png, small_svg
 from experiments.paper.render import fill_table, markdown
 from experiments.paper.report import report, verdicts_markdown
-from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
+from experiments.paper.tables_and_figures import (
+    ALPHAS,
+    FIGURE_RUNS,
+    RATES,
+    SPIKE_LAB,
+    STRATEGIES,
+    TABLES,
+    THRESHOLD_NOTE,
+)
 from experiments.run.collect import RunCollection
-from experiments.run.style import image, numbered_style
+from experiments.run.style import STRATEGY_STYLES, graded_styles, image, numbered_style
 from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
@@ -34,21 +48,141 @@ def test_every_table_is_filled(everything):
 
 @pytest.mark.parametrize("names", [("figure2", "figure9"), SLOW(tuple(FIGURES))], ids=["two", "all"])
 def test_report_has_tables_verdicts_and_figures(names, everything, figures):
-    verdicts = judge_claims(everything)
+    verdicts = all_verdicts(everything)
     drawn = {name: figures[name] for name in names}
     page = report(
-        everything, verdicts, list(TABLES.values()), drawn, ["figure99"], "micro", ["make it so"], "Made today."
+        everything,
+        verdicts,
+        list(TABLES.values()),
+        drawn,
+        ["figure99"],
+        "micro",
+        ["make it so"],
+        "Made today.",
+        ["scale=micro", "seed=0,1,2"],
+        ["a lab's run is excluded"],
     )
-    images = [base64.b64decode(image) for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
-    assert len(images) == len(names) and "figure99" in page
-    assert all(image.startswith(b"<?xml") and len(image) > 20_000 for image in images), [*map(len, images)]
-    assert not any(b"dc:date" in image for image in images), "equal figures are equal files"
-    assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
-    assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
+    found = re.findall(r"data:image/(svg\+xml|png);base64,([^\"]+)", page)
+    images = [(kind, base64.b64decode(content)) for kind, content in found]
+    assert len(images) == len(names) + 1 and "figure99" in page, "and the picture of the verdicts"
+    assert all(image.startswith(b"<?xml" if "svg" in kind else b"\x89PNG") for kind, image in images)
+    assert not any(b"dc:date" in image for _, image in images), "equal figures are equal files"
+    assert 'alt="Figure 2: fixed clipping at 1e-3" src=' in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "it is self-contained"
     assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
     assert all(f">{label}<" in page for label in STRATEGIES), "tables have their rows"
+    assert "a lab&#39;s run is excluded" in page
+    assert page.index("What we asked") < page.index("What we found") < page.index("data:image")
+    assert page.index("data:image") < page.index('id="verdicts"') < page.index("<h2>The runs</h2>")
+    if len(names) > 2:
+        assert 300_000 < len(page.encode()) < 1_000_000, "it loads at once"
     text = verdicts_markdown(everything, verdicts, "micro")
-    assert text.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in text
+    claims = [*PAPER_CLAIMS, *(claim for claims in LAB_CLAIMS.values() for claim in claims)]
+    assert re.findall("^## (.+)", text, re.M) == [claim.text for claim in claims]
+    assert {*re.findall(r"^\*\*(.+)\*\*$", text, re.M)} <= {*OUTCOMES}
+
+
+def all_verdicts(collection: RunCollection) -> list:
+    """Return the verdicts on all claims; the labs have no runs."""
+    nothing = RunCollection({}, set(), {}, [], frozenset())
+    of_labs = [verdict for claims in LAB_CLAIMS.values() for verdict in judge(claims, nothing)]
+    return corrected([*judge(PAPER_CLAIMS, collection, ["scale=micro", "seed=0,1,2"]), *of_labs])
+
+
+class Links(html.parser.HTMLParser):
+    """Anchors, and the texts that link to them, by the table or section that they are in."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.texts, self.open = set(), [], {}, []
+        self.link = None
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        assert values.get("id") not in self.ids, "an anchor is unique"
+        self.ids |= {values["id"]} if "id" in values else set()
+        if tag not in ("meta", "img"):
+            self.open.append((tag, values.get("id")))
+        self.link = values.get("href") if tag == "a" else self.link
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, "what was opened last is closed first"
+        self.link = None if tag == "a" else self.link
+
+    def handle_data(self, data):
+        if self.link:
+            self.links.append((data, self.link.removeprefix("#")))
+        for _, anchor in self.open:
+            if anchor:
+                self.texts[anchor] = self.texts.get(anchor, "") + data
+
+
+def test_numbers_of_the_page_lead_to_their_runs_and_commands(everything):
+    """Each number in a verdict or table is a link to the folders of its runs and the command that makes them."""
+    verdicts, settings = all_verdicts(everything), ["scale=micro", "seed=0,1,2"]
+    page = report(everything, verdicts, [TABLES["table2"]], {}, [], "micro", [], "", settings)
+    links = Links()
+    links.feed(page)
+    assert not links.open and {anchor for _, anchor in links.links} <= links.ids
+    filled = fill_table(TABLES["table2"], everything)
+    linked = [(text, anchor) for text, anchor in links.links if anchor.startswith("run-")]
+    assert [text for text, _ in linked] == [cell.text for row in filled.cells for cell in row], (
+        "ours in their order, and none of the paper's"
+    )
+    spec = RATES[3e-3]["fixed"]
+    _, anchor = linked[len(filled.cells[0])]
+    names = [everything.runs[spec, seed].path.name for seed in SEEDS]
+    command = "python train.py -m experiment=paper scale=micro seed=0,1,2 clip=fixed paper.lr=0.003"
+    assert links.texts[anchor] == ", ".join(names) + command
+    leaves = verdicts[0]
+    assert (leaves.part.estimate, "claim-1") in links.links and (leaves.part.interval, "claim-1") in links.links
+    assert all(name in links.texts["claim-1"] for name in leaves.runs) and leaves.command in links.texts["claim-1"]
+    assert f"{leaves.scale}." in links.texts["claim-1"]
+
+
+def test_pictures_of_the_page_have_the_colours_of_strategies(figures):
+    """A large figure is a PNG with few colours; those of lines are exact."""
+    for figure, strategies in (
+        (figures["table3"], ("none", "fixed", "zclip")),
+        (figures["figure5"], ("zclip", "fixed")),
+    ):
+        with Image.open(io.BytesIO(small_png(figure))) as picture:
+            assert picture.mode == "P"
+            colors = {color for _, color in picture.convert("RGB").getcolors(1 << 16)}
+        for strategy in strategies:
+            color = tuple(round(255 * part) for part in to_rgb(STRATEGY_STYLES[strategy].color))
+            assert color in colors, strategy
+    assert small_svg(figures["figure2"]).startswith(b"<?xml")
+    assert not re.search(rb"\d\.\d{3}", small_svg(figures["figure2"]))
+
+
+def test_a_strategy_has_the_same_style_in_every_figure(figures):
+    styles = {}
+    labels = {
+        "No clipping": "none",
+        "Fixed 1.0": "fixed",
+        "ZClip": "zclip",
+        "AutoClip": "autoclip",
+        "Reciprocal": "zclip",
+    }
+    for name in ("figure1", "table3", "figure4", "figure5", "figure6", "figure8"):
+        for ax in figures[name].axes:
+            for line in ax.lines:
+                strategy = labels.get(str(line.get_label()).partition(" at ")[0])
+                if strategy:
+                    styles.setdefault(strategy, set()).add(line.get_color())
+    assert styles == {name: {STRATEGY_STYLES[name].color} for name in ("none", "fixed", "zclip", "autoclip")}
+    for label, ax in zip(SPIKE_LAB, figures["spike_lab"].axes, strict=False):
+        assert ax.lines[0].get_color() == STRATEGY_STYLES[SPIKE_LAB[label]["corrupted"].clip].color, label
+    assert len({(style.color, str(style.dashes)) for style in STRATEGY_STYLES.values()}) == len(STRATEGY_STYLES)
+
+
+def test_values_of_one_setting_go_from_dark_to_light(figures):
+    """Their order shows in grey too, and so do their dashes."""
+    lines = figures["ema"].axes[0].lines[: len(ALPHAS)]
+    greys = [np.dot(to_rgb(line.get_color()), (0.299, 0.587, 0.114)) for line in lines]
+    assert greys == sorted(greys) and min(np.diff(greys)) > 0.05
+    assert len({str(style.dashes) for style in graded_styles(len(ALPHAS))}) == len(ALPHAS)
 
 
 def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
@@ -62,8 +196,8 @@ def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
 
     key = (STRATEGIES["AutoClip"], 1)
     collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["<x> is excluded"])
-    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
-    text = verdicts_markdown(collection, {}, "micro")
+    page = report(collection, [], [TABLES["throughput"]], {}, [], "micro", [], "")
+    text = verdicts_markdown(collection, [], "micro")
     assert "\n- \\<x\\> is excluded\n" in text and "&lt;x&gt; is excluded" in page
     for shown in (page, text):
         assert "Some runs are unfinished and not in these numbers." in shown
@@ -75,7 +209,7 @@ def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
 def test_table_without_numbers_is_reported_if_runs_have_diverged(diverged, everything):
     numbers = {spec: {"tokens_per_second": None, "step_seconds": {}} for spec in STRATEGIES.values()}
     collection = with_result(everything, numbers, {*everything.runs} if diverged else None)
-    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
+    page = report(collection, [], [TABLES["throughput"]], {}, [], "micro", [], "")
     assert ("Speed of training" in page) == diverged
 
 
@@ -277,7 +411,7 @@ def test_diverged_runs_are_drawn_up_to_divergence(all_diverged):
     assert np.isfinite(drawn(FIGURES["figure7"](all_diverged).axes[0], "norm before")).sum() == 60
     table3 = markdown(fill_table(TABLES["table3"], all_diverged))
     assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
-    assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(all_diverged).values()][2:7])
+    assert all(verdict.outcome != SUPPORTED for verdict in judge(PAPER_CLAIMS[2:7], all_diverged))
 
 
 def test_figure_9_has_the_papers_windows_in_a_run_of_its_length(everything):

@@ -113,7 +113,7 @@ def assert_made(folder: Path, corrupted: str, figures: tuple[str, ...]) -> None:
     (report,) = folder.glob("report-table5-*.html")
     page = report.read_text()
     assert f"python train.py -m &#39;experiment=[table5,{figures[-1]}]&#39; scale=micro" in page
-    assert "**not testable here**" in (folder / "verdicts.md").read_text()
+    assert "**not testable**" in (folder / "verdicts.md").read_text()
     text = (folder / "tables" / "table5.md").read_text()
     assert "seed 0, text sotu" in text and f"corrupted batches of kind repeat injected at steps {corrupted}" in text
     assert (folder / "tables" / "table5.tex").read_text().startswith("\\begin{table}")
