@@ -1,8 +1,6 @@
 """Numbers from runs with their 95 % confidence intervals, and tests that agree with the intervals.
 
-The p-value of a number's being above a bound is that confidence level, subtracted from 1, at which the interval would
-just touch the bound. So the 95 % interval is above the bound if and only if p < 0.05. The p-value is 1 if the number
-itself is not above.
+The p-values are one-sided. The 95 % interval is above a bound if and only if p < 0.025 for being above it.
 """
 
 import math
@@ -68,11 +66,9 @@ class Mean(NamedTuple):
 
     def above(self, bound: float) -> float:
         """Return the p-value of its being above a bound."""
-        if not self.value > bound:
-            return 1.0
         if not self.error:
-            return 0.5 ** (self.seeds - 1)
-        return 2 * float(stats.t.sf((self.value - bound) / self.error, self.seeds - 1))
+            return 0.5**self.seeds if self.value > bound else 1.0
+        return float(stats.t.sf((self.value - bound) / self.error, self.seeds - 1))
 
     def below(self, bound: float) -> float:
         """Return the p-value of its being below a bound."""
@@ -106,7 +102,7 @@ class Median(NamedTuple):
     def above(self, bound: float) -> float:
         """Return the p-value of its being above a bound."""
         count = sum(value > bound for value in self.values)
-        return min(1.0, 2 * float(stats.binom.sf(count - 1, self.seeds, 0.5)))
+        return float(stats.binom.sf(count - 1, self.seeds, 0.5))
 
     def below(self, bound: float) -> float:
         """Return the p-value of its being below a bound."""
@@ -136,11 +132,11 @@ class Share(NamedTuple):
 
     def above(self, bound: float) -> float:
         """Return the p-value of its being above a bound."""
-        return min(1.0, 2 * float(stats.binom.sf(self.events - 1, self.cases, bound)))
+        return float(stats.binom.sf(self.events - 1, self.cases, bound))
 
     def below(self, bound: float) -> float:
         """Return the p-value of its being below a bound."""
-        return min(1.0, 2 * float(stats.binom.cdf(self.events, self.cases, bound)))
+        return float(stats.binom.cdf(self.events, self.cases, bound))
 
 
 class ExcessEvents(NamedTuple):
@@ -217,11 +213,11 @@ def median_of(by_seed: Mapping[int, float]) -> Median:
 
 
 def _touching(is_beyond: Callable[[float], bool]) -> float:
-    """Return the lowest probability of missing at which an interval is beyond a bound; 1 if it never is."""
+    """Return half of the lowest probability of missing at which an interval is beyond a bound; 1 if it never is."""
     if not is_beyond(1.0):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if is_beyond(middle) else (middle, high)
-    return high
+    return high / 2

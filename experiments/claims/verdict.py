@@ -7,9 +7,9 @@ claim that a number is at most so large is supported below and contradicted abov
 is supported between both and contradicted outside. Otherwise the claim is undecided. A claim of several comparisons
 holds if each of them shows it, or any of them where it says so.
 
-The p-values of all testable claims are corrected together by Holm's method, and a claim whose corrected p-value is not
-below 0.05 is undecided. The p-value belongs to the verdict: it is below 0.05 if the interval lies where the verdict
-says.
+A verdict has a p-value, of the one-sided test that the number lies where the verdict says. The p-values of all testable
+claims are corrected together by Holm's method. A claim whose corrected p-value is not below 0.05 is undecided, wherever
+its interval lies; the evidence says what it would be by itself.
 
 Runs of the same seed see the same batches, so runs are compared seed by seed, and a comparison needs three seeds with
 all compared runs, on the same text. A diverged run is never excluded: it counts against its strategy, and if it is a
@@ -36,6 +36,9 @@ OUTCOMES = (SUPPORTED, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_TESTABLE)
 
 #: What a claim says of its number: it is above the smallest effect, below it, or within it on both sides.
 ABOVE, BELOW, WITHIN = "above", "below", "within"
+
+#: One-sided p below which a 95 % interval is beyond a bound.
+BEYOND = 0.025
 
 TOO_FEW_SEEDS = "it needs three seeds that have all the compared runs, and there are fewer"
 
@@ -208,12 +211,12 @@ def judge_claim(claim: Claim, collection: RunCollection, settings: Sequence[str]
         if len(texts) > 1:
             raise NotTestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
         findings = claim.find(collection)
-        outcome, p, part = pointed_at(claim, findings.parts)
+        outcome, p, lies_there, part = pointed_at(claim, findings.parts)
         evidence = [*(each.text for each in findings.parts), *findings.evidence, claim.rule]
         decides = SUPPORTED if not claim.needs_all else CONTRADICTED
-        if findings.unmeasured and not (outcome == decides and p < SIGNIFICANT):
+        outcome = outcome if lies_there and p < SIGNIFICANT else UNDECIDED
+        if findings.unmeasured and outcome != decides:
             raise NotTestable(findings.unmeasured, evidence)
-        outcome = outcome if p < SIGNIFICANT else UNDECIDED
         if outcome != UNDECIDED and specs & incomplete:
             raise NotTestable(f"{outcome}, but for runs that are unfinished or excluded", evidence)
     except NotTestable as reason:
@@ -232,21 +235,23 @@ def judge_claim(claim: Claim, collection: RunCollection, settings: Sequence[str]
     )
 
 
-def pointed_at(claim: Claim, parts: Sequence[Part]) -> tuple[str, float, Part | None]:
-    """Return the outcome to which the estimates point, its p-value, and the part with this p-value."""
+def pointed_at(claim: Claim, parts: Sequence[Part]) -> tuple[str, float, bool, Part | None]:
+    """Return the outcome to which the estimates point, its p-value, whether intervals lie there, and the part of p."""
     if not parts:
-        return UNDECIDED, 1.0, None
+        return UNDECIDED, 1.0, False, None
     found = [(*_outcome(claim.asserts, part), part) for part in parts]
     decides, rest = (CONTRADICTED, SUPPORTED) if claim.needs_all else (SUPPORTED, CONTRADICTED)
     if deciding := [each for each in found if each[0] == decides]:
         outcome, p, part = min(deciding, key=lambda each: each[1])
-        return outcome, min(1.0, len(parts) * p), part
+        return outcome, min(1.0, len(parts) * p), p < BEYOND, part
     if all(outcome == rest for outcome, _, _ in found):
-        return max(found, key=lambda each: each[1])
+        outcome, p, part = max(found, key=lambda each: each[1])
+        return outcome, p, p < BEYOND, part
     # No part decides, and one or more have no relevant effect: then no part may be beyond on the deciding side.
     inside = [_not_beyond(part, claim.needs_all) for part in parts]
-    p = max([*inside, *(each[1] for each in found if each[0] == NO_EFFECT)])
-    return NO_EFFECT, p, max((each for each in found if each[0] == NO_EFFECT), key=lambda each: each[1])[2]
+    _, p, part = max((each for each in found if each[0] == NO_EFFECT), key=lambda each: each[1])
+    p = max([p, *inside])
+    return NO_EFFECT, p, p < BEYOND, part
 
 
 def _outcome(asserts: str, part: Part) -> tuple[str, float]:

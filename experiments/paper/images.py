@@ -15,7 +15,7 @@ from experiments.run.style import COLORS, image
 #: Largest SVG of a figure in the page, in bytes; a larger one is shown as PNG.
 MAX_SVG = 60_000
 #: Resolution of a PNG.
-DPI = 100
+DPI = 90
 #: Number of tints of each colour of lines in the palette of a PNG, and of colours that the figure adds to these.
 TINTS, FURTHER = 16, 100
 

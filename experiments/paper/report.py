@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims.forest import draw_verdicts
 from experiments.claims.numbers import Certain
-from experiments.claims.verdict import OUTCOMES, Verdict, train_command
+from experiments.claims.verdict import ABOVE, BELOW, OUTCOMES, WITHIN, Verdict, train_command
 from experiments.claims.verdict import __doc__ as how_judged
 from experiments.escape import escape_markdown, visible
 from experiments.paper.footnotes import describe_runs
@@ -22,6 +22,8 @@ from experiments.run.collect import RunCollection
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
+#: How the page names where an interval must lie.
+LIMITS = {ABOVE: "more than", BELOW: "at most", WITHIN: "plus or minus"}
 HOW_JUDGED = " ".join((how_judged or "").split())
 
 
@@ -131,7 +133,7 @@ def _shown_verdict(verdict: Verdict, number: int) -> dict[str, Any]:
         "outcome": verdict.outcome,
         "estimate": "" if part is None else part.estimate,
         "interval": "" if part is None else part.interval,
-        "smallest": " or ".join(each.text for each in verdict.claim.smallest),
+        "smallest": f"{LIMITS[verdict.claim.asserts]} {' or '.join(each.text for each in verdict.claim.smallest)}",
         "p": p_text(verdict),
         "scale": verdict.scale or "no runs",
         "evidence": verdict.evidence,

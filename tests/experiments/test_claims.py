@@ -143,11 +143,9 @@ def test_higher_learning_rates(everything):
         ([5e-4] * 6, [7e-4] * 6, SUPPORTED),
     ):
         assert judge_claim(with_best_rates(six, fixed, zclip), HIGHER).outcome == outcome, (fixed, zclip)
-    # All of six ratios are 50: the sign test has p = 2 / 2^6, and its interval goes from the lowest to the highest.
+    # All of six ratios are 50: the sign test has p = 1 / 2^6, and its interval goes from the lowest to the highest.
     verdict = judge_claim(with_best_rates(six, [1e-4] * 6, [5e-3] * 6), HIGHER)
-    assert (
-        verdict.p == pytest.approx(0.03125) and "50.00 times the rate (95 %: 50.00 to 50.00, 6" in verdict.evidence[0]
-    )
+    assert verdict.p == pytest.approx(1 / 64) and "50.00 times the rate (95 %: 50.00 to 50.00, 6" in verdict.evidence[0]
     gone = {(row["fixed"], seed) for lr, row in RATES.items() for seed in range(6) if lr > 1e-4}
     verdict = judge_claim(with_best_rates(six, [5e-3] * 6, [5e-3] * 6)._replace(diverged=gone), HIGHER)
     assert verdict.outcome == SUPPORTED, "a run that diverged is the worst"
@@ -183,7 +181,7 @@ def test_fewer_tokens(everything):
     assert late.outcome == CONTRADICTED, "fewer, but not 35 %"
     assert late.part.number.value == pytest.approx(np.mean([129.5 / 139 - 80.5 / s for s in (110, 111, 112)]))
     assert judge_claim(falls_in([69.5, 90, 100]), FEWER).outcome == UNDECIDED, "not for sure"
-    assert judge_claim(falls_in([60, 60, 60]), FEWER).outcome == UNDECIDED, "three seeds alike have p = 0.25"
+    assert judge_claim(falls_in([60, 60, 60]), FEWER).outcome == UNDECIDED, "three seeds alike have p = 1 / 8"
     verdict = judge_claim(falls_in([139, 145, 69.5]), FEWER)
     assert "0%, never, 46% by seed" in verdict.evidence[1]
     verdict = judge_claim(without(faster, (RATES[5e-3]["zclip"], 1)), FEWER)
@@ -209,7 +207,7 @@ def test_reciprocal(everything):
     )
     assert "mean test loss: reciprocal 4.100, mean 4.303, max 4.603" in verdict.evidence
     # The differences are 0.2, 0.21 and 0.2: 0.2033 with a standard error of 0.00333, and 0.01 nats are beyond t = 58.
-    assert verdict.p == pytest.approx(2 * stats.t.sf((0.61 / 3 - 0.01) / (0.01 / 3), 2)), "that of the nearer rival"
+    assert verdict.p == pytest.approx(stats.t.sf((0.61 / 3 - 0.01) / (0.01 / 3), 2)), "that of the nearer rival"
     close = [4.001, 4.102, 4.2]
     assert judge_claim(losses(own, close, close), RECIPROCAL).outcome == NO_EFFECT, "within 0.01 nats of both"
     assert judge_claim(losses(own, high, close), RECIPROCAL).outcome == NO_EFFECT, "of one"
@@ -246,7 +244,7 @@ def test_the_best_setting(claim, specs, own, everything):
     verdict = judge_claim(lower, claim)
     assert verdict.outcome == CONTRADICTED and verdict.part.what == f"{rival} minus {own}", "by one of five"
     error = np.std([-0.1, -0.09, -0.1], ddof=1) / 3**0.5
-    assert verdict.p == pytest.approx(5 * 2 * stats.t.sf((0.29 / 3 - 0.01) / error, 2)), "each of five could have been"
+    assert verdict.p == pytest.approx(5 * stats.t.sf((0.29 / 3 - 0.01) / error, 2)), "each of five could have been"
     verdict = judge_claim(best._replace(diverged={(specs[own], 0)}), claim)
     assert verdict.outcome == CONTRADICTED and f"{own} has diverged" in verdict.evidence[1]
     verdict = judge_claim(best._replace(diverged={(specs[rival], 0)}), claim)
@@ -284,8 +282,8 @@ def test_normal_norms(everything):
     long = norms(lambda rng, steps: rng.normal(1, 0.1, steps), steps=800)
     assert long.outcome == NOT_TESTABLE and "up to 6% of a run" in long.evidence[0], long
     normal = norms(lambda rng, steps: rng.normal(1, 0.1, steps))
-    # None of six is below a half with p = 2 / 2^6; the interval of Clopper and Pearson ends at 1 - 0.025^(1/6).
-    assert normal.outcome == SUPPORTED and normal.p == pytest.approx(0.03125), normal
+    # None of six is below a half with p = 1 / 2^6; the interval of Clopper and Pearson ends at 1 - 0.025^(1/6).
+    assert normal.outcome == SUPPORTED and normal.p == pytest.approx(1 / 64), normal
     assert normal.part.number.interval() == (0, pytest.approx(1 - 0.025 ** (1 / 6)))
     skew = norms(lambda rng, steps: rng.exponential(1, steps))
     assert skew.outcome == CONTRADICTED and "of norms in 6 of 6 windows" in skew.evidence[1], skew

@@ -87,7 +87,7 @@ def test_the_p_value_agrees_with_the_interval(value, error, asserts):
 def test_events_are_above_a_bound_if_their_interval_is(events, noise, runs, bound):
     number = ExcessEvents(events, noise, runs)
     low, high = number.interval()
-    assert (number.above(bound) < 0.05) == (low > bound) and (number.below(bound) < 0.05) == (high < bound)
+    assert (number.above(bound) < 0.025) == (low > bound) and (number.below(bound) < 0.025) == (high < bound)
 
 
 @settings(max_examples=100, deadline=None)
@@ -95,7 +95,7 @@ def test_events_are_above_a_bound_if_their_interval_is(events, noise, runs, boun
 def test_shares_are_above_a_bound_if_their_interval_is(cases, data, bound):
     number = Share(data.draw(st.integers(0, cases)), cases)
     low, high = number.interval()
-    assert (number.above(bound) < 0.05) == (low > bound) and (number.below(bound) < 0.05) == (high < bound)
+    assert (number.above(bound) < 0.025) == (low > bound) and (number.below(bound) < 0.025) == (high < bound)
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,11 +103,11 @@ def test_shares_are_above_a_bound_if_their_interval_is(cases, data, bound):
 def test_medians_are_above_a_bound_if_their_interval_is(values, bound):
     number = median_of(dict(enumerate(map(float, values))))
     low, high = number.interval()
-    assert (number.above(bound) <= 0.05) == (low > bound) and (number.below(bound) <= 0.05) == (high < bound)
+    assert (number.above(bound) <= 0.025) == (low > bound) and (number.below(bound) <= 0.025) == (high < bound)
 
 
 def test_median_needs_six_seeds():
-    assert Median((1.0,) * 5).interval() == (-math.inf, math.inf) and Median((1.0,) * 5).above(0) == 2 / 2**5
+    assert Median((1.0,) * 5).interval() == (-math.inf, math.inf) and Median((1.0,) * 5).above(0) == 1 / 2**5
     assert Median((1.0, 2.0, 3.0, 4.0, 5.0, 9.0)).interval() == (1, 9)
     # Of 20 seeds, 5 or fewer are below the median with a probability of 0.0207, and 6 or fewer with 0.0577.
     assert Median(tuple(map(float, range(20)))).interval() == (5, 14)
@@ -129,7 +129,7 @@ def test_paired_differences():
         difference_by_seed(by_seed(1.0, 2.0), by_seed(0.0, 0.0, 0.0))
     mean = difference_by_seed(by_seed(1.0, 2.0, 3.0), by_seed(2.0, 2.5, 4.5))
     # Differences -1, -0.5, -1.5: mean -1, standard error 0.5 / sqrt(3), t = -3.4641 with two degrees of freedom.
-    assert mean.value == -1 and mean.below(0) == pytest.approx(0.07418, abs=1e-4) and mean.above(0) == 1
+    assert mean.value == -1 and mean.below(0) == pytest.approx(0.07418 / 2, abs=1e-4)
     assert mean.interval() == (
         pytest.approx(-1 - 4.3027 * 0.5 / 3**0.5, abs=1e-4),
         pytest.approx(-1 + 4.3027 * 0.5 / 3**0.5, abs=1e-4),
@@ -138,7 +138,7 @@ def test_paired_differences():
 
 def test_seeds_that_are_all_alike_are_compared_by_the_sign_test():
     same = difference_by_seed(by_seed(2.1, 2.2, 2.3), by_seed(1.1, 1.2, 1.3))
-    assert same.interval() == (same.value, same.value) and same.above(0.5) == 0.25 and same.above(1.5) == 1
+    assert same.interval() == (same.value, same.value) and same.above(0.5) == 1 / 8 and same.above(1.5) == 1
     assert outcome(ABOVE, mean_of([1.0] * 3)) == UNDECIDED and outcome(ABOVE, mean_of([1.0] * 6)) == SUPPORTED
 
 
@@ -178,9 +178,9 @@ def test_claims_of_any_of_several_need_one(numbers, expected):
 
 def test_one_of_several_comparisons_decides_with_a_p_value_for_all_of_them():
     verdict = judge_claim(claim(ABOVE, HIGH, LOW, HIGH), NOTHING)
-    assert verdict.p == pytest.approx(3 * 2 * stats.t.cdf((-0.04 + 0.02) / LOW.error, 4))
+    assert verdict.p == pytest.approx(3 * stats.t.cdf((-0.04 + 0.02) / LOW.error, 4))
     assert verdict.part.number == LOW
-    weak = Mean(-0.04, 0.02 / stats.t.isf(0.01, 4), 5)  # p = 0.02 by itself
+    weak = Mean(-0.04, 0.02 / stats.t.isf(0.02, 4), 5)  # p = 0.02 by itself
     assert outcome(ABOVE, weak) == CONTRADICTED and outcome(ABOVE, weak, HIGH, HIGH) == UNDECIDED
 
 
@@ -194,7 +194,7 @@ def test_a_claim_with_an_unmeasured_part_is_decided_only_by_a_part_that_suffices
 def test_ratios_are_compared_by_their_logarithms():
     number = Mean(math.log(0.4), 0.2, 3)
     verdict = judge_claim(claim(BELOW, number, smallest=TENTH), NOTHING)
-    assert verdict.outcome == CONTRADICTED and verdict.p == pytest.approx(2 * stats.t.sf(math.log(4) / 0.2, 2))
+    assert verdict.outcome == CONTRADICTED and verdict.p == pytest.approx(stats.t.sf(math.log(4) / 0.2, 2))
     spread = 4.30265 * 0.2
     low, high = 0.4 * math.exp(-spread), 0.4 * math.exp(spread)
     assert verdict.part.text == f"number 0: 0.40 of the area (95 %: {low:.2f} to {high:.2f}, 3 seeds)"
@@ -208,12 +208,12 @@ def test_what_is_certain_needs_no_test():
 
 
 def test_verdicts_are_corrected_together():
-    """Of p-values 0.001, 0.02, 0.03 and 0.5 Holm's method makes 0.004, 0.06, 0.06 and 0.5."""
+    """Of p-values 0.001, 0.02, 0.024 and 0.5 Holm's method makes 0.004, 0.06, 0.06 and 0.5."""
 
     def with_p(p):
-        return Mean(0.04, 0.02 / stats.t.isf(p / 2, 4), 5)
+        return Mean(0.04, 0.02 / stats.t.isf(p, 4), 5)
 
-    claims = [claim(ABOVE, with_p(p)) for p in (0.02, 0.5, 0.001, 0.03)]
+    claims = [claim(ABOVE, with_p(p)) for p in (0.02, 0.5, 0.001, 0.024)]
     claims.insert(1, claim(ABOVE, HIGH, unmeasured="no runs"))
     before = [judge_claim(each, NOTHING) for each in claims]
     assert [each.outcome for each in before] == [SUPPORTED, NOT_TESTABLE, UNDECIDED, SUPPORTED, SUPPORTED]
