@@ -75,6 +75,14 @@ def test_norms_that_rise_before_the_loss_warn():
     )
 
 
+def test_a_spike_soon_after_another_has_no_calm_steps():
+    run = run_of(0, {"grad_norm": 10}, (50, 50))
+    again = run_of(0, {"grad_norm": 10}, (50, 50))
+    again.metrics["loss"][1400:1450] += 1.0  # 350 steps after the first spike, and 550 before the last one
+    signals = (lambda each: each.metrics["grad_norm"], lambda each: each.metrics["loss"])
+    assert leads(run, *signals) == [10, 10] and leads(again, *signals) == [10]
+
+
 def run_with_norm(seed):
     return run_of(seed, {"grad_norm": 10})
 
@@ -147,7 +155,7 @@ def test_an_arm_cures_if_it_leaves_less_than_a_tenth_of_the_area():
 
 def test_a_run_that_diverges_is_no_cure():
     def diverging(seed):
-        run = run_of(seed)
+        run = run_of(seed, areas=())
         run.metrics["loss"][1500 + seed :] = np.nan
         return run
 
