@@ -19,16 +19,25 @@ Overrides = Annotated[
 ]
 
 
+#: Seeds that the labs are declared with.
+LAB_SEEDS = [0, 1, 2, 3, 4]
+
+
+def find_declared(specs: Iterable[Any], base: Sequence[str], seeds: Sequence[int]) -> RunCollection:
+    """Return the declared runs that exist, each with the settings `base` and its spec's `overrides`."""
+    overrides: Mapping[Any, tuple[str, ...]] = {spec: (*base, *spec.overrides) for spec in specs}
+    resolved = resolve_runs(overrides.values(), seeds)
+    expected = {(spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in seeds}
+    return collect(expected, saved_identity)
+
+
 def collect_declared(specs: Iterable[Any], base: Sequence[str], seeds: Sequence[int], problem: str) -> RunCollection:
-    """Return the declared runs that exist, each with the settings `base` and its spec's `overrides`.
+    """Return the runs of `find_declared`.
 
     Raises:
         UserError: none of them is finished: `problem`, and why.
     """
-    overrides: Mapping[Any, tuple[str, ...]] = {spec: (*base, *spec.overrides) for spec in specs}
-    resolved = resolve_runs(overrides.values(), seeds)
-    expected = {(spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in seeds}
-    collection = collect(expected, saved_identity)
+    collection = find_declared(specs, base, seeds)
     if not collection.runs:
         reasons = "".join(f"; {warning}" for warning in collection.warnings[:3])
         raise UserError(f"{problem}: nothing is written{reasons}")

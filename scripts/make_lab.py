@@ -31,11 +31,8 @@ from experiments.labs.report import LabReport
 from experiments.labs.spike_report import spike_report
 from experiments.run.collect import RunCollection
 from experiments.run.style import image
-from scripts._declared import Overrides, Seeds, collect_declared
+from scripts._declared import LAB_SEEDS, Overrides, Seeds, collect_declared
 from training.runtime.environment import environment
-
-#: Seeds that the labs are declared with.
-SEEDS = [0, 1, 2, 3, 4]
 
 
 class LabSettings(Settings):
@@ -43,7 +40,7 @@ class LabSettings(Settings):
 
     lab: Annotated[str, Field(pattern=f"^({'|'.join(LABS)})$"), Allowed(f"one of {', '.join(LABS)}")]
     """Lab whose runs are read."""
-    seeds: Seeds = SEEDS
+    seeds: Seeds = LAB_SEEDS
     """Seeds of the runs."""
     runs: Folder = "runs"
     """Folder with the lab's folder of runs, `paths.runs` of train.py."""

@@ -1,7 +1,8 @@
 """The report on the paper's claims: `python scripts/make_report.py scale=micro [seeds=[0,1,2]]` writes report.html.
 
-The page is self-contained; its verdicts are in verdicts.md too. With `experiment=[table3,figure2]` the page has only
-these, and is named report-table3-figure2.html.
+The page is self-contained; its verdicts are in verdicts.md too. They are on the paper's claims, and on further
+ones that the labs' runs in `paths.runs` test. With `experiment=[table3,figure2]` the page has only these tables and
+figures, and is named report-table3-figure2.html.
 
     python scripts/make_report.py scale=micro
 """
@@ -13,16 +14,21 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
 from common.text import quoted
 from evaluation.tasks import SETS
-from experiments.paper.claims import judge_claims
+from experiments.claims.labs import LAB_CLAIMS
+from experiments.claims.verdict import corrected, judge
+from experiments.labs.declaration import LABS, Lab
+from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import TABLES
 from experiments.run.collect import RunCollection
+from scripts._declared import LAB_SEEDS, find_declared
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 from training.runtime.environment import environment
 
@@ -44,6 +50,26 @@ def _double_quoted(text: str) -> str:
     return quoted(text) if {*'"\\'} & {*text} else f'"{text}"'
 
 
+def _train_settings(settings: PaperSettings, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
+    """Return the words that the commands of all runs have in common, but for the scale and the further settings."""
+    runs = [] if settings.paths.runs == "runs" else [f"paths.runs={_value(settings.paths.runs)}"]
+    return [f"seed={','.join(map(str, seeds))}", *runs, *_launcher(collection)]
+
+
+def _launcher(collection: RunCollection) -> list[str]:
+    """Return the setting of the launcher: on CPUs, several runs at a time are faster."""
+    on_cpus = all("CPU" in str(run.environment.get("device")) for run in collection.runs.values())
+    return ["hydra/launcher=local"] if on_cpus else []
+
+
+def _lab_runs(settings: PaperSettings, lab: Lab) -> RunCollection:
+    """Return the runs of a lab that exist, without composing their settings if there is no folder of them."""
+    runs = settings.paths.runs
+    if not Path(runs, lab.name.replace("_", "-")).is_dir():
+        return RunCollection({}, set(), {}, [], frozenset())
+    return find_declared(lab.runs, (f"experiment={lab.name}", f"paths.runs={quoted(runs)}"), LAB_SEEDS)
+
+
 def _commands(settings: PaperSettings, collection: RunCollection, names: Sequence[str]) -> list[str]:
     """Return the commands that make the runs and the report again."""
     seeds = ",".join(map(str, collection.seeds))
@@ -51,15 +77,13 @@ def _commands(settings: PaperSettings, collection: RunCollection, names: Sequenc
     made = trained = "experiment=all"
     if set(names) != {*ALL_NAMES}:
         made, trained = (f"experiment=[{','.join(some)}]" for some in (names, [n for n in names if n != "figure3"]))
-    on_cpus = all("CPU" in str(run.environment.get("device")) for run in collection.runs.values())
-    launcher = ["hydra/launcher=local"] if on_cpus else []  # on CPUs, several runs at a time are faster
     readers = [made, scale, f"seeds=[{seeds}]", runs]
     readers += [f"overrides=[{','.join(map(_double_quoted, settings.overrides))}]"] if settings.overrides else []
     readers += [] if settings.out is None else [f"out={_value(settings.out)}"]
     windows = [f"windows={json.dumps(settings.windows)}".replace(" ", "")] if settings.windows else []
     scored = f"run={_value(f'{settings.paths.runs}/paper-{settings.scale}')}"
     commands = [
-        ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *launcher],
+        ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *_launcher(collection)],
         ["scripts/eval_data.py"],
         ["scripts/evaluate.py", scored, *_limit_override(collection)],
         ["scripts/make_tables.py", *readers] if {*names} & {*TABLES} else [],
@@ -81,11 +105,19 @@ def main(values: _entry.Values) -> None:
     here = environment()
     made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
     commands = _commands(settings, collection, names)
-    verdicts = judge_claims(collection)
+    words = [f"scale={settings.scale}", *settings.overrides, *_train_settings(settings, collection, collection.seeds)]
+    verdicts = judge(PAPER_CLAIMS, collection, words)
+    warnings = []
+    for name, claims in LAB_CLAIMS.items():
+        runs = _lab_runs(settings, LABS[name])
+        verdicts += judge(claims, runs, _train_settings(settings, runs, LAB_SEEDS))
+        warnings += runs.warnings
+    verdicts = corrected(verdicts)
     write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
     file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
-    write_atomic(file, report(collection, verdicts, tables, figures, not_drawn, settings.scale, commands, made))
-    for warning in collection.warnings:
+    page = report(collection, verdicts, tables, figures, not_drawn, settings.scale, commands, made, words, warnings)
+    write_atomic(file, page)
+    for warning in [*collection.warnings, *warnings]:
         console.print(warning, style="yellow")
     console.print(f"report   {file}")
 

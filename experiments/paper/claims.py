@@ -1,25 +1,33 @@
-"""The paper's claims, and a verdict on each from the runs.
+"""The paper's claims, each with its smallest effect of interest and what the runs show of it."""
 
-Runs of the same seed see the same batches, so strategies are compared seed by seed. A comparison takes the mean over
-the compared learning rates, and reports the mean difference, its 95 % confidence interval and the two-sided paired
-t-test over seeds (the sign test if all seeds have the same difference). A verdict needs three seeds that have all
-compared runs, on the same text. A difference counts if p < 0.05, or if its whole interval is beyond the claimed value;
-p-values are not corrected for multiple tests.
-
-A diverged run is never excluded from a mean: it counts against its strategy, and if it is a required reference, the
-claim is not testable. A claim is not supported while any of its runs is unfinished or excluded; such runs, and seeds
-that were not run, are named. Further rules of a verdict stand with its numbers. `not supported` means that these runs
-do not show the claim: they show the opposite, or a difference within the variation between seeds.
-"""
-
-from collections.abc import Mapping
+import math
 
 import numpy as np
 from scipy import stats
 
+from experiments.claims.numbers import Certain, Mean, Share, median_of
+from experiments.claims.verdict import (
+    ABOVE,
+    BELOW,
+    SIGNIFICANT,
+    Claim,
+    Findings,
+    NotTestable,
+    Part,
+    SmallestEffect,
+    difference_by_seed,
+    require_seeds,
+)
+from experiments.paper.by_seed import measure_by_seed, reached_by_seed, require_not_diverged, run_text
 from experiments.paper.distributions import MIN_NORMS, norm_windows, window_norms
 from experiments.paper.measures import clip_and_step_seconds
-from experiments.paper.residual_spikes import fixed_leaves_spikes, zclip_removes_spikes
+from experiments.paper.residual_spikes import (
+    EXCESS_LOSS,
+    SPIKES,
+    fixed_leaves_spikes,
+    text_or_reason,
+    zclip_removes_spikes,
+)
 from experiments.paper.tables_and_figures import (
     ALPHAS,
     FIGURE_RUNS,
@@ -32,60 +40,23 @@ from experiments.paper.tables_and_figures import (
     RunSpec,
     Specs,
 )
-from experiments.paper.verdict import (
-    NOT_SUPPORTED,
-    NOT_TESTABLE,
-    SIGNIFICANT,
-    SUPPORTED,
-    Difference,
-    Judge,
-    NotTestable,
-    Verdict,
-    difference_by_seed,
-    difference_text,
-    measure_by_seed,
-    reached_by_seed,
-    require_not_diverged,
-    require_seeds,
-    run_text,
-)
 from experiments.run.collect import RunCollection
+from experiments.run.definitions import REACHED_WINDOW
+from experiments.run.read import without_corrupted
 
-#: Percentage of a step that is negligible.
-NEGLIGIBLE = 1.0
 #: Number of seeds from which a sign test can be significant.
 MIN_SIGN_TEST_SEEDS = 6
 #: Maximum length of a short window, as a fraction of the run; the paper's are 1.1 %.
 MAX_SHORT_WINDOW = 0.05
+#: Fraction of the tokens that the paper's ZClip saves.
+SAVED = 0.35
 
-
-def judge_claims(collection: RunCollection) -> dict[str, Verdict]:
-    """Return the verdict on each claim."""
-    return {claim: judge_claim(collection, claim) for claim in CLAIMS}
-
-
-def judge_claim(collection: RunCollection, claim: str) -> Verdict:
-    """Return the verdict on a claim, with the runs that are missing.
-
-    If the other runs support it while one is unfinished or excluded, it is not testable.
-    """
-    texts = sorted({str(run.result.get("data_fingerprint")) for run in collection.runs.values()})
-    judge, labelled_specs = CLAIMS[claim]
-    specs = {spec for _, spec in labelled_specs}
-    incomplete = {spec for spec, _ in [*collection.unfinished, *collection.excluded]}
-    if specs & (incomplete | {spec for spec, _ in collection.runs}):
-        missing = collection.notes(labelled_specs, with_diverged=False)
-    else:
-        missing = ["none of its runs has begun"]
-    try:
-        if len(texts) > 1:
-            raise NotTestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
-        outcome, evidence = judge(collection)
-    except NotTestable as reason:
-        outcome, evidence = NOT_TESTABLE, [str(reason)]
-    if outcome == SUPPORTED and specs & incomplete:
-        outcome, evidence = NOT_TESTABLE, [*evidence, "supported, except for runs that are unfinished or excluded"]
-    return Verdict(outcome, [*evidence, *missing])
+LOSS = SmallestEffect(0.01, "nats", "1 % of the perplexity, and the last digit of the paper's losses")
+RATE_FACTOR = SmallestEffect(
+    1.2, "times the rate", "about half of the smallest step between the paper's learning rates", 2, is_ratio=True
+)
+REJECTED = SmallestEffect(0.5, "of the windows", "norms are then normal in most windows", 2)
+OVERHEAD = SmallestEffect(1.0, "% of a step", "less than the time of steps varies by", 2)
 
 
 def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
@@ -102,15 +73,19 @@ def _best_rates(collection: RunCollection, group: str) -> dict[int, float]:
     return best
 
 
-def _higher_rates(collection: RunCollection) -> Verdict:
+def _rate_ratio(zclip: float, fixed: float) -> float:
+    """Return the logarithm of a ratio of rates, infinite if one of them is 0; 0 if both are."""
+    if zclip and fixed:
+        return math.log(zclip / fixed)
+    return math.inf if zclip else -math.inf if fixed else 0.0
+
+
+def _higher_rates(collection: RunCollection) -> Findings:
     best = {group: _best_rates(collection, group) for group in ("fixed", "zclip")}
     seeds = sorted(best["fixed"].keys() & best["zclip"].keys())
     require_seeds(seeds)
-    higher = sum(best["zclip"][seed] > best["fixed"][seed] for seed in seeds)
-    lower = sum(best["zclip"][seed] < best["fixed"][seed] for seed in seeds)
-    p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
-    def at_high_rates() -> Difference:
+    def at_high_rates() -> Mean:
         zclip, fixed = ([RATES[lr][group] for lr in HIGH_RATES] for group in ("zclip", "fixed"))
         require_not_diverged(collection, [*zclip, *fixed])
         return difference_by_seed(*(measure_by_seed(collection, "train_loss", specs) for specs in (zclip, fixed)))
@@ -120,22 +95,30 @@ def _higher_rates(collection: RunCollection) -> Verdict:
         for group in best
     }
     evidence = [
-        f"best of the paper's learning rates by seed: fixed {shown['fixed']}; ZClip {shown['zclip']}",
-        f"ZClip's is higher with {higher} of {len(seeds)} seeds, lower with {lower} (sign test, p = {p:.2g}); a "
-        "diverged run is the worst, and if all have diverged, no rate is best",
-        f"mean train loss at 1e-3 to 5e-3, ZClip minus fixed: {difference_text(at_high_rates)}",
-        "rule: the best rate is higher",
+        f"best of the paper's learning rates by seed: fixed {shown['fixed']}; ZClip {shown['zclip']}; a diverged run "
+        "is the worst, and if all have diverged, no rate is best",
+        f"mean train loss at 1e-3 to 5e-3, ZClip minus fixed: {text_or_reason(at_high_rates)}",
     ]
-    if higher > lower and p < SIGNIFICANT:
-        return Verdict(SUPPORTED, evidence)
-    if higher and not lower and len(seeds) < MIN_SIGN_TEST_SEEDS:
-        return Verdict(NOT_TESTABLE, [*evidence, f"fewer than {MIN_SIGN_TEST_SEEDS} seeds cannot show it"])
-    return Verdict(NOT_SUPPORTED, evidence)
+    if len(seeds) < MIN_SIGN_TEST_SEEDS:
+        reason = f"rates of a grid are compared by the sign test, which needs {MIN_SIGN_TEST_SEEDS} seeds"
+        raise NotTestable(reason, evidence)
+    ratios = median_of({seed: _rate_ratio(best["zclip"][seed], best["fixed"][seed]) for seed in seeds})
+    return Findings(
+        [Part("ZClip's best learning rate over that of fixed clipping, median", ratios, RATE_FACTOR)], evidence
+    )
 
 
-def _fewer_tokens(collection: RunCollection) -> Verdict:
-    reached = reached_by_seed(collection, RATES[5e-4]["fixed"], RATES[3e-3]["zclip"])
-    saved = difference_by_seed({seed: result.saved for seed, result in reached.items()})
+def _fewer_tokens(collection: RunCollection) -> Findings:
+    fixed, zclip = RATES[5e-4]["fixed"], RATES[3e-3]["zclip"]
+    reached = reached_by_seed(collection, fixed, zclip)
+    require_seeds(reached)
+    above = {}
+    for seed, result in reached.items():
+        run = collection.runs[zclip, seed]
+        budget = (1 - SAVED) * collection.runs[fixed, seed].metrics["tokens"][-1]
+        steps = int(np.searchsorted(run.metrics["tokens"], budget, side="right"))
+        own = without_corrupted(run, "loss")[max(0, steps - REACHED_WINDOW) : steps]
+        above[seed] = float(own.mean()) - result.loss if len(own) else math.inf
     equal_rates = []
     for lr, specs in RATES.items():
         try:
@@ -148,51 +131,62 @@ def _fewer_tokens(collection: RunCollection) -> Verdict:
             fewer = f" ({len(results)} of {total} seeds)" if len(results) < total else ""
             equal_rates.append(f"{lr:.0e} {np.mean([result.saved for result in results]):.0%}{fewer}")
     by_seed = ["never" if result.tokens is None else f"{result.saved:.0%}" for result in reached.values()]
+    final = np.mean([result.final_difference for result in reached.values()])
     evidence = [
-        f"ZClip at 3e-3 against fixed at 5e-4, as the paper compares: {saved.mean:.0%} fewer tokens "
-        f"({', '.join(by_seed)} by seed; 0 % if it reaches the loss later, or never), {saved.low:.0%} to "
-        f"{saved.high:.0%} (95 %); its final loss is "
-        f"{np.mean([result.final_difference for result in reached.values()]):+.2f} nats from that of fixed clipping",
-        f"at equal learning rates: {', '.join(equal_rates)}",
-        "rule: more than none, and with 95 % confidence at least 35 %",
+        f"ZClip at 3e-3 reaches the final loss of fixed clipping at 5e-4, as the paper compares, with fewer tokens: "
+        f"{', '.join(by_seed)} by seed (0 % if it reaches the loss later); its own final loss is {final:+.2f} nats "
+        "from that",
+        f"fewer tokens at equal learning rates: {', '.join(equal_rates)}",
     ]
-    is_shown = saved.p < SIGNIFICANT and saved.low >= 0.35
-    return Verdict(SUPPORTED if is_shown else NOT_SUPPORTED, evidence)
+    what = f"ZClip's loss after {1 - SAVED:.0%} of the tokens, above the final loss of fixed clipping"
+    has_failed = collection.diverged_seeds(zclip) or not all(map(math.isfinite, above.values()))
+    number = Certain(math.inf) if has_failed else difference_by_seed(above)
+    return Findings([Part(what, number, LOSS)], evidence)
 
 
-def _lowest(measure: str, specs: Specs, claimed: str) -> Judge:
-    """Judge whether a run, of some by label, has the lowest loss: below each of the others, on the same seeds."""
+class _Lowest:
+    """Finds by how much the losses of other runs are above that of a claimed one, on the same seeds."""
 
-    def judge(collection: RunCollection) -> Verdict:
+    def __init__(self, measure: str, specs: Specs, claimed: str) -> None:
+        self.measure, self.specs, self.claimed = measure, specs, claimed
+
+    def __call__(self, collection: RunCollection) -> Findings:
+        specs, claimed = self.specs, self.claimed
         seeds = collection.complete_seeds(specs.values())
         require_seeds(seeds)
         if bad_seeds := collection.diverged_seeds(specs[claimed]):
-            return Verdict(NOT_SUPPORTED, [f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"])
+            gone = f"{claimed} has diverged: {run_text(specs[claimed], bad_seeds)}"
+            return Findings([Part(f"the others minus {claimed}", Certain(-math.inf), LOSS)], [gone])
         complete = collection._replace(
             runs={key: run for key, run in collection.runs.items() if key[1] in seeds},
             diverged={key for key in collection.diverged if key[1] in seeds},
         )
         diverged = {label: bad for label, spec in specs.items() if (bad := complete.diverged_seeds(spec))}
         losses = {
-            label: measure_by_seed(complete, measure, [spec]) for label, spec in specs.items() if label not in diverged
+            label: measure_by_seed(complete, self.measure, [spec])
+            for label, spec in specs.items()
+            if label not in diverged
         }
         means = ", ".join(f"{label} {np.mean(list(values.values())):.3f}" for label, values in losses.items())
-        differences = {
-            label: difference_by_seed(losses[claimed], values) for label, values in losses.items() if label != claimed
-        }
-        evidence = [
-            f"mean {measure.replace('_', ' ')}: {means}",
-            *(f"{claimed} minus {label}: {difference.text(4)}" for label, difference in differences.items()),
-            *(f"{label} has diverged: {run_text(specs[label], bad)}" for label, bad in diverged.items()),
-            "rule: it is below each of the others; a diverged one counts as higher",
+        parts = [
+            Part(
+                f"{label} minus {claimed}",
+                difference_by_seed(losses[label], losses[claimed]),
+                LOSS._replace(decimals=4),
+            )
+            for label in losses
+            if label != claimed
         ]
-        lowest = all(difference.mean < 0 and difference.p < SIGNIFICANT for difference in differences.values())
-        return Verdict(SUPPORTED if lowest else NOT_SUPPORTED, evidence)
+        parts += [Part(f"{label} minus {claimed}", Certain(math.inf), LOSS) for label in diverged]
+        evidence = [f"mean {self.measure.replace('_', ' ')}: {means}"]
+        evidence += [
+            f"{label} has diverged, and counts as higher: {run_text(specs[label], bad)}"
+            for label, bad in diverged.items()
+        ]
+        return Findings(parts, evidence)
 
-    return judge
 
-
-def _normal(collection: RunCollection) -> Verdict:
+def _normal(collection: RunCollection) -> Findings:
     p_values: dict[str, list[float]] = {"norms": [], "log norms": []}
     spec = FIGURE_RUNS["figure9"]["ZClip"]
     require_not_diverged(collection, [spec])
@@ -214,17 +208,14 @@ def _normal(collection: RunCollection) -> Verdict:
         for name, values in p_values.items()
     ]
     if longest > MAX_SHORT_WINDOW:
-        evidence.append(f"but the windows are up to {longest:.0%} of a run, in which norms fall, and are not short")
-        return Verdict(NOT_TESTABLE, evidence)
-    chance = stats.binomtest(rejected["norms"], len(p_values["norms"]), SIGNIFICANT, alternative="greater").pvalue
-    evidence.append(
-        f"probability of as many rejections if all were normal: p = {chance:.2g}; rule: it is not below "
-        f"{SIGNIFICANT:g}, though few windows of few norms show large deviations only"
-    )
-    return Verdict(SUPPORTED if chance >= SIGNIFICANT else NOT_SUPPORTED, evidence)
+        reason = f"the windows are up to {longest:.0%} of a run, in which norms fall, and are not short"
+        raise NotTestable(reason, evidence)
+    share = Share(rejected["norms"], len(p_values["norms"]))
+    what = "share of the windows in which the Shapiro-Wilk test rejects a normal distribution"
+    return Findings([Part(what, share, REJECTED)], [*evidence, "windows of few norms show large deviations only"])
 
 
-def _overhead(collection: RunCollection) -> Verdict:
+def _overhead(collection: RunCollection) -> Findings:
     seconds = {
         label: {
             seed: times
@@ -241,10 +232,9 @@ def _overhead(collection: RunCollection) -> Verdict:
     evidence = [
         "share of a step that is spent on clipping, including the norm (which runs without clipping compute too): "
         + ", ".join(f"{label} {np.mean(values):.2f} %" for label, values in shares.items() if values),
-        f"ZClip minus fixed clipping, in percent of a step with fixed clipping: {overhead.text(2)}",
-        f"rule: that is below {NEGLIGIBLE:g} %; tokens per hour of runs that share a machine do not measure it",
+        "tokens per hour of runs that share a machine do not measure it",
     ]
-    return Verdict(SUPPORTED if overhead.high < NEGLIGIBLE else NOT_SUPPORTED, evidence)
+    return Findings([Part("time of clipping, ZClip minus fixed clipping", overhead, OVERHEAD)], evidence)
 
 
 def _lab_specs(*labels: str) -> list[tuple[str, RunSpec]]:
@@ -256,21 +246,89 @@ _RATE_SPECS = TABLES["table2"].labelled_specs()
 _FIXED_SPECS = [pair for pair in _RATE_SPECS if pair[1].clip == "fixed"]
 _VARIANTS = {name.lower(): VARIANTS[name] for name in ("Reciprocal", "Mean", "Max")}
 
-#: How each claim is judged, and the runs that it needs, with their labels.
-CLAIMS: Mapping[str, tuple[Judge, list[tuple[str, RunSpec]]]] = {
-    "Fixed clipping leaves spikes.": (fixed_leaves_spikes, [*_FIXED_SPECS, *_lab_specs("Fixed 1.0")]),
-    "ZClip removes the spikes.": (
-        zclip_removes_spikes,
+
+#: The paper's claims, in its order.
+PAPER_CLAIMS = (
+    Claim(
+        "Fixed clipping leaves spikes.",
+        "the paper's Figure 2 and Table 3",
+        ABOVE,
+        (EXCESS_LOSS, SPIKES),
+        ("table2", "spike_lab"),
+        [*_FIXED_SPECS, *_lab_specs("Fixed 1.0")],
+        fixed_leaves_spikes,
+        needs_all=False,
+    ),
+    Claim(
+        "ZClip removes the spikes.",
+        "the paper's Table 3",
+        BELOW,
+        (EXCESS_LOSS, SPIKES),
+        ("table2", "spike_lab"),
         [*_RATE_SPECS, *_lab_specs("Fixed 1.0", "ZClip", "No clipping")],
+        zclip_removes_spikes,
     ),
-    "ZClip allows higher learning rates.": (_higher_rates, _RATE_SPECS),
-    "ZClip reaches the baseline's loss with 35 % fewer tokens.": (_fewer_tokens, _RATE_SPECS),
-    "Reciprocal clipping beats clipping to the mean and to the maximum.": (
-        _lowest("test_loss", _VARIANTS, "reciprocal"),
+    Claim(
+        "ZClip allows higher learning rates.",
+        "the paper's Table 2",
+        ABOVE,
+        (RATE_FACTOR,),
+        ("table2",),
+        _RATE_SPECS,
+        _higher_rates,
+    ),
+    Claim(
+        "ZClip reaches the baseline's loss with 35 % fewer tokens.",
+        "the paper's Figure 4",
+        BELOW,
+        (LOSS,),
+        ("table2",),
+        _RATE_SPECS,
+        _fewer_tokens,
+    ),
+    Claim(
+        "Reciprocal clipping beats clipping to the mean and to the maximum.",
+        "the paper's Table 5",
+        ABOVE,
+        (LOSS,),
+        ("table5",),
         [*VARIANTS.items()],
+        _Lowest("test_loss", _VARIANTS, "reciprocal"),
     ),
-    "z_thresh = 2.5 is best.": (_lowest("train_loss", THRESHOLDS, "2.5"), [*THRESHOLDS.items()]),
-    "alpha = 0.97 is best.": (_lowest("train_loss", ALPHAS, "0.97"), [*ALPHAS.items()]),
-    "Gradient norms are about normally distributed in short windows.": (_normal, [*FIGURE_RUNS["figure9"].items()]),
-    "The overhead is negligible.": (_overhead, [*STRATEGIES.items()]),
-}
+    Claim(
+        "z_thresh = 2.5 is best.",
+        "the paper's Table 6",
+        ABOVE,
+        (LOSS,),
+        ("table6",),
+        [*THRESHOLDS.items()],
+        _Lowest("train_loss", THRESHOLDS, "2.5"),
+    ),
+    Claim(
+        "alpha = 0.97 is best.",
+        "the paper's Table 7",
+        ABOVE,
+        (LOSS,),
+        ("table7",),
+        [*ALPHAS.items()],
+        _Lowest("train_loss", ALPHAS, "0.97"),
+    ),
+    Claim(
+        "Gradient norms are about normally distributed in short windows.",
+        "the paper's Figure 9",
+        BELOW,
+        (REJECTED,),
+        ("figure9",),
+        [*FIGURE_RUNS["figure9"].items()],
+        _normal,
+    ),
+    Claim(
+        "The overhead is negligible.",
+        "the paper's throughput",
+        BELOW,
+        (OVERHEAD,),
+        ("throughput",),
+        [*STRATEGIES.items()],
+        _overhead,
+    ),
+)

@@ -13,7 +13,7 @@ from experiments.paper.drawing import NothingToDraw, finish_figure
 from experiments.paper.tables_and_figures import FIGURE_RUNS
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run, corrupted_steps
-from experiments.run.style import BLUE, ORANGE, SKY
+from experiments.run.style import BLACK, BLUE, DASHES
 
 #: Windows of Figure 9 as fractions of the run: the paper's steps 500 to 635 and 3050 to 3185 of 11,900.
 WINDOWS = ((500 / 11_900, 635 / 11_900), (3050 / 11_900, 3185 / 11_900))
@@ -87,13 +87,13 @@ def window_norms(run: Run, first: int, last: int) -> np.ndarray:
 def _draw_sample(axes: Sequence[Axes], sample: np.ndarray, name: str) -> None:
     mean, deviation = sample.mean(), sample.std(ddof=1)
     statistic, p = stats.shapiro(sample)
-    axes[0].hist(sample, bins=bin_edges(sample).tolist(), density=True, color=SKY, edgecolor="white")
+    axes[0].hist(sample, bins=bin_edges(sample).tolist(), density=True, color="0.75", edgecolor="white")
     grid = np.linspace(*axes[0].get_xlim(), 200)
-    axes[0].plot(grid, stats.norm.pdf(grid, mean, deviation), color=ORANGE, lw=1.5)
+    axes[0].plot(grid, stats.norm.pdf(grid, mean, deviation), color=BLACK, ls=DASHES[1], lw=1.5)
     axes[0].set_title(f"{name}: Shapiro-Wilk W = {statistic:.3f}, p = {p:.2g}", fontsize=9)
     (theory, ordered), (slope, offset, _) = stats.probplot(sample)
     axes[1].plot(theory, ordered, "o", ms=3, color=BLUE)
-    axes[1].plot(theory, slope * theory + offset, color=ORANGE, lw=1.2)
+    axes[1].plot(theory, slope * theory + offset, color=BLACK, ls=DASHES[1], lw=1.2)
     axes[1].set_title(f"{name}: Q-Q", fontsize=9)
     axes[1].set_xlabel("quantiles of the normal", fontsize=8)
 

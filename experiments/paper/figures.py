@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.claims.verdict import NotTestable
+from experiments.paper.by_seed import reached_by_seed
 from experiments.paper.distributions import draw_distributions
 from experiments.paper.drawing import (
     NothingToDraw,
@@ -20,13 +22,14 @@ from experiments.paper.drawing import (
     scale_by_logarithm,
 )
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
-from experiments.paper.verdict import NotTestable, reached_by_seed
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
-from experiments.run.style import ORANGE, STRATEGY_STYLES, LineStyle, line_styles, numbered_style
+from experiments.run.style import BLUE, DASHES, STRATEGY_STYLES, LineStyle, line_styles
 
 #: Caption of figures with losses.
 EXCLUDED_NOTE = "losses of corrupted batches excluded"
+#: Style of norms before clipping.
+BEFORE_STYLE = LineStyle("0.4", DASHES[1])
 
 
 class Line(NamedTuple):
@@ -139,15 +142,15 @@ def _mark_reached(ax: Axes, collection: RunCollection, fixed_run: Run) -> str:
     if len(tokens) < len(reached):
         return f"ZClip does not reach it with {len(reached) - len(tokens)} of {len(reached)} seeds"
     fraction = float(np.mean(tokens)) / float(fixed_run.metrics["tokens"][-1])
-    ax.axvline(fraction * len(fixed_run.metrics["step"]), color=ORANGE, lw=0.9, ls=":")
+    ax.axvline(fraction * len(fixed_run.metrics["step"]), color=BLUE, lw=0.9, ls=":")
     return f"ZClip reaches it with {np.mean([result.saved for result in reached]):.0%} fewer tokens"
 
 
 def _draw_before_and_after(lines: Sequence[Line], _: RunCollection) -> tuple[Figure, str]:
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 5), sharex=True, sharey=True)
-    columns = {"norm before": "grad_norm", "norm after": "clipped_norm"}
-    for number, (ax, (label, column)) in enumerate(zip(axes, columns.items(), strict=True)):
-        plot_seeds(ax, [run.metrics[column] for run in _runs(lines)], label, numbered_style(number))
+    columns = {"norm before": ("grad_norm", BEFORE_STYLE), "norm after": ("clipped_norm", STRATEGY_STYLES["zclip"])}
+    for ax, (label, (column, style)) in zip(axes, columns.items(), strict=True):
+        plot_seeds(ax, [run.metrics[column] for run in _runs(lines)], label, style)
         scale_by_logarithm(ax)
         mark_corrupted(ax, _runs(lines))
         ax.set_ylabel(label)
@@ -185,7 +188,7 @@ def _draw_spike_lab(collection: RunCollection) -> Figure:
     size = (11, 2.3 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (label, pairs) in zip(axes.flat, by_label.items(), strict=False):
-        smoothing = plot_differences(ax, pairs, label, numbered_style(0))
+        smoothing = plot_differences(ax, pairs, label, STRATEGY_STYLES[SPIKE_LAB[label]["corrupted"].clip])
         ax.axhline(0, color="0.4", lw=0.8)
         mark_corrupted(ax, [run for run, _ in pairs])
         ax.set_title(label, fontsize=10)
@@ -200,8 +203,8 @@ def _draw_spike_lab(collection: RunCollection) -> Figure:
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Draw Figure 3 from z-scores before and after clipping, by label."""
     figure, ax = plt.subplots(figsize=(6, 4))
-    for number, (label, (before, after)) in enumerate(curves.items()):
-        style = numbered_style(number)
+    for label, (before, after) in curves.items():
+        style = STRATEGY_STYLES[f"zclip_{name}" if (name := label.partition(",")[0]) in ("max", "mean") else "zclip"]
         ax.plot(before, after, color=style.color, ls=style.dashes, lw=1.5, label=label)
     ax.set_xlabel("z-score of the norm")
     ax.set_ylabel("z-score after clipping")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from experiments.claims.verdict import short
 from experiments.paper.measures import DIVERGED_NOTE, MEASURES
 from experiments.paper.tables_and_figures import Table
 from experiments.run.collect import RunCollection, seeds_text
@@ -47,8 +48,8 @@ def describe_runs(runs: Sequence[Run], seeds: Sequence[int]) -> str:
     parts = [
         f"{_joined(run.config['paper']['scale'] for run in runs)} scale",
         f"model {_joined(run.config['model']['name'] for run in runs)} "
-        f"({_joined(sorted({_short(run.result['parameters']) for run in runs}))} parameters)",
-        f"{_joined(sorted({_short(run.result['tokens']) for run in runs}))} tokens",
+        f"({_joined(sorted({short(run.result['parameters']) for run in runs}))} parameters)",
+        f"{_joined(sorted({short(run.result['tokens']) for run in runs}))} tokens",
         seeds_text(seeds),
         f"text {_joined(run.config['data']['name'] for run in runs)} "
         f"(fingerprint {_joined(sorted({run.result['data_fingerprint'] for run in runs}))})",
@@ -92,14 +93,6 @@ def _describe_recovery(runs: Sequence[Run]) -> list[str]:
         f"ZClip with recovery (the library's default, not in the paper) in windows of {window} steps{share}"
         for window in sorted({str(window) for window in recovering})
     ]
-
-
-def _short(number: float) -> str:
-    """Format a number of parameters or tokens like `287k`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if float(f"{number:.3g}") >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
 
 
 def _describe_scores(runs: Sequence[Run]) -> str:

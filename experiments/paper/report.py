@@ -1,50 +1,57 @@
-"""The report: a self-contained HTML page with runs, verdicts, figures and tables; and the verdicts in Markdown."""
+"""The report: a self-contained HTML page with verdicts, figures, tables and runs; and the verdicts in Markdown."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
-import matplotlib.pyplot as plt
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from experiments.claims.forest import draw_verdicts
+from experiments.claims.numbers import Certain
+from experiments.claims.verdict import ABOVE, BELOW, OUTCOMES, WITHIN, Verdict, train_command
+from experiments.claims.verdict import __doc__ as how_judged
 from experiments.escape import escape_markdown, visible
-from experiments.paper.claims import __doc__ as how_judged
 from experiments.paper.footnotes import describe_runs
-from experiments.paper.render import fill_table, footnote, table_rows, title
-from experiments.paper.tables_and_figures import Table
-from experiments.paper.verdict import Verdict
+from experiments.paper.images import MAX_SVG, data_uri
+from experiments.paper.render import FilledTable, fill_table, footnote, table_rows, title
+from experiments.paper.tables_and_figures import SUITES, RunSpec, Table
 from experiments.run.collect import RunCollection
 from experiments.run.definitions import loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
-from experiments.run.style import image
 
+#: How the page names where an interval must lie.
+LIMITS = {ABOVE: "more than", BELOW: "at most", WITHIN: "plus or minus"}
 HOW_JUDGED = " ".join((how_judged or "").split())
 
 
 def report(
     collection: RunCollection,
-    verdicts: Mapping[str, Verdict],
+    verdicts: Sequence[Verdict],
     tables: Sequence[Table],
     figures: Mapping[str, Figure],
     not_drawn: Sequence[str],
     scale: str,
     commands: Sequence[str],
     made: str,
+    settings: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> str:
     """Return the page, with the tables of which any run is finished. The figures are closed.
 
     Args:
-        collection: the runs.
-        verdicts: by claim.
+        collection: the paper's runs.
+        verdicts: on all claims, corrected together.
         tables: in order.
         figures: by name, in order.
         not_drawn: names of figures without runs.
-        scale: of the runs.
+        scale: of the paper's runs.
         commands: that make the report again.
         made: sentence with date, commit and device.
+        settings: words of the command that trains the paper's runs, such as `scale=micro` and `seed=0,1,2`.
+        warnings: about further runs, such as those of the labs.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text())
@@ -53,25 +60,36 @@ def report(
         {f"{name} {version}" for run in runs for name, version in run.environment.get("versions", {}).items()}
     )
     devices = sorted({str(run.environment.get("device", "an unknown device")) for run in runs})
-    images = []
-    for name, figure in figures.items():
-        images.append((name, figure.get_suptitle(), base64.b64encode(image(figure, "svg")).decode()))
-        plt.close(figure)
+    filled = [fill_table(table, collection) for table in tables]
+    ids = {spec: f"run-{number}" for number, spec in enumerate(_specs(collection), 1)}
+    picture = draw_verdicts(verdicts)
     return template.render(
         title=_title(scale),
+        asked=_asked(verdicts, runs),
+        found=[(outcome, claims) for outcome, claims in _by_outcome(verdicts).items() if claims],
+        picture=None if picture is None else data_uri(picture, max_svg=2 * MAX_SVG),
         paragraphs=_describe_report(collection),
         made=made,
-        verdicts=verdicts,
+        verdicts=[_shown_verdict(verdict, number) for number, verdict in enumerate(verdicts, 1)],
         how_judged=HOW_JUDGED.replace("`", ""),
-        figures=images,
+        figures=[
+            (name, figure.get_suptitle(), data_uri(figure), train_command([name], settings) if name in SUITES else "")
+            for name, figure in figures.items()
+        ],
         not_drawn=not_drawn,
         tables=[
-            {"name": each.table.name, "title": title(each), "header": header, "rows": rows, "footnote": footnote(each)}
-            for each in (fill_table(table, collection) for table in tables)
+            {
+                "name": each.table.name,
+                "title": title(each),
+                "rows": _linked_rows(each, ids),
+                "footnote": footnote(each),
+                "command": train_command([each.table.name], settings),
+            }
+            for each in filled
             if any(cell.values or cell.diverged for row in each.cells for cell in row)
-            for header, *rows in [table_rows(each, Markup("<b>{}</b>"))]
         ],
-        warnings=collection.warnings,
+        runs=[_shown_spec(spec, ids[spec], collection, settings) for spec in ids],
+        warnings=[*collection.warnings, *warnings],
         commands=commands,
         versions=f"Runs were made with {', '.join(versions)} on {' and '.join(devices)}." if runs else "",
     )
@@ -82,17 +100,98 @@ def _visible(value: object) -> object:
     return type(value)(visible(value)) if isinstance(value, str) else value
 
 
-def verdicts_markdown(collection: RunCollection, verdicts: Mapping[str, Verdict], scale: str) -> str:
-    """Return the paper's claims with their verdicts in Markdown."""
+def _asked(verdicts: Sequence[Verdict], runs: Sequence[Run]) -> str:
+    claims = (
+        f"Which of {len(verdicts)} claims about gradient clipping hold in small language models? " if verdicts else ""
+    )
+    return (
+        f"{claims}The paper trained a model of a billion parameters on 50 billion tokens. Here are {len(runs)} runs of "
+        "its experiments at another scale, and the runs of the labs as far as there are any. They show the direction "
+        "of differences, not their size at the paper's scale."
+    )
+
+
+def _by_outcome(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
+    return {
+        outcome: [verdict.claim.text.rstrip(".") for verdict in verdicts if verdict.outcome == outcome]
+        for outcome in OUTCOMES
+    }
+
+
+def _specs(collection: RunCollection) -> list[RunSpec]:
+    """Return the specs that have a finished run."""
+    return list(dict.fromkeys(spec for spec, _ in collection.runs))
+
+
+def _shown_verdict(verdict: Verdict, number: int) -> dict[str, Any]:
+    """Return what the page shows of a verdict."""
+    part = verdict.part
+    return {
+        "id": f"claim-{number}",
+        "claim": verdict.claim.text,
+        "source": verdict.claim.source,
+        "outcome": verdict.outcome,
+        "estimate": "" if part is None else part.estimate,
+        "interval": "" if part is None else part.interval,
+        "smallest": f"{LIMITS[verdict.claim.asserts]} {' or '.join(each.text for each in verdict.claim.smallest)}",
+        "p": p_text(verdict),
+        "scale": verdict.scale or "no runs",
+        "evidence": verdict.evidence,
+        "runs": verdict.runs,
+        "command": verdict.command,
+    }
+
+
+def p_text(verdict: Verdict) -> str:
+    """Return the corrected p-value of a verdict; empty if nothing was tested."""
+    if verdict.corrected is None or verdict.part is None or isinstance(verdict.part.number, Certain):
+        return ""
+    return "below 0.001" if verdict.corrected < 0.001 else f"{verdict.corrected:.2g}"
+
+
+def _linked_rows(filled: FilledTable, ids: Mapping[RunSpec, str]) -> list[list[tuple[str, str, bool]]]:
+    """Return header and rows: the text of each cell, the anchor of its run, and whether it is the paper's number."""
+    groups: list[str | None] = [
+        None
+    ]  # of the run behind each printed column; `None` for labels and the paper's numbers
+    for c, column in enumerate(filled.table.columns):
+        groups.append(column.group)
+        if any(row[c].paper is not None for row in filled.cells):
+            groups.append(None)
+    header, *rows = table_rows(filled, Markup("<b>{}</b>"))
+    is_paper = [c > 0 and group is None for c, group in enumerate(groups)]
+    shown = [[(text, "", paper) for text, paper in zip(header, is_paper, strict=True)]]
+    for specs, row in zip(filled.table.rows.values(), rows, strict=True):
+        anchors = [ids.get(specs[group], "") if group is not None else "" for group in groups]
+        shown.append([*zip(row, anchors, is_paper, strict=True)])
+    return shown
+
+
+def _shown_spec(spec: RunSpec, anchor: str, collection: RunCollection, settings: Sequence[str]) -> dict[str, Any]:
+    """Return what the page shows of the runs of a spec: their folders by seed, and the command that trains them."""
+    return {
+        "id": anchor,
+        "folders": [run.path.name for run in collection.runs_of(spec)],
+        "command": train_command(["paper"], [*settings, *spec.overrides]),
+    }
+
+
+def verdicts_markdown(collection: RunCollection, verdicts: Sequence[Verdict], scale: str) -> str:
+    """Return the claims with their verdicts in Markdown."""
     parts = [
-        f"# {_title(scale)}, the paper's claims",
+        f"# {_title(scale)}, the claims",
         escape_markdown(" ".join(_describe_report(collection))),
         HOW_JUDGED,
     ]
     if collection.warnings:
         parts.append(_bullets(collection.warnings))
-    for claim, (outcome, evidence) in verdicts.items():
-        parts += [f"## {claim}", f"**{outcome}**", _bullets(evidence)]
+    for verdict in verdicts:
+        sentences = [f"claimed by {verdict.claim.source}", *verdict.evidence]
+        sentences += [f"p, corrected: {p_text(verdict)}"] if p_text(verdict) else []
+        if verdict.runs:
+            sentences += [f"scale: {verdict.scale}", f"runs: {', '.join(verdict.runs)}"]
+        sentences.append(f"command: {verdict.command}")
+        parts += [f"## {verdict.claim.text}", f"**{verdict.outcome}**", _bullets(sentences)]
     return "\n\n".join(parts) + "\n"
 
 

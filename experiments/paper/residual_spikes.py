@@ -1,42 +1,37 @@
-"""Verdicts on spikes: whether fixed clipping leaves residual spikes, and whether ZClip removes them.
+"""What runs show of spikes: whether fixed clipping leaves residual spikes, and whether ZClip removes them.
 
 Both strategies are measured alike, by spikes per run in excess of dips, and by the excess loss after corrupted batches
-net of the cost of skipping them. Dips estimate how many spikes are noise.
-
-Residual spikes are certain if a run has diverged or has a loss that is not finite, or if the 95 % confidence interval
-of either number is above its limit. They are certainly absent if no run has, and both intervals are below their limits.
-Otherwise neither is shown.
+net of the cost of skipping them. Dips estimate how many spikes are noise. Residual spikes are certain if a run has
+diverged or has a loss that is not finite.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
+from experiments.claims.numbers import Certain, ExcessEvents, Mean, event_rate
+from experiments.claims.verdict import (
+    BEYOND,
+    MIN_SEEDS,
+    SIGNIFICANT,
+    TOO_FEW_SEEDS,
+    Findings,
+    NotTestable,
+    Part,
+    SmallestEffect,
+    difference_by_seed,
+)
+from experiments.paper.by_seed import measure_by_seed, require_not_diverged, run_text
 from experiments.paper.measures import MEASURES
 from experiments.paper.tables_and_figures import RATES, SPIKE_LAB, RunSpec
-from experiments.paper.verdict import (
-    MIN_SEEDS,
-    NOT_SUPPORTED,
-    NOT_TESTABLE,
-    SUPPORTED,
-    TOO_FEW_SEEDS,
-    Interval,
-    NotTestable,
-    Verdict,
-    difference_by_seed,
-    difference_text,
-    event_rate,
-    measure_by_seed,
-    require_not_diverged,
-    run_text,
-)
 from experiments.run.collect import RunCollection
 from experiments.run.definitions import SPIKE_WINDOW, loss_dips, min_spike_height
 from experiments.run.read import corrupted_rows
 
-#: Limits below which spikes count as absent: spikes per run, and nats of net excess loss.
-MAX_SPIKES, MAX_EXCESS_LOSS = 0.2, 0.02
+EXCESS_LOSS = SmallestEffect(0.02, "nats", "about what skipping the corrupted batches costs, which no clipping avoids")
+SPIKES = SmallestEffect(0.2, "spikes per run", "fewer than one in five runs", decimals=2)
 
 DIVERGED_LABEL = "diverged, or with a loss that is not finite"
 
@@ -48,16 +43,7 @@ def _in_lab(collection: RunCollection, label: str, measure: str = "excess_loss")
     return measure_by_seed(collection, measure, [specs["corrupted"]], specs["baseline"])
 
 
-class ResidualSpikes(NamedTuple):
-    """The spikes that a strategy leaves."""
-
-    is_measured: bool  # whether both numbers are known
-    certain: bool  # whether spikes are certainly left
-    certainly_none: bool
-    evidence: list[str]
-
-
-def _residual_spikes(collection: RunCollection, label: str, group: str) -> ResidualSpikes:
+def _residual_spikes(collection: RunCollection, label: str, group: str) -> Findings:
     """Return the spikes that a strategy leaves, by its label in the spike lab and its group in Table 2."""
     over_rates = [specs[group] for specs in RATES.values()]
     diverged = {
@@ -66,56 +52,71 @@ def _residual_spikes(collection: RunCollection, label: str, group: str) -> Resid
         if len(collection.runs_of(spec)) >= MIN_SEEDS
         for seed in _diverged_seeds(collection, spec)
     }
-    texts = [f"{DIVERGED_LABEL}: {'; '.join(diverged.values())}"] if diverged else []
-    spikes, spikes_text = _spikes_minus_dips(collection, over_rates)
-    excess_loss, loss_text = _net_excess_loss(collection, label)
-    limits = ((spikes, MAX_SPIKES), (excess_loss, MAX_EXCESS_LOSS))
-    return ResidualSpikes(
-        is_measured=spikes is not None and excess_loss is not None,
-        certain=bool(diverged) or any(number is not None and number.low > limit for number, limit in limits),
-        certainly_none=not diverged and all(number is not None and number.high <= limit for number, limit in limits),
-        evidence=[f"{label}: {text}" for text in (*texts, spikes_text, loss_text)],
-    )
+    parts, evidence, unmeasured = [], [], []
+    if diverged:
+        evidence.append(f"{label}: {DIVERGED_LABEL}: {'; '.join(diverged.values())}")
+        parts.append(Part(f"{label}: loss of these runs", Certain(math.inf), EXCESS_LOSS))
+    for measure in (_spikes_minus_dips, partial(_net_excess_loss, label=label)):
+        try:
+            part, sentence = measure(collection, over_rates)
+        except NotTestable as reason:
+            unmeasured.append(f"{label}: {reason}")
+            continue
+        parts.append(part._replace(what=f"{label}: {part.what}"))
+        evidence.append(f"{label}: {sentence}")
+    return Findings(parts, evidence, "; ".join(unmeasured))
 
 
-def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Interval | None, str]:
-    """Return spikes minus dips per run, and the sentence. Diverged runs count; seeds that lack a run do not."""
+def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> tuple[Part, str]:
+    """Return spikes minus dips per run, and a sentence. Diverged runs count; seeds that lack a run do not."""
     seeds = collection.complete_seeds(specs)
     runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
     counts = [MEASURES["spikes"].compute(run, None) for run in runs]
     if len(seeds) < MIN_SEEDS or None in counts:
         reason = "runs are too short to have any" if None in counts else TOO_FEW_SEEDS
-        return None, f"spikes over all learning rates: {reason}"
+        raise NotTestable(f"spikes over all learning rates: {reason}")
     spikes = round(sum(count or 0 for count in counts))
     dips = sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs)
-    spike_rate, dip_rate = event_rate(spikes, len(runs)), event_rate(dips, len(runs))
-    excess = Interval(spike_rate.low - dip_rate.high, spike_rate.high - dip_rate.low)
+    rate = event_rate(spikes, len(runs))
     jump = float(np.nanmedian([min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]))
-    return excess, (
-        f"{spikes} spikes in {len(runs)} runs over all learning rates, {spike_rate.low:.2f} to {spike_rate.high:.2f} "
+    return Part("spikes minus dips over all learning rates", ExcessEvents(spikes, dips, len(runs)), SPIKES), (
+        f"{spikes} spikes in {len(runs)} runs over all learning rates, {rate.low:.2f} to {rate.high:.2f} "
         f"per run (95 %, Poisson, as if runs of a seed were independent), and {dips} dips, which estimate the "
-        f"noise: {excess.low:.2f} to {excess.high:.2f} more spikes than dips; in the first {SPIKE_WINDOW} steps only a "
-        f"loss that is not finite is a spike, and after that a jump of {jump:.2f} nats (median)"
+        f"noise; in the first {SPIKE_WINDOW} steps only a loss that is not finite is a spike, and after that a jump of "
+        f"{jump:.2f} nats (median)"
     )
 
 
-def _net_excess_loss(collection: RunCollection, label: str) -> tuple[Interval | None, str]:
-    """Return the excess loss after corrupted batches, net of the cost of skipping them, and the sentence."""
+def _net_excess_loss(collection: RunCollection, _: Sequence[RunSpec], label: str) -> tuple[Part, str]:
+    """Return the excess loss after corrupted batches, net of the cost of skipping them, and a sentence."""
     diverged = [
         run_text(spec, [seed]) for spec in SPIKE_LAB[label].values() for seed in _diverged_seeds(collection, spec)
     ]
     if diverged:
-        return None, f"loss after corrupted batches: {DIVERGED_LABEL}: {'; '.join(diverged)}"
+        raise NotTestable(f"loss after corrupted batches: {DIVERGED_LABEL}: {'; '.join(diverged)}")
     try:
         excess, costs = _in_lab(collection, label), _in_lab(collection, label, "skip_cost")
         net = difference_by_seed(excess, costs)
     except NotTestable as reason:
-        return None, f"loss after corrupted batches: {reason}"
-    return Interval(net.low, net.high), (
-        f"loss after corrupted batches minus the baseline run's, in nats: {difference_by_seed(excess).text()}, of "
-        f"which skipping the batches would cost about {np.mean(list(costs.values())):.3f}; net of that {net.low:.3f} "
-        f"to {net.high:.3f} (95 %)"
+        raise NotTestable(f"loss after corrupted batches: {reason}") from reason
+    return Part("loss after corrupted batches, net of the cost of skipping them", net, EXCESS_LOSS), (
+        f"without that cost it is {mean_text(difference_by_seed(excess))} above the baseline run's; skipping the "
+        f"batches would cost about {np.mean(list(costs.values())):.3f} nats"
     )
+
+
+def mean_text(mean: Mean, decimals: int = 3, unit: str = "nats") -> str:
+    """Return a mean as a phrase, with its 95 % interval."""
+    low, high = mean.interval()
+    return f"{mean.value:+.{decimals}f} {unit} (95 %: {low:.{decimals}f} to {high:.{decimals}f})"
+
+
+def text_or_reason(compute: Callable[[], Mean]) -> str:
+    """Return a difference on which no verdict depends as a phrase, or the reason why there is none."""
+    try:
+        return mean_text(compute())
+    except NotTestable as reason:
+        return str(reason)
 
 
 def _diverged_seeds(collection: RunCollection, spec: RunSpec) -> list[int]:
@@ -133,35 +134,23 @@ def _diverged_seeds(collection: RunCollection, spec: RunSpec) -> list[int]:
     return seeds
 
 
-def fixed_leaves_spikes(collection: RunCollection) -> Verdict:
-    """Judge whether fixed clipping leaves spikes."""
-    residual = _residual_spikes(collection, "Fixed 1.0", "fixed")
-    if not residual.certain and not residual.is_measured:
-        return Verdict(NOT_TESTABLE, residual.evidence)
-    rule = (
-        f"rule: with 95 % confidence there are more than {MAX_SPIKES:g} spikes per run in excess of dips, or more than "
-        f"{MAX_EXCESS_LOSS:g} nats net of the cost of skipping, or a run has diverged or has a loss that is not finite"
-    )
-    return Verdict(SUPPORTED if residual.certain else NOT_SUPPORTED, [*residual.evidence, rule])
+def fixed_leaves_spikes(collection: RunCollection) -> Findings:
+    """Return the spikes that fixed clipping leaves."""
+    return _residual_spikes(collection, "Fixed 1.0", "fixed")
 
 
-def zclip_removes_spikes(collection: RunCollection) -> Verdict:
-    """Judge whether ZClip leaves no spikes, provided that fixed clipping leaves some."""
-    fixed = _residual_spikes(collection, "Fixed 1.0", "fixed")
-    if not fixed.certain:
-        known = "it is not shown that" if fixed.is_measured else "it is not known whether"
+def zclip_removes_spikes(collection: RunCollection) -> Findings:
+    """Return the spikes that ZClip leaves; raise `NotTestable` unless fixed clipping certainly leaves some."""
+    fixed = fixed_leaves_spikes(collection)
+    p = [part.number.above(part.smallest.bound) for part in fixed.parts]
+    if not any(len(p) * value < SIGNIFICANT and value < BEYOND for value in p):
+        known = "it is not known whether" if fixed.unmeasured else "it is not shown that"
         raise NotTestable(f"{known} fixed clipping leaves any spikes that could be removed")
     residual = _residual_spikes(collection, "ZClip", "zclip")
     evidence = list(residual.evidence)
     for label in ("Fixed 1.0", "No clipping"):
-        reduction = difference_text(
+        reduction = text_or_reason(
             lambda: difference_by_seed(_in_lab(collection, "ZClip"), _in_lab(collection, label))  # noqa: B023, at once
         )
-        evidence.append(f"that loss, ZClip minus {label}: {reduction}")
-    evidence.append(
-        f"rule: with 95 % confidence there are at most {MAX_SPIKES:g} spikes per run in excess of dips and at most "
-        f"{MAX_EXCESS_LOSS:g} nats net of the cost of skipping; no run has diverged or has a loss that is not finite"
-    )
-    if not residual.certain and not residual.is_measured:
-        return Verdict(NOT_TESTABLE, evidence)
-    return Verdict(SUPPORTED if residual.certainly_none else NOT_SUPPORTED, evidence)
+        evidence.append(f"loss after corrupted batches, ZClip minus {label}: {reduction}")
+    return residual._replace(evidence=evidence)

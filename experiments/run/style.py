@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -39,6 +41,13 @@ STRATEGY_STYLES = {
     "adagc": LineStyle(PURPLE, DASHES[4]),
     "agc": LineStyle(SKY, DASHES[5]),
     "skip_step": LineStyle(BLACK, DASHES[6]),
+    "zclip_mean": LineStyle(SKY, DASHES[1]),
+    "zclip_max": LineStyle(PURPLE, DASHES[2]),
+    "log_z_score": LineStyle(SKY, DASHES[3]),
+    "lagged_z_score": LineStyle(SKY, DASHES[4]),
+    "tensor_autoclip": LineStyle(GREEN, DASHES[5]),
+    "global_adagc": LineStyle(PURPLE, DASHES[6]),
+    "gradient_stabilizer": LineStyle(BLACK, DASHES[3]),
 }
 
 
@@ -47,10 +56,21 @@ def numbered_style(number: int) -> LineStyle:
     return LineStyle(COLORS[number % len(COLORS)], DASHES[number % len(DASHES)])
 
 
+def graded_styles(number: int) -> list[LineStyle]:
+    """Return the styles of lines that are values of one setting, from dark to light: their order shows in grey too."""
+    shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.85, number))
+    return [LineStyle(to_hex(shade), DASHES[at % len(DASHES)]) for at, shade in enumerate(shades)]
+
+
 def line_styles(strategies: Sequence[str]) -> list[LineStyle]:
-    """Return the style of each line: that of its strategy (`clip.name`), if the lines are of different ones."""
+    """Return the style of each line: that of its strategy (`clip.name`), if the lines are of different ones.
+
+    Lines that are all of one strategy are graded.
+    """
     if len({*strategies}) == len(strategies) and STRATEGY_STYLES.keys() >= {*strategies}:
         return [STRATEGY_STYLES[name] for name in strategies]
+    if len({*strategies}) == 1:
+        return graded_styles(len(strategies))
     return [numbered_style(number) for number in range(len(strategies))]
 
 

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from experiments.claims.verdict import SUPPORTED, Verdict
 from experiments.escape import escape_latex, escape_markdown, one_visible_line, visible
+from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.render import fill_table, latex, markdown
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import TABLES
-from experiments.paper.verdict import Verdict
 from experiments.run.plot import draw_run
 from experiments.run.style import image
 from tests.experiments.written_runs import modify
@@ -82,15 +83,17 @@ def test_escapes_leave_ordinary_text_alone():
 
 
 class Elements(HTMLParser):
-    """The names of a page's elements, and its text."""
+    """The names of a page's elements, the targets of its links, and its text."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.names: set[str] = set()
+        self.targets: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag, attrs):
         self.names.add(tag)
+        self.targets += [value for name, value in attrs if name == "href"]
 
     def handle_data(self, data):
         self.text += data
@@ -124,14 +127,15 @@ def test_words_of_a_run_are_text_in_tables_verdicts_and_the_report(everything):
     assert kinds <= {"text", "text_special", "strong_open", "strong_close"} and source.count("\n# h") == 0
     plain = escape_latex(HOSTILE_WORD)
     assert f"fingerprint {plain}" in latex(filled) and "\\input" not in latex(filled)
-    verdicts = {"a claim": Verdict("supported", [f"with {HOSTILE_WORD}"])}
+    verdicts = [Verdict(PAPER_CLAIMS[0], SUPPORTED, [f"with {HOSTILE_WORD}"], runs=[HOSTILE_WORD], scale=HOSTILE_WORD)]
     text = verdicts_markdown(collection, verdicts, "micro")
     assert text.count(escape_markdown(HOSTILE_WORD)) >= 4 and "\n# h" not in text
     page = report(collection, verdicts, [TABLES["table3"]], {}, [], "micro", [f"python {HOSTILE_WORD}"], "")
     page.encode()
     elements = Elements()
     elements.feed(page)
-    assert not elements.names & {"script", "a"} and page.count("</code>") == 1
+    assert "script" not in elements.names and page.count("<code>") == page.count("</code>") > 1
+    assert elements.targets and all(re.fullmatch("#(claim|run)-[0-9]+", target) for target in elements.targets)
     assert f"with {visible(HOSTILE_WORD)}" in elements.text and html.escape("\\frac$ {{7*7}} \\x1b\\ud800") in page
 
 

@@ -1,26 +1,31 @@
-"""Figures and the report from run folders."""
+"""Figures from run folders."""
 
-import base64
 import io
-import re
 from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from common.errors import UserError
-from experiments.paper.claims import SUPPORTED, judge_claims
+from experiments.claims.verdict import SUPPORTED, judge
+from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.distributions import bin_edges, draw_distributions, norm_windows, window_norms
 from experiments.paper.drawing import NothingToDraw, plot_differences, smooth
 from experiments.paper.figures import FIGURES
 from experiments.paper.render import fill_table, markdown
-from experiments.paper.report import report, verdicts_markdown
-from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, STRATEGIES, TABLES, THRESHOLD_NOTE
+from experiments.paper.tables_and_figures import (
+    ALPHAS,
+    FIGURE_RUNS,
+    SPIKE_LAB,
+    STRATEGIES,
+    TABLES,
+    THRESHOLD_NOTE,
+)
 from experiments.run.collect import RunCollection
-from experiments.run.style import image, numbered_style
+from experiments.run.style import STRATEGY_STYLES, graded_styles, image, numbered_style
 from scripts.paper_runs import draw_figures, figure3
-from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
 from tests.helpers import SLOW
 
@@ -32,51 +37,33 @@ def test_every_table_is_filled(everything):
                 assert len(cell.values) == 3, (table.name, label, column.header)
 
 
-@pytest.mark.parametrize("names", [("figure2", "figure9"), SLOW(tuple(FIGURES))], ids=["two", "all"])
-def test_report_has_tables_verdicts_and_figures(names, everything, figures):
-    verdicts = judge_claims(everything)
-    drawn = {name: figures[name] for name in names}
-    page = report(
-        everything, verdicts, list(TABLES.values()), drawn, ["figure99"], "micro", ["make it so"], "Made today."
-    )
-    images = [base64.b64decode(image) for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
-    assert len(images) == len(names) and "figure99" in page
-    assert all(image.startswith(b"<?xml") and len(image) > 20_000 for image in images), [*map(len, images)]
-    assert not any(b"dc:date" in image for image in images), "equal figures are equal files"
-    assert '<img alt="Figure 2: fixed clipping at 1e-3" src=' in page
-    assert not re.search(r'(src|href)="(?!data:)', page), "it is self-contained"
-    assert "<b>" in page and "&lt;b&gt;" not in page and "norm of 14 times the" in page
-    assert all(f">{label}<" in page for label in STRATEGIES), "tables have their rows"
-    text = verdicts_markdown(everything, verdicts, "micro")
-    assert text.count("\n## ") == 9 and "## Fixed clipping leaves spikes.\n\n**supported**\n\n- " in text
+def test_a_strategy_has_the_same_style_in_every_figure(figures):
+    styles = {}
+    labels = {
+        "No clipping": "none",
+        "Fixed 1.0": "fixed",
+        "ZClip": "zclip",
+        "AutoClip": "autoclip",
+        "Reciprocal": "zclip",
+    }
+    for name in ("figure1", "table3", "figure4", "figure5", "figure6", "figure8"):
+        for ax in figures[name].axes:
+            for line in ax.lines:
+                strategy = labels.get(str(line.get_label()).partition(" at ")[0])
+                if strategy:
+                    styles.setdefault(strategy, set()).add(line.get_color())
+    assert styles == {name: {STRATEGY_STYLES[name].color} for name in ("none", "fixed", "zclip", "autoclip")}
+    for label, ax in zip(SPIKE_LAB, figures["spike_lab"].axes, strict=False):
+        assert ax.lines[0].get_color() == STRATEGY_STYLES[SPIKE_LAB[label]["corrupted"].clip].color, label
+    assert len({(style.color, str(style.dashes)) for style in STRATEGY_STYLES.values()}) == len(STRATEGY_STYLES)
 
 
-def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):
-    """Of the other steps' norms 69 are 1 and 68 are 3, so that their median is 1."""
-
-    def change(spec, seed, run):
-        step = run.metrics["step"]
-        norms = np.where(step <= 69, 1.0, 3.0)
-        norms[np.isin(step, [80, 100, 120])] = 15.0
-        return run._replace(metrics={**run.metrics, "grad_norm": norms})
-
-    key = (STRATEGIES["AutoClip"], 1)
-    collection = modify(without(everything, key), change)._replace(unfinished={key: 7}, warnings=["<x> is excluded"])
-    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
-    text = verdicts_markdown(collection, {}, "micro")
-    assert "\n- \\<x\\> is excluded\n" in text and "&lt;x&gt; is excluded" in page
-    for shown in (page, text):
-        assert "Some runs are unfinished and not in these numbers." in shown
-        assert "The 30 runs without corrupted batches have 0 loss spikes." in shown
-        assert "Their gradients have a norm of 15 times the median of the other steps" in shown
-
-
-@pytest.mark.parametrize("diverged", [True, False])
-def test_table_without_numbers_is_reported_if_runs_have_diverged(diverged, everything):
-    numbers = {spec: {"tokens_per_second": None, "step_seconds": {}} for spec in STRATEGIES.values()}
-    collection = with_result(everything, numbers, {*everything.runs} if diverged else None)
-    page = report(collection, {}, [TABLES["throughput"]], {}, [], "micro", [], "")
-    assert ("Speed of training" in page) == diverged
+def test_values_of_one_setting_go_from_dark_to_light(figures):
+    """Their order shows in grey too, and so do their dashes."""
+    lines = figures["ema"].axes[0].lines[: len(ALPHAS)]
+    greys = [np.dot(to_rgb(line.get_color()), (0.299, 0.587, 0.114)) for line in lines]
+    assert greys == sorted(greys) and min(np.diff(greys)) > 0.05
+    assert len({str(style.dashes) for style in graded_styles(len(ALPHAS))}) == len(ALPHAS)
 
 
 def test_captions_describe_what_is_drawn(everything, figures):
@@ -277,7 +264,7 @@ def test_diverged_runs_are_drawn_up_to_divergence(all_diverged):
     assert np.isfinite(drawn(FIGURES["figure7"](all_diverged).axes[0], "norm before")).sum() == 60
     table3 = markdown(fill_table(TABLES["table3"], all_diverged))
     assert "| diverged |" in table3 and "Diverged: No clipping (seeds 0, 1, 2), Fixed 1.0 (seeds" in table3
-    assert all(verdict.outcome != SUPPORTED for verdict in [*judge_claims(all_diverged).values()][2:7])
+    assert all(verdict.outcome != SUPPORTED for verdict in judge(PAPER_CLAIMS[2:7], all_diverged))
 
 
 def test_figure_9_has_the_papers_windows_in_a_run_of_its_length(everything):

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -11,7 +12,8 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from common.settings import parse
-from experiments.labs.declaration import LABS
+from common.text import quoted
+from experiments.labs.declaration import ADAM_LAG, LABS
 from experiments.paper import tables_and_figures
 from experiments.paper.measures import MEASURES
 from experiments.paper.render import fill_table, markdown, paper_numbers
@@ -26,7 +28,17 @@ from experiments.paper.tables_and_figures import (
 from experiments.run.collect import collect
 from experiments.suites import SUITES
 from scripts.paper_runs import PaperSettings
-from tests.experiments.written_runs import SMALL, composed, expected_runs, places, score, with_settings, write_run
+from tests.experiments.written_runs import (
+    SEEDS,
+    SMALL,
+    composed,
+    expected_runs,
+    places,
+    score,
+    with_settings,
+    write_lab_run,
+    write_run,
+)
 from tests.helpers import CHECKOUT, SLOW, script, train
 from tests.scripts.loading import load_script
 from training.config.compose import load_config, saved_identity
@@ -120,7 +132,7 @@ def assert_made(folder: Path, corrupted: str, figures: tuple[str, ...]) -> None:
     (report,) = folder.glob("report-table5-*.html")
     page = report.read_text()
     assert f"python train.py -m &#39;experiment=[table5,{figures[-1]}]&#39; scale=micro" in page
-    assert "**not testable here**" in (folder / "verdicts.md").read_text()
+    assert "**not testable**" in (folder / "verdicts.md").read_text()
     text = (folder / "tables" / "table5.md").read_text()
     assert "seed 0, text sotu" in text and f"corrupted batches of kind repeat injected at steps {corrupted}" in text
     assert (folder / "tables" / "table5.tex").read_text().startswith("\\begin{table}")
@@ -165,6 +177,34 @@ def test_scripts_make_tables_figures_and_a_report(paper_script, tmp_path, capsys
     page = Path("here/report-table5-figure3-figure7.html").read_text()
     assert "scripts/evaluate.py run=runs/paper-micro eval.limit=100" in page, "the scores are on 100 items"
     assert "unknown is excluded: config.yaml cannot be read" in page
+
+
+@pytest.mark.slow
+def test_report_judges_the_runs_of_labs_that_are_there(paper_script, capsys):
+    """Those of the Adam-lag lab without clipping, whose norms rise 12 to 14 steps before the loss."""
+    for (_, seed), (place, config) in expected_runs(
+        tables_and_figures.SUITES["table5"], Path("runs"), seeds=[0]
+    ).items():
+        write_run(place.path, config, seed)
+    for seed in SEEDS:
+        loss = 0.05 * np.exp(np.random.default_rng(seed).normal(0, 0.02, 1500))
+        norm = np.exp(np.random.default_rng(seed + 3).normal(0, 0.1, 1500))
+        loss[1000:1100] = 5.0
+        norm[988 - seed : 1100] = 20.0
+        write_lab_run(Path("runs"), ADAM_LAG, ADAM_LAG.arm("no clipping"), seed, loss, norm)
+    for arm in ADAM_LAG.runs:  # Hydra cannot compose them inside the script's own composition
+        composed("experiment=adam_lag", f"paths.runs={quoted('runs')}", *arm.overrides)
+    (Path("runs/adam-lag") / "unknown").mkdir()
+    (Path("runs/adam-lag") / "unknown" / "config.yaml").write_text("{")
+    paper_script("make_report", "experiment=table5", "out=here")
+    assert "unknown is excluded: config.yaml cannot be read" in capsys.readouterr().out
+    page, text = Path("here/report-table5.html").read_text(), Path("here/verdicts.md").read_text()
+    warns = text.partition("## The gradient norm warns before the loss.")[2]
+    assert warns.startswith("\n\n**supported**\n\n- claimed by common practice")
+    assert "command: python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4" in warns
+    assert "unknown is excluded" in page and "scale=micro &#39;trainer.max_steps=140&#39;" not in page
+    assert "experiment=table5 scale=micro trainer.max_steps=140" in page, "the settings of the paper's runs"
+    assert "not testable" in text.partition("## Clipping does nothing at small scale.")[2][:30], "that lab has no runs"
 
 
 def test_nothing_is_written_without_finished_runs(paper_script):

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.claims.verdict import NOT_TESTABLE, judge
 from experiments.escape import escape_latex
-from experiments.paper.claims import NOT_TESTABLE, judge_claims
+from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.drawing import NothingToDraw
 from experiments.paper.figures import FIGURES
 from experiments.paper.footnotes import describe_runs
@@ -295,7 +296,7 @@ def test_tables_and_figures_without_runs_are_empty(tmp_path):
     for name in FIGURES:
         with pytest.raises(NothingToDraw):
             FIGURES[name](collection)
-    assert {verdict.outcome for verdict in judge_claims(collection).values()} == {NOT_TESTABLE}
+    assert {verdict.outcome for verdict in judge(PAPER_CLAIMS, collection)} == {NOT_TESTABLE}
 
 
 def damage(file: Path, content) -> None:

@@ -127,9 +127,10 @@ def read_tables(folder: Path, bases: Path, rng: random.Random) -> None:
         console.print(warning)
     if rng.random() < 0.2:
         import experiments.paper.report as reports
-        from experiments.paper.claims import judge_claims
+        from experiments.claims.verdict import corrected, judge
+        from experiments.paper.claims import PAPER_CLAIMS
 
-        verdicts = judge_claims(collection)
+        verdicts = corrected(judge(PAPER_CLAIMS, collection))
         page = reports.report(collection, verdicts, [TABLES["table3"]], {}, [], "micro", [], "made")
         page += reports.verdicts_markdown(collection, verdicts, "micro")
         assert "<script>planted" not in page
