@@ -26,9 +26,9 @@ PAGE = CHECKOUT / "docs" / "evidence" / "verdicts.md"
 NOTHING = RunCollection({}, set(), {}, [], frozenset())
 #: The recorded runs of the Adam-lag lab that the page is about: names and seeds by arm. More of them change numbers.
 ARMS = {
-    "no clipping": ("pico-none-monitor-lr0.01", (0, 1, 2)),
-    "ZClip": ("pico-zclip-lr0.01", (0, 1, 2)),
-    "fixed 1.0": ("pico-fixed-lr0.01", (0,)),
+    "no clipping": ("pico-none-monitor-lr0.01", (0, 1, 2, 3, 4)),
+    "ZClip": ("pico-zclip-lr0.01", (0, 1, 2, 3, 4)),
+    "fixed 1.0": ("pico-fixed-lr0.01", (0, 1, 2, 3, 4)),
 }
 
 
