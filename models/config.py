@@ -35,7 +35,7 @@ class LlamaConfig(Settings):
     initializer_range: Positive = 0.02
     """Standard deviation of the initial weights."""
     embedding_initializer_range: Annotated[Positive | None, Allowed("a number above 0, or null")] = None
-    """Standard deviation of the initial embeddings; null: that of the other weights.
+    """Standard deviation of the initial embeddings, and of a head that shares them; null: that of the other weights.
 
     Small embeddings make the gradients of the first layers large, which can end in loss spikes (arXiv 2312.16903). No
     field of Hugging Face's.

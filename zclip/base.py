@@ -41,7 +41,7 @@ from zclip.norm import (
     statistics_dtype,
     tensor_norms,
 )
-from zclip.state import Statistics, where_finite
+from zclip.state import Statistics, check_names, where_finite
 
 NO_GRADIENTS = (
     "no parameter has a gradient: call step() after loss.backward() and before optimizer.zero_grad(), "
@@ -333,14 +333,15 @@ class ClippingStrategy(Statistics):
         telemetry = {key: where_finite(finite, value, norm.dtype) for key, value in result.telemetry.items()}
         skip = ~finite if result.skip is None else ~finite | result.skip
         self._advance(result.state, kept=finite, finite=finite, clipped=result.clipped | skip)
-        self.telemetry = {
+        own = {
             "grad_norm": norm,
             "clipped_norm": torch.where(skip, 0.0, result.clipped_norm),
             "clipped": result.clipped | skip,
             "clipped_by_max": torch.zeros_like(finite),
             **{key: value.clone() for key, value in self.counters.items()},
-            **telemetry,
         }
+        check_names(self, own.keys() - {"clipped_by_max"}, telemetry)
+        self.telemetry = {**own, **telemetry}
         if self.changes:
             self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)

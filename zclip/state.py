@@ -3,7 +3,7 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -424,6 +424,12 @@ class Statistics:
             state: statistics with the keys, dtypes and shapes of `initial_state`.
             counters: those of every strategy.
         """
+
+
+def check_names(rule: Statistics, own: Set[str], telemetry: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` if a rule's telemetry has the name of a number that every rule records."""
+    for name in own & telemetry.keys():
+        raise ValueError(f"telemetry of {type(rule).__name__} must not have the name {name}, which every rule records")
 
 
 def where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

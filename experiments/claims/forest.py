@@ -33,7 +33,7 @@ def draw_verdicts(verdicts: Sequence[Verdict]) -> Figure | None:
     if not rows:
         return None
     ends = [end for _, part in rows for end in multiples(part)]
-    limit = min(FARTHEST, max(3.0, *(1.5 * abs(end) for end in ends if math.isfinite(end))))
+    limit = min(FARTHEST, max([3.0, *(1.5 * abs(end) for end in ends if math.isfinite(end))]))
     figure, ax = plt.subplots(figsize=(7.2, 0.5 * len(rows) + 1.5), layout="constrained")
     for row, (verdict, part) in enumerate(rows):
         low, high = _wanted(verdict, part)

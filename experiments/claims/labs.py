@@ -99,9 +99,11 @@ class _Warns:
 
 
 def _areas(collection: RunCollection, arm: Arm) -> dict[int, float]:
-    """Return the area of spikes by seed, in nats x steps."""
+    """Return the area of spikes by seed, in nats x steps; infinite if the run has diverged."""
     return {
-        seed: sum(spike.area for spike in spikes_of(collection.runs[arm, seed]))
+        seed: math.inf
+        if (arm, seed) in collection.diverged
+        else sum(spike.area for spike in spikes_of(collection.runs[arm, seed]))
         for seed in collection.complete_seeds([arm])
     }
 

@@ -75,6 +75,8 @@ class SmallestEffect(NamedTuple):
 
     def shown(self, number: float, sign: str = "") -> str:
         """Return a number of this unit as text, without the unit."""
+        if math.isnan(number):
+            return "unknown"
         if not math.isfinite(number):
             return "infinite" if number > 0 else "minus infinite"
         return f"{math.exp(number) if self.is_ratio else number:{'' if self.is_ratio else sign}.{self.decimals}f}"
@@ -212,6 +214,7 @@ def judge_claim(claim: Claim, collection: RunCollection, settings: Sequence[str]
             raise NotTestable(f"the runs are of different texts (fingerprints {' and '.join(texts)})")
         findings = claim.find(collection)
         outcome, p, lies_there, part = pointed_at(claim, findings.parts)
+        p = 1.0 if math.isnan(p) else p
         evidence = [*(each.text for each in findings.parts), *findings.evidence, claim.rule]
         decides = SUPPORTED if not claim.needs_all else CONTRADICTED
         outcome = outcome if lies_there and p < SIGNIFICANT else UNDECIDED

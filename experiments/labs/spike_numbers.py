@@ -1,5 +1,6 @@
 """The numbers of a run of a lab on spikes."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ class SpikeNumbers(NamedTuple):
     Attributes:
         spikes: the spikes.
         per_10k: spikes in 10,000 steps.
-        area: sum over the spikes of the loss above their level, in nats x steps; infinite if a loss is not finite.
+        area: sum over the spikes of the loss above their level, in nats x steps; infinite if a loss is not finite, or
+            the run has diverged.
         steps_lost: number of steps in spikes.
         worst: highest loss as a multiple of the level before it; 1 without a spike.
         mean_loss: mean over the steps after the first 200, in nats; NaN if there are none.
@@ -44,8 +46,8 @@ class SpikeNumbers(NamedTuple):
     scale: float
 
 
-def spike_numbers(run: Run) -> SpikeNumbers:
-    """Return the numbers of a run."""
+def spike_numbers(run: Run, has_diverged: bool = False) -> SpikeNumbers:
+    """Return the numbers of a run; `has_diverged` says whether it ended far above its lowest loss."""
     loss = run.metrics["loss"]
     loss = np.where(np.isfinite(loss), loss, np.inf)
     spikes = natural_spikes(loss)
@@ -53,7 +55,7 @@ def spike_numbers(run: Run) -> SpikeNumbers:
     return SpikeNumbers(
         spikes,
         per_10k=1e4 * len(spikes) / max(1, len(loss) - FIRST),
-        area=sum(spike.area for spike in spikes),
+        area=math.inf if has_diverged else sum(spike.area for spike in spikes),
         steps_lost=sum(spike.length for spike in spikes),
         worst=max((spike.height for spike in spikes), default=1.0),
         mean_loss=float(loss[FIRST:].mean()) if len(loss) > FIRST else np.nan,

@@ -37,7 +37,11 @@ class ArmResult(NamedTuple):
 def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
     """Return the results of the arms that have a finished run, in the lab's order."""
     numbers = {
-        arm: {seed: spike_numbers(run) for seed in collection.seeds if (run := collection.runs.get((arm, seed)))}
+        arm: {
+            seed: spike_numbers(run, (arm, seed) in collection.diverged)
+            for seed in collection.seeds
+            if (run := collection.runs.get((arm, seed)))
+        }
         for arm in lab.arms
     }
     numbers = {arm: by_seed for arm, by_seed in numbers.items() if by_seed}

@@ -30,8 +30,11 @@ def data_uri(figure: Figure, max_svg: int = MAX_SVG) -> str:
 
 
 def small_svg(figure: Figure) -> bytes:
-    """Return a figure as SVG whose coordinates have two decimals: a hundredth of a point."""
-    return re.sub(rb"(\.\d\d)\d+", rb"\1", image(figure, "svg"))
+    """Return a figure as SVG whose paths have two decimals: a hundredth of a point.
+
+    Other numbers stay as they are: `scale(0.015625)` makes letters of the units of a font.
+    """
+    return re.sub(rb' d="[^"]*"', lambda path: re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]), image(figure, "svg"))
 
 
 def small_png(figure: Figure) -> bytes:

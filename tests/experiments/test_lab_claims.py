@@ -44,6 +44,14 @@ def collection(arms, seeds=FIVE):
     return RunCollection(runs, set(), {}, [], frozenset())
 
 
+def test_runs_that_have_diverged_count_against_their_strategy():
+    runs = collection({"no clipping": run_of, "ZClip": lambda seed: run_of(seed, areas=())})
+    assert judge_claim(ZCLIP_CURES, runs).outcome == SUPPORTED
+    diverged = {(ADAM_LAG.arm("ZClip"), seed) for seed in FIVE}
+    verdict = judge_claim(ZCLIP_CURES, runs._replace(diverged=diverged))
+    assert verdict.outcome == CONTRADICTED and verdict.part.number.value > 0
+
+
 @pytest.mark.parametrize("name", LAB_CLAIMS)
 def test_claims_name_runs_of_their_lab(name):
     for claim in LAB_CLAIMS[name]:

@@ -292,6 +292,18 @@ def test_slowed_steps_and_their_mean_scale_are_those_of_the_rule():
     assert math.isnan(spike_numbers(run).slowed) and math.isnan(spike_numbers(run).scale)
 
 
+def test_run_that_has_diverged_has_an_infinite_area():
+    """Its loss creeps, or jumps in the first steps, so that no spike is found."""
+    lab, creeping = LABS["adam_lag"], np.linspace(0.05, 6, 4000)
+    metrics = {"loss": creeping, "clipped": np.zeros(4000)}
+    runs = {(lab.arm("ZClip"), seed): Run(Path("run"), {}, metrics, {"steps": 4000}, [], [], []) for seed in range(3)}
+    assert not natural_spikes(creeping)
+    (result,) = arm_results(lab, RunCollection(runs, {*runs}, {}, [], frozenset()))
+    assert [each.area for each in result.numbers.values()] == [math.inf] * 3
+    (result,) = arm_results(lab, RunCollection(runs, set(), {}, [], frozenset()))
+    assert [each.area for each in result.numbers.values()] == [0] * 3
+
+
 def rate_run(untrained, final):
     metrics = {"step": np.arange(1.0, 3), "loss": np.array([untrained, final])}
     return Run(Path("run"), {}, metrics, {"steps": 2, "test_loss": final if math.isfinite(final) else None}, [], [], [])

@@ -23,7 +23,7 @@ from experiments.paper.tables_and_figures import (
     TABLES,
 )
 from experiments.run.collect import RunCollection
-from experiments.run.style import STRATEGY_STYLES
+from experiments.run.style import STRATEGY_STYLES, image
 from tests.experiments.modified_runs import with_result
 from tests.experiments.written_runs import SEEDS, modify, without
 from tests.helpers import SLOW
@@ -136,7 +136,11 @@ def test_pictures_of_the_page_have_the_colours_of_strategies(figures):
             color = tuple(round(255 * part) for part in to_rgb(STRATEGY_STYLES[strategy].color))
             assert color in colors, strategy
     assert small_svg(figures["figure2"]).startswith(b"<?xml")
-    assert not re.search(rb"\d\.\d{3}", small_svg(figures["figure2"]))
+    small, whole = small_svg(figures["figure2"]), image(figures["figure2"], "svg")
+    paths = re.findall(rb' d="([^"]*)"', small)
+    assert paths and not any(re.search(rb"\d\.\d{3}", path) for path in paths)
+    for transform in (rb'transform="[^"]*"', rb'style="[^"]*"'):
+        assert re.findall(transform, small) == re.findall(transform, whole), "letters keep their size"
 
 
 def test_report_names_unfinished_runs_warnings_spikes_and_norms(everything):

@@ -246,4 +246,12 @@ def test_picture_has_a_row_for_each_testable_claim():
         line.get_xdata()[0] for line in ax.lines if line.get_marker() not in ("None", "") and len(line.get_xdata())
     ]
     assert drawn == [pytest.approx(x) for x in (2.5, -2.5, 0, math.log(0.4) / math.log(10), limit)]
-    assert draw_verdicts([verdicts[1]]) is None
+    assert draw_verdicts([verdicts[1]]) is None and draw_verdicts(verdicts[-1:]) is not None
+
+
+def test_number_that_does_not_exist_decides_nothing():
+    """Half of the seeds are infinite on one side, and half on the other."""
+    unknown = judge_claim(claim(ABOVE, Mean(math.nan, math.nan, 3)), NOTHING)
+    assert (unknown.outcome, unknown.p) == (UNDECIDED, 1) and "unknown nats" in unknown.evidence[0]
+    shown = [each.outcome for each in corrected([unknown, judge_claim(claim(ABOVE, HIGH), NOTHING)])]
+    assert shown == [UNDECIDED, SUPPORTED]

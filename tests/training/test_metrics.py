@@ -18,7 +18,7 @@ from tests.helpers import compose_config, read_jsonl
 from training.monitor.history import History
 from training.monitor.metrics import MetricsRecorder
 from training.run_dir import RunDir
-from zclip import FixedNorm
+from zclip import Decision, FixedNorm
 from zclip.updates import UpdateMonitor
 
 CONFIG = cache(compose_config)
@@ -205,6 +205,17 @@ def test_telemetry_with_the_name_of_another_number_is_refused(name, recording):
     with pytest.raises(RunError, match=rf"^telemetry of UpdateMonitor must not have the name {name}: "):
         recording.take(1)
     assert len(read_jsonl(recording.file)) == 4
+
+
+@pytest.mark.parametrize("name", ["update_norm", 7])
+def test_telemetry_of_a_strategy_with_the_name_of_a_rule_or_none_is_refused(name, recording):
+    recording.strategy.decide = lambda norm, state: Decision(norm, state, {name: norm})
+    if name == 7:
+        recording.take(1)
+        assert read_jsonl(recording.file)[3]["7"] == pytest.approx(4 * 2**0.5)
+        return
+    with pytest.raises(RunError, match=r"^telemetry of FixedNorm must not have the name update_norm: "):
+        recording.take(1)
 
 
 def test_steps_that_are_not_finite_stay_so(recording, tmp_path):

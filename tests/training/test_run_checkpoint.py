@@ -64,6 +64,17 @@ def test_fork_has_the_settings_of_the_checkpoint(change, tiny, finished_run, tmp
         find_fork_source(compose_config(*tiny, fork, "seed=1"), new)
 
 
+def test_fork_keeps_a_setting_that_its_own_default_would_leave_out(tiny, run_in_process, tmp_path, monkeypatch):
+    """Such a setting is in the identity of the old run only."""
+    monkeypatch.chdir(tmp_path)
+    short = (*tiny, "trainer.max_steps=8", "trainer.checkpoint_every=4")
+    run_in_process(*short, "model.embedding_initializer_range=1", "name=old")
+    new, fork = RunDir(tmp_path / "new"), f"fork_from={tmp_path / 'runs' / 'main' / 'old'}@4"
+    with pytest.raises(ConfigError, match=r"with model.embedding_initializer_range=null: that run has model.\w+=1.0"):
+        find_fork_source(compose_config(*short, fork), new)
+    assert find_fork_source(compose_config(*short, fork, "model.embedding_initializer_range=1"), new) is not None
+
+
 def test_edited_tokenizer_of_a_finished_run_is_refused(finished_run, tmp_path):
     run = copy_run(finished_run, tmp_path)
     assert RunCheckpoint(run, None, print).tokenizer().size == 512

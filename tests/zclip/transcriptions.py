@@ -407,7 +407,7 @@ class UpdateBrakeEquations:
             self.level, self.mean = max(self.level, norm), norm
             return self.s
         expected = self.mean * min(self.lag, 1.0)
-        bounded = max(min(norm, self.bound), expected / max(factor, math.e))
+        bounded = max(min(norm, self.bound), expected / max(math.exp(2 * math.sqrt(self.variance)), math.e))
         ratio = bounded / self.level
         self.level *= ratio ** (1 / (self.rise_steps if ratio > 1 else self.fall_steps))
         below = bounded / expected

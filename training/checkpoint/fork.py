@@ -16,7 +16,7 @@ from common.run_files import corrupted_steps
 from common.text import flatten
 from training.checkpoint.saved_config import checkpoint_config
 from training.checkpoint.state import find_problem
-from training.config.identity import identity, saved_identity_of
+from training.config.identity import ADDED, identity, saved_identity_of
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
@@ -110,11 +110,12 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))
     requested, saved = identity(config), saved_identity_of(old, config)
-    saved_values = flatten(saved)
-    for key, value in flatten(requested).items():
+    values, saved_values = (flatten(ADDED) | flatten(each) for each in (requested, saved))
+    for key in dict.fromkeys((*values, *saved_values)):
+        value, saved_value = values.get(key), saved_values.get(key)
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith(NOT_SHARED)
-        if shared and value != saved_values.get(key):
-            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_values.get(key))}")
+        if shared and value != saved_value:
+            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_value)}")
     check_corruption(config, old, run_dir.rewinds(step), step, impossible)
     if old.trainer.sharded != config.trainer.sharded:
         raise impossible(

@@ -120,8 +120,10 @@ class MetricsRecorder:
     def _check_names(self, names: tuple[str, ...]) -> None:
         """Raise `RunError` if a name in the telemetry of the strategy or the rule is that of another number."""
         for index, name in enumerate(names):
-            if name in OWN_NAMES or name.endswith("_seconds") or name in names[:index]:
-                source = self.strategy if index < len(self.strategy.telemetry) else self.rule
+            by_rule = index >= len(self.strategy.telemetry)
+            is_other = str(name).endswith("_seconds") or (str(name).startswith("update_") and not by_rule)
+            if is_other or name in OWN_NAMES or name in names[:index]:
+                source = self.rule if by_rule else self.strategy
                 where = "metrics.jsonl has another number of that name"
                 raise RunError(f"telemetry of {type(source).__name__} must not have the name {name}: {where}")
         self._checked_names = names

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from zclip.apply import unwrap
 from zclip.decision import State
 from zclip.norm import scalar, statistics_dtype
-from zclip.state import Statistics, where_finite
+from zclip.state import Statistics, check_names, where_finite
 from zclip.updates.norm import check_optimizer, update_norm
 from zclip.updates.rates import RateHook
 
@@ -194,14 +194,16 @@ class UpdateRule(OptimizerRule):
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
             self._check(decision)
             scale = torch.ones_like(norm) if decision.scale is None else decision.scale
-            telemetry = {
+            own = {
                 "update_norm": norm,
                 "update_scale": scale,
                 "update_clipped": decision.clipped,
                 "update_bound": decision.bound,
-                **decision.telemetry,
             }
-            self._record(telemetry, decision.state, counts=counts, finite=finite, clipped=decision.clipped)
+            check_names(self, own.keys(), decision.telemetry)
+            self._record(
+                {**own, **decision.telemetry}, decision.state, counts=counts, finite=finite, clipped=decision.clipped
+            )
             return None if decision.scale is None else torch.where(counts, scale, 1.0)
 
     def _check(self, decision: Any) -> None:

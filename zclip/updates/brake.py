@@ -26,7 +26,7 @@ class UpdateBrake(UpdateRule):
         bound  = L + a
         log s <- min(release * log s, bound - x)
         F      = M + min(D, 0)
-        y      = max(min(x, bound), F - max(a, 1))
+        y      = max(min(x, bound), F - max(2 d, 1))
         L     <- L + (y - L) / (rise_steps if it rises, else fall_steps)
         d^2   <- d^2 + (2 min(y - F, 0)^2 - d^2) / 300
         D     <- D + (y - M - D) / 50
@@ -39,7 +39,7 @@ class UpdateBrake(UpdateRule):
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
     where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
     first 300 steps d^2 is the mean of all steps since the warm-up, at whose last norm M begins. One norm far below
-    the usual counts as one at 1/e of F, or as far below F as the bound is above L.
+    the usual counts as one at 1/e of the expected F, or two standard deviations below it.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
@@ -90,12 +90,13 @@ class UpdateBrake(UpdateRule):
         """Release the scale, lower it if the update is above the bound, and let the level follow the norm."""
         level, mean, lag, variance, count = (state[k] for k in ("level", "mean", "lag", "variance", "count"))
         log_norm, begins = norm.log(), count < self.warmup_steps
-        above = (self.sigmas * variance.sqrt()).clamp(min=math.log(self.margin))
+        spread = variance.sqrt()
+        above = (self.sigmas * spread).clamp(min=math.log(self.margin))
         bound = torch.where(begins, torch.inf, level + above)
         released = self.release * state["log_scale"]
         log_scale = torch.minimum(released, bound - log_norm)
         expected = mean + lag.clamp(max=0)
-        bounded = torch.maximum(torch.minimum(log_norm, bound), expected - above.clamp(min=1.0))
+        bounded = torch.maximum(torch.minimum(log_norm, bound), expected - (2 * spread).clamp(min=1.0))
         rise, deviation = bounded - level, bounded - mean
         followed = level + rise / torch.where(rise > 0, self.rise_steps, self.fall_steps)
         shortfall = (bounded - expected).clamp(max=0)

@@ -259,13 +259,17 @@ def test_norms_that_fall_steadily_do_not_widen_the_bound():
             assert 1.3 < rule.read_telemetry()["update_bound"] / norm < 4
 
 
-@pytest.mark.parametrize(("steps", "highest"), [(1, 2.0), (10, 3.0)])
-def test_few_steps_almost_without_gradients_change_the_bound_little(steps, highest):
+@pytest.mark.parametrize(
+    ("first", "steps", "highest"), [(500, 1, 2), (500, 10, 3), (500, 50, 4), (25, 3, 5), (70, 10, 5)]
+)
+def test_few_steps_almost_without_gradients_change_the_bound_little(first, steps, highest):
+    """It is that low at once late in a run, and 100 steps later early in one."""
     rule, draw = UpdateBrake(), random.Random(3)
     for step in range(900):
-        norm = 1e-6 if 500 <= step < 500 + steps else math.exp(draw.gauss(0.0, 0.05))
-        assert float(rule.observe(torch.tensor(norm, dtype=torch.float64))) == 1
-        assert step < 200 or 1.3 < rule.read_telemetry()["update_bound"] < highest
+        norm = 1e-6 if first <= step < first + steps else math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+        if step >= 200:
+            assert 1.1 < rule.read_telemetry()["update_bound"] < highest
 
 
 def test_norms_that_have_fallen_for_good_are_followed():
