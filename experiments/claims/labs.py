@@ -20,8 +20,8 @@ from experiments.claims.verdict import (
     difference_by_seed,
     require_seeds,
 )
-from experiments.labs.declaration import ADAM_LAG, RATE, Arm, RateLab, SpikeLab
-from experiments.labs.natural_spikes import CALM, NaturalSpike, natural_spikes, warning_steps
+from experiments.labs.declaration import ADAM_LAG, RATE, Arm, RateLab, SpikeLab, arm_of
+from experiments.labs.natural_spikes import NaturalSpike, after_calm, natural_spikes, total_area, warning_steps
 from experiments.labs.rates import curves_of
 from experiments.labs.spike_tables import AREA_OFFSET
 from experiments.labs.statistics import CURE, SMALLEST_NATS, SMALLEST_RATIO, Comparison, paired_ratio
@@ -68,13 +68,10 @@ def _cached_spikes(loss: bytes) -> tuple[NaturalSpike, ...]:
 
 def leads(run: Run, first: Signal, then: Signal) -> list[int]:
     """Return how many steps one signal warns before another, for each spike with enough calm steps before it."""
-    found, ended = [], 0
-    for spike in spikes_of(run):
-        steps = [warning_steps(signal(run), spike.start) for signal in (first, then)]
-        if spike.start - ended >= CALM[0] and steps[0] is not None and steps[1] is not None:
-            found.append(steps[0] - steps[1])
-        ended = spike.start + spike.length
-    return found
+    spikes = spikes_of(run)
+    signals = [signal(run) for signal in (first, then)] if spikes else []
+    pairs = [[warning_steps(signal, spike.start) for signal in signals] for spike in after_calm(spikes)]
+    return [one - other for one, other in pairs if one is not None and other is not None]
 
 
 class _Warns:
@@ -101,9 +98,7 @@ class _Warns:
 def _areas(collection: RunCollection, arm: Arm) -> dict[int, float]:
     """Return the area of spikes by seed, in nats x steps; infinite if the run has diverged."""
     return {
-        seed: math.inf
-        if (arm, seed) in collection.diverged
-        else sum(spike.area for spike in spikes_of(collection.runs[arm, seed]))
+        seed: total_area(spikes_of(collection.runs[arm, seed]), (arm, seed) in collection.diverged)
         for seed in collection.complete_seeds([arm])
     }
 
@@ -156,7 +151,7 @@ def _fixed_fails(collection: RunCollection) -> Findings:
 
 
 def _sensitivities(collection: RunCollection, label: str) -> Mapping[int, float]:
-    curves = curves_of(RATE, _arm(RATE, label), collection)
+    curves = curves_of(RATE, arm_of(RATE.arms, label), collection)
     return {seed: curve.sensitivity for seed, curve in curves.items()}
 
 
@@ -173,7 +168,8 @@ def _qk_norm_suffices(collection: RunCollection) -> Findings:
 def _clipping_does_nothing(collection: RunCollection) -> Findings:
     best = {
         label: {
-            seed: float(curve.losses.min()) for seed, curve in curves_of(RATE, _arm(RATE, label), collection).items()
+            seed: float(curve.losses.min())
+            for seed, curve in curves_of(RATE, arm_of(RATE.arms, label), collection).items()
         }
         for label in ("no clipping", "fixed 1.0", "ZClip")
     }
@@ -186,10 +182,6 @@ def _clipping_does_nothing(collection: RunCollection) -> Findings:
         for label in ("fixed 1.0", "ZClip")
     ]
     return Findings(parts, ["each arm has its own best rate with each seed"])
-
-
-def _arm(lab: RateLab, label: str) -> Arm:
-    return next(arm for arm in lab.arms if arm.label == label)
 
 
 def _specs(lab: SpikeLab | RateLab, *labels: str) -> Sequence[tuple[str, Arm]]:

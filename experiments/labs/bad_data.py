@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.labs.declaration import Arm, BadDataLab
+from experiments.labs.declaration import Arm, BadDataLab, arm_of
 from experiments.labs.rates import final_loss
-from experiments.labs.statistics import Comparison, outcomes, paired_difference
+from experiments.labs.statistics import Comparison, differences, outcomes
 from experiments.run.collect import RunCollection
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans
 from experiments.run.read import Run, corruption_kinds
@@ -121,15 +121,17 @@ class BadDataResult(NamedTuple):
 
 def bad_data_results(lab: BadDataLab, collection: RunCollection) -> list[BadDataResult]:
     """Return the results of the arms that have both runs of a seed, and the reference arm's, in the lab's order."""
-    reference = lab.clean(next(arm for arm in lab.arms if arm.label == lab.reference))
+    reference = lab.clean(arm_of(lab.arms, lab.reference))
     numbers: dict[Arm, dict[int, BadDataNumbers]] = {}
     for arm in lab.arms:
         clean = lab.clean(arm)
         for seed in collection.complete_seeds([arm, clean, reference]):
             runs = (collection.runs[spec, seed] for spec in (arm, clean, reference))
             numbers.setdefault(arm, {})[seed] = bad_data_numbers(*runs)
-    changes = _changes(lab, numbers, "excess", SMALLEST_EXCESS)
-    costs = _changes(lab, numbers, "cost", SMALLEST_COST)
+    excess = {arm.label: {seed: each.excess for seed, each in by.items()} for arm, by in numbers.items()}
+    cost = {arm.label: {seed: each.cost for seed, each in by.items()} for arm, by in numbers.items()}
+    changes = differences(excess, lab.reference, SMALLEST_EXCESS)
+    costs = differences(cost, lab.reference, SMALLEST_COST)
     found, cost_found = outcomes(changes), outcomes(costs)
     return [
         BadDataResult(
@@ -142,16 +144,3 @@ def bad_data_results(lab: BadDataLab, collection: RunCollection) -> list[BadData
         )
         for arm, by_seed in numbers.items()
     ]
-
-
-def _changes(
-    lab: BadDataLab, numbers: Mapping[Arm, Mapping[int, BadDataNumbers]], name: str, smallest: float
-) -> dict[str, Comparison]:
-    """Return how a number of each other arm differs from the reference arm's, by label."""
-    values = {arm.label: {seed: getattr(each, name) for seed, each in by.items()} for arm, by in numbers.items()}
-    reference = values.get(lab.reference, {})
-    return {
-        label: change
-        for label, by_seed in values.items()
-        if label != lab.reference and (change := paired_difference(by_seed, reference, smallest)) is not None
-    }

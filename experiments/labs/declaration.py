@@ -22,6 +22,11 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
+def arm_of(arms: Sequence[Arm], label: str) -> Arm:
+    """Return the arm that has a label."""
+    return next(arm for arm in arms if arm.label == label)
+
+
 class SpikeLab(NamedTuple):
     """Spikes that come by themselves, and the arms that are compared.
 
@@ -48,7 +53,7 @@ class SpikeLab(NamedTuple):
 
     def arm(self, label: str) -> Arm:
         """Return an arm by its label."""
-        return next(arm for arm in self.arms if arm.label == label)
+        return arm_of(self.arms, label)
 
 
 class RateLab(NamedTuple):
@@ -185,21 +190,11 @@ MAIN_ARMS = tuple(
     ADAM_LAG.arm(label)
     for label in ("no clipping", "fixed 1.0", "ZClip", "brake", "ZClip and brake", "half the rate", "beta2 0.95")
 )
-ADAM_LAG_WIDE = SpikeLab(
-    "adam_lag_wide",
-    "Adam's second moment lags, in a model twice as wide",
-    reference="no clipping",
-    arms=MAIN_ARMS,
-    cures=("beta2 0.95",),
-    example="brake",
+ADAM_LAG_WIDE = ADAM_LAG._replace(
+    name="adam_lag_wide", title="Adam's second moment lags, in a model twice as wide", arms=MAIN_ARMS
 )
-ADAM_LAG_COSINE = SpikeLab(
-    "adam_lag_cosine",
-    "Adam's second moment lags, with a cosine schedule",
-    reference="no clipping",
-    arms=MAIN_ARMS,
-    cures=("beta2 0.95",),
-    example="brake",
+ADAM_LAG_COSINE = ADAM_LAG._replace(
+    name="adam_lag_cosine", title="Adam's second moment lags, with a cosine schedule", arms=MAIN_ARMS
 )
 
 RATE = RateLab(

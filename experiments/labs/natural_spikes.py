@@ -4,6 +4,8 @@ Losses and norms are (steps,) arrays. `experiments/run/definitions.py` counts sp
 text. Here the loss falls a thousandfold, so levels are compared as ratios.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +71,17 @@ def natural_spikes(loss: np.ndarray) -> list[NaturalSpike]:
         spikes.append(NaturalSpike(step, end - step, level, height, area))
         step = end
     return spikes
+
+
+def total_area(spikes: Sequence[NaturalSpike], has_diverged: bool) -> float:
+    """Return the area of all spikes of a run, in nats x steps; infinite if the run has diverged."""
+    return math.inf if has_diverged else sum(spike.area for spike in spikes)
+
+
+def after_calm(spikes: Sequence[NaturalSpike]) -> list[NaturalSpike]:
+    """Return the spikes that have 600 steps between the end of the one before, or the first step, and them."""
+    ends = [0, *(spike.start + spike.length for spike in spikes)]
+    return [spike for spike, ended in zip(spikes, ends, strict=False) if spike.start - ended >= CALM[0]]
 
 
 def warning_steps(signal: np.ndarray, start: int) -> int | None:

@@ -5,13 +5,13 @@ of the final loss above the best of the arm, where a loss counts at most as much
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.labs.declaration import Arm, RateLab
-from experiments.labs.statistics import Comparison, outcomes, paired_difference
+from experiments.labs.statistics import Comparison, differences, outcomes
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -86,8 +86,9 @@ def usable_rates(lab: RateLab, losses: np.ndarray, best: float) -> Sequence[floa
 def rate_results(lab: RateLab, collection: RunCollection) -> list[RateResult]:
     """Return the results of the arms that have all rates of a seed, in the lab's order."""
     curves = {arm: by_seed for arm in lab.arms if (by_seed := curves_of(lab, arm, collection))}
-    changes = _changes(lab, curves, lambda curve: curve.sensitivity)
-    losses = _changes(lab, curves, lambda curve: float(curve.losses.mean()))
+    sensitivities = {arm.label: {seed: each.sensitivity for seed, each in by.items()} for arm, by in curves.items()}
+    means = {arm.label: {seed: float(each.losses.mean()) for seed, each in by.items()} for arm, by in curves.items()}
+    changes, losses = (differences(values, lab.reference) for values in (sensitivities, means))
     found, loss_found = outcomes(changes), outcomes(losses)
     return [
         RateResult(
@@ -100,16 +101,3 @@ def rate_results(lab: RateLab, collection: RunCollection) -> list[RateResult]:
         )
         for arm, by_seed in curves.items()
     ]
-
-
-def _changes(
-    lab: RateLab, curves: Mapping[Arm, Mapping[int, Curve]], number_of: Callable[[Curve], float]
-) -> dict[str, Comparison]:
-    """Return how a number of each other arm differs from the reference arm's, by label."""
-    values = {arm.label: {seed: number_of(curve) for seed, curve in by.items()} for arm, by in curves.items()}
-    reference = values.get(lab.reference, {})
-    return {
-        label: change
-        for label, by_seed in values.items()
-        if label != lab.reference and (change := paired_difference(by_seed, reference)) is not None
-    }

@@ -1,12 +1,11 @@
 """The numbers of a run of a lab on spikes."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.labs.natural_spikes import CALM, FIRST, NaturalSpike, natural_spikes, warning_steps
+from experiments.labs.natural_spikes import FIRST, NaturalSpike, after_calm, natural_spikes, total_area, warning_steps
 from experiments.run.read import Run
 
 #: Number of steps at the end whose mean is the final loss.
@@ -55,7 +54,7 @@ def spike_numbers(run: Run, has_diverged: bool = False) -> SpikeNumbers:
     return SpikeNumbers(
         spikes,
         per_10k=1e4 * len(spikes) / max(1, len(loss) - FIRST),
-        area=math.inf if has_diverged else sum(spike.area for spike in spikes),
+        area=total_area(spikes, has_diverged),
         steps_lost=sum(spike.length for spike in spikes),
         worst=max((spike.height for spike in spikes), default=1.0),
         mean_loss=float(loss[FIRST:].mean()) if len(loss) > FIRST else np.nan,
@@ -78,10 +77,7 @@ def warnings_of(run: Run) -> list[Mapping[str, int]]:
     Spikes with too few calm steps before them are left out, such as one soon after another.
     """
     found = []
-    ended = 0
-    for spike in natural_spikes(run.metrics["loss"]):
+    for spike in after_calm(natural_spikes(run.metrics["loss"])):
         steps = {name: warning_steps(run.metrics[name], spike.start) for name in SIGNALS if name in run.metrics}
-        if spike.start - ended >= CALM[0]:
-            found.append({name: value for name, value in steps.items() if value is not None})
-        ended = spike.start + spike.length
+        found.append({name: value for name, value in steps.items() if value is not None})
     return [each for each in found if each]

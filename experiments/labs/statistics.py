@@ -126,6 +126,21 @@ def paired_difference(
     return Comparison(test.mean, *test.interval(), len(seeds), p)
 
 
+def differences(
+    values: Mapping[str, Mapping[int, float]], reference: str, smallest: float = SMALLEST_NATS
+) -> dict[str, Comparison]:
+    """Return how the numbers of each other arm differ from those of the reference arm, by label.
+
+    `values` are by label and seed. Arms with too few common seeds are left out; see `paired_difference`.
+    """
+    of_reference = values.get(reference, {})
+    return {
+        label: change
+        for label, by_seed in values.items()
+        if label != reference and (change := paired_difference(by_seed, of_reference, smallest)) is not None
+    }
+
+
 def outcomes(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
     """Return the outcome of each arm, by label: the most important one that is shown, or "undecided".
 
