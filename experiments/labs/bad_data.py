@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.labs.declaration import Arm, BadDataLab, arm_of
 from experiments.labs.rates import final_loss
-from experiments.labs.statistics import Comparison, differences, outcomes
+from experiments.labs.statistics import Comparison, differences
 from experiments.run.collect import RunCollection
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans
 from experiments.run.read import Run, corruption_kinds
@@ -102,17 +102,13 @@ class BadDataResult(NamedTuple):
         arm: the arm.
         numbers: numbers of each seed that has both runs of the arm, and the reference arm's without bad batches.
         change: how its excess losses differ from the reference arm's; `None` for the reference, and for too few seeds.
-        outcome: what it does to the excess loss, see `outcomes`; empty without a change.
         cost: its costs, compared with none; `None` as for `change`.
-        cost_outcome: what it does to the test loss without bad batches.
     """
 
     arm: Arm
     numbers: Mapping[int, BadDataNumbers]
     change: Comparison | None
-    outcome: str
     cost: Comparison | None
-    cost_outcome: str
 
     def mean_rise(self, kind: str) -> float:
         """Return the mean rise after bad batches of a kind over seeds, in nats; NaN if no seed has any."""
@@ -132,15 +128,6 @@ def bad_data_results(lab: BadDataLab, collection: RunCollection) -> list[BadData
     cost = {arm.label: {seed: each.cost for seed, each in by.items()} for arm, by in numbers.items()}
     changes = differences(excess, lab.reference, SMALLEST_EXCESS)
     costs = differences(cost, lab.reference, SMALLEST_COST)
-    found, cost_found = outcomes(changes), outcomes(costs)
     return [
-        BadDataResult(
-            arm,
-            by_seed,
-            changes.get(arm.label),
-            found.get(arm.label, ""),
-            costs.get(arm.label),
-            cost_found.get(arm.label, ""),
-        )
-        for arm, by_seed in numbers.items()
+        BadDataResult(arm, by_seed, changes.get(arm.label), costs.get(arm.label)) for arm, by_seed in numbers.items()
     ]

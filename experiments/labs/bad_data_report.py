@@ -9,7 +9,14 @@ import numpy as np
 from experiments.labs.bad_data import SMALLEST_COST, SMALLEST_EXCESS, BadDataResult, bad_data_results
 from experiments.labs.bad_data_figures import draw_after, draw_excess, draw_kinds
 from experiments.labs.declaration import BadDataLab
-from experiments.labs.report import LabReport, lab_text, markdown_table, mean_text, outcome_sentences
+from experiments.labs.report import (
+    LabReport,
+    comparison_cells,
+    lab_text,
+    markdown_table,
+    mean_text,
+    outcome_sentences,
+)
 from experiments.labs.statistics import LOWERS, RAISES, SAME, UNDECIDED
 from experiments.run.collect import RunCollection
 
@@ -79,15 +86,9 @@ def findings(lab: BadDataLab, results: Sequence[BadDataResult]) -> list[str]:
     for result in (result for result in results if result.arm.label == lab.reference):
         excess = float(np.mean([each.excess for each in result.numbers.values()]))
         said.append(f"With {lab.reference}, the excess loss after bad batches is {excess:.3f} nats.")
-    found = {result.arm.label: result.outcome for result in results if result.outcome}
     changes = {result.arm.label: result.change for result in results if result.change is not None}
-    cost_found = {result.arm.label: result.cost_outcome for result in results if result.cost_outcome}
     costs = {result.arm.label: result.cost for result in results if result.cost is not None}
-    return [
-        *said,
-        *outcome_sentences(found, changes, SENTENCES),
-        *outcome_sentences(cost_found, costs, COST_SENTENCES),
-    ]
+    return [*said, *outcome_sentences(changes, SENTENCES), *outcome_sentences(costs, COST_SENTENCES)]
 
 
 def table_row(result: BadDataResult) -> list[str]:
@@ -96,12 +97,10 @@ def table_row(result: BadDataResult) -> list[str]:
     return [
         _label(result),
         mean_text([each.excess for each in numbers], 3),
-        "" if result.change is None else result.change.text(),
-        result.outcome,
+        *comparison_cells(result.change),
         mean_text([each.area for each in numbers], 1),
         mean_text([each.final for each in numbers], 3),
-        "" if result.cost is None else result.cost.text(),
-        result.cost_outcome,
+        *comparison_cells(result.cost),
         f"{100 * float(np.mean([each.recognised for each in numbers])):.0f}",
         f"{100 * float(np.mean([each.acted for each in numbers])):.1f}",
         str(len(numbers)),

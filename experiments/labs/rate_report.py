@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.labs.declaration import RateLab
 from experiments.labs.rates import USABLE, RateResult, rate_results, usable_rates
-from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
+from experiments.labs.report import LabReport, comparison_cells, lab_text, markdown_table, outcome_sentences
 from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
 from experiments.run.style import draw_grid, numbered_style
@@ -61,16 +61,13 @@ def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
         f"With {lab.reference}, the learning-rate sensitivity is {np.mean(result.sensitivities):.2f} nats."
         for result in reference
     ]
-    found = {result.arm.label: result.outcome for result in results if result.outcome}
     changes = {result.arm.label: result.change for result in results if result.change is not None}
-    said += outcome_sentences(found, changes, SENTENCES)
-    loss_found = {result.arm.label: result.loss_outcome for result in results if result.loss_outcome}
-    loss_changes = {result.arm.label: result.loss_change for result in results if result.loss_change is not None}
-    said += outcome_sentences(loss_found, loss_changes, LOSS_SENTENCES)
+    losses = {result.arm.label: result.loss_change for result in results if result.loss_change is not None}
+    said += outcome_sentences(changes, SENTENCES) + outcome_sentences(losses, LOSS_SENTENCES)
     for result in results:
         lowest = result.mean_losses.min()
         above = [best for best in (other.mean_losses.min() for other in reference) if lowest > best + USABLE]
-        if result.outcome == LOWERS and above:
+        if result.change is not None and result.change.outcome == LOWERS and above:
             said.append(
                 f"{result.arm.label} learns less all the same: its best loss is {lowest:.3f}, not {above[0]:.3f}."
             )
@@ -87,11 +84,9 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
         f"{losses.min():.3f}",
         rates_text(lab.rates, usable),
         f"{np.mean(result.sensitivities):.3f}",
-        "" if result.change is None else result.change.text(),
-        result.outcome,
+        *comparison_cells(result.change),
         f"{losses.mean():.3f}",
-        "" if result.loss_change is None else result.loss_change.text(),
-        result.loss_outcome,
+        *comparison_cells(result.loss_change),
         str(len(result.curves)),
     ]
 

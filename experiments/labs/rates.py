@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.labs.declaration import Arm, RateLab
-from experiments.labs.statistics import Comparison, differences, outcomes
+from experiments.labs.statistics import Comparison, differences
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -38,17 +38,13 @@ class RateResult(NamedTuple):
         arm: the arm.
         curves: by seed, of the seeds that have all rates.
         change: how its sensitivity differs from the reference arm's; `None` for the reference, and for too few seeds.
-        outcome: what it does to the sensitivity, see `outcomes`; empty without a change.
         loss_change: how its mean loss over the rates differs; `None` as for `change`.
-        loss_outcome: what it does to that mean.
     """
 
     arm: Arm
     curves: Mapping[int, Curve]
     change: Comparison | None
-    outcome: str
     loss_change: Comparison | None
-    loss_outcome: str
 
     @property
     def sensitivities(self) -> list[float]:
@@ -89,15 +85,4 @@ def rate_results(lab: RateLab, collection: RunCollection) -> list[RateResult]:
     sensitivities = {arm.label: {seed: each.sensitivity for seed, each in by.items()} for arm, by in curves.items()}
     means = {arm.label: {seed: float(each.losses.mean()) for seed, each in by.items()} for arm, by in curves.items()}
     changes, losses = (differences(values, lab.reference) for values in (sensitivities, means))
-    found, loss_found = outcomes(changes), outcomes(losses)
-    return [
-        RateResult(
-            arm,
-            by_seed,
-            changes.get(arm.label),
-            found.get(arm.label, ""),
-            losses.get(arm.label),
-            loss_found.get(arm.label, ""),
-        )
-        for arm, by_seed in curves.items()
-    ]
+    return [RateResult(arm, by_seed, changes.get(arm.label), losses.get(arm.label)) for arm, by_seed in curves.items()]

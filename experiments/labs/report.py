@@ -63,16 +63,19 @@ def lab_text(
     return "\n\n".join(parts) + "\n"
 
 
-def outcome_sentences(
-    outcomes: Mapping[str, str], comparisons: Mapping[str, Comparison], texts: Mapping[str, str]
-) -> list[str]:
+def outcome_sentences(comparisons: Mapping[str, Comparison], texts: Mapping[str, str]) -> list[str]:
     """Return a sentence for each outcome that some arm has: its text, and the arms with their numbers."""
     said = []
     for outcome, text in texts.items():
-        names = [f"{label} {comparisons[label].text()}" for label, found in outcomes.items() if found == outcome]
+        names = [f"{label} {each.text()}" for label, each in comparisons.items() if each.outcome == outcome]
         if names:
             said.append(f"{text}: {', '.join(names)}.")
     return said
+
+
+def comparison_cells(comparison: Comparison | None) -> tuple[str, str]:
+    """Return the comparison of an arm with the reference arm, and its outcome, as text; empty without one."""
+    return ("", "") if comparison is None else (comparison.text(), comparison.outcome)
 
 
 def mean_text(values: Sequence[float], decimals: int) -> str:

@@ -52,14 +52,13 @@ def findings(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
     area = [each.area for result in results if result.arm.label == lab.reference for each in result.numbers.values()]
     if area:
         said.append(f"With {lab.reference}, the area of spikes is {np.mean(area):.0f} nats x steps in a run.")
-    found = {result.arm.label: result.outcome for result in results if result.outcome}
+    ratios = {result.arm.label: result.ratio for result in results if result.ratio is not None}
     if area and not max(area):
         said.append("There is nothing to prevent: these runs do not show the instability.")
-        found = {label: outcome for label, outcome in found.items() if outcome == HARMS}
-    ratios = {result.arm.label: result.ratio for result in results if result.ratio is not None}
-    said += outcome_sentences(found, ratios, SENTENCES) + costs(lab, results)
-    for label in (label for label in lab.cures if label in found):
-        cures = found[label] == CURES
+        ratios = {label: ratio for label, ratio in ratios.items() if ratio.outcome == HARMS}
+    said += outcome_sentences(ratios, SENTENCES) + costs(lab, results)
+    for label in (label for label in lab.cures if label in ratios):
+        cures = ratios[label].outcome == CURES
         said.append(
             f"{label} must cure if the explanation holds, and "
             + ("does." if cures else "this is not shown: the explanation is in doubt.")
@@ -72,7 +71,8 @@ def costs(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
     losses = {r.arm.label: {seed: each.mean_loss for seed, each in r.numbers.items()} for r in results}
     reference = losses.get(lab.reference, {})
     said = []
-    for label in (result.arm.label for result in results if result.outcome in (CURES, HELPS)):
+    spared = [each.arm.label for each in results if each.ratio is not None and each.ratio.outcome in (CURES, HELPS)]
+    for label in spared:
         seeds = losses[label].keys() & reference.keys()
         own, other = (float(np.mean([by_seed[seed] for seed in seeds])) for by_seed in (losses[label], reference))
         if own > other:

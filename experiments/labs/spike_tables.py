@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.labs.declaration import Arm, SpikeLab
-from experiments.labs.report import mean_text
+from experiments.labs.report import comparison_cells, mean_text
 from experiments.labs.spike_numbers import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
-from experiments.labs.statistics import Comparison, outcomes, paired_ratio
+from experiments.labs.statistics import Comparison, decide, paired_ratio
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -25,13 +25,11 @@ class ArmResult(NamedTuple):
         arm: the arm.
         numbers: numbers of each finished run, by seed.
         ratio: its areas as multiples of the reference arm's; `None` for the reference, and for too few seeds.
-        outcome: what it does to spikes, see `outcomes`; empty without a ratio.
     """
 
     arm: Arm
     numbers: Mapping[int, SpikeNumbers]
     ratio: Comparison | None
-    outcome: str
 
 
 def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
@@ -52,10 +50,8 @@ def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
         ratio = paired_ratio(by_seed, reference, AREA_OFFSET) if arm.label != lab.reference else None
         if ratio is not None:
             ratios[arm.label] = ratio
-    shown = outcomes(ratios)
-    return [
-        ArmResult(arm, by_seed, ratios.get(arm.label), shown.get(arm.label, "")) for arm, by_seed in numbers.items()
-    ]
+    ratios = decide(ratios)
+    return [ArmResult(arm, by_seed, ratios.get(arm.label)) for arm, by_seed in numbers.items()]
 
 
 HEADER = (
@@ -85,8 +81,7 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
                 result.arm.label + (" (control)" if result.arm.is_control else ""),
                 mean_text(columns["per_10k"], 1),
                 mean_text(columns["area"], 0),
-                "" if result.ratio is None else result.ratio.text(),
-                result.outcome,
+                *comparison_cells(result.ratio),
                 mean_text(columns["steps_lost"], 0),
                 f"{max(columns['worst']):.0f}x",
                 mean_text(columns["mean_loss"], 4),

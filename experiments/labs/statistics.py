@@ -41,6 +41,7 @@ class Comparison(NamedTuple):
         low, high: its 95 % confidence interval.
         seeds: number of seeds that both have.
         p: p-value of each outcome, from the least to the most important.
+        outcome: the most important one that is shown, see `decide`.
     """
 
     mean: float
@@ -48,6 +49,7 @@ class Comparison(NamedTuple):
     high: float
     seeds: int
     p: Mapping[str, float]
+    outcome: str = UNDECIDED
 
     def text(self) -> str:
         """Return the mean with its interval."""
@@ -129,20 +131,22 @@ def paired_difference(
 def differences(
     values: Mapping[str, Mapping[int, float]], reference: str, smallest: float = SMALLEST_NATS
 ) -> dict[str, Comparison]:
-    """Return how the numbers of each other arm differ from those of the reference arm, by label.
+    """Return how the numbers of each other arm differ from those of the reference arm, by label, with outcomes.
 
     `values` are by label and seed. Arms with too few common seeds are left out; see `paired_difference`.
     """
     of_reference = values.get(reference, {})
-    return {
-        label: change
-        for label, by_seed in values.items()
-        if label != reference and (change := paired_difference(by_seed, of_reference, smallest)) is not None
-    }
+    return decide(
+        {
+            label: change
+            for label, by_seed in values.items()
+            if label != reference and (change := paired_difference(by_seed, of_reference, smallest)) is not None
+        }
+    )
 
 
-def outcomes(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
-    """Return the outcome of each arm, by label: the most important one that is shown, or "undecided".
+def decide(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+    """Return the comparison of each arm, by label, with its outcome: the most important one that is shown.
 
     The p-values of each outcome are corrected over all arms.
     """
@@ -152,7 +156,7 @@ def outcomes(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
         for label, p in zip(comparisons, corrected, strict=True):
             if p < SIGNIFICANT:
                 found[label] = outcome
-    return found
+    return {label: comparison._replace(outcome=found[label]) for label, comparison in comparisons.items()}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

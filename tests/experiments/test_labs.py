@@ -27,8 +27,8 @@ from experiments.labs.statistics import (
     RAISES,
     SAME,
     UNDECIDED,
+    decide,
     holm,
-    outcomes,
     paired_difference,
     paired_ratio,
 )
@@ -52,6 +52,11 @@ def test_arms_of_a_lab_are_runs_that_can_be_made(name):
     strategies = {override for arm in lab.arms for override in arm.overrides if override.startswith("clip=")}
     assert {"clip=none", "clip=fixed", "clip=zclip"} <= strategies
     assert composed(f"experiment={name}", *lab.runs[-1].overrides).experiment == name.replace("_", "-")
+
+
+def outcomes(comparisons):
+    """Return the outcome of each comparison, by label."""
+    return {label: comparison.outcome for label, comparison in decide(comparisons).items()}
 
 
 def falling(steps=2000, level=0.05, noise=0.02, seed=0):
