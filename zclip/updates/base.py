@@ -92,7 +92,7 @@ class OptimizerRule(Statistics):
         if self._hook is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         inner = unwrap(optimizer)
-        check_optimizer(inner, self.optimizers)
+        check_optimizer(inner, self.optimizers, type(self).__name__)
         self._hook = RateHook(inner, lambda stepping: self.before_step(stepping, process_group))
 
     def detach(self) -> None:

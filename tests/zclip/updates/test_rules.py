@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import SGD, Adam, AdamW, Muon
 
 from tests.helpers import SLOW, same
 from tests.zclip.reference_loop import assert_same_weights, build_model
@@ -221,6 +222,31 @@ def test_rules_are_attached_once_and_detached():
         torch.testing.assert_close(q - p, LR * p.grad)
     assert rule.read_telemetry() == {}
     Half().attach(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("supported", "optimizer", "sentence"),
+    [
+        ((SGD,), AdamW, "Narrow does not act on AdamW: SGD of torch is supported"),
+        ((SGD,), Adam, "Narrow does not act on Adam: SGD of torch is supported"),
+        ((SGD,), Muon, "the update of Muon is not known before its step: SGD of torch is supported"),
+        ((AdamW,), Adam, "Narrow does not act on Adam: AdamW of torch is supported"),
+        ((AdamW,), SGD, "SGD has no second moment: AdamW of torch is supported"),
+        ((AdamW, SGD), Adam, "Narrow does not act on Adam: AdamW and SGD of torch are supported"),
+        ((Adam,), SGD, "SGD has no second moment: Adam and AdamW of torch are supported"),
+        ((Muon, SGD), AdamW, "Narrow does not act on AdamW: Muon and SGD of torch are supported"),
+    ],
+)
+def test_refusal_of_an_optimizer_names_those_that_the_rule_supports(supported, optimizer, sentence):
+    class Narrow(Half):
+        optimizers = supported
+
+    parameters = [nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(TypeError) as error:
+        Narrow().attach(optimizer(parameters))
+    assert str(error.value) == sentence
+    for each in supported:
+        Narrow().attach(each(parameters))
 
 
 def test_rule_lives_as_long_as_the_optimizer_and_copies_are_not_attached():
