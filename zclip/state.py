@@ -171,10 +171,15 @@ class Statistics(Stateful):
         return dict(zip(self.telemetry, values, strict=True))
 
 
+class TelemetryNameError(ValueError):
+    """A rule's telemetry has the name of a number that every rule records."""
+
+
 def check_names(rule: Statistics, own: Set[str], telemetry: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` if a rule's telemetry has the name of a number that every rule records."""
-    for name in own & telemetry.keys():
-        raise ValueError(f"telemetry of {type(rule).__name__} must not have the name {name}, which every rule records")
+    """Raise `TelemetryNameError` if a rule's telemetry has the name of a number that every rule records."""
+    for name in sorted(own & telemetry.keys()):
+        problem = f"must not have the name {name}, which every rule records"
+        raise TelemetryNameError(f"telemetry of {type(rule).__name__} {problem}")
 
 
 def where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
