@@ -47,10 +47,10 @@ class OptimizerRule(Statistics):
     A subclass implements `before_step`. It keeps the arguments of its `__init__` as attributes of the same names. The
     rule goes together with any `ClippingStrategy`, attached or called, which always acts first.
 
-    Between the steps the groups have their own rates, so schedulers and saved optimizer states never see a scale. If a
-    step raises, the rates are restored before the next one, before the optimizer's state is saved, and by `detach`; a
-    scheduler must not step before that. A pre-hook of the optimizer that sets rates must be registered before the rule
-    is attached.
+    Between the steps the groups have their own rates, also after a step that has raised. So schedulers and saved
+    optimizer states never see a scale. `attach` replaces `optimizer.step` for that, as torch's schedulers do. A program
+    that replaces it again, as Accelerate does in fp16, must not step a scheduler after a step that has raised. A
+    pre-hook of the optimizer that sets rates must be registered before the rule is attached.
 
     Factors on rates are above 0 and at most 1, also those of a rule of your own. Where the optimizer takes its step,
     the first other one raises `ValueError`. On an accelerator it counts as 1, and the error comes a step or two late,

@@ -1,14 +1,19 @@
 """The rate of a step is scaled, and nobody but the step sees it: schedulers, saved states, hooks and groups."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.utils.data import DataLoader
 
 from tests.zclip.reference_loop import assert_same_weights, build_model
 from tests.zclip.updates.rules import LR, Half, backward
-from zclip.updates import UpdateBrake, UpdateClip, UpdateMonitor
+from zclip.apply import optimizer_parameters
+from zclip.updates import OptimizerRule, UpdateBrake, UpdateClip, UpdateMonitor
 
 
 def test_scheduler_and_saved_states_never_see_the_scale():
@@ -80,26 +85,144 @@ def test_rule_that_a_closure_detaches_does_not_act():
 
 
 class Raises(torch.optim.SGD):
-    """Its step raises on demand, after the hooks."""
+    """Its step raises on demand, after the hooks, or calls something before."""
 
-    broken = False
+    broken: type[BaseException] | None = None
+    within: Callable[[], object] | None = None
 
     def step(self, closure=None):
+        loss = None if closure is None else closure()
+        if self.within is not None:
+            self.within()
         if self.broken:
-            raise ZeroDivisionError
-        return super().step(closure)
+            raise self.broken
+        super().step()
+        return loss
+
+
+class HalfOfEach(OptimizerRule):
+    """Half the rate of each tensor, so that the groups are split."""
+
+    def before_step(self, optimizer, process_group):
+        return torch.tensor([0.5 if i % 2 else 0.25 for i, _ in enumerate(optimizer_parameters(optimizer))])
+
+
+RULES = pytest.mark.parametrize("make_rule", [Half, HalfOfEach])
+
+
+def fail(optimizer: Raises, call: Callable[[], object], error: type[BaseException] = ZeroDivisionError) -> None:
+    """Let a step raise."""
+    optimizer.broken = error
+    with pytest.raises(error):
+        call()
+    optimizer.broken = None
+
+
+@RULES
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("scheduled", ["before", "after", "not at all"])
+def test_step_that_raises_leaves_rates_and_groups(make_rule, error, scheduled):
+    model, rule = build_model(), make_rule()
+    optimizer = Raises(model.parameters(), lr=LR)
+    if scheduled == "before":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    rule.attach(optimizer)
+    if scheduled == "after":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    groups = optimizer.param_groups
+    backward(model, 0)
+    fail(optimizer, optimizer.step, error)
+    assert optimizer.param_groups is groups
+    assert groups[0]["lr"] == LR
+    assert copy.deepcopy(optimizer).param_groups[0]["lr"] == LR
+    rule.detach()
+    fail(optimizer, optimizer.step, error)
+
+
+@RULES
+def test_schedulers_that_step_after_a_step_that_raised_never_see_the_scale(make_rule):
+    """Those that multiply the rate, or are made then, would keep the scale for good."""
+    seen = {}
+    for attached in (False, True):
+        model = build_model()
+        optimizer = Raises(model.parameters(), lr=LR)
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        if attached:
+            make_rule().attach(optimizer)
+        rates = seen[attached] = []
+        for step in range(6):
+            backward(model, step)
+            if step == 2:
+                fail(optimizer, optimizer.step)
+                schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5))
+            else:
+                optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+                rates.append((scheduler.get_last_lr(), optimizer.state_dict()["param_groups"][0]["lr"]))
+    assert seen[True] == seen[False]
+
+
+@RULES
+def test_scheduler_of_lightning_never_sees_the_scale_of_a_step_that_raised(make_rule, tmp_path):
+    class Module(pl.LightningModule):
+        def __init__(self, rule: OptimizerRule | None) -> None:
+            super().__init__()
+            self.net, self.rule, self.rates = build_model(), rule, []
+
+        def configure_optimizers(self):
+            optimizer = Raises(self.net.parameters(), lr=LR)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_train_start(self):
+            if self.rule is not None:
+                self.rule.attach(self.optimizers())
+
+        def training_step(self, x, step):
+            return self.net(x).square().mean()
+
+        def optimizer_step(self, epoch, step, optimizer, closure):
+            call = partial(super().optimizer_step, epoch, step, optimizer, closure)
+            fail(optimizer.optimizer, call) if step == 2 else call()
+
+        def on_train_batch_end(self, *_):
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    rates = []
+    for rule in (None, make_rule()):
+        module = Module(rule)
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader([torch.ones(5)] * 5, batch_size=None))
+        rates.append(module.rates)
+    assert rates[0] == rates[1] and len(rates[0]) == 5
+
+
+def test_step_that_raised_is_taken_at_the_scaled_rate_when_it_is_repeated():
+    model = build_model()
+    optimizer = Raises(model.parameters(), lr=LR)
+    Half().attach(optimizer)
+    backward(model, 0)
+    fail(optimizer, optimizer.step)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for p, q in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(q - p, 0.5 * LR * p.grad)
 
 
 @pytest.mark.parametrize("then", ["step", "save", "detach", "schedule"])
-def test_rates_are_restored_after_a_step_that_raised(then):
+def test_rates_are_restored_as_soon_as_possible_if_a_program_replaces_the_step(then):
+    """As Accelerate does in fp16."""
     model, rule = build_model(), Half()
     optimizer = Raises(model.parameters(), lr=LR)
+    original = optimizer.step
     rule.attach(optimizer)
+    optimizer.step = original
     backward(model, 0)
-    optimizer.broken = True
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step()
-    optimizer.broken = False
+    fail(optimizer, optimizer.step)
     if then == "step":
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.step()
@@ -110,11 +233,49 @@ def test_rates_are_restored_after_a_step_that_raised(then):
     elif then == "detach":
         rule.detach()
     else:
-        optimizer.param_groups[0]["lr"] = 0.7  # of a scheduler: it stays
+        optimizer.param_groups[0]["lr"] = 0.7  # of a scheduler that knows its rate: it stays
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == 0.7
         return
     assert optimizer.param_groups[0]["lr"] == LR
+
+
+@RULES
+def test_detached_rule_gives_the_step_back(make_rule):
+    optimizer, rule = Raises(build_model().parameters(), lr=LR), make_rule()
+    for _ in range(2):
+        rule.attach(optimizer)
+        rule.detach()
+    assert "step" not in vars(optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    of_scheduler = optimizer.step
+    rule.attach(optimizer)
+    rule.detach()
+    assert optimizer.step is of_scheduler
+
+
+@pytest.mark.filterwarnings("error")
+def test_scheduler_that_was_made_first_does_not_warn_of_a_replaced_step():
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    Half().attach(optimizer)
+    backward(model, 0)
+    optimizer.step()
+    scheduler.step()
+
+
+@RULES
+def test_state_that_is_saved_within_a_step_has_the_rates_and_groups(make_rule):
+    """As by the handler of a signal."""
+    model = build_model()
+    optimizer, saved = Raises(model.parameters(), lr=LR), []
+    make_rule().attach(optimizer)
+    optimizer.within = lambda: saved.append(optimizer.state_dict()["param_groups"])
+    backward(model, 0)
+    optimizer.step()
+    ((group,),) = saved
+    assert group["lr"] == LR and len(group["params"]) == 4
 
 
 def test_closure_that_raises_leaves_the_rate():
