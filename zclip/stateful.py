@@ -4,6 +4,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Stateful:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
+    #: Arguments that states of earlier versions do not have, with the values that do what those versions did.
+    added: Mapping[str, Any] = MappingProxyType({})
     _scope: str | tuple[str, ...] | None = None
 
     def __init__(self) -> None:
@@ -224,7 +227,7 @@ class Stateful:
         saved = state_dict["config"]
         names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
         check_keys(own, "config", saved, (), names)
-        before = {**saved, "scope": state_dict.get("scope")}
+        before = {**self.added, **saved, "scope": state_dict.get("scope")}
         new = differences(before, {**self.config(), "scope": self._patterns()})
         if new and not override:
             pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]

@@ -74,6 +74,7 @@ RULES = [
     lambda: UpdateBrake(1.01, sigmas=0),
     StableAdamW,
     lambda: SPAM(20.0),
+    lambda: SPAM(20.0, reset_every=9, reset_warmup_steps=4),
 ]
 
 
