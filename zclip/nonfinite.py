@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zclip.decision import GradStats
+from zclip.host_count import HostCount
 
 #: Allowed values of `on_nonfinite`; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
@@ -33,29 +34,17 @@ def nonfinite_message(stats: GradStats, names: Mapping[int, str]) -> str:
 class NonFiniteMonitor:
     """Checks a counter of consecutive non-finite norms against a limit, without a device sync.
 
-    On a CPU the counter is read at once. On an accelerator each step starts an asynchronous copy to the host and reads
-    the last copy that has arrived.
+    On a CPU the counter is read at once, on an accelerator a step or two late: see `HostCount`.
     """
 
     def __init__(self) -> None:
-        self._host_count: Tensor | None = None
-        self._arrived: torch.Event | None = None
+        self._count = HostCount()
 
     def update(self, count: Tensor, limit: int | None) -> None:
         """Raise `FloatingPointError` if the newest count that the host knows has reached the limit."""
         if limit is None or count.device.type == "meta":
             return
-        if count.device.type == "cpu":
-            known = int(count)
-        else:
-            if self._host_count is None:
-                self._host_count = torch.zeros((), dtype=count.dtype, pin_memory=True)
-            if self._arrived is not None and not self._arrived.query():
-                return
-            known = int(self._host_count)
-            self._host_count.copy_(count, non_blocking=True)
-            self._arrived = torch.Event(count.device)
-            self._arrived.record()
+        known = self._count.read(count) or 0
         if known >= limit:
             raise FloatingPointError(
                 f"the gradient norm was NaN or infinite {known} times in a row: the run has most likely diverged. "

@@ -1,10 +1,7 @@
-"""The statistics of clipping strategies: made for parameters, moved to their device, saved and restored."""
+"""The statistics of a rule while it runs: made for parameters, moved to their device, replaced after each step."""
 
-import copy
-import inspect
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -14,47 +11,18 @@ from torch.optim import Optimizer
 from zclip.apply import listed_optimizers
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
-from zclip.saved_state import (
-    CHANGE,
-    MAX_CHANGES,
-    check_keys,
-    check_tensor,
-    check_values,
-    checked_changes,
-    differences,
-    recordable,
-    refuse,
-    shown,
-)
+from zclip.saved_state import MAX_CHANGES, differences, recordable
 from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
-from zclip.tensors import TensorId, checked_tensor_ids, find, identify, parameter_names
-
-#: Counters that every strategy keeps besides its own statistics: 0-dim int64 tensors.
-COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
-#: Entries of every saved state.
-REQUIRED = ("strategy", "version", "config", "state", "counters")
+from zclip.stateful import Stateful
+from zclip.tensors import TensorId, find, identify, parameter_names
 
 
-class Statistics:
-    """Statistics of a rule, counters and telemetry. Base of `ClippingStrategy` and of `zclip.updates.UpdateRule`."""
-
-    #: Version of the layout of the saved statistics.
-    version = 1
-    #: Whether the rule has statistics for each tensor: `initial_state` then gets (n,) zeros.
-    per_tensor = False
-    #: Statistics that are never below 0: a saved state with such a value is refused.
-    nonnegative: Collection[str] = ()
-    #: Statistics whose length changes; all others keep the shape of `initial_state`.
-    resizable: Collection[str] = ()
-    _scope: str | tuple[str, ...] | None = None
+class Statistics(Stateful):
+    """Statistics of a rule, counters and telemetry. Base of `ClippingStrategy` and of `zclip.updates.OptimizerRule`."""
 
     def __init__(self) -> None:
-        self.state: State = {}
-        self.counters: State = {}
+        super().__init__()
         self.telemetry: dict[str, Tensor] = {}  # 0-dim, of the last step; the first is its norm
-        self.changes: list[dict[str, Any]] = []  # `setting`, `from` and `to` of each change of an argument
-        self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
-        self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
         self._naming_module: nn.Module | None = None  # names parameters that `step` gets without their module
         self._scope_is_checked = False
 
@@ -80,17 +48,6 @@ class Statistics:
         if self.__dict__.get("counters"):  # it runs
             new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
             self.changes = [*self.changes, *new][-MAX_CHANGES:]
-
-    def initial_state(self, like: Tensor) -> State:
-        """Return the statistics before the first step.
-
-        A saved state must have the same keys, dtypes and shapes, and finite values. NaN or infinity may only stand in a
-        statistic that has it here, and means that there is no value yet.
-
-        Args:
-            like: zeros of the device and dtype of the statistics; 0-dim, or (n,) if `per_tensor`.
-        """
-        return {}
 
     def prepare(
         self,
@@ -121,19 +78,6 @@ class Statistics:
         if not self.counters:
             shape = (max(len(shards), 1),) if self.per_tensor else ()
             self._prepare_state(torch.zeros(shape, dtype=statistics_dtype(device), device=device), shards, models)
-
-    def _check_initialised(self) -> None:
-        if "counters" not in self.__dict__:
-            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
-
-    def _initialise(self, like: Tensor) -> None:
-        self.config()  # raises if an argument is not an attribute, before training rather than at the first save
-        state = self.initial_state(like)
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{type(self).__name__}.initial_state must return tensors: {key} is {value!r}")
-        self.state = {key: value.clone() for key, value in state.items()}
-        self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
 
     def _prepare_state(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
         """Create the statistics before the first step, or bring restored ones to the device and order of `like`."""
@@ -226,229 +170,18 @@ class Statistics:
         values = torch.stack([value.to(dtype) for value in self.telemetry.values()]).tolist()
         return dict(zip(self.telemetry, values, strict=True))
 
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
-        return f"{type(self).__name__}({arguments})"
 
-    def config(self) -> dict[str, Any]:
-        """Return the arguments this strategy was made with, by name."""
-        parameters = [*inspect.signature(type(self).__init__).parameters.values()][1:]  # all but self
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        for name in names:
-            if not hasattr(self, name):
-                raise TypeError(
-                    f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
-                    "a saved state records it"
-                )
-        return {name: _plain(getattr(self, name)) for name in names}
-
-    def change(self, **settings: Any) -> None:
-        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
-
-        The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
-        `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
-        `on_nonfinite` and the other policies can be assigned.
-
-        Args:
-            settings: new values by the names of arguments.
-
-        Raises:
-            TypeError: there is no such argument.
-            ArgumentError: a value is out of its range. Nothing is changed.
-            ValueError: the statistics do not fit, such as those of a window of another length. Nothing is changed.
-        """
-        config = self.config()
-        if unknown := sorted(settings.keys() - config.keys()):
-            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
-        made = type(self)(**{**config, **settings})
-        new = {name: getattr(made, name) for name in settings}
-        changed = copy.copy(self)
-        changed.__dict__.update(new)
-        if self.counters:
-            state, *_ = changed._checked(self.state_dict(), override=True)
-            for key, value in state.items():
-                self.state[key].copy_(value)
-        after = {name: value for name, value in changed.config().items() if name in settings}
-        changes = recordable(differences({name: config[name] for name in settings}, after))
-        self.changes = [*self.changes, *changes][-MAX_CHANGES:]
-        for name, value in new.items():
-            setattr(self, name, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
-
-        `scope` and `changes`, each of which is a list of `setting`, `from` and `to`, are in it too. It holds only
-        tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
-        `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
-        """
-        self._check_initialised()
-        if not self.counters and not self.per_tensor:
-            self._initialise(torch.zeros((), dtype=torch.float64))
-        state = {
-            "strategy": type(self).__name__,
-            "version": self.version,
-            "config": self.config(),
-            "state": {key: value.clone() for key, value in self.state.items()},
-            "counters": {key: value.clone() for key, value in self.counters.items()},
-            "started": bool(self.counters),
-            "scope": self._patterns(),
-            "changes": [[change[key] for key in CHANGE] for change in self.changes],
-        }
-        if self.per_tensor:
-            state["names"] = [tensor.name for tensor in self.tensors]
-            state["shapes"] = [tensor.shape for tensor in self.tensors]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
-        """Restore a state that `state_dict` returned. A state that is refused changes nothing.
-
-        Args:
-            state_dict: the state.
-            override: whether the state may be of other arguments, or another scope. The strategy keeps its own, and
-                records the difference in `changes`. Default False.
-
-        Raises:
-            ValueError: the state is not from a strategy, is from another strategy, version or set of arguments, or is
-                damaged, or its statistics do not fit other arguments, such as those of a window of another length: the
-                message names the entry, its value and what is allowed.
-        """
-        self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
-        self._objects = []
-
-    def _checked(
-        self, state_dict: Mapping[str, Any], override: bool
-    ) -> tuple[State, State, list[TensorId], list[dict[str, Any]]]:
-        """Return copies of what is in a saved state; `load_state_dict` says what it raises."""
-        changes, new = self._checked_arguments(state_dict, override)
-        try:
-            state, counters, tensors = self._checked_statistics(state_dict, adapted=bool(new))
-            if any(change["setting"] == "scope" for change in new):
-                self._check_named(tensors)
-            return state, counters, tensors, changes
-        except ValueError as error:
-            if not new:
-                raise
-            words = ", ".join(f"{_argument(c['setting'], c['to'])} (was {shown(c['from'])})" for c in new[:20])
-            reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
-            raise ValueError(f"the statistics do not fit {words}: {reason}") from error
-
-    def _checked_arguments(
-        self, state_dict: Mapping[str, Any], override: bool
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the changes of arguments up to this strategy's, and the last ones of these, from a saved state's."""
-        own = type(self).__name__
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"this is not the state of a clipping strategy: it is {shown(state_dict)}")
-        missing = [key for key in REQUIRED if key not in state_dict]
-        if missing:
-            raise ValueError(f"this is not the state of a clipping strategy: it lacks {', '.join(missing)}")
-        name, version = state_dict["strategy"], state_dict["version"]
-        if not (isinstance(name, str) and isinstance(version, int) and (name, version) == (own, self.version)):
-            name = name[:80] if isinstance(name, str) else shown(name)
-            raise ValueError(
-                f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
-            )
-        optional = ("started", "changes", "scope", *(("names", "shapes") if self.per_tensor else ()))
-        check_keys(own, "it", state_dict, REQUIRED, optional)
-        saved = state_dict["config"]
-        names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
-        check_keys(own, "config", saved, (), names)
-        before = {**saved, "scope": state_dict.get("scope")}
-        new = differences(before, {**self.config(), "scope": self._patterns()})
-        if new and not override:
-            pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
-            same_or = "make this one with the same arguments, or load it with override=True"
-            raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        recorded = checked_changes(own, state_dict.get("changes", []))
-        return [*recorded, *recordable(new)][-MAX_CHANGES:], new
-
-    def _checked_statistics(self, state_dict: Mapping[str, Any], adapted: bool) -> tuple[State, State, list[TensorId]]:
-        """Return copies of the statistics in a saved state, `adapted` from other arguments to this strategy's."""
-        own = type(self).__name__
-        started = state_dict.get("started", False)
-        if not isinstance(started, bool):
-            refuse(own, "started", started, "true or false")
-        state, counters = state_dict["state"], state_dict["counters"]
-        if started and isinstance(counters, Mapping) and not counters:
-            raise ValueError(f"the saved {own} has statistics, but none were loaded: call prepare(model) before")
-        if isinstance(counters, Mapping) and not counters:
-            check_keys(own, "state", state, (), ())
-            return {}, {}, []
-        zero = torch.zeros((), dtype=torch.int64)
-        counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
-        tensors = checked_tensor_ids(own, state_dict) if self.per_tensor else []
-        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
-        state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
-        if adapted:
-            state = self.adapt_state(state, state_dict["config"])
-        self.check_state(state, counters)
-        return state, counters, tensors
-
-    @staticmethod
-    def _check_named(tensors: Sequence[TensorId]) -> None:
-        """Raise `ValueError` if statistics of tensors cannot find theirs in another scope: a position is no name."""
-        if not all(isinstance(tensor.name, str) for tensor in tensors):
-            raise ValueError("the parameters have no names, by which statistics find theirs in another scope")
-
-    def _patterns(self) -> list[str] | None:
-        """Return the patterns of the scope."""
-        return None if self._scope is None else patterns_of(self._scope)
-
-    def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
-        own = type(self).__name__
-        check_keys(own, where, saved, initial.keys(), ())
-        tensors = {}
-        for key, like in initial.items():
-            entry = f"{where}.{key}"
-            tensors[key] = check_tensor(own, entry, saved[key], like, key in self.resizable)
-            check_values(own, entry, tensors[key], like, key in nonnegative)
-        return {key: _wide(value).clone() for key, value in tensors.items()}
-
-    def adapt_state(self, state: State, config: Mapping[str, Any]) -> State:
-        """Return statistics that were made with other arguments as those of this strategy's. Default: as they are.
-
-        Args:
-            state: statistics with the keys, dtypes and shapes of `initial_state`; must not be changed in place.
-            config: the arguments that they were made with, but for those that a subclass takes as `**policy`; those of
-                a saved state may be of any kind.
-
-        Raises:
-            ValueError: an argument that is needed is not one.
-        """
-        return state
-
-    def check_state(self, state: State, counters: State) -> None:
-        """Raise `ValueError` if statistics contradict each other; each is checked on its own before. Default: nothing.
-
-        Args:
-            state: statistics with the keys, dtypes and shapes of `initial_state`.
-            counters: those of every strategy.
-        """
+class TelemetryNameError(ValueError):
+    """A rule's telemetry has the name of a number that every rule records."""
 
 
 def check_names(rule: Statistics, own: Set[str], telemetry: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` if a rule's telemetry has the name of a number that every rule records."""
-    for name in own & telemetry.keys():
-        raise ValueError(f"telemetry of {type(rule).__name__} must not have the name {name}, which every rule records")
+    """Raise `TelemetryNameError` if a rule's telemetry has the name of a number that every rule records."""
+    for name in sorted(own & telemetry.keys()):
+        problem = f"must not have the name {name}, which every rule records"
+        raise TelemetryNameError(f"telemetry of {type(rule).__name__} {problem}")
 
 
 def where_finite(finite: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a value of telemetry, or NaN (false, if it is a bool) where `finite` is false."""
     return finite & value if value.dtype == torch.bool else torch.where(finite, value.to(dtype), torch.nan)
-
-
-def _argument(name: str, value: object) -> str:
-    """Return an argument of a saved state and its value, in as few characters as an error may have."""
-    return f"{shown(name)[1:-1]}={shown(value)}"
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Return a floating-point tensor in the dtype of statistics; leave others as they are."""
-    return value.to(statistics_dtype(value.device)) if value.is_floating_point() else value
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or sequence as file formats restore it: float subclasses as float, tuples as lists."""
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return float(value) if isinstance(value, float) else value

@@ -34,6 +34,10 @@ def momentum(parameters) -> torch.optim.Optimizer:
 RULES: dict[str, tuple[Callable[[], OptimizerRule], tuple[str, str]]] = {
     "clip": (lambda: UpdateClip(sigmas=0.5, window=8), ("update_norm", "update_scale")),
     "spam": (lambda: SPAM(theta=30.0), ("clipped_element_share", "update_clipped")),
+    "spam_reset": (
+        lambda: SPAM(theta=30.0, reset_every=7, reset_warmup_steps=4),
+        ("clipped_element_share", "update_scale"),
+    ),
     "stable_adamw": (StableAdamW, ("update_rms", "lowest_update_scale")),
 }
 
@@ -123,6 +127,7 @@ def in_group(rank: int, world: int, name: str, rule: str) -> Curve:
         ("stable_adamw", fsdp2, 2), SLOW("stable_adamw", two_meshes, 4),
         SLOW("stable_adamw", tensor_parallel_and_fsdp2, 4), SLOW("stable_adamw", pipeline, 2),
         ("spam", fsdp2, 2), SLOW("spam", two_meshes, 4), SLOW("spam", pipeline, 2),
+        SLOW("spam_reset", fsdp2, 2), SLOW("spam_reset", two_meshes, 4), SLOW("spam_reset", pipeline, 2),
     ],
 )  # fmt: skip
 def test_sharded_rule_decides_as_in_one_process(rule, case, world):

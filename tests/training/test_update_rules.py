@@ -148,10 +148,14 @@ OTHERS = {
         {"update_rms", "lowest_update_scale", "update_clipped", "update_clipped_tensors"},
     ),
     "spam": (("update=spam", "update.theta=50"), {"clipped_element_share", "update_clipped"}),
+    "spam_reset": (
+        ("update=spam_reset", "update.theta=50", "update.reset_every=11", "update.reset_warmup_steps=5"),
+        {"clipped_element_share", "update_clipped", "update_scale"},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["stable_adamw", SLOW("spam")])
+@pytest.mark.parametrize("name", ["stable_adamw", SLOW("spam"), SLOW("spam_reset")])
 def test_run_with_a_rule_over_tensors_or_elements_resumes_to_the_same_bits(name, tiny, run_in_process, tmp_path):
     rule, columns = OTHERS[name]
     settings = (*tiny, *rule, "trainer.checkpoint_every=8", "trainer.keep_last=9")

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.zclip.every_strategy import SHORT
 from zclip import ClippingStrategy, ZClip
-from zclip.updates import SPAM, StableAdamW, UpdateBrake, UpdateClip, UpdateMonitor
+from zclip.updates import SPAM, StableAdamW, UpdateBrake, UpdateClip, UpdateDecision, UpdateMonitor, UpdateRule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -74,6 +74,7 @@ RULES = [
     lambda: UpdateBrake(1.01, sigmas=0),
     StableAdamW,
     lambda: SPAM(20.0),
+    lambda: SPAM(20.0, reset_every=9, reset_warmup_steps=4),
 ]
 
 
@@ -104,3 +105,24 @@ def test_no_step_with_a_rule_over_updates_waits_and_scales_match_the_cpu(make):
         scales[f"{device} weights"] = torch.cat([p.detach().cpu().flatten() for p in moved.parameters()])
     torch.testing.assert_close(scales["cuda"], scales["cpu"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scales["cuda weights"], scales["cpu weights"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, 0.0, 2.0])
+def test_scale_that_is_not_allowed_counts_as_one_and_raises_a_step_late(scale):
+    class Own(UpdateRule):
+        def initial_state(self, like):
+            return {"count": torch.zeros((), dtype=torch.int64, device=like.device)}
+
+        def decide(self, norm, state):
+            return UpdateDecision(torch.full_like(norm, scale), norm > 0, norm, {"count": state["count"] + 1})
+
+    weight, rule = nn.Parameter(torch.ones(3, device="cuda")), Own()
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    rule.attach(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert float(weight[0]) == pytest.approx(0.899) and int(rule.state["count"]) == 0
+    with pytest.raises(ValueError, match=r"^Own\.decide must return scales above 0 and at most 1: in \d steps one was"):
+        for _ in range(5):
+            torch.cuda.synchronize()
+            optimizer.step()

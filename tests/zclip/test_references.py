@@ -9,6 +9,7 @@ import torch
 import zclip.base
 import zclip.norm
 import zclip.state
+import zclip.stateful
 from tests.zclip.every_strategy import CLASSES, OF_NORMS, SHORT
 from zclip import AdaGC, GlobalAdaGC, LaggedZScore, LogZScore
 
@@ -79,7 +80,7 @@ HARD = {
 @pytest.mark.parametrize("make", OF_NORMS.values(), ids=OF_NORMS)
 def test_statistics_in_float32_stay_numbers_and_load_again(make, norms, monkeypatch):
     """As on devices that have no float64."""
-    for module in (zclip.base, zclip.norm, zclip.state):
+    for module in (zclip.base, zclip.norm, zclip.state, zclip.stateful):
         monkeypatch.setattr(module, "statistics_dtype", lambda device: torch.float32)
     strategy = make()
     for norm in norms:

@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
 from training.config.schema import Config, TrainerConfig
-from training.config.strategy import clipping_strategy, update_rule
+from training.config.strategy import check_classes, clipping_strategy
 from training.runtime.hardware import available_memory
 from zclip.scope import in_scope, patterns_of
 
@@ -30,8 +30,8 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
     A run that is started `elsewhere`, as a job on nodes of a cluster, needs no GPUs and no memory here.
     """
+    check_classes(config.clip, config.update)
     _check_scope(config)
-    update_rule(config.update)
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
@@ -52,7 +52,7 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
 
 
 def _check_scope(config: Config) -> None:
-    """Raise `UserError` unless the clipping strategy can be made, and each pattern of its scope matches a parameter."""
+    """Raise `UserError` unless each pattern of the strategy's scope matches a parameter."""
     scope = clipping_strategy(config.clip).scope
     if scope is None:
         return

@@ -4,9 +4,13 @@ import importlib
 import inspect
 from typing import Any, TypeVar, Unpack, get_args, get_origin
 
+import torch
+from torch import nn
+
 from common.errors import ConfigError, UserError, prefix_errors
 from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
+from zclip.state import TelemetryNameError
 from zclip.updates import OptimizerRule, UpdateRule
 
 #: Methods of base classes; a class must have one of them of its own. A subclass comes before its base.
@@ -31,6 +35,38 @@ def update_rule(update: UpdateConfig) -> OptimizerRule | None:
     for name, value in update.arguments.items():
         raise ConfigError(f"update.{name}", value, problem="is not possible with update=none, which has no arguments")
     return None
+
+
+def check_classes(clip: ClipConfig, update: UpdateConfig) -> None:
+    """Raise `UserError` if a strategy or a rule cannot be made, or one of your own cannot be attached or recorded.
+
+    One of your own takes a step of a small AdamW, so that the names of its telemetry are known before training. An
+    error of its code is left for training to raise: the small model may be the cause.
+    """
+    strategy, rule = clipping_strategy(clip), update_rule(update)
+    if not is_ours(clip.target):
+        strategy.scope = None
+        _try("clip", clip.target, strategy)
+    if rule is not None and update.target is not None and not is_ours(update.target):
+        _try("update", update.target, rule)
+
+
+def _try(section: str, target: str, rule: ClippingStrategy | OptimizerRule) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        loss = model(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        try:
+            rule.attach(optimizer)
+        except TypeError as error:
+            raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
+        try:
+            optimizer.step(loss.detach)
+        except TelemetryNameError as error:
+            raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
+        except Exception:
+            return
 
 
 def is_ours(target: str | None) -> bool:

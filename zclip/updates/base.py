@@ -14,19 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from zclip.apply import unwrap
+from zclip.apply import optimizer_parameters, unwrap
 from zclip.decision import State
 from zclip.norm import scalar, statistics_dtype
 from zclip.state import Statistics, check_names, where_finite
 from zclip.updates.norm import check_optimizer, update_norm
 from zclip.updates.rates import RateHook
+from zclip.updates.scales import ScaleCheck, check_shape
 
 
 class UpdateDecision(NamedTuple):
     """Result of a rule for one step.
 
     Attributes:
-        scale: 0-dim, factor on the learning rate of this step, from 0 to 1; `None`: the rate stays as it is.
+        scale: 0-dim, factor on the learning rate of this step, above 0 and at most 1; `None`: the rate stays as it is.
         clipped: 0-dim bool, whether the rule acts on this step.
         bound: 0-dim, upper bound on the norm of the scaled update; `inf` where there is none.
         state: statistics after this step, with the keys and shapes of the state that was passed in.
@@ -46,10 +47,14 @@ class OptimizerRule(Statistics):
     A subclass implements `before_step`. It keeps the arguments of its `__init__` as attributes of the same names. The
     rule goes together with any `ClippingStrategy`, attached or called, which always acts first.
 
-    Between the steps the groups have their own rates, so schedulers and saved optimizer states never see a scale. If a
-    step raises, the rates are restored before the next one, before the optimizer's state is saved, and by `detach`; a
-    scheduler must not step before that. A pre-hook of the optimizer that sets rates must be registered before the rule
-    is attached.
+    Between the steps the groups have their own rates, also after a step that has raised. So schedulers and saved
+    optimizer states never see a scale. `attach` replaces `optimizer.step` for that, as torch's schedulers do. A program
+    that replaces it again, as Accelerate does in fp16, must not step a scheduler after a step that has raised. A
+    pre-hook of the optimizer that sets rates must be registered before the rule is attached.
+
+    Factors on rates are above 0 and at most 1, also those of a rule of your own. Where the optimizer takes its step,
+    the first other one raises `ValueError`. On an accelerator it counts as 1, and the error comes a step or two late,
+    because nothing waits for the device.
 
     `telemetry` holds 0-dim tensors of the last step, and `read_telemetry` returns them as floats. They are NaN (or
     false) on a step that changes no statistics.
@@ -61,6 +66,7 @@ class OptimizerRule(Statistics):
     def __init__(self) -> None:
         super().__init__()
         self._hook: RateHook | None = None
+        self._scale_check = ScaleCheck()
 
     def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
         """Act on the step that an optimizer is about to take; it may change the gradients in place.
@@ -71,8 +77,8 @@ class OptimizerRule(Statistics):
             process_group: ranks that hold other parameters of the same model, such as pipeline stages.
 
         Returns:
-            The factors on the learning rates of this step: 0-dim for all parameters, or (n,) for each of them in the
-            order of the groups; `None`: the rates stay as they are.
+            The factors on the learning rates of this step, above 0 and at most 1: 0-dim for all parameters, or (n,) for
+            each of them in the order of the groups; `None`: the rates stay as they are.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement before_step(optimizer, process_group)")
 
@@ -92,14 +98,24 @@ class OptimizerRule(Statistics):
         if self._hook is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         inner = unwrap(optimizer)
-        check_optimizer(inner, self.optimizers)
-        self._hook = RateHook(inner, lambda stepping: self.before_step(stepping, process_group))
+        check_optimizer(inner, self.optimizers, type(self).__name__)
+        self._hook = RateHook(inner, lambda stepping: self._checked_scales(stepping, process_group))
 
     def detach(self) -> None:
         """End what `attach` began; nothing happens if this rule is not attached."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def _checked_scales(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
+        """Return what `before_step` returns, checked, with 1 in place of factors that are not allowed."""
+        scales = self.before_step(optimizer, process_group)
+        method = f"{type(self).__name__}.before_step"
+        check_shape(method, scales, len(optimizer_parameters(optimizer)))
+        if scales is None:
+            return None
+        valid = self._scale_check.valid(method, scales, takes_step(optimizer, scales.device))
+        return torch.where(valid, scales, 1.0)
 
     def _record(
         self, telemetry: Mapping[str, Tensor], state: State, *, counts: Tensor, finite: Tensor, clipped: Tensor
@@ -120,7 +136,7 @@ class OptimizerRule(Statistics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to an optimizer of this process."""
-        return {**self.__dict__, "_hook": None}
+        return {**self.__dict__, "_hook": None, "_scale_check": ScaleCheck()}
 
 
 def takes_step(optimizer: Optimizer, device: torch.device) -> Tensor:
@@ -144,7 +160,7 @@ class UpdateRule(OptimizerRule):
     fused or capturable: the rate of the step is then a float32 tensor. For other optimizers each step waits once.
 
     A step that a GradScaler or a strategy skips, one without gradients, and a norm of NaN or infinity change no
-    statistics, and the rate stays as it is.
+    statistics, and the rate stays as it is. So does, on an accelerator, a step whose scale is not allowed.
 
     Telemetry:
 
@@ -179,6 +195,7 @@ class UpdateRule(OptimizerRule):
 
         Raises:
             TypeError: the norm is not a tensor of one real number.
+            ValueError: the rule's scale is not above 0 and at most 1.
         """
         norm = scalar("norm", norm)
         norm = norm.to(statistics_dtype(norm.device))
@@ -194,6 +211,8 @@ class UpdateRule(OptimizerRule):
             decision = self.decide(torch.where(counts, norm, 1.0), self.state)
             self._check(decision)
             scale = torch.ones_like(norm) if decision.scale is None else decision.scale
+            if decision.scale is not None:
+                counts = counts & self._scale_check.valid(f"{type(self).__name__}.decide", scale, counts)
             own = {
                 "update_norm": norm,
                 "update_scale": scale,
@@ -216,3 +235,5 @@ class UpdateRule(OptimizerRule):
         for key, value in values.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}.decide must return tensors: {key} is {value!r}")
+            if value.ndim and key not in decision.state:
+                raise TypeError(f"{name}.decide must return 0-dim tensors: {key} has the shape {list(value.shape)}")

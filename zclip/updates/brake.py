@@ -109,4 +109,5 @@ class UpdateBrake(UpdateRule):
             "variance": torch.where(begins, variance, variance + (2 * shortfall.square() - variance) / weight),
             "count": count + 1,
         }
-        return UpdateDecision(log_scale.exp(), log_scale < released, bound.exp(), new)
+        scale = log_scale.exp().clamp(min=torch.finfo(norm.dtype).tiny)  # it must not underflow to 0
+        return UpdateDecision(scale, log_scale < released, bound.exp(), new)

@@ -76,19 +76,35 @@ def update_norm(*optimizers: Optimizer, process_group: dist.ProcessGroup | None 
         return global_norm(squares.sqrt(), process_group)
 
 
-def check_optimizer(optimizer: Any, supported: tuple[type[Optimizer], ...] = (Adam, SGD)) -> None:
-    """Raise `TypeError` unless the update of an optimizer can be computed from its state, and it is a supported one."""
+def check_optimizer(
+    optimizer: Any, supported: Sequence[type[Optimizer]] = (Adam, SGD), rule: str = "update_norm()"
+) -> None:
+    """Raise `TypeError` unless an optimizer is one of those that a rule or function supports, and can be measured.
+
+    Args:
+        optimizer: the optimizer, without wrappers.
+        supported: classes of optimizers.
+        rule: name of the rule or function, for the message.
+    """
     name = type(optimizer).__name__
-    if isinstance(optimizer, SGD) and SGD not in supported:
-        raise TypeError("SGD has no second moment: Adam and AdamW of torch are supported")
-    if not isinstance(optimizer, supported):
-        known = "Adam, AdamW and SGD" if SGD in supported else "Adam and AdamW"
-        raise TypeError(f"the update of {name} is not known before its step: {known} of torch are supported")
+    if not isinstance(optimizer, tuple(supported)):
+        known = _listed(supported)
+        if not isinstance(optimizer, Adam | SGD):
+            raise TypeError(f"the update of {name} is not known before its step: {known}")
+        if isinstance(optimizer, SGD) and all(issubclass(each, Adam) for each in supported):
+            raise TypeError(f"SGD has no second moment: {known}")
+        raise TypeError(f"{rule} does not act on {name}: {known}")
     parameters = optimizer_parameters(optimizer)
     if any(map(is_flattened, parameters)):
         raise TypeError("FSDP1 has flattened the parameters: update norms need FSDP2 (fully_shard)")
     if not parameters_of(parameters):
         raise TypeError(f"this {name} has no parameters that can have gradients")
+
+
+def _listed(supported: Sequence[type[Optimizer]]) -> str:
+    """Return which optimizers are supported, as the end of a sentence."""
+    *names, last = [name for each in supported for name in (("Adam", "AdamW") if each is Adam else (each.__name__,))]
+    return f"{', '.join(names)} and {last} of torch are supported" if names else f"{last} of torch is supported"
 
 
 def _norms(optimizer: Any, group: Group, ranks: Mapping[int, Groups]) -> Iterator[tuple[Groups, Tensor]]:

@@ -5,6 +5,8 @@ split for the step. So the optimizer takes each step by itself, and only its rat
 afterwards, and none is copied.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +40,7 @@ class RateHook(StepHook):
                 undo.pop()()
 
         def act(inner: Optimizer, loss: Tensor | None) -> None:
-            restore()  # after a step that has raised
+            restore()  # after a step that has raised, if somebody has replaced `optimizer.step`
             scales = scales_of(inner)
             if scales is not None and not (scales.device.type == "cpu" and bool((scales == 1).all())):
                 undo.append((_split_groups if scales.ndim else _scale_groups)(inner, scales))
@@ -56,13 +58,50 @@ class RateHook(StepHook):
         ]
         post_hooks: Any = optimizer._optimizer_step_post_hooks
         post_hooks.move_to_end(self._others[0].id, last=False)  # a scheduler in another hook must not see the scale
+        self._end_calls = call_after_step(optimizer, restore)
 
     def remove(self) -> None:
         """Remove the hooks, and restore the rates."""
         super().remove()
+        self._end_calls()
         self.restore()
         for hook in self._others:
             hook.remove()
+
+
+def call_after_step(optimizer: Optimizer, function: Undo) -> Undo:
+    """Call a function after each step, whether it returns or raises; return what ends that.
+
+    torch calls its hooks after steps that return. So `optimizer.step` is replaced, as torch's schedulers replace it.
+    """
+    reference = weakref.ref(optimizer)
+    replaced = vars(optimizer).get("step")  # by a scheduler
+
+    def method(inner: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return type(inner).step(inner, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
+        finally:
+            function()
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        inner = reference()
+        assert inner is not None
+        return method(inner, *args, **kwargs)
+
+    own: Any = step
+    own.__dict__.update(getattr(replaced, "__dict__", {}))  # a scheduler looks for its mark
+    own.__func__ = method  # that a scheduler calls which is made later
+    own.__signature__ = inspect.signature(optimizer.step)
+    optimizer.step = own  # type: ignore[method-assign]
+
+    def end() -> None:
+        inner = reference()
+        if inner is not None and vars(inner).get("step") is own:
+            del inner.step
+            if replaced is not None:
+                inner.step = replaced  # type: ignore[method-assign]
+
+    return end
 
 
 def _scale_groups(optimizer: Optimizer, scale: Tensor) -> Undo:

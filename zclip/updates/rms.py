@@ -38,7 +38,7 @@ def update_rms(optimizer: Optimizer) -> Tensor:
     """
     with torch.no_grad():
         inner = unwrap(optimizer)
-        check_optimizer(inner, (Adam,))
+        check_optimizer(inner, (Adam,), "update_rms()")
         parameters = optimizer_parameters(inner)
         shards = parameters_of(parameters)
         device = device_of(shards)

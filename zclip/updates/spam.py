@@ -1,7 +1,8 @@
-"""SPAM's spike-aware clipping: clip single elements of a gradient that are far above their own second moment."""
+"""SPAM: clip single elements of a gradient that are far above their own second moment, and reset the moments."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
 
 from zclip.apply import optimizer_parameters
-from zclip.arguments import is_number, require
+from zclip.arguments import integer, is_number, require
+from zclip.decision import State
+from zclip.host_count import HostCount
 from zclip.norm import Groups, Shard, device_of, local_gradient, parameters_of, statistics_dtype, sum_over_ranks
 from zclip.updates.base import OptimizerRule, takes_step
 from zclip.updates.pieces import bucket_size
+from zclip.updates.resets import check_moments, reset_moments, warmup_scale
 
 
 class SPAM(OptimizerRule):
@@ -24,55 +28,106 @@ class SPAM(OptimizerRule):
 
         g <- sign(g) * sqrt(theta * v)   where g^2 > theta * v
 
-    The optimizer is `torch.optim.AdamW` or `Adam`, and reads v from its state. Of the paper's optimizer this is the
-    clipping (Algorithm 1). Its periodic reset of both moments and the warm-up of the rate after each reset are left
-    out, and so is its sparse momentum. An element with v = 0 has no past, and is not clipped: neither is any in the
-    first step. In the steps after it v is still small, and more elements are clipped than later. A clipped element
-    raises v at once, so a lasting rise is followed within a few steps.
+    The optimizer is `torch.optim.AdamW` or `Adam`; v is read from its state. An element with v = 0 has no past, and is
+    not clipped: neither is any in the first step. In the steps after it v is still small, and more elements are clipped
+    than later. A clipped element raises v at once, so a lasting rise is followed within a few steps.
+
+    With `reset_every`, both moments are set to 0 before step reset_every, 2 reset_every, and so on. In the k-th step
+    from a reset on, counted from 0, with N = `reset_warmup_steps`, the rate of all groups is multiplied by::
+
+        1 - 0.99 * (1 + cos(pi * k / (N + 1))) / 2    where k < N
+
+    The paper resets every 500 steps. That is not the default here: in 150 of 500 steps the rate is lower then, so that
+    an effect of the clipping could not be told from one of the rate, and states that were saved before go on as they
+    were. What the paper leaves open is as in its authors' code: the bias correction of Adam goes on as without resets,
+    the warm-up begins at 0.01, and there is none at the start. That code differs in two things: it clips nothing in 20
+    steps after each reset, and does not lower the rate of the weight decay. The paper's sparse momentum is left out.
+
+    Steps that a GradScaler or a strategy skips, and steps without gradients, do not count. AMSGrad's maximum is reset
+    too. Sharded moments are reset on each rank.
 
     A strategy that is attached too, such as `ZClip`, acts first, on the norm of the unclipped gradients. So both bounds
     hold afterwards. Gradients are changed in place. Those that a fused step will unscale are compared as it will see
     them. NaN stays NaN. Infinity is clipped like other numbers where v is above 0.
 
     The rule looks at single elements, so sharding does not change it; one all-reduce of a number adds up the telemetry
-    over the shards. On an accelerator nothing waits for the device. Gradients and second moments are read once more.
-    There are no statistics beyond counters.
+    over the shards. On an accelerator nothing waits for the device, with `reset_every` if the optimizer is fused or
+    capturable. Gradients and second moments are read once more. The only statistic is the number of steps, with
+    `reset_every`.
 
     Args:
         theta: multiple of the second moment that the square of an element may have, > 1. Default 5000, as in the paper.
+        reset_every: number of steps from one reset to the next, >= 2. Default `None`: no resets; 500 in the paper.
+        reset_warmup_steps: N, number of steps of the warm-up, >= 1 and below `reset_every`. Default 150, as in the
+            paper. Without resets it has no meaning.
+
+    Raises:
+        TypeError: in the optimizer's step, with `reset_every`: its state does not have Adam's moments.
 
     Telemetry:
 
     - `clipped_element_share`: share of the elements that were clipped.
     - `update_clipped`: whether any was.
+    - `update_scale`: the factor on the learning rate, with `reset_every`.
     """
 
     optimizers = (Adam,)
+    nonnegative = ("count",)
+    added = MappingProxyType({"reset_every": None, "reset_warmup_steps": 150})
 
-    def __init__(self, theta: float = 5000.0) -> None:
+    def __init__(self, theta: float = 5000.0, reset_every: int | None = None, reset_warmup_steps: int = 150) -> None:
         super().__init__()
         self.theta = require(is_number(theta) and 1 < theta < math.inf, "theta", theta, "a finite number above 1")
+        self.reset_every = integer("reset_every", reset_every, minimum=2, null="for no resets")
+        self.reset_warmup_steps = integer("reset_warmup_steps", reset_warmup_steps)
+        if reset_every is not None:
+            allowed = f"below reset_every={reset_every}"
+            require(reset_warmup_steps < reset_every, "reset_warmup_steps", reset_warmup_steps, allowed)
+        self._host_count = HostCount()
 
-    def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> None:
-        """Clip the gradients in place."""
+    def initial_state(self, like: Tensor) -> State:
+        """Return the number of steps taken, if there are resets."""
+        return {} if self.reset_every is None else {"count": torch.zeros((), dtype=torch.int64, device=like.device)}
+
+    def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
+        """Reset the moments if it is due, clip the gradients in place, and return the factor of the warm-up."""
         with torch.no_grad():
             shards = parameters_of(optimizer_parameters(optimizer))
             device = device_of(shards)
             zero = torch.zeros((), dtype=statistics_dtype(device), device=device)
+            self._prepare_state(zero, (), ())
+            scale = None if self.reset_every is None else self._reset(optimizer, self.reset_every, zero.dtype)
             # One sum for the parameters that the same ranks share. Ranks without gradients enter the same collectives.
             owners = {shard.groups: shard for shard in shards}
-            clipped, scale = dict.fromkeys(owners, zero), getattr(optimizer, "grad_scale", None)
+            clipped, grad_scale = dict.fromkeys(owners, zero), getattr(optimizer, "grad_scale", None)
             with_gradients = [shard for shard in shards if shard.parameter.grad is not None]
             elements = sum(shard.parameter.numel() for shard in with_gradients)
-            for part in _parts_above_bounds(_parts(optimizer, with_gradients), self.theta, scale):
-                count = clip_elements(part, self.theta, scale).to(zero, non_blocking=True)
+            for part in _parts_above_bounds(_parts(optimizer, with_gradients), self.theta, grad_scale):
+                count = clip_elements(part, self.theta, grad_scale).to(zero, non_blocking=True)
                 clipped[part.ranks] = clipped[part.ranks] + count
             total = sum_over_ranks([*owners.values()], torch.stack([*clipped.values()])).sum()
-            self._prepare_state(zero, (), ())
-            self._observe(total, torch.full_like(zero, elements), takes_step(optimizer, device), process_group)
+            self._observe(total, torch.full_like(zero, elements), takes_step(optimizer, device), process_group, scale)
+            return scale
+
+    def _reset(self, optimizer: Optimizer, every: int, dtype: torch.dtype) -> Tensor:
+        """Reset the moments before a step that `every` divides; return the factor on the rate.
+
+        A reset that comes before a step which is skipped comes again before the next one, to the same effect.
+        """
+        check_moments(optimizer)
+        count = self.state["count"]
+        known, most = self._host_count.read(count), self._host_count.age + 1  # that `count + 1` may be above it
+        if known is None or (known + most) // every > known // every:
+            reset_moments(optimizer, (count + 1) % every == 0)
+        return warmup_scale(count + 1, every, self.reset_warmup_steps, dtype)
 
     def _observe(
-        self, clipped: Tensor, elements: Tensor, steps: Tensor, process_group: dist.ProcessGroup | None
+        self,
+        clipped: Tensor,
+        elements: Tensor,
+        steps: Tensor,
+        process_group: dist.ProcessGroup | None,
+        scale: Tensor | None,
     ) -> None:
         """Record the telemetry of a step, over all ranks of a process group."""
         if process_group is not None:
@@ -80,8 +135,15 @@ class SPAM(OptimizerRule):
             dist.all_reduce(sums, group=process_group)
             clipped, elements = sums.unbind()
         telemetry = {"clipped_element_share": clipped / elements, "update_clipped": clipped > 0}
-        finite = torch.ones_like(steps)
-        self._record(telemetry, {}, counts=(elements > 0) & steps, finite=finite, clipped=clipped > 0)
+        state = {key: value + 1 for key, value in self.state.items()}
+        if scale is not None:
+            telemetry["update_scale"] = scale
+        counts, finite = (elements > 0) & steps, torch.ones_like(steps)
+        self._record(telemetry, state, counts=counts, finite=finite, clipped=clipped > 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what belongs to an optimizer of this process."""
+        return {**super().__getstate__(), "_host_count": HostCount()}
 
 
 class Part(NamedTuple):

@@ -1,0 +1,107 @@
+"""UpdateBrake: what widens its bound and what does not, and the states that it refuses."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+
+from tests.zclip.updates.rules import SHORT_BRAKE, growing_norms
+from zclip.updates import UpdateBrake, UpdateClip
+
+
+@pytest.mark.parametrize(("deviation", "sigmas", "expected"), [(0.1, 5, 1), (0.3, 5, 0.98), (0.3, 0, 0.49)])
+def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake_only_without_sigmas(deviation, sigmas, expected):
+    """The numbers of docs/reference/strategies.md."""
+    rule, draw, scales = UpdateBrake(sigmas=sigmas), random.Random(0), []
+    for _ in range(4000):
+        norm = math.exp(draw.gauss(0.0, deviation))
+        scales.append(float(rule.observe(torch.tensor(norm, dtype=torch.float64))))
+    assert sum(scales[2000:]) / 2000 == pytest.approx(expected, abs=0.03)
+
+
+def test_run_up_does_not_widen_the_bound():
+    """The variance counts what is below the mean: norms that grow tenfold leave it as it is."""
+    rule, draw = UpdateBrake(), random.Random(1)
+    for _ in range(1000):
+        rule.observe(torch.tensor(math.exp(draw.gauss(0.0, 0.1)), dtype=torch.float64))
+    calm = rule.read_telemetry()["update_bound"]
+    for step in range(40):
+        rule.observe(torch.tensor(math.exp(step / 17), dtype=torch.float64))
+    assert rule.read_telemetry()["update_bound"] == pytest.approx(calm, rel=0.03)
+    assert rule.read_telemetry()["update_scale"] < 0.25
+
+
+def test_norms_that_fall_steadily_do_not_widen_the_bound():
+    """After the start of a run norms fall tenfold in 250 steps: the bound is near them from step 200 on."""
+    rule, draw = UpdateBrake(), random.Random(2)
+    for step in range(600):
+        norm = 100 * 0.1 ** (min(step, 250) / 250) * math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+        if step >= 200:
+            assert 1.3 < rule.read_telemetry()["update_bound"] / norm < 4
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "highest"), [(500, 1, 2), (500, 10, 3), (500, 50, 4), (25, 3, 5), (70, 10, 5)]
+)
+def test_few_steps_almost_without_gradients_change_the_bound_little(first, steps, highest):
+    """It is that low at once late in a run, and 100 steps later early in one."""
+    rule, draw = UpdateBrake(), random.Random(3)
+    for step in range(900):
+        norm = 1e-6 if first <= step < first + steps else math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+        if step >= 200:
+            assert 1.1 < rule.read_telemetry()["update_bound"] < highest
+
+
+def test_norms_that_have_fallen_for_good_are_followed():
+    rule, draw = UpdateBrake(), random.Random(4)
+    for step in range(2500):
+        norm = (1.0 if step < 500 else 0.01) * math.exp(draw.gauss(0.0, 0.05))
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+    assert 1.3 < rule.read_telemetry()["update_bound"] / 0.01 < 2
+
+
+def test_saved_states_that_are_damaged_or_of_other_rules_are_refused():
+    rule = UpdateBrake(**SHORT_BRAKE)
+    for norm in growing_norms(3, 130):
+        rule.observe(torch.tensor(norm, dtype=torch.float64))
+    saved = rule.state_dict()
+    with pytest.raises(ValueError, match=r"^state of UpdateBrake \(version 1\) cannot be loaded into UpdateClip"):
+        UpdateClip().load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"was made with .*release=0\.9, not 0\.999"):
+        UpdateBrake().load_state_dict(saved)
+    for key, value, words in (
+        ("log_scale", 0.5, r"state\.log_scale=0\.5 is not allowed: it must be at most 0"),
+        ("log_scale", math.nan, r"state\.log_scale"),
+        ("count", 0, r"state\.level=.* finite after the first step, and -inf before"),
+        ("level", math.nan, r"state\.level"),
+        ("mean", math.nan, r"state\.mean=nan is not allowed: it must be a finite number"),
+        ("variance", -1.0, r"state\.variance"),
+    ):
+        damaged = copy.deepcopy(saved)
+        damaged["state"][key].fill_(value)
+        with pytest.raises(ValueError, match=words):
+            UpdateBrake(**SHORT_BRAKE).load_state_dict(damaged)
+
+
+def test_repr_and_live_changes_are_those_of_strategies():
+    rule = UpdateBrake(release=0.99)
+    assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, sigmas=5.0, rise_steps=1000")
+    rule.observe(torch.tensor(2.0))
+    rule.change(release=0.5)
+    assert rule.state_dict()["changes"] == [["release", 0.99, 0.5]]
+    for arguments in (
+        {"release": 1.0},
+        {"margin": 1},
+        {"margin": math.inf},
+        {"margin": 10**400},
+        {"sigmas": -1},
+        {"rise_steps": 0},
+        {"fall_steps": 0.5},
+    ):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must be "):
+            UpdateBrake(**arguments)
