@@ -4,6 +4,7 @@ Groups and their options:
   clip     zclip zclip_mean zclip_max log_z_score lagged_z_score none fixed autoclip tensor_autoclip
            adagc global_adagc agc gradient_stabilizer skip_step
   update   none monitor update_clip stable_adamw spam spam_reset brake
+  optim    adamw sgd muon custom
   model    pico nano micro 60m 150m 350m 1b 7b hf
   data     sotu smollm
   trainer  cpu gpu ddp fsdp hsdp

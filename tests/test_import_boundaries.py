@@ -23,7 +23,10 @@ MAY_IMPORT = {
 #: Files that may import further packages: a control of the labs is a rule that runs in training.
 FURTHER = {"experiments/labs/replayed_scales.py": {"zclip"}}
 #: Inside training/, from the lowest layer to the highest: a module imports its own layer and those below.
-LAYERS = ("runtime", "config", "run_dir", "checkpoint", "monitor", "validation", "module", "launch", "callback", "run")
+LAYERS = (
+    "runtime", "muon", "config", "run_dir", "checkpoint", "monitor", "validation", "module", "launch", "callback",
+    "run",
+)  # fmt: skip
 #: Parts of a run, which do not know each other.
 PARTS = ("checkpoint", "monitor", "validation")
 #: The only files that know Hydra's container.

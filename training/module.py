@@ -15,11 +15,9 @@ from common.errors import prefix_errors
 from data import Batch
 from models import Llama, parallel
 from models.hugging_face import load
+from training.config.optimizer import make_optimizer
 from training.config.schema import Config
 from training.validation.loss import ValidationSet
-
-#: Settings that `torch.optim.AdamW` takes.
-ADAMW_SETTINGS = {"betas", "eps", "weight_decay", "fused", "amsgrad"}
 
 
 class PretrainingModule(pl.LightningModule):
@@ -36,7 +34,7 @@ class PretrainingModule(pl.LightningModule):
             self.model = Llama(config.model.llama)
         self.config = config
         self.fresh = fresh
-        self.adamw: dict[str, Any] = config.optim.model_dump(include=ADAMW_SETTINGS)
+        self.optimizer_settings: list[dict[str, Any]] = []
         self.warmup_steps = round(config.optim.warmup_fraction * config.trainer.max_steps)
         self.test_loss = math.nan
 
@@ -73,8 +71,8 @@ class PretrainingModule(pl.LightningModule):
         """Apply the optimizer settings of this run: the checkpoint may come from a run with others."""
         peak = self.config.lr
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            for group in optimizer.param_groups:
-                group.update(self.adamw, initial_lr=peak, lr=self.lr_at(self.global_step))
+            for group, settings in zip(optimizer.param_groups, self.optimizer_settings, strict=True):
+                group.update(settings, initial_lr=peak, lr=self.lr_at(self.global_step))
             schedule.scheduler.base_lrs = [peak for _ in optimizer.param_groups]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -122,8 +120,12 @@ class PretrainingModule(pl.LightningModule):
         return self.config.lr * self.lr_factor(step)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its schedule, which advances every step."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.config.lr, **self.adamw)
+        """Return the optimizer and its schedule, which advances every step."""
+        optim = self.config.optim
+        optimizer = make_optimizer(optim, self.named_parameters(), self.config.lr)
+        self.optimizer_settings = [
+            {key: group[key] for key in optim.arguments.keys() & group.keys()} for group in optimizer.param_groups
+        ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -159,6 +159,17 @@ REPLAYED = tuple(
     for seed, run in ((0, "seed0-10fe4415"), (4, "seed4-72c26e60"))
 )
 
+#: AdaMod in place of AdamW, whose settings it shares. Its memory, beta3, is about that of the brake.
+ADAMOD = (
+    "optim=custom",
+    "optim.name=adamod",
+    "optim._target_=experiments.labs.adamod.AdaMod",
+    "+optim.betas=[0.9,0.999]",
+    "+optim.beta3=0.999",
+    "+optim.eps=1e-7",
+    "+optim.weight_decay=0.01",
+)
+
 ADAM_LAG = SpikeLab(
     "adam_lag",
     "Adam's second moment lags behind gradients that shrink",
@@ -172,6 +183,7 @@ ADAM_LAG = SpikeLab(
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
         Arm("AMSGrad", ("clip=none", "optim.amsgrad=true"), is_control=True),
+        Arm("AdaMod", ("clip=none", *ADAMOD), is_control=True),
         Arm("StableAdamW", ("clip=none", "update=stable_adamw"), is_control=True),
         Arm("SPAM", ("clip=none", "update=spam"), is_control=True),
         Arm("eps 1e-3", ("clip=none", "optim.eps=1e-3"), is_control=True),

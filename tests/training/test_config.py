@@ -58,7 +58,8 @@ def test_promised_options_exist():
     promised = {
         "clip": {"none", "fixed", "autoclip", "zclip", "zclip_mean", "zclip_max"},
         "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"sotu", "smollm"},
-        "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "optim": {"adamw"}, "logger": {"jsonl", "wandb"},
+        "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "logger": {"jsonl", "wandb"},
+        "optim": {"adamw", "sgd", "muon", "custom"},
         "scale": {"main", "micro", "proxy", "paper"}, "experiment": {"main", "paper"},
     }  # fmt: skip
     for group, names in promised.items():
@@ -81,6 +82,7 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         ("trainer", "fsdp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
         ("trainer", "hsdp"): "torch sees (no|. GPU)" if torch.cuda.device_count() < 8 else None,
         ("model", "7b"): "which take 105 GiB" if MEMORY < 105 * 2**30 else None,
+        ("optim", "custom"): "optim.name=custom is not allowed: .* or optim._target_ must name a class",
         ("model", "hf"): "model.init_from=null is not possible with model=hf",
         ("scale", "proxy"): "torch sees no GPU" if not torch.cuda.is_available() else "",
         ("scale", "paper"): "torch sees (no|. GPU)",
@@ -130,7 +132,8 @@ BAD = {
     "model=2b": "model=2b is not known: it must be one of 150m, 1b, 350m, 60m, 7b, hf, micro",
     "lr=-1": "lr=-1 is not allowed: it must be a number above 0",
     "lr=fast": "lr=fast is not allowed: it must be a number above 0",
-    "optim.name=sgd": "optim.name=sgd is not allowed: it must be adamw",
+    "optim.name=adam": "optim.name=adam is not allowed: it must be one of adamw, sgd, muon, or optim._target_ must",
+    "optim.name=sgd": "optim.amsgrad=false is not possible with optim.name=sgd, which has momentum, nesterov, weight_",
     "seed=1.5": "seed=1.5 is not allowed: it must be an integer from 0",
     "clip.alpha=1.5": "clip.alpha=1.5 is not allowed: it must be a number from 0 to below 1",
     "clip.alpha=abc": "clip.alpha=abc is not allowed: it must be a number from 0 to below 1",

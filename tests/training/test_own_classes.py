@@ -7,7 +7,7 @@ import torch
 
 from common.errors import ConfigError, UserError
 from tests.helpers import compose_config
-from training.config.strategy import check_classes
+from training.config.own_rules import check_own_rules
 
 CODE = """
 import torch
@@ -51,8 +51,7 @@ def own_module(tmp_path: Path, monkeypatch) -> None:
 
 def check(section: str, name: str, *overrides: str) -> None:
     group = "clip=none" if section == "clip" else "update=monitor"
-    config = compose_config(group, f"{section}._target_=own_classes.{name}", f"{section}.name=own", *overrides)
-    check_classes(config.clip, config.update)
+    check_own_rules(compose_config(group, f"{section}._target_=own_classes.{name}", f"{section}.name=own", *overrides))
 
 
 @pytest.mark.parametrize(

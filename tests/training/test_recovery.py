@@ -332,6 +332,7 @@ def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_pa
         ("model.num_hidden_layers=1", "with model.num_hidden_layers=1: that run has model.num_hidden_layers=2"),
         ("trainer.max_steps=8", "is not possible with trainer.max_steps=8: it must be more"),
         ("optim.amsgrad=true", "is not possible with optim.amsgrad=true: that run has optim.amsgrad=false"),
+        ("optim=sgd", "is not possible with optim.name=sgd: that run has optim.name=adamw"),
         ("trainer.strategy=fsdp", "is not possible with trainer.strategy=fsdp: the checkpoints of"),
     ):
         fork = () if "fork_from" in override else ("fork_from=runs/main/old@8",)

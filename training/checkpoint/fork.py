@@ -17,6 +17,7 @@ from common.text import flatten
 from training.checkpoint.saved_config import checkpoint_config
 from training.checkpoint.state import find_problem
 from training.config.identity import ADDED, identity, saved_identity_of
+from training.config.optimizer import state_differences
 from training.config.schema import Config
 from training.run_dir import RunDir
 from training.runtime.distributed import rank
@@ -122,10 +123,8 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
             f" with trainer.strategy={config.trainer.strategy}: the checkpoints of trainer.strategy="
             f"{old.trainer.strategy} are {'' if old.trainer.sharded else 'not '}sharded"
         )
-    if old.optim.amsgrad != config.optim.amsgrad:
-        raise impossible(
-            f" with optim.amsgrad={shown(config.optim.amsgrad)}: that run has optim.amsgrad={shown(old.optim.amsgrad)}"
-        )
+    for key, value, saved_value in state_differences(config.optim, old.optim):
+        raise impossible(f" with optim.{key}={shown(value)}: that run has optim.{key}={shown(saved_value)}")
     if step >= config.trainer.max_steps:
         raise impossible(f" with trainer.max_steps={config.trainer.max_steps}: it must be more")
     clipping, old_clipping = flatten(requested["clip"]), flatten(saved["clip"])

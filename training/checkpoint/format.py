@@ -231,7 +231,8 @@ def tensor_specs(checkpoint: Path) -> dict[str, TensorSpec]:
         (optimizer,) = header["optimizer_states"]
         flat = {f"state_dict.{name}": tensor for name, tensor in header["state_dict"].items()}
         for key, state in optimizer["state"].items():
-            flat |= {f"optimizer_0.state.{key}.{name}": tensor for name, tensor in state.items()}
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            flat |= {f"optimizer_0.state.{key}.{name}": tensor for name, tensor in tensors.items()}
         return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in flat.items()}
     metadata = _Reader(checkpoint).read_metadata()
     specs = {}
@@ -262,7 +263,7 @@ def _is_complete(entry: TensorStorageMetadata) -> bool:
 
 
 def load_param_groups(checkpoint: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the settings of the optimizer, of which there is one, in each of its parameter groups."""
+    """Return the settings of the optimizer, of which there is one, in each of its parameter groups, in their order."""
     if not checkpoint.is_dir():
         (optimizer,) = header["optimizer_states"]
         return optimizer["param_groups"]
@@ -271,7 +272,7 @@ def load_param_groups(checkpoint: Path, header: Mapping[str, Any]) -> list[dict[
     for name, value in _load_sharded(checkpoint, prefix).items():
         number, _, key = name.removeprefix(prefix).partition(".")
         groups.setdefault(number, {})[key] = value
-    return list(groups.values())
+    return [groups[number] for number in sorted(groups, key=int)]
 
 
 def load_shards(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 import zclip
@@ -22,6 +23,8 @@ from models import Llama
 from training.checkpoint.format import TensorSpec, is_valid, load_header, load_param_groups, tensor_specs, tensors_in
 from training.checkpoint.rng import set_rng_states
 from training.checkpoint.saved_config import checkpoint_config
+from training.config.optim import OptimConfig
+from training.config.optimizer import grouped, make_optimizer, state_names
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy, is_ours, update_rule
 
@@ -34,8 +37,8 @@ KEYS = (
 #: Fields of a counter of Lightning's loops.
 COUNTS = {"ready", "started", "processed", "completed"}
 
-#: Settings of the optimizer that every run has from its configuration, whatever its checkpoint says.
-CONFIGURED = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay", "fused", "amsgrad"}
+#: Settings of each group of parameters that a run sets by itself, whatever its checkpoint says.
+SET_BY_RUN = {"params", "lr", "initial_lr"}
 
 
 def find_problem(checkpoint: Path) -> str | None:
@@ -66,11 +69,10 @@ def check_state(checkpoint: Path) -> None:
         model = _meta_model(config, specs)
         _check_tensors({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, specs, "state_dict")
     with _part("its optimizer"):
-        (group,) = load_param_groups(checkpoint, header)
-        moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if config.optim.amsgrad else ()))
-        _check_optimizer(group, model, specs, checkpoint.is_dir(), moments)
+        groups = load_param_groups(checkpoint, header)
+        _check_optimizer(groups, config.optim, model, specs, checkpoint.is_dir())
     with _part("its schedule"):
-        _check_schedule(header["lr_schedulers"], step)
+        _check_schedule(header["lr_schedulers"], step, len(groups))
     with _part("its loops"):
         _check_loops(header["loops"]["fit_loop"], step, config)
     with _part("its clipper"):
@@ -135,23 +137,53 @@ def _check_tensors(expected: Mapping[str, torch.Tensor], specs: Mapping[str, Ten
 
 
 def _check_optimizer(
-    group: Mapping[str, Any], model: Llama, specs: Mapping[str, TensorSpec], sharded: bool, moments: Sequence[str]
+    groups: Sequence[Mapping[str, Any]],
+    optim: OptimConfig,
+    model: Llama,
+    specs: Mapping[str, TensorSpec],
+    sharded: bool,
 ) -> None:
-    """Raise `ValueError` unless a group of parameters has all of the model's, with AdamW's settings and state."""
-    parameters = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    keys: list[Any] = list(parameters) if sharded else list(range(len(parameters)))
-    _require(group["params"] == keys, "its parameters are others")
-    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    """Raise `ValueError` unless the groups have all parameters of the model, with the optimizer's settings and state.
+
+    Of an optimizer of one's own, nothing is imported because a checkpoint names it. Its settings must be plain values,
+    and its state must be that of parameters of the model.
+    """
+    parameters = grouped(optim, ((f"model.{name}", p) for name, p in model.named_parameters()))
+    fresh = None if optim.target else make_optimizer(optim, _one_of_each(parameters), lr=1.0).param_groups
+    expected: dict[str, Tensor] = {}
+    keys: list[Any] = []
+    for number, (group, (name, members)) in enumerate(zip(groups, parameters.items(), strict=True)):
+        first = len(keys)
+        keys += members if sharded else range(first, first + len(members))
+        _require(group["params"] == keys[first:], "its parameters are others")
+        _check_settings(group, optim, None if fresh is None else fresh[number])
+        for key, parameter in zip(keys[first:], members.values(), strict=True):
+            for entry, is_number in state_names(optim, name).items():
+                expected[f"{key}.{entry}"] = torch.zeros((), device="meta") if is_number else parameter.detach()
+    if optim.target is None:
+        _check_tensors(expected, specs, "optimizer_0.state")
+    known = tuple(f"optimizer_0.state.{key}." for key in keys)
+    for name in (name for name in specs if name.startswith("optimizer_0.state.")):
+        _require(name.startswith(known), f"{name} is unknown")
+
+
+def _one_of_each(groups: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return a parameter of each group, by its name, with one element."""
+    firsts = (next(iter(members.items())) for members in groups.values())
+    return [(name, torch.zeros([1] * parameter.ndim)) for name, parameter in firsts]
+
+
+def _check_settings(group: Mapping[str, Any], optim: OptimConfig, fresh: Mapping[str, Any] | None) -> None:
+    """Raise `ValueError` unless settings of a group are those that its optimizer has at first, or plain values."""
     for name, value in group.items():
-        _require(name in CONFIGURED or (name in defaults and value == defaults[name]), f"{name}={value!r}")
-    expected: dict[str, torch.Tensor] = {}
-    for key, parameter in zip(keys, parameters.values(), strict=True):
-        expected[f"{key}.step"] = torch.zeros((), device="meta")
-        expected |= {f"{key}.{name}": parameter.detach() for name in moments}
-    _check_tensors(expected, specs, "optimizer_0.state")
+        is_set = name in SET_BY_RUN or name in optim.arguments
+        values = value if isinstance(value, list | tuple) else [value]
+        is_plain = all(isinstance(one, int | float | str | None) for one in values)
+        is_known = is_plain if fresh is None else name in fresh and value == fresh[name]
+        _require(is_set or is_known, f"{name}={value!r}")
 
 
-def _check_schedule(states: Any, step: int) -> None:
+def _check_schedule(states: Any, step: int, groups: int) -> None:
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     known = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0).state_dict()
     (state,) = states
@@ -159,9 +191,10 @@ def _check_schedule(states: Any, step: int) -> None:
     for name, value in state.items():
         _require(type(value) is type(known[name]), f"{name}={value!r}")
     for name in ("base_lrs", "_last_lr"):
-        (rate,) = state[name]
-        _require(isinstance(rate, float) and math.isfinite(rate), f"{name}={rate!r}")
-    _require(state["lr_lambdas"] in ([{}], [None]), "lr_lambdas")
+        _require(len(state[name]) == groups, f"{name} is not that of its groups")
+        for rate in state[name]:
+            _require(isinstance(rate, float) and math.isfinite(rate), f"{name}={rate!r}")
+    _require(state["lr_lambdas"] in ([{}] * groups, [None] * groups), "lr_lambdas")
 
 
 def _check_loops(fit_loop: Mapping[str, Any], step: int, config: Config) -> None:

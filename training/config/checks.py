@@ -13,13 +13,13 @@ from data import Corpus, DataConfig, corpus_from
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
+from training.config.optimizer import check_optimizer, group_of, state_bytes
+from training.config.own_rules import check_own_rules
 from training.config.schema import Config, TrainerConfig
-from training.config.strategy import check_classes, clipping_strategy
+from training.config.strategy import clipping_strategy, update_rule
 from training.runtime.hardware import available_memory
 from zclip.scope import in_scope, patterns_of
 
-#: Class of the optimizer, which is also the name of its group of parameters.
-OPTIMIZER = "AdamW"
 #: Fields of the model that may differ from those of the weights that training starts from.
 FREE_FIELDS = {"max_position_embeddings", "initializer_range", "embedding_initializer_range"}
 
@@ -30,8 +30,10 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
     A run that is started `elsewhere`, as a job on nodes of a cluster, needs no GPUs and no memory here.
     """
-    check_classes(config.clip, config.update)
+    check_optimizer(config.optim, update_rule(config.update), config.update.name)
+    check_own_rules(config)
     _check_scope(config)
+    _check_fused(config)
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
@@ -51,23 +53,30 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     check_cache(corpus, config.paths.cache)
 
 
+def _check_fused(config: Config) -> None:
+    """Raise `ConfigError` if fused SGD would get sharded parameters, which torch refuses."""
+    if config.optim.name == "sgd" and config.optim.fused and config.trainer.sharded:
+        strategy = f"trainer.strategy={config.trainer.strategy}"
+        problem = f"is not possible with {strategy}: fused SGD takes no sharded parameters; optim.fused=false does"
+        raise ConfigError("optim.fused", True, problem=problem)
+
+
 def _check_scope(config: Config) -> None:
     """Raise `UserError` unless each pattern of the strategy's scope matches a parameter."""
     scope = clipping_strategy(config.clip).scope
     if scope is None:
         return
     with torch.device("meta"):
-        names = [f"model.{name}" for name, _ in Llama(config.model.llama).named_parameters()]
-    value, parameters = (
-        shown(config.clip.arguments["scope"]),
-        f"the model's parameters, which are {', '.join(names[:4])}",
-    )
+        parameters = Llama(config.model.llama).named_parameters()
+        groups = {f"model.{name}": group_of(config.optim, name, p.ndim) for name, p in parameters}
+    names = [*groups]
+    value, others = shown(config.clip.arguments["scope"]), f"the model's parameters, which are {', '.join(names[:4])}"
     for pattern in patterns_of(scope):
-        if not any(in_scope(name, pattern.removeprefix("!"), OPTIMIZER) for name in names):
-            problem = f"is not allowed: {pattern} matches none of {parameters}, ..."
+        if not any(in_scope(name, pattern.removeprefix("!"), groups[name]) for name in names):
+            problem = f"is not allowed: {pattern} matches none of {others}, ..."
             raise ConfigError("clip.scope", value, problem=problem)
-    if not any(in_scope(name, scope, OPTIMIZER) for name in names):
-        raise ConfigError("clip.scope", value, problem=f"has none of {parameters}, ...")
+    if not any(in_scope(name, scope, groups[name]) for name in names):
+        raise ConfigError("clip.scope", value, problem=f"has none of {others}, ...")
 
 
 def _check_started_processes(trainer: TrainerConfig) -> None:
@@ -135,15 +144,16 @@ def check_cache(corpus: Corpus, cache: str) -> None:
         check_folder("paths.cache", cache, Path(cache))
 
 
-#: Weights, gradients and AdamW's two moments, in float32.
-BYTES_PER_PARAMETER = 16
+#: Weights and gradients, in float32.
+BYTES_PER_PARAMETER = 8
 
 
 def _check_memory(config: Config) -> None:
     """Raise `ConfigError` unless what is kept of each parameter fits the machine or each GPU."""
     trainer, parameters = config.trainer, config.model.parameters
     available = available_memory(trainer.accelerator, trainer.devices)
-    needed = BYTES_PER_PARAMETER * parameters // trainer.dp_shard
+    optimizer = state_bytes(config.optim, config.model.llama)
+    needed = (BYTES_PER_PARAMETER * parameters + optimizer) / trainer.dp_shard
     if needed > available:
         problem = (
             f"has {parameters:,} parameters, which take {needed / 2**30:,.0f} GiB to train: it must fit the "

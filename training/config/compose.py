@@ -109,7 +109,8 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         return ConfigError(key, flatten(ours).get(key, "..."), problem=problem)
 
     named = overrides_dict(overrides)
-    for key, target in (("clip._target_", saved.clip.target), ("update._target_", saved.update.target)):
+    targets = {section: getattr(saved, section).target for section in ("clip", "update", "optim")}
+    for key, target in ((f"{section}._target_", target) for section, target in targets.items()):
         if not is_ours(target) and named.pop(key, None) != target:
             problem = (
                 f"is not a class of zclip, and not imported because a file says so: add {key}={target} if you trust it"

@@ -13,6 +13,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.text import flatten
 from data.config import InstanceFilterConfig
+from training.config.optimizer import optimizer_class
 from training.config.schema import Config, UpdateConfig
 from training.config.strategy import is_ours, rule_class, strategy_class
 from zclip.arguments import is_number
@@ -55,15 +56,18 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     kept = config.model_dump(mode="json", by_alias=True, exclude=dropped)
     if config.trainer.on_nonfinite == "rewind":  # it restarts from the last checkpoint
         kept["trainer"]["checkpoint_every"] = config.trainer.checkpoint_every
-    clip, update = config.clip, config.update
+    clip, update, optim = config.clip, config.update, config.optim
     if is_named or is_ours(clip.target):
         kept["clip"] |= _as_declared(lambda: strategy_class(clip), clip.arguments)
     if (target := update.target) is not None and (is_named or is_ours(target)):
         kept["update"] |= _as_declared(lambda: rule_class(target), update.arguments)
+    if optim.target is not None and (is_named or is_ours(optim.target)):
+        own = {key: optim.arguments[key] for key in optim.model_extra or {}}
+        kept["optim"] |= _as_declared(lambda: optimizer_class(optim), own)
     for key, default in ADDED.items():
         *sections, name = key.split(".")
         section = reduce(getitem, sections, kept)
-        if section[name] == default:
+        if name in section and section[name] == default:  # an optimizer lacks the settings of others
             del section[name]
     return kept
 
@@ -74,8 +78,8 @@ def saved_identity_of(saved: Config, config: Config, is_named: bool = True) -> d
     Classes that the file names are imported only if they are `zclip`'s, or those of `config`, which the user has named
     (`is_named`).
     """
-    is_same = (saved.clip.target, saved.update.target) == (config.clip.target, config.update.target)
-    return identity(saved, is_named=is_named and is_same)
+    theirs, ours = ((c.clip.target, c.update.target, c.optim.target) for c in (saved, config))
+    return identity(saved, is_named=is_named and theirs == ours)
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -114,7 +118,8 @@ def run_name(config: Config) -> str:
         return config.name
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     rule = "" if config.update.target is None else f"-{config.update.name}"
-    return f"{config.model.name}-{config.clip.name}{rule}-lr{config.lr:g}-seed{config.seed}-{digest}"
+    optimizer = "" if config.optim.name == "adamw" else f"-{config.optim.name}"
+    return f"{config.model.name}-{config.clip.name}{rule}{optimizer}-lr{config.lr:g}-seed{config.seed}-{digest}"
 
 
 def run_path(config: Config) -> Path:

@@ -52,6 +52,7 @@ FREE_GROUPS = ("scale", "experiment")
 NOTES = {
     "clip": "[Strategies](strategies.md) has them.",
     "update": "[Clip updates](../how-to/clip-updates.md) explains them.",
+    "optim": "[Choose an optimizer](../how-to/choose-an-optimizer.md) shows their use.",
     "data": "[Train on your own text](../how-to/text-and-tokens.md) explains these by tasks.",
     "trainer": "[Use several processes](../how-to/many-processes.md) explains the split of the batch.",
     "logger": "[Log to Weights & Biases](../how-to/loggers.md) shows its use.",

@@ -17,8 +17,6 @@ from common.settings import (
     Flag,
     Folder,
     FolderName,
-    Fraction,
-    NotNegative,
     PathText,
     Positive,
     Settings,
@@ -28,6 +26,7 @@ from data.config import CorruptionKind, Steps
 from data.corruption import MIN_COUNT
 from evaluation.config import EvalConfig
 from models.config import ModelConfig
+from training.config.optim import OptimConfig
 from training.runtime.hardware import PEAK_FLOPS, peak_flops
 
 #: Parallelism of a run: one process; a full model in each; sharded over all; sharded within each replica.
@@ -66,33 +65,6 @@ class UpdateConfig(Settings):
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the rule's class."""
         return dict(self.model_extra or {})
-
-
-class OptimConfig(Settings):
-    """The optimizer and its learning-rate schedule: linear warm-up, then a cosine (the paper's Table 1)."""
-
-    name: Literal["adamw"]
-    """The optimizer."""
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        Field(strict=False),
-        Allowed("two numbers from 0 to below 1"),
-    ]
-    """Decay rates of AdamW's two moments."""
-    eps: Positive
-    """Added to the root of the second moment."""
-    weight_decay: NotNegative
-    """Decoupled weight decay, applied to every parameter."""
-    fused: Flag
-    """Whether the optimizer runs as one fused kernel, into which clipping is folded."""
-    amsgrad: Flag = False
-    """Whether updates are divided by the maximum of the second moments so far (AMSGrad); 4 more bytes a parameter."""
-    warmup_fraction: Fraction
-    """Share of the steps over which the learning rate rises linearly from 0."""
-    final_lr_fraction: Fraction
-    """Share of the peak learning rate at which the cosine ends."""
-    z_loss: NotNegative
-    """Weight of log(Z)^2 in the loss; 1e-4 in PaLM; 0 turns it off, as in the paper."""
 
 
 class TrainerConfig(Settings):

@@ -1,16 +1,15 @@
-"""From the sections `clip` and `update` to a clipping strategy and a rule over updates."""
+"""From the sections `clip` and `update` to a clipping strategy and a rule over updates, and to any named class."""
 
 import importlib
 import inspect
+from collections.abc import Container
 from typing import Any, TypeVar, Unpack, get_args, get_origin
 
-import torch
-from torch import nn
+from torch.optim import Optimizer
 
 from common.errors import ConfigError, UserError, prefix_errors
 from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
-from zclip.state import TelemetryNameError
 from zclip.updates import OptimizerRule, UpdateRule
 
 #: Methods of base classes; a class must have one of them of its own. A subclass comes before its base.
@@ -18,9 +17,11 @@ _ABSTRACT: dict[type, tuple[str, ...]] = {
     ClippingStrategy: ("decide", "clip"),
     UpdateRule: ("decide", "before_step"),
     OptimizerRule: ("before_step",),
+    Optimizer: ("step",),
 }
 
 T = TypeVar("T", bound=ClippingStrategy | OptimizerRule)
+C = TypeVar("C", bound=ClippingStrategy | OptimizerRule | Optimizer)
 
 
 def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
@@ -37,54 +38,26 @@ def update_rule(update: UpdateConfig) -> OptimizerRule | None:
     return None
 
 
-def check_classes(clip: ClipConfig, update: UpdateConfig) -> None:
-    """Raise `UserError` if a strategy or a rule cannot be made, or one of your own cannot be attached or recorded.
-
-    One of your own takes a step of a small AdamW, so that the names of its telemetry are known before training. An
-    error of its code is left for training to raise: the small model may be the cause.
-    """
-    strategy, rule = clipping_strategy(clip), update_rule(update)
-    if not is_ours(clip.target):
-        strategy.scope = None
-        _try("clip", clip.target, strategy)
-    if rule is not None and update.target is not None and not is_ours(update.target):
-        _try("update", update.target, rule)
-
-
-def _try(section: str, target: str, rule: ClippingStrategy | OptimizerRule) -> None:
-    with torch.random.fork_rng(devices=[]):
-        model = nn.Linear(2, 2)
-        optimizer = torch.optim.AdamW(model.parameters())
-        loss = model(torch.ones(1, 2)).square().sum()
-        loss.backward()
-        try:
-            rule.attach(optimizer)
-        except TypeError as error:
-            raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
-        try:
-            optimizer.step(loss.detach)
-        except TelemetryNameError as error:
-            raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
-        except Exception:
-            return
-
-
 def is_ours(target: str | None) -> bool:
-    """Whether a `_target_` is in this project's library, or null, so that a file may name it."""
-    return target is None or target.startswith("zclip.")
+    """Whether a `_target_` is in this project's library or torch's, or null, so that a file may name it."""
+    return target is None or target.startswith(("zclip.", "torch.optim."))
 
 
 def strategy_class(clip: ClipConfig) -> type[ClippingStrategy]:
     """Return the class that `clip._target_` names; raise `ConfigError` if it cannot be imported, or is no strategy."""
-    return _found("clip", clip.target, ClippingStrategy, "a subclass of zclip.ClippingStrategy")
+    return find_class("clip", clip.target, ClippingStrategy, "a subclass of zclip.ClippingStrategy")
 
 
 def rule_class(target: str) -> type[OptimizerRule]:
     """Return the class that `update._target_` names; raise `ConfigError` if there is none, or it is no rule."""
-    return _found("update", target, OptimizerRule, "a subclass of zclip.updates.OptimizerRule")
+    return find_class("update", target, OptimizerRule, "a subclass of zclip.updates.OptimizerRule")
 
 
-def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:
+def find_class(section: str, target: str, base: type[C], allowed: str) -> type[C]:
+    """Return the subclass of `base` that `_target_` of a section names; raise `ConfigError` if there is none.
+
+    `allowed`: what it must be, in words.
+    """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -96,14 +69,16 @@ def _found(section: str, target: str, base: type[T], allowed: str) -> type[T]:
     abstract = next(each for each in _ABSTRACT if issubclass(found, each))
     methods = _ABSTRACT[abstract]
     if all(getattr(found, method) is getattr(abstract, method) for method in methods):
-        problem = f"decides nothing: it must have the method {' or '.join(methods)}"
+        lacking = "takes no step" if abstract is Optimizer else "decides nothing"
+        problem = f"{lacking}: it must have the method {' or '.join(methods)}"
         raise ConfigError(f"{section}._target_", target, problem=problem)
     return found
 
 
-def _made(section: str, made_by: type[T], arguments: dict[str, Any]) -> T:
+def check_arguments(section: str, made_by: type[Any], arguments: dict[str, Any], supplied: Container[str] = ()) -> None:
+    """Raise `UserError` unless a class takes these keyword arguments, and needs no others but those `supplied`."""
     parameters = inspect.signature(made_by).parameters.values()
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in supplied]
     known = [p.name for p in named]
     for keywords in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
         known += get_args(keywords)[0].__annotations__ if get_origin(keywords) is Unpack else arguments
@@ -115,5 +90,9 @@ def _made(section: str, made_by: type[T], arguments: dict[str, Any]) -> T:
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise UserError(f"{section}.{parameter.name} is missing: {made_by.__name__} needs it")
+
+
+def _made(section: str, made_by: type[T], arguments: dict[str, Any]) -> T:
+    check_arguments(section, made_by, arguments)
     with prefix_errors(section):
         return made_by(**arguments)

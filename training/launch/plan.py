@@ -19,6 +19,7 @@ from models import LlamaConfig
 from models.llama import Block
 from models.loss import chunk_rows
 from models.parallel import SAVED_OPS
+from training.config.optimizer import state_bytes
 from training.config.schema import Config
 from training.runtime.hardware import flops_per_token, peak_flops
 
@@ -48,15 +49,15 @@ def plan(config: Config) -> Plan:
     trainer = config.trainer
     memory = max(_moments(config), key=lambda moment: sum(moment.values()))
     if trainer.async_save and trainer.accelerator == "cpu":  # a GPU's copy is in the host's memory
-        memory["copy that is saved"] = (4 + _optimizer_bytes(config)) * config.model.parameters / trainer.dp_shard
+        memory["copy that is saved"] = _copied_bytes(config) / trainer.dp_shard
     per_step = trainer.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model.llama, config.data.sequence_length)
     return Plan(memory, per_step, trainer.max_steps, flops * per_step * trainer.max_steps)
 
 
-def _optimizer_bytes(config: Config) -> int:
-    """Return the bytes of the optimizer's state for each parameter: two moments, and AMSGrad's maximum."""
-    return 12 if config.optim.amsgrad else 8
+def _copied_bytes(config: Config) -> float:
+    """Return the bytes of weights and optimizer state that a checkpoint has."""
+    return 4 * config.model.parameters + state_bytes(config.optim, config.model.llama)
 
 
 def _moments(config: Config) -> list[dict[str, float]]:
@@ -83,7 +84,7 @@ def _moments(config: Config) -> list[dict[str, float]]:
     gradients = 4 * model.parameters / (1 if sharded and accumulates else trainer.dp_shard)
     base = {
         "weights": 4 * model.parameters / trainer.dp_shard,
-        "optimizer": _optimizer_bytes(config) * model.parameters / trainer.dp_shard,
+        "optimizer": state_bytes(config.optim, model) / trainer.dp_shard,
         "gradients": gradients,
         "weights in use": in_use,
         "activations": layers * saved + 2 * hidden,  # with the final norm's input and output
