@@ -40,6 +40,8 @@ def draw_forks(lab: ContinuedLab, collection: RunCollection) -> Figure | None:
             ax.axvline(0, color="0.4", lw=0.9)
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+            ax.tick_params(which="both", labelsize=7)
     for row, label in enumerate(PANELS.values()):
         axes[row, 0].set_ylabel(label, fontsize=8)
     figure.supxlabel(f"steps from the fork, runs of seed {seeds[0]}", fontsize=9)

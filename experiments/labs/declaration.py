@@ -305,7 +305,7 @@ CONTINUED = ContinuedLab(
     continuations={
         "nothing changes": (),
         "new text": ("fork_data=new", "data.max_tokens=null"),
-        "longer context": ("fork_data=new", "data.sequence_length=128"),
+        "longer context": ("fork_data=new", "data.sequence_length=64"),
         "decay of the rate": ("optim.warmup_fraction=0.5", "optim.final_lr_fraction=0.1"),  # begins at the fork
     },
     rises=("new text", "longer context"),

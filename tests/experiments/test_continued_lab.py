@@ -178,7 +178,7 @@ def test_runs_of_the_lab_are_named_by_what_they_begin_after():
 def test_base_warms_up_in_fifty_steps_and_the_decay_begins_at_the_fork():
     base = compose_config("experiment=continued")
     assert (base.optim.warmup_fraction * base.trainer.max_steps, base.optim.final_lr_fraction) == (50, 1)
-    assert base.data.sequence_length == 32 and base.model.max_position_embeddings == 128
+    assert base.data.sequence_length == 32 and base.model.max_position_embeddings == 64
     decay = LAB.continuations["decay of the rate"]
     assert "optim.warmup_fraction=0.5" in decay, "the run is twice as long as the one before"
     lag = composed("experiment=adam_lag")
