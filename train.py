@@ -52,10 +52,11 @@ from common.console import make_console
 from common.errors import UserError, one_line
 from common.files import write_atomic
 from common.text import overrides_dict
-from data import corpus_from
+from data import corpus_from, read_tokenizer
 from experiments.run.read import read_run
 from experiments.run.summary import comparison, summarise, table
 from training.checkpoint.fork import ForkSource, find_fork_source
+from training.checkpoint.fork_data import check_same_tokenizer
 from training.checkpoint.saved_config import check_changes, check_same_run, config_of_run
 from training.config.checks import check
 from training.config.compose import load_config, resumed_config, saved_identity
@@ -166,6 +167,8 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(config, console)
+    if fork is not None and fork.new_data:
+        check_same_tokenizer(config, fork.run_dir, read_tokenizer(tokens.folder))
     with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
             evaluation = train(config, run_dir, tokens, console, fork=fork)

@@ -1,7 +1,8 @@
 """The loader of a training run. Its position is the number of sequences that all ranks together have consumed.
 
-A stream adds the start of its block. The position is the same on every rank, so a run may be resumed on another number
-of ranks or with another micro-batch size.
+A stream adds the start of its block. A run that goes on with other data adds the position at which they begin: there
+it takes their first sequence. The position is the same on every rank, so a run may be resumed on another number of
+ranks or with another micro-batch size.
 """
 
 from collections.abc import Iterator
@@ -42,11 +43,14 @@ class TrainLoader:
     skipped_batches: int = 0  # global batches before this run's next one on which no step was taken
     skipped_before: int = 0  # those of them that a saved position must have skipped already
     instance_filter: InstanceFilterConfig | None = None  # masks rows, corrupted or not; `None`: none
+    new_data_after: int | None = None  # global batches before these data, if the saved position is one in other data
 
     def __post_init__(self) -> None:
         self.per_forward = self.share.micro_batch_size * self.share.world_size
         self.total = (self.steps + self.skipped_batches) * self.share.global_batch_size
         self.consumed = self.skipped_batches * self.share.global_batch_size
+        #: Sequences of the run before the first one of these data.
+        self.data_start = 0
         #: Position, rows and mask of the global batch that was filtered last.
         self._filtered: tuple[int, Batch, Tensor] | None = None
 
@@ -67,7 +71,7 @@ class TrainLoader:
 
     def _take(self, first: int, rows: int, step: int) -> Batch:
         """Return the rows from position `first` of the run on, as they are trained on at a step."""
-        tokens = self.sequences.take(first, rows)
+        tokens = self.sequences.take(first - self.data_start, rows)
         return self.corruption.replace(tokens, first, step) if self.corruption else Batch(tokens)
 
     def _take_filtered(self, instance_filter: InstanceFilterConfig, first: int, step: int) -> Batch:
@@ -91,22 +95,29 @@ class TrainLoader:
             "sequences_consumed": self.consumed,
             "skipped_batches": self.skipped_batches,
             "fingerprint": self.fingerprint,
+            **({"data_start": self.data_start} if self.data_start else {}),
             **self.sequences.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved position, and advance by the batches that were skipped since it was saved.
 
+        With `new_data_after`, it is one in other data: these begin with their first sequence after so many batches.
+
         Raises:
             UserError: it is a position in other tokens, or none.
         """
         try:
             state = check_record(LoaderState, state_dict)
-            if state.fingerprint != self.fingerprint:
+            if self.new_data_after is not None:
+                self.data_start = self.new_data_after * self.share.global_batch_size
+            elif state.fingerprint != self.fingerprint:
                 raise UserError(
                     f"the checkpoint was trained on tokens {state.fingerprint}, but these are {self.fingerprint}"
                 )
-            self.sequences.load_state(state_dict)
+            else:
+                self.data_start = state.data_start
+                self.sequences.load_state(state_dict)
         except UserError:
             raise
         except (ValueError, TypeError) as error:

@@ -166,15 +166,18 @@ class StreamState(Record):
 
 
 class LoaderState(Record):
-    """A position in a run, as a checkpoint has it."""
+    """A position in a run, as a checkpoint has it, see `data.loader.TrainLoader`."""
 
     sequences_consumed: _Many
+    data_start: _Many = 0
     skipped_batches: _Many = 0
     fingerprint: str
     stream: StreamState | None = None
 
     @model_validator(mode="after")
     def _is_in_the_block(self) -> Self:
-        if self.stream is not None and self.stream.first_sequence > self.sequences_consumed:
+        if self.data_start > self.sequences_consumed:
+            raise ValueError("it is before its data")
+        if self.stream is not None and self.stream.first_sequence > self.sequences_consumed - self.data_start:
             raise ValueError("it is before its block")
         return self

@@ -41,6 +41,11 @@ class Tokenizer(NamedTuple):
         return np.uint16 if self.size <= 1 << 16 else np.uint32
 
     @property
+    def content(self) -> tuple[str, int]:
+        """What decides on the ids of a text: tokenizers of the same content encode alike."""
+        return self.tokenizer.to_str(), self.end
+
+    @property
     def end_token(self) -> str:
         """The end-of-text token as it is spelled."""
         return str(self.tokenizer.id_to_token(self.end))

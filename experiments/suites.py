@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.labs.declaration import LABS
+from experiments.labs.declaration import LABS, Fork, Lab
 from experiments.paper import tables_and_figures
 
 
@@ -17,20 +17,30 @@ class Suite(NamedTuple):
         base: file in configs/experiment/ with the settings that its runs share.
         runs: further overrides of each run.
         needs_scale: whether `scale=` says how large the runs are.
+        forked: further overrides of each run that begins after another one, and where it does.
     """
 
     base: str
     runs: Sequence[tuple[str, ...]]
     needs_scale: bool = False
+    forked: Sequence[tuple[tuple[str, ...], Fork]] = ()
 
     @property
     def keys(self) -> set[str]:
         """The keys that the runs set."""
-        return {override.partition("=")[0] for run in self.runs for override in run}
+        keys = {
+            override.partition("=")[0] for run in (*self.runs, *(run for run, _ in self.forked)) for override in run
+        }
+        return keys | ({"fork_from"} if self.forked else set())
+
+
+def _suite_of(lab: Lab) -> Suite:
+    forked = [(arm.overrides, arm.fork) for arm in lab.runs if arm.fork is not None]
+    return Suite(lab.name, [arm.overrides for arm in lab.runs if arm.fork is None], forked=forked)
 
 
 SUITES: dict[str, Suite] = {
     name: Suite("paper", [tuple(spec.overrides) for spec in specs], needs_scale=True)
     for name, specs in tables_and_figures.SUITES.items()
 }
-SUITES |= {f"{name}_lab": Suite(name, [arm.overrides for arm in lab.runs]) for name, lab in LABS.items()}
+SUITES |= {f"{name}_lab": _suite_of(lab) for name, lab in LABS.items()}

@@ -4,7 +4,7 @@
 sees one option of the group `experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`,
 `--help`, shell completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are
 the runs of the suites times the sweep over all other overrides. A job itself has the file that its suite extends, such
-as `experiment=paper`.
+as `experiment=paper`. Runs that begin after others of the suite come in a second batch, when those are finished.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from experiments.suites import SUITES
+from experiments.suites import SUITES, Suite
+from training.config.compose import fork_settings
 from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans
 
 
@@ -68,51 +69,98 @@ class SuiteSweeper(BasicSweeper):
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """Return the overrides of each job, in one batch."""
-        by_key = {override.get_key_element(): override for override in overrides}
-        if "experiment" not in by_key:
-            raise UserError("hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites")
-        value = by_key["experiment"].get_value_element_as_str()
-        names = value.strip("[]").split(",")
-        if unknown := [name for name in names if name not in SUITES]:
-            raise UserError(
-                f"experiment={value} is not possible: {unknown[0]} is none of the suites {', '.join(sorted(SUITES))}"
-            )
-        suites = [SUITES[name] for name in names]
-        bases = {suite.base for suite in suites}
-        if len(bases) > 1:
-            raise UserError(f"experiment={value} is not possible: {' and '.join(names)} do not share their settings")
-        suite_keys = {key for name in SUITES if SUITES[name].base in bases for key in SUITES[name].keys}
-        for key in (key.lstrip("+~") for key in by_key):
-            if key in suite_keys or key == "lr":
-                steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
-                keys = ", ".join(sorted(suite_keys))
-                raise UserError(f"{key} cannot be set with experiment={value}: the suites set {keys}{steps}")
-        scale = by_key["scale"].get_value_element_as_str() if "scale" in by_key else None
-        if suites[0].needs_scale and scale in (None, "main"):
-            problem = "scale is not set" if scale is None else "scale=main is not possible"
-            raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
+        """Return the overrides of each job that begins at its first step, in one batch."""
+        suites, combinations = _suites_and_combinations(overrides)
         runs = dict.fromkeys(run for suite in suites for run in suite.runs)
-        others = [override for override in overrides if override.get_key_element() != "experiment"]
-        (combinations,) = BasicSweeper.split_arguments(others, None)
-        return [[[f"experiment={suites[0].base}", *run, *more] for more in combinations for run in runs]]
+        return [[_job(suites, run, more) for more in combinations for run in runs]]
+
+    @staticmethod
+    def compose_batches(loader: Any, config: Any, overrides: list[Override]) -> list[list[Job]]:
+        """Return the jobs, without duplicates of the same run: first those from which the others begin.
+
+        These get the name of the run from which they begin, and their length.
+        """
+        suites, combinations = _suites_and_combinations(overrides)
+        runs = dict.fromkeys(run for suite in suites for run in suite.runs)
+        forked = dict.fromkeys(run for suite in suites for run in suite.forked)
+        first = {(run, tuple(more)): _job(suites, run, more) for more in combinations for run in runs}
+        jobs = {key: compose_job(loader, config, job) for key, job in first.items()}
+        others = []
+        for more in combinations:
+            for run, fork in forked:
+                settings = fork_settings(jobs[fork.overrides, tuple(more)].config, fork.times)
+                job = [*_job(suites, run, more), *(f"{key}={value}" for key, value in settings.items())]
+                others.append(compose_job(loader, config, job))
+        return [_without_duplicates(batch) for batch in ([*jobs.values()], others) if batch]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs, or with `plan=true` print what they need."""
         assert self.config is not None and self.hydra_context is not None
-        if not self.config.plan:
-            return super().sweep(arguments)
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        self.overrides = self.split_arguments(parser.parse_overrides(arguments), None)
-        return print_plans(self._jobs(), config_search_overrides(self.config.hydra))
+        loader = self.hydra_context.config_loader
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        self.batches = self.compose_batches(loader, self.config, parsed)
+        if self.config.plan:
+            return print_plans(
+                [job for batch in self.batches for job in batch], config_search_overrides(self.config.hydra)
+            )
+        if self.config.print_run_dir:  # nothing is trained: there is nothing to wait for
+            self.batches = [[job for batch in self.batches for job in batch]]
+        return super().sweep(arguments)
+
+    def is_done(self) -> bool:
+        """Return whether no batch is left, or the next one begins after runs that are not finished yet."""
+        if self.batch_index >= len(self.batches):
+            return True
+        before = [job for batch in self.batches[: self.batch_index] for job in batch]
+        if left := sum(job.run_dir.read_result() is None for job in before):
+            then = f"{len(self.batches[self.batch_index])} runs begin after them: run the same command again then"
+            print(f"{left} of {len(before)} runs are not finished yet, and {then}")
+        return left > 0
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """Return the overrides of the jobs."""
-        return [job.overrides for job in self._jobs()]
+        """Return the overrides of the next batch."""
+        self.batch_index += 1
+        return [job.overrides for job in self.batches[self.batch_index - 1]]
 
-    def _jobs(self) -> list[Job]:
-        """Return the jobs of the next batch, without duplicates of the same run."""
-        assert self.hydra_context is not None and self.config is not None
-        loader = self.hydra_context.config_loader
-        jobs = [compose_job(loader, self.config, overrides) for overrides in super().get_job_batch()]
-        return list({job.run_dir.path: job for job in reversed(jobs)}.values())[::-1]
+
+def _suites_and_combinations(overrides: list[Override]) -> tuple[list[Suite], list[list[str]]]:
+    """Return the suites that `experiment=` names, and the sweep over the other overrides.
+
+    Raises:
+        UserError: they do not go together, or need another setting.
+    """
+    by_key = {override.get_key_element(): override for override in overrides}
+    if "experiment" not in by_key:
+        raise UserError("hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites")
+    value = by_key["experiment"].get_value_element_as_str()
+    names = value.strip("[]").split(",")
+    if unknown := [name for name in names if name not in SUITES]:
+        raise UserError(
+            f"experiment={value} is not possible: {unknown[0]} is none of the suites {', '.join(sorted(SUITES))}"
+        )
+    suites = [SUITES[name] for name in names]
+    bases = {suite.base for suite in suites}
+    if len(bases) > 1:
+        raise UserError(f"experiment={value} is not possible: {' and '.join(names)} do not share their settings")
+    suite_keys = {key for name in SUITES if SUITES[name].base in bases for key in SUITES[name].keys}
+    for key in (key.lstrip("+~") for key in by_key):
+        if key in suite_keys or key == "lr":
+            steps = "; give the steps as paper.corruption_steps" if key == "data.corruption.steps" else ""
+            keys = ", ".join(sorted(suite_keys))
+            raise UserError(f"{key} cannot be set with experiment={value}: the suites set {keys}{steps}")
+    scale = by_key["scale"].get_value_element_as_str() if "scale" in by_key else None
+    if suites[0].needs_scale and scale in (None, "main"):
+        problem = "scale is not set" if scale is None else "scale=main is not possible"
+        raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
+    others = [override for override in overrides if override.get_key_element() != "experiment"]
+    (combinations,) = BasicSweeper.split_arguments(others, None)
+    return suites, combinations
+
+
+def _job(suites: Sequence[Suite], run: Sequence[str], more: Sequence[str]) -> list[str]:
+    return [f"experiment={suites[0].base}", *run, *more]
+
+
+def _without_duplicates(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs without those of the same run, of which the first place stays."""
+    return list({job.run_dir.path: job for job in reversed(jobs)}.values())[::-1]

@@ -1,6 +1,6 @@
 """What the scripts that read declared runs share: settings of the command line, and finding the runs on disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
@@ -24,11 +24,17 @@ LAB_SEEDS = [0, 1, 2, 3, 4]
 
 
 def find_declared(specs: Iterable[Any], base: Sequence[str], seeds: Sequence[int]) -> RunCollection:
-    """Return the declared runs that exist, each with the settings `base` and its spec's `overrides`."""
-    overrides: Mapping[Any, tuple[str, ...]] = {spec: (*base, *spec.overrides) for spec in specs}
-    resolved = resolve_runs(overrides.values(), seeds)
-    expected = {(spec, seed): ExpectedRun(*resolved[overrides[spec], seed]) for spec in overrides for seed in seeds}
-    return collect(expected, saved_identity)
+    """Return the declared runs that exist, each with the settings `base` and its spec's `overrides`.
+
+    A spec with a `fork`, see `experiments.labs.declaration.Fork`, begins after another run, which has the same `base`.
+    """
+    runs = {}
+    for spec in specs:
+        fork = getattr(spec, "fork", None)
+        other = None if fork is None else ((*base, *fork.overrides), fork.times)
+        runs[spec] = (*base, *spec.overrides), other
+    resolved = resolve_runs(runs, seeds)
+    return collect({key: ExpectedRun(*found) for key, found in resolved.items()}, saved_identity)
 
 
 def collect_declared(specs: Iterable[Any], base: Sequence[str], seeds: Sequence[int], problem: str) -> RunCollection:

@@ -2,7 +2,7 @@
 
 The runs are those of `python train.py -m experiment=adam_lag_lab seed=0,1,2,3,4`. Runs that are missing are named.
 
-    lab        adam_lag, adam_lag_wide, adam_lag_cosine, rate, depth or bad_data
+    lab        adam_lag, adam_lag_wide, adam_lag_cosine, rate, depth, bad_data or continued
     seeds      seeds of the runs; default [0,1,2,3,4]
     runs       folder with the runs of experiments; default runs
     overrides  further settings that the runs were made with, each in quotes
@@ -25,7 +25,8 @@ from common.files import write_atomic
 from common.settings import Allowed, Folder, Settings, parse
 from common.text import quoted
 from experiments.labs.bad_data_report import bad_data_report
-from experiments.labs.declaration import LABS, Lab, RateLab, SpikeLab
+from experiments.labs.continued_report import continued_report
+from experiments.labs.declaration import LABS, ContinuedLab, Lab, RateLab, SpikeLab
 from experiments.labs.rate_report import rate_report
 from experiments.labs.report import LabReport
 from experiments.labs.spike_report import spike_report
@@ -76,6 +77,8 @@ def lab_report(lab: Lab, collection: RunCollection, made: str) -> LabReport:
         return spike_report(lab, collection, made)
     if isinstance(lab, RateLab):
         return rate_report(lab, collection, made)
+    if isinstance(lab, ContinuedLab):
+        return continued_report(lab, collection, made)
     return bad_data_report(lab, collection, made)
 
 

@@ -210,7 +210,8 @@ def report_start(start: Start, config: Config, run_dir: RunDir, loader: TrainLoa
         parts = {"the clipper's": start.reset_clipper, "the update rule's": start.reset_rule}
         whose = " and ".join(part for part, is_reset in parts.items() if is_reset)
         reset = f", with {whose} statistics reset" if whose else ""
-        console.print(f"training {run_dir.path} from {start.checkpoint}{reset}")
+        new_data = "" if start.new_data_after is None else f", on new data from step {start.step + 1} on"
+        console.print(f"training {run_dir.path} from {start.checkpoint}{reset}{new_data}")
     elif start.checkpoint:
         console.print(f"continuing {run_dir.path} after step {start.step} of {trainer.max_steps}")
     else:
@@ -240,6 +241,7 @@ def build_loader(config: Config, tokens: Tokens, start: Start) -> TrainLoader:
         skipped_batches=start.skipped_batches,
         skipped_before=start.skipped_before,
         instance_filter=config.data.instance_filter if config.data.instance_filter.enabled else None,
+        new_data_after=start.new_data_after,
     )
 
 

@@ -4,8 +4,20 @@ This is the only declaration: `python train.py -m experiment=adam_lag_lab seed=0
 `scripts/make_lab.py` reads the same runs. A run is identified by its overrides on top of `experiment=adam_lag`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+
+class Fork(NamedTuple):
+    """Where a run begins: after the last step of another, in whose length it goes on.
+
+    Attributes:
+        overrides: settings of the other run on top of the lab's. Its seed, and what the user sets, are the same.
+        times: length of the whole run, in multiples of that of the other.
+    """
+
+    overrides: tuple[str, ...]
+    times: int = 2
 
 
 class Arm(NamedTuple):
@@ -15,11 +27,13 @@ class Arm(NamedTuple):
         label: how tables and figures name them.
         overrides: settings on top of the lab's.
         is_control: whether the arm is no strategy, but tests the explanation of the instability.
+        fork: where the run begins; `None`: at its first step.
     """
 
     label: str
     overrides: tuple[str, ...]
     is_control: bool = False
+    fork: Fork | None = None
 
 
 def arm_of(arms: Sequence[Arm], label: str) -> Arm:
@@ -106,7 +120,43 @@ class BadDataLab(NamedTuple):
         return Arm(f"{arm.label} without bad batches", (*arm.overrides, self.without_bad), arm.is_control)
 
 
-Lab = SpikeLab | RateLab | BadDataLab
+class ContinuedLab(NamedTuple):
+    """Runs that go on otherwise than they began, and the arms that are compared after that.
+
+    Attributes:
+        name, title, reference, arms: as in `SpikeLab`. A run of each arm is the base of its continuations.
+        continuations: ways to go on, by what each is called in tables, with the settings on top of the arm's.
+        rises: those of them in which norms rise and should: no rule is needed.
+        by_hand: arms that go on from the base of the reference arm, and are compared with its unchanged run.
+        unchanged: the way to go on that changes nothing.
+    """
+
+    name: str
+    title: str
+    reference: str
+    arms: Sequence[Arm]
+    continuations: Mapping[str, tuple[str, ...]]
+    rises: Sequence[str]
+    by_hand: Sequence[Arm]
+    unchanged: str
+
+    @property
+    def runs(self) -> list[Arm]:
+        """What each run is, but for its seed: those from which others go on come first."""
+        continued = [self.continued(arm, name) for name in self.continuations for arm in self.arms]
+        return [*self.arms, *continued, *(self.from_reference(arm) for arm in self.by_hand)]
+
+    def continued(self, arm: Arm, name: str) -> Arm:
+        """Return an arm whose run goes on in one way."""
+        overrides = (*arm.overrides, *self.continuations[name])
+        return Arm(f"{arm.label}, {name}", overrides, arm.is_control, Fork(arm.overrides))
+
+    def from_reference(self, arm: Arm) -> Arm:
+        """Return an arm of `by_hand` with the run from which it goes on."""
+        return arm._replace(fork=Fork(arm_of(self.arms, self.reference).overrides))
+
+
+Lab = SpikeLab | RateLab | BadDataLab | ContinuedLab
 
 
 def _batches_of(sequences: int) -> tuple[str, ...]:
@@ -254,4 +304,31 @@ BAD_DATA = BadDataLab(
     without_bad="data.corruption.random_steps=0",
 )
 
-LABS: dict[str, Lab] = {lab.name: lab for lab in (ADAM_LAG, ADAM_LAG_WIDE, ADAM_LAG_COSINE, RATE, DEPTH, BAD_DATA)}
+#: Up to the fork the brake has not acted, so its base is that of no clipping to the last bit.
+CONTINUED = ContinuedLab(
+    "continued",
+    "runs that go on otherwise, and rules that were made for spikes",
+    reference="no clipping",
+    arms=(
+        Arm("no clipping", ("clip=none", "update=monitor")),
+        Arm("ZClip", ("clip=zclip", "update=monitor")),
+        *UPDATE_RULES[1:],
+    ),
+    continuations={
+        "nothing changes": (),
+        "new text": ("fork_data=new", "data.max_tokens=null"),
+        "longer context": ("fork_data=new", "data.sequence_length=64"),
+        "decay of the rate": ("optim.warmup_fraction=0.5", "optim.final_lr_fraction=0.1"),  # begins at the fork
+    },
+    rises=("new text", "longer context"),
+    by_hand=(
+        Arm("half the rate by hand", ("clip=none", "update=monitor", "lr=5e-3"), is_control=True),
+        Arm("a tenth of the rate by hand", ("clip=none", "update=monitor", "lr=1e-3"), is_control=True),
+        Arm("brake from the fork on", ("clip=none", "update=brake"), is_control=True),
+    ),
+    unchanged="nothing changes",
+)
+
+LABS: dict[str, Lab] = {
+    lab.name: lab for lab in (ADAM_LAG, ADAM_LAG_WIDE, ADAM_LAG_COSINE, RATE, DEPTH, BAD_DATA, CONTINUED)
+}

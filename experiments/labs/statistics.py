@@ -3,10 +3,10 @@
 The rules were chosen before the runs were made. Numbers of the same seed are compared, because these runs see the same
 batches and begin with the same weights. An effect below the smallest effect of interest is no effect: half of the area
 of spikes, 0.1 nats of learning-rate sensitivity or of a mean loss over rates, 0.02 nats of excess loss after bad
-batches, or 0.005 nats of test loss without them. An arm helps if it
-leaves less than half of the reference's spikes, and cures if it leaves less than a tenth. Each outcome is a one-sided
-t-test over seeds of the mean difference, or of the mean logarithm of ratios, against its bound. Over the arms of a lab,
-p-values are corrected by Holm's method.
+batches, or 0.005 nats of test loss without them or of mean loss after a fork. An arm helps if it leaves less than half
+of the reference's spikes, and cures if it leaves less than a tenth. Each outcome is a one-sided t-test over seeds of
+the mean difference, or of the mean logarithm of ratios, against its bound. Over the arms of a lab, and in the lab of
+forks over those that go on in one way, p-values are corrected by Holm's method.
 """
 
 import math

@@ -91,6 +91,25 @@ def test_batches_are_skipped_once(loader):
         loader(skipped_batches=4).load_state_dict(resumed_again.state_dict())
 
 
+def test_new_data_begin_with_their_first_batch(loader):
+    """After a rewind to the fork they begin with the first batch that was not skipped."""
+    all_batches = global_batches(lambda **k: loader(**k, steps=26), 1, 8)
+    other = {"sequences_consumed": 40, "skipped_batches": 0, "fingerprint": "of other data"}
+    for skipped in (0, 3):
+        new = loader(new_data_after=5, skipped_batches=skipped)
+        new.load_state_dict(other)
+        batches = iter(new)
+        first = [next(batches).tokens[:, 0].tolist() for _ in range(4)]
+        assert first == all_batches[skipped : skipped + 4]
+        resumed = loader(skipped_batches=skipped)
+        resumed.load_state_dict(json.loads(json.dumps(new.state_dict())))
+        rest = [batch.tokens[:, 0].tolist() for batch in resumed]
+        assert rest == all_batches[skipped + 4 : skipped + 15], "20 steps, 5 of them in the other data"
+        assert resumed.state_dict()["data_start"] == 40
+    with pytest.raises(ValueError, match="it is before its data"):
+        loader().load_state_dict(other | {"fingerprint": "f", "data_start": 48})
+
+
 @pytest.mark.parametrize(("mode", "kills"), [("stream", 3), ("prepared", 3), SLOW("stream", 10), SLOW("prepared", 10)])
 def test_killed_jobs_on_one_to_four_ranks_lose_and_repeat_nothing(mode, kills, tmp_path):
     """Real processes are killed at random moments, and resumed on another number of ranks each time."""

@@ -107,9 +107,35 @@ def plugin(monkeypatch, tmp_path) -> Callable[..., Any]:
 def test_equal_runs_of_suites_are_one_job(plugin):
     settings = ["experiment=table5", "scale=micro", "seed=0,0"]
     sweeper = plugin("sweeper", *settings)
-    sweeper.overrides = sweeper.split_arguments(OverridesParser.create().parse_overrides(settings), None)
-    ((*twice,),) = sweeper.overrides
+    parsed = OverridesParser.create().parse_overrides(settings)
+    (twice,) = sweeper.split_arguments(parsed, None)
+    sweeper.batches = sweeper.compose_batches(sweeper.hydra_context.config_loader, sweeper.config, parsed)
     assert len(twice) == 6 and sweeper.get_job_batch() == twice[:3]
+
+
+def test_runs_that_begin_after_others_wait_for_them(plugin, capsys):
+    """They get the name that the settings of the other run make, with its seed and what the user sets."""
+    settings = ["experiment=continued_lab", "seed=0,1", "trainer.max_steps=40"]
+    sweeper = plugin("sweeper", *settings)
+    parsed, loader = OverridesParser.create().parse_overrides(settings), sweeper.hydra_context.config_loader
+    bases, others = sweeper.batches = sweeper.compose_batches(loader, sweeper.config, parsed)
+    assert len(bases) == 2 * len(SUITES["continued_lab"].runs)
+    assert len(others) == 2 * len(SUITES["continued_lab"].forked)
+    names = {(job.config.clip.name, job.config.update.name, job.config.seed): job.title for job in bases}
+    for job in others:
+        own = names[job.config.clip.name, job.config.update.name, job.config.seed]
+        assert job.config.fork_from in (f"{own}@40", f"{names['none', 'monitor', job.config.seed]}@40")
+        assert (job.config.trainer.max_steps, job.run_dir.path.parent.name) == (80, "continued")
+    assert len({job.title for job in (*bases, *others)}) == len(bases) + len(others)
+    assert sweeper.get_job_batch() == [job.overrides for job in bases]
+    for job in bases[1:]:
+        job.run_dir.path.mkdir(parents=True)
+        job.run_dir.result_file.write_text(json.dumps(RESULT))
+    assert sweeper.is_done()
+    assert capsys.readouterr().out.startswith("1 of 8 runs are not finished yet, and 38 runs begin after them: run the")
+    bases[0].run_dir.path.mkdir()
+    bases[0].run_dir.result_file.write_text(json.dumps(RESULT))
+    assert not sweeper.is_done() and sweeper.get_job_batch() == [job.overrides for job in others] and sweeper.is_done()
 
 
 @pytest.mark.parametrize("n_jobs", ["0", "1.5", "true"])

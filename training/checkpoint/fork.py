@@ -1,7 +1,8 @@
 """A new run from a step of an old one: `fork_from=runs/main/NAME@STEP`, for example with another clipping strategy.
 
 Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The statistics of
-the clipper, and of a rule over updates, are restored if its settings are the same, and reset otherwise.
+the clipper, and of a rule over updates, are restored if its settings are the same, and reset otherwise. With
+`fork_data=new`, the text and the length of sequences are the new run's too: see `training.checkpoint.fork_data`.
 """
 
 import json
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import ConfigError, shown
+from common.errors import ConfigError, RunError, shown
 from common.files import write_atomic
 from common.run_files import corrupted_steps
 from common.text import flatten
+from training.checkpoint.fork_data import check_new_data
 from training.checkpoint.saved_config import checkpoint_config
 from training.checkpoint.state import find_problem
 from training.config.identity import ADDED, identity, saved_identity_of
@@ -26,6 +28,8 @@ from training.runtime.distributed import rank
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
 #: Of them, those that may differ after the step: the order of the sequences is the same.
 NOT_SHARED = ("data.corruption.", "data.instance_filter.")
+#: A value of `fork_from`.
+_FOLDER_AND_STEP = re.compile(r"(.+)@(\d+)")
 
 
 class ForkSource(NamedTuple):
@@ -35,11 +39,26 @@ class ForkSource(NamedTuple):
     step: int
     same_clipping: bool  # whether the old run's clipping settings are the new one's
     same_rule: bool  # the same of their rules over updates, if both have one
+    new_data: bool = False  # whether the new run's data begin at the step
 
     @property
     def checkpoint(self) -> Path:
         """The checkpoint of that step."""
         return self.run_dir.checkpoint(self.step)
+
+    def batches_before(self, run_dir: RunDir) -> int:
+        """Return the global batches of the old run up to the step, with those that it has skipped.
+
+        Raises:
+            RunError: it was rewound to the step after the run in `run_dir` had started from there.
+        """
+        rewinds = self.run_dir.rewinds(self.step)
+        if run_dir.rewinds(self.step)[: len(rewinds)] != rewinds:
+            raise RunError(
+                f"{self.run_dir.path} was rewound to step {self.step} since {run_dir.path} began there, or its "
+                f"{self.run_dir.rewinds_file.name} was changed: remove {run_dir.path} to fork again"
+            )
+        return self.step + self.run_dir.skipped_batches(self.step)
 
     def copy_history(self, run_dir: RunDir) -> None:
         """Write the old run's metrics and rewinds up to the step into the new run's folder, unless it has metrics."""
@@ -62,11 +81,22 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
     if config.fork_from is None:
         return None
     try:
-        return _fork_source(config, config.fork_from)
+        return _fork_source(config, config.fork_from, fork_folder(config, run_dir))
     except ConfigError:
         if run_dir.checkpoint_steps():
             return None
         raise
+
+
+def fork_folder(config: Config, run_dir: RunDir) -> Path | None:
+    """Return the folder of the run that `fork_from` names; `None` if it names no folder and step.
+
+    A name alone is a run next to the one in `run_dir`, so that both can be moved together.
+    """
+    match = _FOLDER_AND_STEP.fullmatch(config.fork_from or "")
+    if match is None:
+        return None
+    return Path(match[1]) if "/" in match[1] else run_dir.path.parent / match[1]
 
 
 def check_corruption(
@@ -94,19 +124,21 @@ def _setting(config: Config) -> str:
     return f"steps={list(corruption.steps)}"
 
 
-def _fork_source(config: Config, fork_from: str) -> ForkSource:
+def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSource:
     def impossible(problem: str) -> ConfigError:
         return ConfigError("fork_from", fork_from, problem=f"is not possible{problem}")
 
-    match = re.fullmatch(r"(.+)@(\d+)", fork_from)
-    if match is None:
+    if folder is None:
         raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
-    run_dir, step = RunDir(Path(match[1])), int(match[2])
+    run_dir, step, new_data = RunDir(folder), int(fork_from.rpartition("@")[2]), config.fork_data == "new"
     if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
-        steps = ", ".join(map(str, run_dir.checkpoint_steps())) or "none"
-        raise impossible(f": the run has no checkpoint of that step, but of {steps}")
+        steps = ", ".join(map(str, run_dir.checkpoint_steps()))
+        if not steps and run_dir.result_file.exists():
+            again = f"remove {run_dir.path} to train it again"
+            raise impossible(f": the run has no checkpoints, as after scripts/archive.py has restored it; {again}")
+        raise impossible(f": the run has no checkpoint of that step, but of {steps or 'none'}")
     if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))
@@ -115,8 +147,12 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     for key in dict.fromkeys((*values, *saved_values)):
         value, saved_value = values.get(key), saved_values.get(key)
         shared = any(f"{key}.".startswith(f"{part}.") for part in SHARED) and not key.startswith(NOT_SHARED)
-        if shared and value != saved_value:
-            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_value)}")
+        is_data = key.startswith("data.")
+        if shared and value != saved_value and not (is_data and new_data):
+            hint = "; fork_data=new begins other data on purpose" if is_data else ""
+            raise impossible(f" with {key}={shown(value)}: that run has {key}={shown(saved_value)}{hint}")
+    if new_data:
+        check_new_data(config, old, run_dir)
     check_corruption(config, old, run_dir.rewinds(step), step, impossible)
     if old.trainer.sharded != config.trainer.sharded:
         raise impossible(
@@ -131,4 +167,5 @@ def _fork_source(config: Config, fork_from: str) -> ForkSource:
     # A scope of null is no scope.
     same_clipping = all(clipping.get(key) == old_clipping.get(key) for key in clipping.keys() | old_clipping.keys())
     rules = requested.get("update"), saved.get("update")
-    return ForkSource(run_dir, step, same_clipping, same_rule=None in rules or rules[0] == rules[1])
+    same_rule = None in rules or rules[0] == rules[1]
+    return ForkSource(run_dir, step, same_clipping, same_rule, new_data)

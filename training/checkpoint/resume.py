@@ -23,6 +23,7 @@ class Start(NamedTuple):
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
     changed_clipper: bool = False  # whether arguments of the strategy have changed since the run began
+    new_data_after: int | None = None  # global batches before this run's data, if the checkpoint is of other data
 
     @property
     def skipped_batches(self) -> int:
@@ -52,7 +53,7 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
     step: the run will come to them again.
 
     Raises:
-        RunError: all checkpoints are damaged.
+        RunError: all checkpoints are damaged, or the other run was rewound to the step of a fork with new data.
     """
     for leftover in run_dir.checkpoints.glob(".*-step-*.ckpt"):
         remove(leftover)
@@ -66,7 +67,8 @@ def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[st
                 raise RunError(f"{fork.checkpoint}, from which the run starts, {problem}: restore it")
             fork.copy_history(run_dir)
         checkpoint = fork.checkpoint if fork else None
-        return Start(step, checkpoint, run_dir.rewinds(step), fork, fork_step)
+        new_data_after = fork.batches_before(run_dir) if fork is not None and fork.new_data else None
+        return Start(step, checkpoint, run_dir.rewinds(step), fork, fork_step, new_data_after=new_data_after)
     changed = bool(run_dir.setting_changes())
     return Start(step, run_dir.checkpoint(step), run_dir.rewinds(step), None, fork_step, changed)
 

@@ -215,6 +215,9 @@ def _check_loops(fit_loop: Mapping[str, Any], step: int, config: Config) -> None
     steps_and_skipped = step + position.skipped_batches
     is_there = position.sequences_consumed == steps_and_skipped * config.trainer.global_batch_size
     _require(is_there, "its position in the data is another's")
+    start = position.data_start
+    fits = start % config.trainer.global_batch_size == 0 and (start > 0 or config.fork_data == "same")
+    _require(fits and (start == 0 or config.fork_from is not None), "the start of its data is another's")
     if config.data.mode == "stream":
         _require(position.stream is not None, "no stream's position")
         mixture = loader["stream"]["mixture"]

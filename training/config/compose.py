@@ -1,6 +1,6 @@
 """From Hydra's container to `Config`: inside the packages, nobody else sees the container."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
 from models.hugging_face import config_of
-from training.config.identity import changes_result, differences, identity, is_place, run_path
+from training.config.identity import changes_result, differences, identity, is_place, run_name, run_path
 from training.config.live import is_live
 from training.config.schema import Config
 from training.config.strategy import is_ours
@@ -163,18 +163,36 @@ def _move(saved: dict[str, Any], given: Mapping[str, Any], name: str) -> None:
             source["path"] = given[name]
 
 
+def fork_settings(base: Config, times: int) -> dict[str, Any]:
+    """Return the settings, by dotted key, of a run that begins after the last step of the run `base` next to it.
+
+    Its length is `times` that of the other.
+    """
+    steps = base.trainer.max_steps
+    return {"fork_from": f"{run_name(base)}@{steps}", "trainer.max_steps": times * steps}
+
+
 def resolve_runs(
-    runs: Iterable[Sequence[str]], seeds: Iterable[int]
-) -> dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]]:
-    """Return the folder and the identity of each run, by its overrides and each of the seeds."""
-    resolved: dict[tuple[tuple[str, ...], int], tuple[Path, Mapping[str, Any]]] = {}
+    runs: Mapping[Any, tuple[tuple[str, ...], tuple[tuple[str, ...], int] | None]], seeds: Iterable[int]
+) -> dict[tuple[Any, int], tuple[Path, Mapping[str, Any]]]:
+    """Return the folder and the identity of each run, by its key and each of the seeds.
+
+    `runs` are the overrides of each run; and of one that begins after another, the overrides of that other and the
+    length in multiples of its own, see `fork_settings`.
+    """
+    resolved: dict[tuple[Any, int], tuple[Path, Mapping[str, Any]]] = {}
     GlobalHydra.instance().clear()  # the calling script itself has been composed
     with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):
-        for overrides in runs:
-            plain = container(compose("train", list(overrides)))
+        composed = lru_cache(maxsize=None)(lambda overrides: container(compose("train", list(overrides))))
+        for key, (overrides, fork) in runs.items():
             for seed in seeds:
-                config = parse(Config, plain | {"seed": seed})
-                resolved[tuple(overrides), seed] = run_path(config), identity(config)
+                plain = composed(overrides) | {"seed": seed}
+                if fork is not None:
+                    settings = fork_settings(parse(Config, composed(fork[0]) | {"seed": seed}), fork[1])
+                    trainer = plain["trainer"] | {"max_steps": settings["trainer.max_steps"]}
+                    plain |= {"fork_from": settings["fork_from"], "trainer": trainer}
+                config = parse(Config, plain)
+                resolved[key, seed] = run_path(config), identity(config)
     return resolved
 
 

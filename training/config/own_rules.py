@@ -1,5 +1,7 @@
 """Strategies and rules over updates of one's own take a step before training, on a few numbers."""
 
+from typing import Any, cast
+
 import torch
 
 from common.errors import ConfigError
@@ -28,7 +30,7 @@ def check_own_rules(config: Config) -> None:
 
 def _take_step(section: str, target: str | None, rule: ClippingStrategy | OptimizerRule, optim: OptimConfig) -> None:
     with torch.random.fork_rng(devices=[]):
-        parameters = few_parameters()
+        parameters, loss = few_parameters(), cast(Any, torch.ones(()))
         optimizer = make_optimizer(optim, parameters, lr=1e-3)
         for _, parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
@@ -37,7 +39,7 @@ def _take_step(section: str, target: str | None, rule: ClippingStrategy | Optimi
         except TypeError as error:
             raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
         try:
-            optimizer.step(torch.ones(()).detach)
+            optimizer.step(lambda: loss)
         except TelemetryNameError as error:
             raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
         except Exception:

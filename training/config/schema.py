@@ -231,7 +231,10 @@ class Config(Settings):
     resume: Annotated[PathText | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
     fork_from: Annotated[PathText | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
-    """FOLDER@STEP: start a new run from a step of another."""
+    """FOLDER@STEP: start a new run from a step of another. A name alone is a run next to this one."""
+    fork_data: Literal["same", "new"] = "same"
+    """Data of a run with `fork_from`: `same`: those of the other run, which go on; `new`: those of the settings `data`,
+    which begin with their first batch."""
     print_run_dir: Flag
     """Print the path of the run folder and exit."""
     plan: Flag
@@ -255,6 +258,8 @@ class Config(Settings):
                 f"experiment={self.paper.suite} is a set of runs: it needs -m; several are a list, as [table2,table3]"
             )
         self._check_corruption()
+        if self.fork_data == "new" and self.fork_from is None:
+            raise ConfigError("fork_data", "new", problem="is not possible without fork_from: it must be same")
         if self.data.sequence_length > self.model.max_position_embeddings:
             longest = f"model.max_position_embeddings={self.model.max_position_embeddings}"
             problem = f"is longer than the model's context: it must be at most {longest}"

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from common.reading import MOST_LINE, open_regular, parse_record
 from common.run_files import MetricsLine, as_dict
 from common.text import overrides_dict
-from training.checkpoint.fork import find_fork_source
+from training.checkpoint.fork import find_fork_source, fork_folder
 from training.checkpoint.saved_config import check_same_run
 from training.config.checks import check
 from training.config.compose import CONFIGS, load_config
@@ -62,11 +62,16 @@ class Job(NamedTuple):
             completed_jobs.append(CompletedJob(overrides_dict(self.overrides), result, self.run_dir.path))
         return result is not None
 
-    def check(self, *, elsewhere: bool = False) -> None:
-        """Raise `UserError` if the run cannot be started here, or `elsewhere`."""
+    def check(self, *, elsewhere: bool = False, before: Collection[Path] = ()) -> None:
+        """Raise `UserError` if the run cannot be started here, or `elsewhere`.
+
+        `before` are folders of runs that the sweep finishes first: a fork of one is checked when that is done.
+        """
         check(self.config, self.run_dir.path, elsewhere=elsewhere)
         check_same_run(self.run_dir, self.config)
-        if not self.run_dir.result_file.exists():
+        source = fork_folder(self.config, self.run_dir)
+        is_later = source is not None and source in before and not RunDir(source).result_file.exists()
+        if not (self.run_dir.result_file.exists() or is_later):
             find_fork_source(self.config, self.run_dir)
 
 
@@ -88,23 +93,30 @@ class CheckSweep(Callback):
         """Check each combination of the sweep's overrides; exit with status 2 at the first error."""
         with reporting():
             sweeper: Any = get_class(config.hydra.sweeper._target_)
-            if hasattr(sweeper, "split_arguments"):
-                loader: Any = GlobalHydra.instance().config_loader()
-                overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
+            loader: Any = GlobalHydra.instance().config_loader()
+            overrides = OverridesParser.create(config_loader=loader).parse_overrides(config.hydra.overrides.task)
+            if hasattr(sweeper, "compose_batches"):
+                _check_jobs(config, *sweeper.compose_batches(loader, config, overrides))
+            elif hasattr(sweeper, "split_arguments"):
                 (jobs,) = sweeper.split_arguments(overrides, max_batch_size=None)
                 _check_jobs(config, [compose_job(loader, config, job) for job in jobs])
         if EXIT_USER_ERROR in exit_statuses:
             sys.exit(EXIT_USER_ERROR)  # Hydra continues after other exceptions of a callback
 
 
-def _check_jobs(sweep: Any, jobs: list[Job]) -> None:
-    """Raise `UserError` if a job cannot be started, or two jobs share a run folder."""
+def _check_jobs(sweep: Any, *batches: list[Job]) -> None:
+    """Raise `UserError` if a job cannot be started, or two jobs share a run folder.
+
+    The jobs of a batch begin when all of the batches before are finished.
+    """
+    jobs = [job for batch in batches for job in batch]
     if not jobs:
         raise UserError(f"{' '.join(sweep.hydra.overrides.task)} makes no job: a value must match something")
     elsewhere = sweep.hydra.launcher._target_.endswith(".Slurm")  # a login node has no GPU
     seen: dict[Path, list[str]] = {}
+    before = {job.run_dir.path for batch in batches[:-1] for job in batch}
     for job in jobs:
-        job.check(elsewhere=elsewhere)
+        job.check(elsewhere=elsewhere, before=before)
         path = job.run_dir.path
         if path in seen and job.config.name is None and sweep.paper.suite is None:
             raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")

@@ -61,6 +61,11 @@ class History:
         numbers = {name: None if math.isnan(value) else value for name, value in row.items()}
         return json.dumps({"step": step, **numbers, "tokens": int(row["tokens"])}).encode() + b"\n"
 
+    def tokens(self) -> int | None:
+        """Return the tokens of all steps so far; `None` if the line of the last one was lost."""
+        last = self._columns["tokens"][-1] if self.steps and "tokens" in self._columns else math.nan
+        return None if math.isnan(last) else int(last)
+
     def losses(self) -> list[float | None]:
         """Return the loss of each step; `None` where the loss or the gradients were not finite.
 

@@ -69,6 +69,7 @@ class MetricsRecorder:
         self.tokens_per_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
         self.peak_tokens_per_second = peak_tokens_per_second(self.config)
         self.started = False
+        self._begun = 0, 0  # step from which this process trains, and the tokens of all steps up to it
         self.history = History()  # on rank 0; before `start` the one of the checkpoint on all ranks
         self._pending: list[tuple[int, float, dict[str, Tensor], Timings]] = []
         self._losses: list[Tensor] = []
@@ -88,6 +89,7 @@ class MetricsRecorder:
         """
         self.started = True
         self._device, self._reduce = device, reduce
+        self._begun = step, step * self.tokens_per_step
         losses = broadcast_from_rank0(partial(self._restore, step))
         self._last_transfer = time.perf_counter()
         reset_peak_memory(device)
@@ -100,6 +102,8 @@ class MetricsRecorder:
             again = "they are written again, without times" if in_checkpoint else "the run goes on without them"
             lines = f"{lost} of {step} lines of {self.run_dir.metrics_file}"
             self.console.print(f"{lines} are lost: {again}", style="bold red")
+        if (tokens := self.history.tokens()) is not None:  # a fork's earlier sequences may have had another length
+            self._begun = step, tokens
         self._write()
         return self.history.losses()
 
@@ -165,13 +169,13 @@ class MetricsRecorder:
         memory = torch.tensor(float(peak_memory(self._device)), dtype=torch.float64, device=self._device)
         memory = self._reduce(memory, "max")
         values, peak_bytes = table.tolist(), float(memory)  # the transfer
-        now = time.perf_counter()
+        now, (begun, tokens) = time.perf_counter(), self._begun
         rate = len(self._pending) * self.tokens_per_step / (now - self._last_transfer)
         self._last_transfer = now
         rows: dict[int, Row] = {
             step: {
                 "step": step,
-                "tokens": step * self.tokens_per_step,
+                "tokens": tokens + (step - begun) * self.tokens_per_step,
                 "lr": lr,
                 **{name: value if math.isfinite(value) else None for name, value in zip(names, numbers, strict=True)},
                 "tokens_per_second": round(rate, 1),

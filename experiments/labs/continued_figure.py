@@ -1,0 +1,49 @@
+"""The figure of a lab on runs that go on otherwise: loss, update norm and scale of the rate around the fork."""
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.labs.continued import compared_arms, fork_step
+from experiments.labs.declaration import ContinuedLab
+from experiments.run.collect import RunCollection
+from experiments.run.style import draw_grid, numbered_style
+
+#: Steps before the fork that are shown.
+BEFORE = 100
+#: Columns of metrics.jsonl that are drawn, with the labels of their axes.
+PANELS = {"loss": "loss (nats)", "update_norm": "update norm", "update_scale": "scale of the rate"}
+
+
+def draw_forks(lab: ContinuedLab, collection: RunCollection) -> Figure | None:
+    """Return the runs of the first seed that has any, a column for each way to go on; `None` if none is finished."""
+    ways = compared_arms(lab)
+    forked = [arm for arms in ways.values() for arm in arms.values()]
+    seeds = [seed for seed in collection.seeds if any((arm, seed) in collection.runs for arm in forked)]
+    if not seeds:
+        return None
+    figure, axes = plt.subplots(
+        len(PANELS), len(ways), figsize=(2.9 * len(ways), 7.2), sharex=True, sharey="row", layout="constrained"
+    )
+    for column, (name, arms) in enumerate(ways.items()):
+        for number, (label, arm) in enumerate(arms.items()):
+            if (run := collection.runs.get((arm, seeds[0]))) is None:
+                continue
+            style, step = numbered_style(number), fork_step(run)
+            shown = slice(max(0, step - BEFORE), None)
+            for row, values in enumerate(run.metrics.get(panel) for panel in PANELS):
+                if values is not None:
+                    ax, steps = axes[row, column], run.metrics["step"][shown] - step
+                    ax.plot(steps, values[shown], color=style.color, ls=style.dashes, lw=0.9, label=label)
+        axes[0, column].set_title(name, fontsize=9)
+        axes[0, column].legend(loc="upper right", fontsize=6)
+        for ax in axes[:, column]:
+            ax.axvline(0, color="0.4", lw=0.9)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+            ax.tick_params(which="both", labelsize=7)
+    for row, label in enumerate(PANELS.values()):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.supxlabel(f"steps from the fork, runs of seed {seeds[0]}", fontsize=9)
+    draw_grid(figure)
+    return figure
