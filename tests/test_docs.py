@@ -178,7 +178,7 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
         fixed = {"clip.warmup_steps", *(("model",) if "model" in given else ())}
     elif program == "scripts/evaluate.py":
         arguments = [argument for argument in arguments if not argument.startswith("eval.limit=")]
-        given -= {"eval.limit"}
+        given -= {"eval.limit", "eval"}
         added, fixed = ["eval.limit=4", f"eval.data_dir={data['sets']}"], set()
     elif program == "scripts/gpu_check.py":
         added, fixed = ["dry_run=true", "only=environment"], set()
