@@ -69,7 +69,7 @@ OTHER_TARGETS = {"test", "test-all", "lint", "format", "setup", "slurm", "mutant
 OTHER_TARGETS |= {"docs", "wheel", "help", "help-all", "gpu-carry"}
 #: Commands of other programs than ours.
 OTHER_PROGRAMS = ("pip install ", "docker ", "apptainer ", "wandb login", "wandb sync", "scancel --signal=USR1")
-GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu")
+GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu", "scale=proxy", "scale=proxy_short")
 #: What is written instead of `...` in code.
 FILLED = {"TrainingArguments(...,": "TrainingArguments(output_dir='out',", "Trainer(..., args": "Trainer(model, args"}
 #: What is written instead of words in capitals, which stand for the reader's own.
