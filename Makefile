@@ -92,13 +92,13 @@ report: $(PAPER) ## write one page with verdicts, figures and tables
 lab: $(PAPER) ## write the tables and figures of a lab's runs: ARGS="lab=adam_lag"
 	$(BIN)/python scripts/make_lab.py $(ARGS)
 
-reproduce: $(EVAL) $(VENV)/.paper ## make the paper's Table 3 from nothing: runs, scores, table, report (eight minutes)
+reproduce: $(EVAL) $(VENV)/.paper ## make the paper's Table 3 from nothing: two seeds, scores, report (eleven minutes)
 	$(BIN)/python scripts/eval_data.py
-	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1,2 hydra/launcher=local
-	$(BIN)/python scripts/evaluate.py run=runs/paper-micro eval.limit=100
-	$(BIN)/python scripts/make_tables.py experiment=table3 out=runs/reproduced
-	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
-	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7]" out=runs/reproduced
+	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1 hydra/launcher=local
+	$(BIN)/python scripts/evaluate.py run=runs/paper-micro eval=micro
+	$(BIN)/python scripts/make_tables.py experiment=table3 "seeds=[0,1]" out=runs/reproduced
+	$(BIN)/python scripts/make_figures.py "experiment=[table3,figure2,figure7]" "seeds=[0,1]" out=runs/reproduced
+	$(BIN)/python scripts/make_report.py "experiment=[table3,figure2,figure7]" "seeds=[0,1]" out=runs/reproduced
 
 status: $(TRAIN) ### show the states of an experiment's runs: ARGS="folder=runs/main"
 	@$(BIN)/python scripts/status.py $(ARGS)

@@ -8,7 +8,7 @@ Groups and their options:
   model    pico nano micro 60m 150m 350m 1b 7b hf
   data     sotu smollm
   trainer  cpu gpu ddp fsdp hsdp
-  scale    main micro proxy paper
+  scale    main micro proxy_short proxy paper
   logger   jsonl wandb
 Keys: lr seed name trainer.max_steps trainer.global_batch_size data.path paths.runs ...
       (docs/reference/config.md explains all)

@@ -15,7 +15,7 @@ class EvalConfig(Settings):
     tasks: Annotated[list[str], Allowed("a list of tasks, as [hellaswag]")] = Field(
         ["hellaswag", "winogrande"], min_length=1
     )
-    """Names of tasks or groups in lm-eval."""
+    """Names of tasks or groups in lm-eval, or `last_word`: the loss of last words of held-out passages."""
     num_fewshot: Annotated[
         _NumFewshot | Annotated[list[_NumFewshot], Field(min_length=1)], Allowed("integers from 0, as 0 or [0,5]")
     ] = 0

@@ -1,7 +1,7 @@
 """Tasks as lm-eval defines them, with data from the Hugging Face hub or from files.
 
 The paper evaluates on HellaSwag and WinoGrande. Their validation sets can be files with the fields of the hub's data: a
-task definition then includes lm-eval's own and names the file.
+task definition then includes lm-eval's own and names the file. The task `last_word` is ours, with its own data.
 """
 
 import glob
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from common.errors import UserError, one_line
+from evaluation import last_word
 
 #: Seed of the draw of solved examples, lm-eval's own default.
 FEWSHOT_SEED = 1234
@@ -87,8 +88,9 @@ def data_folders(data_dir: str | None, cache: str) -> list[Path]:
 def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str, Any]:
     """Return a task, or the tasks of a group, as lm-eval's `evaluate` takes them.
 
-    The folders are searched for the validation sets of HellaSwag and WinoGrande. All other data comes from the hub.
-    Solved examples are drawn from the training set; with data from files, from the other items.
+    The folders are searched for the validation sets of HellaSwag and WinoGrande, and `last_word` has data of its own.
+    All other data comes from the hub. Solved examples are drawn from the training set; with data from files, from the
+    other items.
 
     Raises:
         TaskError: the task is unknown, or its data cannot be loaded.
@@ -102,15 +104,19 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # each opening of a local file would send a request
     file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
+    is_of_lm_eval = file is None and name != last_word.NAME
     try:
-        manager = TaskManager(include_defaults=file is None)
-        if file is None and name not in manager.all_tasks:
-            raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval (`lm-eval ls tasks`)")
+        manager = TaskManager(include_defaults=is_of_lm_eval)
+        if is_of_lm_eval and name not in manager.all_tasks:
+            tasks = f"(`lm-eval ls tasks`), or {last_word.NAME}"
+            raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval {tasks}")
         with tempfile.TemporaryDirectory() as temporary:
-            definition = Path(temporary, f"{name}.yaml")
-            if file is not None:
-                definition.write_text(yaml.safe_dump(_definition(name, file, Path(temporary))))
-            loaded: Any = manager.load([name if file is None else str(definition)])
+            definition = name
+            if name == last_word.NAME:
+                definition = str(last_word.write_task(Path(temporary)))
+            elif file is not None:
+                definition = str(_write_definition(name, file, Path(temporary)))
+            loaded: Any = manager.load([definition])
     except TaskError:
         raise
     except Exception as error:  # from the hub, its libraries, or definitions that need more packages
@@ -136,11 +142,11 @@ def sample(items: int, limit: int | None, seed: int) -> list[int] | None:
     return sorted(random.Random(seed).sample(range(items), limit))
 
 
-def _definition(name: str, file: Path, temporary: Path) -> dict[str, Any]:
-    """Return the definition of a task with data from a file; the folder is there while the task is loaded."""
+def _write_definition(name: str, file: Path, temporary: Path) -> Path:
+    """Write the definition of a task with data from a file to a folder that is there while the task is loaded."""
     import lm_eval.tasks
 
-    return {
+    definition = {
         "include": str(Path(lm_eval.tasks.__file__).parent / SETS[name].definition),
         "task": name,
         "dataset_path": "json",
@@ -148,6 +154,9 @@ def _definition(name: str, file: Path, temporary: Path) -> dict[str, Any]:
         "training_split": None,
         "dataset_kwargs": _data_files(file.absolute(), temporary),
     }
+    path = temporary / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(definition))
+    return path
 
 
 def _data_files(file: Path, temporary: Path) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def _suites_and_combinations(overrides: list[Override]) -> tuple[list[Suite], li
     scale = by_key["scale"].get_value_element_as_str() if "scale" in by_key else None
     if suites[0].needs_scale and scale in (None, "main"):
         problem = "scale is not set" if scale is None else "scale=main is not possible"
-        raise UserError(f"{problem}: experiment={value} is run at scale=micro, scale=proxy or scale=paper")
+        scales = "scale=micro, scale=proxy_short, scale=proxy or scale=paper"
+        raise UserError(f"{problem}: experiment={value} is run at {scales}")
     others = [override for override in overrides if override.get_key_element() != "experiment"]
     (combinations,) = BasicSweeper.split_arguments(others, None)
     return suites, combinations

@@ -20,6 +20,7 @@ from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
 from common.text import quoted
+from evaluation.last_word import NAME as LAST_WORD
 from evaluation.tasks import SETS
 from experiments.claims.labs import LAB_CLAIMS
 from experiments.claims.verdict import corrected, judge
@@ -33,11 +34,13 @@ from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_r
 from training.runtime.environment import environment
 
 
-def _limit_override(collection: RunCollection) -> list[str]:
-    """Return the override of evaluate.py for scores on fewer than all items; empty if all were used."""
+def _score_overrides(collection: RunCollection) -> list[str]:
+    """Return the overrides of evaluate.py for these scores; empty if they are on all items of the default tasks."""
     scores = [score for run in collection.runs.values() for task in SETS if (score := run.score(task)) is not None]
     limited = [score["items"] for score in scores if score["items"] < SETS[score["task"]].items]
-    return [f"eval.limit={min(limited)}"] if limited else []
+    has_last_words = any(run.score(LAST_WORD) is not None for run in collection.runs.values())
+    tasks = [f"eval.tasks=[{','.join([*SETS, LAST_WORD])}]"] if has_last_words else []
+    return [*tasks, *([f"eval.limit={min(limited)}"] if limited else [])]
 
 
 def _value(text: str) -> str:
@@ -85,7 +88,7 @@ def _commands(settings: PaperSettings, collection: RunCollection, names: Sequenc
     commands = [
         ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *_launcher(collection)],
         ["scripts/eval_data.py"],
-        ["scripts/evaluate.py", scored, *_limit_override(collection)],
+        ["scripts/evaluate.py", scored, *_score_overrides(collection)],
         ["scripts/make_tables.py", *readers] if {*names} & {*TABLES} else [],
         ["scripts/make_figures.py", *readers, *windows] if {*names} & {*FIGURE_NAMES} else [],
         ["scripts/make_report.py", *readers, *windows],

@@ -69,7 +69,7 @@ OTHER_TARGETS = {"test", "test-all", "lint", "format", "setup", "slurm", "mutant
 OTHER_TARGETS |= {"docs", "wheel", "help", "help-all", "gpu-carry"}
 #: Commands of other programs than ours.
 OTHER_PROGRAMS = ("pip install ", "docker ", "apptainer ", "wandb login", "wandb sync", "scancel --signal=USR1")
-GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu")
+GPU = ("trainer=fsdp", "trainer=hsdp", "trainer=ddp", "trainer=gpu", "scale=proxy", "scale=proxy_short")
 #: What is written instead of `...` in code.
 FILLED = {"TrainingArguments(...,": "TrainingArguments(output_dir='out',", "Trainer(..., args": "Trainer(model, args"}
 #: What is written instead of words in capitals, which stand for the reader's own.
@@ -178,7 +178,7 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
         fixed = {"clip.warmup_steps", *(("model",) if "model" in given else ())}
     elif program == "scripts/evaluate.py":
         arguments = [argument for argument in arguments if not argument.startswith("eval.limit=")]
-        given -= {"eval.limit"}
+        given -= {"eval.limit", "eval"}
         added, fixed = ["eval.limit=4", f"eval.data_dir={data['sets']}"], set()
     elif program == "scripts/gpu_check.py":
         added, fixed = ["dry_run=true", "only=environment"], set()

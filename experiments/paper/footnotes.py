@@ -1,11 +1,12 @@
 """Footnotes of tables: the runs, the definitions of their numbers, and missing runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.claims.verdict import short
-from experiments.paper.measures import DIVERGED_NOTE, MEASURES
+from experiments.paper.measures import DIVERGED_NOTE, GUESSED_TASKS, MEASURES, guessed_measures
 from experiments.paper.tables_and_figures import Table
 from experiments.run.collect import RunCollection, seeds_text
 from experiments.run.definitions import min_spike_height, recovery_steps
@@ -34,7 +35,8 @@ def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -
         longest = recovery_steps(never, np.zeros(1), corrupted_rows(corrupted[0]))
         notes.append(f"a run that never recovers has {longest:.{measures['recovery_steps'].decimals}f} steps")
     if any(measure.better for measure in measures.values()):
-        notes.append("the best numbers are in bold, whatever their error")
+        but = ", but for scores that are chance" if measures.keys() & guessed_measures(runs) else ""
+        notes.append(f"the best numbers are in bold, whatever their error{but}")
     if len(seeds) > 1:
         notes.append("± is the standard deviation over seeds")
     return [note for note in notes if note] + missing
@@ -96,16 +98,42 @@ def _describe_recovery(runs: Sequence[Run]) -> list[str]:
 
 
 def _describe_scores(runs: Sequence[Run]) -> str:
-    """Return a phrase with the number of items behind the scores, their standard error and the truncated share."""
+    """Return a phrase with the items behind the scores, their standard errors, chance, and the truncated share."""
     items, errors = [], []
-    for task, metric in (("HellaSwag", "acc_norm"), ("WinoGrande", "acc")):
-        if scores := [score for run in runs if (score := run.score(task.lower())) is not None]:
-            counts = sorted({score["items"] for score in scores})
-            items.append(f"{task} on {' or '.join(f'{count:,}' for count in counts)}")
-            errors += [100 * error for score in scores if (error := score.get(f"{metric}_stderr")) is not None]
+    for name, (task, metric) in GUESSED_TASKS.items():
+        if scores := _scores(runs, name):
+            items.append(f"{task} on {_counts(scores)}")
+            errors += [100 * error for error in _errors(scores, metric)]
+    phrases = []
+    if errors and guessed_measures(runs):
+        phrases.append(
+            "at this scale HellaSwag and WinoGrande are chance, 25 and 50, with a standard error of up to "
+            f"{max(errors):.1f}: their differences mean nothing"
+        )
+    elif errors:
+        phrases.append(f"their standard error is up to {max(errors):.1f}, and chance is 25 and 50")
+    if scores := _scores(runs, "last_word"):
+        items.append(f"the last word of {_counts(scores)} passages")
+        if errors := _errors(scores, "loss"):
+            phrases.append(
+                f"the last-word loss has a standard error of up to {max(errors):.3f}, of which most is that of the "
+                "passages, the same for all runs"
+            )
     if not items:
         return "the tasks were not scored"
-    chance = f"; their standard error is up to {max(errors):.1f}, and chance is 25 and 50" if errors else ""
     share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
-    truncated = f"; up to {share:.0%} of the texts are longer than the context and truncated" if share >= 0.005 else ""
-    return f"items: {', '.join(items)}{chance}{truncated}"
+    if share >= 0.005:
+        phrases.append(f"up to {share:.0%} of the texts are longer than the context and truncated")
+    return "; ".join([f"items: {', '.join(items)}", *phrases])
+
+
+def _scores(runs: Sequence[Run], task: str) -> list[dict[str, Any]]:
+    return [score for run in runs if (score := run.score(task)) is not None]
+
+
+def _counts(scores: Sequence[Mapping[str, Any]]) -> str:
+    return " or ".join(f"{count:,}" for count in sorted({score["items"] for score in scores}))
+
+
+def _errors(scores: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    return [error for score in scores if (error := score.get(f"{metric}_stderr")) is not None]

@@ -1,6 +1,6 @@
 """The numbers of a run that tables show, by the names that suites use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -39,6 +39,25 @@ def reach_final_loss(reference: Run, run: Run) -> Reached:
 Compute = Callable[[Run, Run | None], float | None]
 
 
+class Task(NamedTuple):
+    """A task, and what tables show of it."""
+
+    task: str  # as printed
+    metric: str  # that tables show
+
+
+#: The paper's tasks, by their measures. A small model can only guess in them.
+GUESSED_TASKS = {"hellaswag": Task("HellaSwag", "acc_norm"), "winogrande": Task("WinoGrande", "acc")}
+#: Scales whose models only guess in these tasks.
+GUESSING_SCALES = {"micro"}
+
+
+def guessed_measures(runs: Iterable[Run]) -> frozenset[str]:
+    """Return the measures that differ between these runs by chance alone: those of the tasks at a small scale."""
+    is_guessed = any(run.config["paper"]["scale"] in GUESSING_SCALES for run in runs)
+    return frozenset(GUESSED_TASKS) if is_guessed else frozenset()
+
+
 class Measure(NamedTuple):
     """A number of a run."""
 
@@ -54,9 +73,9 @@ def _result(key: str, run: Run, _: Run | None, scale: float = 1.0) -> float | No
     return None if value is None else scale * value
 
 
-def _score(task: str, metric: str, run: Run, _: Run | None) -> float | None:
+def _score(task: str, metric: str, run: Run, _: Run | None, scale: float = 100.0) -> float | None:
     value = (run.score(task) or {}).get(metric)
-    return None if value is None else 100 * value
+    return None if value is None else scale * value
 
 
 def clip_and_step_seconds(run: Run) -> tuple[float, float] | None:
@@ -127,6 +146,18 @@ MEASURES = {
         f"the spike score is OLMo 2's: the share of losses at least {definitions.SCORE_SIGMAS:g} standard deviations "
         f"from the mean of the last {definitions.SCORE_WINDOW:,} steps (of all earlier steps if there are fewer, from "
         f"{definitions.SCORE_MIN_STEPS})",
+    ),
+    "bits_per_byte": Measure(
+        partial(_result, "test_bits_per_byte"),
+        3,
+        "low",
+        "bits per byte are the test loss in bits, for each byte of the text",
+    ),
+    "last_word": Measure(
+        partial(_score, "last_word", "loss", scale=1.0),
+        3,
+        "low",
+        "the last-word loss is that of the last word of held-out passages, in nats",
     ),
     "hellaswag": Measure(
         partial(_score, "hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"

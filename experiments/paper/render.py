@@ -13,7 +13,7 @@ import yaml
 
 from experiments.escape import escape_latex, escape_markdown
 from experiments.paper.footnotes import table_notes
-from experiments.paper.measures import MEASURES
+from experiments.paper.measures import MEASURES, guessed_measures
 from experiments.paper.tables_and_figures import Column, Specs, Table
 from experiments.run.collect import RunCollection
 
@@ -69,6 +69,7 @@ class FilledTable(NamedTuple):
     table: Table
     cells: list[list[Cell]]
     notes: list[str]
+    not_compared: frozenset[str] = frozenset()  # measures of which no number of ours is the best
 
 
 @cache
@@ -85,7 +86,8 @@ def fill_table(table: Table, collection: RunCollection) -> FilledTable:
     for label, row in table.rows.items():
         paper = paper_numbers().get(table.name, {}).get(label, {})
         cells.append([_cell(row, column, collection, len(seeds), paper.get(column.header)) for column in table.columns])
-    return FilledTable(table, cells, table_notes(table, collection, seeds))
+    runs = [run for (spec, _), run in collection.runs.items() if spec in specs]
+    return FilledTable(table, cells, table_notes(table, collection, seeds), guessed_measures(runs))
 
 
 def _cell(row: Specs, column: Column, collection: RunCollection, seeds: int, paper: float | None) -> Cell:
@@ -107,7 +109,7 @@ def _best_cells(filled: FilledTable, of_paper: bool) -> set[tuple[int, int]]:
     """Return row and column of the cells with the best value of their measure, in their column or row.
 
     Of our numbers, those with diverged runs and those that lack a seed that another has are not compared: they may have
-    the lucky seeds. No cell of ours is best if more than half are equal to the best.
+    the lucky seeds. No cell of ours is best if more than half are equal to the best, or if its measure is not compared.
     """
     groups: dict[tuple[str, int], dict[tuple[int, int], Cell]] = {}
     for r, row in enumerate(filled.cells):
@@ -127,6 +129,8 @@ def _best_cells(filled: FilledTable, of_paper: bool) -> set[tuple[int, int]]:
         if (better := MEASURES[measure].better) and len(set(known)) > 1:
             top = min(known) if better == "low" else max(known)
             winners = {place for place, value in values.items() if value == top}
+            if not of_paper and measure in filled.not_compared:
+                continue
             best |= winners if of_paper or 2 * len(winners) <= len(known) else set()
     return best
 

@@ -121,7 +121,8 @@ def _rows(specs: Specs) -> dict[str, Specs]:
     return {label: {"": spec} for label, spec in specs.items()}
 
 
-_SCORES = (Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
+_HELD_OUT = (Column("bits per byte", "bits_per_byte"), Column("last-word loss", "last_word"))
+_SCORES = (*_HELD_OUT, Column("HellaSwag", "hellaswag"), Column("WinoGrande", "winogrande"))
 _SPIKES = (Column("spikes", "spikes"), Column("spike score %", "spike_score"))
 _TRAIN_LOSS, _TEST_LOSS = Column("train loss", "train_loss"), Column("test loss", "test_loss")
 _TESTED = (*_SPIKES, _TEST_LOSS, *_SCORES)

@@ -70,6 +70,7 @@ def everything(compositions: None, tmp_path_factory: pytest.TempPathFactory) -> 
         scores = [
             score("hellaswag", 100, acc=0.1, acc_norm=config.lr + seed / 100, acc_norm_stderr=0.04),
             score("winogrande", 100, acc=0.5 + 0.1 * clip.get("alpha", 0), acc_stderr=0.05),
+            score("last_word", 1700, loss=5.5 + bump, loss_stderr=0.07, acc=0.1, acc_stderr=0.01),
         ]
         runs[spec, seed] = run_of(place.path, config, seed, bump, scores, train_loss=loss)
     return RunCollection(runs, diverged=set(), unfinished={}, warnings=[], excluded=frozenset())

@@ -73,7 +73,7 @@ def test_captions_describe_what_is_drawn(everything, figures):
     assert {name for name, text in captions.items() if "a band goes from" not in text} == {"figure9", "ema"}
     assert {name for name, text in captions.items() if THRESHOLD_NOTE in text} == {"figure1", "figure4", "figure5"}
     one = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] == 1})
-    assert "nano, seed 1;" in caption("figure2", one) and "mean over seeds" not in caption("figure2", one)
+    assert "pico-tied, seed 1;" in caption("figure2", one) and "mean over seeds" not in caption("figure2", one)
 
 
 def test_captions_name_missing_runs(everything, figures):

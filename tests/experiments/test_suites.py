@@ -99,8 +99,8 @@ def trained(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_suite_is_trained_in_the_folders_that_tables_read(trained, tiny):
-    folders = sorted(path.name.split("-seed")[0] for path in (trained / "runs" / "paper-micro").glob("nano-*"))
-    assert folders == ["nano-zclip-lr0.01", "nano-zclip_max-lr0.01", "nano-zclip_mean-lr0.01"]
+    folders = sorted(path.name.split("-seed")[0] for path in (trained / "runs" / "paper-micro").glob("pico-*"))
+    assert folders == [f"pico-tied-{clip}-lr0.01" for clip in ("zclip", "zclip_max", "zclip_mean")]
     expected = expected_runs(tables_and_figures.SUITES["table5"], trained / "runs", seeds=[0], settings=tiny)
     collection = collect(places(expected), saved_identity)
     assert collection.runs.keys() == expected.keys() and not collection.warnings, collection.warnings
@@ -121,7 +121,7 @@ def test_suite_is_trained_and_read_by_its_name(trained, tmp_path, tiny):
         assert made.returncode == 0, made.stderr
     assert_made(tmp_path / "here", corrupted="6", figures=("figure3", "figure7"))
     other = script("make_tables.py", "experiment=table5", "out=there", cwd=tmp_path)
-    assert other.returncode == 2 and "nothing is written; nano-" in other.stderr, other.stderr
+    assert other.returncode == 2 and "nothing is written; pico-tied-" in other.stderr, other.stderr
     assert "excluded: not a run of these experiments (" in other.stderr and not (tmp_path / "there").exists()
 
 
@@ -220,7 +220,7 @@ def test_nothing_is_written_without_finished_runs(paper_script):
         tables_and_figures.SUITES["table5"], Path("runs"), seeds=[0]
     ).items():
         write_run(place.path, with_settings(config, {"trainer.max_steps": 150}), seed)
-    with pytest.raises(UserError, match=rf"{message}.*nano-.* excluded: config.yaml was changed \(trainer"):
+    with pytest.raises(UserError, match=rf"{message}.*pico-tied-.* excluded: config.yaml was changed \(trainer"):
         paper_script("make_tables", "experiment=table5")
     assert kept.read_text() == "numbers" and {*kept.parent.parent.rglob("*.*")} == {kept}
 
@@ -229,7 +229,7 @@ def test_nothing_is_written_without_finished_runs(paper_script):
     ("overrides", "message"),
     [
         SLOW(("experiment=table3",), "experiment=table3 is a set of runs: it needs -m; several are a list, as"),
-        (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or"),
+        (("-m", "experiment=table3"), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy_short,"),
         (("-m", "experiment=table3", "scale=micro", "++paper.lr=1"), "paper.lr cannot be set with"),
         (
             ("-m", "experiment=table3", "clip=none"),
@@ -318,7 +318,7 @@ def test_figure_3_needs_no_runs(tmp_path):
             "overrides=['clip=fixed']",
             "overrides=['clip=fixed'] is not allowed: clip is what the experiments set themselves",
         ),
-        ("scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy"),
+        ("scale=huge", "scale=huge is not known: it must be one of micro, paper, proxy, proxy_short"),
         ("paths.runs=gone", "paths.runs=gone is not there: it must be the folder with paper-micro/"),
     ],
 )

@@ -140,9 +140,32 @@ def test_footnote_describes_the_items_behind_scores(everything):
     def text(runs):
         return markdown(fill_table(TABLES["table3"], everything._replace(runs=runs)))
 
-    assert "Items: HellaSwag on 50 or 100 or 150; their standard error is up to 4.0, and chance" in text(runs)
+    assert "Items: HellaSwag on 50 or 100 or 150; at this scale HellaSwag and WinoGrande are chance" in text(runs)
+    assert "25 and 50, with a standard error of up to 4.0" in text(runs) and "passages" not in text(runs).replace(
+        "held-out passages", ""
+    )
+    assert "Items: HellaSwag on 50 or 100 or 150; their standard error is up to 4.0, and chance" in text(at_proxy(runs))
     assert "up to 1% of the texts are longer than the context and truncated." in text(runs)
     assert "truncated" not in text({key: run for key, run in runs.items() if key[1] < 2}), "less than half a percent"
+
+
+def at_proxy(runs: dict) -> dict:
+    """Return the runs as if they were of the scale of 60 million parameters."""
+    return {
+        key: run._replace(config=run.config | {"paper": run.config["paper"] | {"scale": "proxy"}})
+        for key, run in runs.items()
+    }
+
+
+def test_scores_that_are_chance_are_never_best(everything):
+    """The others are: losses at every scale, and the same scores at a larger one."""
+    guessed, larger = (
+        markdown(fill_table(TABLES["table3"], everything._replace(runs=runs)))
+        for runs in (everything.runs, at_proxy(everything.runs))
+    )
+    assert "| 59.70 ± 0.00 | **54.85** |" in guessed and "| **59.70 ± 0.00** | **54.85** |" in larger
+    assert all("| **5.555 ± 0.005** |" in text for text in (guessed, larger)), "the last-word loss"
+    assert all("| **2.414 ± 0.001** |" in text for text in (guessed, larger)), "bits per byte"
 
 
 def test_measures_that_a_run_does_not_have_are_unknown(everything):

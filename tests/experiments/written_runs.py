@@ -96,7 +96,8 @@ def run_of(
     }  # fmt: skip
     numbers = {
         "steps": steps, "tokens": 2048 * steps, "train_loss": 5.0 + bump, "test_loss": 4.9 + bump + seed / 100,
-        "parameters": 640_000, "data_fingerprint": "abcd", "clipped_share": 0.1, "clipped_by_z": 7,
+        "test_bits_per_byte": 2.4 + bump / 4, "parameters": 640_000, "data_fingerprint": "abcd",
+        "clipped_share": 0.1, "clipped_by_z": 7,
         "tokens_per_second": 1e4, "step_seconds": {"data": 0.0, "forward_backward": 0.98, "clip": 0.02},
         "unigram_entropy": 6.5, "test_tokens": 1000, "spikes": 3, "spike_definition": "ours",
     }  # fmt: skip

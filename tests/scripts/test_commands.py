@@ -182,8 +182,11 @@ def collection(*items: int, device: str = "CPU") -> SimpleNamespace:
 
 def test_report_has_the_commands_that_make_it_again():
     make_report, complete = load_script("make_report"), SETS["winogrande"].items
-    assert make_report._limit_override(collection(complete, complete)) == []
-    assert make_report._limit_override(collection(complete, 400, 100)) == ["eval.limit=100"]
+    assert make_report._score_overrides(collection(complete, complete)) == []
+    assert make_report._score_overrides(collection(complete, 400, 100)) == ["eval.limit=100"]
+    with_last_words = collection(complete, 400)
+    with_last_words.runs[1].score = {"last_word": {"task": "last_word", "items": 9}}.get
+    assert make_report._score_overrides(with_last_words) == ["eval.tasks=[hellaswag,winogrande,last_word]"]
     paths = SimpleNamespace(runs="runs")
     settings = SimpleNamespace(scale="micro", paths=paths, overrides=["a.b=1"], out="here", windows=None)
     readers = """scale=micro 'seeds=[0,1]' paths.runs=runs 'overrides=["a.b=1"]' out=here"""

@@ -60,7 +60,7 @@ def test_promised_options_exist():
         "model": {"micro", "60m", "150m", "350m", "1b", "7b", "hf"}, "data": {"sotu", "smollm"},
         "trainer": {"cpu", "gpu", "ddp", "fsdp", "hsdp"}, "logger": {"jsonl", "wandb"},
         "optim": {"adamw", "sgd", "muon", "custom"},
-        "scale": {"main", "micro", "proxy", "paper"}, "experiment": {"main", "paper"},
+        "scale": {"main", "micro", "proxy_short", "proxy", "paper"}, "experiment": {"main", "paper"},
     }  # fmt: skip
     for group, names in promised.items():
         assert names <= {name for g, name in OPTIONS if g == group}
@@ -85,6 +85,7 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
         ("optim", "custom"): "optim.name=custom is not allowed: .* or optim._target_ must name a class",
         ("model", "hf"): "model.init_from=null is not possible with model=hf",
         ("scale", "proxy"): "torch sees no GPU" if not torch.cuda.is_available() else "",
+        ("scale", "proxy_short"): "torch sees no GPU" if not torch.cuda.is_available() else "",
         ("scale", "paper"): "torch sees (no|. GPU)",
     }
     if message := refused.get((group, name)):

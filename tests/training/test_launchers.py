@@ -51,7 +51,7 @@ def test_jobs_of_suites_are_their_runs_times_the_sweep():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("experiment=table3",), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy or scale=p"),
+        (("experiment=table3",), "scale is not set: experiment=table3 is run at scale=micro, scale=proxy_short, sc"),
         (("experiment=table3", "scale=main"), "scale=main is not possible: experiment=table3 is run at scale=micro"),
         (("scale=micro",), "hydra/sweeper=suite is not possible without experiment=, which sets it: it names suites"),
         (
