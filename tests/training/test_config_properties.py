@@ -30,12 +30,21 @@ NOT_IDENTITY = (
     "trainer.val_every", "trainer.val_tokens", "trainer.eval_every", "trainer.nodes", "trainer.devices",
 )  # fmt: skip
 
+#: Settings of `optim=muon`.
+MUON = {
+    "optim.name": "muon", "optim.amsgrad": None, "optim.momentum": 0.95, "optim.nesterov": True, "optim.ns_steps": 5,
+    "optim.adjust_lr_fn": "original",
+}  # fmt: skip
+
 #: Other settings with which a key can have several values.
 NEEDS: dict[str, dict[str, Any]] = {
     "trainer.nodes": {"trainer.strategy": "fsdp"},
     "trainer.devices": {"trainer.strategy": "fsdp"},
     "trainer.dp_replicate": {"trainer.strategy": "hsdp", "trainer.devices": 8, "trainer.dp_replicate": 2},
     "trainer.keep_every": {"trainer.checkpoint_every": 500},
+    "fork_data": {"fork_from": "runs/main/NAME@100"},
+    "optim.name": {"optim._target_": "elsewhere.Own"},
+    **dict.fromkeys(("optim.momentum", "optim.nesterov", "optim.ns_steps", "optim.adjust_lr_fn"), MUON),
 }
 
 SOURCE = {
@@ -52,6 +61,16 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "clip._target_": st.sampled_from(["zclip.ZClip", "zclip.AutoClip", "zclip.AdaGC", "elsewhere.Unknown"]),
     "update._target_": st.sampled_from(["zclip.updates.UpdateMonitor", "zclip.updates.UpdateClip", None]),
     "paper.suite": st.none(),
+    "optim.name": FOLDER_NAMES,
+    "optim.betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
+    "optim.eps": st.floats(1e-12, 1),
+    "optim.weight_decay": st.floats(0, 1),
+    "optim.fused": st.booleans(),
+    "optim.amsgrad": st.booleans(),
+    "optim.momentum": st.floats(0, 1, exclude_max=True),
+    "optim.nesterov": st.booleans(),
+    "optim.ns_steps": st.integers(1, 99),
+    "optim.adjust_lr_fn": st.sampled_from(["original", "match_rms_adamw"]),
     "data.sources": st.dictionaries(
         st.from_regex(r"[a-z]{1,5}", fullmatch=True),
         st.none() | st.floats(0.1, 10).map(lambda weight: SOURCE | {"weight": weight}),
