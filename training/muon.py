@@ -47,6 +47,9 @@ class MuonAdamW(Optimizer):
         groups = [{"name": name, **part.param_groups[0]} for name, part in self._parts.items()]
         super().__init__(groups, {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parts": self._parts}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with both; return the loss of the closure, if there is one."""

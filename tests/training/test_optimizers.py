@@ -1,13 +1,15 @@
 """Runs with other optimizers than AdamW: names, messages, memory, checkpoints, and the bits to which they resume."""
 
+import copy
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from models import Llama
 from tests.helpers import (
     CHECKOUT,
@@ -24,6 +26,7 @@ from tests.helpers import (
 from tests.training.test_update_rules import interrupted
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.state import find_problem
+from training.config.checks import check
 from training.config.identity import identity, run_name
 from training.config.optimizer import make_optimizer, state_bytes, state_differences
 from training.launch.plan import plan
@@ -270,3 +273,53 @@ def test_optimizer_of_your_own_is_imported_only_where_the_command_names_it(tiny,
     _, output = run_in_process(f"resume={resumed}", "optim._target_=my_optimizers.SignSGD")
     assert (tmp_path / "imported").exists() and "after step 32 of 40" in output
     assert [row["loss"] for row in read_jsonl(resumed / "metrics.jsonl")] == [row["loss"] for row in rows]
+
+
+def test_amsgrad_of_ones_own_class_is_in_the_name_whatever_its_value():
+    own = ("optim=custom", "optim._target_=torch.optim.AdamW", "optim.name=own")
+    names = {
+        run_name(compose_config(*own, *more)) for more in ((), ("+optim.amsgrad=false",), ("+optim.amsgrad=true",))
+    }
+    assert len(names) == 3, "its default is not known"
+
+
+def test_forks_are_refused_where_ones_own_optimizer_has_other_state():
+    own = ("optim=custom", "optim._target_=torch.optim.RMSprop", "optim.name=rms")
+    plain, centered, slower = (
+        compose_config(*own, *more).optim for more in ((), ("+optim.centered=true",), ("+optim.alpha=0.9",))
+    )
+    assert [*state_differences(centered, plain)] == [("centered", True, None)]
+    assert [*state_differences(slower, plain)] == []
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_fused_steps_without_sharding_are_refused_for_any_name(name):
+    own = ("optim=custom", f"optim._target_=torch.optim.{name}", "optim.name=own", "trainer.strategy=fsdp", "plan=true")
+    check(compose_config(*own), Path("unused"))
+    with pytest.raises(ConfigError, match=rf"optim.fused=true is not possible with .*: fused {name} takes no sharded"):
+        check(compose_config(*own, "+optim.fused=true"), Path("unused"))
+
+
+def test_class_that_passes_on_all_arguments_is_accepted(tmp_path, monkeypatch):
+    init = "def __init__(self, *args, **kwargs):\n        super().__init__(*args, **kwargs)"
+    thin = f"import torch\nclass Thin(torch.optim.SGD):\n    {init}\n"
+    (tmp_path / "thin_optimizer.py").write_text(thin)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("optim=custom", "optim._target_=thin_optimizer.Thin", "optim.name=thin", "+optim.momentum=0.5", "plan=true")
+    check(compose_config(*own), Path("unused"))
+
+
+def test_copy_of_muon_takes_the_same_steps():
+    def parameters():
+        return [torch.nn.Parameter(torch.eye(4)), torch.nn.Parameter(torch.ones(4))]
+
+    matrix, vector = parameters()
+    copied = copy.deepcopy(MuonAdamW([matrix], [vector], lr=0.1))
+    for optimizer in (original := MuonAdamW([matrix], [vector], lr=0.1), copied):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    pairs = zip(original.param_groups, copied.param_groups, strict=True)
+    assert all(torch.equal(a["params"][0], b["params"][0]) for a, b in pairs)
+    assert not torch.equal(vector, torch.ones(4))

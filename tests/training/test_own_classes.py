@@ -93,3 +93,10 @@ def test_train_py_refuses_before_it_writes(run_in_process, tiny, tmp_path):
     with pytest.raises(UserError, match=r"telemetry of Rule must not have the name update_norm, which every rule rec"):
         run_in_process(*tiny, "update=monitor", "update._target_=own_classes.Rule", "+update.key=update_norm")
     assert not (tmp_path / "runs").exists()
+
+
+def test_error_while_attaching_is_left_for_training(tmp_path):
+    attach = "def attach(self, optimizer):\n        raise OSError"
+    code = f"from own_classes import Strategy\nclass Raises(Strategy):\n    {attach}\n"
+    (tmp_path / "own_attach.py").write_text(code)
+    check_own_rules(compose_config("clip=none", "clip._target_=own_attach.Raises", "clip.name=own"))

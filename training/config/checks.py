@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from torch.optim import SGD, Adagrad
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors, shown
 from data import Corpus, DataConfig, corpus_from
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
-from training.config.optimizer import check_optimizer, group_of, state_bytes
+from training.config.optimizer import check_optimizer, group_of, optimizer_class, state_bytes
 from training.config.own_rules import check_own_rules
 from training.config.schema import Config, TrainerConfig
 from training.config.strategy import clipping_strategy, update_rule
@@ -54,10 +55,12 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
 
 
 def _check_fused(config: Config) -> None:
-    """Raise `ConfigError` if fused SGD would get sharded parameters, which torch refuses."""
-    if config.optim.name == "sgd" and config.optim.fused and config.trainer.sharded:
+    """Raise `ConfigError` if fused SGD or Adagrad would get sharded parameters, which torch refuses."""
+    made_by = optimizer_class(config.optim)
+    if issubclass(made_by, SGD | Adagrad) and config.optim.fused and config.trainer.sharded:
         strategy = f"trainer.strategy={config.trainer.strategy}"
-        problem = f"is not possible with {strategy}: fused SGD takes no sharded parameters; optim.fused=false does"
+        name = made_by.__name__
+        problem = f"is not possible with {strategy}: fused {name} takes no sharded parameters; optim.fused=false does"
         raise ConfigError("optim.fused", True, problem=problem)
 
 

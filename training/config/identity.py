@@ -66,6 +66,8 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
         own = {key: optim.arguments[key] for key in optim.model_extra or {}}
         kept["optim"] |= _as_declared(lambda: optimizer_class(optim), own)
     for key, default in ADDED.items():
+        if key.startswith("optim.") and optim.target is not None:
+            continue  # a class of one's own may have other defaults
         *sections, name = key.split(".")
         section = reduce(getitem, sections, kept)
         if name in section and section[name] == default:  # an optimizer lacks the settings of others

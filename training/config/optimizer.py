@@ -94,6 +94,11 @@ def state_differences(optim: OptimConfig, other: OptimConfig) -> Iterator[tuple[
         yield "amsgrad", optim.amsgrad, other.amsgrad
     elif optim.name == "sgd" and bool(optim.momentum) != bool(other.momentum):
         yield "momentum", optim.momentum, other.momentum
+    elif optim.target is not None and (ours := optim.arguments) != (theirs := other.arguments):
+        if _own_state(optim).keys() == _own_state(other).keys():
+            return
+        key = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
+        yield key, ours.get(key), theirs.get(key)
 
 
 def state_bytes(optim: OptimConfig, model: LlamaConfig) -> float:
@@ -118,6 +123,13 @@ def state_bytes_of_element(optim: OptimConfig) -> float:
     Raises:
         ConfigError: the optimizer cannot be made with its arguments, or cannot take a step.
     """
+    state = _own_state(optim)
+    tensors = (value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
+    return sum(value.nbytes for value in tensors) / 64**2
+
+
+def _own_state(optim: OptimConfig) -> dict[str, Any]:
+    """Return the state of a matrix of 64 x 64, after one step of an optimizer of one's own."""
     parameters = few_parameters()
     try:
         optimizer = make_optimizer(optim, parameters, lr=1e-3)
@@ -130,8 +142,7 @@ def state_bytes_of_element(optim: OptimConfig) -> float:
         problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
         raise ConfigError("optim._target_", optim.target, problem=problem) from error
     (matrix, *_) = (parameter for _, parameter in parameters)
-    tensors = (value for value in optimizer.state[matrix].values() if isinstance(value, Tensor) and value.ndim > 0)
-    return sum(value.nbytes for value in tensors) / matrix.numel()
+    return optimizer.state[matrix]
 
 
 def few_parameters() -> list[tuple[str, Tensor]]:

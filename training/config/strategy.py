@@ -78,7 +78,7 @@ def find_class(section: str, target: str, base: type[C], allowed: str) -> type[C
 def check_arguments(section: str, made_by: type[Any], arguments: dict[str, Any], supplied: Container[str] = ()) -> None:
     """Raise `UserError` unless a class takes these keyword arguments, and needs no others but those `supplied`."""
     parameters = inspect.signature(made_by).parameters.values()
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in supplied]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in supplied]
     known = [p.name for p in named]
     for keywords in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
         known += get_args(keywords)[0].__annotations__ if get_origin(keywords) is Unpack else arguments
