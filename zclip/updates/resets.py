@@ -11,7 +11,7 @@ from zclip.apply import optimizer_parameters
 
 #: Adam's moments in the state of an optimizer; the last one is AMSGrad's.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-#: The warm-up begins at 1 - `DEPTH` of the rate, as in the code of SPAM's authors.
+#: The warm-up begins at 1 - `DEPTH` of the rate, as in a published implementation of SPAM.
 DEPTH = 0.99
 
 

@@ -37,11 +37,11 @@ class SPAM(OptimizerRule):
 
         1 - 0.99 * (1 + cos(pi * k / (N + 1))) / 2    where k < N
 
-    The paper resets every 500 steps. That is not the default here: in 150 of 500 steps the rate is lower then, so that
-    an effect of the clipping could not be told from one of the rate, and states that were saved before go on as they
-    were. What the paper leaves open is as in its authors' code: the bias correction of Adam goes on as without resets,
-    the warm-up begins at 0.01, and there is none at the start. That code differs in two things: it clips nothing in 20
-    steps after each reset, and does not lower the rate of the weight decay. The paper's sparse momentum is left out.
+    The paper resets every 500 steps. That is not the default here: the rate would be lower in 150 of 500 steps, and its
+    effect could not be separated from that of the clipping. Details follow a published implementation of SPAM: the bias
+    correction of Adam goes on as without resets, the warm-up begins at 0.01, and there is none at the start. Two things
+    differ: that code clips nothing in 20 steps after each reset, and does not lower the rate of the weight decay. The
+    paper's sparse momentum is left out.
 
     Steps that a GradScaler or a strategy skips, and steps without gradients, do not count. AMSGrad's maximum is reset
     too. Sharded moments are reset on each rank.
