@@ -1,7 +1,5 @@
 """The report of a lab on bad batches: what they cost with each arm, by kind, and whether the arm recognises them."""
 
-import csv
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +9,9 @@ from experiments.labs.bad_data_figures import draw_after, draw_excess, draw_kind
 from experiments.labs.declaration import BadDataLab
 from experiments.labs.report import (
     LabReport,
+    arm_cell,
     comparison_cells,
+    csv_text,
     lab_text,
     markdown_table,
     mean_text,
@@ -64,7 +64,7 @@ def bad_data_report(lab: BadDataLab, collection: RunCollection, made: str) -> La
     sections = {
         "Arms": f"{markdown_table(HEADER, [table_row(result) for result in results])}\n\n{LEGEND}",
         "Rise of the loss by kind of bad batch (nats)": markdown_table(
-            ("arm", *kinds), [[_label(r), *(f"{r.mean_rise(kind):.3f}" for kind in kinds)] for r in results]
+            ("arm", *kinds), [[_name(r), *(f"{r.mean_rise(kind):.3f}" for kind in kinds)] for r in results]
         ),
     }
     figures = {}
@@ -95,7 +95,7 @@ def table_row(result: BadDataResult) -> list[str]:
     """Return the row of an arm as text."""
     numbers = result.numbers.values()
     return [
-        _label(result),
+        _name(result),
         mean_text([each.excess for each in numbers], 3),
         *comparison_cells(result.change),
         mean_text([each.area for each in numbers], 1),
@@ -107,18 +107,16 @@ def table_row(result: BadDataResult) -> list[str]:
     ]
 
 
-def _label(result: BadDataResult) -> str:
-    return result.arm.label + (" (control)" if result.arm.is_control else "")
+def _name(result: BadDataResult) -> str:
+    return arm_cell(result.arm.label, result.arm.is_control)
 
 
 def csv_table(results: Sequence[BadDataResult], kinds: Sequence[str]) -> str:
     """Return the numbers of each run as CSV: a row for each arm and seed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     fields = ("excess", "area", "final", "cost", "recognised", "acted")
-    writer.writerow(["arm", "overrides", "seed", *fields, *(f"rise_{kind}" for kind in kinds)])
+    rows = []
     for result in results:
         for seed, numbers in result.numbers.items():
             values = [getattr(numbers, field) for field in fields] + [numbers.rise_of.get(k, np.nan) for k in kinds]
-            writer.writerow([result.arm.label, " ".join(result.arm.overrides), seed, *(f"{v:.6g}" for v in values)])
-    return out.getvalue()
+            rows.append([result.arm.label, " ".join(result.arm.overrides), seed, *values])
+    return csv_text(["arm", "overrides", "seed", *fields, *(f"rise_{kind}" for kind in kinds)], rows)

@@ -1,7 +1,5 @@
 """The report of a lab on runs that go on otherwise: what each arm costs, and how a rule over updates lets go."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +22,9 @@ from experiments.labs.continued_figure import draw_forks
 from experiments.labs.declaration import ContinuedLab
 from experiments.labs.report import (
     LabReport,
+    arm_cell,
     comparison_cells,
+    csv_text,
     lab_text,
     markdown_table,
     mean_text,
@@ -96,7 +96,7 @@ def table_row(result: ContinuedResult) -> list[str]:
     """Return the row of an arm as text."""
     numbers = [*result.numbers.values()]
     return [
-        result.label + (" (control)" if result.is_control else ""),
+        arm_cell(result.label, result.is_control),
         mean_text([each.loss for each in numbers], 4),
         *comparison_cells(result.change),
         mean_text([each.early for each in numbers], 4),
@@ -110,18 +110,15 @@ def table_row(result: ContinuedResult) -> list[str]:
 
 def csv_table(lab: ContinuedLab, results: Mapping[str, Sequence[ContinuedResult]]) -> str:
     """Return the numbers of each run as CSV: a row for each way to go on, arm and seed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     fields = ("loss", "early", "acted", "lowest", "returned")
     scales = [f"scale_{steps}" for steps in SCALE_STEPS]
-    writer.writerow(["continuation", "arm", "overrides", "seed", *fields, *scales])
+    rows = []
     for name, arms in compared_arms(lab).items():
         for result in results[name]:
             for seed, numbers in result.numbers.items():
                 values = [*(getattr(numbers, field) for field in fields), *numbers.scales]
-                overrides = " ".join(arms[result.label].overrides)
-                writer.writerow([name, result.label, overrides, seed, *(f"{value:.6g}" for value in values)])
-    return out.getvalue()
+                rows.append([name, result.label, " ".join(arms[result.label].overrides), seed, *values])
+    return csv_text(["continuation", "arm", "overrides", "seed", *fields, *scales], rows)
 
 
 def _heading(name: str) -> str:

@@ -1,7 +1,5 @@
 """The report of a lab on learning rates: the curve and the sensitivity of each arm."""
 
-import csv
-import io
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -10,7 +8,15 @@ from matplotlib.figure import Figure
 
 from experiments.labs.declaration import RateLab
 from experiments.labs.rates import USABLE, RateResult, rate_results, usable_rates
-from experiments.labs.report import LabReport, comparison_cells, lab_text, markdown_table, outcome_sentences
+from experiments.labs.report import (
+    LabReport,
+    arm_cell,
+    comparison_cells,
+    csv_text,
+    lab_text,
+    markdown_table,
+    outcome_sentences,
+)
 from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
 from experiments.run.style import draw_grid, numbered_style
@@ -79,7 +85,7 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
     losses = result.mean_losses
     usable = usable_rates(lab, losses, best)
     return [
-        result.arm.label + (" (control)" if result.arm.is_control else ""),
+        arm_cell(result.arm.label, result.arm.is_control),
         f"{lab.rates[int(losses.argmin())]:g}",
         f"{losses.min():.3f}",
         rates_text(lab.rates, usable),
@@ -104,14 +110,13 @@ def rates_text(rates: Sequence[float], usable: Sequence[float]) -> str:
 
 def csv_table(lab: RateLab, results: Sequence[RateResult]) -> str:
     """Return the final loss of each run as CSV."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["arm", "overrides", "lr", "seed", "final_loss"])
-    for result in results:
-        for seed, curve in result.curves.items():
-            for rate, loss in zip(lab.rates, curve.losses, strict=True):
-                writer.writerow([result.arm.label, " ".join(result.arm.overrides), f"{rate:g}", seed, f"{loss:.6g}"])
-    return out.getvalue()
+    rows = [
+        [result.arm.label, " ".join(result.arm.overrides), f"{rate:g}", seed, float(loss)]
+        for result in results
+        for seed, curve in result.curves.items()
+        for rate, loss in zip(lab.rates, curve.losses, strict=True)
+    ]
+    return csv_text(["arm", "overrides", "lr", "seed", "final_loss"], rows)
 
 
 def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:

@@ -1,7 +1,9 @@
-"""What the reports of all labs share: their parts in Markdown, and the sentences on outcomes."""
+"""What the reports of all labs share: their parts in Markdown, their numbers, and the sentences on outcomes."""
 
+import csv
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +75,11 @@ def outcome_sentences(comparisons: Mapping[str, Comparison], texts: Mapping[str,
     return said
 
 
+def arm_cell(label: str, is_control: bool) -> str:
+    """Return how a table names an arm."""
+    return label + (" (control)" if is_control else "")
+
+
 def comparison_cells(comparison: Comparison | None) -> tuple[str, str]:
     """Return the comparison of an arm with the reference arm, and its outcome, as text; empty without one."""
     return ("", "") if comparison is None else (comparison.text(), comparison.outcome)
@@ -90,3 +97,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
     lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as CSV. Floats have six digits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    return out.getvalue()

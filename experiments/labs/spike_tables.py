@@ -1,14 +1,12 @@
 """The tables of a lab on spikes: its arms compared with the reference, and which signal warns first."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.labs.declaration import Arm, SpikeLab
-from experiments.labs.report import comparison_cells, mean_text
+from experiments.labs.report import arm_cell, comparison_cells, csv_text, mean_text
 from experiments.labs.spike_numbers import SIGNALS, SpikeNumbers, spike_numbers, warnings_of
 from experiments.labs.statistics import Comparison, decide, paired_ratio
 from experiments.run.collect import RunCollection
@@ -78,7 +76,7 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
         columns = {field: [getattr(each, field) for each in result.numbers.values()] for field in SpikeNumbers._fields}
         rows.append(
             [
-                result.arm.label + (" (control)" if result.arm.is_control else ""),
+                arm_cell(result.arm.label, result.arm.is_control),
                 mean_text(columns["per_10k"], 1),
                 mean_text(columns["area"], 0),
                 *comparison_cells(result.ratio),
@@ -102,16 +100,14 @@ def _known(values: np.ndarray, decimals: int) -> list[str]:
 
 def csv_table(results: Sequence[ArmResult]) -> str:
     """Return the numbers of each run as CSV: a row for each arm and seed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     fields = [field for field in SpikeNumbers._fields if field != "spikes"]
-    writer.writerow(["arm", "overrides", "seed", *fields, "spike_steps"])
+    rows = []
     for result in results:
         for seed, numbers in result.numbers.items():
-            values = [f"{getattr(numbers, field):.6g}" for field in fields]
+            values = [float(getattr(numbers, field)) for field in fields]
             starts = " ".join(str(spike.start + 1) for spike in numbers.spikes)
-            writer.writerow([result.arm.label, " ".join(result.arm.overrides), seed, *values, starts])
-    return out.getvalue()
+            rows.append([result.arm.label, " ".join(result.arm.overrides), seed, *values, starts])
+    return csv_text(["arm", "overrides", "seed", *fields, "spike_steps"], rows)
 
 
 def warning_rows(runs: Sequence[Run]) -> list[list[str]]:

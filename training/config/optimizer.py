@@ -67,7 +67,7 @@ def check_optimizer(optim: OptimConfig, rule: OptimizerRule | None, rule_name: s
         state_bytes_of_element(optim)
     if rule is not None:
         try:
-            check_supported(make_optimizer(optim, few_parameters(), lr=1e-3), rule.optimizers)
+            check_supported(small_optimizer(optim), rule.optimizers)
         except TypeError as error:
             problem = f"is not possible with optim.name={optim.name}: {error}"
             raise ConfigError("update.name", rule_name, problem=problem) from error
@@ -130,22 +130,21 @@ def state_bytes_of_element(optim: OptimConfig) -> float:
 
 def _own_state(optim: OptimConfig) -> dict[str, Any]:
     """Return the state of a matrix of 64 x 64, after one step of an optimizer of one's own."""
-    parameters = few_parameters()
     try:
-        optimizer = make_optimizer(optim, parameters, lr=1e-3)
-        for _, parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
+        optimizer = small_optimizer(optim)
         optimizer.step()
     except (ArgumentError, ConfigError) as error:
         raise ConfigError(f"optim.{error.field}", error.value, problem=error.problem) from error
     except Exception as error:  # the class may do anything
         problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
         raise ConfigError("optim._target_", optim.target, problem=problem) from error
-    (matrix, *_) = (parameter for _, parameter in parameters)
-    return optimizer.state[matrix]
+    return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
-def few_parameters() -> list[tuple[str, Tensor]]:
-    """Return a matrix, and what is none, under names of a model."""
+def small_optimizer(optim: OptimConfig) -> Optimizer:
+    """Return an optimizer of a 64 x 64 matrix and a vector, which have gradients, under names of a model."""
     shapes = {"layers.0.q_proj.weight": (64, 64), "norm.weight": (64,)}
-    return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    return make_optimizer(optim, parameters.items(), lr=1e-3)

@@ -6,7 +6,7 @@ import torch
 
 from common.errors import ConfigError
 from training.config.optim import OptimConfig
-from training.config.optimizer import few_parameters, make_optimizer
+from training.config.optimizer import small_optimizer
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy, is_ours, update_rule
 from zclip import ClippingStrategy
@@ -30,10 +30,7 @@ def check_own_rules(config: Config) -> None:
 
 def _take_step(section: str, target: str | None, rule: ClippingStrategy | OptimizerRule, optim: OptimConfig) -> None:
     with torch.random.fork_rng(devices=[]):
-        parameters, loss = few_parameters(), cast(Any, torch.ones(()))
-        optimizer = make_optimizer(optim, parameters, lr=1e-3)
-        for _, parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
+        optimizer, loss = small_optimizer(optim), cast(Any, torch.ones(()))
         try:
             rule.attach(optimizer)
         except TypeError as error:
