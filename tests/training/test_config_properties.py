@@ -43,6 +43,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "trainer.dp_replicate": {"trainer.strategy": "hsdp", "trainer.devices": 8, "trainer.dp_replicate": 2},
     "trainer.keep_every": {"trainer.checkpoint_every": 500},
     "fork_data": {"fork_from": "runs/main/NAME@100"},
+    "fork_statistics": {"fork_from": "runs/main/NAME@100"},
     "optim.name": {"optim._target_": "elsewhere.Own"},
     **dict.fromkeys(("optim.momentum", "optim.nesterov", "optim.ns_steps", "optim.adjust_lr_fn"), MUON),
 }

@@ -215,9 +215,10 @@ def test_tokenizer_that_was_trained_on_another_text_in_the_same_place_is_refused
     assert not (tmp_path / "runs" / "main" / "new").exists()
 
 
-def test_new_data_are_said_and_need_a_fork(tiny, refusal):
-    assert "fork_data=new is not possible without fork_from: it must be same" in refusal(*tiny, "fork_data=new")
-    named = [run_name(compose_config(*tiny, "fork_from=old@24", f"fork_data={data}")) for data in ("same", "new")]
+@pytest.mark.parametrize(("key", "value"), [("fork_data", "new"), ("fork_statistics", "reset")])
+def test_settings_of_forks_are_in_the_name_and_need_a_fork(key, value, tiny, refusal):
+    assert f"{key}={value} is not possible without fork_from: it must be same" in refusal(*tiny, f"{key}={value}")
+    named = [run_name(compose_config(*tiny, "fork_from=old@24", f"{key}={said}")) for said in ("same", value)]
     assert named[0] == run_name(compose_config(*tiny, "fork_from=old@24")) != named[1]
 
 

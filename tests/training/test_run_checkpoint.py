@@ -59,7 +59,8 @@ def test_fork_has_the_settings_of_the_checkpoint(change, tiny, finished_run, tmp
         edit(run, "lr: 0.003\nseed: 0", "lr: 0.003\nseed: 1")
     new, fork = RunDir(tmp_path / "new"), f"fork_from={run}@24"
     source = find_fork_source(compose_config(*tiny, fork), new)
-    assert source is not None and source.same_clipping and source.checkpoint == RunDir(run).checkpoint(24)
+    assert source is not None and source.keeps_clipping and source.checkpoint == RunDir(run).checkpoint(24)
+    assert not find_fork_source(compose_config(*tiny, fork, "fork_statistics=reset"), new).keeps_clipping
     with pytest.raises(ConfigError, match="is not possible with seed=1: that run has seed=0"):
         find_fork_source(compose_config(*tiny, fork, "seed=1"), new)
 

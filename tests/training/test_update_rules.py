@@ -227,6 +227,27 @@ def test_forks_begin_with_and_without_a_rule(braked_run, finished_run, tiny, tmp
 
 
 @pytest.mark.slow
+def test_fork_with_reset_statistics_counts_its_own_steps(braked_run, tiny, tmp_path):
+    """Resumed in between, it counts on. With the same settings and without the reset, it counts all steps."""
+    braked = copy_run(braked_run, tmp_path)
+    settings = (*tiny, *BRAKE, f"fork_from=runs/main/{braked.name}@16", "trainer.max_steps=40")
+    reset = (*settings, "fork_statistics=reset", "name=reset")
+    output = train_to_end(*reset, cwd=tmp_path)
+    assert "with the clipper's and the update rule's statistics reset" in output
+    run = tmp_path / "runs" / "main" / "reset"
+    resumed = interrupted(run, tmp_path / "half", 32)
+    output = train_to_end(*reset, f"paths.runs={tmp_path / 'half' / 'runs'}", cwd=tmp_path)
+    assert "after step 32 of 40" in output and "statistics reset" not in output
+    train_to_end(*settings, "name=same", cwd=tmp_path)
+    assert [steps_counted(path) for path in (run, resumed, run.with_name("same"))] == [24, 24, 40]
+
+
+def steps_counted(run):
+    checkpoint = torch.load(run / "checkpoints" / "step-00000040.ckpt", weights_only=True)
+    return checkpoint["callbacks"]["UpdateRuleCallback"]["rule"]["state"]["count"]
+
+
+@pytest.mark.slow
 def test_sharded_run_brakes_as_one_process_does_and_resumes(braked_run, tiny, tmp_path):
     settings = (*tiny, *BRAKE, *FSDP)
     for folder in ("whole", "resumed"):

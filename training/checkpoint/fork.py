@@ -1,8 +1,9 @@
 """A new run from a step of an old one: `fork_from=runs/main/NAME@STEP`, for example with another clipping strategy.
 
 Model, text, seed and batches must be the old run's; clipping, optimizer and length are the new one's. The statistics of
-the clipper, and of a rule over updates, are restored if its settings are the same, and reset otherwise. With
-`fork_data=new`, the text and the length of sequences are the new run's too: see `training.checkpoint.fork_data`.
+the clipper, and of a rule over updates, are restored if its settings are the same, and reset otherwise, or with
+`fork_statistics=reset`. With `fork_data=new`, the text and the length of sequences are the new run's too: see
+`training.checkpoint.fork_data`.
 """
 
 import json
@@ -37,8 +38,8 @@ class ForkSource(NamedTuple):
 
     run_dir: RunDir
     step: int
-    same_clipping: bool  # whether the old run's clipping settings are the new one's
-    same_rule: bool  # the same of their rules over updates, if both have one
+    keeps_clipping: bool  # whether the new run begins with the statistics of the old one's clipper
+    keeps_rule: bool  # the same of their rules over updates, if both have one
     new_data: bool = False  # whether the new run's data begin at the step
 
     @property
@@ -166,6 +167,6 @@ def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSou
     clipping, old_clipping = flatten(requested["clip"]), flatten(saved["clip"])
     # A scope of null is no scope.
     same_clipping = all(clipping.get(key) == old_clipping.get(key) for key in clipping.keys() | old_clipping.keys())
-    rules = requested.get("update"), saved.get("update")
-    same_rule = None in rules or rules[0] == rules[1]
-    return ForkSource(run_dir, step, same_clipping, same_rule, new_data)
+    rules, keeps = (requested.get("update"), saved.get("update")), config.fork_statistics == "same"
+    keeps_rule = None in rules or (keeps and rules[0] == rules[1])
+    return ForkSource(run_dir, step, keeps and same_clipping, keeps_rule, new_data)

@@ -37,13 +37,13 @@ class Start(NamedTuple):
 
     @property
     def reset_clipper(self) -> bool:
-        """Whether the clipper's statistics in the checkpoint belong to another strategy."""
-        return self.fork is not None and not self.fork.same_clipping
+        """Whether the clipper begins without the statistics in the checkpoint."""
+        return self.fork is not None and not self.fork.keeps_clipping
 
     @property
     def reset_rule(self) -> bool:
-        """Whether the statistics of a rule over updates in the checkpoint belong to another rule."""
-        return self.fork is not None and not self.fork.same_rule
+        """Whether a rule over updates begins without the statistics in the checkpoint."""
+        return self.fork is not None and not self.fork.keeps_rule
 
 
 def prepare_start(run_dir: RunDir, fork: ForkSource | None, report: Callable[[str], None]) -> Start:

@@ -27,6 +27,7 @@ TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_ev
 #: Settings added after runs had names, by dotted key, with their defaults: with the default, a run is named as before.
 ADDED: dict[str, Any] = {
     "fork_data": "same",
+    "fork_statistics": "same",
     "update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True),
     "model.embedding_initializer_range": None,
     "optim.amsgrad": False,

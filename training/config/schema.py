@@ -235,6 +235,9 @@ class Config(Settings):
     fork_data: Literal["same", "new"] = "same"
     """Data of a run with `fork_from`: `same`: those of the other run, which go on; `new`: those of the settings `data`,
     which begin with their first batch."""
+    fork_statistics: Literal["same", "reset"] = "same"
+    """Statistics of the clipper and of a rule over updates in a run with `fork_from`: `same`: those of the other run,
+    where the settings are the same; `reset`: none, as in a new run."""
     print_run_dir: Flag
     """Print the path of the run folder and exit."""
     plan: Flag
@@ -258,8 +261,9 @@ class Config(Settings):
                 f"experiment={self.paper.suite} is a set of runs: it needs -m; several are a list, as [table2,table3]"
             )
         self._check_corruption()
-        if self.fork_data == "new" and self.fork_from is None:
-            raise ConfigError("fork_data", "new", problem="is not possible without fork_from: it must be same")
+        for key in ("fork_data", "fork_statistics"):
+            if (value := getattr(self, key)) != "same" and self.fork_from is None:
+                raise ConfigError(key, value, problem="is not possible without fork_from: it must be same")
         if self.data.sequence_length > self.model.max_position_embeddings:
             longest = f"model.max_position_embeddings={self.model.max_position_embeddings}"
             problem = f"is longer than the model's context: it must be at most {longest}"
