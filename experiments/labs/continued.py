@@ -8,6 +8,8 @@ at most as much as that of the untrained model, also where it is not finite.
 Said before the runs: the brake costs at most 0.005 nats when norms rise and should. With new text or with a longer
 context, a mean loss that is shown to be more than 0.005 nats above the reference's refutes it. The claim is supported
 if both differences are shown to be smaller. A rise on which the brake acts in no run does not test it.
+
+A brake that begins at the fork has no statistics of the steps before. Its runs were declared after those of seed 0.
 """
 
 import math
@@ -105,7 +107,7 @@ class ContinuedResult(NamedTuple):
 
 def compared_arms(lab: ContinuedLab) -> dict[str, dict[str, Arm]]:
     """Return the arms that are compared, by their labels, for each way to go on; by hand comes last."""
-    ways = {name: {arm.label: lab.continued(arm, name) for arm in lab.arms} for name in lab.continuations}
+    ways = {name: lab.continued_arms(name) for name in lab.continuations}
     unchanged = lab.continued(arm_of(lab.arms, lab.reference), lab.unchanged)
     by_hand = {arm.label: lab.from_reference(arm) for arm in lab.by_hand}
     return {**ways, "by hand": {lab.reference: unchanged, **by_hand}}

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.labs.continued import compared_arms, fork_step
 from experiments.labs.declaration import ContinuedLab
@@ -21,29 +22,32 @@ def draw_forks(lab: ContinuedLab, collection: RunCollection) -> Figure | None:
     seeds = [seed for seed in collection.seeds if any((arm, seed) in collection.runs for arm in forked)]
     if not seeds:
         return None
+    labels = list(dict.fromkeys(label for arms in ways.values() for label in arms))
+    styles = {label: numbered_style(number) for number, label in enumerate(labels)}
     figure, axes = plt.subplots(
         len(PANELS), len(ways), figsize=(2.9 * len(ways), 7.2), sharex=True, sharey="row", layout="constrained"
     )
     for column, (name, arms) in enumerate(ways.items()):
-        for number, (label, arm) in enumerate(arms.items()):
+        for label, arm in arms.items():
             if (run := collection.runs.get((arm, seeds[0]))) is None:
                 continue
-            style, step = numbered_style(number), fork_step(run)
+            style, step = styles[label], fork_step(run)
             shown = slice(max(0, step - BEFORE), None)
             for row, values in enumerate(run.metrics.get(panel) for panel in PANELS):
                 if values is not None:
                     ax, steps = axes[row, column], run.metrics["step"][shown] - step
                     ax.plot(steps, values[shown], color=style.color, ls=style.dashes, lw=0.9, label=label)
         axes[0, column].set_title(name, fontsize=9)
-        axes[0, column].legend(loc="upper right", fontsize=6)
         for ax in axes[:, column]:
             ax.axvline(0, color="0.4", lw=0.9)
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
             ax.tick_params(which="both", labelsize=7)
     for row, label in enumerate(PANELS.values()):
         axes[row, 0].set_ylabel(label, fontsize=8)
+    handles = [Line2D([], [], color=style.color, ls=style.dashes, label=label) for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     figure.supxlabel(f"steps from the fork, runs of seed {seeds[0]}", fontsize=9)
     draw_grid(figure)
     return figure

@@ -77,7 +77,9 @@ def continued_report(lab: ContinuedLab, collection: RunCollection, made: str) ->
     sections["Columns"] = LEGEND
     figure = draw_forks(lab, collection)
     figures = {} if figure is None else {"forks": figure}
-    text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
+    text = lab_text(  # new text has a higher loss: that is no divergence
+        lab, collection, findings(lab, results), sections, [*figures], made, with_diverged=False
+    )
     return LabReport(text, csv_table(lab, results), figures)
 
 

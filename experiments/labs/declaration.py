@@ -127,6 +127,8 @@ class ContinuedLab(NamedTuple):
         name, title, reference, arms: as in `SpikeLab`. A run of each arm is the base of its continuations.
         continuations: ways to go on, by what each is called in tables, with the settings on top of the arm's.
         rises: those of them in which norms rise and should: no rule is needed.
+        from_fork: arms that begin at the fork, without statistics of earlier steps, in each of `rises`. They go on from
+            the base of the reference arm.
         by_hand: arms that go on from the base of the reference arm, and are compared with its unchanged run.
         unchanged: the way to go on that changes nothing.
     """
@@ -137,14 +139,22 @@ class ContinuedLab(NamedTuple):
     arms: Sequence[Arm]
     continuations: Mapping[str, tuple[str, ...]]
     rises: Sequence[str]
+    from_fork: Sequence[Arm]
     by_hand: Sequence[Arm]
     unchanged: str
 
     @property
     def runs(self) -> list[Arm]:
         """What each run is, but for its seed: those from which others go on come first."""
-        continued = [self.continued(arm, name) for name in self.continuations for arm in self.arms]
+        continued = [arm for name in self.continuations for arm in self.continued_arms(name).values()]
         return [*self.arms, *continued, *(self.from_reference(arm) for arm in self.by_hand)]
+
+    def continued_arms(self, name: str) -> dict[str, Arm]:
+        """Return the arms that go on in one way, by the labels of their own arms."""
+        arms = {arm.label: self.continued(arm, name) for arm in self.arms}
+        if name in self.rises:
+            arms |= {arm.label: self.from_reference(self.continued(arm, name)) for arm in self.from_fork}
+        return arms
 
     def continued(self, arm: Arm, name: str) -> Arm:
         """Return an arm whose run goes on in one way."""
@@ -152,7 +162,7 @@ class ContinuedLab(NamedTuple):
         return Arm(f"{arm.label}, {name}", overrides, arm.is_control, Fork(arm.overrides))
 
     def from_reference(self, arm: Arm) -> Arm:
-        """Return an arm of `by_hand` with the run from which it goes on."""
+        """Return an arm that goes on from the base of the reference arm."""
         return arm._replace(fork=Fork(arm_of(self.arms, self.reference).overrides))
 
 
@@ -304,6 +314,8 @@ BAD_DATA = BadDataLab(
     without_bad="data.corruption.random_steps=0",
 )
 
+_BRAKE_FROM_FORK = Arm("brake from the fork on", ("clip=none", "update=brake"), is_control=True)
+
 #: Up to the fork the brake has not acted, so its base is that of no clipping to the last bit.
 CONTINUED = ContinuedLab(
     "continued",
@@ -321,10 +333,11 @@ CONTINUED = ContinuedLab(
         "decay of the rate": ("optim.warmup_fraction=0.5", "optim.final_lr_fraction=0.1"),  # begins at the fork
     },
     rises=("new text", "longer context"),
+    from_fork=(_BRAKE_FROM_FORK,),
     by_hand=(
         Arm("half the rate by hand", ("clip=none", "update=monitor", "lr=5e-3"), is_control=True),
         Arm("a tenth of the rate by hand", ("clip=none", "update=monitor", "lr=1e-3"), is_control=True),
-        Arm("brake from the fork on", ("clip=none", "update=brake"), is_control=True),
+        _BRAKE_FROM_FORK,
     ),
     unchanged="nothing changes",
 )

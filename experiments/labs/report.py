@@ -37,6 +37,7 @@ def lab_text(
     sections: Mapping[str, str],
     figures: Sequence[str],
     made: str,
+    with_diverged: bool = True,
 ) -> str:
     """Return the report of a lab.
 
@@ -47,6 +48,7 @@ def lab_text(
         sections: Markdown by heading, in order.
         figures: names.
         made: sentence on when it was made.
+        with_diverged: whether it names runs that end far above their lowest loss.
     """
     parts = [
         f"# Lab: {lab.title}",
@@ -60,7 +62,7 @@ def lab_text(
     parts += ["## Method", " ".join((how_compared or "").split())]
     command = ["python", "train.py", "-m", f"experiment={lab.name}_lab", f"seed={','.join(map(str, collection.seeds))}"]
     parts += [f"`{' '.join(command)}` makes the runs."]
-    if notes := [*collection.warnings, *collection.notes([(run.label, run) for run in lab.runs])]:
+    if notes := [*collection.warnings, *collection.notes([(run.label, run) for run in lab.runs], with_diverged)]:
         parts += ["## Missing runs", "\n".join(f"- {escape_markdown(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 

@@ -145,7 +145,7 @@ def test_report_has_the_claim_and_a_table_for_each_way_to_go_on():
         assert f"\n## {heading}\n" in written.text
     assert "train.py -m experiment=continued_lab seed=0,1,2,3" in written.text and [*written.figures] == ["forks"]
     rows = [*csv.DictReader(io.StringIO(written.numbers))]
-    assert len(rows) == 4 * (4 * 4 + 4)
+    assert len(rows) == 4 * (4 * 4 + 2 + 4)
     (row,) = (r for r in rows if (r["continuation"], r["arm"], r["seed"]) == ("new text", "brake", "2"))
     assert row["returned"] == "650" and "fork_data=new" in row["overrides"]
     axes = np.array(written.figures["forks"].axes).reshape(3, 5)
@@ -164,7 +164,7 @@ def test_runs_of_the_lab_are_named_by_what_they_begin_after():
     """A run's name has the name of the other, so that other settings make other runs."""
     assert SUITES["continued_lab"].runs == [arm.overrides for arm in LAB.arms]
     assert [run for run, _ in SUITES["continued_lab"].forked] == [a.overrides for a in LAB.runs if a.fork is not None]
-    assert len({*LAB.runs}) == len(LAB.runs) == 23 and all(arm.fork == Fork(arm.fork.overrides) for arm in LAB.runs[4:])
+    assert len({*LAB.runs}) == len(LAB.runs) == 25 and all(arm.fork == Fork(arm.fork.overrides) for arm in LAB.runs[4:])
     base = ("experiment=continued",)
     arm = LAB.continued(arm_of(LAB.arms, "brake"), "new text")
     runs = {arm: ((*base, *arm.overrides), ((*base, *arm.fork.overrides), arm.fork.times))}
@@ -223,13 +223,15 @@ def test_lab_is_trained_interrupted_archived_and_reported(tmp_path):
     assert refused.returncode == 2 and "the run has no checkpoints, as after scripts/archive.py" in refused.stderr
 
 
-def test_names_of_runs_do_not_depend_on_where_they_are(tmp_path):
+def test_names_of_runs_do_not_depend_on_where_they_are(tmp_path, monkeypatch):
     """So archives of forked runs can be restored anywhere."""
+    monkeypatch.chdir(tmp_path)
     arm = LAB.runs[4]
     paths = {}
-    for folder in ("runs", tmp_path):
+    for folder in ("runs", tmp_path / "elsewhere"):
         base = ("experiment=continued", f"paths.runs='{folder}'")
         runs = {arm: ((*base, *arm.overrides), ((*base, *arm.fork.overrides), arm.fork.times))}
         ((paths[folder], _),) = resolve_runs(runs, [0]).values()
         assert find_declared([arm], base, [0]).warnings == ["there is no run of seed 0"]
-    assert paths["runs"].name == paths[tmp_path].name and paths[tmp_path].parent == tmp_path / "continued"
+    elsewhere = paths[tmp_path / "elsewhere"]
+    assert paths["runs"].name == elsewhere.name and elsewhere.parent == tmp_path / "elsewhere" / "continued"
