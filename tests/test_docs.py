@@ -169,8 +169,8 @@ def shortened(program: str, arguments: list[str], data: dict[str, Path]) -> list
         if "-m" in arguments or any(argument in GPU for argument in arguments):
             return [*arguments, "plan=true"]
         added = [a for a in TINY if not a.startswith("trainer.max_steps")]
-        forks = any("/NAME@300" in argument for argument in arguments)  # the run of the fixture, which has a step 8
-        arguments = [argument.replace("/NAME@300", "/NAME@8") for argument in arguments]
+        forks = any("/NAME@250" in argument for argument in arguments)  # the run of the fixture, which has a step 8
+        arguments = [argument.replace("/NAME@250", "/NAME@8") for argument in arguments]
         added += [f"trainer.max_steps={12 if forks else 4}", f"paths.cache={data['cache']}"]
         added += [f"data.path={data['corpus']}"] if not {"data", "data.path"} & given else []
         added += ["eval.limit=4", f"eval.data_dir={data['sets']}"]
@@ -250,6 +250,8 @@ def check_training(arguments: Sequence[str]) -> None:
         check_batch(compose_config(*overrides).trainer)
         overrides = [*overrides, "plan=true"]
     config = compose_config(*overrides)
+    if config.fork_from and not planned:
+        assert int(config.fork_from.rpartition("@")[2]) < config.trainer.max_steps, "no step is left after the fork"
     if not (options.cfg or config.resume or any(hub in arguments for hub in HUB)):
         check(config, run_path(config))
 
@@ -339,11 +341,21 @@ class Loss(nn.Module):
         return self.layer(batch).square().mean()
 
 
+def detach_all(names: dict[str, object]) -> None:
+    """Detach all strategies among the names of a document's code."""
+    for value in names.values():
+        if isinstance(value, ClippingStrategy):
+            value.detach()
+
+
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if "zclip" in "".join(blocks(d, "python"))], ids=lambda d: d.name
 )
 def test_code_of_document_runs(document, tmp_path, monkeypatch):
-    """The blocks share their names, and find a model, an optimizer, batches and the libraries' modules."""
+    """The blocks share their names, and find a model, an optimizer, batches and the libraries' modules.
+
+    Each block is a way of its own to clip: a strategy that an earlier one has attached is detached.
+    """
     import accelerate
     import lightning
     import transformers
@@ -358,6 +370,7 @@ def test_code_of_document_runs(document, tmp_path, monkeypatch):
     for block in blocks(document, "python"):
         for placeholder, value in FILLED.items():
             block = block.replace(placeholder, value)
+        detach_all(names)
         names["loss"] = model(torch.randn(8, 4))
         exec(compile(block, document.name, "exec"), names)  # what the reader would run
     strategies = [value for value in names.values() if isinstance(value, ClippingStrategy)]
@@ -365,8 +378,8 @@ def test_code_of_document_runs(document, tmp_path, monkeypatch):
         value for value in names.values()
         if isinstance(value, type) and issubclass(value, ClippingStrategy) and value.__module__ == "document"
     ]  # fmt: skip
+    detach_all(names)
     for strategy in [*strategies, *(strategy_class() for strategy_class in written)]:
-        strategy.detach()
         names["optimizer"].zero_grad()
         model(torch.randn(8, 4)).backward()
         assert strategy.step(model, optimizer=names["optimizer"]) > 0, strategy

@@ -78,9 +78,9 @@ class ClippingStrategy(Statistics):
         on_nonfinite: "skip" (default), "zero" or "raise".
 
             - "skip": the optimizer passed to `step` skips its step, weight decay and momentum included. A fused
-              optimizer gets a flag; on a CPU, any other optimizer finds no gradients of the clipped parameters.
-              Gradients are set to zero, as with "zero", without an optimizer, and on an accelerator for one that is not
-              fused, or also holds parameters that are not clipped.
+              optimizer gets a flag. On a CPU, the clipped parameters of any other optimizer have no gradients in its
+              step. In other cases gradients are set to zero, as with "zero": if no optimizer is passed, and on an
+              accelerator if the optimizer is not fused, or also holds parameters that are not clipped.
             - "zero": gradients are set to zero. Weight decay, momentum and Adam's moments still move the weights.
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.

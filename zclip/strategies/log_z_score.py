@@ -13,8 +13,8 @@ from zclip.decision import Decision, State
 class LogZScore(ClippingStrategy):
     """Z-score clipping of log norms, whose exponential statistics are bias-corrected: a rule of this library.
 
-    Gradient norms are closer to log-normal than to normal, so a distance in the logarithm says more. With x the log of
-    the norm and t the number of norms so far, including this one::
+    Norms are positive and can vary by factors, so distances are taken in the logarithm. With x the log of the norm and
+    t the number of norms so far, including this one::
 
         w = (1 - alpha) / (1 - alpha^t)
         z = (x - mean) / std,    std = max(sqrt(var), min_std)
