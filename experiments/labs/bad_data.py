@@ -101,13 +101,13 @@ class BadDataResult(NamedTuple):
     Attributes:
         arm: the arm.
         numbers: numbers of each seed that has both runs of the arm, and the reference arm's without bad batches.
-        change: how its excess losses differ from the reference arm's; `None` for the reference, and for too few seeds.
-        cost: its costs, compared with none; `None` as for `change`.
+        comparison: of its excess losses with the reference arm's; `None` for the reference, and for too few seeds.
+        cost: its costs, compared with none; `None` as for `comparison`.
     """
 
     arm: Arm
     numbers: Mapping[int, BadDataNumbers]
-    change: Comparison | None
+    comparison: Comparison | None
     cost: Comparison | None
 
     def mean_rise(self, kind: str) -> float:

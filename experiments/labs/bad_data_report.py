@@ -17,7 +17,7 @@ from experiments.labs.report import (
     mean_text,
     outcome_sentences,
 )
-from experiments.labs.statistics import LOWERS, RAISES, SAME, UNDECIDED
+from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, UNDECIDED
 from experiments.run.collect import RunCollection
 
 HEADER = (
@@ -36,14 +36,14 @@ HEADER = (
 #: What the outcomes say of the excess loss of the reference arm.
 SENTENCES = {
     LOWERS: f"Lower by more than {SMALLEST_EXCESS:g} nats with",
-    SAME: f"Within {SMALLEST_EXCESS:g} nats of it with",
+    EQUIVALENT: f"Within {SMALLEST_EXCESS:g} nats of it with",
     RAISES: f"Higher by more than {SMALLEST_EXCESS:g} nats with",
     UNDECIDED: "These seeds do not decide about",
 }
 #: What the outcomes say of the test loss of the reference arm without bad batches.
 COST_SENTENCES = {
     LOWERS: f"Without bad batches, the test loss is lower by more than {SMALLEST_COST:g} nats with",
-    SAME: f"Without bad batches, the test loss is within {SMALLEST_COST:g} nats with",
+    EQUIVALENT: f"Without bad batches, the test loss is within {SMALLEST_COST:g} nats with",
     RAISES: f"Without bad batches, the test loss is higher by more than {SMALLEST_COST:g} nats with",
     UNDECIDED: "These seeds do not decide what is the cost without bad batches of",
 }
@@ -86,7 +86,7 @@ def findings(lab: BadDataLab, results: Sequence[BadDataResult]) -> list[str]:
     for result in (result for result in results if result.arm.label == lab.reference):
         excess = float(np.mean([each.excess for each in result.numbers.values()]))
         said.append(f"With {lab.reference}, the excess loss after bad batches is {excess:.3f} nats.")
-    changes = {result.arm.label: result.change for result in results if result.change is not None}
+    changes = {result.arm.label: result.comparison for result in results if result.comparison is not None}
     costs = {result.arm.label: result.cost for result in results if result.cost is not None}
     return [*said, *outcome_sentences(changes, SENTENCES), *outcome_sentences(costs, COST_SENTENCES)]
 
@@ -97,7 +97,7 @@ def table_row(result: BadDataResult) -> list[str]:
     return [
         _name(result),
         mean_text([each.excess for each in numbers], 3),
-        *comparison_cells(result.change),
+        *comparison_cells(result.comparison),
         mean_text([each.area for each in numbers], 1),
         mean_text([each.final for each in numbers], 3),
         *comparison_cells(result.cost),

@@ -1,13 +1,13 @@
-"""Runs that go on otherwise than they began: what clipping and rules over updates cost there, and what is done by hand.
+"""Changes in the middle of a run: what clipping and rules over updates cost there, and what is done by hand.
 
-A rule that was made for spikes acts when norms rise. Norms also rise when they should: when other text begins, or a
-longer context. Each arm has a base run, and a run that goes on from its end in each way. The mean loss of the steps
-after the fork is compared with that of the reference arm that goes on in the same way, from its own base. A loss counts
-at most as much as that of the untrained model, also where it is not finite.
+A rule that was made for spikes acts when norms rise. Norms also rise for good reasons: other text begins, or a longer
+context. Each arm has a base run, and a fork of it for each change. The mean loss of the steps after the fork is
+compared with that of the reference arm after the same change, from its own base. A loss counts at most as much as that
+of the untrained model, also where it is not finite.
 
-Said before the runs: the brake costs at most 0.005 nats when norms rise and should. With new text or with a longer
-context, a mean loss that is shown to be more than 0.005 nats above the reference's refutes it. The claim is supported
-if both differences are shown to be smaller. A rise on which the brake acts in no run does not test it.
+The claim was made before the runs: the brake costs at most 0.005 nats where norms rise for a good reason. With new text
+or with a longer context, a mean loss that is shown to be more than 0.005 nats above the reference's refutes it. The
+claim is supported if both differences are shown to be smaller. A rise on which the brake never acts does not test it.
 
 A brake that begins at the fork has no statistics of the steps before. Its runs were declared after those of seed 0.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.labs.bad_data import bounded_losses, has_acted
 from experiments.labs.declaration import Arm, ContinuedLab, arm_of
-from experiments.labs.statistics import LOWERS, RAISES, SAME, Comparison, differences
+from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, Comparison, differences
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
@@ -90,31 +90,31 @@ def update_scales(run: Run) -> np.ndarray:
 
 
 class ContinuedResult(NamedTuple):
-    """The runs of an arm that go on in one way.
+    """The runs of an arm after one change.
 
     Attributes:
         label: of the arm.
         is_control: whether it is no strategy.
         numbers: of each seed of which the reference has a run too.
-        change: how its losses differ from the reference's; `None` for the reference, and for too few seeds.
+        comparison: of its losses with the reference's; `None` for the reference, and for too few seeds.
     """
 
     label: str
     is_control: bool
     numbers: Mapping[int, ContinuedNumbers]
-    change: Comparison | None
+    comparison: Comparison | None
 
 
 def compared_arms(lab: ContinuedLab) -> dict[str, dict[str, Arm]]:
-    """Return the arms that are compared, by their labels, for each way to go on; by hand comes last."""
-    ways = {name: lab.continued_arms(name) for name in lab.continuations}
+    """Return the arms that are compared, by their labels, for each change; changes by hand come last."""
+    ways = {name: lab.continued_arms(name) for name in lab.changes}
     unchanged = lab.continued(arm_of(lab.arms, lab.reference), lab.unchanged)
     by_hand = {arm.label: lab.from_reference(arm) for arm in lab.by_hand}
     return {**ways, "by hand": {lab.reference: unchanged, **by_hand}}
 
 
 def continued_results(lab: ContinuedLab, collection: RunCollection) -> dict[str, list[ContinuedResult]]:
-    """Return the results of the arms that have a run of a seed of the reference's, for each way to go on."""
+    """Return the results of the arms that have a run of a seed of the reference's, for each change."""
     found = {}
     for name, arms in compared_arms(lab).items():
         numbers: dict[str, dict[int, ContinuedNumbers]] = {}
@@ -130,11 +130,11 @@ def continued_results(lab: ContinuedLab, collection: RunCollection) -> dict[str,
 
 
 def judge_brake(lab: ContinuedLab, results: Mapping[str, Sequence[ContinuedResult]]) -> str:
-    """Return what the runs say of the claim that the brake costs at most 0.005 nats where norms rise and should."""
+    """Return what the runs say of the claim that the brake costs at most 0.005 nats where norms should rise."""
     brakes = [result for name in lab.rises for result in results[name] if result.label == "brake"]
-    found = [(result, result.change.outcome) for result in brakes if result.change is not None]
+    found = [(result, result.comparison.outcome) for result in brakes if result.comparison is not None]
     if any(outcome == RAISES for _, outcome in found):
         return REFUTED
     acted = [outcome for result, outcome in found if any(each.acted > 0 for each in result.numbers.values())]
-    shown = [outcome for outcome in acted if outcome in (SAME, LOWERS)]
+    shown = [outcome for outcome in acted if outcome in (EQUIVALENT, LOWERS)]
     return SUPPORTED if len(shown) == len(lab.rises) else OPEN

@@ -1,4 +1,4 @@
-"""The figure of a lab on runs that go on otherwise: loss, update norm and scale of the rate around the fork."""
+"""The figure of a lab on changes in the middle of a run: loss, update norm and scale of the rate around the fork."""
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ PANELS = {"loss": "loss (nats)", "update_norm": "update norm", "update_scale": "
 
 
 def draw_forks(lab: ContinuedLab, collection: RunCollection) -> Figure | None:
-    """Return the runs of the first seed that has any, a column for each way to go on; `None` if none is finished."""
+    """Return the runs of the first seed that has any, a column for each change; `None` if none is finished."""
     ways = compared_arms(lab)
     forked = [arm for arms in ways.values() for arm in arms.values()]
     seeds = [seed for seed in collection.seeds if any((arm, seed) in collection.runs for arm in forked)]

@@ -1,4 +1,4 @@
-"""The report of a lab on runs that go on otherwise: what each arm costs, and how a rule over updates lets go."""
+"""The report of a lab on changes in the middle of a run: what each arm costs, and how a rule releases the rate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from experiments.labs.report import (
     mean_text,
     outcome_sentences,
 )
-from experiments.labs.statistics import LOWERS, RAISES, SAME, UNDECIDED
+from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, UNDECIDED
 from experiments.run.collect import RunCollection
 
 HEADER = (
@@ -48,7 +48,7 @@ HEADER = (
 #: What the outcomes say of the mean loss of the reference arm.
 SENTENCES = {
     LOWERS: f"lower by more than {SMALLEST_COST:g} nats with",
-    SAME: f"within {SMALLEST_COST:g} nats of it with",
+    EQUIVALENT: f"within {SMALLEST_COST:g} nats of it with",
     RAISES: f"higher by more than {SMALLEST_COST:g} nats with",
     UNDECIDED: "not decided by these seeds with",
 }
@@ -84,11 +84,11 @@ def continued_report(lab: ContinuedLab, collection: RunCollection, made: str) ->
 
 
 def findings(lab: ContinuedLab, results: Mapping[str, Sequence[ContinuedResult]]) -> list[str]:
-    """Return a sentence on the claim about the brake, and those on the outcomes of each way to go on."""
-    claim = f"The claim that the brake costs at most {SMALLEST_COST:g} nats when norms rise and should"
+    """Return a sentence on the claim about the brake, and those on the outcomes of each change."""
+    claim = f"The claim that the brake costs at most {SMALLEST_COST:g} nats where norms rise for a good reason"
     said = [f"{claim} {VERDICTS[judge_brake(lab, results)]}"]
     for name, arms in results.items():
-        changes = {result.label: result.change for result in arms if result.change is not None}
+        changes = {result.label: result.comparison for result in arms if result.comparison is not None}
         texts = {outcome: f"{_heading(name)}: the mean loss is {text}" for outcome, text in SENTENCES.items()}
         said += outcome_sentences(changes, texts)
     return said
@@ -100,7 +100,7 @@ def table_row(result: ContinuedResult) -> list[str]:
     return [
         arm_cell(result.label, result.is_control),
         mean_text([each.loss for each in numbers], 4),
-        *comparison_cells(result.change),
+        *comparison_cells(result.comparison),
         mean_text([each.early for each in numbers], 4),
         f"{100 * float(np.mean([each.acted for each in numbers])):.1f}",
         *(_scale_text([each.scales[index] for each in numbers]) for index in range(len(SCALE_STEPS))),
@@ -111,7 +111,7 @@ def table_row(result: ContinuedResult) -> list[str]:
 
 
 def csv_table(lab: ContinuedLab, results: Mapping[str, Sequence[ContinuedResult]]) -> str:
-    """Return the numbers of each run as CSV: a row for each way to go on, arm and seed."""
+    """Return the numbers of each run as CSV: a row for each change, arm and seed."""
     fields = ("loss", "early", "acted", "lowest", "returned")
     scales = [f"scale_{steps}" for steps in SCALE_STEPS]
     rows = []
@@ -120,7 +120,7 @@ def csv_table(lab: ContinuedLab, results: Mapping[str, Sequence[ContinuedResult]
             for seed, numbers in result.numbers.items():
                 values = [*(getattr(numbers, field) for field in fields), *numbers.scales]
                 rows.append([name, result.label, " ".join(arms[result.label].overrides), seed, *values])
-    return csv_text(["continuation", "arm", "overrides", "seed", *fields, *scales], rows)
+    return csv_text(["change", "arm", "overrides", "seed", *fields, *scales], rows)
 
 
 def _heading(name: str) -> str:

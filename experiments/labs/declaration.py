@@ -121,23 +121,23 @@ class BadDataLab(NamedTuple):
 
 
 class ContinuedLab(NamedTuple):
-    """Runs that go on otherwise than they began, and the arms that are compared after that.
+    """Runs in which something changes in the middle, and the arms that are compared after that.
 
     Attributes:
-        name, title, reference, arms: as in `SpikeLab`. A run of each arm is the base of its continuations.
-        continuations: ways to go on, by what each is called in tables, with the settings on top of the arm's.
-        rises: those of them in which norms rise and should: no rule is needed.
+        name, title, reference, arms: as in `SpikeLab`. A run of each arm is the base of its forks.
+        changes: what changes at the fork, by its name in tables: settings on top of the arm's.
+        rises: those changes after which norms rise for a good reason, so that no rule is needed.
         from_fork: arms that begin at the fork, without statistics of earlier steps, in each of `rises`. They go on from
             the base of the reference arm.
         by_hand: arms that go on from the base of the reference arm, and are compared with its unchanged run.
-        unchanged: the way to go on that changes nothing.
+        unchanged: the name of the change that changes nothing.
     """
 
     name: str
     title: str
     reference: str
     arms: Sequence[Arm]
-    continuations: Mapping[str, tuple[str, ...]]
+    changes: Mapping[str, tuple[str, ...]]
     rises: Sequence[str]
     from_fork: Sequence[Arm]
     by_hand: Sequence[Arm]
@@ -146,19 +146,19 @@ class ContinuedLab(NamedTuple):
     @property
     def runs(self) -> list[Arm]:
         """What each run is, but for its seed: those from which others go on come first."""
-        continued = [arm for name in self.continuations for arm in self.continued_arms(name).values()]
+        continued = [arm for name in self.changes for arm in self.continued_arms(name).values()]
         return [*self.arms, *continued, *(self.from_reference(arm) for arm in self.by_hand)]
 
     def continued_arms(self, name: str) -> dict[str, Arm]:
-        """Return the arms that go on in one way, by the labels of their own arms."""
+        """Return the arms after one change, by the labels of the arms themselves."""
         arms = {arm.label: self.continued(arm, name) for arm in self.arms}
         if name in self.rises:
             arms |= {arm.label: self.from_reference(self.continued(arm, name)) for arm in self.from_fork}
         return arms
 
     def continued(self, arm: Arm, name: str) -> Arm:
-        """Return an arm whose run goes on in one way."""
-        overrides = (*arm.overrides, *self.continuations[name])
+        """Return an arm after one change."""
+        overrides = (*arm.overrides, *self.changes[name])
         return Arm(f"{arm.label}, {name}", overrides, arm.is_control, Fork(arm.overrides))
 
     def from_reference(self, arm: Arm) -> Arm:
@@ -319,14 +319,14 @@ _BRAKE_FROM_FORK = Arm("brake from the fork on", ("clip=none", "update=brake"), 
 #: Up to the fork the brake has not acted, so its base is that of no clipping to the last bit.
 CONTINUED = ContinuedLab(
     "continued",
-    "runs that go on otherwise, and rules that were made for spikes",
+    "a change of text, context or rate in the middle of a run",
     reference="no clipping",
     arms=(
         Arm("no clipping", ("clip=none", "update=monitor")),
         Arm("ZClip", ("clip=zclip", "update=monitor")),
         *UPDATE_RULES[1:],
     ),
-    continuations={
+    changes={
         "nothing changes": (),
         "new text": ("fork_data=new", "data.max_tokens=null"),
         "longer context": ("fork_data=new", "data.sequence_length=64"),

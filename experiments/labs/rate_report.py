@@ -17,7 +17,7 @@ from experiments.labs.report import (
     markdown_table,
     outcome_sentences,
 )
-from experiments.labs.statistics import LOWERS, RAISES, SAME, SMALLEST_NATS, UNDECIDED
+from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
 from experiments.run.style import draw_grid, numbered_style
 
@@ -37,14 +37,14 @@ HEADER = (
 #: What the outcomes say of the sensitivity of the reference arm.
 SENTENCES = {
     LOWERS: f"Lower by more than {SMALLEST_NATS:g} nats with",
-    SAME: f"Within {SMALLEST_NATS:g} nats of it with",
+    EQUIVALENT: f"Within {SMALLEST_NATS:g} nats of it with",
     RAISES: f"Higher by more than {SMALLEST_NATS:g} nats with",
     UNDECIDED: "These seeds do not decide about",
 }
 #: What they say of its mean loss over the rates.
 LOSS_SENTENCES = {
     LOWERS: f"The mean loss over the rates is lower by more than {SMALLEST_NATS:g} nats with",
-    SAME: f"The mean loss over the rates is within {SMALLEST_NATS:g} nats with",
+    EQUIVALENT: f"The mean loss over the rates is within {SMALLEST_NATS:g} nats with",
     RAISES: f"The mean loss over the rates is higher by more than {SMALLEST_NATS:g} nats with",
     UNDECIDED: "These seeds do not decide about the mean loss over the rates of",
 }
@@ -67,13 +67,13 @@ def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
         f"With {lab.reference}, the learning-rate sensitivity is {np.mean(result.sensitivities):.2f} nats."
         for result in reference
     ]
-    changes = {result.arm.label: result.change for result in results if result.change is not None}
-    losses = {result.arm.label: result.loss_change for result in results if result.loss_change is not None}
+    changes = {result.arm.label: result.comparison for result in results if result.comparison is not None}
+    losses = {result.arm.label: result.loss_comparison for result in results if result.loss_comparison is not None}
     said += outcome_sentences(changes, SENTENCES) + outcome_sentences(losses, LOSS_SENTENCES)
     for result in results:
         lowest = result.mean_losses.min()
         above = [best for best in (other.mean_losses.min() for other in reference) if lowest > best + USABLE]
-        if result.change is not None and result.change.outcome == LOWERS and above:
+        if result.comparison is not None and result.comparison.outcome == LOWERS and above:
             said.append(
                 f"{result.arm.label} learns less all the same: its best loss is {lowest:.3f}, not {above[0]:.3f}."
             )
@@ -90,9 +90,9 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
         f"{losses.min():.3f}",
         rates_text(lab.rates, usable),
         f"{np.mean(result.sensitivities):.3f}",
-        *comparison_cells(result.change),
+        *comparison_cells(result.comparison),
         f"{losses.mean():.3f}",
-        *comparison_cells(result.loss_change),
+        *comparison_cells(result.loss_comparison),
         str(len(result.curves)),
     ]
 

@@ -37,14 +37,14 @@ class RateResult(NamedTuple):
     Attributes:
         arm: the arm.
         curves: by seed, of the seeds that have all rates.
-        change: how its sensitivity differs from the reference arm's; `None` for the reference, and for too few seeds.
-        loss_change: how its mean loss over the rates differs; `None` as for `change`.
+        comparison: of its sensitivity with the reference arm's; `None` for the reference, and for too few seeds.
+        loss_comparison: that of its mean loss over the rates; `None` as for `comparison`.
     """
 
     arm: Arm
     curves: Mapping[int, Curve]
-    change: Comparison | None
-    loss_change: Comparison | None
+    comparison: Comparison | None
+    loss_comparison: Comparison | None
 
     @property
     def sensitivities(self) -> list[float]:

@@ -17,14 +17,14 @@ from experiments.labs.spike_tables import (
     table_rows,
     warning_rows,
 )
-from experiments.labs.statistics import CURES, HARMS, HELPS, SAME, UNDECIDED
+from experiments.labs.statistics import CURES, EQUIVALENT, HARMS, HELPS, UNDECIDED
 from experiments.run.collect import RunCollection
 
 #: What the outcomes say of the area of spikes that the reference arm has.
 SENTENCES = {
     CURES: "Less than a tenth of it is left with",
     HELPS: "Less than half of it is left with",
-    SAME: "Between half and twice of it is left with",
+    EQUIVALENT: "Between half and twice of it is left with",
     HARMS: "There is more than twice as much with",
     UNDECIDED: "These seeds do not decide about",
 }

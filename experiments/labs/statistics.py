@@ -1,12 +1,13 @@
 """How an arm of a lab is compared with the reference arm: a difference over seeds with its interval, and what it says.
 
 The rules were chosen before the runs were made. Numbers of the same seed are compared, because these runs see the same
-batches and begin with the same weights. An effect below the smallest effect of interest is no effect: half of the area
-of spikes, 0.1 nats of learning-rate sensitivity or of a mean loss over rates, 0.02 nats of excess loss after bad
-batches, or 0.005 nats of test loss without them or of mean loss after a fork. An arm helps if it leaves less than half
-of the reference's spikes, and cures if it leaves less than a tenth. Each outcome is a one-sided t-test over seeds of
-the mean difference, or of the mean logarithm of ratios, against its bound. Over the arms of a lab, and in the lab of
-forks over those that go on in one way, p-values are corrected by Holm's method.
+batches and begin with the same weights. The smallest effects of interest are a factor of two in the area of spikes, 0.1
+nats of learning-rate sensitivity or of a mean loss over rates, 0.02 nats of excess loss after bad batches, and 0.005
+nats of test loss without them or of mean loss after a fork. Arms whose difference is shown to be smaller are
+equivalent. An arm helps if it leaves less than half of the reference's spikes, and cures if it leaves less than a
+tenth. Each outcome is a one-sided t-test over seeds of the mean difference, or of the mean logarithm of ratios, against
+its bound. Over the arms of a lab, and in the lab of forks over those after one change, p-values are corrected by
+Holm's method.
 """
 
 import math
@@ -29,7 +30,7 @@ MIN_SEEDS = 3
 #: An infinite number, of a run that has diverged, counts as so many times the highest finite one.
 DIVERGED_FACTOR = 1000
 
-CURES, HELPS, SAME, HARMS, UNDECIDED = "cures", "helps", "no difference", "harms", "undecided"
+CURES, HELPS, EQUIVALENT, HARMS, UNDECIDED = "cures", "helps", "equivalent", "harms", "undecided"
 LOWERS, RAISES = "lowers it", "raises it"
 
 
@@ -100,7 +101,7 @@ def paired_ratio(arm: Mapping[int, float], reference: Mapping[int, float], offse
     test = _test([math.log((min(arm[s], most) + offset) / (min(reference[s], most) + offset)) for s in seeds])
     half = math.log(SMALLEST_RATIO)
     p = {
-        SAME: test.between(half, -half),
+        EQUIVALENT: test.between(half, -half),
         HARMS: test.above(-half),
         HELPS: test.below(half),
         CURES: test.below(math.log(CURE)),
@@ -121,7 +122,7 @@ def paired_difference(
         return None
     test = _test([arm[s] - reference[s] for s in seeds])
     p = {
-        SAME: test.between(-smallest, smallest),
+        EQUIVALENT: test.between(-smallest, smallest),
         RAISES: test.above(smallest),
         LOWERS: test.below(-smallest),
     }

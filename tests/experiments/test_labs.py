@@ -21,11 +21,11 @@ from experiments.labs.spike_report import findings
 from experiments.labs.spike_tables import arm_results
 from experiments.labs.statistics import (
     CURES,
+    EQUIVALENT,
     HARMS,
     HELPS,
     LOWERS,
     RAISES,
-    SAME,
     UNDECIDED,
     decide,
     holm,
@@ -140,7 +140,7 @@ def test_an_arm_that_diverges_harms():
     [
         ((2, 3, 2, 1, 3), CURES),
         ((20, 22, 25, 19, 24), HELPS),
-        ((95, 105, 99, 101, 100), SAME),
+        ((95, 105, 99, 101, 100), EQUIVALENT),
         ((400, 390, 420, 405, 399), HARMS),
         ((5, 300, 40, 100, 700), UNDECIDED),
     ],
@@ -204,7 +204,12 @@ def test_usable_rates_with_a_gap_are_two_ranges():
 
 @pytest.mark.parametrize(
     ("values", "outcome"),
-    [((0.2, 0.25, 0.22), LOWERS), ((0.49, 0.52, 0.5), SAME), ((0.9, 0.8, 0.86), RAISES), ((0.1, 0.9, 0.5), UNDECIDED)],
+    [
+        ((0.2, 0.25, 0.22), LOWERS),
+        ((0.49, 0.52, 0.5), EQUIVALENT),
+        ((0.9, 0.8, 0.86), RAISES),
+        ((0.1, 0.9, 0.5), UNDECIDED),
+    ],
 )
 def test_differences_count_from_a_tenth_of_a_nat(values, outcome):
     change = paired_difference(by_seed(*values), by_seed(0.5, 0.5, 0.5))
