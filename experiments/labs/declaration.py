@@ -127,8 +127,7 @@ class ContinuedLab(NamedTuple):
         name, title, reference, arms: as in `SpikeLab`. A run of each arm is the base of its forks.
         changes: what changes at the fork, by its name in tables: settings on top of the arm's.
         rises: those changes after which norms rise for a good reason, so that no rule is needed.
-        from_fork: arms that begin at the fork, without statistics of earlier steps, in each of `rises`. They go on from
-            the base of the reference arm.
+        only_rises: arms that are compared after `rises` only. Those with a `fork` begin there, the others have bases.
         by_hand: arms that go on from the base of the reference arm, and are compared with its unchanged run.
         unchanged: the name of the change that changes nothing.
     """
@@ -139,7 +138,7 @@ class ContinuedLab(NamedTuple):
     arms: Sequence[Arm]
     changes: Mapping[str, tuple[str, ...]]
     rises: Sequence[str]
-    from_fork: Sequence[Arm]
+    only_rises: Sequence[Arm]
     by_hand: Sequence[Arm]
     unchanged: str
 
@@ -147,19 +146,18 @@ class ContinuedLab(NamedTuple):
     def runs(self) -> list[Arm]:
         """What each run is, but for its seed: those from which others go on come first."""
         continued = [arm for name in self.changes for arm in self.continued_arms(name).values()]
-        return [*self.arms, *continued, *(self.from_reference(arm) for arm in self.by_hand)]
+        bases = [*self.arms, *(arm for arm in self.only_rises if arm.fork is None)]
+        return [*bases, *continued, *(self.from_reference(arm) for arm in self.by_hand)]
 
     def continued_arms(self, name: str) -> dict[str, Arm]:
         """Return the arms after one change, by the labels of the arms themselves."""
-        arms = {arm.label: self.continued(arm, name) for arm in self.arms}
-        if name in self.rises:
-            arms |= {arm.label: self.from_reference(self.continued(arm, name)) for arm in self.from_fork}
-        return arms
+        arms = (*self.arms, *(self.only_rises if name in self.rises else ()))
+        return {arm.label: self.continued(arm, name) for arm in arms}
 
     def continued(self, arm: Arm, name: str) -> Arm:
         """Return an arm after one change."""
         overrides = (*arm.overrides, *self.changes[name])
-        return Arm(f"{arm.label}, {name}", overrides, arm.is_control, Fork(arm.overrides))
+        return Arm(f"{arm.label}, {name}", overrides, arm.is_control, arm.fork or Fork(arm.overrides))
 
     def from_reference(self, arm: Arm) -> Arm:
         """Return an arm that goes on from the base of the reference arm."""
@@ -196,11 +194,19 @@ UPDATE_RULES = (
     Arm("ZClip and brake", ("clip=zclip", "update=brake")),
 )
 
-#: The brake with other settings.
+#: Setting of a brake that never begins again, however many norms in a row are above its bound.
+_NO_RECOVERY = "update.recovery_window=null"
+
+#: The brake with other settings. With little memory, norms stay above the bound for more steps than the recovery waits.
 BRAKES = tuple(
-    Arm(f"brake, {name} {value}", ("clip=none", "update=brake", f"update.{name}={value}"))
-    for name, values in (("release", ("0", "0.99", "0.9997")), ("margin", ("1.3", "2.5")))
-    for value in values
+    Arm(f"brake, {name} {value}", ("clip=none", "update=brake", f"update.{name}={value}", *more))
+    for name, value, more in (
+        ("release", "0", (_NO_RECOVERY,)),
+        ("release", "0.99", (_NO_RECOVERY,)),
+        ("release", "0.9997", ()),
+        ("margin", "1.3", ()),
+        ("margin", "2.5", ()),
+    )
 )
 
 #: The scales that the brake has chosen in a recorded run, for runs of other seeds. Those of seed 4 begin first.
@@ -314,7 +320,11 @@ BAD_DATA = BadDataLab(
     without_bad="data.corruption.random_steps=0",
 )
 
-_BRAKE_FROM_FORK = Arm("brake from the fork on", ("clip=none", "update=brake"), is_control=True)
+_MONITORED = Arm("no clipping", ("clip=none", "update=monitor"))
+#: A brake without statistics of the steps before the fork.
+_BRAKE_FROM_FORK = Arm(
+    "brake from the fork on", ("clip=none", "update=brake"), is_control=True, fork=Fork(_MONITORED.overrides)
+)
 
 #: Up to the fork the brake has not acted, so its base is that of no clipping to the last bit.
 CONTINUED = ContinuedLab(
@@ -322,7 +332,7 @@ CONTINUED = ContinuedLab(
     "a change of text, context or rate in the middle of a run",
     reference="no clipping",
     arms=(
-        Arm("no clipping", ("clip=none", "update=monitor")),
+        _MONITORED,
         Arm("ZClip", ("clip=zclip", "update=monitor")),
         *UPDATE_RULES[1:],
     ),
@@ -333,7 +343,10 @@ CONTINUED = ContinuedLab(
         "decay of the rate": ("optim.warmup_fraction=0.5", "optim.final_lr_fraction=0.1"),  # begins at the fork
     },
     rises=("new text", "longer context"),
-    from_fork=(_BRAKE_FROM_FORK,),
+    only_rises=(
+        _BRAKE_FROM_FORK,
+        Arm("brake without recovery", ("clip=none", "update=brake", _NO_RECOVERY), is_control=True),
+    ),
     by_hand=(
         Arm("half the rate by hand", ("clip=none", "update=monitor", "lr=5e-3"), is_control=True),
         Arm("a tenth of the rate by hand", ("clip=none", "update=monitor", "lr=1e-3"), is_control=True),

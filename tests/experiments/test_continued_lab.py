@@ -148,7 +148,7 @@ def test_report_has_the_claim_and_a_table_for_each_way_to_go_on():
         assert f"\n## {heading}\n" in written.text
     assert "train.py -m experiment=continued_lab seed=0,1,2,3" in written.text and [*written.figures] == ["forks"]
     rows = [*csv.DictReader(io.StringIO(written.numbers))]
-    assert len(rows) == 4 * (4 * 4 + 2 + 4)
+    assert len(rows) == 4 * (4 * 4 + 2 * 2 + 4)
     (row,) = (r for r in rows if (r["change"], r["arm"], r["seed"]) == ("new text", "brake", "2"))
     assert row["returned"] == "650" and "fork_data=new" in row["overrides"]
     axes = np.array(written.figures["forks"].axes).reshape(3, 5)
@@ -165,9 +165,9 @@ def test_report_without_forked_runs_says_what_is_missing():
 
 def test_runs_of_the_lab_are_named_by_what_they_begin_after():
     """A run's name has the name of the other, so that other settings make other runs."""
-    assert SUITES["continued_lab"].runs == [arm.overrides for arm in LAB.arms]
+    assert SUITES["continued_lab"].runs == [arm.overrides for arm in LAB.runs[:5]]
     assert [run for run, _ in SUITES["continued_lab"].forked] == [a.overrides for a in LAB.runs if a.fork is not None]
-    assert len({*LAB.runs}) == len(LAB.runs) == 25 and all(arm.fork == Fork(arm.fork.overrides) for arm in LAB.runs[4:])
+    assert len({*LAB.runs}) == len(LAB.runs) == 28 and all(arm.fork == Fork(arm.fork.overrides) for arm in LAB.runs[5:])
     base = ("experiment=continued",)
     arm = LAB.continued(arm_of(LAB.arms, "brake"), "new text")
     runs = {arm: ((*base, *arm.overrides), ((*base, *arm.fork.overrides), arm.fork.times))}
@@ -182,7 +182,7 @@ def test_base_warms_up_in_fifty_steps_and_the_decay_begins_at_the_fork():
     base = compose_config("experiment=continued")
     assert (base.optim.warmup_fraction * base.trainer.max_steps, base.optim.final_lr_fraction) == (50, 1)
     assert base.data.sequence_length == 32 and base.model.max_position_embeddings == 64
-    decay = LAB.continuations["decay of the rate"]
+    decay = LAB.changes["decay of the rate"]
     assert "optim.warmup_fraction=0.5" in decay, "the run is twice as long as the one before"
     lag = composed("experiment=adam_lag")
     same = ("lr", "seed")
@@ -229,7 +229,7 @@ def test_lab_is_trained_interrupted_archived_and_reported(tmp_path):
 def test_names_of_runs_do_not_depend_on_where_they_are(tmp_path, monkeypatch):
     """So archives of forked runs can be restored anywhere."""
     monkeypatch.chdir(tmp_path)
-    arm = LAB.runs[4]
+    arm = LAB.runs[5]
     paths = {}
     for folder in ("runs", tmp_path / "elsewhere"):
         base = ("experiment=continued", f"paths.runs='{folder}'")

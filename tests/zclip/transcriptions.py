@@ -389,11 +389,23 @@ class UpdateClipEquations:
 class UpdateBrakeEquations:
     """The docstring of `zclip.updates.UpdateBrake`, with norms and scales as they are instead of their logarithms."""
 
-    def __init__(self, margin=1.6, release=0.999, sigmas=5.0, rise_steps=1000, fall_steps=30, warmup_steps=20):
+    def __init__(
+        self,
+        margin=1.6,
+        release=0.999,
+        sigmas=5.0,
+        rise_steps=1000,
+        fall_steps=30,
+        warmup_steps=20,
+        recovery_window=500,
+    ):
         self.margin, self.release, self.rise_steps, self.fall_steps = margin, release, rise_steps, fall_steps
-        self.sigmas, self.warmup_steps = sigmas, warmup_steps
+        self.sigmas, self.warmup_steps, self.recovery_window = sigmas, warmup_steps, recovery_window
+        self.begin()
+
+    def begin(self):
         self.s, self.level, self.norms, self.mean = 1.0, 0.0, 0, 0.0
-        self.squares, self.variance, self.lag = [], 0.0, 1.0
+        self.squares, self.variance, self.lag, self.in_a_row = [], 0.0, 1.0, 0
 
     def scale(self, norm: float) -> float:
         self.norms += 1
@@ -406,6 +418,11 @@ class UpdateBrakeEquations:
         if self.norms <= self.warmup_steps:
             self.level, self.mean = max(self.level, norm), norm
             return self.s
+        self.in_a_row = self.in_a_row + 1 if norm > self.bound else 0
+        if self.in_a_row == self.recovery_window:
+            scale = self.s
+            self.begin()
+            return scale
         expected = self.mean * min(self.lag, 1.0)
         bounded = max(min(norm, self.bound), expected / max(math.exp(2 * math.sqrt(self.variance)), math.e))
         ratio = bounded / self.level

@@ -28,6 +28,7 @@ TRAINER_OUTPUT = CHECKPOINTS | {"log_every", "val_every", "val_tokens", "eval_ev
 ADDED: dict[str, Any] = {
     "fork_data": "same",
     "fork_statistics": "same",
+    "update.recovery_window": 500,
     "update": UpdateConfig(_target_=None).model_dump(mode="json", by_alias=True),
     "model.embedding_initializer_range": None,
     "optim.amsgrad": False,

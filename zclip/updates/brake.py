@@ -33,8 +33,12 @@ class UpdateBrake(UpdateRule):
         M     <- M + (y - M) / 50
 
     The step is taken at the rate `lr * s`. The level is the lower edge of the norms: it falls within tens of steps, as
-    norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much,
-    and a norm that has risen for good by a factor f is followed after rise_steps * log f / (bound - L) steps.
+    norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much.
+
+    A norm that has risen for good by a factor f would be followed after rise_steps * log f / (bound - L) steps, which
+    can be thousands. So after `recovery_window` norms in a row above the bound, the rule begins again without
+    statistics: s is 1, and the next norms are the usual ones. In the recorded spikes of the Adam-lag lab, at most 382
+    norms in a row are above the bound of a brake with the default memory.
 
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
     where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
@@ -49,9 +53,11 @@ class UpdateBrake(UpdateRule):
         fall_steps: steps over which it follows lower norms, >= 1. Default 30.
         warmup_steps: steps at the beginning without a bound, >= 1. L is their highest norm, because momentum is still
             building up. Default 20; a momentum above 0.9 needs more, such as 2 / (1 - momentum).
+        recovery_window: number of norms in a row above the bound after which the rule begins again, >= 8. Default 500;
+            `None` disables it.
     """
 
-    nonnegative = ("variance", "count")
+    nonnegative = ("variance", "count", "above")
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class UpdateBrake(UpdateRule):
         rise_steps: int = 1000,
         fall_steps: int = 30,
         warmup_steps: int = 20,
+        recovery_window: int | None = 500,
     ) -> None:
         super().__init__()
         self.margin = require(is_number(margin) and 1 < margin < math.inf, "margin", margin, "a finite number above 1")
@@ -71,12 +78,13 @@ class UpdateBrake(UpdateRule):
         self.rise_steps = integer("rise_steps", rise_steps)
         self.fall_steps = integer("fall_steps", fall_steps)
         self.warmup_steps = integer("warmup_steps", warmup_steps)
+        self.recovery_window = integer("recovery_window", recovery_window, minimum=8, null="to switch recovery off")
 
     def initial_state(self, like: Tensor) -> State:
         """Return a scale of 1, and no level yet."""
         count = torch.zeros((), dtype=torch.int64, device=like.device)
         zeros = {name: torch.zeros_like(like) for name in ("log_scale", "mean", "lag", "variance")}
-        return {"level": torch.full_like(like, -torch.inf), **zeros, "count": count}
+        return {"level": torch.full_like(like, -torch.inf), **zeros, "count": count, "above": count.clone()}
 
     def check_state(self, state: State, counters: State) -> None:
         """Raise `ValueError` unless the scale is at most 1, and the level is known from the first step on."""
@@ -91,8 +99,7 @@ class UpdateBrake(UpdateRule):
         level, mean, lag, variance, count = (state[k] for k in ("level", "mean", "lag", "variance", "count"))
         log_norm, begins = norm.log(), count < self.warmup_steps
         spread = variance.sqrt()
-        above = (self.sigmas * spread).clamp(min=math.log(self.margin))
-        bound = torch.where(begins, torch.inf, level + above)
+        bound = torch.where(begins, torch.inf, level + (self.sigmas * spread).clamp(min=math.log(self.margin)))
         released = self.release * state["log_scale"]
         log_scale = torch.minimum(released, bound - log_norm)
         expected = mean + lag.clamp(max=0)
@@ -108,6 +115,10 @@ class UpdateBrake(UpdateRule):
             "lag": torch.where(begins, lag, lag + (deviation - lag) / MEAN_STEPS),
             "variance": torch.where(begins, variance, variance + (2 * shortfall.square() - variance) / weight),
             "count": count + 1,
+            "above": torch.where(log_norm > bound, state["above"] + 1, 0),
         }
+        if self.recovery_window is not None:
+            recovers, first = new["above"] >= self.recovery_window, self.initial_state(norm)
+            new = {key: torch.where(recovers, first[key], value) for key, value in new.items()}
         scale = log_scale.exp().clamp(min=torch.finfo(norm.dtype).tiny)  # it must not underflow to 0
         return UpdateDecision(scale, log_scale < released, bound.exp(), new)

@@ -10,7 +10,15 @@ from tests.zclip.transcriptions import UpdateBrakeEquations, UpdateClipEquations
 from zclip.updates import UpdateBrake, UpdateClip, UpdateDecision, UpdateRule
 
 LR, DECAY = 0.02, 0.1
-SHORT_BRAKE = {"margin": 1.1, "release": 0.9, "sigmas": 0.3, "rise_steps": 100, "fall_steps": 3, "warmup_steps": 5}
+SHORT_BRAKE = {
+    "margin": 1.1,
+    "release": 0.9,
+    "sigmas": 0.3,
+    "rise_steps": 100,
+    "fall_steps": 3,
+    "warmup_steps": 5,
+    "recovery_window": 12,
+}
 RULES = {
     "clip": (lambda: UpdateClip(sigmas=0.5, window=8), lambda: UpdateClipEquations(sigmas=0.5, window=8)),
     "brake": (lambda: UpdateBrake(**SHORT_BRAKE), lambda: UpdateBrakeEquations(**SHORT_BRAKE)),

@@ -64,6 +64,27 @@ def test_norms_that_have_fallen_for_good_are_followed():
     assert 1.3 < rule.read_telemetry()["update_bound"] / 0.01 < 2
 
 
+def test_norms_that_have_risen_for_good_lower_the_rate_for_a_limited_number_of_steps():
+    """Without recovery the scale is still below 0.45 after 1,000 steps."""
+    scales = {}
+    for window in (500, None):
+        rule, draw = UpdateBrake(recovery_window=window), random.Random(5)
+        norms = [(1.0 if step < 500 else 6.0) * math.exp(draw.gauss(0.0, 0.05)) for step in range(2000)]
+        scales[window] = [float(rule.observe(torch.tensor(norm, dtype=torch.float64))) for norm in norms]
+    assert scales[500][:1000] == scales[None][:1000] and max(scales[500][501:1000]) < 0.4
+    assert min(scales[500][1000:]) == 1.0 and max(scales[None][500:1500]) < 0.45
+    assert rule.read_telemetry()["update_bound"] < 6
+
+
+@pytest.mark.parametrize("pause", [0, 1])
+def test_one_step_below_the_bound_ends_the_row(pause):
+    rule, scales = UpdateBrake(warmup_steps=5, recovery_window=50), []
+    for step in range(150):
+        norm = 1.0 if step < 50 or (pause and step == 90) else 5.0
+        scales.append(float(rule.observe(torch.tensor(norm, dtype=torch.float64))))
+    assert (scales[100] == 1.0) == (pause == 0) and scales[99] < 0.5
+
+
 def test_saved_states_that_are_damaged_or_of_other_rules_are_refused():
     rule = UpdateBrake(**SHORT_BRAKE)
     for norm in growing_norms(3, 130):
@@ -80,6 +101,7 @@ def test_saved_states_that_are_damaged_or_of_other_rules_are_refused():
         ("level", math.nan, r"state\.level"),
         ("mean", math.nan, r"state\.mean=nan is not allowed: it must be a finite number"),
         ("variance", -1.0, r"state\.variance"),
+        ("above", -1, r"state\.above"),
     ):
         damaged = copy.deepcopy(saved)
         damaged["state"][key].fill_(value)
@@ -101,6 +123,7 @@ def test_repr_and_live_changes_are_those_of_strategies():
         {"sigmas": -1},
         {"rise_steps": 0},
         {"fall_steps": 0.5},
+        {"recovery_window": 7},
     ):
         (name,) = arguments
         with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must be "):
