@@ -62,6 +62,7 @@ from training.config.checks import check
 from training.config.compose import load_config, resumed_config, saved_identity
 from training.config.identity import run_path
 from training.config.live import under_first_name, with_changes
+from training.config.own_rules import exits_as_errors
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
 from training.launch.plan import plan_table
@@ -171,7 +172,8 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
         check_same_tokenizer(config, fork.run_dir, read_tokenizer(tokens.folder))
     with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
-            evaluation = train(config, run_dir, tokens, console, fork=fork)
+            with exits_as_errors(config):
+                evaluation = train(config, run_dir, tokens, console, fork=fork)
         except Exception as error:
             reraise_pending()
             if not isinstance(error, UserError):

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from common.errors import ConfigError, one_line
 from models import Llama, LlamaConfig
 from training.config.optim import OptimConfig
-from training.config.strategy import check_arguments, find_class
+from training.config.strategy import check_arguments, find_class, refuse_exit
 from training.muon import MuonAdamW
 from zclip.arguments import ArgumentError
 from zclip.updates import OptimizerRule
@@ -130,14 +130,15 @@ def state_bytes_of_element(optim: OptimConfig) -> float:
 
 def _own_state(optim: OptimConfig) -> dict[str, Any]:
     """Return the state of a matrix of 64 x 64, after one step of an optimizer of one's own."""
-    try:
-        optimizer = small_optimizer(optim)
-        optimizer.step()
-    except (ArgumentError, ConfigError) as error:
-        raise ConfigError(f"optim.{error.field}", error.value, problem=error.problem) from error
-    except Exception as error:  # the class may do anything
-        problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
-        raise ConfigError("optim._target_", optim.target, problem=problem) from error
+    with refuse_exit("optim", optim.target):
+        try:
+            optimizer = small_optimizer(optim)
+            optimizer.step()
+        except (ArgumentError, ConfigError) as error:
+            raise ConfigError(f"optim.{error.field}", error.value, problem=error.problem) from error
+        except Exception as error:  # the class may do anything
+            problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
+            raise ConfigError("optim._target_", optim.target, problem=problem) from error
     return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
