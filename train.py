@@ -168,7 +168,7 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(config, console)
-    if fork is not None and fork.new_data:
+    if fork is not None and fork.new_data and not run_dir.checkpoint_steps():
         check_same_tokenizer(config, fork.run_dir, read_tokenizer(tokens.folder))
     with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
