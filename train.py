@@ -62,6 +62,7 @@ from training.config.checks import check
 from training.config.compose import load_config, resumed_config, saved_identity
 from training.config.identity import run_path
 from training.config.live import under_first_name, with_changes
+from training.config.own_rules import exits_as_errors
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
 from training.launch.plan import plan_table
@@ -167,11 +168,12 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     from training.run import prepare_tokens, train
 
     tokens = prepare_tokens(config, console)
-    if fork is not None and fork.new_data:
+    if fork is not None and fork.new_data and not run_dir.checkpoint_steps():
         check_same_tokenizer(config, fork.run_dir, read_tokenizer(tokens.folder))
     with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
-            evaluation = train(config, run_dir, tokens, console, fork=fork)
+            with exits_as_errors(config):
+                evaluation = train(config, run_dir, tokens, console, fork=fork)
         except Exception as error:
             reraise_pending()
             if not isinstance(error, UserError):

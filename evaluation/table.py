@@ -24,7 +24,7 @@ def print_scores(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def _print_model(rows: list[dict[str, Any]], console: Console) -> None:
-    metrics = _metrics(rows)
+    metrics = metrics_of(rows)
     console.print(f"{rows[0]['run']}, ± standard error")
     table = Table()
     for column in ("task", "shots", "items", *map(_header, metrics)):
@@ -39,7 +39,7 @@ def _print_models(names: list[str], rows: list[dict[str, Any]], console: Console
     columns = [
         (*task, metric)
         for task in tasks
-        for metric in _metrics([row for row in rows if (row["task"], row["num_fewshot"]) == task])
+        for metric in metrics_of([row for row in rows if (row["task"], row["num_fewshot"]) == task])
     ]
     table = Table()
     table.add_column("", overflow="fold")
@@ -54,7 +54,8 @@ def _print_models(names: list[str], rows: list[dict[str, Any]], console: Console
     console.print(f"± standard error; items: {', '.join(f'{task} {count}' for task, count in items.items())}")
 
 
-def _metrics(rows: list[dict[str, Any]]) -> list[str]:
+def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the metrics that scores have numbers of. Not every metric has a standard error."""
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_METRICS and "_stderr" not in name)
     return [name for name in names if any(_number(row, name) is not None for row in rows)]
 

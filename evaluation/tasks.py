@@ -12,6 +12,7 @@ import lzma
 import random
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,25 @@ def data_folders(data_dir: str | None, cache: str) -> list[Path]:
     return [Path(folder) for folder in (data_dir, Path(cache, "eval")) if folder is not None]
 
 
+@cache
+def check_names(names: tuple[str, ...]) -> None:
+    """Raise `TaskError` unless each name is that of a task, group or tag. No data is loaded."""
+    others = [name for name in names if name not in SETS and name != last_word.NAME]
+    if not others:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    for name in others:
+        if name not in known:
+            raise _unknown(name)
+
+
+def _unknown(name: str) -> TaskError:
+    tasks = f"(`lm-eval ls tasks`), or {last_word.NAME}"
+    return TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval {tasks}")
+
+
 def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str, Any]:
     """Return a task, or the tasks of a group, as lm-eval's `evaluate` takes them.
 
@@ -108,8 +128,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     try:
         manager = TaskManager(include_defaults=is_of_lm_eval)
         if is_of_lm_eval and name not in manager.all_tasks:
-            tasks = f"(`lm-eval ls tasks`), or {last_word.NAME}"
-            raise TaskError(f"eval.tasks={name} is not known: it must be a task of lm-eval {tasks}")
+            raise _unknown(name)
         with tempfile.TemporaryDirectory() as temporary:
             definition = name
             if name == last_word.NAME:

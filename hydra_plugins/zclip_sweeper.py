@@ -4,10 +4,12 @@
 sees one option of the group `experiment` for each, so that overrides, lists such as `experiment=[table2,figure4]`,
 `--help`, shell completion and error messages treat them like files. Each option selects `SuiteSweeper`, whose jobs are
 the runs of the suites times the sweep over all other overrides. A job itself has the file that its suite extends, such
-as `experiment=paper`. Runs that begin after others of the suite come in a second batch, when those are finished.
+as `experiment=paper`. Runs that begin after others of the suite come in a second batch, if those are finished then.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 from experiments.suites import SUITES, Suite
+from training.checkpoint.fork import fork_folder
 from training.config.compose import fork_settings
 from training.launch.sweep import Job, compose_job, config_search_overrides, print_plans
+from training.run_dir import RunDir
 
 
 class _SuiteConfigs(ConfigSource):
@@ -93,34 +98,84 @@ class SuiteSweeper(BasicSweeper):
                 others.append(compose_job(loader, config, job))
         return [_without_duplicates(batch) for batch in ([*jobs.values()], others) if batch]
 
-    def sweep(self, arguments: list[str]) -> Any:
-        """Run the jobs, or with `plan=true` print what they need."""
-        assert self.config is not None and self.hydra_context is not None
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Run the jobs, or with `plan=true` print what they need.
+
+        Of the runs that begin after others, those run whose other run is finished, even if some of the others failed.
+
+        Raises:
+            RunError: runs have not finished, or were skipped because the run from which they begin is not finished.
+            Exception: the first fault of the program in a job, when all other jobs have run.
+        """
+        assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         loader = self.hydra_context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        self.batches = self.compose_batches(loader, self.config, parsed)
+        batches = self.compose_batches(loader, self.config, parsed)
         if self.config.plan:
-            return print_plans(
-                [job for batch in self.batches for job in batch], config_search_overrides(self.config.hydra)
-            )
+            print_plans([job for batch in batches for job in batch], config_search_overrides(self.config.hydra))
+            return []
         if self.config.print_run_dir:  # nothing is trained: there is nothing to wait for
-            self.batches = [[job for batch in self.batches for job in batch]]
-        return super().sweep(arguments)
+            batches = [[job for batch in batches for job in batch]]
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        launched = 0
+        returns: list[Sequence[JobReturn]] = []
+        unfinished: list[str] = []
+        faults: list[Exception] = []
+        for number, batch in enumerate(batches):
+            ready, skipped = _split_by_base(batch) if number else (batch, {})
+            if ready:
+                try:
+                    returns.append(self.launcher.launch([job.overrides for job in ready], initial_job_idx=launched))
+                except RunError as error:
+                    unfinished.append(str(error))
+                launched += len(ready)
+            if skipped:
+                unfinished.append(_skip_sentence(skipped, len(batch)))
+        for done in (done for batch_returns in returns for done in batch_returns):
+            try:
+                done.return_value  # noqa: B018 - Hydra raises what the job has raised
+            except Exception as error:
+                faults.append(error)
+        if faults:
+            print("\n".join(unfinished), file=sys.stderr)
+            raise faults[0]
+        if unfinished:
+            raise RunError("; ".join(unfinished))
+        return returns
 
-    def is_done(self) -> bool:
-        """Return whether no batch is left, or the next one begins after runs that are not finished yet."""
-        if self.batch_index >= len(self.batches):
-            return True
-        before = [job for batch in self.batches[: self.batch_index] for job in batch]
-        if left := sum(job.run_dir.read_result() is None for job in before):
-            then = f"{len(self.batches[self.batch_index])} runs begin after them: run the same command again then"
-            print(f"{left} of {len(before)} runs are not finished yet, and {then}")
-        return left > 0
 
-    def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """Return the overrides of the next batch."""
-        self.batch_index += 1
-        return [job.overrides for job in self.batches[self.batch_index - 1]]
+def _split_by_base(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, list[Job]]]:
+    """Return the jobs that can run, and by the name of the run from which they begin those that must wait for it.
+
+    A job that is finished itself needs no other run: the launcher only shows it.
+    """
+    ready: list[Job] = []
+    waiting: dict[str, list[Job]] = {}
+    for job in jobs:
+        base = fork_folder(job.config, job.run_dir)
+        assert base is not None, "only the first batch has runs that begin at their first step"
+        if job.run_dir.result_file.exists() or _is_finished(RunDir(base)):
+            ready.append(job)
+        else:
+            waiting.setdefault(base.name, []).append(job)
+    return ready, waiting
+
+
+def _is_finished(run_dir: RunDir) -> bool:
+    """Whether a run has a result that can be read."""
+    with suppress(UserError):
+        return run_dir.read_result() is not None
+    return False
+
+
+def _skip_sentence(skipped: Mapping[str, Sequence[Job]], most: int) -> str:
+    """Return which of so many runs were skipped, by the names of the runs from which they begin."""
+    groups = [f"{', '.join(job.title for job in jobs)} (after {base})" for base, jobs in skipped.items()]
+    count, runs = sum(map(len, skipped.values())), ", ".join(groups)
+    again = "run the same command again to run them"
+    return f"{count} of {most} runs were skipped, as the runs after which they begin have not finished: {runs}; {again}"
 
 
 def _suites_and_combinations(overrides: list[Override]) -> tuple[list[Suite], list[list[str]]]:

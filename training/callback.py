@@ -12,7 +12,7 @@ from data import Batch
 from evaluation.response_cache import EvaluationInterrupted
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.restore import load_checkpoint
-from training.lightning_internals import dump_checkpoint, forward_context, rescale_batch_counts
+from training.lightning_internals import dump_checkpoint, forward_context, reopen_epoch, rescale_batch_counts
 from training.module import PretrainingModule
 from training.monitor.health import NonFiniteGuard
 from training.monitor.history import History
@@ -55,6 +55,7 @@ class RunCallback(pl.Callback):
         self.metrics.history = History(checkpoint.get("metrics"))
         self.checkpoints.load_extra_state(checkpoint)
         rescale_batch_counts(checkpoint, trainer.accumulate_grad_batches)
+        reopen_epoch(checkpoint, trainer.max_steps)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

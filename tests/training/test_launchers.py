@@ -5,15 +5,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
-from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.types import HydraContext, RunMode
 
 from common.errors import RunError, UserError
 from experiments.suites import SUITES
@@ -21,7 +17,6 @@ from hydra_plugins import zclip_launchers
 from hydra_plugins.zclip_launchers import Slurm
 from hydra_plugins.zclip_sweeper import SuiteSweeper
 from tests.helpers import CHECKOUT, RESULT
-from training.launch import sweep as sweeps
 from training.launch.slurm_queue import submit
 from training.runtime.slurm import LAUNCHER
 
@@ -87,38 +82,21 @@ def test_settings_that_suites_do_not_take_are_named(overrides, message):
     assert str(error.value).startswith(message) and ("give the steps" in str(error.value)) == ("give the" in message)
 
 
-@pytest.fixture
-def plugin(monkeypatch, tmp_path) -> Callable[..., Any]:
-    """Return a function that makes the launcher or the sweeper of train.py with these overrides."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweeps, "completed_jobs", [])
-
-    def make(kind: str, *overrides: str) -> Any:
-        with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            config = loader.load_configuration("train", [*overrides], RunMode.MULTIRUN)
-            context = HydraContext(config_loader=loader, callbacks=Callbacks())
-            instantiate = getattr(Plugins.instance(), f"instantiate_{kind}")
-            return instantiate(hydra_context=context, task_function=None, config=config)
-
-    return make
-
-
 def test_equal_runs_of_suites_are_one_job(plugin):
     settings = ["experiment=table5", "scale=micro", "seed=0,0"]
     sweeper = plugin("sweeper", *settings)
     parsed = OverridesParser.create().parse_overrides(settings)
     (twice,) = sweeper.split_arguments(parsed, None)
-    sweeper.batches = sweeper.compose_batches(sweeper.hydra_context.config_loader, sweeper.config, parsed)
-    assert len(twice) == 6 and sweeper.get_job_batch() == twice[:3]
+    (jobs,) = sweeper.compose_batches(sweeper.hydra_context.config_loader, sweeper.config, parsed)
+    assert len(twice) == 6 and [job.overrides for job in jobs] == twice[:3]
 
 
-def test_runs_that_begin_after_others_wait_for_them(plugin, capsys):
-    """They get the name that the settings of the other run make, with its seed and what the user sets."""
+def test_runs_that_begin_after_others_get_their_names(plugin):
+    """The name is what the settings of the other run make, with its seed and what the user sets."""
     settings = ["experiment=continued_lab", "seed=0,1", "trainer.max_steps=40"]
     sweeper = plugin("sweeper", *settings)
     parsed, loader = OverridesParser.create().parse_overrides(settings), sweeper.hydra_context.config_loader
-    bases, others = sweeper.batches = sweeper.compose_batches(loader, sweeper.config, parsed)
+    bases, others = sweeper.compose_batches(loader, sweeper.config, parsed)
     assert len(bases) == 2 * len(SUITES["continued_lab"].runs)
     assert len(others) == 2 * len(SUITES["continued_lab"].forked)
     names = {(job.config.clip.name, job.config.update.name, job.config.seed): job.title for job in bases}
@@ -127,15 +105,6 @@ def test_runs_that_begin_after_others_wait_for_them(plugin, capsys):
         assert job.config.fork_from in (f"{own}@40", f"{names['none', 'monitor', job.config.seed]}@40")
         assert (job.config.trainer.max_steps, job.run_dir.path.parent.name) == (80, "continued")
     assert len({job.title for job in (*bases, *others)}) == len(bases) + len(others)
-    assert sweeper.get_job_batch() == [job.overrides for job in bases]
-    for job in bases[1:]:
-        job.run_dir.path.mkdir(parents=True)
-        job.run_dir.result_file.write_text(json.dumps(RESULT))
-    assert sweeper.is_done()
-    assert capsys.readouterr().out.startswith("1 of 8 runs are not finished yet, and 38 runs begin after them: run the")
-    bases[0].run_dir.path.mkdir()
-    bases[0].run_dir.result_file.write_text(json.dumps(RESULT))
-    assert not sweeper.is_done() and sweeper.get_job_batch() == [job.overrides for job in others] and sweeper.is_done()
 
 
 @pytest.mark.parametrize("n_jobs", ["0", "1.5", "true"])

@@ -27,8 +27,15 @@ from tests.training.test_update_rules import interrupted
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.state import find_problem
 from training.config.checks import check
+from training.config.compose import read_config, to_yaml
 from training.config.identity import identity, run_name
-from training.config.optimizer import make_optimizer, state_bytes, state_differences
+from training.config.optimizer import (
+    check_optimizer,
+    make_optimizer,
+    small_optimizer,
+    state_bytes,
+    state_differences,
+)
 from training.launch.plan import plan
 from training.module import PretrainingModule
 from training.muon import MuonAdamW
@@ -290,6 +297,56 @@ def test_forks_are_refused_where_ones_own_optimizer_has_other_state():
     )
     assert [*state_differences(centered, plain)] == [("centered", True, None)]
     assert [*state_differences(slower, plain)] == []
+
+
+def test_forks_take_settings_of_equal_meaning_for_equal():
+    """What a setting means to a class of one's own shows in the state that it makes; the name is a label."""
+    own = ("optim=custom", "optim._target_=torch.optim.AdamW", "optim.name=own")
+    unset, false, true, renamed = (
+        compose_config(*own, *more).optim
+        for more in ((), ("+optim.amsgrad=false",), ("+optim.amsgrad=true",), ("optim.name=mine",))
+    )
+    for one, other in itertools.permutations((unset, false, renamed), 2):
+        assert [*state_differences(one, other)] == []
+    assert [*state_differences(true, unset)] == [("amsgrad", True, None)]
+    assert [*state_differences(false, true)] == [("amsgrad", False, True)]
+
+
+ADAFACTOR = ("optim=custom", "optim._target_=torch.optim.Adafactor", "optim.name=adafactor")
+
+
+def test_pair_of_eps_is_passed_on_as_a_tuple_and_stays_in_config_yaml(tmp_path):
+    names = set()
+    for given, pair in {"[1e-30,1e-3]": (1e-30, 1e-3), "[null,0]": (None, 0.0)}.items():
+        config = compose_config(*ADAFACTOR, f"+optim.eps={given}")
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert read_config(tmp_path / "config.yaml").optim.arguments == config.optim.arguments == {"eps": pair}
+        check_optimizer(config.optim, None, "none")
+        (group,) = small_optimizer(config.optim).param_groups
+        assert group["eps"] == pair and isinstance(group["eps"], tuple)
+        names.add(run_name(config))
+    assert len(names) == 2
+    assert [*state_differences(config.optim, compose_config(*ADAFACTOR).optim)] == []
+
+
+@pytest.mark.parametrize("eps", ["[]", "[-1,1]", "[a,1]", "[true,1]", "[1e400,1]", "[[1],1]", "true", "0"])
+def test_bad_values_of_eps_are_named(eps):
+    with pytest.raises(
+        ConfigError, match=r"^optim\.eps=\S.* is not allowed: it must be a number above 0, or for a class"
+    ):
+        compose_config(*ADAFACTOR, f"+optim.eps={eps}")
+    with pytest.raises(ConfigError, match=r"^optim\.eps=\[1e-07, 1\.0\] is not allowed: it must be a number above 0$"):
+        compose_config("optim.eps=[1e-7,1]")
+
+
+def test_run_with_a_pair_of_eps_resumes_to_the_same_bits(tiny, run_in_process, tmp_path):
+    pair = (*tiny, *ADAFACTOR, "+optim.eps=[1e-6,1e-3]", "lr=0.1", "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    run_in_process(*pair, "name=whole")
+    whole = tmp_path / "runs" / "main" / "whole"
+    rows, again = read_jsonl(whole / "metrics.jsonl"), interrupted(whole, tmp_path / "again", 24)
+    _, output = run_in_process(f"resume={again}")
+    assert "after step 24 of 40" in output and rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert [row["loss"] for row in read_jsonl(again / "metrics.jsonl")] == [row["loss"] for row in rows]
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])

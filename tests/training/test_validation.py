@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from common.errors import ConfigError
 from data import TokenDataset, load_tokenizer, open_tokens
+from data.tokenizer import train_tokenizer
+from tests.evaluation.known_models import Uniform
 from tests.helpers import (
     CHECKOUT,
     FSDP,
@@ -31,6 +34,7 @@ from training.config.compose import read_config
 from training.run_dir import RunDir
 from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
 from training.validation.report import EvaluationReport
+from training.validation.tasks import TaskEvaluator
 
 #: Requests that are computed before their responses are saved.
 SAVED_AT_ONCE = 16
@@ -244,8 +248,24 @@ def test_mistakes_are_refused(override, message, settings):
 
 
 @pytest.mark.slow
-def test_unknown_task_is_refused_before_training(settings, tmp_path):
-    done = train(*settings, "trainer.eval_every=5", "eval.tasks=[nothing]", cwd=tmp_path)
-    message = "error: eval.tasks=nothing is not known: it must be a task of lm-"
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not list(tmp_path.glob("runs/main/*/metrics.jsonl"))
+def test_unknown_task_is_refused_before_any_work(settings, refusal, checked, tmp_path, monkeypatch):
+    """Before text is tokenized: with `last_word`, which lm-eval does not have, and without evaluations in training."""
+    monkeypatch.chdir(tmp_path)
+    fresh = (*settings, f"paths.cache={tmp_path / 'cache'}")
+    line = refusal(*fresh, "trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word,nothing]")
+    assert line.startswith("train.py: error: eval.tasks=nothing is not known: it must be a task of lm-eval (`lm-eval")
+    checked(*fresh, "trainer.eval_every=5", "eval=micro")
+    checked(*fresh, "trainer.eval_every=null", "eval.tasks=[nothing]")
+    assert not list(tmp_path.iterdir())
+
+
+def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
+    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", "eval.limit=1")
+    tokenizer = train_tokenizer(["the union of the states"], 300)
+    output, logged = io.StringIO(), {}
+    report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
+    evaluator = TaskEvaluator(RunDir(tmp_path), config, tokenizer, lambda: False, report)
+    evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
+    (score,) = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
+    assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in output.getvalue()
+    assert logged == {"last_word/loss": score["loss"], "last_word/acc": 0.0}

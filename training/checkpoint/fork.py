@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import ConfigError, RunError, shown
+from common.errors import ConfigError, RunError, UserError, shown
 from common.files import write_atomic
 from common.run_files import corrupted_steps
 from common.text import flatten
@@ -73,17 +73,19 @@ class ForkSource(NamedTuple):
 def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
     """Return the step of another run from which a run starts; `None` if it starts from nothing.
 
-    A run that has a checkpoint of its own can do without the other run, which may be gone. If it is there, the run can
-    be rewound to its step.
+    A run that has a checkpoint of its own can do without the other run, which may be gone, damaged or changed. If it is
+    as it was, the run can be rewound to its step.
 
     Raises:
         ConfigError: there is no such checkpoint, or its run has other settings.
+        UserError: the other run cannot be read by this version, or its tokenizer was changed.
+        RunError: the record of its rewinds is damaged.
     """
     if config.fork_from is None:
         return None
     try:
         return _fork_source(config, config.fork_from, fork_folder(config, run_dir))
-    except ConfigError:
+    except (UserError, RunError):
         if run_dir.checkpoint_steps():
             return None
         raise

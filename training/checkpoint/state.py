@@ -60,7 +60,8 @@ def check_state(checkpoint: Path) -> None:
     with _part("its step"):
         step = header["global_step"]
         _require(_is_count(step) and step > 0 and step == step_of(checkpoint), f"{step!r} is not that in its name")
-        _require(header["epoch"] == 0, "Lightning's epoch is not 0")
+        epochs = (0,) if config.fork_from is None else (0, 1)  # see `training.lightning_internals.reopen_epoch`
+        _require(header["epoch"] in epochs, "Lightning's epoch is not 0")
         _require(re.match(r"[2-9]\.\d+\.\d+", header["pytorch-lightning_version"]), "of no version of Lightning")
     with _part("its tensors"):
         _require(all(map(_is_plain, tensors_in(header))), "some are sparse, or have no content")

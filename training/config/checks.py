@@ -11,6 +11,7 @@ from torch.optim import SGD, Adagrad
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors, shown
 from data import Corpus, DataConfig, corpus_from
+from evaluation.tasks import check_names
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
@@ -199,11 +200,17 @@ def _check_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
 
 
 def _check_lm_eval(config: Config) -> None:
-    """Raise `ConfigError` if tasks are to be evaluated and lm-eval is not installed: `make train` needs none."""
+    """Raise `UserError` if a task is evaluated that lm-eval lacks, or it is not installed: `make train` needs none.
+
+    Their data is loaded later.
+    """
     every = config.trainer.eval_every
-    if every is not None and find_spec("lm_eval") is None:
+    if every is None:
+        return
+    if find_spec("lm_eval") is None:
         problem = "needs lm-eval, which is not installed: run `make setup`"
         raise ConfigError("trainer.eval_every", every, problem=problem)
+    check_names(tuple(config.eval.tasks))
 
 
 #: What wandb takes in the variable WANDB_MODE.

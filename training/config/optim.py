@@ -36,8 +36,11 @@ class OptimConfig(Settings):
         Allowed("two numbers from 0 to below 1"),
     ] = None
     """Decay rates of AdamW's two moments."""
-    eps: Annotated[Positive | None, Allowed("a number above 0")] = None
-    """Added to the root of AdamW's second moment."""
+    eps: Annotated[
+        Positive | Annotated[tuple[NotNegative | None, ...], Field(strict=False, min_length=1)] | None,
+        Allowed("a number above 0, or for a class of your own a list of numbers from 0"),
+    ] = None
+    """Added to the root of AdamW's second moment. A class of your own may take a list, as Adafactor does."""
     weight_decay: Annotated[NotNegative | None, Allowed("a number from 0")] = None
     """Weight decay of every parameter: decoupled from the gradient in AdamW and Muon, an L2 penalty in SGD."""
     fused: Annotated[Flag | None, Allowed("true or false")] = None
@@ -97,9 +100,11 @@ class OptimConfig(Settings):
             if key not in settings and value is not None:
                 others = f"which has {', '.join(settings)}; optim={self.name} sets them"
                 problem = f"is not possible with optim.name={self.name}, {others}"
-                raise ConfigError(key, list(value) if key == "betas" else value, problem=problem)
+                raise ConfigError(key, list(value) if isinstance(value, tuple) else value, problem=problem)
         if "betas" in settings and len(self.betas or ()) != 2:
             raise ConfigError("betas", list(self.betas or ()), "two numbers from 0 to below 1")
+        if isinstance(self.eps, tuple):
+            raise ConfigError("eps", list(self.eps), "a number above 0")
         if self.name == "sgd" and self.nesterov and not self.momentum:
             raise ConfigError("nesterov", True, problem="is not possible with optim.momentum=0")
         return self

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from common.errors import ConfigError, one_line
 from models import Llama, LlamaConfig
 from training.config.optim import OptimConfig
-from training.config.strategy import check_arguments, find_class
+from training.config.strategy import check_arguments, find_class, refuse_exit
 from training.muon import MuonAdamW
 from zclip.arguments import ArgumentError
 from zclip.updates import OptimizerRule
@@ -86,19 +86,19 @@ def state_names(optim: OptimConfig, group: str) -> dict[str, bool]:
 
 def state_differences(optim: OptimConfig, other: OptimConfig) -> Iterator[tuple[str, Any, Any]]:
     """Yield settings, with both values, by which one optimizer cannot continue from the state of another."""
-    if optim.name != other.name:
+    if (optim.target is None or other.target is None) and optim.name != other.name:
         yield "name", optim.name, other.name
     elif optim.target != other.target:
         yield "_target_", optim.target, other.target
+    elif optim.target is not None:  # its name is a label, and only its state shows what its arguments mean
+        ours, theirs = optim.arguments, other.arguments
+        changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        if changed and _own_state(optim).keys() != _own_state(other).keys():
+            yield changed[0], ours.get(changed[0]), theirs.get(changed[0])
     elif optim.amsgrad != other.amsgrad:
         yield "amsgrad", optim.amsgrad, other.amsgrad
     elif optim.name == "sgd" and bool(optim.momentum) != bool(other.momentum):
         yield "momentum", optim.momentum, other.momentum
-    elif optim.target is not None and (ours := optim.arguments) != (theirs := other.arguments):
-        if _own_state(optim).keys() == _own_state(other).keys():
-            return
-        key = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
-        yield key, ours.get(key), theirs.get(key)
 
 
 def state_bytes(optim: OptimConfig, model: LlamaConfig) -> float:
@@ -130,14 +130,15 @@ def state_bytes_of_element(optim: OptimConfig) -> float:
 
 def _own_state(optim: OptimConfig) -> dict[str, Any]:
     """Return the state of a matrix of 64 x 64, after one step of an optimizer of one's own."""
-    try:
-        optimizer = small_optimizer(optim)
-        optimizer.step()
-    except (ArgumentError, ConfigError) as error:
-        raise ConfigError(f"optim.{error.field}", error.value, problem=error.problem) from error
-    except Exception as error:  # the class may do anything
-        problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
-        raise ConfigError("optim._target_", optim.target, problem=problem) from error
+    with refuse_exit("optim", optim.target):
+        try:
+            optimizer = small_optimizer(optim)
+            optimizer.step()
+        except (ArgumentError, ConfigError) as error:
+            raise ConfigError(f"optim.{error.field}", error.value, problem=error.problem) from error
+        except Exception as error:  # the class may do anything
+            problem = f"cannot take a step with its arguments ({type(error).__name__}: {one_line(error)})"
+            raise ConfigError("optim._target_", optim.target, problem=problem) from error
     return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 

@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, get_args, get_origin
 
 from torch.optim import Optimizer
 
-from common.errors import ConfigError, UserError, prefix_errors
+from common.errors import ConfigError, UserError, one_line, prefix_errors
 from training.config.schema import ClipConfig, UpdateConfig
 from zclip import ClippingStrategy
 from zclip.updates import OptimizerRule, UpdateRule
@@ -26,13 +27,13 @@ C = TypeVar("C", bound=ClippingStrategy | OptimizerRule | Optimizer)
 
 def clipping_strategy(clip: ClipConfig) -> ClippingStrategy:
     """Return a new strategy, of any class; raise `UserError` if its class or an argument is not possible."""
-    return _made("clip", strategy_class(clip), clip.arguments)
+    return _made("clip", clip.target, strategy_class(clip), clip.arguments)
 
 
 def update_rule(update: UpdateConfig) -> OptimizerRule | None:
     """Return a new rule over updates, `None` without one; raise `UserError` if it or an argument is not possible."""
     if update.target is not None:
-        return _made("update", rule_class(update.target), update.arguments)
+        return _made("update", update.target, rule_class(update.target), update.arguments)
     for name, value in update.arguments.items():
         raise ConfigError(f"update.{name}", value, problem="is not possible with update=none, which has no arguments")
     return None
@@ -59,11 +60,12 @@ def find_class(section: str, target: str, base: type[C], allowed: str) -> type[C
     `allowed`: what it must be, in words.
     """
     module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError, TypeError) as error:
-        problem = f"cannot be imported ({error}): it must be module.Class"
-        raise ConfigError(f"{section}._target_", target, problem=problem) from error
+    with refuse_exit(section, target):
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, ValueError, AttributeError, TypeError) as error:
+            problem = f"cannot be imported ({error}): it must be module.Class"
+            raise ConfigError(f"{section}._target_", target, problem=problem) from error
     if not isinstance(found, type) or not issubclass(found, base):
         raise ConfigError(f"{section}._target_", target, allowed)
     abstract = next(each for each in _ABSTRACT if issubclass(found, each))
@@ -92,7 +94,22 @@ def check_arguments(section: str, made_by: type[Any], arguments: dict[str, Any],
             raise UserError(f"{section}.{parameter.name} is missing: {made_by.__name__} needs it")
 
 
-def _made(section: str, made_by: type[T], arguments: dict[str, Any]) -> T:
+def exit_name(error: SystemExit) -> str:
+    """Return `SystemExit` with its status, or with a message of at most 100 characters."""
+    return f"SystemExit({error.code if isinstance(error.code, int | None) else repr(one_line(error, 100))})"
+
+
+@contextmanager
+def refuse_exit(section: str, target: str | None) -> Iterator[None]:
+    """Raise `ConfigError` if code of the class that `_target_` of a section names raises `SystemExit` in the block."""
+    try:
+        yield
+    except SystemExit as error:
+        problem = f"is not possible: its code raises {exit_name(error)}"
+        raise ConfigError(f"{section}._target_", target, problem=problem) from error
+
+
+def _made(section: str, target: str, made_by: type[T], arguments: dict[str, Any]) -> T:
     check_arguments(section, made_by, arguments)
-    with prefix_errors(section):
+    with refuse_exit(section, target), prefix_errors(section):
         return made_by(**arguments)

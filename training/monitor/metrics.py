@@ -27,6 +27,7 @@ from torch import Tensor
 from common.errors import RunError, one_line
 from common.files import open_append, write_atomic
 from training.config.schema import Config
+from training.config.telemetry_names import ReservedNameError, check_telemetry_names
 from training.monitor.history import History
 from training.monitor.step_timer import Timings, seconds
 from training.run_dir import RunDir
@@ -40,9 +41,6 @@ Row = Mapping[str, float | None]
 
 #: Called with a step and its numbers.
 Listener = Callable[[int, Row], None]
-
-#: Names of numbers that telemetry must not have, besides those of times, which end in `_seconds`.
-OWN_NAMES = {"step", "tokens", "lr", "loss", "masked_rows", "tokens_per_second", "mfu", "peak_memory_gib"}
 
 
 @dataclass
@@ -123,13 +121,12 @@ class MetricsRecorder:
 
     def _check_names(self, names: tuple[str, ...]) -> None:
         """Raise `RunError` if a name in the telemetry of the strategy or the rule is that of another number."""
-        for index, name in enumerate(names):
-            by_rule = index >= len(self.strategy.telemetry)
-            is_other = str(name).endswith("_seconds") or (str(name).startswith("update_") and not by_rule)
-            if is_other or name in OWN_NAMES or name in names[:index]:
-                source = self.rule if by_rule else self.strategy
-                where = "metrics.jsonl has another number of that name"
-                raise RunError(f"telemetry of {type(source).__name__} must not have the name {name}: {where}")
+        count = len(self.strategy.telemetry)
+        owners = type(self.strategy).__name__, type(self.rule).__name__
+        try:
+            check_telemetry_names(owners[0], names[:count], owners[1], names[count:])
+        except ReservedNameError as error:
+            raise RunError(str(error)) from error
         self._checked_names = names
 
     def is_due(self, step: int) -> bool:

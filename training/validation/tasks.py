@@ -15,6 +15,7 @@ from common.text import every
 from data import Tokenizer
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task
+from evaluation.table import metrics_of
 from evaluation.tasks import TaskError, data_folders, load_tasks
 from models import Llama
 from training.config.schema import Config
@@ -86,8 +87,8 @@ class TaskEvaluator:
                 self._scores().add(key, score)
                 if self._cache is not None:
                     self._cache.delete()
-            numbers = {metric: value for metric, value in score.items() if f"{metric}_stderr" in score}
-            texts = [f"{metric} {value:.4g} ± {score[f'{metric}_stderr']:.2g}" for metric, value in numbers.items()]
+            numbers = {metric: score[metric] for metric in metrics_of([score])}
+            texts = [f"{metric} {value:.4g}{_error(score, metric)}" for metric, value in numbers.items()]
             self.report.report(
                 step,
                 f"{name} ({num_fewshot} shots, {score['items']:,} items): {', '.join(texts)}",
@@ -129,3 +130,9 @@ class TaskEvaluator:
                 self.report.console.print(f"{title}: {done:,} of {total:,} answers")
 
         return report
+
+
+def _error(score: Mapping[str, Any], metric: str) -> str:
+    """Return the standard error of a metric as text; nothing if it has none, as of a single item."""
+    error = score.get(f"{metric}_stderr")
+    return "" if error is None else f" ± {error:.2g}"
