@@ -25,8 +25,11 @@ def draw_forks(lab: ContinuedLab, collection: RunCollection) -> Figure | None:
     labels = list(dict.fromkeys(label for arms in ways.values() for label in arms))
     styles = {label: numbered_style(number) for number, label in enumerate(labels)}
     figure, axes = plt.subplots(
-        len(PANELS), len(ways), figsize=(2.9 * len(ways), 7.2), sharex=True, sharey="row", layout="constrained"
+        len(PANELS), len(ways), figsize=(2.9 * len(ways), 7.2), sharex=True, layout="constrained", squeeze=False
     )
+    for row in axes[1:]:  # losses differ too much for one axis
+        for ax in row[1:]:
+            ax.sharey(row[0])
     for column, (name, arms) in enumerate(ways.items()):
         for label, arm in arms.items():
             if (run := collection.runs.get((arm, seeds[0]))) is None:

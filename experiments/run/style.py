@@ -52,8 +52,8 @@ STRATEGY_STYLES = {
 
 
 def numbered_style(number: int) -> LineStyle:
-    """Return the style of a line by its number in a figure."""
-    return LineStyle(COLORS[number % len(COLORS)], DASHES[number % len(DASHES)])
+    """Return the style of a line by its number in a figure: the first 49 differ."""
+    return LineStyle(COLORS[number % len(COLORS)], DASHES[(number + number // len(COLORS)) % len(DASHES)])
 
 
 def graded_styles(number: int) -> list[LineStyle]:

@@ -30,6 +30,10 @@ from tests.experiments.written_runs import SEEDS, modify, without
 from tests.helpers import SLOW
 
 
+def test_lines_that_are_numbered_differ():
+    assert len({(style.color, style.dashes) for style in map(numbered_style, range(49))}) == 49
+
+
 def test_every_table_is_filled(everything):
     for table in TABLES.values():
         for label, cells in zip(table.rows, fill_table(table, everything).cells, strict=True):
