@@ -44,8 +44,10 @@ class Stateful:
     nonnegative: Collection[str] = ()
     #: Statistics whose length changes; all others keep the shape of `initial_state`.
     resizable: Collection[str] = ()
-    #: Arguments that states of earlier versions do not have, with the values that do what those versions did.
+    #: Arguments that states of earlier versions do not have, with the values that such states are taken to have.
     added: Mapping[str, Any] = MappingProxyType({})
+    #: Statistics that states of earlier versions do not have: they begin as in `initial_state`.
+    added_statistics: Collection[str] = ()
     _scope: str | tuple[str, ...] | None = None
 
     def __init__(self) -> None:
@@ -270,6 +272,8 @@ class Stateful:
 
     def _checked_tensors(self, where: str, saved: Any, initial: State, nonnegative: Collection[str]) -> State:
         own = type(self).__name__
+        if isinstance(saved, Mapping):
+            saved = {key: initial[key] for key in self.added_statistics if key in initial} | dict(saved)
         check_keys(own, where, saved, initial.keys(), ())
         tensors = {}
         for key, like in initial.items():

@@ -55,7 +55,18 @@ def test_configurations_from_before_there_were_rules_are_those_without_one():
     assert plain.pop("update") == {"_target_": None, "name": "none"}
     assert parse(Config, plain) == config and differences(config, parse(Config, plain)) == {}
     changed = differences(compose_config("model=nano", "update=monitor"), config)
-    assert changed == {"update._target_": ("zclip.updates.UpdateMonitor", None), "update.name": ("monitor", None)}
+    assert changed == {"update._target_": ("zclip.updates.UpdateMonitor", None), "update.name": ("monitor", "none")}
+
+
+def test_setting_that_was_added_later_differs_from_null():
+    """Runs with its default keep their names, and null is another run. A class of one's own has defaults of its own."""
+    default, null = (compose_config("update=brake", *more) for more in ((), ("update.recovery_window=null",)))
+    assert differences(default, null) == {"update.recovery_window": (500, None)}
+    assert differences(null, default) == {"update.recovery_window": (None, 500)}
+    assert "recovery_window" not in identity(default)["update"] and run_name(default) != run_name(null)
+    own = ("update=monitor", "update._target_=elsewhere.Own", "update.name=own")
+    named = [identity(compose_config(*own, *more), is_named=False) for more in ((), ("+update.recovery_window=500",))]
+    assert named[0] != named[1]
 
 
 def test_monitor_records_norms_and_changes_no_loss(tiny, finished_run: Path, tmp_path):

@@ -68,7 +68,8 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
         own = {key: optim.arguments[key] for key in optim.model_extra or {}}
         kept["optim"] |= _as_declared(lambda: optimizer_class(optim), own)
     for key, default in ADDED.items():
-        if key.startswith("optim.") and optim.target is not None:
+        is_own = optim.target is not None if key.startswith("optim.") else not is_ours(update.target)
+        if is_own and key.startswith(("optim.", "update.")):
             continue  # a class of one's own may have other defaults
         *sections, name = key.split(".")
         section = reduce(getitem, sections, kept)
@@ -99,9 +100,12 @@ def shared_settings(config: Config) -> dict[str, Any]:
 def differences(config: Config, saved: Config, is_named: bool = True) -> dict[str, tuple[Any, Any]]:
     """Return the values in both of each key, dotted and sorted, in which two identities differ; `None`: it has none.
 
+    Settings that an identity leaves out because they were added later have their defaults.
+
     `saved` is from a file, and so is `config` unless `is_named`, see `identity`. Places do not differ between files.
     """
-    ours, theirs = flatten(identity(config, is_named)), flatten(saved_identity_of(saved, config, is_named))
+    identities = identity(config, is_named), saved_identity_of(saved, config, is_named)
+    ours, theirs = (flatten(ADDED) | flatten(each) for each in identities)
     pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and (is_named or not is_place(key))}
 

@@ -1,6 +1,7 @@
 """UpdateBrake: lower the learning rate when updates grow, and release it slowly."""
 
 import math
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class UpdateBrake(UpdateRule):
     """
 
     nonnegative = ("variance", "count", "above")
+    added = MappingProxyType({"recovery_window": 500})
+    added_statistics = ("above",)
 
     def __init__(
         self,

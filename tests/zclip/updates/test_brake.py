@@ -109,6 +109,21 @@ def test_saved_states_that_are_damaged_or_of_other_rules_are_refused():
             UpdateBrake(**SHORT_BRAKE).load_state_dict(damaged)
 
 
+def test_state_from_before_the_recovery_is_taken_up():
+    """It has neither the argument nor the number of norms in a row, and goes on as a state that had none in a row."""
+    rule, old, draw = UpdateBrake(), UpdateBrake(), random.Random(6)
+    for _ in range(200):
+        rule.observe(torch.tensor(math.exp(draw.gauss(0.0, 0.1)), dtype=torch.float64))
+    saved = copy.deepcopy(rule.state_dict())
+    del saved["config"]["recovery_window"], saved["state"]["above"]
+    old.load_state_dict(saved)
+    norms = [torch.tensor(4.0 if step < 600 else 1.0, dtype=torch.float64) for step in range(700)]
+    assert [float(old.observe(norm)) for norm in norms] == [float(rule.observe(norm)) for norm in norms]
+    saved["state"].pop("level")
+    with pytest.raises(ValueError, match=r"the saved UpdateBrake is damaged: state lacks level"):
+        UpdateBrake().load_state_dict(saved)
+
+
 def test_repr_and_live_changes_are_those_of_strategies():
     rule = UpdateBrake(release=0.99)
     assert repr(rule).startswith("UpdateBrake(margin=1.6, release=0.99, sigmas=5.0, rise_steps=1000")
