@@ -38,8 +38,9 @@ class UpdateBrake(UpdateRule):
 
     A norm that has risen for good by a factor f would be followed after rise_steps * log f / (bound - L) steps, which
     can be thousands. So after `recovery_window` norms in a row above the bound, the rule begins again without
-    statistics: s is 1, and the next norms are the usual ones. In the recorded spikes of the Adam-lag lab, at most 382
-    norms in a row are above the bound of a brake with the default memory.
+    statistics: s is 1 from the next step on, and the next norms are the usual ones. One norm below the bound ends the
+    row. In the recorded spikes of the Adam-lag lab, at most 382 norms in a row are above the bound of a brake with the
+    default memory. With less memory they can be thousands, and the recovery may come within a spike.
 
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
     where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
