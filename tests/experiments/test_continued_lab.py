@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_lab_is_trained_interrupted_archived_and_reported(tmp_path):
     job = start(*sweep, cwd=tmp_path)
     runs = tmp_path / "runs" / "continued"
     while len([*runs.glob("*/result.json")]) < 6 and job.poll() is None:
-        pass
+        time.sleep(0.1)
     job.terminate()
     job.wait()
     assert 6 <= len([*runs.glob("*/result.json")]) < len(LAB.runs)
@@ -218,10 +219,8 @@ def test_lab_is_trained_interrupted_archived_and_reported(tmp_path):
     assert made.returncode == 0, made.stderr
     assert f"{len(LAB.runs)} runs are finished, seed 0." in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "forks.png").read_bytes().startswith(b"\x89PNG")
-    (forked,) = [
-        path for path in runs.glob("pico-none-brake-*") if "max_tokens: null" in (path / "config.yaml").read_text()
-    ]
-    shutil.rmtree(forked)
+    brakes = runs.glob("pico-none-brake-*")
+    shutil.rmtree(next(path for path in brakes if "max_tokens: null" in (path / "config.yaml").read_text()))
     refused = train(*sweep, cwd=tmp_path)
     assert refused.returncode == 2 and "the run has no checkpoints, as after scripts/archive.py" in refused.stderr
 

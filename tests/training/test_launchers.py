@@ -99,10 +99,11 @@ def test_runs_that_begin_after_others_get_their_names(plugin):
     bases, others = sweeper.compose_batches(loader, sweeper.config, parsed)
     assert len(bases) == 2 * len(SUITES["continued_lab"].runs)
     assert len(others) == 2 * len(SUITES["continued_lab"].forked)
-    names = {(job.config.clip.name, job.config.update.name, job.config.seed): job.title for job in bases}
+    names = {(job.config.clip, job.config.update, job.config.seed): job.title for job in bases}
+    monitored = {job.config.seed: job.title for job in bases if "none-monitor" in job.title}
     for job in others:
-        own = names[job.config.clip.name, job.config.update.name, job.config.seed]
-        assert job.config.fork_from in (f"{own}@40", f"{names['none', 'monitor', job.config.seed]}@40")
+        own = names.get((job.config.clip, job.config.update, job.config.seed))
+        assert job.config.fork_from in (f"{own}@40", f"{monitored[job.config.seed]}@40")
         assert (job.config.trainer.max_steps, job.run_dir.path.parent.name) == (80, "continued")
     assert len({job.title for job in (*bases, *others)}) == len(bases) + len(others)
 
