@@ -67,11 +67,12 @@ def identity(config: Config, is_named: bool = True) -> dict[str, Any]:
     if optim.target is not None and (is_named or is_ours(optim.target)):
         own = {key: optim.arguments[key] for key in optim.model_extra or {}}
         kept["optim"] |= _as_declared(lambda: optimizer_class(optim), own)
+    # A class of one's own may have other defaults.
+    is_own = {"optim": optim.target is not None, "update": not is_ours(update.target)}
     for key, default in ADDED.items():
-        is_own = optim.target is not None if key.startswith("optim.") else not is_ours(update.target)
-        if is_own and key.startswith(("optim.", "update.")):
-            continue  # a class of one's own may have other defaults
         *sections, name = key.split(".")
+        if any(is_own.get(section) for section in sections):
+            continue
         section = reduce(getitem, sections, kept)
         if name in section and section[name] == default:  # an optimizer lacks the settings of others
             del section[name]
