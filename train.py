@@ -150,11 +150,13 @@ def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
 def run_in_processes(config: Config, run_dir: RunDir, console: Console) -> dict:
     """Prepare the tokens, and start the processes of the run on this machine."""
     from training.run import prepare_tokens
+    from training.validation.tasks import load_run_tasks
 
     if config.trainer.nodes > 1:
         raise UserError(
             f"trainer.nodes={config.trainer.nodes} is more than this machine: start each node's processes with torchrun"
         )
+    load_run_tasks(config)  # their data is missing before the text is tokenized, not after
     prepare_tokens(config, console)
     launch(config.trainer.world_size, [*HydraConfig.get().overrides.task, *config_search_overrides(HydraConfig.get())])
     result = run_dir.read_result()
@@ -166,14 +168,16 @@ def run(config: Config, run_dir: RunDir, console: Console, fork: ForkSource | No
     """Train, from a step of another run if `fork` is given, evaluate, summarise and draw; `result.json` comes last."""
     from experiments.run.plot import plot_run
     from training.run import prepare_tokens, train
+    from training.validation.tasks import load_run_tasks
 
+    tasks = load_run_tasks(config)
     tokens = prepare_tokens(config, console)
     if fork is not None and fork.new_data and not run_dir.checkpoint_steps():
         check_same_tokenizer(config, fork.run_dir, read_tokenizer(tokens.folder))
     with run_dir.acquire(config, tokens) if rank() == 0 else nullcontext():
         try:
             with exits_as_errors(config):
-                evaluation = train(config, run_dir, tokens, console, fork=fork)
+                evaluation = train(config, run_dir, tokens, tasks, console, fork=fork)
         except Exception as error:
             reraise_pending()
             if not isinstance(error, UserError):

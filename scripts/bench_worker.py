@@ -99,7 +99,7 @@ def ours(spec: dict[str, Any]) -> None:
     tokens = prepare_tokens(config, console)
     run_dir = RunDir(run_path(config))
     with run_dir.acquire(config, tokens):
-        train(config, run_dir, tokens, console, listeners=[lambda step, row: rounds.step_done(row["loss"])])
+        train(config, run_dir, tokens, {}, console, listeners=[lambda step, row: rounds.step_done(row["loss"])])
 
 
 def bare(spec: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ from training.runtime.hardware import available_memory
 from training.runtime.signals import Interrupted, override_handler
 from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
 from training.validation.report import EvaluationReport
-from training.validation.tasks import TaskEvaluator
+from training.validation.tasks import LoadedTasks, TaskEvaluator
 
 
 class Run(NamedTuple):
@@ -95,6 +95,7 @@ def train(
     config: Config,
     run_dir: RunDir,
     tokens: Tokens,
+    tasks: LoadedTasks,
     console: Console,
     fork: ForkSource | None = None,
     listeners: Sequence[Listener] = (),
@@ -102,7 +103,7 @@ def train(
     """Train from the last checkpoint in the run folder, if there is one, and evaluate. All processes call it.
 
     Rank 0 has acquired the folder. It calls the listeners with each line of metrics.jsonl, after it is written. The
-    fork is used if the folder has no checkpoint.
+    fork is used if the folder has no checkpoint. The tasks are scored every `trainer.eval_every` steps.
 
     Returns:
         `test_loss` and `unigram_entropy` in nats per token, `test_bits_per_byte`, `test_tokens`, `parameters`, and
@@ -119,7 +120,7 @@ def train(
         init_process_group(config.trainer.accelerator == "gpu")
         check_agreement(config, tokens)
         start = broadcast_from_rank0(partial(prepare_start, run_dir, fork, console.print))
-        run = build_run(start, config, run_dir, tokens, console, listeners)
+        run = build_run(start, config, run_dir, tokens, tasks, console, listeners)
         test_set = validation_set(config, tokens, console, config.data.max_val_tokens)
         try:
             with interrupts_as_raised(run.trainer):
@@ -169,7 +170,13 @@ def fit(run: Run, start: Start) -> bool:
 
 
 def build_run(
-    start: Start, config: Config, run_dir: RunDir, tokens: Tokens, console: Console, listeners: Sequence[Listener]
+    start: Start,
+    config: Config,
+    run_dir: RunDir,
+    tokens: Tokens,
+    tasks: LoadedTasks,
+    console: Console,
+    listeners: Sequence[Listener],
 ) -> Run:
     """Build the parts of a run, and report how it starts."""
     module = PretrainingModule(config, fresh=start.checkpoint is None)
@@ -193,7 +200,7 @@ def build_run(
     report = EvaluationReport(console, loggers)
     text_bytes = tokens.held_out_bytes(1, held_out.tokens + 1)
     loss_validator = LossValidator(run_dir, config.trainer, held_out, text_bytes, report)
-    task_evaluator = TaskEvaluator(run_dir, config, tokenizer, stop.sync, report)
+    task_evaluator = TaskEvaluator(run_dir, config, tasks, tokenizer, stop.sync, report)
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
     rows = config.trainer.global_batch_size

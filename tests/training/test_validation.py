@@ -21,6 +21,7 @@ from tests.helpers import (
     CHECKOUT,
     FSDP,
     SLOW,
+    TWO,
     compose_config,
     copy_run,
     only_run,
@@ -34,7 +35,7 @@ from training.config.compose import read_config
 from training.run_dir import RunDir
 from training.validation.loss import LossValidator, ValidationSet, bits_per_byte
 from training.validation.report import EvaluationReport
-from training.validation.tasks import TaskEvaluator
+from training.validation.tasks import TaskEvaluator, load_run_tasks
 
 #: Requests that are computed before their responses are saved.
 SAVED_AT_ONCE = 16
@@ -259,12 +260,26 @@ def test_unknown_task_is_refused_before_any_work(settings, refusal, checked, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [(), (*TWO, "trainer.strategy=ddp")])
+def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, settings, tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "winogrande_xl_validation.jsonl").write_text("{}\n")
+    fresh = (*settings, *processes, "paths.cache=cache", "trainer.eval_every=10", "eval.tasks=[winogrande]")
+    done = train(*fresh, "eval.data_dir=sets", cwd=tmp_path)
+    assert done.returncode == 2
+    line = "sets/winogrande_xl_validation.jsonl has 1 items of winogrande: the validation set has 1,267"
+    assert done.stderr.splitlines()[-1] == f"train.py: error: {line}"
+    assert not (tmp_path / "cache").exists() and not [*(tmp_path / "runs").glob("*/*/metrics.jsonl")]
+
+
 def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
     config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", "eval.limit=1")
     tokenizer = train_tokenizer(["the union of the states"], 300)
     output, logged = io.StringIO(), {}
     report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
-    evaluator = TaskEvaluator(RunDir(tmp_path), config, tokenizer, lambda: False, report)
+    tasks = load_run_tasks(config)
+    evaluator = TaskEvaluator(RunDir(tmp_path), config, tasks, tokenizer, lambda: False, report)
     evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
     (score,) = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
     assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in output.getvalue()

@@ -23,17 +23,32 @@ from training.run_dir import RunDir
 from training.runtime.distributed import broadcast_from_rank0, rank
 from training.validation.report import EvaluationReport
 
+#: Tasks with their data, by name and number of few-shot examples.
+LoadedTasks = Mapping[tuple[str, int], Any]
+
+
+def load_run_tasks(config: Config) -> LoadedTasks:
+    """Return the tasks that a run is evaluated on while it trains: none if `trainer.eval_every` is null.
+
+    Raises:
+        TaskError: a task is unknown, or its data cannot be read.
+    """
+    if config.trainer.eval_every is None:
+        return {}
+    folders = data_folders(config.eval.data_dir, config.paths.cache)
+    return {(name, num_fewshot): load_tasks(name, folders, num_fewshot) for name, num_fewshot in config.eval.requested}
+
 
 @dataclass
 class TaskEvaluator:
-    """Scores the model on the tasks of `eval` during training.
+    """Scores the model on tasks during training, every `trainer.eval_every` steps.
 
-    Training waits for it and is not changed: no random number of the run is drawn, and no gradient is computed. If a
-    task is unknown, or its data cannot be read, that is a `TaskError` at once.
+    Training waits for it and is not changed: no random number of the run is drawn, and no gradient is computed.
     """
 
     run_dir: RunDir
     config: Config
+    tasks: LoadedTasks
     tokenizer: Tokenizer
     should_stop: Callable[[], bool]  # all processes call it now and then; whether to end early, the same in all
     report: EvaluationReport
@@ -41,11 +56,6 @@ class TaskEvaluator:
     def __post_init__(self) -> None:
         self.every = self.config.trainer.eval_every
         self.dtype = "float32" if self.config.trainer.precision == "32-true" else "training"
-        self.tasks: dict[tuple[str, int], Any] = {}  # with their data, by name and number of few-shot examples
-        if self.every is not None:
-            folders = data_folders(self.config.eval.data_dir, self.config.paths.cache)
-            for name, num_fewshot in self.config.eval.requested:
-                self.tasks[name, num_fewshot] = load_tasks(name, folders, num_fewshot)
         self._cache: ResponseCache | None = None  # on rank 0
 
     def start(self, step: int) -> None:
