@@ -4,16 +4,22 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from evaluation.scores import KEY
 
 #: Fields of a score that are not metrics.
 NOT_METRICS = {"run", *KEY, "items", "drawn", "truncated_fraction", "task_version", "seconds", "versions", "date"}
+#: Columns within which a table is measured, more than any terminal has.
+MAX_WIDTH = 10_000
 
 
 def print_scores(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print scores, each with its model as `run`. Of one model, each score is a row; of several, each model is one."""
+    """Print scores, each with its model as `run`. Of one model, each score is a row; of several, each model is one.
+
+    Models whose names have no room next to their scores are numbered, and named above the table.
+    """
     names = list(dict.fromkeys(row["run"] for row in rows))
     if len(names) > 1:
         _print_models(names, rows, console)
@@ -41,17 +47,29 @@ def _print_models(names: list[str], rows: list[dict[str, Any]], console: Console
         for task in tasks
         for metric in metrics_of([row for row in rows if (row["task"], row["num_fewshot"]) == task])
     ]
-    table = Table()
-    table.add_column("", overflow="fold")
-    for task, shots, metric in columns:
-        table.add_column(f"{task}\n{shots} shots\n{_header(metric)}", justify="right", no_wrap=True)
+    cells = {}
     for name in names:
         scores = {(row["task"], row["num_fewshot"]): row for row in rows if row["run"] == name}
-        cells = [_cell(scores.get((task, shots), {}), metric) for task, shots, metric in columns]
-        table.add_row(name, *cells)
+        cells[name] = [_cell(scores.get((task, shots), {}), metric) for task, shots, metric in columns]
+    headers = [f"{task}\n{shots} shots\n{_header(metric)}" for task, shots, metric in columns]
+    table = _table(headers, cells)
+    if Measurement.get(console, console.options.update_width(MAX_WIDTH), table).maximum > console.width:
+        for number, name in enumerate(names, 1):
+            console.print(f"{number:>2}  {name}")
+        table = _table(headers, {str(number): cells[name] for number, name in enumerate(names, 1)})
     console.print(table, soft_wrap=False)
     items = {row["task"]: _items(row) for row in rows}
     console.print(f"± standard error; items: {', '.join(f'{task} {count}' for task, count in items.items())}")
+
+
+def _table(headers: list[str], rows: dict[str, list[str]]) -> Table:
+    table = Table()
+    table.add_column("", justify="right" if all(name.isdigit() for name in rows) else "left", overflow="fold")
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
 
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:

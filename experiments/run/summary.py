@@ -142,10 +142,11 @@ def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]], title: str = "
     merged = len(varied) > MAX_COLUMNS
     sweep = Table(title=title, title_justify="left", show_lines=merged, padding=(0, 0 if merged else 1))
     for column in ["settings"] if merged else varied:
-        sweep.add_column(column, min_width=25 if merged else None, overflow="fold")
+        header = column.replace(".", ".\n").replace("_", "\n_")  # the words of a long key are not cut
+        sweep.add_column(header, min_width=25 if merged else None, overflow="fold")
     injected = any(result.get("corrupted_batches") for _, result in jobs)
     for column in ("test loss", "train loss", "spikes", "clipped", *(["corrupted batches"] if injected else [])):
-        sweep.add_column(column, justify="right")
+        sweep.add_column(column.replace(" ", "\n"), justify="right")
     best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
     for overrides, result in jobs:
         values = {key: overrides[key] for key in varied if key in overrides}

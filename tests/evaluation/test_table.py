@@ -13,8 +13,8 @@ def row(run: str = "main/one", task: str = "hellaswag", shots: int = 0, **result
     return {"run": run, **key, "items": 1267, "seconds": 1.0, "versions": {}, "date": "", **results}
 
 
-def printed(*rows: dict) -> list[str]:
-    console = Console(file=io.StringIO(), width=120)
+def printed(*rows: dict, width: int = 120) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
     print_scores(list(rows), console)
     return console.file.getvalue().splitlines()
 
@@ -49,6 +49,16 @@ def test_several_models_are_rows_with_a_column_for_each_task_and_metric():
     header = "\n".join(lines)
     assert header.count("hellaswag") == 4 and "5 shots" in header and header.count("acc %") == 2
     assert lines[-1] == "± standard error; items: hellaswag 1,267 drawn"
+
+
+def test_models_whose_names_have_no_room_are_numbered():
+    names = [f"paper-micro/pico-tied-zclip-lr0.01-seed{seed}-061311ca" for seed in (0, 1)]
+    rows = [row(name, task, acc=0.25, acc_stderr=0.01) for name in names for task in ("hellaswag", "winogrande")]
+    assert cells(printed(*rows), names[1]) == [names[1], "25.00 ± 1.00", "25.00 ± 1.00"]
+    lines = printed(*rows, width=80)
+    assert lines[:2] == [f" 1  {names[0]}", f" 2  {names[1]}"]
+    assert cells(lines, "2") == ["2", "25.00 ± 1.00", "25.00 ± 1.00"]
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_no_scores_print_nothing():

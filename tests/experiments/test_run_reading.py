@@ -226,7 +226,7 @@ def test_tables_show_the_numbers():
     assert re.search(r"changed setting +│ clip\.max_grad_norm=null │ since step 40; it was 1\.5", console.export_text())
     console.print(comparison([({"clip": "one"}, result), ({"clip": "two"}, result | corrupted)]))
     text = console.export_text()
-    assert "corrupted batches" in text and "6 repeat" in text and "none" in text
+    assert re.search(r"corrupted .+\n.+ batches ", text) and "6 repeat" in text and "none" in text
 
 
 def test_many_varied_settings_fit_a_narrow_terminal():
@@ -235,9 +235,12 @@ def test_many_varied_settings_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison(jobs))
     text = console.export_text()
-    assert "clip=zclip a=1 " in text and "b=2 c=3 " in text and "same" not in text and "test loss" in text
+    assert "clip=zclip a=1 " in text and "b=2 c=3 " in text and "same" not in text and "loss" in text
     console.print(comparison([job for job in jobs if "clip" in job[0]] + [({"clip": "fixed"}, result)]))
     assert "=" not in console.export_text()
+    keys = ({"clip.recovery_window": "null"}, {"clip": "fixed", "seed": "0"}, {"clip": "zclip", "seed": "1"})
+    console.print(comparison([(key, result | {"corrupted_batches": 9, "corruption_kind": "repeat"}) for key in keys]))
+    assert re.search(r" recovery .+ corrupted .+\n.+ _window ", console.export_text())
 
 
 def test_plot_shows_the_columns(tmp_path):

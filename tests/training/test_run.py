@@ -375,7 +375,7 @@ def test_sweep_trains_each_combination_once(tiny, tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished already") == 4
     summary = again.stdout[again.stdout.index("sweep\n" if "sweep\n" in again.stdout else "sweep ") :]
-    for cell in ("clip", "none", "zclip", "lr", "0.001", "0.003", "test loss"):
+    for cell in ("clip", "none", "zclip", "lr", "0.001", "0.003", "loss"):
         assert cell in summary
 
 
