@@ -21,7 +21,7 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected(FIGURE_NAMES)
-    collection = None if names == ["figure3"] else collect_runs(settings)
+    collection = None if names == ["figure3"] else collect_runs(settings, names)
     folder = settings.out_folder("figures")
     figures, not_drawn = draw_figures(names, collection, settings.windows)
     for name, figure in figures.items():

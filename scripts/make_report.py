@@ -101,7 +101,7 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected()
-    collection = collect_runs(settings)
+    collection = collect_runs(settings, ["all"])  # verdicts are on all claims
     folder = settings.out_folder()
     figures, not_drawn = draw_figures(names, collection, settings.windows)
     tables = [TABLES[name] for name in names if name in TABLES]

@@ -20,7 +20,7 @@ def main(values: _entry.Values) -> None:
     console = make_console()
     settings = parse(PaperSettings, values)
     names = settings.selected(tuple(TABLES))
-    collection = collect_runs(settings)
+    collection = collect_runs(settings, names)
     folder = settings.out_folder("tables")
     for name in names:
         filled = fill_table(TABLES[name], collection)

@@ -96,15 +96,16 @@ class PaperSettings(Settings):
         return out
 
 
-def collect_runs(settings: PaperSettings) -> RunCollection:
-    """Return the runs of all experiments that exist; raise `UserError` if none is finished."""
+def collect_runs(settings: PaperSettings, names: Sequence[str]) -> RunCollection:
+    """Return the runs of these tables and figures that exist; raise `UserError` if none is finished."""
     runs = settings.paths.runs
     base = ["experiment=paper", f"scale={settings.scale}", f"paths.runs={quoted(runs)}", *settings.overrides]
     problem = (
         f"paths.runs={runs} has no finished run of scale={settings.scale} with seeds={settings.seeds}"
         f"{f' and overrides={settings.overrides}' if settings.overrides else ''}"
     )
-    return collect_declared(SUITES["all"], base, settings.seeds, problem)
+    specs = dict.fromkeys(spec for name in names for spec in SUITES.get(name, ()))
+    return collect_declared(specs, base, settings.seeds, problem)
 
 
 def draw_figures(
