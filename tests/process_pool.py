@@ -332,7 +332,8 @@ def _exit(status: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it, as nohup does SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     ADDRESS = Path(sys.argv[1])
     with socket.socket(socket.AF_UNIX) as listener:
         try:
