@@ -14,7 +14,7 @@ from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
 
 def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
-    """Return the sentences below a table; `seeds` are those of its finished runs."""
+    """Return the notes below a table, without a period each; `seeds` are those of its finished runs."""
     specs = {spec for _, spec in table.labelled_specs()}
     runs = [run for (spec, _), run in collection.runs.items() if spec in specs]
     missing = collection.notes(table.labelled_specs())
@@ -25,9 +25,9 @@ def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -
     if "spikes" in measures:
         heights = [min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]
         if not np.isnan(heights).all():
-            notes.append(f"at the median step of these runs a spike is a jump by {np.nanmedian(heights):.2f} nats")
+            notes.append(f"at the median step of these runs, a spike is a jump by {np.nanmedian(heights):.2f} nats")
     if "hellaswag" in measures:
-        notes.append(_describe_scores(runs))
+        notes += _describe_scores(runs)
     if any(spec in specs for spec, _ in collection.diverged):
         notes.append(DIVERGED_NOTE)
     if "recovery_steps" in measures and (corrupted := [run for run in runs if corrupted_rows(run)]):
@@ -35,7 +35,7 @@ def table_notes(table: Table, collection: RunCollection, seeds: Sequence[int]) -
         longest = recovery_steps(never, np.zeros(1), corrupted_rows(corrupted[0]))
         notes.append(f"a run that never recovers has {longest:.{measures['recovery_steps'].decimals}f} steps")
     if any(measure.better for measure in measures.values()):
-        but = ", but for scores that are chance" if measures.keys() & guessed_measures(runs) else ""
+        but = ". Scores at chance are not" if measures.keys() & guessed_measures(runs) else ""
         notes.append(f"the best numbers are in bold, whatever their error{but}")
     if len(seeds) > 1:
         notes.append("± is the standard deviation over seeds")
@@ -97,34 +97,34 @@ def _describe_recovery(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _describe_scores(runs: Sequence[Run]) -> str:
-    """Return a phrase with the items behind the scores, their standard errors, chance, and the truncated share."""
+def _describe_scores(runs: Sequence[Run]) -> list[str]:
+    """Return notes on the items behind the scores, their standard errors, chance, and the truncated share."""
     items, errors = [], []
     for name, (task, metric) in GUESSED_TASKS.items():
         if scores := _scores(runs, name):
-            items.append(f"{task} on {_counts(scores)}")
+            items.append(f"{task} on {_counts(scores)} items")
             errors += [100 * error for error in _errors(scores, metric)]
     phrases = []
     if errors and guessed_measures(runs):
         phrases.append(
-            "at this scale HellaSwag and WinoGrande are chance, 25 and 50, with a standard error of up to "
-            f"{max(errors):.1f}: their differences mean nothing"
+            "at this scale HellaSwag and WinoGrande are at chance, 25 and 50, with a standard error of up to "
+            f"{max(errors):.1f}. Their differences mean nothing"
         )
     elif errors:
-        phrases.append(f"their standard error is up to {max(errors):.1f}, and chance is 25 and 50")
+        phrases.append(f"the standard error of these scores is up to {max(errors):.1f}, and chance is 25 and 50")
     if scores := _scores(runs, "last_word"):
         items.append(f"the last word of {_counts(scores)} passages")
         if errors := _errors(scores, "loss"):
             phrases.append(
-                f"the last-word loss has a standard error of up to {max(errors):.3f}, of which most is that of the "
-                "passages, the same for all runs"
+                f"the last-word loss has a standard error of up to {max(errors):.3f}. Most of it is that of the "
+                "passages, which are the same for all runs"
             )
     if not items:
-        return "the tasks were not scored"
+        return ["the tasks were not scored"]
     share = max((score.get("truncated_fraction") or 0.0 for run in runs for score in run.scores), default=0.0)
     if share >= 0.005:
-        phrases.append(f"up to {share:.0%} of the texts are longer than the context and truncated")
-    return "; ".join([f"items: {', '.join(items)}", *phrases])
+        phrases.append(f"up to {share:.0%} of the texts are longer than the context, and are truncated")
+    return [f"scored: {', '.join(items)}", *phrases]
 
 
 def _scores(runs: Sequence[Run], task: str) -> list[dict[str, Any]]:

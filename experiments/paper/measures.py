@@ -134,18 +134,18 @@ MEASURES = {
         _spikes,
         1,
         "low",
-        f"a spike is a loss that is not finite or {definitions.SPIKE_SIGMAS:g} robust standard deviations above the "
-        f"median of the last {definitions.SPIKE_WINDOW} normal steps, for any number of consecutive steps; corrupted "
-        f"batches are not counted; in the first {definitions.SPIKE_WINDOW} steps only a loss that is not finite is a "
-        "spike; noise makes spikes too, and verdicts count only the excess of spikes over dips",
+        f"a spike is a loss that is not finite, or {definitions.SPIKE_SIGMAS:g} robust standard deviations above the "
+        f"median of the last {definitions.SPIKE_WINDOW} normal steps. Several such steps in a row are one spike. "
+        f"Corrupted batches are not counted. In the first {definitions.SPIKE_WINDOW} steps only a loss that is not "
+        "finite is a spike. Noise makes spikes too, so verdicts count only the excess of spikes over dips",
     ),
     "spike_score": Measure(
         lambda run, _: 100 * definitions.spike_score(run.metrics["loss"], corrupted_rows(run)),
         2,
         "low",
         f"the spike score is OLMo 2's: the share of losses at least {definitions.SCORE_SIGMAS:g} standard deviations "
-        f"from the mean of the last {definitions.SCORE_WINDOW:,} steps (of all earlier steps if there are fewer, from "
-        f"{definitions.SCORE_MIN_STEPS})",
+        f"from the mean of the last {definitions.SCORE_WINDOW:,} steps. If there are fewer, it is the mean of all "
+        f"earlier steps, of which there must be {definitions.SCORE_MIN_STEPS}",
     ),
     "bits_per_byte": Measure(
         partial(_result, "test_bits_per_byte"),
@@ -157,7 +157,7 @@ MEASURES = {
         partial(_score, "last_word", "loss", scale=1.0),
         3,
         "low",
-        "the last-word loss is that of the last word of held-out passages, in nats",
+        "the last-word loss is that of the last word of held-out passages, in nats for the whole word",
     ),
     "hellaswag": Measure(
         partial(_score, "hellaswag", "acc_norm"), 2, "high", "HellaSwag is normalised by length (acc_norm)"
@@ -176,15 +176,15 @@ MEASURES = {
         3,
         "low",
         f"the excess loss is the loss minus the baseline run's, averaged over {definitions.EXCESS_WINDOW} steps after "
-        "a corrupted batch, and includes the remaining effect of earlier ones; a run whose losses are not finite there "
+        "a corrupted batch. It includes the remaining effect of earlier ones. A run whose losses are not finite there "
         "counts as diverged",
         needs_baseline=True,
     ),
     "skip_cost": Measure(
         partial(_against_baseline, lambda _, baseline, corrupted: definitions.skip_cost(baseline, corrupted)),
         3,
-        note="the cost of skipping is the excess loss of a run that skips the corrupted batches and so learns from "
-        f"fewer, by the slope of the baseline run's loss over {definitions.SLOPE_WINDOW} steps",
+        note="the cost of skipping is the excess loss of a run that skips the corrupted batches, because it learns "
+        f"from fewer. It follows from the slope of the baseline run's loss over {definitions.SLOPE_WINDOW} steps",
         needs_baseline=True,
     ),
     "recovery_steps": Measure(
@@ -192,7 +192,7 @@ MEASURES = {
         1,
         "low",
         f"a run has recovered where the mean of {definitions.RECOVERED_WINDOW} losses is within "
-        f"{definitions.RECOVERED:g} nats of the baseline run's; if it has not by the next corrupted batch, or the end, "
+        f"{definitions.RECOVERED:g} nats of the baseline run's. If it has not by the next corrupted batch, or the end, "
         "all steps until then count",
         needs_baseline=True,
     ),

@@ -167,17 +167,17 @@ def title(filled: FilledTable) -> str:
     return subject[0].upper() + subject[1:]
 
 
-def footnote(filled: FilledTable) -> str:
-    """Return the paragraph below a table."""
-    return ". ".join(note[0].upper() + note[1:] for note in filled.notes) + "."
+def footnotes(filled: FilledTable) -> list[str]:
+    """Return the notes below a table as sentences."""
+    return [f"{note[0].upper()}{note[1:]}." for note in filled.notes]
 
 
 def markdown(filled: FilledTable) -> str:
-    """Return a table in Markdown, with title and footnote."""
+    """Return a table in Markdown, with its title, and its footnotes as a list."""
     header, *rows = table_rows(filled, "**{}**", escape_markdown)
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
-    below = escape_markdown(footnote(filled))
-    return f"### {escape_markdown(title(filled))}\n\n" + "\n".join(lines) + f"\n\n{below}\n"
+    below = [f"- {escape_markdown(note)}" for note in footnotes(filled)]
+    return "\n".join([f"### {escape_markdown(title(filled))}", "", *lines, "", *below, ""])
 
 
 def latex(filled: FilledTable) -> str:
@@ -187,7 +187,7 @@ def latex(filled: FilledTable) -> str:
     body = "\n".join(lines)
     return rf"""\begin{{table}}
 \centering
-\caption{{{escape_latex(title(filled))}. {escape_latex(footnote(filled))}}}
+\caption{{{escape_latex(title(filled))}. {escape_latex(" ".join(footnotes(filled)))}}}
 \begin{{tabular}}{{l{"r" * (len(rows[0]) - 1)}}}
 \toprule
 {header}

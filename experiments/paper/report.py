@@ -16,7 +16,7 @@ from experiments.claims.verdict import __doc__ as how_judged
 from experiments.escape import escape_markdown, visible
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.images import MAX_SVG, data_uri
-from experiments.paper.render import FilledTable, fill_table, footnote, table_rows, title
+from experiments.paper.render import FilledTable, fill_table, footnotes, table_rows, title
 from experiments.paper.tables_and_figures import SUITES, RunSpec, Table
 from experiments.run.collect import RunCollection
 from experiments.run.definitions import loss_spikes
@@ -82,7 +82,7 @@ def report(
                 "name": each.table.name,
                 "title": title(each),
                 "rows": _linked_rows(each, ids),
-                "footnote": footnote(each),
+                "footnotes": footnotes(each),
                 "command": train_command([each.table.name], settings),
             }
             for each in filled

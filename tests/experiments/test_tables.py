@@ -140,12 +140,14 @@ def test_footnote_describes_the_items_behind_scores(everything):
     def text(runs):
         return markdown(fill_table(TABLES["table3"], everything._replace(runs=runs)))
 
-    assert "Items: HellaSwag on 50 or 100 or 150; at this scale HellaSwag and WinoGrande are chance" in text(runs)
+    assert "- Scored: HellaSwag on 50 or 100 or 150 items.\n- At this scale HellaSwag and WinoGrande are at" in text(
+        runs
+    )
     assert "25 and 50, with a standard error of up to 4.0" in text(runs) and "passages" not in text(runs).replace(
         "held-out passages", ""
     )
-    assert "Items: HellaSwag on 50 or 100 or 150; their standard error is up to 4.0, and chance" in text(at_proxy(runs))
-    assert "up to 1% of the texts are longer than the context and truncated." in text(runs)
+    assert "items.\n- The standard error of these scores is up to 4.0, and chance is 25 and 50." in text(at_proxy(runs))
+    assert "- Up to 1% of the texts are longer than the context, and are truncated." in text(runs)
     assert "truncated" not in text({key: run for key, run in runs.items() if key[1] < 2}), "less than half a percent"
 
 
@@ -242,10 +244,12 @@ def test_unexpected_and_modified_folders_are_named(table3, tmp_path):
     (while_training.path / "environment.json").write_text(json.dumps({"starts": [{"step": 8, "changes": [change]}]}))
     collection = collect(places(expected), saved_identity)
     text = markdown(fill_table(TABLES["table3"], collection))
-    assert (
-        "Not run: AutoClip (seed 1). Excluded: ZClip (seeds 0, 1). Unfinished: Fixed 1.0 (seed 1 after 140 steps)."
-        in text
-    )
+    for note in (
+        "Not run: AutoClip (seed 1)",
+        "Excluded: ZClip (seeds 0, 1)",
+        "Unfinished: Fixed 1.0 (seed 1 after 140",
+    ):
+        assert f"\n- {note}" in text, note
     assert "Diverged: No clipping (seed 1)." in text and "4.900 (1 diverged, 1 of 2 seeds)" in text
     assert sorted(collection.warnings) == sorted(
         [
@@ -314,7 +318,7 @@ def test_tables_and_figures_without_runs_are_empty(tmp_path):
     collection = collect(places(expected_runs(STRATEGIES.values(), tmp_path)), saved_identity)
     for table in TABLES.values():
         text = markdown(fill_table(table, collection))
-        assert text.endswith("\n\nNo run of this table is finished.\n")
+        assert text.endswith("\n\n- No run of this table is finished.\n")
         assert all(not cell.values for row in fill_table(table, collection).cells for cell in row)
     for name in FIGURES:
         with pytest.raises(NothingToDraw):
