@@ -14,7 +14,7 @@ from experiments.labs.declaration import Arm, BadDataLab, arm_of
 from experiments.labs.rates import final_loss
 from experiments.labs.statistics import Comparison, differences
 from experiments.run.collect import RunCollection
-from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans
+from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans, skip_cost
 from experiments.run.read import Run, corruption_kinds
 
 #: Number of steps before a bad batch whose mean difference is what earlier ones have left.
@@ -30,6 +30,8 @@ class BadDataNumbers(NamedTuple):
 
     Attributes:
         excess: mean difference over the 10 steps after a bad batch, or up to the next one.
+        skip_cost: what the excess would be for a run that skips exactly the bad batches, see
+            `experiments.run.definitions.skip_cost`.
         rise_of: mean of the same over bad batches of a kind, minus the mean difference over the last 5 other steps
             before each: what earlier bad batches have left does not count.
         area: sum of the differences over all other steps from the first bad batch on, in nats x steps.
@@ -41,6 +43,7 @@ class BadDataNumbers(NamedTuple):
     """
 
     excess: float
+    skip_cost: float
     rise_of: Mapping[str, float]
     area: float
     final: float
@@ -62,6 +65,7 @@ def bad_data_numbers(run: Run, clean: Run, reference: Run) -> BadDataNumbers:
     rises = {at: mean - float(difference[np.flatnonzero(~bad[:at])[-LEFT:]].mean()) for at, mean in means.items()}
     return BadDataNumbers(
         excess=_mean([*means.values()]),
+        skip_cost=skip_cost(bounded_losses(clean), set(kinds)),
         rise_of={
             kind: _mean([rises[at] for at in rises if kinds[at] == kind])
             for kind in sorted({kinds[at] for at in rises})

@@ -23,6 +23,7 @@ from experiments.run.collect import RunCollection
 HEADER = (
     "arm",
     "excess loss (nats)",
+    "cost of skipping",
     "minus the reference (95 %)",
     "outcome",
     "area (nats x steps)",
@@ -50,10 +51,12 @@ COST_SENTENCES = {
 #: What the columns mean.
 LEGEND = (
     "Losses are differences from the run of the same arm and seed without bad batches. The excess loss is their mean "
-    "over the 10 steps after a bad batch. The area is their sum over all steps without bad batches. The cost is the "
-    "test loss of the arm without bad batches, minus that of the reference arm. An arm recognises a bad batch if it "
-    "clips or skips the step, lowers the learning rate, or masks sequences. The rise by kind is the excess loss minus "
-    "the mean over the 5 steps before the bad batch: what earlier ones have left does not count."
+    "over the 10 steps after a bad batch. The cost of skipping is the excess loss of a run that skips exactly the bad "
+    "batches, because it learns from fewer. It is estimated from the slope of the loss. The area is the sum of the "
+    "differences over all steps without bad batches. The cost is the test loss of the arm without bad batches, minus "
+    "that of the reference arm. An arm recognises a bad batch if it clips or skips the step, lowers the learning rate, "
+    "or masks sequences. The rise by kind is the excess loss minus the mean over the 5 steps before the bad batch: "
+    "what earlier ones have left does not count."
 )
 
 
@@ -86,6 +89,8 @@ def findings(lab: BadDataLab, results: Sequence[BadDataResult]) -> list[str]:
     for result in (result for result in results if result.arm.label == lab.reference):
         excess = float(np.mean([each.excess for each in result.numbers.values()]))
         said.append(f"With {lab.reference}, the excess loss after bad batches is {excess:.3f} nats.")
+    skipping = [each.skip_cost for result in results for each in result.numbers.values()]
+    said.append(f"A run that skips exactly the bad batches would have {float(np.mean(skipping)):.3f} nats (estimated).")
     changes = {result.arm.label: result.comparison for result in results if result.comparison is not None}
     costs = {result.arm.label: result.cost for result in results if result.cost is not None}
     return [*said, *outcome_sentences(changes, SENTENCES), *outcome_sentences(costs, COST_SENTENCES)]
@@ -97,6 +102,7 @@ def table_row(result: BadDataResult) -> list[str]:
     return [
         _name(result),
         mean_text([each.excess for each in numbers], 3),
+        mean_text([each.skip_cost for each in numbers], 3),
         *comparison_cells(result.comparison),
         mean_text([each.area for each in numbers], 1),
         mean_text([each.final for each in numbers], 3),
@@ -113,7 +119,7 @@ def _name(result: BadDataResult) -> str:
 
 def csv_table(results: Sequence[BadDataResult], kinds: Sequence[str]) -> str:
     """Return the numbers of each run as CSV: a row for each arm and seed."""
-    fields = ("excess", "area", "final", "cost", "recognised", "acted")
+    fields = ("excess", "skip_cost", "area", "final", "cost", "recognised", "acted")
     rows = []
     for result in results:
         for seed, numbers in result.numbers.items():

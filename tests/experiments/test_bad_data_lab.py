@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -58,6 +59,13 @@ def test_numbers_are_differences_from_the_same_arm_without_bad_batches():
     assert numbers.final == pytest.approx(0.25) and numbers.cost == pytest.approx(0.1)
     assert numbers.area == pytest.approx(0.5 * 4 * 5), "the steps after 120 are those after 121"
     assert numbers.recognised == pytest.approx(3 / 6) and numbers.acted == pytest.approx(2 / 200)
+
+
+def test_cost_of_skipping_is_that_of_fewer_steps_on_the_slope_of_the_clean_run():
+    """After the n-th of six bad batches the run is n steps behind; the second and third are consecutive."""
+    clean = made_run(np.linspace(6, 4, STEPS), steps=())
+    numbers = bad_data_numbers(made_run(with_bumps(0.5)), clean, clean)
+    assert numbers.skip_cost == pytest.approx(2 / 199 * np.mean([1, 3, 4, 5, 6]))
 
 
 def numbers_of(run):
@@ -129,6 +137,7 @@ def test_report_compares_arms_and_kinds():
         ("the test loss is higher by more than 0.005", "brake 0.2"),
     ):
         assert sentence in written.text and arm in written.text.split(sentence)[1].split("\n")[0], sentence
+    assert re.search(r"skips exactly the bad batches would have 0\.0[3-4]\d nats \(estimated\)", written.text)
     assert "| ZClip |" in written.text and "| 50 |" in written.text, "three of six bad batches are recognised"
     assert "not run: fixed 1.0 (seeds 0, 1, 2)" in written.text
     assert "fixed 1.0 without bad batches (seeds 0, 1, 2)" in written.text
