@@ -2,33 +2,29 @@
 
 import io
 import os
-import shutil
 import sys
 
 import pytest
 import torch
-import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError
 from common.settings import fields_of
 from data import prepare
 from tests.data.preparation import corpus_of, write_lines
-from tests.helpers import CHECKOUT, compose_config, copy_run, read_jsonl, read_only, train
+from tests.helpers import CHECKOUT, compose_config, read_only, train
 from training.config.checks import check, check_cache
-from training.config.compose import load_config, read_config, resumed_config, to_yaml
-from training.config.identity import differences, identity, run_name, run_path
+from training.config.compose import load_config
+from training.config.identity import run_name, run_path
 from training.config.reference import FOLDER, default_options, first_comment, json_schema, markdown
-from training.config.schema import ClipConfig, Config
+from training.config.schema import Config
 from training.config.strategy import clipping_strategy
 from training.launch.plan import plan_table
 from training.launch.sweep import CheckSweep
-from training.monitor.wandb_run import run_id
-from training.run import prepare_tokens
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -48,10 +44,6 @@ def composed(*overrides: str) -> DictConfig:
 def load_and_check(cfg: DictConfig) -> None:
     loaded = load_config(cfg)
     check(loaded, run_path(loaded))
-
-
-def config(*overrides: str) -> Config:
-    return load_config(composed(*overrides))
 
 
 def test_promised_options_exist():
@@ -99,7 +91,7 @@ def test_every_option_composes(group, name, tmp_path, monkeypatch):
 
 
 def test_default_clipper_is_the_papers():
-    zclip = clipping_strategy(config().clip)
+    zclip = clipping_strategy(compose_config().clip)
     assert isinstance(zclip, ZClip)
     assert zclip.config() == {
         "alpha": 0.97, "z_thresh": 2.5, "max_grad_norm": 1.0, "eps": 1e-6, "warmup_steps": 25, "mode": "zscore",
@@ -108,10 +100,10 @@ def test_default_clipper_is_the_papers():
 
 
 def test_run_name_depends_on_settings_that_change_the_result():
-    name = run_name(config())
-    assert name == run_name(config("trainer.log_every=1", "paths.runs=elsewhere", "logger=wandb"))
+    name = run_name(compose_config())
+    assert name == run_name(compose_config("trainer.log_every=1", "paths.runs=elsewhere", "logger=wandb"))
     names = {
-        run_name(config(*o))
+        run_name(compose_config(*o))
         for o in (
             [],
             ["lr=1e-3"],
@@ -122,10 +114,10 @@ def test_run_name_depends_on_settings_that_change_the_result():
         )
     }
     assert len(names) == 6
-    assert run_name(config("lr=0.003")) == name
-    assert run_name(config("clip.z_thresh=2")) == run_name(config("clip.z_thresh=2.0"))
-    assert run_name(config("data.max_tokens=1000")) == run_name(config("data.max_tokens=1e3"))
-    assert run_name(config("name=mine")) == "mine"
+    assert run_name(compose_config("lr=0.003")) == name
+    assert run_name(compose_config("clip.z_thresh=2")) == run_name(compose_config("clip.z_thresh=2.0"))
+    assert run_name(compose_config("data.max_tokens=1000")) == run_name(compose_config("data.max_tokens=1e3"))
+    assert run_name(compose_config("name=mine")) == "mine"
 
 
 BAD = {
@@ -218,59 +210,6 @@ def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusa
     assert not any(tmp_path.iterdir())
 
 
-NO_LOGIN = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": "/nowhere"}
-
-
-def test_finished_run_is_shown_without_a_login(finished_run, tiny, checked, tmp_path, monkeypatch):
-    run = copy_run(finished_run, tmp_path)
-    for name, value in NO_LOGIN.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    _, run_dir = checked(*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "logger=wandb")
-    assert run_dir.read_result() is not None
-
-
-def test_mode_that_wandb_does_not_know_is_refused(tiny, refusal, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "nonsense")
-    assert "WANDB_MODE=nonsense is not allowed: it must be one of online, off" in refusal(*tiny, "logger=wandb")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("WANDB_BASE_URL", "nonsense", "Input should be a valid URL"),
-        ("WANDB_RUN_ID", "a/b", "Run ID cannot contain the characters"),
-        ("WANDB_INIT_TIMEOUT", "soon", "Input should be a valid number"),
-    ],
-)
-def test_environment_that_wandb_does_not_take_is_refused(name, value, reason, tiny, refusal, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv(name, value)
-    assert f"the environment variable {name} is not allowed: {reason}" in refusal(*tiny, "logger=wandb")
-
-
-@pytest.mark.parametrize("tags", ["['']", f"[a,{'b' * 65}]"])
-def test_tags_that_wandb_does_not_take_are_refused(tags, refusal):
-    assert refusal("logger=wandb", f"logger.tags={tags}").endswith("a list of words of at most 64 characters")
-
-
-def test_wandb_takes_the_identifier_of_every_run():
-    short = ["main-a", "main-läuf=1+2"]
-    assert [run_id(name) for name in short] == short
-    ids = {run_id(f"main-{name}") for name in ("a,b", "a-b", "a;b", "x" * 124, f"{'x' * 199}y", f"{'x' * 199}z")}
-    assert len(ids) == 6
-    for identifier in ids:
-        assert wandb.Settings(run_id=identifier).run_id == identifier and len(identifier) <= 128
-
-
-def test_wandb_without_a_login_is_refused(tmp_path):
-    done = train("logger=wandb", cwd=tmp_path, env=NO_LOGIN)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.splitlines()
-    assert "logger=wandb is not possible: wandb is not logged in" in line
-    assert not any(tmp_path.iterdir())
-
-
 BAD_SWEEPS = [
     (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
     (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
@@ -344,132 +283,6 @@ def test_text_with_fewer_tokens_than_a_sequence_is_refused_after_tokenizing(run_
     with pytest.raises(ConfigError, match=r"^data\.sequence_length=600 is longer than the text: the "):
         run_in_process(f"data.path={texts}", *settings)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "texts"]
-
-
-def test_taken_name_is_refused(finished_run, tiny, refusal, tmp_path, monkeypatch):
-    run = copy_run(finished_run, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    line = refusal(*tiny, f"name={run.name}", "lr=1e-4")
-    assert f"name={run.name} is taken" in line and "lr=0.0001 (there: 0.003)" in line
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-
-
-def test_checkpoint_says_what_a_run_was_trained_with(finished_run, tiny, checked, refusal, tmp_path, monkeypatch):
-    """config.yaml may be lost: it is made again from the same settings only. It may not say what was not trained."""
-    run = copy_run(finished_run, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    settings = (*tiny, f"name={run.name}", "trainer.checkpoint_every=8", "trainer.keep_last=9")
-    file = run / "config.yaml"
-    written = file.read_text()
-    file.write_text(written.replace("weight_decay: 0.01", "weight_decay: 0.5"))
-    assert "config.yaml says what the run was not trained with, optim.weight_decay=0.5 (trained: 0.01)" in refusal(
-        *settings, "optim.weight_decay=0.5"
-    )
-    assert "what the run was not trained with" in refusal(f"resume={run}")
-    file.unlink()
-    assert "optim.weight_decay=0.5 (there: 0.01)" in refusal(*settings, "optim.weight_decay=0.5")
-    config, run_dir = checked(*settings)
-    resumed, _ = checked(f"resume={run}")
-    assert differences(config, resumed) == {} and resumed.optim.weight_decay == 0.01
-    with run_dir.acquire(resumed, prepare_tokens(config, Console(quiet=True))):
-        assert differences(read_config(file), config) == {}
-
-
-def test_saved_configuration_is_the_same_configuration(tmp_path):
-    overrides = ("clip=adagc", "data.corruption.steps=[3,5]", "lr=1e-4", "data.max_tokens=50e9")
-    saved = config(*overrides, "data.column='é\x85 \u2028'")  # rare line breaks
-    assert saved.data.column == "é\x85 \u2028"
-    (tmp_path / "config.yaml").write_text(to_yaml(saved))
-    assert read_config(tmp_path / "config.yaml") == saved
-    assert identity(read_config(tmp_path / "config.yaml")) == identity(saved)
-
-
-def test_run_whose_steps_are_not_drawn_keeps_the_name_that_it_had():
-    """The hash in the name of a run folder is of its settings. Runs of earlier versions must be found again."""
-    plain, drawn = config(), config("data.corruption.random_steps=4", "data.corruption.random_first_step=9")
-    assert identity(plain)["data"]["corruption"] == {"steps": [], "kind": "random"}
-    assert "instance_filter" not in identity(plain)["data"]
-    assert identity(drawn)["data"]["corruption"]["random_first_step"] == 9
-    assert len({run_name(config("data.corruption.random_steps=4", f"seed={seed}")) for seed in (0, 1)}) == 2
-
-
-def test_corrupted_batches_of_a_run_are_drawn_by_its_seed():
-    setting = ("data.corruption.random_steps=4", "data.corruption.random_first_step=100")
-    steps = [list(config(*setting, f"seed={seed}").corrupted_batches) for seed in (0, 1)]
-    assert steps[0] != steps[1] and all(100 <= step <= 300 for step in (*steps[0], *steps[1]))
-
-
-def test_run_folder_of_another_version_is_named(tiny, refusal, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs" / "main" / "old"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(config()).replace("on_nonfinite:", "nonfinite:"))
-    line = refusal(*tiny, "name=old")
-    assert "config.yaml is not a configuration of this version (trainer.nonfinite=skip is not possible" in line
-
-
-def test_run_follows_its_text_to_another_place(finished_run, corpus, tiny, checked, refusal, tmp_path, monkeypatch):
-    """Its tokens are known by their content: text that is another one is refused later."""
-    run = copy_run(finished_run, tmp_path)
-    moved = shutil.copytree(corpus, tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    config, run_dir = checked(f"resume={run}", f"data.path={moved}", f"data.tokenizer={run / 'tokenizer'}")
-    assert config.data.path == config.data.sources["text"].path == str(moved)
-    with run_dir.acquire(config, prepare_tokens(config, Console(quiet=True))):
-        assert len(run_dir.checkpoint_steps()) > 1
-    (moved / "more.txt").write_text("another text " * 100)
-    tokens = prepare_tokens(config, Console(quiet=True))
-    with pytest.raises(UserError, match="the text has changed"), run_dir.acquire(config, tokens):
-        pass
-    line = refusal(f"resume={run}", f"data.sources.other.path={moved}")
-    assert "data.sources.other.path" in line and "is not possible" in line
-
-
-def test_class_that_a_run_folder_names_is_not_imported(tiny, checked, refusal, tmp_path, monkeypatch):
-    """It is if the command line names it too."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "imported_from_run.py").write_text(
-        "from pathlib import Path\nfrom zclip import ZClip\nPath('imported').touch()\nclass Mine(ZClip): pass\n"
-    )
-    folder = tmp_path / "runs" / "main" / "theirs"
-    folder.mkdir(parents=True)
-    theirs = config(*tiny, "name=theirs").model_copy(
-        update={"clip": ClipConfig(_target_="imported_from_run.Mine", name="x")}
-    )
-    (folder / "config.yaml").write_text(to_yaml(theirs))
-    line = refusal(f"resume={folder}")
-    assert "clip._target_=imported_from_run.Mine is not a class of zclip, and not imported because a file says" in line
-    assert "is taken" in refusal(*tiny, "name=theirs")
-    assert "imported_from_run.Mine is not" in refusal(f"resume={folder}", "clip._target_=os.system")
-    assert not (tmp_path / "imported").exists()
-    resumed, _ = checked(f"resume={folder}", "clip._target_=imported_from_run.Mine")
-    assert resumed.clip.target == "imported_from_run.Mine" and (tmp_path / "imported").exists()
-
-
-def test_run_is_resumed_from_its_folder_alone(finished_run, refusal, tmp_path, monkeypatch):
-    moved = shutil.copytree(finished_run, tmp_path / "moved")
-    metrics = read_jsonl(moved / "metrics.jsonl")
-    (moved / "result.json").unlink()
-    (moved / "checkpoints" / "step-00000040.ckpt").unlink()
-    done = train(f"resume={moved}", "trainer.log_every=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"continuing {moved} after step 32 of 40" in done.stdout
-    assert [row["loss"] for row in read_jsonl(moved / "metrics.jsonl")] == [row["loss"] for row in metrics]
-    done = train(f"resume={moved}", cwd=tmp_path)
-    assert "finished already" in done.stdout, done.stderr
-    monkeypatch.chdir(tmp_path)
-    line = refusal(f"resume={moved}", "lr=1e-4")
-    assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in line
-
-
-def test_resumed_run_that_rewinds_keeps_the_checkpoints_to_which_it_goes_back():
-    change = "trainer.checkpoint_every=7"
-    resumed = compose_config("resume=x", change)
-    assert resumed_config(resumed, compose_config(), [change]).trainer.checkpoint_every == 7
-    with pytest.raises(ConfigError, match=r"^trainer\.checkpoint_every=7 is not possible with resume=x: the run has"):
-        resumed_config(resumed, compose_config("trainer.on_nonfinite=rewind"), [change])
 
 
 def test_plan_is_made_by_as_many_processes_as_the_configuration_has(refusal, monkeypatch):
