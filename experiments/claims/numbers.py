@@ -4,7 +4,7 @@ The p-values are one-sided. The 95 % interval is above a bound if and only if p 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -73,40 +73,6 @@ class Mean(NamedTuple):
     def below(self, bound: float) -> float:
         """Return the p-value of its being below a bound."""
         return self._replace(value=-self.value).above(-bound)
-
-
-class Median(NamedTuple):
-    """A median over seeds, with the interval of the sign test: for numbers from a grid.
-
-    With fewer than six seeds the interval is infinite.
-    """
-
-    values: tuple[float, ...]  # sorted
-
-    @property
-    def value(self) -> float:
-        """The median, which may be infinite."""
-        middle = self.values[(len(self.values) - 1) // 2], self.values[len(self.values) // 2]
-        return middle[0] if middle[0] == middle[1] else sum(middle) / 2
-
-    @property
-    def seeds(self) -> int:
-        """Number of seeds."""
-        return len(self.values)
-
-    def interval(self) -> Interval:
-        """Return the confidence interval of at least 95 %, from one of the seeds to another."""
-        omitted = int(stats.binom.ppf(MISSES / 2, self.seeds, 0.5))  # as many at each end
-        return Interval(self.values[omitted - 1], self.values[-omitted]) if omitted else Interval(-math.inf, math.inf)
-
-    def above(self, bound: float) -> float:
-        """Return the p-value of its being above a bound."""
-        count = sum(value > bound for value in self.values)
-        return float(stats.binom.sf(count - 1, self.seeds, 0.5))
-
-    def below(self, bound: float) -> float:
-        """Return the p-value of its being below a bound."""
-        return Median(tuple(-value for value in self.values[::-1])).above(-bound)
 
 
 class Share(NamedTuple):
@@ -205,11 +171,6 @@ def mean_of(values: Sequence[float]) -> Mean:
     is_equal = np.ptp(numbers) <= 1e-12 * max(1.0, float(np.abs(numbers).max()))
     error = 0.0 if is_equal else float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
     return Mean(float(numbers.mean()), error, len(numbers))
-
-
-def median_of(by_seed: Mapping[int, float]) -> Median:
-    """Return the median of numbers by seed."""
-    return Median(tuple(sorted(by_seed.values())))
 
 
 def _touching(is_beyond: Callable[[float], bool]) -> float:

@@ -1,5 +1,7 @@
 """Verdicts on the paper's claims, each with runs that support the claim and runs that do not."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -16,6 +18,7 @@ from experiments.claims.verdict import (
     judge,
 )
 from experiments.claims.verdict import judge_claim as judge_one
+from experiments.paper.best_rates import lowest_between
 from experiments.paper.by_seed import measure_by_seed
 from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.measures import reach_final_loss
@@ -108,56 +111,72 @@ def test_means_over_runs_use_seeds_that_have_all_runs(everything):
     assert measure_by_seed(collection, "train_loss", specs) == {0: 3.0, 2: 5.0}
 
 
-def with_best_rates(collection: RunCollection, fixed: list[float], zclip: list[float]) -> RunCollection:
-    """Return the runs with the given best learning rates by seed."""
-    best = {"fixed": fixed, "zclip": zclip}
+def with_best_rates(collection: RunCollection, **best: list[float]) -> RunCollection:
+    """Return the runs with losses that rise with the square of the log rate from that of the given rate, by seed."""
     return with_result(
         collection,
         {
-            row[group]: {"train_loss": [4.0 if rates[seed] == lr else 5.0 for seed in range(len(rates))]}
+            row[group]: {"train_loss": [4 + math.log(lr / rate) ** 2 for rate in rates]}
             for lr, row in RATES.items()
             for group, rates in best.items()
         },
     )
 
 
-def with_six_seeds(collection: RunCollection) -> RunCollection:
-    """Return the runs with three more seeds, which are copies of the first ones."""
-    return collection._replace(
-        runs=collection.runs | {(spec, seed + 3): run for (spec, seed), run in collection.runs.items()}
-    )
+@pytest.mark.parametrize(
+    ("fixed", "zclip", "outcome"),
+    [
+        ([4e-4, 6e-4, 8e-4], [8e-4, 13e-4, 15e-4], SUPPORTED),
+        ([8e-4, 13e-4, 15e-4], [4e-4, 6e-4, 8e-4], CONTRADICTED),
+        ([9e-4, 10e-4, 11e-4], [9e-4, 10e-4, 11.2e-4], NO_EFFECT),
+        ([9e-4, 10e-4, 11e-4], [8e-4, 12e-4, 16e-4], UNDECIDED),
+        ([1e-4] * 3, [5e-3] * 3, UNDECIDED),
+    ],
+)
+def test_higher_learning_rates(fixed, zclip, outcome, everything):
+    """Best rates between those of the grid are found exactly, as losses are parabolas over log rates."""
+    verdict = judge_claim(with_best_rates(everything, fixed=fixed, zclip=zclip), HIGHER)
+    assert verdict.outcome == outcome
+    ratios = [math.log(one / other) for one, other in zip(zclip, fixed, strict=True)]
+    assert verdict.part.number.value == pytest.approx(np.mean(ratios))
+    if len(set(ratios)) > 1:
+        expected = stats.t.interval(0.95, 2, np.mean(ratios), stats.sem(ratios))
+        assert verdict.part.number.interval() == pytest.approx(expected)
+    assert f"fixed {', '.join(f'{rate:.2g}' for rate in fixed)}; ZClip {zclip[0]:.2g}, " in verdict.evidence[1]
 
 
-def test_higher_learning_rates(everything):
-    """Six seeds can show it by the sign test, three cannot."""
-    higher = with_best_rates(everything, [1e-4] * 3, [5e-3] * 3)
-    verdict = judge_claim(higher, HIGHER)
-    assert verdict.outcome == NOT_TESTABLE and "the sign test, which needs 6 seeds" in verdict.evidence[0]
-    assert "fixed 1e-04, 1e-04, 1e-04; ZClip 5e-03, 5e-03, 5e-03" in verdict.evidence[1]
-    six = with_six_seeds(everything)
-    for fixed, zclip, outcome in (
-        ([1e-4] * 6, [5e-3] * 6, SUPPORTED),
-        ([5e-3] * 6, [1e-4] * 6, CONTRADICTED),
-        ([1e-3] * 6, [1e-3] * 6, NO_EFFECT),
-        ([1e-3] * 6, [3e-3] * 5 + [7e-4], UNDECIDED),
-        ([5e-4] * 6, [7e-4] * 6, SUPPORTED),
-    ):
-        assert judge_claim(with_best_rates(six, fixed, zclip), HIGHER).outcome == outcome, (fixed, zclip)
-    # All of six ratios are 50: the sign test has p = 1 / 2^6, and its interval goes from the lowest to the highest.
-    verdict = judge_claim(with_best_rates(six, [1e-4] * 6, [5e-3] * 6), HIGHER)
-    assert verdict.p == pytest.approx(1 / 64) and "50.00 times the rate (95 %: 50.00 to 50.00, 6" in verdict.evidence[0]
-    gone = {(row["fixed"], seed) for lr, row in RATES.items() for seed in range(6) if lr > 1e-4}
-    verdict = judge_claim(with_best_rates(six, [5e-3] * 6, [5e-3] * 6)._replace(diverged=gone), HIGHER)
-    assert verdict.outcome == SUPPORTED, "a run that diverged is the worst"
-    gone = {(row["zclip"], seed) for row in RATES.values() for seed in range(6)}
-    verdict = judge_claim(with_best_rates(six, [1e-4] * 6, [5e-3] * 6)._replace(diverged=gone), HIGHER)
-    assert verdict.outcome == CONTRADICTED and "ZClip none, none, none" in verdict.evidence[1], "it allows no rate"
-    verdict = judge_claim(without(higher, (RATES[1e-3]["zclip"], 1)), HIGHER)
+def test_rates_at_which_runs_diverge_allow_nothing(everything):
+    """They count against their strategy. A rate next to a diverged run is not estimated between the two."""
+    same = with_best_rates(everything, fixed=[9e-4] * 3, zclip=[9e-4] * 3)
+    gone = {(row["fixed"], seed) for lr, row in RATES.items() for seed in range(3) if lr > 1e-4}
+    verdict = judge_claim(same._replace(diverged=gone), HIGHER)
+    assert "fixed 0.0001, 0.0001, 0.0001; ZClip 0.0009, " in verdict.evidence[1]
+    for row, outcome, text in (("zclip", CONTRADICTED, "ZClip none, none, none"), ("fixed", SUPPORTED, "fixed none")):
+        gone = {(specs[row], seed) for specs in RATES.values() for seed in range(3)}
+        verdict = judge_claim(same._replace(diverged=gone), HIGHER)
+        assert verdict.outcome == outcome and text in verdict.evidence[1]
+    gone = {(specs["zclip"], 1) for specs in RATES.values()}
+    assert judge_claim(same._replace(diverged=gone), HIGHER).outcome == CONTRADICTED, "with one seed it allows no rate"
+    gone |= {(specs["fixed"], 2) for specs in RATES.values()}
+    assert judge_claim(same._replace(diverged=gone), HIGHER).outcome == NOT_TESTABLE
+
+
+def test_higher_learning_rates_need_all_runs_of_three_seeds(everything):
+    verdict = judge_claim(without(everything, (RATES[1e-3]["zclip"], 1)), HIGHER)
     assert verdict.outcome == NOT_TESTABLE and verdict.evidence[0] == TOO_FEW_SEEDS, "a rate that was not run"
     low = with_result(everything, {RATES[lr]["zclip"]: {"train_loss": [4.0, 4.1, 4.2]} for lr in (1e-3, 3e-3, 5e-3)})
     assert "ZClip minus fixed: -" in judge_claim(low, HIGHER).evidence[2]
     verdict = judge_claim(low._replace(diverged={(RATES[3e-3]["fixed"], 2)}), HIGHER)
     assert "required run has diverged: clip=fixed" in verdict.evidence[2]
+
+
+def test_lowest_loss_is_found_between_rates():
+    losses = {rate: (math.log(rate / 2e-3)) ** 2 for rate in (1e-4, 1e-3, 3e-3, 1e-2)}
+    assert lowest_between(losses) == pytest.approx(2e-3)
+    assert lowest_between(losses | {1e-2: math.inf}) == 3e-3, "a neighbour has diverged"
+    assert lowest_between({1e-3: 1.0, 3e-3: 2.0}) == 1e-3, "an end of the grid"
+    assert lowest_between({1e-3: 1.0, 3e-3: 1.0, 1e-2: 1.0, 3e-2: 2.0}) == 1e-3, "the first of equal ones"
+    assert lowest_between({1e-3: math.inf, 3e-3: math.inf}) == 0
 
 
 def test_fewer_tokens(everything):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from experiments.claims.forest import draw_verdicts, multiples
-from experiments.claims.numbers import Certain, ExcessEvents, Mean, Median, Share, event_rate, mean_of, median_of
+from experiments.claims.numbers import Certain, ExcessEvents, Mean, Share, event_rate, mean_of
 from experiments.claims.verdict import (
     ABOVE,
     BELOW,
@@ -96,22 +96,6 @@ def test_shares_are_above_a_bound_if_their_interval_is(cases, data, bound):
     number = Share(data.draw(st.integers(0, cases)), cases)
     low, high = number.interval()
     assert (number.above(bound) < 0.025) == (low > bound) and (number.below(bound) < 0.025) == (high < bound)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(-3, 3), min_size=3, max_size=15), st.floats(-3.5, 3.5))
-def test_medians_are_above_a_bound_if_their_interval_is(values, bound):
-    number = median_of(dict(enumerate(map(float, values))))
-    low, high = number.interval()
-    assert (number.above(bound) <= 0.025) == (low > bound) and (number.below(bound) <= 0.025) == (high < bound)
-
-
-def test_median_needs_six_seeds():
-    assert Median((1.0,) * 5).interval() == (-math.inf, math.inf) and Median((1.0,) * 5).above(0) == 1 / 2**5
-    assert Median((1.0, 2.0, 3.0, 4.0, 5.0, 9.0)).interval() == (1, 9)
-    # Of 20 seeds, 5 or fewer are below the median with a probability of 0.0207, and 6 or fewer with 0.0577.
-    assert Median(tuple(map(float, range(20)))).interval() == (5, 14)
-    assert Median((1.0, 2.0, math.inf)).value == 2 and Median((1.0, 4.0)).value == 2.5
 
 
 def test_poisson_rates():
