@@ -194,6 +194,12 @@ UPDATE_RULES = (
     Arm("ZClip and brake", ("clip=zclip", "update=brake")),
 )
 
+#: Two rules at once that may replace ZClip: experiments/notes/own-strategy.md says what they must show.
+CANDIDATES = (
+    Arm("log z-score and brake", ("clip=log_z_score", "update=brake")),
+    Arm("skip-step and brake", ("clip=skip_step", "update=brake")),
+)
+
 #: Setting of a brake that never begins again, however many norms in a row are above its bound.
 _NO_RECOVERY = "update.recovery_window=null"
 
@@ -244,6 +250,7 @@ ADAM_LAG = SpikeLab(
         Arm("no clipping", ("clip=none", "update=monitor")),  # records the norms of updates, and changes nothing
         *STRATEGIES[1:],
         *UPDATE_RULES,
+        *CANDIDATES,
         *BRAKES,
         *REPLAYED,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
@@ -315,6 +322,7 @@ BAD_DATA = BadDataLab(
     arms=(
         *STRATEGIES,
         *UPDATE_RULES[1:],
+        *CANDIDATES,
         Arm("instance filter", ("clip=none", "data.instance_filter.enabled=true"), is_control=True),
     ),
     without_bad="data.corruption.random_steps=0",
