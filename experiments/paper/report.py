@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims.forest import draw_verdicts
 from experiments.claims.numbers import Certain
-from experiments.claims.verdict import ABOVE, BELOW, OUTCOMES, WITHIN, Verdict, train_command
+from experiments.claims.verdict import ABOVE, BELOW, NOT_TESTABLE, OUTCOMES, WITHIN, Verdict, train_command
 from experiments.claims.verdict import __doc__ as how_judged
 from experiments.escape import escape_markdown, visible
 from experiments.paper.footnotes import describe_runs
@@ -62,19 +62,21 @@ def report(
     devices = sorted({str(run.environment.get("device", "an unknown device")) for run in runs})
     filled = [fill_table(table, collection) for table in tables]
     ids = {spec: f"run-{number}" for number, spec in enumerate(_specs(collection), 1)}
-    picture = draw_verdicts(verdicts)
+    by_outcome = _by_outcome(verdicts)
+    shown = {name: (figure.get_suptitle(), data_uri(figure)) for name, figure in figures.items()}
     return template.render(
         title=_title(scale),
         asked=_asked(verdicts, runs),
-        found=[(outcome, claims) for outcome, claims in _by_outcome(verdicts).items() if claims],
-        picture=None if picture is None else data_uri(picture, max_svg=2 * MAX_SVG),
+        found=[(outcome, claims) for outcome, claims in by_outcome.items() if claims and outcome != NOT_TESTABLE],
+        not_testable=by_outcome[NOT_TESTABLE],
+        picture=_first_picture(verdicts, shown),
         paragraphs=_describe_report(collection),
         made=made,
         verdicts=[_shown_verdict(verdict, number) for number, verdict in enumerate(verdicts, 1)],
         how_judged=HOW_JUDGED.replace("`", ""),
         figures=[
-            (name, figure.get_suptitle(), data_uri(figure), train_command([name], settings) if name in SUITES else "")
-            for name, figure in figures.items()
+            (name, heading, image, train_command([name], settings) if name in SUITES else "")
+            for name, (heading, image) in shown.items()
         ],
         not_drawn=not_drawn,
         tables=[
@@ -109,6 +111,20 @@ def _asked(verdicts: Sequence[Verdict], runs: Sequence[Run]) -> str:
         "its experiments at another scale, and the runs of the labs as far as there are any. They show the direction "
         "of differences, not their size at the paper's scale."
     )
+
+
+def _first_picture(verdicts: Sequence[Verdict], shown: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+    """Return description and image of the picture on the first screen: the verdicts, or one of the figures.
+
+    Where no claim can be tested, it is that of Table 3 if there is one, and else the first one.
+    """
+    if (picture := draw_verdicts(verdicts)) is not None:
+        description = (
+            "Estimate and 95 % interval of each testable claim, as multiples of the smallest effect of interest; the "
+            "table below has the numbers"
+        )
+        return description, data_uri(picture, max_svg=2 * MAX_SVG)
+    return shown.get("table3") or next(iter(shown.values()), None)
 
 
 def _by_outcome(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """The report from run folders: a page that is small, whose numbers lead to their runs, and the verdicts."""
 
 import base64
+import html
 import html.parser
 import io
 import re
@@ -63,6 +64,21 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     claims = [*PAPER_CLAIMS, *(claim for claims in LAB_CLAIMS.values() for claim in claims)]
     assert re.findall("^## (.+)", text, re.M) == [claim.text for claim in claims]
     assert {*re.findall(r"^\*\*(.+)\*\*$", text, re.M)} <= {*OUTCOMES}
+
+
+def test_report_of_runs_that_test_no_claim_begins_with_their_results(everything, figures):
+    """Two seeds are too few. Table 3's picture comes first, and the claims are named where the reader opens them."""
+    two = everything._replace(runs={key: run for key, run in everything.runs.items() if key[1] < 2})
+    verdicts = all_verdicts(two)
+    shown = {name: figures[name] for name in ("figure2", "table3")}
+    page = report(two, verdicts, [TABLES["table3"]], shown, [], "micro", [], "Made today.")
+    assert f"These runs test none of the {len(verdicts)} claims." in page
+    first = re.search('id="first-picture"><img alt="([^"]+)"', page).group(1)
+    assert html.unescape(first) == figures["table3"].get_suptitle()
+    places = [page.index(text) for text in ("<h2>Tables</h2>", "<h2>Figures</h2>", 'id="verdicts"')]
+    assert places == sorted(places)
+    some = report(everything, all_verdicts(everything), [], {}, [], "micro", [], "Made today.")
+    assert re.search(r"Not testable with these runs: \d+ of the 18 claims\.", some)
 
 
 def all_verdicts(collection: RunCollection) -> list:
