@@ -92,7 +92,7 @@ report: $(PAPER) ## write one page with verdicts, figures and tables
 lab: $(PAPER) ## write the tables and figures of a lab's runs: ARGS="lab=adam_lag"
 	$(BIN)/python scripts/make_lab.py $(ARGS)
 
-reproduce: $(EVAL) $(VENV)/.paper ## make the paper's Table 3 from nothing: two seeds, scores, report (eleven minutes)
+reproduce: $(EVAL) $(VENV)/.paper ## make the paper's Table 3 from nothing: two seeds, scores, report (13 minutes)
 	$(BIN)/python scripts/eval_data.py
 	$(BIN)/python train.py -m experiment=table3 scale=micro seed=0,1 hydra/launcher=local
 	$(BIN)/python scripts/evaluate.py run=runs/paper-micro eval=micro
