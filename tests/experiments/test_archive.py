@@ -6,7 +6,7 @@ import lzma
 import numpy as np
 import pytest
 
-from experiments.run.archive import ENDING, restore_archive, write_archive
+from experiments.run.archive import DERIVED, ENDING, read_archive, restore_archive, write_archive
 from experiments.run.read import read_run
 from tests.helpers import script, train
 
@@ -25,12 +25,23 @@ def test_restored_run_reads_as_the_run_itself(finished_run, archive, tmp_path):
     columns = {name for name in run.metrics if not name.endswith(("seconds", "per_second", "mfu", "gib"))}
     assert {*restored.metrics} == columns and {"loss", "grad_norm", "clipped"} <= columns
     for name in columns:
-        np.testing.assert_allclose(restored.metrics[name], run.metrics[name], rtol=6e-6)
+        rtol = 6e-4 if name in DERIVED else 6e-6
+        np.testing.assert_allclose(restored.metrics[name], run.metrics[name], rtol=rtol)
     for name in ("step", "tokens"):
         assert np.array_equal(restored.metrics[name], run.metrics[name])
     assert {key: value for key, value in restored.config.items() if key != "paths"} == {
         key: value for key, value in run.config.items() if key != "paths"
     }
+
+
+def test_archive_of_before_has_whole_columns(archive, tmp_path):
+    """Steps and tokens are archived as differences now. Recorded archives have the numbers themselves."""
+    content = json.loads(lzma.decompress(archive.read_bytes()))
+    assert {"step", "tokens"} <= {*content.pop("differences")} and set(content["metrics"]["step"]) == {1}
+    whole = read_archive(archive).metrics
+    old = tmp_path / f"old{ENDING}"
+    old.write_bytes(lzma.compress(json.dumps(content | {"metrics": whole}).encode()))
+    assert whole["step"] == [*range(1, len(whole["step"]) + 1)] and read_archive(old).metrics == whole
 
 
 def test_archive_has_no_paths_of_the_machine_but_those_of_the_data(finished_run, archive):
@@ -64,9 +75,11 @@ def test_train_shows_a_restored_run_and_does_not_train_it(finished_run, archive,
         (lzma.compress(b'{"files": {}, "metrics": {}}'), "config.yaml"),
         (lzma.compress(b'{"files": {"../x": ""}, "metrics": {}}'), "a run has no file '../x'"),
         (lzma.compress(b'{"files": {}, "metrics": {"step": [1], "loss": []}}'), "columns of metrics differ in length"),
+        (lzma.compress(b'{"files": {}, "metrics": {"a": [1.5]}, "differences": ["a"]}'), "differences of 'a' must be"),
+        (lzma.compress(b'{"files": {}, "metrics": {}, "differences": ["a"]}'), "differences of 'a' must be"),
         (lzma.compress(b"x" * 1000)[:40], "cut off"),
     ],
-    ids=["empty", "no-xz", "list", "no-metrics", "no-config", "name", "columns", "cut-off"],
+    ids=["empty", "no-xz", "list", "no-metrics", "no-config", "name", "columns", "float", "no-column", "cut-off"],
 )
 def test_damaged_archive_is_named_and_leaves_nothing(content, problem, tmp_path):
     (tmp_path / "archives" / "main").mkdir(parents=True)
