@@ -194,11 +194,8 @@ def _shown_spec(spec: RunSpec, anchor: str, collection: RunCollection, settings:
 
 def verdicts_markdown(collection: RunCollection, verdicts: Sequence[Verdict], scale: str) -> str:
     """Return the claims with their verdicts in Markdown."""
-    parts = [
-        f"# {_title(scale)}, the claims",
-        escape_markdown(" ".join(_describe_report(collection))),
-        HOW_JUDGED,
-    ]
+    parts = [f"# {_title(scale)}, the claims", escape_markdown(" ".join(_describe_report(collection)))]
+    parts += [_verdict_table(verdicts), HOW_JUDGED]
     if collection.warnings:
         parts.append(_bullets(collection.warnings))
     for verdict in verdicts:
@@ -209,6 +206,17 @@ def verdicts_markdown(collection: RunCollection, verdicts: Sequence[Verdict], sc
         sentences.append(f"command: {verdict.command}")
         parts += [f"## {verdict.claim.text}", f"**{verdict.outcome}**", _bullets(sentences)]
     return "\n\n".join(parts) + "\n"
+
+
+def _verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Return the outcome and the estimate of each claim as a table in Markdown."""
+    rows = [("claim", "verdict", "estimate (95 %)", "smallest effect of interest", "p, corrected")]
+    for verdict in verdicts:
+        shown = _shown_verdict(verdict, 0)
+        estimate = f"{shown['estimate']} ({shown['interval']})" if shown["estimate"] else ""
+        rows.append((shown["claim"].rstrip("."), shown["outcome"], estimate, shown["smallest"], shown["p"]))
+    lines = [f"| {' | '.join(map(escape_markdown, row))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
 def _bullets(sentences: Sequence[str]) -> str:

@@ -63,7 +63,13 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     text = verdicts_markdown(everything, verdicts, "micro")
     claims = [*PAPER_CLAIMS, *(claim for claims in LAB_CLAIMS.values() for claim in claims)]
     assert re.findall("^## (.+)", text, re.M) == [claim.text for claim in claims]
-    assert {*re.findall(r"^\*\*(.+)\*\*$", text, re.M)} <= {*OUTCOMES}
+    shown = re.findall(r"^\*\*(.+)\*\*$", text, re.M)
+    assert {*shown} <= {*OUTCOMES}
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", text, re.M)[1:]]
+    assert [row[:2] for row in rows] == [[c.text.rstrip("."), o] for c, o in zip(claims, shown, strict=True)]
+    assert "| p, corrected |\n|---|---|---|---|---|\n| Fixed clipping" in text
+    tested = next(verdict for verdict in verdicts if verdict.part is not None)
+    assert f" | {tested.part.estimate} ({tested.part.interval}) | " in text
 
 
 def test_report_of_runs_that_test_no_claim_begins_with_their_results(everything, figures):
