@@ -3,7 +3,9 @@
 import glob
 import hashlib
 import json
+import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     """Return the results of lm-eval's `LM`, or an object with its methods, on a task or group from `load_tasks`.
 
     They are `items`, whether they were `drawn`, `task_version`, and the metrics, each with its standard error, such as
-    `acc` and `acc_stderr`.
+    `acc` and `acc_stderr`. Each number is an int or a finite float, as it is when it is read from a file.
 
     Raises:
         TaskError: there are fewer solved examples than `num_fewshot`, the model does not support the task, or the
@@ -62,10 +64,21 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
         raise TaskError(f"eval.tasks={name} cannot be scored ({reason})") from error
     counts = [count["effective"] for count in results["n-samples"].values()]
     metrics = results["groups"][name] if name in results.get("groups", {}) else results["results"][name]
-    numbers = {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}
-    for key in ("sample_len", "sample_count"):
-        numbers.pop(key, None)
+    numbers = {
+        key.removesuffix(",none"): number
+        for key, value in metrics.items()
+        if key not in ("sample_len", "sample_count") and (number := _plain_number(value)) is not None
+    }
     return {"items": sum(counts), "drawn": bool(samples), "task_version": results["versions"].get(name), **numbers}
+
+
+def _plain_number(value: Any) -> int | float | None:
+    """Return a number of Python, NumPy or torch as one of JSON; `None` for anything else, or if it is not finite."""
+    with suppress(AttributeError, ValueError, RuntimeError):
+        value = value.item()  # of an array, tensor or scalar with one element
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None
+    return int(value) if isinstance(value, int) else float(value)
 
 
 class Scores:
