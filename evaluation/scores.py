@@ -72,6 +72,17 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     return {"items": sum(counts), "drawn": bool(samples), "task_version": results["versions"].get(name), **numbers}
 
 
+def stderr_of(metric: str) -> str:
+    """Return the name of a metric's standard error: lm-eval writes that of `a,filter` as `a_stderr,filter`."""
+    name, comma, of_filter = metric.partition(",")
+    return f"{name}_stderr{comma}{of_filter}"
+
+
+def is_stderr(name: str) -> bool:
+    """Return whether a name is that of a standard error."""
+    return name.partition(",")[0].endswith("_stderr")
+
+
 def _plain_number(value: Any) -> int | float | None:
     """Return a number of Python, NumPy or torch as one of JSON; `None` for anything else, or if it is not finite."""
     with suppress(AttributeError, ValueError, RuntimeError):

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from evaluation.scores import KEY
+from evaluation.scores import KEY, is_stderr, stderr_of
 
 #: Fields of a score that are not metrics.
 NOT_METRICS = {"run", *KEY, "items", "drawn", "truncated_fraction", "task_version", "seconds", "versions", "date"}
@@ -110,7 +110,7 @@ def _table(columns: list[_Column]) -> Table:
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
     """Return the names of the metrics that scores have numbers of. Not every metric has a standard error."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_METRICS and "_stderr" not in name)
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_METRICS and not is_stderr(name))
     return [name for name in names if any(_number(row, name) is not None for row in rows)]
 
 
@@ -133,7 +133,7 @@ def _is_fraction(metric: str) -> bool:
 
 
 def _cell(row: dict[str, Any], metric: str) -> str:
-    value, error = _number(row, metric), _number(row, f"{metric}_stderr")
+    value, error = _number(row, metric), _number(row, stderr_of(metric))
     if value is None:
         return ""
     factor = 100 if _is_fraction(metric) else 1

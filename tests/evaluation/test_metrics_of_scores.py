@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
@@ -62,6 +63,16 @@ def test_fresh_scores_are_shown_as_those_read_from_the_file(group, first, tmp_pa
     (stored,) = Scores(tmp_path / "scores.json").all
     assert stored == fresh and {*metrics_of([fresh])} == {"acc"} and shown(fresh) == shown(stored)
     assert re.search(r"33\.33 ± \d+\.\d\d", shown(fresh))
+
+
+def test_metric_of_a_filter_is_shown_with_its_error(group, first):
+    """As `exact_match,strict-match` of gsm8k; both names are lm-eval's own."""
+    for task in group["tasks"].values():
+        task._filters = [build_filter_ensemble("strict-match", [["take_first", None]])]
+    results = score_task(first, "four", {**group, "tasks": {"four": group["tasks"]["four"]}, "groups": {}}, None, 0)
+    score = {**score_key("four", 0, None, 0, 20, "float32"), **results}
+    assert metrics_of([score]) == ["acc,strict-match"] and results["acc_stderr,strict-match"] == 0.25
+    assert "acc,strict-match %" in shown(score) and "25.00 ± 25.00" in shown(score)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lm_eval.filters import build_filter_ensemble
 from rich.console import Console
 
 from common.errors import ConfigError
@@ -273,14 +274,29 @@ def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, se
     assert not (tmp_path / "cache").exists() and not [*(tmp_path / "runs").glob("*/*/metrics.jsonl")]
 
 
-def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
-    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", "eval.limit=1")
+def scored_last_words(limit: int, tmp_path: Path, filter_name: str = "none") -> tuple[dict, str, dict]:
+    """Return a uniform model's score on some last words during training, what is printed, and what is logged."""
+    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")
     tokenizer = train_tokenizer(["the union of the states"], 300)
     output, logged = io.StringIO(), {}
     report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
     tasks = load_run_tasks(config)
+    for loaded in tasks.values():
+        loaded["tasks"]["last_word"]._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
     evaluator = TaskEvaluator(RunDir(tmp_path), config, tasks, tokenizer, lambda: False, report)
     evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
     (score,) = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
-    assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in output.getvalue()
+    return score, output.getvalue(), logged
+
+
+def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
+    score, printed, logged = scored_last_words(1, tmp_path)
+    assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in printed
     assert logged == {"last_word/loss": score["loss"], "last_word/acc": 0.0}
+
+
+def test_metric_of_a_filter_is_printed_with_its_standard_error(tmp_path):
+    score, printed, logged = scored_last_words(3, tmp_path, "first")
+    loss, error = score["loss,first"], score["loss_stderr,first"]
+    assert f"(0 shots, 3 items): loss,first {loss:.4g} ± {error:.2g}, acc,first 0 ± 0\n" in printed
+    assert logged == {"last_word/loss,first": loss, "last_word/acc,first": 0.0}

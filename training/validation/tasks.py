@@ -14,7 +14,7 @@ import torch
 from common.text import every
 from data import Tokenizer
 from evaluation.response_cache import CachedLM, ResponseCache
-from evaluation.scores import Scores, quarantine, score_key, score_task
+from evaluation.scores import Scores, quarantine, score_key, score_task, stderr_of
 from evaluation.table import metrics_of
 from evaluation.tasks import TaskError, data_folders, load_tasks
 from models import Llama
@@ -144,5 +144,5 @@ class TaskEvaluator:
 
 def _error(score: Mapping[str, Any], metric: str) -> str:
     """Return the standard error of a metric as text; nothing if it has none, as of a single item."""
-    error = score.get(f"{metric}_stderr")
+    error = score.get(stderr_of(metric))
     return "" if error is None else f" ± {error:.2g}"
