@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from common.errors import UserError, one_line
+from common.errors import ConfigError, UserError, one_line
 from evaluation import last_word
 
 #: Seed of the draw of solved examples, lm-eval's own default.
@@ -68,11 +68,10 @@ class TaskError(UserError):
 
 def data_file(folder: Path, task: str) -> Path | None:
     """Return the validation set of a task in a folder; `None` if there is none, `TaskError` if it is damaged."""
-    for suffix in (".jsonl", ".jsonl.xz"):
-        path = folder / f"{SETS[task].file}{suffix}"
+    for path in _candidates(folder, task):
         if path.is_file():
             try:
-                with lzma.open(path, "rb") if suffix == ".jsonl.xz" else path.open("rb") as lines:
+                with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as lines:
                     items = sum(1 for line in lines if line.strip())
             except (OSError, EOFError, lzma.LZMAError) as error:
                 raise TaskError(f"{path} cannot be read ({error}): remove it, and get it again") from error
@@ -82,8 +81,31 @@ def data_file(folder: Path, task: str) -> Path | None:
 
 
 def data_folders(data_dir: str | None, cache: str) -> list[Path]:
-    """Return the folders that may have the validation sets: `data_dir`, and where scripts/eval_data.py writes them."""
-    return [Path(folder) for folder in (data_dir, Path(cache, "eval")) if folder is not None]
+    """Return the folder of the validation sets: `data_dir`, or if it is null where scripts/eval_data.py writes them."""
+    return [Path(cache, "eval") if data_dir is None else Path(data_dir)]
+
+
+def check_data_dir(data_dir: str | None, tasks: Sequence[str]) -> None:
+    """Raise `ConfigError` unless `data_dir` is null, or a folder with the validation set of each task that has one."""
+    if data_dir is None:
+        return
+    folder, problem = Path(data_dir), ""
+    try:
+        if not folder.is_dir():
+            problem = "is a file" if folder.exists() else "does not exist"
+        for task in dict.fromkeys(task for task in tasks if task in SETS):
+            if not problem and not any(path.is_file() for path in _candidates(folder, task)):
+                problem = f"has no {SETS[task].file}.jsonl, and no {SETS[task].file}.jsonl.xz"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    if problem:
+        allowed = "it must be a folder with the validation sets of the tasks"
+        raise ConfigError("eval.data_dir", data_dir, problem=f"{problem}: {allowed}")
+
+
+def _candidates(folder: Path, task: str) -> list[Path]:
+    """Return the files that the validation set of a task may be in."""
+    return [folder / f"{SETS[task].file}{suffix}" for suffix in (".jsonl", ".jsonl.xz")]
 
 
 @cache

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import TaskError, data_file, data_folders, load_tasks, sample
+from common.errors import ConfigError
+from evaluation.tasks import TaskError, check_data_dir, data_file, data_folders, load_tasks, sample
 from tests.evaluation.conftest import items
 from tests.helpers import SLOW
 
@@ -21,9 +22,45 @@ def test_sampled_items_are_deterministic_and_from_the_whole_set():
     assert sample(10, None, 0) is sample(10, 10, 0) is sample(10, 99, 0) is None
 
 
-def test_sets_are_searched_in_the_given_folder_and_the_cache():
-    assert data_folders("sets", "cache") == [Path("sets"), Path("cache/eval")]
+def test_sets_are_those_of_the_given_folder_or_of_the_cache():
+    """A folder that is given never stands in for another one."""
+    assert data_folders("sets", "cache") == [Path("sets")]
     assert data_folders(None, "cache") == [Path("cache/eval")]
+
+
+#: Kinds of `eval.data_dir` that cannot be, and what is said of each.
+WRONG_FOLDERS = {
+    "nothing": "does not exist",
+    "file": "is a file",
+    "file/sets": "does not exist",
+    "dangling": "does not exist",
+    "other": "has no hellaswag_validation.jsonl, and no hellaswag_validation.jsonl.xz",
+    "folders": "has no winogrande_xl_validation.jsonl, and no winogrande_xl_validation.jsonl.xz",
+    "x" * 300: "cannot be read (File name too long)",
+}
+
+
+def make_folders(parent: Path) -> None:
+    (parent / "file").write_text("x")
+    (parent / "dangling").symlink_to("nowhere")
+    for name, files in (("other", ["winogrande_xl"]), ("folders", ["hellaswag"]), ("whole", ["winogrande_xl"])):
+        (parent / name).mkdir()
+        for file in files:
+            (parent / name / f"{file}_validation.jsonl.xz").touch()
+    (parent / "folders" / "winogrande_xl_validation.jsonl").mkdir()
+
+
+@pytest.mark.parametrize("name", WRONG_FOLDERS)
+def test_folder_without_the_sets_of_the_tasks_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folders(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_data_dir(name, ["last_word", "hellaswag", "winogrande"])
+    allowed = "it must be a folder with the validation sets of the tasks"
+    assert str(error.value) == f"eval.data_dir={name} {WRONG_FOLDERS[name]}: {allowed}"
+    check_data_dir("whole", ["last_word", "winogrande"])
+    check_data_dir("whole", ["last_word"])
+    check_data_dir(None, ["hellaswag", "winogrande"])
 
 
 def test_incomplete_or_damaged_sets_are_errors(sets, tmp_path):

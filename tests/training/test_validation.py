@@ -261,6 +261,33 @@ def test_unknown_task_is_refused_before_any_work(settings, refusal, checked, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("data_dir", "problem"),
+    [
+        ("nowhere", "does not exist"),
+        ("file", "is a file"),
+        (".", "has no winogrande_xl_validation.jsonl, and no winogrande_xl_validation.jsonl.xz"),
+    ],
+)
+def test_data_dir_without_the_sets_is_refused_before_any_work(
+    data_dir, problem, settings, refusal, checked, sets, tmp_path, monkeypatch
+):
+    """Also if the cache has them. The folder is not looked at if no task is scored while the run trains."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "eval").symlink_to(sets)
+    fresh = (*settings, f"paths.cache={tmp_path / 'cache'}", "eval.tasks=[winogrande]", f"eval.data_dir={data_dir}")
+    allowed = "it must be a folder with the validation sets of the tasks"
+    line = refusal(*fresh, "trainer.eval_every=5")
+    assert line == f"train.py: error: eval.data_dir={data_dir} {problem}: {allowed}"
+    config, _ = checked(*fresh)
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"eval_every": 5})})
+    with pytest.raises(ConfigError, match=r"^eval\.data_dir="):  # a process of it may be on another machine
+        load_run_tasks(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "cache"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [(), (*TWO, "trainer.strategy=ddp")])
 def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, settings, tmp_path):

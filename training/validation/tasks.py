@@ -16,7 +16,7 @@ from data import Tokenizer
 from evaluation.response_cache import CachedLM, ResponseCache
 from evaluation.scores import Scores, quarantine, score_key, score_task, stderr_of
 from evaluation.table import metrics_of
-from evaluation.tasks import TaskError, data_folders, load_tasks
+from evaluation.tasks import TaskError, check_data_dir, data_folders, load_tasks
 from models import Llama
 from training.config.schema import Config
 from training.run_dir import RunDir
@@ -31,10 +31,12 @@ def load_run_tasks(config: Config) -> LoadedTasks:
     """Return the tasks that a run is evaluated on while it trains: none if `trainer.eval_every` is null.
 
     Raises:
+        ConfigError: `eval.data_dir` lacks the data of a task.
         TaskError: a task is unknown, or its data cannot be read.
     """
     if config.trainer.eval_every is None:
         return {}
+    check_data_dir(config.eval.data_dir, config.eval.tasks)
     folders = data_folders(config.eval.data_dir, config.paths.cache)
     return {(name, num_fewshot): load_tasks(name, folders, num_fewshot) for name, num_fewshot in config.eval.requested}
 
