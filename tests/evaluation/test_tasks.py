@@ -5,7 +5,9 @@ import lzma
 import shutil
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
+import yaml
 
 from common.errors import ConfigError
 from evaluation.tasks import TaskError, check_data_dir, data_file, data_folders, load_tasks, sample
@@ -105,6 +107,47 @@ def test_changed_items_are_an_error(changed, sets, tmp_path):
     (tmp_path / "winogrande_xl_validation.jsonl").write_text("\n".join(lines))
     with pytest.raises(TaskError, match=r"has other items than the validation set of winogrande as it was published"):
         load_tasks("winogrande", [tmp_path], 0)
+
+
+FIELDS = "not an object with sentence, option1, option2, answer"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("garbage", "Expecting value: line 1 column 1 (char 0)"),
+        ("[1]", FIELDS),
+        ("null", FIELDS),
+        ('{"sentence": "a _ b", "option1": "x", "option2": "y"}', FIELDS),
+        ("\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1200])
+def test_damaged_lines_are_one_sentence(line, reason, first, sets, tmp_path, capfd, caplog):
+    """Of 1,267 lines as they should be. `datasets` logs a line of its own for some, and ends the process for `null`."""
+    lines = [json.dumps(item) for item in items(sets, "winogrande")]
+    path = tmp_path / "winogrande_xl_validation.jsonl"
+    path.write_text("\n".join([*lines[:first], *[line] * (1267 - first)]), encoding="latin-1")
+    with pytest.raises(TaskError) as error:
+        load_tasks("winogrande", [tmp_path], 0)
+    assert str(error.value) == f"{path} is damaged (line {first + 1}: {reason}): remove it, and get it again"
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_damaged_data_of_another_task_is_one_sentence(tmp_path, monkeypatch, capfd, caplog):
+    """Its reason is that of the reader, and not that there was an error."""
+    (tmp_path / "data.jsonl").write_text("garbage\n" * 3)
+    task = {"task": "own", "dataset_path": "json", "validation_split": "validation", "doc_to_text": "x"}
+    files = {"dataset_kwargs": {"data_files": {"validation": str(tmp_path / "data.jsonl")}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(task | files))
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    with pytest.raises(TaskError) as error:
+        load_tasks("own", [], 0)
+    reason = "JSON parse error: Invalid value. in row 0"
+    assert str(error.value) == f"the data of eval.tasks=own cannot be loaded ({reason})"
+    assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 @pytest.mark.slow
