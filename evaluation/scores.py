@@ -40,8 +40,7 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     `acc` and `acc_stderr`. Each number is an int or a finite float, as it is when it is read from a file.
 
     Raises:
-        TaskError: there are fewer solved examples than `num_fewshot`, the model does not support the task, or the
-            task's own code fails.
+        TaskError: the model does not support the task, or the task's own code fails.
     """
     from lm_eval import evaluate
 

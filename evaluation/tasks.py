@@ -11,6 +11,7 @@ import logging
 import lzma
 import random
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -161,6 +162,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     other items.
 
     Raises:
+        ConfigError: a task has fewer solved examples than `num_fewshot`.
         TaskError: the task is unknown, or its data cannot be loaded.
     """
     import datasets
@@ -201,8 +203,30 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     for task_name, task in loaded["tasks"].items():
         if task_name in SETS:
             _check_published(task_name, task, str(file or "the hub"))
+        _check_num_fewshot(task_name, task, num_fewshot)
         task.set_config(key="num_fewshot", value=num_fewshot)
     return loaded
+
+
+def _check_num_fewshot(name: str, task: Any, num_fewshot: int) -> None:
+    """Raise `ConfigError` if a task has fewer solved examples, without the item that is evaluated."""
+    from lm_eval.api.task import ConfigurableTask
+
+    if num_fewshot == 0 or not isinstance(task, ConfigurableTask):
+        return
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    item = task.eval_docs[0] if task.fewshot_cfg.split == task.config.test_split else None  # as in `fewshot_context`
+
+    def can_draw(number: int) -> bool:
+        try:
+            return len(task.sampler.sample(n=number, eval_doc=item)) == number
+        except (AssertionError, AttributeError, ValueError):  # as samplers raise them, or a task without a sampler
+            return False
+
+    if not can_draw(num_fewshot):
+        most = bisect_left(range(num_fewshot), True, key=lambda number: not can_draw(number + 1))
+        allowed = f"at most {most:,} for {name}, which has no more solved examples"
+        raise ConfigError("eval.num_fewshot", num_fewshot, allowed)
 
 
 def sample(items: int, limit: int | None, seed: int) -> list[int] | None:

@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from common.errors import ConfigError
+from evaluation.language_model import LlamaLM
+from evaluation.scores import score_task
 from evaluation.tasks import TaskError, check_data_dir, data_file, data_folders, load_tasks, sample
 from tests.evaluation.conftest import items
+from tests.evaluation.known_models import CPU, Uniform
 from tests.helpers import SLOW
 
 
@@ -148,6 +151,60 @@ def test_damaged_data_of_another_task_is_one_sentence(tmp_path, monkeypatch, cap
     reason = "JSON parse error: Invalid value. in row 0"
     assert str(error.value) == f"the data of eval.tasks=own cannot be loaded ({reason})"
     assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_more_solved_examples_than_there_are_are_refused(sets):
+    """Of 1,267 items, the item that is evaluated is no example."""
+    load_tasks("winogrande", [sets], 1266)
+    for number in (1267, 5000):
+        with pytest.raises(ConfigError) as error:
+            load_tasks("winogrande", [sets], number)
+        allowed = "it must be at most 1,266 for winogrande, which has no more solved examples"
+        assert str(error.value) == f"eval.num_fewshot={number} is not allowed: {allowed}"
+
+
+OWN = {
+    "task": "own",
+    "dataset_path": "json",
+    "validation_split": "validation",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": ["a", "b"],
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("splits", "available"),
+    [
+        ({}, 3),
+        ({"training_split": "train"}, 5),
+        ({"fewshot_split": "train"}, 6),
+        ({"fewshot_config": {"split": "train", "sampler": "first_n"}}, 6),
+        ({"fewshot_split": "validation", "test_split": "validation"}, 3),
+        ({"fewshot_config": {"samples": [{"question": "?", "answer": 0}] * 2}, "test_split": "validation"}, 2),
+    ],
+)
+def test_number_of_solved_examples_is_what_lm_eval_can_draw(splits, available, tokenizer, tmp_path, monkeypatch):
+    """The oracle is lm-eval's own evaluation, of a task of 4 items and a training set of 6. It may draw one more."""
+    for split, count in (("validation", 4), ("train", 6)):
+        rows = [json.dumps({"question": f"{split} {number}", "answer": 0}) for number in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("validation", "train")}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**OWN, "dataset_kwargs": {"data_files": files}, **splits}))
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    model = LlamaLM(Uniform(tokenizer.size, []), tokenizer, CPU)
+    assert score_task(model, "own", load_tasks("own", [], available), None, 0)["items"] == 4
+    with pytest.raises(
+        ConfigError, match=f"^eval.num_fewshot=9 is not allowed: it must be at most {available} for own"
+    ):
+        load_tasks("own", [], 9)
+    loaded = load_tasks("own", [], available)
+    loaded["tasks"]["own"].set_config(key="num_fewshot", value=available + 1)
+    with pytest.raises(TaskError):
+        score_task(model, "own", loaded, None, 0)
 
 
 @pytest.mark.slow

@@ -301,6 +301,14 @@ def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, se
     assert not (tmp_path / "cache").exists() and not [*(tmp_path / "runs").glob("*/*/metrics.jsonl")]
 
 
+def test_more_solved_examples_than_there_are_are_refused_before_any_work(tmp_path):
+    config = compose_config("trainer.eval_every=5", "eval.tasks=[last_word]", "eval.num_fewshot=[0,1728]")
+    with pytest.raises(ConfigError) as error:
+        load_run_tasks(config)
+    allowed = "it must be at most 1,727 for last_word, which has no more solved examples"
+    assert str(error.value) == f"eval.num_fewshot=1728 is not allowed: {allowed}"
+
+
 def scored_last_words(limit: int, tmp_path: Path, filter_name: str = "none") -> tuple[dict, str, dict]:
     """Return a uniform model's score on some last words during training, what is printed, and what is logged."""
     config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")

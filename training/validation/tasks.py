@@ -31,7 +31,7 @@ def load_run_tasks(config: Config) -> LoadedTasks:
     """Return the tasks that a run is evaluated on while it trains: none if `trainer.eval_every` is null.
 
     Raises:
-        ConfigError: `eval.data_dir` lacks the data of a task.
+        ConfigError: `eval.data_dir` lacks the data of a task, or a task has too few examples for `eval.num_fewshot`.
         TaskError: a task is unknown, or its data cannot be read.
     """
     if config.trainer.eval_every is None:
