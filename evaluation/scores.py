@@ -3,9 +3,11 @@
 import glob
 import hashlib
 import json
+import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     drawn = {task_name: sample(len(task.eval_docs), limit, seed) for task_name, task in loaded["tasks"].items()}
     samples = {task_name: items for task_name, items in drawn.items() if items is not None}
     try:
-        results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
+        with _quiet_bootstrap():
+            results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
     except (TaskError, EvaluationInterrupted):
         raise
     except Exception as error:  # from the draw of examples, the task's own code, or a model that does not support it
@@ -69,6 +72,27 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
         if key not in ("sample_len", "sample_count") and (number := _plain_number(value)) is not None
     }
     return {"items": sum(counts), "drawn": bool(samples), "task_version": results["versions"].get(name), **numbers}
+
+
+@contextmanager
+def _quiet_bootstrap() -> Iterator[None]:
+    """Let lm-eval draw its bootstrap samples in this process, without the line that it prints for each metric.
+
+    The samples are one chunk, which its pool of processes, one for each CPU, computes in one of them.
+    """
+    from lm_eval.api import metrics
+
+    names, variable = vars(metrics), "DISABLE_MULTIPROC"
+    before = os.environ.get(variable)
+    names["print"], os.environ[variable] = lambda *_, **__: None, "1"
+    try:
+        yield
+    finally:
+        names.pop("print", None)
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def stderr_of(metric: str) -> str:

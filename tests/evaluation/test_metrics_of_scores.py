@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api import metrics
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.console import Console
 from evaluation.language_model import LlamaLM
 from evaluation.scores import Scores, score_key, score_task
 from evaluation.table import metrics_of, print_scores
+from evaluation.tasks import TaskError
 from tests.evaluation.known_models import CPU, Oracle
 
 
@@ -73,6 +76,23 @@ def test_metric_of_a_filter_is_shown_with_its_error(group, first):
     score = {**score_key("four", 0, None, 0, 20, "float32"), **results}
     assert metrics_of([score]) == ["acc,strict-match"] and results["acc_stderr,strict-match"] == 0.25
     assert "acc,strict-match %" in shown(score) and "25.00 ± 25.00" in shown(score)
+
+
+def test_bootstrap_prints_nothing_and_is_lm_evals(group, first, capfd, monkeypatch):
+    """The error of a perplexity is bootstrapped. The model's own lines, and errors of the metric, are not hidden."""
+    task = group["tasks"]["four"]
+    task.process_results = lambda item, results: {"ppl": -float(item["answer"])}
+    task.aggregation = lambda: {"ppl": metrics.perplexity}
+    loaded = {**group, "tasks": {"four": task}, "groups": {}}
+    names = {**vars(metrics)}
+    monkeypatch.setattr(first, "loglikelihood", lambda requests: print("asked") or [(0.0, True) for _ in requests])
+    results = score_task(first, "four", loaded, None, 0)
+    assert capfd.readouterr().out == "asked\n" and vars(metrics) == names and "DISABLE_MULTIPROC" not in os.environ
+    assert results["ppl_stderr"] == metrics.bootstrap_stderr(metrics.perplexity, [0.0, -1.0, -1.0, -1.0], 1000)
+    monkeypatch.setattr(task, "aggregation", lambda: {"ppl": lambda items: 1 / 0})
+    with pytest.raises(TaskError, match="ZeroDivisionError"):
+        score_task(first, "four", loaded, None, 0)
+    assert vars(metrics) == names
 
 
 @pytest.mark.parametrize(
