@@ -309,19 +309,43 @@ def test_more_solved_examples_than_there_are_are_refused_before_any_work(tmp_pat
     assert str(error.value) == f"eval.num_fewshot=1728 is not allowed: {allowed}"
 
 
-def scored_last_words(limit: int, tmp_path: Path, filter_name: str = "none") -> tuple[dict, str, dict]:
-    """Return a uniform model's score on some last words during training, what is printed, and what is logged."""
+def evaluate_last_words(
+    limit: int, tmp_path: Path, filter_name: str = "none", error: Exception | None = None
+) -> tuple[str, dict]:
+    """Score a uniform model on some last words twice after a step; return what is printed, and what is logged.
+
+    The first filter has a name. An error is raised by the task's own code.
+    """
     config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")
     tokenizer = train_tokenizer(["the union of the states"], 300)
     output, logged = io.StringIO(), {}
     report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
     tasks = load_run_tasks(config)
-    for loaded in tasks.values():
-        loaded["tasks"]["last_word"]._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
+    (task,) = (loaded["tasks"]["last_word"] for loaded in tasks.values())
+    task._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
+    if error is not None:
+
+        def fail(item: dict, results: list) -> dict:
+            raise error
+
+        task.process_results = fail
     evaluator = TaskEvaluator(RunDir(tmp_path), config, tasks, tokenizer, lambda: False, report)
-    evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
+    for _ in range(2):  # as after the last step
+        evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
+    return output.getvalue(), logged
+
+
+def scored_last_words(limit: int, tmp_path: Path, filter_name: str = "none") -> tuple[dict, str, dict]:
+    """Return a uniform model's score on some last words during training, what is printed, and what is logged."""
+    printed, logged = evaluate_last_words(limit, tmp_path, filter_name)
     (score,) = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
-    return score, output.getvalue(), logged
+    return score, printed, logged
+
+
+def test_task_that_cannot_be_scored_after_a_step_is_reported_once(tmp_path):
+    printed, logged = evaluate_last_words(3, tmp_path, error=KeyError("word"))
+    message = "after step 5: last_word: eval.tasks=last_word cannot be scored (KeyError 'word')"
+    assert [line for line in printed.splitlines() if "answers" not in line] == [message] and logged == {}
 
 
 def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):

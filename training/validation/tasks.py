@@ -59,6 +59,7 @@ class TaskEvaluator:
         self.every = self.config.trainer.eval_every
         self.dtype = "float32" if self.config.trainer.precision == "32-true" else "training"
         self._cache: ResponseCache | None = None  # on rank 0
+        self._failed: list[dict[str, Any]] = []  # keys of scores; read on rank 0
 
     def start(self, step: int) -> None:
         """Drop the scores of later steps than the one that the run resumes from: they will be computed again."""
@@ -70,7 +71,7 @@ class TaskEvaluator:
         return self.every is not None and step % self.every == 0
 
     def evaluate(self, step: int, model: Llama, device: torch.device) -> None:
-        """Score the tasks after a step, except those that have a score. All processes call it.
+        """Score the tasks after a step, except those that have a score or could not be scored. All processes call it.
 
         If training is to stop, it raises `EvaluationInterrupted`.
         """
@@ -92,6 +93,7 @@ class TaskEvaluator:
         try:
             score = score_task(cached, name, task, limit, seed)
         except TaskError as error:
+            self._failed.append(key)
             self.report.console.print(f"after step {step}: {name}: {error}")
             return
         if rank() == 0:
@@ -108,9 +110,9 @@ class TaskEvaluator:
             )
 
     def _known_responses(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the responses of an interrupted evaluation; `None` if there is a score."""
+        """Return the responses of an interrupted evaluation; `None` if there is a score, or there can be none."""
         scores = self._scores()
-        if scores.find(key) is not None:
+        if key in self._failed or scores.find(key) is not None:
             return None
         self._cache = None
         with self.report.tolerate_io_errors():
