@@ -25,7 +25,7 @@ class EvalConfig(Settings):
     seed: int = 0
     """Seed of the draw."""
     data_dir: Folder | None = None
-    """Folder with the validation sets of HellaSwag and WinoGrande; null: from `make eval-data`, or the hub."""
+    """Folder with the sets of HellaSwag and WinoGrande that `tasks` need; null: from `make eval-data`, or the hub."""
     batch_tokens: Count | None = None
     """Tokens computed at once; null: 1,024 on a CPU, 65,536 on a GPU."""
 

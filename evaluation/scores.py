@@ -3,7 +3,11 @@
 import glob
 import hashlib
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,11 +39,10 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     """Return the results of lm-eval's `LM`, or an object with its methods, on a task or group from `load_tasks`.
 
     They are `items`, whether they were `drawn`, `task_version`, and the metrics, each with its standard error, such as
-    `acc` and `acc_stderr`.
+    `acc` and `acc_stderr`. Each number is an int or a finite float, as it is when it is read from a file.
 
     Raises:
-        TaskError: there are fewer solved examples than `num_fewshot`, the model does not support the task, or the
-            task's own code fails.
+        TaskError: the model does not support the task, or the task's own code fails.
     """
     from lm_eval import evaluate
 
@@ -48,7 +51,8 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
     drawn = {task_name: sample(len(task.eval_docs), limit, seed) for task_name, task in loaded["tasks"].items()}
     samples = {task_name: items for task_name, items in drawn.items() if items is not None}
     try:
-        results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
+        with _quiet_bootstrap():
+            results: Any = evaluate(model, loaded, samples=samples or None, log_samples=False, bootstrap_iters=1000)
     except (TaskError, EvaluationInterrupted):
         raise
     except Exception as error:  # from the draw of examples, the task's own code, or a model that does not support it
@@ -62,10 +66,53 @@ def score_task(model: Any, name: str, loaded: dict[str, Any], limit: int | None,
         raise TaskError(f"eval.tasks={name} cannot be scored ({reason})") from error
     counts = [count["effective"] for count in results["n-samples"].values()]
     metrics = results["groups"][name] if name in results.get("groups", {}) else results["results"][name]
-    numbers = {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}
-    for key in ("sample_len", "sample_count"):
-        numbers.pop(key, None)
+    numbers = {
+        key.removesuffix(",none"): number
+        for key, value in metrics.items()
+        if key not in ("sample_len", "sample_count") and (number := _plain_number(value)) is not None
+    }
     return {"items": sum(counts), "drawn": bool(samples), "task_version": results["versions"].get(name), **numbers}
+
+
+@contextmanager
+def _quiet_bootstrap() -> Iterator[None]:
+    """Let lm-eval draw its bootstrap samples in this process, without the line that it prints for each metric.
+
+    The samples are one chunk, which its pool of processes, one for each CPU, computes in one of them.
+    """
+    from lm_eval.api import metrics
+
+    names, variable = vars(metrics), "DISABLE_MULTIPROC"
+    before = os.environ.get(variable)
+    names["print"], os.environ[variable] = lambda *_, **__: None, "1"
+    try:
+        yield
+    finally:
+        names.pop("print", None)
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def stderr_of(metric: str) -> str:
+    """Return the name of a metric's standard error: lm-eval writes that of `a,filter` as `a_stderr,filter`."""
+    name, comma, of_filter = metric.partition(",")
+    return f"{name}_stderr{comma}{of_filter}"
+
+
+def is_stderr(name: str) -> bool:
+    """Return whether a name is that of a standard error."""
+    return name.partition(",")[0].endswith("_stderr")
+
+
+def _plain_number(value: Any) -> int | float | None:
+    """Return a number of Python, NumPy or torch as one of JSON; `None` for anything else, or if it is not finite."""
+    with suppress(AttributeError, ValueError, RuntimeError):
+        value = value.item()  # of an array, tensor or scalar with one element
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None
+    return int(value) if isinstance(value, int) else float(value)
 
 
 class Scores:

@@ -11,14 +11,16 @@ import logging
 import lzma
 import random
 import tempfile
-from collections.abc import Sequence
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from common.errors import UserError, one_line
+from common.errors import ConfigError, UserError, one_line
+from common.reading import MOST_LINE, parse_json
 from evaluation import last_word
 
 #: Seed of the draw of solved examples, lm-eval's own default.
@@ -67,23 +69,70 @@ class TaskError(UserError):
 
 
 def data_file(folder: Path, task: str) -> Path | None:
-    """Return the validation set of a task in a folder; `None` if there is none, `TaskError` if it is damaged."""
-    for suffix in (".jsonl", ".jsonl.xz"):
-        path = folder / f"{SETS[task].file}{suffix}"
+    """Return the validation set of a task in a folder; `None` if there is none.
+
+    Raises:
+        TaskError: it cannot be read, or has not the items that were published. Of some lines that are no objects,
+            the library that reads the items later does not only fail: it ends the process.
+    """
+    for path in _candidates(folder, task):
         if path.is_file():
             try:
-                with lzma.open(path, "rb") if suffix == ".jsonl.xz" else path.open("rb") as lines:
-                    items = sum(1 for line in lines if line.strip())
+                with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as lines:
+                    _check_lines(iter(partial(lines.readline, MOST_LINE), b""), task, path)
             except (OSError, EOFError, lzma.LZMAError) as error:
                 raise TaskError(f"{path} cannot be read ({error}): remove it, and get it again") from error
-            _check_count(items, task, str(path))
             return path
     return None
 
 
+def _check_lines(lines: Iterable[bytes], task: str, path: Path) -> None:
+    """Raise `TaskError` unless lines of JSON are the items of the published validation set of a task."""
+    items, problem, digest = 0, "", hashlib.sha256()
+    fields = SETS[task].fields
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        items += 1
+        try:
+            item = parse_json(line)
+            if not (isinstance(item, dict) and item.keys() >= {*fields}):
+                raise ValueError(f"not an object with {', '.join(fields)}")
+            digest.update(_line_of(item, fields))
+        except ValueError as error:
+            problem = problem or f"line {number}: {one_line(error, 200)}"
+    _check_count(items, task, str(path))
+    if problem:
+        raise TaskError(f"{path} is damaged ({problem}): remove it, and get it again")
+    _check_digest(digest.hexdigest(), task, str(path))
+
+
 def data_folders(data_dir: str | None, cache: str) -> list[Path]:
-    """Return the folders that may have the validation sets: `data_dir`, and where scripts/eval_data.py writes them."""
-    return [Path(folder) for folder in (data_dir, Path(cache, "eval")) if folder is not None]
+    """Return the folder of the validation sets: `data_dir`, or if it is null where scripts/eval_data.py writes them."""
+    return [Path(cache, "eval") if data_dir is None else Path(data_dir)]
+
+
+def check_data_dir(data_dir: str | None, tasks: Sequence[str]) -> None:
+    """Raise `ConfigError` unless `data_dir` is null, or a folder with the validation set of each task that has one."""
+    if data_dir is None:
+        return
+    folder, problem = Path(data_dir), ""
+    try:
+        if not folder.is_dir():
+            problem = "is a file" if folder.exists() else "does not exist"
+        for task in dict.fromkeys(task for task in tasks if task in SETS):
+            if not problem and not any(path.is_file() for path in _candidates(folder, task)):
+                problem = f"has no {SETS[task].file}.jsonl, and no {SETS[task].file}.jsonl.xz"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    if problem:
+        allowed = "it must be a folder with the validation sets of the tasks"
+        raise ConfigError("eval.data_dir", data_dir, problem=f"{problem}: {allowed}")
+
+
+def _candidates(folder: Path, task: str) -> list[Path]:
+    """Return the files that the validation set of a task may be in."""
+    return [folder / f"{SETS[task].file}{suffix}" for suffix in (".jsonl", ".jsonl.xz")]
 
 
 @cache
@@ -113,6 +162,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     other items.
 
     Raises:
+        ConfigError: a task has fewer solved examples than `num_fewshot`.
         TaskError: the task is unknown, or its data cannot be loaded.
     """
     import datasets
@@ -121,6 +171,7 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     # Silence what lm-eval and the hub's libraries log about settings that are intended, and their progress bars.
     for library in ("lm_eval", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as errors, it raises too
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # each opening of a local file would send a request
     file = next((path for folder in folders if (path := data_file(folder, name))), None) if name in SETS else None
@@ -140,7 +191,9 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
         raise
     except Exception as error:  # from the hub, its libraries, or definitions that need more packages
         sources = f": {DATA_SOURCES}" if name in SETS else ""
-        raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({one_line(error, 200)}){sources}") from error
+        is_generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # the reason is in its cause
+        reason = one_line(error.__cause__ if is_generic and error.__cause__ else error, 200)
+        raise TaskError(f"the data of eval.tasks={name} cannot be loaded ({reason}){sources}") from error
     if name not in loaded["tasks"]:
         group = loaded["groups"].get(name)
         if group is None or not group.aggregate_metric_list:
@@ -150,8 +203,30 @@ def load_tasks(name: str, folders: Sequence[Path], num_fewshot: int) -> dict[str
     for task_name, task in loaded["tasks"].items():
         if task_name in SETS:
             _check_published(task_name, task, str(file or "the hub"))
+        _check_num_fewshot(task_name, task, num_fewshot)
         task.set_config(key="num_fewshot", value=num_fewshot)
     return loaded
+
+
+def _check_num_fewshot(name: str, task: Any, num_fewshot: int) -> None:
+    """Raise `ConfigError` if a task has fewer solved examples, without the item that is evaluated."""
+    from lm_eval.api.task import ConfigurableTask
+
+    if num_fewshot == 0 or not isinstance(task, ConfigurableTask):
+        return
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    item = task.eval_docs[0] if task.fewshot_cfg.split == task.config.test_split else None  # as in `fewshot_context`
+
+    def can_draw(number: int) -> bool:
+        try:
+            return len(task.sampler.sample(n=number, eval_doc=item)) == number
+        except (AssertionError, AttributeError, ValueError):  # as samplers raise them, or a task without a sampler
+            return False
+
+    if not can_draw(num_fewshot):
+        most = bisect_left(range(num_fewshot), True, key=lambda number: not can_draw(number + 1))
+        allowed = f"at most {most:,} for {name}, which has no more solved examples"
+        raise ConfigError("eval.num_fewshot", num_fewshot, allowed)
 
 
 def sample(items: int, limit: int | None, seed: int) -> list[int] | None:
@@ -196,12 +271,20 @@ def _check_published(name: str, task: Any, source: str) -> None:
     _check_count(len(task.eval_docs), name, source)
     digest = hashlib.sha256()
     for row in task.dataset["validation"]:
-        values = [row.get(field) for field in SETS[name].fields]
-        digest.update((json.dumps(values, ensure_ascii=False) + "\n").encode())
-    if digest.hexdigest() != SETS[name].sha256:
+        digest.update(_line_of(row, SETS[name].fields))
+    _check_digest(digest.hexdigest(), name, source)
+
+
+def _line_of(item: Mapping[str, Any], fields: Sequence[str]) -> bytes:
+    """Return the fields of an item as a line of JSON."""
+    return (json.dumps([item.get(field) for field in fields], ensure_ascii=False) + "\n").encode()
+
+
+def _check_digest(digest: str, task: str, source: str) -> None:
+    if digest != SETS[task].sha256:
         raise TaskError(
-            f"{source} has other items than the validation set of {name} as it was published "
-            f"(sha256 {digest.hexdigest()[:12]}): get it again"
+            f"{source} has other items than the validation set of {task} as it was published "
+            f"(sha256 {digest[:12]}): get it again"
         )
 
 

@@ -39,7 +39,7 @@ def split_long(text: Text, context: int) -> list[Text]:
 
 
 class Score(NamedTuple):
-    """Score of the end of a text: its log-likelihood in nats, and whether each token is the most likely one."""
+    """Score of the end of a text: its log-likelihood in nats, and whether each token is the greedy one."""
 
     log_likelihood: float
     greedy: bool

@@ -31,7 +31,7 @@ from evaluation.config import EvalConfig
 from evaluation.evaluator import EvaluatedModel, Evaluator, hugging_face_model
 from evaluation.scores import SCORES, Scores
 from evaluation.table import print_scores
-from evaluation.tasks import TaskError, data_folders
+from evaluation.tasks import TaskError, check_data_dir, data_folders
 from models.config import WeightDtype
 from scripts._held import held
 from training.checkpoint.format import fingerprint
@@ -75,10 +75,7 @@ class EvaluateConfig(Settings):
         if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             allowed = "it must be auto, cpu, or cuda where torch sees a GPU"
             raise ConfigError("device", self.device, problem=f"is not possible: {allowed}")
-        data_dir = self.eval.data_dir
-        if data_dir is not None and not Path(data_dir).is_dir():
-            problem = "does not exist: it must be a folder with the validation sets"
-            raise ConfigError("eval.data_dir", data_dir, problem=problem)
+        check_data_dir(self.eval.data_dir, self.eval.tasks)
         return self
 
     @property

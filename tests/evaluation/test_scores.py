@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
 from common.errors import UserError
 from evaluation.language_model import LlamaLM
@@ -149,29 +147,6 @@ def test_fewshot_examples_are_the_same_each_time(load, tokenizer):
         score_task(recorder, "winogrande", loaded, 20, 0)
     first, second = recorder.recorded
     assert list(first) == list(second)
-    with pytest.raises(TaskError, match=r"eval.tasks=winogrande cannot be scored \(Sample larger than population"):
-        score_task(recorder, "winogrande", load("winogrande", 5000), LIMIT, 0)
-
-
-def test_group_score_is_the_mean_of_its_tasks(tokenizer, tmp_path):
-    """The group has two tasks of local data, on which the model scores 1 of 4 and 1 of 2."""
-    for name, answers in (("four", [0, 1, 1, 1]), ("two", [0, 1])):
-        rows = [{"question": "Which", "answer": answer} for answer in answers]
-        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
-        files = {"data_files": {"validation": f"{tmp_path}/{name}.json"}}
-        task = {
-            "task": name, "dataset_path": "json", "dataset_kwargs": files,
-            "validation_split": "validation", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-            "doc_to_choice": ["first", "second"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
-        }  # fmt: skip
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
-    metrics = [{"metric": "acc", "weight_by_size": True}]
-    group = {"group": "both", "task": ["four", "two"], "aggregate_metric_list": metrics}
-    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
-    loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["both"])
-    known = tokenizer.tokenizer.encode("Which first").ids
-    results = score_task(LlamaLM(Oracle(tokenizer.size, [known]), tokenizer, CPU), "both", loaded, None, 0)
-    assert results["items"] == 6 and results["acc"] == pytest.approx(2 / 6) and not results["drawn"]
 
 
 def cached(model, cache: ResponseCache) -> CachedLM:

@@ -1,8 +1,11 @@
 """Scores in the terminal: percent with standard errors, one model or several."""
 
 import io
+import itertools
 import math
+import re
 
+import pytest
 from rich.console import Console
 
 from evaluation.table import print_scores
@@ -59,6 +62,48 @@ def test_models_whose_names_have_no_room_are_numbered():
     assert lines[:2] == [f" 1  {names[0]}", f" 2  {names[1]}"]
     assert cells(lines, "2") == ["2", "25.00 ± 1.00", "25.00 ± 1.00"]
     assert all(len(line) <= 80 for line in lines)
+
+
+def read(lines: list[str]) -> dict[tuple[str, str], str]:
+    """Return the cells of all tables by the name of the row, and by the header without its spaces."""
+    titles = dict(match.groups() for line in lines if (match := re.match(r" ?(\d+)  (.*)", line)))
+    found, header, body = {}, [], []
+    for line in lines:
+        if line[0] == "┃":
+            header.append([cell.strip() for cell in line.strip("┃").split("┃")])
+        elif line[0] == "│":
+            body.append([cell.strip() for cell in line.strip("│").split("│")])
+        elif line[0] == "└":
+            columns = ["".join(parts).replace(" ", "") for parts in zip(*header, strict=True)]
+            names = 3 if columns[0] == "task" else 1
+            for row in body:
+                name = "{}, {} shots, {} items".format(*row[:3]) if names == 3 else titles.get(row[0], row[0])
+                found |= {(name, column): cell for column, cell in zip(columns[names:], row[names:], strict=True)}
+            header, body = [], []
+    return found
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+@pytest.mark.parametrize("width", [40, 60, 80, 81, 120, 400])
+def test_no_width_cuts_or_loses_anything(models, tasks, width):
+    names = [f"paper-micro/pico-tied-zclip-lr0.01-seed{seed}-061311ca" for seed in range(models)]
+    task_names = ["hellaswag", "mmlu_flan_n_shot_generative_high_school_geography", "a", "winogrande"][:tasks]
+    rows, expected = [], {}
+    for name, task, shots in itertools.product(names, task_names, (0, 5)):
+        acc, big = 0.01 * len(rows), float(f"{len(rows)}e300")
+        results = {"acc": acc, "acc_stderr": acc / 2, "perplexity": big}
+        results |= {"exact_match,flexible-extract": acc, "exact_match_stderr,flexible-extract": 0.02}
+        rows.append(row(name, task, shots, drawn=True, **results))
+        cells = [f"{100 * acc:.2f} ± {50 * acc:.2f}", f"{big:.4g}" if big else "0.00", f"{100 * acc:.2f} ± 2.00"]
+        for column, cell in zip(("acc%", "perplexity", "exact_match,flexible-extract%"), cells, strict=True):
+            if models == 1:
+                expected[f"{task}, {shots} shots, 1,267 drawn items", column] = cell
+            else:
+                expected[name, f"{task}{shots}shots{column}"] = cell
+    lines = printed(*rows, width=width)
+    assert read(lines) == expected
+    assert max(len(line) for line in lines if line[0] in "┏┃┡│├└") <= width
 
 
 def test_no_scores_print_nothing():

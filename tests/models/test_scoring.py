@@ -69,6 +69,25 @@ def test_scores_equal_those_of_single_texts(model, batch_tokens):
     assert {score.greedy for score in scores.values()} == {True, False}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["uniform", "in pairs", "drawn"])
+def test_first_of_equally_likely_tokens_is_greedy(head, dtype):
+    """The oracle is `torch.argmax` over all logits. A collapsed model is no good one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    model = Llama(LlamaConfig(**sizes, **heads)).to(dtype).eval()
+    with torch.no_grad():
+        if head == "uniform":
+            model.lm_head.weight.zero_()
+        elif head == "in pairs":
+            model.lm_head.weight[1::2] = model.lm_head.weight[:-1:2]
+        logits = model(torch.tensor([[5, 6, 7]]))[0, -1]
+    scores = score(model, [Text([5, 6, 7, token], 1) for token in range(97)], 64, torch.device("cpu"))
+    assert [token for token in range(97) if scores[token].greedy] == [int(logits.argmax())]
+    assert head == "drawn" or (logits == logits.max()).sum() > 1, "there is a tie"
+
+
 def test_common_prefix_is_packed_once():
     prefix = list(range(10))
     (group,) = group_by_prefix([Text([*prefix, 50, 51, 52], 3), Text([*prefix, 60, 61], 2), Text([*prefix, 70], 1)], 99)

@@ -160,6 +160,9 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
     assert [numbers(score) for score in complete] == [numbers(score) for score in killed]
 
 
+DATA_DIR = "it must be a folder with the validation sets of the tasks"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -169,7 +172,13 @@ def test_killed_evaluation_resumes(runs, sets, tmp_path):
         ("eval.tasks=hellaswag", "eval.tasks=hellaswag is not allowed: it must be a list of tasks, as [hellaswag]"),
         ("eval.limit=0", "eval.limit=0 is not allowed: it must be an integer from 1, or null"),
         ("eval.num_fewshot=-1", "eval.num_fewshot=-1 is not allowed: it must be integers from 0, as 0 or [0,5]"),
-        ("eval.data_dir=nowhere", "eval.data_dir=nowhere does not exist: it must be a folder with the validation sets"),
+        ("eval.data_dir=nowhere", f"eval.data_dir=nowhere does not exist: {DATA_DIR}"),
+        ("eval.data_dir=notes", f"eval.data_dir=notes is a file: {DATA_DIR}"),
+        (
+            "eval.data_dir=. eval.tasks=[last_word,winogrande]",
+            "eval.data_dir=. has no winogrande_xl_validation.jsonl, and no winogrande_xl_validation.jsonl.xz: "
+            f"{DATA_DIR}",
+        ),
         ("eval.num_fewshot=[]", "eval.num_fewshot=[] is not allowed: it must be integers from 0, as 0 or [0,5]"),
         (
             "run={a:1}",

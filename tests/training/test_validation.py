@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lm_eval.filters import build_filter_ensemble
 from rich.console import Console
 
 from common.errors import ConfigError
@@ -260,6 +261,33 @@ def test_unknown_task_is_refused_before_any_work(settings, refusal, checked, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("data_dir", "problem"),
+    [
+        ("nowhere", "does not exist"),
+        ("file", "is a file"),
+        (".", "has no winogrande_xl_validation.jsonl, and no winogrande_xl_validation.jsonl.xz"),
+    ],
+)
+def test_data_dir_without_the_sets_is_refused_before_any_work(
+    data_dir, problem, settings, refusal, checked, sets, tmp_path, monkeypatch
+):
+    """Also if the cache has them. The folder is not looked at if no task is scored while the run trains."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "eval").symlink_to(sets)
+    fresh = (*settings, f"paths.cache={tmp_path / 'cache'}", "eval.tasks=[winogrande]", f"eval.data_dir={data_dir}")
+    allowed = "it must be a folder with the validation sets of the tasks"
+    line = refusal(*fresh, "trainer.eval_every=5")
+    assert line == f"train.py: error: eval.data_dir={data_dir} {problem}: {allowed}"
+    config, _ = checked(*fresh)
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"eval_every": 5})})
+    with pytest.raises(ConfigError, match=r"^eval\.data_dir="):  # a process of it may be on another machine
+        load_run_tasks(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "cache"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [(), (*TWO, "trainer.strategy=ddp")])
 def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, settings, tmp_path):
@@ -273,14 +301,61 @@ def test_task_without_data_is_refused_before_the_text_is_tokenized(processes, se
     assert not (tmp_path / "cache").exists() and not [*(tmp_path / "runs").glob("*/*/metrics.jsonl")]
 
 
-def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
-    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", "eval.limit=1")
+def test_more_solved_examples_than_there_are_are_refused_before_any_work(tmp_path):
+    config = compose_config("trainer.eval_every=5", "eval.tasks=[last_word]", "eval.num_fewshot=[0,1728]")
+    with pytest.raises(ConfigError) as error:
+        load_run_tasks(config)
+    allowed = "it must be at most 1,727 for last_word, which has no more solved examples"
+    assert str(error.value) == f"eval.num_fewshot=1728 is not allowed: {allowed}"
+
+
+def evaluate_last_words(
+    limit: int, tmp_path: Path, filter_name: str = "none", error: Exception | None = None
+) -> tuple[str, dict]:
+    """Score a uniform model on some last words twice after a step; return what is printed, and what is logged.
+
+    The first filter has a name. An error is raised by the task's own code.
+    """
+    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")
     tokenizer = train_tokenizer(["the union of the states"], 300)
     output, logged = io.StringIO(), {}
     report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
     tasks = load_run_tasks(config)
+    (task,) = (loaded["tasks"]["last_word"] for loaded in tasks.values())
+    task._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
+    if error is not None:
+
+        def fail(item: dict, results: list) -> dict:
+            raise error
+
+        task.process_results = fail
     evaluator = TaskEvaluator(RunDir(tmp_path), config, tasks, tokenizer, lambda: False, report)
-    evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
+    for _ in range(2):  # as after the last step
+        evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
+    return output.getvalue(), logged
+
+
+def scored_last_words(limit: int, tmp_path: Path, filter_name: str = "none") -> tuple[dict, str, dict]:
+    """Return a uniform model's score on some last words during training, what is printed, and what is logged."""
+    printed, logged = evaluate_last_words(limit, tmp_path, filter_name)
     (score,) = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
-    assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in output.getvalue()
+    return score, printed, logged
+
+
+def test_task_that_cannot_be_scored_after_a_step_is_reported_once(tmp_path):
+    printed, logged = evaluate_last_words(3, tmp_path, error=KeyError("word"))
+    message = "after step 5: last_word: eval.tasks=last_word cannot be scored (KeyError 'word')"
+    assert [line for line in printed.splitlines() if "answers" not in line] == [message] and logged == {}
+
+
+def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
+    score, printed, logged = scored_last_words(1, tmp_path)
+    assert f"after step 5: last_word (0 shots, 1 items): loss {score['loss']:.4g}, acc 0\n" in printed
     assert logged == {"last_word/loss": score["loss"], "last_word/acc": 0.0}
+
+
+def test_metric_of_a_filter_is_printed_with_its_standard_error(tmp_path):
+    score, printed, logged = scored_last_words(3, tmp_path, "first")
+    loss, error = score["loss,first"], score["loss_stderr,first"]
+    assert f"(0 shots, 3 items): loss,first {loss:.4g} ± {error:.2g}, acc,first 0 ± 0\n" in printed
+    assert logged == {"last_word/loss,first": loss, "last_word/acc,first": 0.0}

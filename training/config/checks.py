@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad
 
 from common.errors import ConfigError, UserError, one_line, prefix_errors, shown
 from data import Corpus, DataConfig, corpus_from
-from evaluation.tasks import check_names
+from evaluation.tasks import check_data_dir, check_names
 from models.config import ModelConfig
 from models.hugging_face import check_weights, config_of
 from models.llama import Llama
@@ -50,7 +50,7 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     if not (run_folder / "result.json").exists():  # a finished run is only shown
         if config.logger.name == "wandb":
             _check_wandb()
-        _check_lm_eval(config)
+        _check_tasks(config)
         check_folder("paths.runs", config.paths.runs, run_folder)
     check_cache(corpus, config.paths.cache)
 
@@ -199,10 +199,10 @@ def _check_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
             raise ConfigError(key, value, problem=problem)
 
 
-def _check_lm_eval(config: Config) -> None:
-    """Raise `UserError` if a task is evaluated that lm-eval lacks, or it is not installed: `make train` needs none.
+def _check_tasks(config: Config) -> None:
+    """Raise `UserError` if tasks are evaluated without lm-eval, which `make train` does not install, or one is unknown.
 
-    Their data is loaded later.
+    So it does if `eval.data_dir` lacks their data, which is loaded later.
     """
     every = config.trainer.eval_every
     if every is None:
@@ -210,6 +210,7 @@ def _check_lm_eval(config: Config) -> None:
     if find_spec("lm_eval") is None:
         problem = "needs lm-eval, which is not installed: run `make setup`"
         raise ConfigError("trainer.eval_every", every, problem=problem)
+    check_data_dir(config.eval.data_dir, config.eval.tasks)
     check_names(tuple(config.eval.tasks))
 
 

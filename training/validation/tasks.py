@@ -14,9 +14,9 @@ import torch
 from common.text import every
 from data import Tokenizer
 from evaluation.response_cache import CachedLM, ResponseCache
-from evaluation.scores import Scores, quarantine, score_key, score_task
+from evaluation.scores import Scores, quarantine, score_key, score_task, stderr_of
 from evaluation.table import metrics_of
-from evaluation.tasks import TaskError, data_folders, load_tasks
+from evaluation.tasks import TaskError, check_data_dir, data_folders, load_tasks
 from models import Llama
 from training.config.schema import Config
 from training.run_dir import RunDir
@@ -31,10 +31,12 @@ def load_run_tasks(config: Config) -> LoadedTasks:
     """Return the tasks that a run is evaluated on while it trains: none if `trainer.eval_every` is null.
 
     Raises:
+        ConfigError: `eval.data_dir` lacks the data of a task, or a task has too few examples for `eval.num_fewshot`.
         TaskError: a task is unknown, or its data cannot be read.
     """
     if config.trainer.eval_every is None:
         return {}
+    check_data_dir(config.eval.data_dir, config.eval.tasks)
     folders = data_folders(config.eval.data_dir, config.paths.cache)
     return {(name, num_fewshot): load_tasks(name, folders, num_fewshot) for name, num_fewshot in config.eval.requested}
 
@@ -57,6 +59,7 @@ class TaskEvaluator:
         self.every = self.config.trainer.eval_every
         self.dtype = "float32" if self.config.trainer.precision == "32-true" else "training"
         self._cache: ResponseCache | None = None  # on rank 0
+        self._failed: list[dict[str, Any]] = []  # keys of scores; read on rank 0
 
     def start(self, step: int) -> None:
         """Drop the scores of later steps than the one that the run resumes from: they will be computed again."""
@@ -68,7 +71,7 @@ class TaskEvaluator:
         return self.every is not None and step % self.every == 0
 
     def evaluate(self, step: int, model: Llama, device: torch.device) -> None:
-        """Score the tasks after a step, except those that have a score. All processes call it.
+        """Score the tasks after a step, except those that have a score or could not be scored. All processes call it.
 
         If training is to stop, it raises `EvaluationInterrupted`.
         """
@@ -90,6 +93,7 @@ class TaskEvaluator:
         try:
             score = score_task(cached, name, task, limit, seed)
         except TaskError as error:
+            self._failed.append(key)
             self.report.console.print(f"after step {step}: {name}: {error}")
             return
         if rank() == 0:
@@ -106,9 +110,9 @@ class TaskEvaluator:
             )
 
     def _known_responses(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the responses of an interrupted evaluation; `None` if there is a score."""
+        """Return the responses of an interrupted evaluation; `None` if there is a score, or there can be none."""
         scores = self._scores()
-        if scores.find(key) is not None:
+        if key in self._failed or scores.find(key) is not None:
             return None
         self._cache = None
         with self.report.tolerate_io_errors():
@@ -144,5 +148,5 @@ class TaskEvaluator:
 
 def _error(score: Mapping[str, Any], metric: str) -> str:
     """Return the standard error of a metric as text; nothing if it has none, as of a single item."""
-    error = score.get(f"{metric}_stderr")
+    error = score.get(stderr_of(metric))
     return "" if error is None else f" ± {error:.2g}"
