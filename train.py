@@ -65,7 +65,7 @@ from training.config.live import under_first_name, with_changes
 from training.config.own_rules import exits_as_errors
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
-from training.launch.plan import plan_table
+from training.launch.plan import plan_table, steps_done
 from training.launch.processes import launch
 from training.launch.sweep import CompletedJob, completed_jobs, config_search_overrides
 from training.run_dir import RunDir
@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> float | None:
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
         if config.plan:
-            make_console(soft_wrap=False).print(plan_table(config))
+            make_console(soft_wrap=False).print(plan_table(config, steps_done(config, run_dir)))
         elif config.print_run_dir:
             print(run_dir.path)
         else:

@@ -102,6 +102,12 @@ def fork_folder(config: Config, run_dir: RunDir) -> Path | None:
     return Path(match[1]) if "/" in match[1] else run_dir.path.parent / match[1]
 
 
+def fork_step(config: Config) -> int:
+    """Return the step that `fork_from` names; 0 if it names no folder and step."""
+    match = _FOLDER_AND_STEP.fullmatch(config.fork_from or "")
+    return 0 if match is None else int(match[2])
+
+
 def check_corruption(
     config: Config, old: Config, rewinds: list[dict[str, int]], step: int, impossible: Callable[[str], ConfigError]
 ) -> None:
@@ -133,7 +139,7 @@ def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSou
 
     if folder is None:
         raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
-    run_dir, step, new_data = RunDir(folder), int(fork_from.rpartition("@")[2]), config.fork_data == "new"
+    run_dir, step, new_data = RunDir(folder), fork_step(config), config.fork_data == "new"
     if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
