@@ -84,6 +84,8 @@ def main(cfg: DictConfig) -> float | None:
         launcher = hydra_cfg.runtime.choices["hydra/launcher"]
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
+        if (config.plan or config.print_run_dir) and hydra_cfg.mode == RunMode.RUN and run_dir.read_result() is None:
+            find_fork_source(config, run_dir)  # a sweep has checked its runs, and may train the other run first
         if config.plan:
             make_console(soft_wrap=False).print(plan_table(config, steps_done(config, run_dir)))
         elif config.print_run_dir:
@@ -133,7 +135,7 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
 def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
     """Say that a run is finished, and what its result may lack; draw it if its plot is missing."""
     console.print(f"finished already: {run_dir.path} (remove the folder to train it again)")
-    with suppress(UserError):  # the text or the tokenizer may be gone
+    with suppress(UserError, OSError):  # the text or the tokenizer may be gone
         if run_dir.data_folder() not in (None, corpus_from(config.data).folder(Path(config.paths.cache)).name):
             console.print("the text or tokenizer differs from this run's: this is the stored result")
     if config.trainer.val_every or config.trainer.eval_every:

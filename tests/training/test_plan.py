@@ -133,6 +133,20 @@ def test_steps_before_a_fork_or_a_checkpoint_are_not_counted(tiny, finished_run,
     assert steps_done(compose_config(*tiny), RunDir(base)) == steps[-2]
 
 
+def test_run_that_cannot_begin_at_a_step_of_another_is_not_planned(tiny, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "runs" / "main" / "base")
+    for shown, settings, problem in (
+        ("plan=true", ("fork_from=garbage",), "fork_from=garbage is not allowed: it must be a run folder and a step"),
+        ("print_run_dir=true", ("fork_from=runs/main/nope@8",), "is not possible: there is no run in runs/main/nope"),
+        ("plan=true", ("fork_from=base@8", "trainer.max_steps=8"), "with trainer.max_steps=8: it must be more"),
+    ):
+        done = train(*tiny, "name=new", *settings, shown, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "") and problem in done.stderr, (settings, done)
+        assert done.stderr.count("\n") == 1
+    done = train(*tiny, "name=new", "fork_from=base@8", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0 and re.search(r"steps +│ 32 +│ .* without the 8 ", done.stdout), done
+
+
 def test_plan_larger_than_memory_is_a_warning():
     config = compose_config("model=1b", "trainer.micro_batch_size=2")
     needed = plan(config).bytes
