@@ -17,7 +17,7 @@ from common.files import write_atomic
 from common.run_files import corrupted_steps
 from common.text import flatten
 from training.checkpoint.fork_data import check_new_data
-from training.checkpoint.saved_config import checkpoint_config
+from training.checkpoint.saved_config import checkpoint_config, why_no_checkpoint
 from training.checkpoint.state import find_problem
 from training.config.identity import ADDED, identity, saved_identity_of
 from training.config.optimizer import state_differences
@@ -143,11 +143,9 @@ def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSou
     if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
-        steps = ", ".join(map(str, run_dir.checkpoint_steps()))
-        if not steps and run_dir.result_file.exists():
-            again = f"remove {run_dir.path} to train it again"
-            raise impossible(f": the run has no checkpoints, as after scripts/archive.py has restored it; {again}")
-        raise impossible(f": the run has no checkpoint of that step, but of {steps or 'none'}")
+        if not (steps := run_dir.checkpoint_steps()):
+            raise impossible(f": {run_dir.path} {why_no_checkpoint(run_dir)}")
+        raise impossible(f": the run has no checkpoint of that step, but of {', '.join(map(str, steps))}")
     if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))
