@@ -20,6 +20,7 @@ from models.llama import Block
 from models.loss import chunk_rows
 from models.parallel import SAVED_OPS
 from training.checkpoint.fork import fork_step
+from training.config.checks import check_batch
 from training.config.optimizer import state_bytes
 from training.config.schema import Config
 from training.run_dir import RunDir
@@ -125,18 +126,25 @@ def with_possible_batch(config: Config) -> Config:
     """Return the configuration with batch sizes that its processes can share: its own if they can.
 
     Otherwise the micro-batch is the largest power of two, up to the configured one, that fits `hardware.memory_gib`,
-    and the global batch the next multiple of what the processes take at once.
+    and the global batch the next multiple of what the processes take at once. A run with `fork_from` keeps its global
+    batch.
+
+    Raises:
+        ConfigError: there are none, because the batch is that of another run, or that of `resume`.
     """
-    trainer = config.trainer
+    trainer, is_fork = config.trainer, config.fork_from is not None
     if trainer.global_batch_size % (trainer.micro_batch_size * trainer.world_size) == 0:
         return config
+    if config.resume is not None or (is_fork and trainer.global_batch_size % trainer.world_size):
+        check_batch(trainer)
     micro = 1 << (trainer.micro_batch_size.bit_length() - 1)
     while True:
         at_once = micro * trainer.world_size
         batch = -(-trainer.global_batch_size // at_once) * at_once
         sizes = {"micro_batch_size": micro, "global_batch_size": batch}
         possible = config.model_copy(update={"trainer": trainer.model_copy(update=sizes)})
-        if micro == 1 or plan(possible).bytes <= config.hardware.memory_gib * GIB:
+        allowed = not is_fork or batch == trainer.global_batch_size
+        if micro == 1 or (allowed and plan(possible).bytes <= config.hardware.memory_gib * GIB):
             return possible
         micro //= 2
 

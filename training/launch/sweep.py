@@ -20,7 +20,7 @@ from common.run_files import MetricsLine, as_dict
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source, fork_folder
 from training.checkpoint.saved_config import check_same_run
-from training.config.checks import check
+from training.config.checks import check, check_batch
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
 from training.config.schema import Config
@@ -141,7 +141,12 @@ def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str], options: S
     """Print the plans of a sweep's runs, and the lines that submit those that are not finished.
 
     The lines have these options of sbatch, and end with `config_search_overrides`.
+
+    Raises:
+        ConfigError: the processes of a run cannot share its batch. The lines must run as they are.
     """
+    for job in jobs:
+        check_batch(job.config.trainer)
     hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
     peak = peak_flops(hardware.device)
