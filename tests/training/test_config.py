@@ -213,7 +213,11 @@ def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusa
 
 BAD_SWEEPS = [
     (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
-    (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
+    (
+        ("name=x", "clip=zclip", "lr=1e-3,3e-3"),
+        "name=x would be shared by the jobs with (lr=0.001) and (lr=0.003): omit",
+    ),
+    (("name=x", "seed=1,1"), "name=x would be shared by two jobs of the same overrides: give each value once"),
     (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
     (("lr=glob(*)",), "makes no job"),
     (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),

@@ -121,11 +121,19 @@ def _check_jobs(sweep: Any, *batches: list[Job]) -> None:
         if path in seen and job.config.name is None and sweep.paper.suite is None:
             raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
         if path in seen and job.config.name is not None:
-            raise UserError(
-                f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
-                f"({' '.join(job.overrides)}): omit the name, and each gets its own"
-            )
+            raise _shared_name(job.config.name, seen[path], job.overrides)
         seen[path] = job.overrides
+
+
+def _shared_name(name: str, *jobs: Sequence[str]) -> UserError:
+    """Return the error of two jobs with one name, which names the overrides in which they differ."""
+    common = {*jobs[0]} & {*jobs[1]}
+    ours, theirs = (" ".join(override for override in job if override not in common) or "no other" for job in jobs)
+    if {*jobs[0]} == {*jobs[1]}:
+        return UserError(f"name={name} would be shared by two jobs of the same overrides: give each value once")
+    return UserError(
+        f"name={name} would be shared by the jobs with ({ours}) and ({theirs}): omit the name, and each gets its own"
+    )
 
 
 def config_search_overrides(hydra: Any) -> list[str]:
