@@ -26,10 +26,11 @@ STEP_PHASES = {"data": "data", "forward_backward": "forward and backward", "clip
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """Return the numbers of a whole run, as result.json has them.
+    """Return the numbers of a whole run, as result.json has them. Those of a fork are over the steps before it, too.
 
     Returns:
         steps, tokens: in all.
+        fork_step: the step of another run after which it begins; `None` if it begins at its first step.
         train_loss: mean over the last tenth of the steps, corrupted batches excluded; `None` if it is not finite or all
             are corrupted.
         spikes, spike_definition: see `loss_spikes`.
@@ -61,6 +62,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "steps": steps,
         "tokens": int(metrics["tokens"][-1]),
+        "fork_step": run.fork_step,
         "train_loss": float(tail.mean()) if len(tail) and np.isfinite(tail).all() else None,
         "spikes": len(loss_spikes(metrics["loss"], corrupted_rows(run))),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
@@ -229,6 +231,8 @@ def table(result: dict[str, Any], title: str) -> Table:
         *_resource_rows(result),
         *map(_change_row, result.get("changes", ())),
     ]
+    if (fork := result.get("fork_step")) is not None:
+        rows.append(("fork", f"after step {fork:,}", "the steps up to there are another run's, and count here"))
     if corruption := _corruption(result):
         rows.append(("corrupted batches", corruption, "injected (data.corruption)"))
     if (masked := result.get("masked_rows")) is not None:

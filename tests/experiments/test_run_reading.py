@@ -109,6 +109,21 @@ def test_summary(tmp_path):
     assert summarise(spiky)["clipped_by_z"] == 7
 
 
+@pytest.mark.parametrize(
+    ("fork_from", "step"), [("runs/main/a@20", 20), ("b@c@1200", 1200), (None, None), ("a@b", None)]
+)
+def test_summary_of_a_fork_says_which_steps_are_those_of_another_run(fork_from, step, tmp_path):
+    """The numbers are over all steps: those of the other run are in the metrics."""
+    run = write_run(tmp_path / "run", [row(i + 1, 1.0, None, float(i < 20)) for i in range(40)])
+    run.config["fork_from"] = fork_from
+    summary = summarise(run)
+    assert summary["fork_step"] == step and summary["clipped_share"] == 0.5
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(RESULT | summary, "t"))
+    said = re.findall(r"fork +│ after step (\S+) +│ the steps up to there are another run's", console.export_text())
+    assert said == ([] if step is None else [f"{step:,}"])
+
+
 def test_summary_says_what_a_rule_over_updates_did(tmp_path):
     scales = [None, 1.0, 0.4, 0.3, 0.6, 0.45]
     rows = [row(i + 1, 1.0, 0.0) | {"update_scale": s, "update_clipped": float(s == 0.4)} for i, s in enumerate(scales)]
