@@ -199,9 +199,11 @@ def report_sweep(jobs: Sequence[CompletedJob]) -> None:
     """Print the table of a sweep, and draw its runs next to each other if they are not too many for a picture."""
     from experiments.run.compare import MAX_RUNS, compared, picture_path, plot_comparison, sentences
 
-    make_console(soft_wrap=False).print(comparison([(job.overrides, job.result) for job in jobs]))
+    console = make_console()
+    rows = [(job.overrides, job.result) for job in jobs]
+    console.print(comparison(rows, width=console.width), soft_wrap=False)
     paths = list({job.path.resolve(): job.path for job in jobs})
-    console, target = make_console(), picture_path(paths)
+    target = picture_path(paths)
     if len(paths) > MAX_RUNS:
         console.print(f"no picture of more than {MAX_RUNS} runs: scripts/compare.py run=[A,B] draws some of them")
     if not 1 < len(paths) <= MAX_RUNS:

@@ -250,12 +250,35 @@ def test_many_varied_settings_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison(jobs))
     text = console.export_text()
-    assert "clip=zclip a=1 " in text and "b=2 c=3 " in text and "same" not in text and "loss" in text
+    assert "clip=zclip a=1" in text and "b=2 c=3" in text and "same" not in text and "loss" in text
     console.print(comparison([job for job in jobs if "clip" in job[0]] + [({"clip": "fixed"}, result)]))
     assert "=" not in console.export_text()
     keys = ({"clip.recovery_window": "null"}, {"clip": "fixed", "seed": "0"}, {"clip": "zclip", "seed": "1"})
     console.print(comparison([(key, result | {"corrupted_batches": 9, "corruption_kind": "repeat"}) for key in keys]))
     assert re.search(r" recovery .+ corrupted .+\n.+ _window ", console.export_text())
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("settings", range(1, 7))
+def test_no_number_of_a_sweep_is_cut_from_60_columns_on(settings, injected):
+    """In settings of any number. A value that takes several lines is whole, too."""
+    keys = ("clip", "optim.warmup_fraction", "trainer.max_steps", "seed", "clip.recovery_window", "lr")[:settings]
+    result = {"test_loss": 14.321, "train_loss": 15.678, "spikes": 123, "clipped_share": 1.0}
+    if injected:
+        result |= {"corrupted_batches": 6, "corruption_kind": "repeated_ngrams"}
+    jobs = [({key: f"{key[-4:]}{number}" for key in keys}, result) for number in (1, 2)]
+    jobs.append((jobs[1][0], result | {"test_loss": None, "train_loss": None}))
+    for width in (60, 65, 70, 80, 100, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(comparison(jobs, width=width))
+        text = console.export_text()
+        assert "…" not in text and max(map(len, text.splitlines())) <= width, text
+        for number, count in (("14.321", 2), ("15.678", 2), ("123", 3), ("100.0%", 3), ("not finite", 2)):
+            assert text.count(number) == count, text
+        columns = zip(*(re.split("[│┃]", line) for line in text.splitlines() if line[0] in "│┃"), strict=True)
+        content = "".join("".join(column) for column in columns).replace(" ", "")
+        for word in (*jobs[0][0].values(), *jobs[1][0].values(), *(["6repeated_ngrams"] if injected else [])):
+            assert word in content, text
 
 
 def test_plot_shows_the_columns(tmp_path):
