@@ -65,7 +65,7 @@ from training.config.live import under_first_name, with_changes
 from training.config.own_rules import exits_as_errors
 from training.config.schema import Config
 from training.launch.cli import command_line, reporting
-from training.launch.plan import plan_table
+from training.launch.plan import plan_table, steps_done
 from training.launch.processes import launch
 from training.launch.sweep import CompletedJob, completed_jobs, config_search_overrides
 from training.run_dir import RunDir
@@ -84,8 +84,10 @@ def main(cfg: DictConfig) -> float | None:
         launcher = hydra_cfg.runtime.choices["hydra/launcher"]
         if hydra_cfg.mode == RunMode.RUN and launcher != "basic" and not is_distributed():
             raise UserError(f"hydra/launcher={launcher} is for sweeps, of one run or many: add -m")
+        if (config.plan or config.print_run_dir) and hydra_cfg.mode == RunMode.RUN and run_dir.read_result() is None:
+            find_fork_source(config, run_dir)  # a sweep has checked its runs, and may train the other run first
         if config.plan:
-            make_console(soft_wrap=False).print(plan_table(config))
+            make_console(soft_wrap=False).print(plan_table(config, steps_done(config, run_dir)))
         elif config.print_run_dir:
             print(run_dir.path)
         else:
@@ -133,7 +135,7 @@ def run_or_show(config: Config, run_dir: RunDir) -> dict:
 def report_finished(config: Config, run_dir: RunDir, console: Console) -> None:
     """Say that a run is finished, and what its result may lack; draw it if its plot is missing."""
     console.print(f"finished already: {run_dir.path} (remove the folder to train it again)")
-    with suppress(UserError):  # the text or the tokenizer may be gone
+    with suppress(UserError, OSError):  # the text or the tokenizer may be gone
         if run_dir.data_folder() not in (None, corpus_from(config.data).folder(Path(config.paths.cache)).name):
             console.print("the text or tokenizer differs from this run's: this is the stored result")
     if config.trainer.val_every or config.trainer.eval_every:
@@ -197,9 +199,11 @@ def report_sweep(jobs: Sequence[CompletedJob]) -> None:
     """Print the table of a sweep, and draw its runs next to each other if they are not too many for a picture."""
     from experiments.run.compare import MAX_RUNS, compared, picture_path, plot_comparison, sentences
 
-    make_console(soft_wrap=False).print(comparison([(job.overrides, job.result) for job in jobs]))
+    console = make_console()
+    rows = [(job.overrides, job.result) for job in jobs]
+    console.print(comparison(rows, width=console.width), soft_wrap=False)
     paths = list({job.path.resolve(): job.path for job in jobs})
-    console, target = make_console(), picture_path(paths)
+    target = picture_path(paths)
     if len(paths) > MAX_RUNS:
         console.print(f"no picture of more than {MAX_RUNS} runs: scripts/compare.py run=[A,B] draws some of them")
     if not 1 < len(paths) <= MAX_RUNS:

@@ -144,6 +144,7 @@ class Result(Record):
 
     steps: Annotated[int, Field(ge=1)]
     tokens: Step
+    fork_step: Step | None = None
     train_loss: Number | None
     test_loss: Number | None
     test_bits_per_byte: Number | None = None

@@ -112,7 +112,8 @@ class SuiteSweeper(BasicSweeper):
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         batches = self.compose_batches(loader, self.config, parsed)
         if self.config.plan:
-            print_plans([job for batch in batches for job in batch], config_search_overrides(self.config.hydra))
+            jobs, options = [job for batch in batches for job in batch], getattr(self.launcher, "options", ())
+            print_plans(jobs, config_search_overrides(self.config.hydra), options)
             return []
         if self.config.print_run_dir:  # nothing is trained: there is nothing to wait for
             batches = [[job for batch in batches for job in batch]]

@@ -56,7 +56,7 @@ def main(values: _entry.Values) -> None:
     together = compared(runs, identities)
     console = make_console()
     rows = [({"run": one.label}, dict(one.run.result)) for one in together]
-    console.print(comparison(rows, title="comparison"), soft_wrap=False)
+    console.print(comparison(rows, title="comparison", width=console.width), soft_wrap=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     plot_comparison(together, target)
     console.print(f"{sentences(together)}\npicture  {target}")

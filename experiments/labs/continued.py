@@ -59,10 +59,9 @@ class ContinuedNumbers(NamedTuple):
 
 def fork_step(run: Run) -> int:
     """Return the step after which a forked run begins; raise `ValueError` if it is none."""
-    _, _, step = str(run.config.get("fork_from") or "").rpartition("@")
-    if not step.isdecimal():
+    if run.fork_step is None:
         raise ValueError(f"{run.path.name} begins at its first step")
-    return int(step)
+    return run.fork_step
 
 
 def continued_numbers(run: Run) -> ContinuedNumbers:

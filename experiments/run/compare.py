@@ -170,9 +170,11 @@ def sentences(runs: Sequence[Compared]) -> str:
     ]
     lines: list[str] = []
     for subject, values in said:
-        if known := _known(values):
+        if other := [_difference(label, nats) for label, nats in _known(values) if nats]:
             than = "" if lines else f" than with {reference.label}"
-            lines.append(f"{subject} was {_listed(_difference(nats) for nats in known)}{than}.")
+            lines.append(f"{subject} was {_listed(other)}{than}.")
+        if same := [f"with {label}" for label, nats in _known(values) if nats == 0]:
+            lines.append(f"{subject} was the same {_listed(same)} as with {reference.label}.")
         if unknown := [f"with {label}" for label, nats in values if nats is None]:
             lines.append(f"{subject} was not finite {_listed(unknown)}.")
     lines += [
@@ -188,10 +190,10 @@ def _known(values: Iterable[tuple[str, float | None]]) -> list[tuple[str, float]
     return [(label, nats) for label, nats in values if nats is not None]
 
 
-def _difference(value: tuple[str, float]) -> str:
+def _difference(label: str, nats: float) -> str:
     """Return a difference in words: "0.30 nats higher with clip=none"."""
-    label, nats = value
-    return f"{abs(nats):.2f} nats {'lower' if nats < 0 else 'higher'} with {label}"
+    size = "less than 0.01" if abs(nats) < 0.01 else f"{abs(nats):.2f}"
+    return f"{size} nats {'lower' if nats < 0 else 'higher'} with {label}"
 
 
 def _listed(words: Iterable[str]) -> str:

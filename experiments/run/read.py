@@ -1,5 +1,6 @@
 """Reading a run folder."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,12 @@ class Run(NamedTuple):
     def changes(self) -> list[dict[str, Any]]:
         """The changes of settings while it trained: `step`, `setting`, `from` and `to` of each."""
         return run_files.setting_changes(self.starts)
+
+    @property
+    def fork_step(self) -> int | None:
+        """The step of another run after which it begins; its metrics up to there are the other's. `None`: step 1."""
+        match = re.fullmatch(r".+@(\d{1,15})", str(self.config.get("fork_from")), re.DOTALL)
+        return None if match is None else int(match[1])
 
     def argument(self, name: str) -> np.ndarray:
         """Return (steps,) an argument of the clipping strategy in each step, NaN where it has no number."""

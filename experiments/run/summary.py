@@ -14,6 +14,8 @@ from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
 #: Maximum number of varied settings that have a column each in the table of a sweep.
 MAX_COLUMNS = 3
+#: Characters that a column of settings, and that of corrupted batches, has at least: else the settings share one.
+LEAST_CHARACTERS = 5
 
 #: Share of steps from which a bound beside the rule replaces the rule, and what the table then says.
 MOSTLY, RULE_HARDLY_ACTS = 0.5, "of steps: the rule hardly acts; raise clip.max_grad_norm, or set it null"
@@ -26,10 +28,11 @@ STEP_PHASES = {"data": "data", "forward_backward": "forward and backward", "clip
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """Return the numbers of a whole run, as result.json has them.
+    """Return the numbers of a whole run, as result.json has them. Those of a fork are over the steps before it, too.
 
     Returns:
         steps, tokens: in all.
+        fork_step: the step of another run after which it begins; `None` if it begins at its first step.
         train_loss: mean over the last tenth of the steps, corrupted batches excluded; `None` if it is not finite or all
             are corrupted.
         spikes, spike_definition: see `loss_spikes`.
@@ -61,6 +64,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "steps": steps,
         "tokens": int(metrics["tokens"][-1]),
+        "fork_step": run.fork_step,
         "train_loss": float(tail.mean()) if len(tail) and np.isfinite(tail).all() else None,
         "spikes": len(loss_spikes(metrics["loss"], corrupted_rows(run))),
         "spike_definition": f"{SPIKE_SIGMAS:g} robust sigma over the last {SPIKE_WINDOW} steps",
@@ -131,31 +135,45 @@ def _max(column: np.ndarray | None) -> float | None:
     return None if column is None or np.isnan(column).all() else float(np.nanmax(column))
 
 
-def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]], title: str = "sweep") -> Table:
+def comparison(jobs: list[tuple[dict[str, str], dict[str, Any]]], title: str = "sweep", width: int = 80) -> Table:
     """Return the table of a sweep, or of other runs: one row per run, with the best test loss in bold.
 
     Args:
         jobs: overrides (key to value) and result of each run. Only overrides that differ are shown.
+        title: of the table.
+        width: columns of the terminal. Numbers are whole from 60 on; settings share a column where each has no room.
     """
     keys = dict.fromkeys(key for overrides, _ in jobs for key in overrides)
     varied = [key for key in keys if len({overrides.get(key) for overrides, _ in jobs}) > 1]
-    merged = len(varied) > MAX_COLUMNS
+    injected = any(result.get("corrupted_batches") for _, result in jobs)
+    numbers = {
+        "test\nloss": [_loss(result["test_loss"]) for _, result in jobs],
+        "train\nloss": [_loss(result["train_loss"]) for _, result in jobs],
+        "spikes": [str(result["spikes"]) for _, result in jobs],
+        "clipped": [f"{result['clipped_share']:.1%}" for _, result in jobs],
+    }
+    taken = sum(max(map(len, [*name.split("\n"), *cells])) for name, cells in numbers.items())
+    texts = len(varied) + injected
+    merged = len(varied) > MAX_COLUMNS or width - taken - 3 * (len(numbers) + texts) - 1 < LEAST_CHARACTERS * texts
     sweep = Table(title=title, title_justify="left", show_lines=merged, padding=(0, 0 if merged else 1))
     for column in ["settings"] if merged else varied:
-        header = column.replace(".", ".\n").replace("_", "\n_")  # the words of a long key are not cut
-        sweep.add_column(header, min_width=25 if merged else None, overflow="fold")
-    injected = any(result.get("corrupted_batches") for _, result in jobs)
-    for column in ("test loss", "train loss", "spikes", "clipped", *(["corrupted batches"] if injected else [])):
-        sweep.add_column(column.replace(" ", "\n"), justify="right")
+        sweep.add_column(column.replace(".", ".\n").replace("_", "\n_"), overflow="fold")
+    for name in numbers:
+        sweep.add_column(name, justify="right", no_wrap=True)
+    if injected:
+        sweep.add_column("corrupted\nbatches", justify="right", overflow="fold")
     best = min((result["test_loss"] for _, result in jobs if result["test_loss"] is not None), default=None)
-    for overrides, result in jobs:
+    for (overrides, result), row in zip(jobs, zip(*numbers.values(), strict=True), strict=True):
         values = {key: overrides[key] for key in varied if key in overrides}
         cells = [" ".join(f"{key}={value}" for key, value in values.items())] if merged else [*map(values.get, varied)]
-        cells += ["not finite" if (v := result[key]) is None else f"{v:.3f}" for key in ("test_loss", "train_loss")]
-        cells += [str(result["spikes"]), f"{result['clipped_share']:.1%}"]
-        cells += [_corruption(result) or "none"] if injected else []
-        sweep.add_row(*cells, style="bold" if result["test_loss"] == best is not None else None)
+        corruption = [_corruption(result) or "none"] if injected else []
+        style = "bold" if result["test_loss"] == best is not None else None
+        sweep.add_row(*cells, *row, *corruption, style=style)
     return sweep
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _change_row(change: dict[str, Any]) -> tuple[str, str, str]:
@@ -229,6 +247,8 @@ def table(result: dict[str, Any], title: str) -> Table:
         *_resource_rows(result),
         *map(_change_row, result.get("changes", ())),
     ]
+    if (fork := result.get("fork_step")) is not None:
+        rows.append(("fork", f"after step {fork:,}", "the steps up to there are another run's, and count here"))
     if corruption := _corruption(result):
         rows.append(("corrupted batches", corruption, "injected (data.corruption)"))
     if (masked := result.get("masked_rows")) is not None:

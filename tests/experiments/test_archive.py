@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import shutil
 
 import numpy as np
 import pytest
@@ -57,10 +58,10 @@ def test_train_shows_a_restored_run_and_does_not_train_it(finished_run, archive,
     (tmp_path / "archives" / experiment / archive.name).write_bytes(archive.read_bytes())
     words = (f"experiment={experiment}", "archives=archives")
     done = script("archive.py", *words, "restore=true", cwd=tmp_path)
-    assert done.returncode == 0 and "1 runs restored, 0 were there already" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 run restored, 0 were there already" in done.stdout, done.stderr
     done = train(*tiny, "trainer.checkpoint_every=8", "trainer.keep_last=9", cwd=tmp_path)
     assert "finished already" in done.stdout, done.stdout + done.stderr
-    for more, message in (((), "0 runs archived, 1 were there"), (("restore=true",), "0 runs restored, 1 were")):
+    for more, message in (((), "0 runs archived, 1 was there"), (("restore=true",), "0 runs restored, 1 was")):
         done = script("archive.py", *words, *more, cwd=tmp_path)
         assert done.returncode == 0 and message in done.stdout, done.stderr
 
@@ -113,8 +114,40 @@ def test_one_damaged_archive_does_not_stop_the_others(archive, tmp_path):
         (folder / f"{name}{ENDING}").write_bytes(content)
     done = script("archive.py", "experiment=main", "archives=archives", "restore=true", cwd=tmp_path)
     assert done.returncode == 2 and "archives/main/a.json.xz cannot be restored" in done.stderr
-    assert "1 runs restored, 0 were there already" in done.stdout
+    assert "1 run restored, 0 were there already" in done.stdout
+    for name in ("", ".."):
+        assert f"archives/main/{name}.json.xz cannot be restored ({name!r} is no name of a run" in done.stderr
     assert [path.name for path in (tmp_path / "runs" / "main").iterdir()] == ["b"]
+
+
+def test_run_that_could_not_be_restored_is_not_archived(finished_run, tmp_path):
+    """And a file that is no archive is not taken for one. The other run is archived."""
+    runs, archives = tmp_path / "runs" / "main", tmp_path / "archives" / "main"
+    for name in ("good", "my run", "taken", ".saving-1234-leftover"):
+        shutil.copytree(finished_run, runs / name)
+    archives.mkdir(parents=True)
+    (archives / f"taken{ENDING}").write_text("a note")
+    done = script("archive.py", "experiment=main", "archives=archives", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "1 run archived, 0 were there already: archives/main\n", done
+    assert "runs/main/my run cannot be archived ('my run' is no name of a run: it must have only" in done.stderr
+    taken = f"runs/main/taken cannot be archived (archives/main/taken{ENDING} is there, and is no archive: not compr"
+    assert taken in done.stderr and done.stderr.count("cannot be archived") == 2
+    assert {path.name for path in archives.iterdir()} == {f"good{ENDING}", f"taken{ENDING}"}
+
+
+def test_archive_that_is_not_restored_is_named(archive, tmp_path):
+    """For its name, or as another folder is in the place of the run. A leftover of a killed process is neither."""
+    folder = tmp_path / "archives" / "main"
+    folder.mkdir(parents=True)
+    for name in ("my run", "unfinished", ".saving-1234-leftover", "good"):
+        (folder / f"{name}{ENDING}").write_bytes(archive.read_bytes())
+    (tmp_path / "runs" / "main" / "unfinished" / "checkpoints").mkdir(parents=True)
+    done = script("archive.py", "experiment=main", "archives=archives", "restore=true", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "1 run restored, 0 were there already: runs/main\n", done
+    assert f"archives/main/my run{ENDING} cannot be restored ('my run' is no name of a run: it must" in done.stderr
+    there = "cannot be restored (runs/main/unfinished is there, and is no finished run: move it away)"
+    assert there in done.stderr and done.stderr.count("cannot be restored") == 2
+    assert {path.name for path in (tmp_path / "runs" / "main").iterdir()} == {"unfinished", "good"}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,18 @@ def test_differences_from_the_best_run_are_said_in_nats(three):
     )
 
 
+def test_losses_that_are_the_same_are_not_called_higher(tmp_path):
+    """Those of a run and its copy. A difference that two digits do not show is said to be that small."""
+    names = {"a": 4.1, "copy": 4.1, "near": 4.1004, "far": 4.3}
+    runs = together(*(write(tmp_path / name, "zclip", 0.1, loss) for name, loss in names.items()))
+    assert sentences(runs) == (
+        "In the 10 steps after a corrupted batch, the training loss was the same with copy, with near and with far as "
+        "with a.\n"
+        "The final test loss was less than 0.01 nats higher with near and 0.20 nats higher with far.\n"
+        "The final test loss was the same with copy as with a."
+    )
+
+
 def test_lower_training_loss_than_the_best_run_is_called_lower(tmp_path):
     runs = together(write(tmp_path / "a", "fixed", 0.0, 4.2), write(tmp_path / "b", "zclip", 0.5, 4.1))
     assert "the training loss was 0.50 nats lower with clip=fixed than with clip=zclip." in sentences(runs)

@@ -222,7 +222,7 @@ def test_lab_is_trained_interrupted_archived_and_reported(tmp_path):
     brakes = runs.glob("pico-none-brake-*")
     shutil.rmtree(next(path for path in brakes if "max_tokens: null" in (path / "config.yaml").read_text()))
     refused = train(*sweep, cwd=tmp_path)
-    assert refused.returncode == 2 and "the run has no checkpoints, as after scripts/archive.py" in refused.stderr
+    assert refused.returncode == 2 and "has no checkpoints, as after scripts/archive.py" in refused.stderr
 
 
 def test_names_of_runs_do_not_depend_on_where_they_are(tmp_path, monkeypatch):

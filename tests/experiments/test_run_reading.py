@@ -109,6 +109,21 @@ def test_summary(tmp_path):
     assert summarise(spiky)["clipped_by_z"] == 7
 
 
+@pytest.mark.parametrize(
+    ("fork_from", "step"), [("runs/main/a@20", 20), ("b@c@1200", 1200), (None, None), ("a@b", None)]
+)
+def test_summary_of_a_fork_says_which_steps_are_those_of_another_run(fork_from, step, tmp_path):
+    """The numbers are over all steps: those of the other run are in the metrics."""
+    run = write_run(tmp_path / "run", [row(i + 1, 1.0, None, float(i < 20)) for i in range(40)])
+    run.config["fork_from"] = fork_from
+    summary = summarise(run)
+    assert summary["fork_step"] == step and summary["clipped_share"] == 0.5
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(RESULT | summary, "t"))
+    said = re.findall(r"fork +│ after step (\S+) +│ the steps up to there are another run's", console.export_text())
+    assert said == ([] if step is None else [f"{step:,}"])
+
+
 def test_summary_says_what_a_rule_over_updates_did(tmp_path):
     scales = [None, 1.0, 0.4, 0.3, 0.6, 0.45]
     rows = [row(i + 1, 1.0, 0.0) | {"update_scale": s, "update_clipped": float(s == 0.4)} for i, s in enumerate(scales)]
@@ -235,12 +250,35 @@ def test_many_varied_settings_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison(jobs))
     text = console.export_text()
-    assert "clip=zclip a=1 " in text and "b=2 c=3 " in text and "same" not in text and "loss" in text
+    assert "clip=zclip a=1" in text and "b=2 c=3" in text and "same" not in text and "loss" in text
     console.print(comparison([job for job in jobs if "clip" in job[0]] + [({"clip": "fixed"}, result)]))
     assert "=" not in console.export_text()
     keys = ({"clip.recovery_window": "null"}, {"clip": "fixed", "seed": "0"}, {"clip": "zclip", "seed": "1"})
     console.print(comparison([(key, result | {"corrupted_batches": 9, "corruption_kind": "repeat"}) for key in keys]))
     assert re.search(r" recovery .+ corrupted .+\n.+ _window ", console.export_text())
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("settings", range(1, 7))
+def test_no_number_of_a_sweep_is_cut_from_60_columns_on(settings, injected):
+    """In settings of any number. A value that takes several lines is whole, too."""
+    keys = ("clip", "optim.warmup_fraction", "trainer.max_steps", "seed", "clip.recovery_window", "lr")[:settings]
+    result = {"test_loss": 14.321, "train_loss": 15.678, "spikes": 123, "clipped_share": 1.0}
+    if injected:
+        result |= {"corrupted_batches": 6, "corruption_kind": "repeated_ngrams"}
+    jobs = [({key: f"{key[-4:]}{number}" for key in keys}, result) for number in (1, 2)]
+    jobs.append((jobs[1][0], result | {"test_loss": None, "train_loss": None}))
+    for width in (60, 65, 70, 80, 100, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(comparison(jobs, width=width))
+        text = console.export_text()
+        assert "…" not in text and max(map(len, text.splitlines())) <= width, text
+        for number, count in (("14.321", 2), ("15.678", 2), ("123", 3), ("100.0%", 3), ("not finite", 2)):
+            assert text.count(number) == count, text
+        columns = zip(*(re.split("[│┃]", line) for line in text.splitlines() if line[0] in "│┃"), strict=True)
+        content = "".join("".join(column) for column in columns).replace(" ", "")
+        for word in (*jobs[0][0].values(), *jobs[1][0].values(), *(["6repeated_ngrams"] if injected else [])):
+            assert word in content, text
 
 
 def test_plot_shows_the_columns(tmp_path):

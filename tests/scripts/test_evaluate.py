@@ -244,6 +244,7 @@ def test_runs_of_one_name_are_named_by_their_folders(finished_run, tmp_path, mon
     models = evaluate.run_models(config.model_copy(update={"step": 32}), console, skipped, stack)
     assert {model.step for model in models} == {32} and capsys.readouterr().out == ""
     shutil.rmtree(tmp_path / "b/two/checkpoints")
+    (tmp_path / "b/two/result.json").unlink()
     with pytest.raises(UserError, match=r"^run=b/two has no checkpoint yet: train it first$"):
         evaluate.run_models(config.model_copy(update={"run": "b/two"}), console, skipped, stack)
     assert [model.title for model in evaluate.run_models(config, console, skipped, stack)][1:] == ["b/one"]

@@ -23,8 +23,9 @@ from training.config.identity import run_name, run_path
 from training.config.reference import FOLDER, default_options, first_comment, json_schema, markdown
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy
-from training.launch.plan import plan_table
-from training.launch.sweep import CheckSweep
+from training.launch.plan import plan_table, with_possible_batch
+from training.launch.sweep import CheckSweep, Job, print_plans
+from training.run_dir import RunDir
 from zclip import ZClip
 
 CONFIGS = CHECKOUT / "configs"
@@ -212,7 +213,11 @@ def test_program_prints_the_sentence_of_a_mistake_with_status_2(override, refusa
 
 BAD_SWEEPS = [
     (("clip=none,fixed", "lr=1e-3,-1"), "lr=-1 is not allowed"),
-    (("name=x", "lr=1e-3,3e-3"), "name=x would be shared by the jobs"),
+    (
+        ("name=x", "clip=zclip", "lr=1e-3,3e-3"),
+        "name=x would be shared by the jobs with (lr=0.001) and (lr=0.003): omit",
+    ),
+    (("name=x", "seed=1,1"), "name=x would be shared by two jobs of the same overrides: give each value once"),
     (("data.path=/nope", "seed=0,1"), "data.sources.text.path=/nope does not exist"),
     (("lr=glob(*)",), "makes no job"),
     (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
@@ -297,6 +302,29 @@ def test_plan_takes_a_batch_that_the_processes_can_share(checked):
     Console(file=out, width=100).print(plan_table(planned))
     text = " ".join(out.getvalue().split())
     assert "planned for" in text and "trainer.global_batch_size=64" in text, text
+
+
+@pytest.mark.parametrize("key", ["fork_from", "resume"])
+def test_plan_proposes_no_batch_that_the_run_cannot_have(key):
+    """The global batch of a fork is that of the other run. A run that is resumed keeps its micro-batch, too."""
+    config = compose_config("trainer.strategy=ddp", "trainer.devices=2", "trainer.global_batch_size=8", "plan=true")
+    config = config.model_copy(update={key: "runs/main/base@8"})
+    sizes = {"micro_batch_size": 8}
+    if key == "fork_from":
+        possible = with_possible_batch(config).trainer
+        assert (possible.global_batch_size, possible.micro_batch_size) == (8, 4)
+        sizes = {"micro_batch_size": 4, "devices": 3}
+    impossible = config.model_copy(update={"trainer": config.trainer.model_copy(update=sizes)})
+    with pytest.raises(ConfigError, match=r"sequences at once must divide trainer\.global_batch_size=8$"):
+        plan_table(impossible)
+
+
+def test_lines_of_a_plan_are_those_of_runs_that_can_start(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = compose_config("trainer.strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=8", "plan=true")
+    with pytest.raises(ConfigError, match=r"^trainer\.micro_batch_size=8 is not allowed: 2 processes x 8 = 16 "):
+        print_plans([Job(["plan=true"], config, RunDir(tmp_path / "run"))], ())
+    assert capsys.readouterr().out == ""
 
 
 def test_reference_of_settings_is_current():

@@ -243,5 +243,5 @@ def test_old_run_that_is_rewound_to_the_step_of_the_fork_later_is_noticed(second
 def test_archived_run_cannot_be_forked(second, finished_run, tmp_path):
     old = old_run(finished_run, tmp_path)
     shutil.rmtree(old / "checkpoints")
-    with pytest.raises(ConfigError, match=r"the run has no checkpoints, as after scripts/archive\.py has restored it"):
+    with pytest.raises(ConfigError, match=r"is not possible: \S+ has no checkpoints, as after scripts/archive\.py"):
         find_fork_source(compose_config(*second), RunDir(tmp_path / "runs" / "main" / "new"))

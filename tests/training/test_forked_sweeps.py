@@ -1,7 +1,10 @@
 """Sweeps whose runs begin after others of the same sweep: which of them run, after failures and signals too."""
 
 import json
+import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +77,55 @@ def forked_sweep(plugin, monkeypatch) -> Callable[..., Any]:
         return lambda: sweeper.sweep(settings), sweeper.launcher, names
 
     return sweep
+
+
+def test_plan_counts_the_steps_that_are_trained_and_submits_runs_after_others(plugin, monkeypatch, capsys, tmp_path):
+    """Two runs of 40 steps, and four of 80 that begin after them, train 240 steps; SLURM starts these when it can."""
+    monkeypatch.setitem(SUITES, "continued_lab", FORKED)
+    settings = ["experiment=continued_lab", "trainer.max_steps=40", "plan=true", "hydra/launcher=slurm"]
+    sweeper = plugin("sweeper", *settings, "hydra.launcher.partition=gpu")
+    sweeper.setup(hydra_context=sweeper.hydra_context, task_function=lambda _: None, config=sweeper.config)
+    bases, forks = sweeper.compose_batches(
+        sweeper.hydra_context.config_loader, sweeper.config, OverridesParser.create().parse_overrides(settings)
+    )
+    planned, lines = plan_of(sweeper, settings, capsys)
+    per_step = bases[0].config.trainer.global_batch_size * bases[0].config.data.sequence_length
+    (total,) = re.findall(r"│ all +│ +│ +(\S+)B", planned)
+    assert float(total) == pytest.approx(240 * per_step / 1e9, rel=1e-3)
+    assert [int(steps) for steps in re.findall(r"│ +(\d+) │ +\S+B │", planned)] == [40] * 6
+    assert "steps before a fork, and steps that are trained already, are not counted" in planned
+    submitted = submitted_by(lines, tmp_path)
+    titles = [job.title for job in bases]
+    for number, job in enumerate(forks, 3):
+        after = titles.index(job.config.fork_from.partition("@")[0]) + 1
+        assert f"--dependency=afterok:{after} --kill-on-invalid-dep=yes" in submitted[number - 1]
+    assert all("--dependency" not in call and "--parsable" in call for call in submitted[:2])
+    assert all("--partition=gpu" in call for call in submitted) and len(submitted) == 6
+
+    result = bases[0].run_dir.result_file
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps(RESULT))
+    planned, lines = plan_of(sweeper, settings, capsys)
+    assert sorted(int(steps) for steps in re.findall(r"│ +(\d+) │ +\S+B │", planned)) == [0, *[40] * 5]
+    assert len(lines) == 5 and sum("--dependency" in line for line in lines) == 2, "the first is finished"
+
+
+def plan_of(sweeper: Any, settings: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
+    """Return what the plan of a sweep prints, and of it the lines that submit runs."""
+    assert sweeper.sweep(settings) == []
+    planned = capsys.readouterr().out
+    return planned, [line for line in planned.splitlines() if "sbatch " in line]
+
+
+def submitted_by(lines: list[str], folder: Path) -> list[str]:
+    """Return the arguments that sbatch gets if the lines are pasted into a shell."""
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/sh\necho "$*" >> calls\necho "$(($(wc -l < calls)));cluster"\n')
+    sbatch.chmod(0o755)
+    env = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-eu"], input="\n".join(lines), text=True, check=True, env=env, cwd=folder)
+    return (folder / "calls").read_text().splitlines()
 
 
 def test_only_runs_that_begin_after_a_failed_run_are_skipped(forked_sweep):

@@ -1,6 +1,8 @@
 """Plans: their numbers are the paper's, those of formulas, and those of what autograd saves."""
 
 import io
+import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from rich.console import Console
 from models import Llama, LlamaConfig
 from models.parallel import apply_activation_checkpointing
 from tests.helpers import SLOW, compose_config, train
-from training.launch.plan import _activations, memory_warning, plan, plan_table
+from training.launch.plan import _activations, memory_warning, plan, plan_table, steps_done
+from training.run_dir import RunDir
 from training.runtime.hardware import PEAK_FLOPS, flops_per_token, peak_flops
 
 SMALL = LlamaConfig(
@@ -110,6 +113,38 @@ def test_plan_of_a_sweep_starts_nothing(launcher, tmp_path):
     if launcher != "basic":
         assert "2 runs, computed for" in done.stdout and done.stdout.count("\nsbatch --nodes=1 ") == 2, done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_steps_before_a_fork_or_a_checkpoint_are_not_counted(tiny, finished_run, tmp_path):
+    """A run of 60 steps that begins after step 20 of another trains 40, and so does one with a checkpoint there."""
+    base = shutil.copytree(finished_run, tmp_path / "base")
+    config = compose_config(*tiny, f"fork_from={base}@20", "trainer.max_steps=60")
+    assert steps_done(config, RunDir(tmp_path / "new")) == 20
+    needed = plan(config, 20)
+    assert (needed.steps, needed.flops) == (40, plan(config).flops * 40 / 60)
+    out = io.StringIO()
+    Console(file=out, width=120).print(plan_table(config, 20))
+    assert re.search(r"steps +│ 40 +│ 2\.05e-05B tokens, without the 20 steps before ", out.getvalue()), out.getvalue()
+    assert steps_done(config, RunDir(base)) == 60, "a finished run"
+    (base / "result.json").unlink()
+    steps = RunDir(base).checkpoint_steps()
+    assert steps_done(config, RunDir(base)) == steps[-1] > 20
+    RunDir(base).checkpoint(steps[-1]).unlink()
+    assert steps_done(compose_config(*tiny), RunDir(base)) == steps[-2]
+
+
+def test_run_that_cannot_begin_at_a_step_of_another_is_not_planned(tiny, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "runs" / "main" / "base")
+    for shown, settings, problem in (
+        ("plan=true", ("fork_from=garbage",), "fork_from=garbage is not allowed: it must be a run folder and a step"),
+        ("print_run_dir=true", ("fork_from=runs/main/nope@8",), "is not possible: there is no run in runs/main/nope"),
+        ("plan=true", ("fork_from=base@8", "trainer.max_steps=8"), "with trainer.max_steps=8: it must be more"),
+    ):
+        done = train(*tiny, "name=new", *settings, shown, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "") and problem in done.stderr, (settings, done)
+        assert done.stderr.count("\n") == 1
+    done = train(*tiny, "name=new", "fork_from=base@8", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0 and re.search(r"steps +│ 32 +│ .* without the 8 ", done.stdout), done
 
 
 def test_plan_larger_than_memory_is_a_warning():

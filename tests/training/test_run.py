@@ -307,8 +307,15 @@ def test_finished_run_reports_changed_text(tiny, small_text, run_in_process, tmp
     done = train(*settings, cwd=tmp_path)
     assert "finished already" in done.stdout and warning in done.stdout, done.stdout + done.stderr
     shutil.rmtree(small_text)
-    done = train(*settings, cwd=tmp_path)
+    run = only_run(tmp_path).relative_to(tmp_path)
+    for command in (settings, (*settings, "paths.cache=none"), ("-m", *settings, "paths.cache=none")):
+        done = train(*command, cwd=tmp_path)
+        assert done.returncode == 0 and "finished already" in done.stdout, done.stdout + done.stderr
+    done = train(f"resume={run}", "paths.cache=none", cwd=tmp_path)
     assert done.returncode == 0 and "finished already" in done.stdout, done.stdout + done.stderr
+    (tmp_path / run / "result.json").unlink()
+    done = train(f"resume={run}", "paths.cache=none", cwd=tmp_path)
+    assert done.returncode == 2 and "does not exist" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("lines", [None, b"", b"[]\n"])

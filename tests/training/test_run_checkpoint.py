@@ -1,5 +1,6 @@
 """Export, evaluation and forks take shape and settings from the checkpoint, not from config.yaml beside it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_edited_tokenizer_of_a_finished_run_is_refused(finished_run, tmp_path):
     problem = "is not the tokenizer that the run was trained with: restore it"
     with pytest.raises(UserError, match=rf"^{file} {problem} \(its SHA-256 was [0-9a-f]{{64}}\)$"):
         RunCheckpoint(run, None, print).tokenizer()
+
+
+@pytest.mark.parametrize("step", [None, 8])
+def test_finished_run_without_checkpoints_is_not_called_untrained(step, finished_run, tmp_path):
+    """As after its archive was restored. Nothing can be loaded, whichever step is asked for."""
+    run = copy_run(finished_run, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    restored = (
+        r"^run=\S+ has no checkpoints, as after scripts/archive\.py has restored it; remove \S+ to train it again$"
+    )
+    with pytest.raises(UserError, match=restored):
+        RunCheckpoint(run, step, print)
+    (run / "result.json").unlink()
+    with pytest.raises(UserError, match=r"^run=\S+ has no checkpoint yet: train it first$"):
+        RunCheckpoint(run, step, print)

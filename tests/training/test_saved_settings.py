@@ -132,6 +132,10 @@ def test_run_is_resumed_from_its_folder_alone(finished_run, refusal, tmp_path, m
     monkeypatch.chdir(tmp_path)
     line = refusal(f"resume={moved}", "lr=1e-4")
     assert f"lr=0.0001 is not possible with resume={moved}: the run has its own settings" in line
+    for setting in ("fork_statistics=reset", "fork_data=new"):
+        assert f"{setting} is not possible with resume={moved}: the run has its own" in refusal(
+            f"resume={moved}", setting
+        )
 
 
 def test_resumed_run_that_rewinds_keeps_the_checkpoints_to_which_it_goes_back():

@@ -17,7 +17,7 @@ from common.files import write_atomic
 from common.run_files import corrupted_steps
 from common.text import flatten
 from training.checkpoint.fork_data import check_new_data
-from training.checkpoint.saved_config import checkpoint_config
+from training.checkpoint.saved_config import checkpoint_config, why_no_checkpoint
 from training.checkpoint.state import find_problem
 from training.config.identity import ADDED, identity, saved_identity_of
 from training.config.optimizer import state_differences
@@ -102,6 +102,12 @@ def fork_folder(config: Config, run_dir: RunDir) -> Path | None:
     return Path(match[1]) if "/" in match[1] else run_dir.path.parent / match[1]
 
 
+def fork_step(config: Config) -> int:
+    """Return the step that `fork_from` names; 0 if it names no folder and step."""
+    match = _FOLDER_AND_STEP.fullmatch(config.fork_from or "")
+    return 0 if match is None else int(match[2])
+
+
 def check_corruption(
     config: Config, old: Config, rewinds: list[dict[str, int]], step: int, impossible: Callable[[str], ConfigError]
 ) -> None:
@@ -133,15 +139,13 @@ def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSou
 
     if folder is None:
         raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
-    run_dir, step, new_data = RunDir(folder), int(fork_from.rpartition("@")[2]), config.fork_data == "new"
+    run_dir, step, new_data = RunDir(folder), fork_step(config), config.fork_data == "new"
     if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")
     if not run_dir.checkpoint(step).exists():
-        steps = ", ".join(map(str, run_dir.checkpoint_steps()))
-        if not steps and run_dir.result_file.exists():
-            again = f"remove {run_dir.path} to train it again"
-            raise impossible(f": the run has no checkpoints, as after scripts/archive.py has restored it; {again}")
-        raise impossible(f": the run has no checkpoint of that step, but of {steps or 'none'}")
+        if not (steps := run_dir.checkpoint_steps()):
+            raise impossible(f": {run_dir.path} {why_no_checkpoint(run_dir)}")
+        raise impossible(f": the run has no checkpoint of that step, but of {', '.join(map(str, steps))}")
     if rank() == 0 and (problem := find_problem(run_dir.checkpoint(step))):
         raise impossible(f": {run_dir.checkpoint(step)} {problem}")
     old = checkpoint_config(run_dir.checkpoint(step))

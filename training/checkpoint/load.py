@@ -10,7 +10,7 @@ from common.errors import ConfigError, UserError
 from data import Tokenizer, read_tokenizer
 from training.checkpoint.format import load_model_state
 from training.checkpoint.resume import newest_step
-from training.checkpoint.saved_config import agreed_config, checkpoint_config
+from training.checkpoint.saved_config import agreed_config, checkpoint_config, why_no_checkpoint
 from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
 
@@ -32,12 +32,13 @@ class RunCheckpoint:
         saved = self.run_dir.checkpoint_steps()
         if not (self.run_dir.config_file.is_file() or saved):
             raise ConfigError("run", run, problem="is not a run folder: it must be one, with a config.yaml in it")
+        if not saved:
+            raise ConfigError("run", self.run_dir.path, problem=why_no_checkpoint(self.run_dir))
         if step is None:
             step = newest_step(self.run_dir, report)
-            if step is None:
-                raise ConfigError("run", self.run_dir.path, problem="has no checkpoint yet: train it first")
+            assert step is not None, "newest_step raises if all are damaged"
         elif step not in saved:
-            names = ", ".join(map(str, saved)) or "none"
+            names = ", ".join(map(str, saved))
             missing = f"has no checkpoint in {self.run_dir.checkpoints}: it must be one of {names}"
             raise ConfigError("step", step, problem=missing)
         elif problem := find_problem(self.run_dir.checkpoint(step)):

@@ -21,6 +21,14 @@ from training.config.strategy import clipping_strategy
 from training.run_dir import RunDir
 
 
+def why_no_checkpoint(run_dir: RunDir) -> str:
+    """Return why a run has no checkpoint at all, with what to do, as the end of a sentence about the run."""
+    if run_dir.result_file.exists():
+        again = f"remove {run_dir.path} to train it again"
+        return f"has no checkpoints, as after scripts/archive.py has restored it; {again}"
+    return "has no checkpoint yet: train it first"
+
+
 def config_of_run(run_dir: RunDir) -> Config | None:
     """Return the configuration with which a run was begun; `None` if there is no run in the folder.
 

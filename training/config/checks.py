@@ -29,6 +29,8 @@ FREE_FIELDS = {"max_position_embeddings", "initializer_range", "embedding_initia
 def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     """Raise `UserError` if the run cannot be started here, or planned if `config.plan` is set. Writes nothing.
 
+    Of a finished run, which is only shown, less is checked: not its data, nor this machine.
+
     Only the number of tokens is left for when the text is tokenized: here it is estimated by the text's bytes.
     A run that is started `elsewhere`, as a job on nodes of a cluster, needs no GPUs and no memory here.
     """
@@ -39,6 +41,8 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     _check_started_processes(config.trainer)
     if config.plan:  # it may be for another machine: devices, data and batch size are not checked
         return
+    if (run_folder / "result.json").exists():  # a finished run is only shown, wherever its text and devices are
+        return
     if not elsewhere:
         _check_gpus(config.trainer)
     check_batch(config.trainer)
@@ -47,11 +51,10 @@ def check(config: Config, run_folder: Path, *, elsewhere: bool = False) -> None:
     _check_initial_weights(config)
     corpus = check_data(config.data, config.paths.cache, config.data.sequence_length)
     _check_vocabulary(corpus, config.model)
-    if not (run_folder / "result.json").exists():  # a finished run is only shown
-        if config.logger.name == "wandb":
-            _check_wandb()
-        _check_tasks(config)
-        check_folder("paths.runs", config.paths.runs, run_folder)
+    if config.logger.name == "wandb":
+        _check_wandb()
+    _check_tasks(config)
+    check_folder("paths.runs", config.paths.runs, run_folder)
     check_cache(corpus, config.paths.cache)
 
 

@@ -262,7 +262,7 @@ class Config(Settings):
             )
         self._check_corruption()
         for key in ("fork_data", "fork_statistics"):
-            if (value := getattr(self, key)) != "same" and self.fork_from is None:
+            if (value := getattr(self, key)) != "same" and self.fork_from is None and self.resume is None:
                 raise ConfigError(key, value, problem="is not possible without fork_from: it must be same")
         if self.data.sequence_length > self.model.max_position_embeddings:
             longest = f"model.max_position_embeddings={self.model.max_position_embeddings}"

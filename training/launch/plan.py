@@ -19,15 +19,18 @@ from models import LlamaConfig
 from models.llama import Block
 from models.loss import chunk_rows
 from models.parallel import SAVED_OPS
+from training.checkpoint.fork import fork_step
+from training.config.checks import check_batch
 from training.config.optimizer import state_bytes
 from training.config.schema import Config
+from training.run_dir import RunDir
 from training.runtime.hardware import flops_per_token, peak_flops
 
 GIB = 2**30
 
 
 class Plan(NamedTuple):
-    """What a run needs: bytes on each device by what takes them, tokens over all devices, FLOPs of the whole run."""
+    """What a run needs: bytes on each device by what takes them, tokens over all devices, FLOPs of all `steps`."""
 
     memory: dict[str, float]
     tokens_per_step: int
@@ -44,15 +47,23 @@ class Plan(NamedTuple):
         return self.flops / (devices * peak * mfu) / 3600
 
 
-def plan(config: Config) -> Plan:
-    """Return what the run of a configuration needs."""
+def steps_done(config: Config, run_dir: RunDir) -> int:
+    """Return the steps of a run that are not trained again: up to its newest checkpoint, or the step of its fork."""
+    if run_dir.result_file.exists():
+        return config.trainer.max_steps
+    return max([fork_step(config), *run_dir.checkpoint_steps()])
+
+
+def plan(config: Config, done: int = 0) -> Plan:
+    """Return what the run of a configuration needs for its steps after the first `done`, see `steps_done`."""
     trainer = config.trainer
     memory = max(_moments(config), key=lambda moment: sum(moment.values()))
     if trainer.async_save and trainer.accelerator == "cpu":  # a GPU's copy is in the host's memory
         memory["copy that is saved"] = _copied_bytes(config) / trainer.dp_shard
     per_step = trainer.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model.llama, config.data.sequence_length)
-    return Plan(memory, per_step, trainer.max_steps, flops * per_step * trainer.max_steps)
+    steps = trainer.max_steps - done
+    return Plan(memory, per_step, steps, flops * per_step * steps)
 
 
 def _copied_bytes(config: Config) -> float:
@@ -115,26 +126,33 @@ def with_possible_batch(config: Config) -> Config:
     """Return the configuration with batch sizes that its processes can share: its own if they can.
 
     Otherwise the micro-batch is the largest power of two, up to the configured one, that fits `hardware.memory_gib`,
-    and the global batch the next multiple of what the processes take at once.
+    and the global batch the next multiple of what the processes take at once. A run with `fork_from` keeps its global
+    batch.
+
+    Raises:
+        ConfigError: there are none, because the batch is that of another run, or that of `resume`.
     """
-    trainer = config.trainer
+    trainer, is_fork = config.trainer, config.fork_from is not None
     if trainer.global_batch_size % (trainer.micro_batch_size * trainer.world_size) == 0:
         return config
+    if config.resume is not None or (is_fork and trainer.global_batch_size % trainer.world_size):
+        check_batch(trainer)
     micro = 1 << (trainer.micro_batch_size.bit_length() - 1)
     while True:
         at_once = micro * trainer.world_size
         batch = -(-trainer.global_batch_size // at_once) * at_once
         sizes = {"micro_batch_size": micro, "global_batch_size": batch}
         possible = config.model_copy(update={"trainer": trainer.model_copy(update=sizes)})
-        if micro == 1 or plan(possible).bytes <= config.hardware.memory_gib * GIB:
+        allowed = not is_fork or batch == trainer.global_batch_size
+        if micro == 1 or (allowed and plan(possible).bytes <= config.hardware.memory_gib * GIB):
             return possible
         micro //= 2
 
 
-def plan_table(configured: Config) -> Table:
-    """Return the plan of a run as a table."""
+def plan_table(configured: Config, done: int = 0) -> Table:
+    """Return the plan of a run as a table, for its steps after the first `done`, see `steps_done`."""
     config = with_possible_batch(configured)
-    model, trainer, hardware, needed = config.model, config.trainer, config.hardware, plan(config)
+    model, trainer, hardware, needed = config.model, config.trainer, config.hardware, plan(config, done)
     devices, accumulated = trainer.world_size, trainer.grad_accum_steps
     whole_gradients = trainer.sharded and accumulated > 1
     notes = {
@@ -158,7 +176,8 @@ def plan_table(configured: Config) -> Table:
         )
     at_once = f"{devices} x {trainer.micro_batch_size} sequences at once, {accumulated} time{'s' * (accumulated > 1)}"
     table.add_row("tokens a step", f"{needed.tokens_per_step:,}", at_once)
-    table.add_row("steps", f"{needed.steps:,}", f"{needed.tokens_per_step * needed.steps / 1e9:,.3g}B tokens")
+    before = f", without the {done:,} steps before" if done else ""
+    table.add_row("steps", f"{needed.steps:,}", f"{needed.tokens_per_step * needed.steps / 1e9:,.3g}B tokens{before}")
     flops = flops_per_token(model, config.data.sequence_length)
     table.add_row("operations a token", f"{flops / 1e9:,.2f}e9", "forward and backward")
     peak = peak_flops(hardware.device)

@@ -20,12 +20,12 @@ from common.run_files import MetricsLine, as_dict
 from common.text import overrides_dict
 from training.checkpoint.fork import find_fork_source, fork_folder
 from training.checkpoint.saved_config import check_same_run
-from training.config.checks import check
+from training.config.checks import check, check_batch
 from training.config.compose import CONFIGS, load_config
 from training.config.identity import run_path
 from training.config.schema import Config
 from training.launch.cli import exit_statuses, reporting
-from training.launch.plan import GIB, plan
+from training.launch.plan import GIB, plan, steps_done
 from training.launch.slurm_queue import sbatch_resources
 from training.run_dir import RunDir
 from training.runtime.hardware import peak_flops
@@ -121,11 +121,19 @@ def _check_jobs(sweep: Any, *batches: list[Job]) -> None:
         if path in seen and job.config.name is None and sweep.paper.suite is None:
             raise UserError(f"two jobs of the sweep are the same run, {path}: give each value once")
         if path in seen and job.config.name is not None:
-            raise UserError(
-                f"name={job.config.name} would be shared by the jobs ({' '.join(seen[path])}) and "
-                f"({' '.join(job.overrides)}): omit the name, and each gets its own"
-            )
+            raise _shared_name(job.config.name, seen[path], job.overrides)
         seen[path] = job.overrides
+
+
+def _shared_name(name: str, *jobs: Sequence[str]) -> UserError:
+    """Return the error of two jobs with one name, which names the overrides in which they differ."""
+    common = {*jobs[0]} & {*jobs[1]}
+    ours, theirs = (" ".join(override for override in job if override not in common) or "no other" for job in jobs)
+    if {*jobs[0]} == {*jobs[1]}:
+        return UserError(f"name={name} would be shared by two jobs of the same overrides: give each value once")
+    return UserError(
+        f"name={name} would be shared by the jobs with ({ours}) and ({theirs}): omit the name, and each gets its own"
+    )
 
 
 def config_search_overrides(hydra: Any) -> list[str]:
@@ -138,32 +146,54 @@ def config_search_overrides(hydra: Any) -> list[str]:
 
 
 def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str], options: Sequence[str] = ()) -> None:
-    """Print the plans of a sweep's runs, and the lines that submit them with these options of sbatch.
+    """Print the plans of a sweep's runs, and the lines that submit those that are not finished.
 
-    The lines end with `config_search_overrides`.
+    The lines have these options of sbatch, and end with `config_search_overrides`.
+
+    Raises:
+        ConfigError: the processes of a run cannot share its batch. The lines must run as they are.
     """
+    for job in jobs:
+        check_batch(job.config.trainer)
     hardware = jobs[0].config.hardware
     total_tokens = total_hours = 0.0
     peak = peak_flops(hardware.device)
     assert peak is not None  # `HardwareConfig` checks it
     table = Table(title=f"{len(jobs)} runs, computed for {hardware.mfu:.0%} MFU", title_justify="left")
-    for column in ("run", "tokens", f"hours of {hardware.device}", "GiB on each"):
+    for column in ("run", "steps", "tokens", f"hours of {hardware.device}", "GiB on each"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    lines = []
-    for job in jobs:
-        needed, devices = plan(job.config), job.config.trainer.world_size
+    done = [steps_done(job.config, job.run_dir) for job in jobs]
+    for job, steps in zip(jobs, done, strict=True):
+        needed, devices = plan(job.config, steps), job.config.trainer.world_size
         tokens = needed.tokens_per_step * needed.steps
         hours = devices * needed.hours(devices, peak, job.config.hardware.mfu)
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
-        table.add_row(job.title, f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
-        overrides = [override for override in job.overrides if not override.lstrip("+").startswith("plan=")]
-        resources = [*sbatch_resources(job.config.trainer), *options]
-        lines.append(shlex.join(["sbatch", *resources, "scripts/slurm/train.sbatch", *overrides, *search_overrides]))
+        cells = (f"{needed.steps:,}", f"{tokens / 1e9:,.3g}B", f"{hours:,.3g}", f"{needed.bytes / GIB:,.1f}")
+        table.add_row(job.title, *cells)
     table.add_section()
-    table.add_row("all", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
+    table.add_row("all", "", f"{total_tokens / 1e9:,.4g}B", f"{total_hours:,.4g}", "")
     console = make_console()
     console.print(table, soft_wrap=False)
-    console.print("\n".join(lines))
+    if any(done):
+        console.print("steps before a fork, and steps that are trained already, are not counted")
+    console.print("\n".join(_sbatch_lines(jobs, search_overrides, options)))
+
+
+def _sbatch_lines(jobs: Sequence[Job], search_overrides: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return lines for a shell that submit the unfinished jobs, each after the job from which it begins."""
+    unfinished = {job.run_dir.path: job for job in jobs if not job.run_dir.result_file.exists()}
+    after = {path: fork_folder(job.config, job.run_dir) for path, job in unfinished.items()}
+    bases = dict.fromkeys(base for base in after.values() if base in unfinished)
+    variables: dict[Path | None, str] = {base: f"job{number}" for number, base in enumerate(bases, 1)}
+    lines = []
+    for path, job in sorted(unfinished.items(), key=lambda item: item[0] not in variables):
+        overrides = [override for override in job.overrides if not override.lstrip("+").startswith("plan=")]
+        resources = [*sbatch_resources(job.config.trainer), *options]
+        line = shlex.join([*resources, "scripts/slurm/train.sbatch", *overrides, *search_overrides])
+        if (number := variables.get(after[path])) is not None:
+            line = f"--dependency=afterok:${{{number}%%;*}} --kill-on-invalid-dep=yes {line}"
+        lines.append(f"{variables[path]}=$(sbatch --parsable {line})" if path in variables else f"sbatch {line}")
+    return lines
 
 
 class Status(NamedTuple):
