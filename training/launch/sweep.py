@@ -176,7 +176,8 @@ def print_plans(jobs: Sequence[Job], search_overrides: Sequence[str], options: S
     console.print(table, soft_wrap=False)
     if any(done):
         console.print("steps before a fork, and steps that are trained already, are not counted")
-    console.print("\n".join(_sbatch_lines(jobs, search_overrides, options)))
+    if lines := _sbatch_lines(jobs, search_overrides, options):
+        console.print("\n".join(lines))
 
 
 def _sbatch_lines(jobs: Sequence[Job], search_overrides: Sequence[str], options: Sequence[str]) -> list[str]:
