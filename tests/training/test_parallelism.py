@@ -160,6 +160,7 @@ def test_run_resumes_on_another_number_of_processes(sharded_run, tiny, tmp_path)
 
 def test_resume_needs_no_other_setting_than_the_number_of_processes(sharded_run, checked, refusal, tmp_path):
     run = copy_run(sharded_run, tmp_path)
+    (run / "result.json").unlink()  # a finished run is only shown
     resumed, _ = checked(f"resume={run}", "trainer.nodes=2", "trainer.devices=1")
     assert (resumed.trainer.strategy, resumed.trainer.world_size) == ("fsdp", 2)
     assert "3 processes x 4 = 12 sequences at once must divide" in refusal(f"resume={run}", "trainer.devices=3")
