@@ -10,11 +10,9 @@ figures, and is named report-table3-figure2.html.
 import _entry  # first: it finds the checkout and installs the signal handlers
 
 import json
-import re
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from common.console import make_console
 from common.files import write_atomic
@@ -22,15 +20,11 @@ from common.settings import parse
 from common.text import quoted
 from evaluation.last_word import NAME as LAST_WORD
 from evaluation.tasks import SETS
-from experiments.claims.labs import LAB_CLAIMS
-from experiments.claims.verdict import corrected, judge
-from experiments.labs.declaration import LABS, Lab
-from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.report import report, verdicts_markdown
 from experiments.paper.tables_and_figures import TABLES
 from experiments.run.collect import RunCollection
-from scripts._declared import LAB_SEEDS, find_declared
 from scripts.paper_runs import ALL_NAMES, FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
+from scripts.paper_verdicts import hydra_value, judge_claims, launcher
 from training.runtime.environment import environment
 
 
@@ -43,50 +37,25 @@ def _score_overrides(collection: RunCollection) -> list[str]:
     return [*tasks, *([f"eval.limit={min(limited)}"] if limited else [])]
 
 
-def _value(text: str) -> str:
-    """Return a text as Hydra's command line takes it, quoted only where it must be."""
-    return text if re.fullmatch(r"[\w./~+-]+", text, re.ASCII) else quoted(text)
-
-
 def _double_quoted(text: str) -> str:
     """Return a text in double quotes, as an element of a list on Hydra's command line, if it has none itself."""
     return quoted(text) if {*'"\\'} & {*text} else f'"{text}"'
 
 
-def _train_settings(settings: PaperSettings, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
-    """Return the words that the commands of all runs have in common, but for the scale and the further settings."""
-    runs = [] if settings.paths.runs == "runs" else [f"paths.runs={_value(settings.paths.runs)}"]
-    return [f"seed={','.join(map(str, seeds))}", *runs, *_launcher(collection)]
-
-
-def _launcher(collection: RunCollection) -> list[str]:
-    """Return the setting of the launcher: on CPUs, several runs at a time are faster."""
-    on_cpus = all("CPU" in str(run.environment.get("device")) for run in collection.runs.values())
-    return ["hydra/launcher=local"] if on_cpus else []
-
-
-def _lab_runs(settings: PaperSettings, lab: Lab) -> RunCollection:
-    """Return the runs of a lab that exist, without composing their settings if there is no folder of them."""
-    runs = settings.paths.runs
-    if not Path(runs, lab.name.replace("_", "-")).is_dir():
-        return RunCollection({}, set(), {}, [], frozenset())
-    return find_declared(lab.runs, (f"experiment={lab.name}", f"paths.runs={quoted(runs)}"), LAB_SEEDS)
-
-
 def _commands(settings: PaperSettings, collection: RunCollection, names: Sequence[str]) -> list[str]:
     """Return the commands that make the runs and the report again."""
     seeds = ",".join(map(str, collection.seeds))
-    scale, runs = f"scale={settings.scale}", f"paths.runs={_value(settings.paths.runs)}"
+    scale, runs = f"scale={settings.scale}", f"paths.runs={hydra_value(settings.paths.runs)}"
     made = trained = "experiment=all"
     if set(names) != {*ALL_NAMES}:
         made, trained = (f"experiment=[{','.join(some)}]" for some in (names, [n for n in names if n != "figure3"]))
     readers = [made, scale, f"seeds=[{seeds}]", runs]
     readers += [f"overrides=[{','.join(map(_double_quoted, settings.overrides))}]"] if settings.overrides else []
-    readers += [] if settings.out is None else [f"out={_value(settings.out)}"]
+    readers += [] if settings.out is None else [f"out={hydra_value(settings.out)}"]
     windows = [f"windows={json.dumps(settings.windows)}".replace(" ", "")] if settings.windows else []
-    scored = f"run={_value(f'{settings.paths.runs}/paper-{settings.scale}')}"
+    scored = f"run={hydra_value(f'{settings.paths.runs}/paper-{settings.scale}')}"
     commands = [
-        ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *_launcher(collection)],
+        ["train.py", "-m", trained, scale, f"seed={seeds}", runs, *settings.overrides, *launcher(collection)],
         ["scripts/eval_data.py"],
         ["scripts/evaluate.py", scored, *_score_overrides(collection)],
         ["scripts/make_tables.py", *readers] if {*names} & {*TABLES} else [],
@@ -108,14 +77,7 @@ def main(values: _entry.Values) -> None:
     here = environment()
     made = f"Made {time.strftime('%Y-%m-%d')} at commit {str(here['commit'])[:8]}, on {here['device']}."
     commands = _commands(settings, collection, names)
-    words = [f"scale={settings.scale}", *settings.overrides, *_train_settings(settings, collection, collection.seeds)]
-    verdicts = judge(PAPER_CLAIMS, collection, words)
-    warnings = []
-    for name, claims in LAB_CLAIMS.items():
-        runs = _lab_runs(settings, LABS[name])
-        verdicts += judge(claims, runs, _train_settings(settings, runs, LAB_SEEDS))
-        warnings += runs.warnings
-    verdicts = corrected(verdicts)
+    verdicts, words, warnings = judge_claims(settings, collection)
     write_atomic(folder / "verdicts.md", verdicts_markdown(collection, verdicts, settings.scale))
     file = folder / ("report.html" if set(names) == {*ALL_NAMES} else f"report-{'-'.join(names)}.html")
     page = report(collection, verdicts, tables, figures, not_drawn, settings.scale, commands, made, words, warnings)
