@@ -4,6 +4,7 @@ Their names are in `training/run_dir.py`, which says what each is for. Numbers t
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from common.reading import Record, parse_record, read_lines
 
 Step = Annotated[int, Field(ge=0, lt=2**53)]
+#: A value of the setting `fork_from`. A number of 15 digits is below the bound of a `Step`.
+_FOLDER_AND_STEP = re.compile(r"(.+)@([0-9]{1,15})", re.DOTALL)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -137,6 +140,12 @@ def corrupted_steps(steps: Iterable[int], rewinds: Iterable[Mapping[str, Any]]) 
     """
     taken_again = [range(rewind["to_step"] + 1, rewind["from_step"] + 1) for rewind in rewinds]
     return [step for step in steps if not any(step in again for again in taken_again)]
+
+
+def folder_and_step(fork_from: str) -> tuple[str, int] | None:
+    """Return the run folder and the step of a text FOLDER@STEP; `None` if it has another form."""
+    match = _FOLDER_AND_STEP.fullmatch(fork_from)
+    return None if match is None else (match[1], int(match[2]))
 
 
 class Result(Record):

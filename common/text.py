@@ -3,7 +3,7 @@
 import difflib
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -29,6 +29,18 @@ def quoted(value: str) -> str:
     """Return a text as Hydra's command line takes it, whatever is in it."""
     doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # other backslashes are no escapes in Hydra
     return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table in Markdown, without a line break at its end.
+
+    Args:
+        header: cells in Markdown, in which `|` is escaped.
+        rows: the same of each row.
+        left: number of columns, from the first, that are aligned to the left; the others are aligned to the right.
+    """
+    alignment = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows))
 
 
 def every(seconds: float = 10.0) -> Callable[[], bool]:

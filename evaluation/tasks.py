@@ -112,8 +112,11 @@ def data_folders(data_dir: str | None, cache: str) -> list[Path]:
     return [Path(cache, "eval") if data_dir is None else Path(data_dir)]
 
 
-def check_data_dir(data_dir: str | None, tasks: Sequence[str]) -> None:
-    """Raise `ConfigError` unless `data_dir` is null, or a folder with the validation set of each task that has one."""
+def check_data_dir(data_dir: str | None, tasks: Sequence[str], key: str = "eval.data_dir") -> None:
+    """Raise `ConfigError` unless `data_dir` is null, or a folder with the validation set of each task that has one.
+
+    `key` is the name of the setting.
+    """
     if data_dir is None:
         return
     folder, problem = Path(data_dir), ""
@@ -127,7 +130,7 @@ def check_data_dir(data_dir: str | None, tasks: Sequence[str]) -> None:
         problem = f"cannot be read ({error.strerror})"
     if problem:
         allowed = "it must be a folder with the validation sets of the tasks"
-        raise ConfigError("eval.data_dir", data_dir, problem=f"{problem}: {allowed}")
+        raise ConfigError(key, data_dir, problem=f"{problem}: {allowed}")
 
 
 def _candidates(folder: Path, task: str) -> list[Path]:

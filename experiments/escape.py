@@ -2,6 +2,9 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
+
+from common.text import markdown_table
 
 #: Characters that mean something in Markdown anywhere in a line: emphasis, code, links, HTML, tables, formulas.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
@@ -36,6 +39,16 @@ def escape_markdown(text: str) -> str:
     """Return a text as one line of Markdown, as the cell of a table too."""
     escaped = _MARKDOWN.sub(lambda match: f"\\{match[0]}", one_visible_line(text))
     return _MARKDOWN_START.sub(r"\1\\\2", escaped)
+
+
+def escaped_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table of plain texts in Markdown, see `common.text.markdown_table`."""
+    return markdown_table([*map(escape_markdown, header)], ([*map(escape_markdown, row)] for row in rows), left)
+
+
+def escaped_list(texts: Iterable[str]) -> str:
+    """Return a list of plain texts in Markdown, without a line break at its end."""
+    return "\n".join(f"- {escape_markdown(text)}" for text in texts)
 
 
 def escape_latex(text: str) -> str:

@@ -12,17 +12,17 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.progress import track
 
 from common.console import make_console
 from common.settings import Allowed, Count, Folder, Settings, parse
 from evaluation.language_model import LlamaLM
 from evaluation.scores import score_task
-from evaluation.tasks import load_tasks
+from evaluation.tasks import check_data_dir, data_folders, load_tasks
 from models import Llama
 from models.hugging_face import export
 from scripts._bench import DEVICE, numbers_table
@@ -41,19 +41,24 @@ class BenchEvalConfig(Settings):
     """Items of each task."""
     rounds: Count = 3
     """Measurements of each task."""
-    data_dir: Folder = "cache/eval"
-    """Folder with the validation sets."""
+    data_dir: Folder | None = None
+    """Folder with the validation sets; null: from `make eval-data`, or the hub."""
     tasks: Annotated[list[str], Allowed("a list of tasks, as [hellaswag]")] = Field(
         ["hellaswag", "winogrande"], min_length=1
     )
     """Names of tasks in lm-eval."""
 
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        check_data_dir(self.data_dir, self.tasks, key="data_dir")
+        return self
+
 
 def main(values: _entry.Values) -> None:
     """Measure, and print the ratios."""
+    config = parse(BenchEvalConfig, values)
     from lm_eval.models.huggingface import HFLM
 
-    config = parse(BenchEvalConfig, values)
     console = make_console(soft_wrap=False)
     warnings.filterwarnings("ignore")
     checkpoint = RunCheckpoint(Path(config.run), None, console.print)
@@ -67,8 +72,9 @@ def main(values: _entry.Values) -> None:
         hf_lm = HFLM(pretrained=folder, device=DEVICE, dtype="float32", batch_size=1)
     title = f"{config.limit} items, {checkpoint.config.parameters / 1e6:.1f}M parameters"
     table = numbers_table(title, "task", "hf's seconds / ours", "rounds", "hf's batch size", "acc, both")
+    folders = data_folders(config.data_dir, "cache")
     for task in config.tasks:
-        loaded = load_tasks(task, [Path(config.data_dir)], 0)
+        loaded = load_tasks(task, folders, 0)
         seconds = {}
         for size in BATCH_SIZES:
             hf_lm.batch_size_per_gpu = size

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.escape import escaped_table
 from experiments.labs.bad_data import SMALLEST_COST, SMALLEST_EXCESS, BadDataResult, bad_data_results
 from experiments.labs.bad_data_figures import draw_after, draw_excess, draw_kinds
 from experiments.labs.declaration import BadDataLab
@@ -13,7 +14,6 @@ from experiments.labs.report import (
     comparison_cells,
     csv_text,
     lab_text,
-    markdown_table,
     mean_text,
     outcome_sentences,
 )
@@ -65,8 +65,8 @@ def bad_data_report(lab: BadDataLab, collection: RunCollection, made: str) -> La
     results = bad_data_results(lab, collection)
     kinds = sorted({kind for result in results for each in result.numbers.values() for kind in each.rise_of})
     sections = {
-        "Arms": f"{markdown_table(HEADER, [table_row(result) for result in results])}\n\n{LEGEND}",
-        "Rise of the loss by kind of bad batch (nats)": markdown_table(
+        "Arms": f"{escaped_table(HEADER, [table_row(result) for result in results])}\n\n{LEGEND}",
+        "Rise of the loss by kind of bad batch (nats)": escaped_table(
             ("arm", *kinds), [[_name(r), *(f"{r.mean_rise(kind):.3f}" for kind in kinds)] for r in results]
         ),
     }

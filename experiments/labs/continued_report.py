@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from experiments.escape import escaped_table
 from experiments.labs.continued import (
     EARLY,
     OPEN,
@@ -26,7 +27,6 @@ from experiments.labs.report import (
     comparison_cells,
     csv_text,
     lab_text,
-    markdown_table,
     mean_text,
     outcome_sentences,
 )
@@ -70,7 +70,7 @@ def continued_report(lab: ContinuedLab, collection: RunCollection, made: str) ->
     """Return the report, the numbers and the figure of a lab; `made` says when the report was made."""
     results = continued_results(lab, collection)
     sections = {
-        _heading(name): markdown_table(HEADER, [table_row(result) for result in results[name]])
+        _heading(name): escaped_table(HEADER, [table_row(result) for result in results[name]])
         for name in results
         if results[name]
     }

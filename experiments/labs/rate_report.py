@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.escape import escaped_table
 from experiments.labs.declaration import RateLab
 from experiments.labs.rates import USABLE, RateResult, rate_results, usable_rates
 from experiments.labs.report import (
@@ -14,7 +15,6 @@ from experiments.labs.report import (
     comparison_cells,
     csv_text,
     lab_text,
-    markdown_table,
     outcome_sentences,
 )
 from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, SMALLEST_NATS, UNDECIDED
@@ -55,7 +55,7 @@ def rate_report(lab: RateLab, collection: RunCollection, made: str) -> LabReport
     results = rate_results(lab, collection)
     figures = {"rates": draw_rates(lab, results)} if results else {}
     best = min((result.mean_losses.min() for result in results), default=np.nan)
-    sections = {"Arms": markdown_table(HEADER, [table_row(lab, result, best) for result in results])}
+    sections = {"Arms": escaped_table(HEADER, [table_row(lab, result, best) for result in results])}
     text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
     return LabReport(text, csv_table(lab, results), figures)
 

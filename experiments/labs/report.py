@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.escape import escape_markdown
+from experiments.escape import escaped_list
 from experiments.labs.declaration import Lab
 from experiments.labs.statistics import Comparison, interval
 from experiments.labs.statistics import __doc__ as how_compared
@@ -54,7 +54,7 @@ def lab_text(
         f"# Lab: {lab.title}",
         f"{len(collection.runs)} runs are finished, {seeds_text(collection.seeds)}. {made}",
         "## Findings",
-        "\n".join(f"- {escape_markdown(sentence)}" for sentence in findings),
+        escaped_list(findings),
     ]
     for heading, content in sections.items():
         parts += [f"## {heading}", content]
@@ -63,7 +63,7 @@ def lab_text(
     command = ["python", "train.py", "-m", f"experiment={lab.name}_lab", f"seed={','.join(map(str, collection.seeds))}"]
     parts += [f"`{' '.join(command)}` makes the runs."]
     if notes := [*collection.warnings, *collection.notes([(run.label, run) for run in lab.runs], with_diverged)]:
-        parts += ["## Missing runs", "\n".join(f"- {escape_markdown(note)}" for note in notes)]
+        parts += ["## Missing runs", escaped_list(notes)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -92,13 +92,6 @@ def mean_text(values: Sequence[float], decimals: int) -> str:
     mean = float(np.mean(values))
     low, high = interval(values)
     return f"{mean:.{decimals}f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.{decimals}f}")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, its first column to the left and the others to the right."""
-    lines = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

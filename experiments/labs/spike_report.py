@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.escape import escaped_table
 from experiments.labs.declaration import SpikeLab
-from experiments.labs.report import LabReport, lab_text, markdown_table, outcome_sentences
+from experiments.labs.report import LabReport, lab_text, outcome_sentences
 from experiments.labs.rule_figure import draw_rule, rule_example
 from experiments.labs.spike_figures import draw_areas, draw_losses, draw_spike, first_spike
 from experiments.labs.spike_tables import (
@@ -35,13 +36,13 @@ def spike_report(lab: SpikeLab, collection: RunCollection, made: str) -> LabRepo
     results = arm_results(lab, collection)
     reference = collection.runs_of(lab.arm(lab.reference))
     figures = {"areas": draw_areas(lab, results), "losses": draw_losses(lab, results, collection)}
-    sections = {"Arms": markdown_table(HEADER, table_rows(results))}
+    sections = {"Arms": escaped_table(HEADER, table_rows(results))}
     if (found := first_spike(reference)) is not None:
         figures["spike"] = draw_spike(*found)
     if lab.example is not None and (pair := rule_example(lab, collection)) is not None:
         figures["rule"] = draw_rule(*pair, (lab.reference, lab.example))
     if rows := warning_rows(reference):
-        sections["Warnings"] = markdown_table(WARNING_HEADER, rows)
+        sections["Warnings"] = escaped_table(WARNING_HEADER, rows)
     text = lab_text(lab, collection, findings(lab, results), sections, [*figures], made)
     return LabReport(text, csv_table(results), figures)
 

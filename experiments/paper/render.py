@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from experiments.escape import escape_latex, escape_markdown
+from common.text import markdown_table
+from experiments.escape import escape_latex, escape_markdown, escaped_list
 from experiments.paper.footnotes import table_notes
 from experiments.paper.measures import MEASURES, guessed_measures
 from experiments.paper.tables_and_figures import Column, Specs, Table
@@ -175,9 +176,8 @@ def footnotes(filled: FilledTable) -> list[str]:
 def markdown(filled: FilledTable) -> str:
     """Return a table in Markdown, with its title, and its footnotes as a list."""
     header, *rows = table_rows(filled, "**{}**", escape_markdown)
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
-    below = [f"- {escape_markdown(note)}" for note in footnotes(filled)]
-    return "\n".join([f"### {escape_markdown(title(filled))}", "", *lines, "", *below, ""])
+    below = f"{escaped_list(notes)}\n" if (notes := footnotes(filled)) else ""
+    return f"### {escape_markdown(title(filled))}\n\n{markdown_table(header, rows)}\n\n{below}"
 
 
 def latex(filled: FilledTable) -> str:

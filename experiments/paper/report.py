@@ -13,7 +13,7 @@ from experiments.claims.forest import draw_verdicts
 from experiments.claims.numbers import Certain
 from experiments.claims.verdict import ABOVE, BELOW, NOT_TESTABLE, OUTCOMES, WITHIN, Verdict, train_command
 from experiments.claims.verdict import __doc__ as how_judged
-from experiments.escape import escape_markdown, visible
+from experiments.escape import escape_markdown, escaped_list, escaped_table, visible
 from experiments.paper.footnotes import describe_runs
 from experiments.paper.images import MAX_SVG, data_uri
 from experiments.paper.render import FilledTable, fill_table, footnotes, table_rows, title
@@ -197,30 +197,26 @@ def verdicts_markdown(collection: RunCollection, verdicts: Sequence[Verdict], sc
     parts = [f"# {_title(scale)}, the claims", escape_markdown(" ".join(_describe_report(collection)))]
     parts += [_verdict_table(verdicts), HOW_JUDGED]
     if collection.warnings:
-        parts.append(_bullets(collection.warnings))
+        parts.append(escaped_list(collection.warnings))
     for verdict in verdicts:
         sentences = [f"claimed by {verdict.claim.source}", *verdict.evidence]
         sentences += [f"p, corrected: {p_text(verdict)}"] if p_text(verdict) else []
         if verdict.runs:
             sentences += [f"scale: {verdict.scale}", f"runs: {', '.join(verdict.runs)}"]
         sentences.append(f"command: {verdict.command}")
-        parts += [f"## {verdict.claim.text}", f"**{verdict.outcome}**", _bullets(sentences)]
+        parts += [f"## {verdict.claim.text}", f"**{verdict.outcome}**", escaped_list(sentences)]
     return "\n\n".join(parts) + "\n"
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> str:
     """Return the outcome and the estimate of each claim as a table in Markdown."""
-    rows = [("claim", "verdict", "estimate (95 %)", "smallest effect of interest", "p, corrected")]
+    header = ("claim", "verdict", "estimate (95 %)", "smallest effect of interest", "p, corrected")
+    rows = []
     for verdict in verdicts:
         shown = _shown_verdict(verdict, 0)
         estimate = f"{shown['estimate']} ({shown['interval']})" if shown["estimate"] else ""
         rows.append((shown["claim"].rstrip("."), shown["outcome"], estimate, shown["smallest"], shown["p"]))
-    lines = [f"| {' | '.join(map(escape_markdown, row))} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
-
-
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
+    return escaped_table(header, rows, left=len(header))
 
 
 def _title(scale: str) -> str:

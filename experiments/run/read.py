@@ -1,6 +1,5 @@
 """Reading a run folder."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,8 +62,8 @@ class Run(NamedTuple):
     @property
     def fork_step(self) -> int | None:
         """The step of another run after which it begins; its metrics up to there are the other's. `None`: step 1."""
-        match = re.fullmatch(r".+@(\d{1,15})", str(self.config.get("fork_from")), re.DOTALL)
-        return None if match is None else int(match[1])
+        source = run_files.folder_and_step(str(self.config.get("fork_from")))
+        return None if source is None else source[1]
 
     def argument(self, name: str) -> np.ndarray:
         """Return (steps,) an argument of the clipping strategy in each step, NaN where it has no number."""

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
+from common.text import markdown_table
 from experiments.claims.verdict import SUPPORTED, Verdict
-from experiments.escape import escape_latex, escape_markdown, one_visible_line, visible
+from experiments.escape import escape_latex, escape_markdown, escaped_list, escaped_table, one_visible_line, visible
 from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.render import fill_table, latex, markdown
 from experiments.paper.report import report, verdicts_markdown
@@ -20,6 +22,7 @@ from experiments.paper.tables_and_figures import TABLES
 from experiments.run.plot import draw_run
 from experiments.run.style import image
 from tests.experiments.written_runs import modify
+from tests.helpers import CHECKOUT
 
 HOSTILE = [
     "\\input{/etc/passwd}", "a|b\nc", "`rm -rf`", "[x](http://evil.example)", "![x](y.png)", "<script>x</script>",
@@ -33,14 +36,20 @@ HOSTILE = [
 TEXTS = st.text(st.sampled_from("\\`*_[]<>|~$&#+-=.:/!(){}^%1 \n\tax\x1b\u202e\ud800w")) | st.sampled_from(HOSTILE)
 MANY = settings(derandomize=True, database=None, deadline=None, max_examples=300, suppress_health_check=[*HealthCheck])
 
+RESULTS = CHECKOUT / "experiments" / "results"
+RECORDED_TABLES = [*sorted(RESULTS.glob("labs/*/report.md")), *sorted(RESULTS.glob("micro/tables/*.md"))]
+
 GFM = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def shown_by_markdown(source: str) -> str:
     """The text of the only paragraph or cell of a source, which must have no other elements."""
-    blocks = [token for token in GFM.parse(source) if token.type == "inline"]
-    texts = [child for block in blocks for child in block.children or ()]
-    assert {child.type for child in texts} <= {"text", "text_special"}, source
+    return "".join(shown_by_inline(token) for token in GFM.parse(source) if token.type == "inline")
+
+
+def shown_by_inline(token: Token) -> str:
+    texts = token.children or []
+    assert {child.type for child in texts} <= {"text", "text_special"}, token.content
     return "".join(child.content for child in texts)
 
 
@@ -63,6 +72,36 @@ def check_markdown(text: str) -> None:
     rows = [line for line in GFM.parse(f"| a | b |\n| --- | --- |\n| {escaped} | z |\n") if line.type == "td_open"]
     assert len(rows) == 2, "a table has as many cells as before"
     assert not re.search(r"https?://|www\.", escaped), "no bare links"
+
+
+@given(data=st.data())
+@MANY
+def test_table_and_list_show_any_text_as_it_is(data):
+    width = data.draw(st.integers(1, 4))
+    header, *rows = data.draw(st.lists(st.lists(TEXTS, min_size=width, max_size=width), min_size=1, max_size=4))
+    left = data.draw(st.integers(0, width))
+    tokens = GFM.parse(escaped_table(header, rows, left))
+    assert [token.type for token in tokens].count("table_open") == 1 and tokens[-1].type == "table_close"
+    cells = [token for token in tokens if token.type in ("th_open", "td_open")]
+    shown = [shown_by_inline(token) for token in tokens if token.type == "inline"]
+    assert shown == [one_visible_line(text).strip() for row in (header, *rows) for text in row]
+    aligned = [cell.attrs.get("style") for cell in cells]
+    assert aligned == [
+        None if column < left else "text-align:right" for _ in (header, *rows) for column in range(width)
+    ]
+    texts = [text for text in header if text.strip()]
+    items = [token for token in GFM.parse(escaped_list(texts)) if token.type == "inline"]
+    assert [*map(shown_by_inline, items)] == [one_visible_line(text).strip() for text in texts]
+
+
+@pytest.mark.parametrize("file", RECORDED_TABLES, ids=lambda file: str(file.relative_to(RESULTS)))
+def test_recorded_tables_have_the_form(file):
+    """A report that is made again differs from the recorded one in words and numbers only."""
+    tables = re.findall(r"(?:^\|.*\n)+", file.read_text(), re.M)
+    assert tables
+    for table in tables:
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines())
+        assert markdown_table(header, rows) == table.rstrip("\n")
 
 
 @given(text=TEXTS)

@@ -65,9 +65,9 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     assert re.findall("^## (.+)", text, re.M) == [claim.text for claim in claims]
     shown = re.findall(r"^\*\*(.+)\*\*$", text, re.M)
     assert {*shown} <= {*OUTCOMES}
-    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", text, re.M)[1:]]
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", text, re.M)[2:]]
     assert [row[:2] for row in rows] == [[c.text.rstrip("."), o] for c, o in zip(claims, shown, strict=True)]
-    assert "| p, corrected |\n|---|---|---|---|---|\n| Fixed clipping" in text
+    assert "| p, corrected |\n| --- | --- | --- | --- | --- |\n| Fixed clipping" in text
     tested = next(verdict for verdict in verdicts if verdict.part is not None)
     assert f" | {tested.part.estimate} ({tested.part.interval}) | " in text
 

@@ -110,7 +110,8 @@ def test_summary(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fork_from", "step"), [("runs/main/a@20", 20), ("b@c@1200", 1200), (None, None), ("a@b", None)]
+    ("fork_from", "step"),
+    [("runs/main/a@20", 20), ("b@c@1200", 1200), (None, None), ("a@b", None), (f"a@{'1' * 5000}", None)],
 )
 def test_summary_of_a_fork_says_which_steps_are_those_of_another_run(fork_from, step, tmp_path):
     """The numbers are over all steps: those of the other run are in the metrics."""

@@ -150,13 +150,18 @@ def test_scoring_is_compared_with_lm_eval(finished_run, sets, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "message"),
+    ("name", "settings", "message"),
     [
         ("bench_clip.py", "round=3", "round=3 is not possible: there is no key round (the nearest is rounds)"),
         ("bench_eval.py", "run=nowhere", "run=nowhere is not a run folder: it must be one"),
+        (
+            "bench_eval.py",
+            "run=nowhere data_dir=nowhere",
+            "data_dir=nowhere does not exist: it must be a folder with the validation sets of the tasks",
+        ),
     ],
 )
-def test_mistakes_are_one_sentence(name, setting, message, tmp_path):
-    done = script(name, setting, cwd=tmp_path)
+def test_mistakes_are_one_sentence(name, settings, message, tmp_path):
+    done = script(name, *settings.split(), cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"{name}: error: {message}"), done.stderr
     assert len(done.stderr.splitlines()) == 1 and not [*tmp_path.iterdir()]

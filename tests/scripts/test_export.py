@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf.errors import InterpolationResolutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import CHECKOUT, SLOW, TINY, read_jsonl, script, train
+from tests.helpers import CHECKOUT, SLOW, TINY, compose_config, read_jsonl, script, train
 from tests.scripts.loading import load_script
 from training.checkpoint.format import load_model_state
 
@@ -83,6 +84,31 @@ def test_run_starts_from_an_export_and_takes_its_shape(exported, finished_run, c
     assert done.returncode == 0 and f"starting from the weights in {exported}" in done.stdout, done.stderr
     started, first = losses(tmp_path / "runs" / "main" / "shape"), losses(finished_run)
     assert started[0] < first[0] - 0.5 and abs(started[0] - first[-1]) < 0.5
+
+
+def test_finished_run_is_shown_without_the_folder_that_it_started_from(exported, corpus, cache, tmp_path):
+    model, runs = shutil.copytree(exported, tmp_path / "model"), tmp_path / "runs" / "main"
+    shape = [setting for setting in TINY if not setting.startswith("model.")]
+    settings = ("model=hf", *shape, *started_from(model, corpus, cache))
+    done = train(*settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs.iterdir()
+    shutil.rmtree(model)
+    again = train(*settings, cwd=tmp_path)
+    assert again.returncode == 0 and f"finished already: runs/main/{run.name} " in again.stdout, again.stderr
+    gone = f"model.init_from={model} cannot be read"
+    for other in ("lr=1e-4", "name=new", "name=new plan=true"):
+        done = train(*settings, *other.split(), cwd=tmp_path)
+        assert done.returncode == 2 and gone in done.stderr and [*runs.iterdir()] == [run], (other, done)
+    config = run / "config.yaml"
+    (shutil.copytree(run, runs / "other") / "config.yaml").write_text(
+        config.read_text().replace("rms_norm_eps: 1.0e-05", "rms_norm_eps: 1.0e-04")
+    )
+    own = ("model=hf", f"model.init_from={model}", f"paths.runs={tmp_path}/runs")
+    eps = [compose_config(*own, f"name={name}").model.rms_norm_eps for name in (run.name, "other")]
+    assert eps == [1e-5, 1e-4], "each has its own"
+    with pytest.raises(InterpolationResolutionError, match=re.escape(gone)):
+        compose_config(*own)
 
 
 @pytest.mark.slow

@@ -222,6 +222,10 @@ BAD_SWEEPS = [
     (("lr=glob(*)",), "makes no job"),
     (("lr=1e-3,0.001",), "two jobs of the sweep are the same run"),
     (("resume=runs/main/x", "seed=0,1"), "resume=runs/main/x is not possible with -m: it continues one run"),
+    (
+        ("trainer.eval_every=5", "eval.tasks=[last_word]", "eval.num_fewshot=9999", "seed=0,1"),
+        "eval.num_fewshot=9999 is not allowed: it must be at most 1,727 for last_word",
+    ),
 ]
 
 
@@ -241,6 +245,18 @@ def test_sweep_with_one_bad_job_is_refused(overrides, message, tmp_path, monkeyp
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [("plan=true",), ("print_run_dir=true",), ("name=finished",)])
+def test_sweep_that_trains_nothing_loads_no_tasks(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "main" / "finished").mkdir(parents=True)
+    (tmp_path / "runs" / "main" / "finished" / "result.json").write_text("{}")
+    *tasks, _ = BAD_SWEEPS[-1][0]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        sweep = hydra.compose_config("train", [*tasks, *settings], RunMode.MULTIRUN, with_log_configuration=False)
+        CheckSweep().on_multirun_start(sweep)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

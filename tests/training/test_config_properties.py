@@ -61,6 +61,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hardware.device": st.sampled_from(sorted(PEAK_FLOPS)),
     "clip._target_": st.sampled_from(["zclip.ZClip", "zclip.AutoClip", "zclip.AdaGC", "elsewhere.Unknown"]),
     "update._target_": st.sampled_from(["zclip.updates.UpdateMonitor", "zclip.updates.UpdateClip", None]),
+    "fork_from": st.none() | st.integers(0, 10**15 - 1).map(lambda step: f"runs/main/NAME@{step}"),
     "paper.suite": st.none(),
     "optim.name": FOLDER_NAMES,
     "optim.betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),

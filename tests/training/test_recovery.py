@@ -325,7 +325,8 @@ def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_pa
     old = copy_run(finished_run, tmp_path).rename("runs/main/old")
     settings = (*tiny, "name=new")
     for override, message in (
-        ("fork_from=runs/main/old", "it must be a run folder and a step, as runs/main/NAME@100"),
+        ("fork_from=runs/main/old", "it must be a run folder and a step, as FOLDER@STEP, or null"),
+        (f"fork_from=old@{'1' * 250}", "it must be a run folder and a step, as FOLDER@STEP, or null"),
         ("fork_from=runs/main/none@5", "there is no run in runs/main/none"),
         ("fork_from=runs/main/old@7", "the run has no checkpoint of that step, but of 8, 16, 24, 32, 40"),
         ("seed=1", "is not possible with seed=1: that run has seed=0"),
@@ -336,7 +337,7 @@ def test_impossible_forks_are_refused_in_one_sentence(tiny, finished_run, tmp_pa
         ("trainer.strategy=fsdp", "is not possible with trainer.strategy=fsdp: the checkpoints of"),
     ):
         fork = () if "fork_from" in override else ("fork_from=runs/main/old@8",)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ConfigError, match=r"^fork_from=") as error:
             find_fork_source(compose_config(*settings, *fork, override), RunDir(Path("runs/main/new")))
         (line,) = str(error.value).splitlines()
         assert message in line

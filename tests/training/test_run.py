@@ -401,13 +401,16 @@ def test_wandb_is_imported_only_when_chosen_and_each_job_of_a_sweep_has_its_own_
     done = run(program, *settings, "name=jsonl", cwd=tmp_path)
     assert done.returncode == 0 and "wandb is imported: False" in done.stdout, done.stdout + done.stderr
     shutil.rmtree(only_run(tmp_path))
-    done = run(program, "-m", "seed=0,1", "logger=wandb", *settings, cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    scored = ("trainer.eval_every=2", "eval.tasks=[last_word]", "eval.limit=3", "logger=wandb")
+    done = run(program, "-m", "seed=0,1", *scored, *settings, cwd=tmp_path, env={"WANDB_MODE": "offline"})
     assert done.returncode == 0 and "wandb is imported: True" in done.stdout, done.stdout + done.stderr
     runs = list((tmp_path / "runs" / "main").glob("micro-*"))
     assert len(runs) == 2
     for path in runs:
         (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
-        assert path.name.encode() in file.name.encode() and b"test_loss" in file.read_bytes()
+        assert path.name in file.name
+        for name in (b"test_loss", b"last_word/loss", b"last_word/loss_stderr", b"last_word/acc_stderr"):
+            assert re.search(name + rb"\W", file.read_bytes()), name
 
 
 def test_corrupted_batches_are_injected_and_reported(finished_run, tiny, tmp_path):

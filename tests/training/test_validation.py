@@ -354,8 +354,9 @@ def test_score_of_a_single_item_is_shown_without_a_standard_error(tmp_path):
     assert logged == {"last_word/loss": score["loss"], "last_word/acc": 0.0}
 
 
-def test_metric_of_a_filter_is_printed_with_its_standard_error(tmp_path):
+def test_metric_of_a_filter_is_printed_and_logged_with_its_standard_error(tmp_path):
     score, printed, logged = scored_last_words(3, tmp_path, "first")
     loss, error = score["loss,first"], score["loss_stderr,first"]
     assert f"(0 shots, 3 items): loss,first {loss:.4g} ± {error:.2g}, acc,first 0 ± 0\n" in printed
-    assert logged == {"last_word/loss,first": loss, "last_word/acc,first": 0.0}
+    names = ("loss,first", "loss_stderr,first", "acc,first", "acc_stderr,first")
+    assert logged == dict(zip((f"last_word/{name}" for name in names), (loss, error, 0.0, 0.0), strict=True))

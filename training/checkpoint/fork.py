@@ -7,14 +7,13 @@ the clipper, and of a rule over updates, are restored if its settings are the sa
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import ConfigError, RunError, UserError, shown
 from common.files import write_atomic
-from common.run_files import corrupted_steps
+from common.run_files import corrupted_steps, folder_and_step
 from common.text import flatten
 from training.checkpoint.fork_data import check_new_data
 from training.checkpoint.saved_config import checkpoint_config, why_no_checkpoint
@@ -29,8 +28,6 @@ from training.runtime.distributed import rank
 SHARED = ("model", "data", "seed", "trainer.global_batch_size", "trainer.precision")
 #: Of them, those that may differ after the step: the order of the sequences is the same.
 NOT_SHARED = ("data.corruption.", "data.instance_filter.")
-#: A value of `fork_from`.
-_FOLDER_AND_STEP = re.compile(r"(.+)@(\d+)")
 
 
 class ForkSource(NamedTuple):
@@ -81,10 +78,10 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
         UserError: the other run cannot be read by this version, or its tokenizer was changed.
         RunError: the record of its rewinds is damaged.
     """
-    if config.fork_from is None:
+    if (folder := fork_folder(config, run_dir)) is None:
         return None
     try:
-        return _fork_source(config, config.fork_from, fork_folder(config, run_dir))
+        return _fork_source(config, folder)
     except (UserError, RunError):
         if run_dir.checkpoint_steps():
             return None
@@ -92,20 +89,20 @@ def find_fork_source(config: Config, run_dir: RunDir) -> ForkSource | None:
 
 
 def fork_folder(config: Config, run_dir: RunDir) -> Path | None:
-    """Return the folder of the run that `fork_from` names; `None` if it names no folder and step.
+    """Return the folder of the run that `fork_from` names; `None` if it is null.
 
     A name alone is a run next to the one in `run_dir`, so that both can be moved together.
     """
-    match = _FOLDER_AND_STEP.fullmatch(config.fork_from or "")
-    if match is None:
+    if (source := folder_and_step(config.fork_from or "")) is None:
         return None
-    return Path(match[1]) if "/" in match[1] else run_dir.path.parent / match[1]
+    folder, _ = source
+    return Path(folder) if "/" in folder else run_dir.path.parent / folder
 
 
 def fork_step(config: Config) -> int:
-    """Return the step that `fork_from` names; 0 if it names no folder and step."""
-    match = _FOLDER_AND_STEP.fullmatch(config.fork_from or "")
-    return 0 if match is None else int(match[2])
+    """Return the step that `fork_from` names; 0 if it is null."""
+    source = folder_and_step(config.fork_from or "")
+    return 0 if source is None else source[1]
 
 
 def check_corruption(
@@ -133,12 +130,10 @@ def _setting(config: Config) -> str:
     return f"steps={list(corruption.steps)}"
 
 
-def _fork_source(config: Config, fork_from: str, folder: Path | None) -> ForkSource:
+def _fork_source(config: Config, folder: Path) -> ForkSource:
     def impossible(problem: str) -> ConfigError:
-        return ConfigError("fork_from", fork_from, problem=f"is not possible{problem}")
+        return ConfigError("fork_from", config.fork_from, problem=f"is not possible{problem}")
 
-    if folder is None:
-        raise ConfigError("fork_from", fork_from, "a run folder and a step, as runs/main/NAME@100")
     run_dir, step, new_data = RunDir(folder), fork_step(config), config.fork_data == "new"
     if not (run_dir.config_file.is_file() or run_dir.checkpoint_steps()):
         raise impossible(f": there is no run in {run_dir.path}")

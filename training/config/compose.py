@@ -1,6 +1,8 @@
 """From Hydra's container to `Config`: inside the packages, nobody else sees the container."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from common.reading import MOST_YAML, damage, parse_yaml, read_bytes
 from common.settings import Values, parse
 from common.text import flatten, overrides_dict
 from models import LlamaConfig
+from models.config import ModelConfig
 from models.hugging_face import config_of
 from training.config.identity import changes_result, differences, identity, is_place, run_name, run_path
 from training.config.live import is_live
@@ -24,17 +27,42 @@ from training.config.strategy import is_ours
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@lru_cache
-def _shape(folder: str | None) -> LlamaConfig:
+def _hugging_face(folder: object, field: str, *, _root_: DictConfig) -> Any:
+    """Return a field of the shape of the model in a folder, as configs/model/hf.yaml takes it."""
     if folder is None:
         problem = "is not possible with model=hf: it must be a Hugging Face folder"
         raise ConfigError("model.init_from", None, problem=problem)
-    with prefix_errors("model"):
-        return config_of(Path(folder))
+    runs, experiment, name = (OmegaConf.select(_root_, key) for key in ("paths.runs", "experiment", "name"))
+    return getattr(_shape(str(folder), f"{runs}/{experiment}", None if name is None else str(name)), field)
 
 
-# A field of a Hugging Face folder's model, in configs/model/hf.yaml.
-OmegaConf.register_new_resolver("hugging_face", lambda folder, field: getattr(_shape(folder), field), replace=True)
+@lru_cache
+def _shape(folder: str, runs: str, name: str | None) -> LlamaConfig:
+    """Return the shape of the model in a Hugging Face folder.
+
+    If it cannot be read, its shape is that of the finished runs in `runs` that began with it, or of the one with this
+    name, so that such a run can be shown. Without one, or if they differ, the error stays.
+    """
+    place = Path(os.path.expanduser(folder))  # noqa: PTH111 - as settings do
+    try:
+        with prefix_errors("model"):
+            return config_of(place)
+    except UserError:
+        shapes = {model.llama for model in _finished_models(runs, name) if model.init_from == str(place)}
+        if len(shapes) != 1:
+            raise
+        return shapes.pop()
+
+
+def _finished_models(runs: str, name: str | None) -> Iterator[ModelConfig]:
+    """Yield the section `model` of each finished run in a folder whose configuration can be read."""
+    for result in Path(os.path.expanduser(runs)).glob("*/result.json"):  # noqa: PTH111
+        if name in (None, result.parent.name):
+            with suppress(UserError):
+                yield read_config(result.with_name("config.yaml")).model
+
+
+OmegaConf.register_new_resolver("hugging_face", _hugging_face, replace=True)
 # Learning rates of the paper's experiments, in configs/experiment/paper.yaml.
 OmegaConf.register_new_resolver("multiply", lambda value, factor: float(f"{value * factor:.6g}"), replace=True)
 # The sequence length where a model's context may be shorter, in configs/scale/main.yaml.

@@ -6,7 +6,7 @@ Defaults are those of `python train.py` without arguments. A test compares the f
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from common.files import write_atomic
 from common.settings import allowed_words, fields_of, section_in
-from common.text import flatten
+from common.text import flatten, markdown_table
 from data.config import SourceConfig
 from training.config.compose import CONFIGS, container
 from training.config.schema import Config
@@ -122,12 +122,12 @@ def _groups_table(defaults: Mapping[str, str]) -> str:
         [f"[`{group}`](#{group.replace('/', '')})", f"`{option}`", " ".join(f"`{file.stem}`" for file in _files(group))]
         for group, option in names.items()
     ]
-    return _markdown_table(("group", "default", "options"), rows)
+    return _left_table(("group", "default", "options"), rows)
 
 
 def _options(group: str) -> str:
     rows = [[f"`{group}={file.stem}`", _cell(first_comment(file))] for file in _files(group)]
-    return _markdown_table(("option", "meaning"), rows)
+    return _left_table(("option", "meaning"), rows)
 
 
 def _table(prefix: str, fields: Mapping[str, FieldInfo], plain: Mapping[str, Any]) -> str:
@@ -139,7 +139,7 @@ def _table(prefix: str, fields: Mapping[str, FieldInfo], plain: Mapping[str, Any
         allowed = allowed_words(field.annotation, field.metadata)
         meaning = " ".join((field.description or "").split())
         rows.append([f"`{key}`", f"`{_default(value)}`", f"{_cell(meaning)} *Allowed: {_cell(allowed)}.*"])
-    return _markdown_table(("key", "default", "meaning"), rows)
+    return _left_table(("key", "default", "meaning"), rows)
 
 
 def _default(value: Any) -> str:
@@ -160,13 +160,11 @@ def _launcher_table(file: Path) -> str:
         meaning = comment or meaning  # a comment is about the keys below it too, up to the next one
         if not name.startswith("_"):
             rows.append([f"`hydra.launcher.{name}`", f"`{value}`", _cell(meaning[:1].upper() + meaning[1:])])
-    return _markdown_table(("key", "default", "meaning"), rows)
+    return _left_table(("key", "default", "meaning"), rows)
 
 
-def _markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def _left_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return markdown_table(header, rows, left=len(header)) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -7,10 +7,12 @@ the machine is checked when a `Config` is made; `training.config.checks` does th
 from typing import Annotated, Any, Literal, Self, get_args
 
 from annotated_types import Predicate
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from common.corruption import MIXED, corrupted_batches, room
 from common.errors import ConfigError, UserError
+from common.run_files import folder_and_step
 from common.settings import (
     Allowed,
     Count,
@@ -31,6 +33,16 @@ from training.runtime.hardware import PEAK_FLOPS, peak_flops
 
 #: Parallelism of a run: one process; a full model in each; sharded over all; sharded within each replica.
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
+
+
+def _has_a_step(value: str) -> str:
+    if folder_and_step(value) is None:
+        raise PydanticCustomError("no_step", "no folder and step")
+    return value
+
+
+#: A run folder and a step of it, as FOLDER@STEP.
+ForkSourceText = Annotated[PathText, AfterValidator(_has_a_step)]
 
 
 class ClipConfig(Settings):
@@ -230,7 +242,7 @@ class Config(Settings):
     """Folder in `paths.runs` that groups runs."""
     resume: Annotated[PathText | None, Allowed("a run folder, or null")]
     """Run folder to continue, with the settings in its config.yaml."""
-    fork_from: Annotated[PathText | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
+    fork_from: Annotated[ForkSourceText | None, Allowed("a run folder and a step, as FOLDER@STEP, or null")]
     """FOLDER@STEP: start a new run from a step of another. A name alone is a run next to this one."""
     fork_data: Literal["same", "new"] = "same"
     """Data of a run with `fork_from`: `same`: those of the other run, which go on; `new`: those of the settings `data`,

@@ -123,6 +123,21 @@ def _check_jobs(sweep: Any, *batches: list[Job]) -> None:
         if path in seen and job.config.name is not None:
             raise _shared_name(job.config.name, seen[path], job.overrides)
         seen[path] = job.overrides
+    if not elsewhere:
+        _check_tasks(jobs)
+
+
+def _check_tasks(jobs: Sequence[Job]) -> None:
+    """Load the tasks on which runs are evaluated while they train, once for equal settings, and drop them again.
+
+    Each run would raise the same error for them. A run that is finished, or only planned, needs none.
+    """
+    from training.validation.tasks import load_run_tasks
+
+    begun = [job.config for job in jobs if not job.run_dir.result_file.exists()]
+    scored = [config for config in begun if config.trainer.eval_every and not (config.plan or config.print_run_dir)]
+    for config in {(config.eval.model_dump_json(), config.paths.cache): config for config in scored}.values():
+        load_run_tasks(config)
 
 
 def _shared_name(name: str, *jobs: Sequence[str]) -> UserError:

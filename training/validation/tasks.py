@@ -101,12 +101,13 @@ class TaskEvaluator:
                 self._scores().add(key, score)
                 if self._cache is not None:
                     self._cache.delete()
-            numbers = {metric: score[metric] for metric in metrics_of([score])}
-            texts = [f"{metric} {value:.4g}{_error(score, metric)}" for metric, value in numbers.items()]
+            metrics = metrics_of([score])
+            texts = [f"{metric} {score[metric]:.4g}{_error(score, metric)}" for metric in metrics]
+            names = [each for metric in metrics for each in (metric, stderr_of(metric))]
             self.report.report(
                 step,
                 f"{name} ({num_fewshot} shots, {score['items']:,} items): {', '.join(texts)}",
-                {f"{name}/{metric}": value for metric, value in numbers.items()},
+                {f"{name}/{each}": score[each] for each in names if score.get(each) is not None},
             )
 
     def _known_responses(self, key: dict[str, Any]) -> dict[str, Any] | None:
