@@ -310,25 +310,26 @@ def test_more_solved_examples_than_there_are_are_refused_before_any_work(tmp_pat
 
 
 def evaluate_last_words(
-    limit: int, tmp_path: Path, filter_name: str = "none", error: Exception | None = None
+    limit: int, tmp_path: Path, filter_name: str = "none", error: Exception | None = None, settings: tuple = ()
 ) -> tuple[str, dict]:
     """Score a uniform model on some last words twice after a step; return what is printed, and what is logged.
 
     The first filter has a name. An error is raised by the task's own code.
     """
-    config = compose_config("trainer.eval_every=5", "eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")
+    chosen = ("eval=micro", "eval.tasks=[last_word]", f"eval.limit={limit}")
+    config = compose_config("trainer.eval_every=5", *chosen, *settings)
     tokenizer = train_tokenizer(["the union of the states"], 300)
     output, logged = io.StringIO(), {}
     report = EvaluationReport(Console(file=output, soft_wrap=True), [lambda step, numbers: logged.update(numbers)])
     tasks = load_run_tasks(config)
-    (task,) = (loaded["tasks"]["last_word"] for loaded in tasks.values())
-    task._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
-    if error is not None:
 
-        def fail(item: dict, results: list) -> dict:
-            raise error
+    def fail(item: dict, results: list) -> dict:
+        raise error
 
-        task.process_results = fail
+    for task in (loaded["tasks"]["last_word"] for loaded in tasks.values()):
+        task._filters = [build_filter_ensemble(filter_name, [["take_first", None]])]
+        if error is not None:
+            task.process_results = fail
     evaluator = TaskEvaluator(RunDir(tmp_path), config, tasks, tokenizer, lambda: False, report)
     for _ in range(2):  # as after the last step
         evaluator.evaluate(5, Uniform(tokenizer.size, []), torch.device("cpu"))
@@ -360,3 +361,12 @@ def test_metric_of_a_filter_is_printed_and_logged_with_its_standard_error(tmp_pa
     assert f"(0 shots, 3 items): loss,first {loss:.4g} ± {error:.2g}, acc,first 0 ± 0\n" in printed
     names = ("loss,first", "loss_stderr,first", "acc,first", "acc_stderr,first")
     assert logged == dict(zip((f"last_word/{name}" for name in names), (loss, error, 0.0, 0.0), strict=True))
+
+
+def test_scores_with_several_numbers_of_solved_examples_are_logged_by_number(tmp_path):
+    _, logged = evaluate_last_words(3, tmp_path, settings=("eval.num_fewshot=[0,2]",))
+    scores = json.loads((tmp_path / "task_scores.json").read_text())["scores"]
+    assert {name: value for name, value in logged.items() if name.endswith("/loss")} == {
+        f"last_word_{score['num_fewshot']}_shots/loss": score["loss"] for score in scores
+    }
+    assert len(scores) == 2

@@ -104,10 +104,11 @@ class TaskEvaluator:
             metrics = metrics_of([score])
             texts = [f"{metric} {score[metric]:.4g}{_error(score, metric)}" for metric in metrics]
             names = [each for metric in metrics for each in (metric, stderr_of(metric))]
+            logged = name if isinstance(self.config.eval.num_fewshot, int) else f"{name}_{num_fewshot}_shots"
             self.report.report(
                 step,
                 f"{name} ({num_fewshot} shots, {score['items']:,} items): {', '.join(texts)}",
-                {f"{name}/{each}": score[each] for each in names if score.get(each) is not None},
+                {f"{logged}/{each}": score[each] for each in names if score.get(each) is not None},
             )
 
     def _known_responses(self, key: dict[str, Any]) -> dict[str, Any] | None:
