@@ -53,7 +53,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a numb
 Fraction = Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False), Allowed("a number from 1")]
 Flag = Annotated[bool, Allowed("true or false")]
-#: A text that may be a path: `~`, which a shell leaves as it is behind `=`, stands for the user's folder.
+#: A text that may be a path. A quoted `~`, as in 'data.path="~/texts"', stands for the user's folder.
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 Folder = Annotated[PathText, Allowed("a folder")]
 FOLDER_NAME = r"^[\w.=,+-]*[\w=,+-][\w.=,+-]*$"

@@ -1,5 +1,8 @@
 """Errors of Hydra and OmegaConf: each of their messages becomes one sentence about what the user typed."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from tests.helpers import compose_config
@@ -20,6 +23,9 @@ def description(monkeypatch, *overrides: str, sweeps: bool = True) -> str:
     [
         ("lr", "lr is not allowed: settings are given as KEY=VALUE"),
         ("lr=[", "lr=[ cannot be read: special characters must be quoted, as 'overrides=[\"trainer.max_steps=400\"]'"),
+        ("data.path=~/texts", "data.path=~/texts cannot be read: special characters must be quoted, as "
+                              "'data.path=\"~/texts\"'"),
+        ("name=a)b", "name=a)b cannot be read: special characters must be quoted, as 'name=\"a)b\"'"),
         ("a b=1", "a b=1 cannot be read: special characters must be quoted, as "),
         ("lr=0,1", "lr=0,1 has several values: add -m to run a sweep, or quote the value"),
         ("clip=zclop", "clip=zclop is not known: it must be one of adagc, agc, autoclip, fixed, "),
@@ -107,3 +113,8 @@ def test_option_of_a_swept_group_is_named(monkeypatch):
     assert describe(error, sweeps=True) == (
         "clip=fixed,null is not allowed: a group takes the name of one of its options"
     )
+
+
+def test_quoted_example_is_read_as_the_text(monkeypatch):
+    (example,) = shlex.split(description(monkeypatch, "data.path=~/texts").rpartition(" as ")[2])
+    assert compose_config(example).data.path == str(Path("~/texts").expanduser())

@@ -24,7 +24,7 @@ def describe(error: Exception, sweeps: bool) -> str:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override} is not allowed: settings are given as KEY=VALUE"
-        example = "'overrides=[\"trainer.max_steps=400\"]'"
+        example = _quoted_for_shell(error.override)
         return f"{error.override} cannot be read: special characters must be quoted, as {example}"
     if isinstance(error, errors.MissingMandatoryValue | errors.InterpolationToMissingValueError):
         return f"{error.full_key} is not set: give it as {error.full_key}=..."
@@ -45,6 +45,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _quoted_for_shell(override: str) -> str:
+    """Return a setting as a shell and Hydra take it, or another one as an example, if its text has brackets or quotes.
+
+    They may be those of a list or a mapping, which is no text.
+    """
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"\+*[\w./]+", key) or not value or {*value} & {*"'\"\\[]{}"}:
+        return "'overrides=[\"trainer.max_steps=400\"]'"
+    return f"'{key}=\"{value}\"'"
 
 
 def _unknown_option(error: MissingConfigException) -> str:
