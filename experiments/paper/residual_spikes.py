@@ -6,6 +6,7 @@ diverged or has a loss that is not finite.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -27,7 +28,7 @@ from experiments.paper.by_seed import measure_by_seed, require_not_diverged, run
 from experiments.paper.measures import MEASURES
 from experiments.paper.tables_and_figures import RATES, SPIKE_LAB, RunSpec
 from experiments.run.collect import RunCollection
-from experiments.run.definitions import SPIKE_WINDOW, loss_dips, min_spike_height
+from experiments.run.definitions import SPIKE_WINDOW, loss_dips, loss_spikes, min_spike_height
 from experiments.run.read import corrupted_rows
 
 EXCESS_LOSS = SmallestEffect(0.02, "nats", "about what skipping the corrupted batches costs, which no clipping avoids")
@@ -71,6 +72,7 @@ def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> t
     """Return spikes minus dips per run, and a sentence. Diverged runs count; seeds that lack a run do not."""
     seeds = collection.complete_seeds(specs)
     runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
+    shared = sum(_shared_spikes(collection, specs, seed) for seed in seeds)
     counts = [MEASURES["spikes"].compute(run, None) for run in runs]
     if len(seeds) < MIN_SEEDS or None in counts:
         reason = "runs are too short to have any" if None in counts else TOO_FEW_SEEDS
@@ -84,7 +86,22 @@ def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> t
         f"per run (95 %, Poisson, as if runs of a seed were independent), and {dips} dips, which estimate the "
         f"noise; in the first {SPIKE_WINDOW} steps only a loss that is not finite is a spike, and after that a jump of "
         f"{jump:.2f} nats (median)"
+        + (f"; {shared} of the spikes begin where at least half of Table 2's runs of the seed spike" if shared else "")
     )
+
+
+def _shared_spikes(collection: RunCollection, specs: Sequence[RunSpec], seed: int) -> int:
+    """Return how many spikes of some runs begin at a step at which half of the seed's runs at all rates spike, or more.
+
+    Such a batch is hard for every strategy. Its spikes count as all others do.
+    """
+    over_rates = [spec for row in RATES.values() for spec in row.values() if (spec, seed) in collection.runs]
+    starts = {}
+    for spec in over_rates:
+        run = collection.runs[spec, seed]
+        starts[spec] = {spike.start for spike in loss_spikes(run.metrics["loss"], corrupted_rows(run))}
+    runs_at = Counter(start for each in starts.values() for start in each)
+    return sum(2 * runs_at[start] >= len(over_rates) for spec in specs for start in starts[spec])
 
 
 def _net_excess_loss(collection: RunCollection, _: Sequence[RunSpec], label: str) -> tuple[Part, str]:

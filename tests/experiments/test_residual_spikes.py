@@ -175,6 +175,25 @@ def test_dips_are_subtracted_from_spikes(leaving):
     assert "-0.81 spikes per run (95 %: -1.48 to -0.13)" in verdict.evidence[0], verdict
 
 
+def test_spikes_of_a_batch_that_is_hard_for_both_strategies_are_counted_and_named(leaving):
+    """Seed 0's batch of step 70 is hard at seven rates of 14. One more spike of ZClip's is its own."""
+    clean = with_excess_loss(leaving, "ZClip", CALM)
+
+    def hard(seed, steps, own):
+        return own + 9.0 * ((steps == 70) & (seed == 0))
+
+    rates = [*RATES.values()]
+    specs = [*(row["fixed"] for row in rates[:4]), *(row["zclip"] for row in rates[4:])]
+    spikes = with_loss(clean, dict.fromkeys(specs, hard))
+    spikes = with_loss(spikes, {rates[0]["zclip"]: lambda seed, steps, own: own + 9.0 * (steps == 80) * (seed == 1)})
+    text = " ".join(judge_claim(spikes, REMOVES).evidence)
+    assert "ZClip: 4 spikes in 21 runs" in text, text
+    assert "; 3 of the spikes begin where at least half of Table 2's runs of the seed spike" in text, text
+    fewer = with_loss(clean, dict.fromkeys(specs[1:], hard))
+    text = " ".join(judge_claim(fewer, REMOVES).evidence)
+    assert "ZClip: 3 spikes in 21 runs" in text and "of the spikes begin" not in text, text
+
+
 def test_removal_is_not_testable_without_spikes(everything):
     calm = everything
     for label in SPIKE_LAB:
