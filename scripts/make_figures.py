@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from common.console import make_console
 from common.files import write_atomic
 from common.settings import parse
+from experiments.paper.images import small_svg
 from experiments.run.style import image
 from scripts.paper_runs import FIGURE_NAMES, PaperSettings, collect_runs, draw_figures
 
@@ -26,7 +27,7 @@ def main(values: _entry.Values) -> None:
     figures, not_drawn = draw_figures(names, collection, settings.windows)
     for name, figure in figures.items():
         write_atomic(folder / f"{name}.png", image(figure, "png", dpi=150))
-        write_atomic(folder / f"{name}.svg", image(figure, "svg"))
+        write_atomic(folder / f"{name}.svg", small_svg(figure))
         plt.close(figure)
     for warning in collection.warnings if collection is not None else ():
         console.print(warning, style="yellow")

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments.claims.verdict import NotTestable
 from experiments.paper.by_seed import reached_by_seed
@@ -23,11 +24,13 @@ from experiments.paper.drawing import (
 )
 from experiments.paper.tables_and_figures import FIGURE_RUNS, SPIKE_LAB, TABLES, THRESHOLD_NOTE
 from experiments.run.collect import RunCollection
-from experiments.run.read import Run
+from experiments.run.read import Run, corrupted_steps
 from experiments.run.style import BLUE, DASHES, STRATEGY_STYLES, LineStyle, line_styles
 
 #: Caption of figures with losses.
 EXCLUDED_NOTE = "losses of corrupted batches excluded"
+#: Excess loss in nats above which the scale of the spike lab is logarithmic.
+LINEAR = 0.1
 #: Style of norms before clipping.
 BEFORE_STYLE = LineStyle("0.4", DASHES[1])
 
@@ -192,12 +195,28 @@ def _draw_spike_lab(collection: RunCollection) -> Figure:
         ax.axhline(0, color="0.4", lw=0.8)
         mark_corrupted(ax, [run for run, _ in pairs])
         ax.set_title(label, fontsize=10)
+    _show_small_and_large_excess(axes.flat[0], [run for pairs in by_label.values() for run, _ in pairs])
     for ax in list(axes.flat)[len(by_label) :]:
         ax.set_axis_off()
     figure.supylabel("nats/token", fontsize=9)
     runs = [run for pairs in by_label.values() for run, _ in pairs]
-    axis_note = f"{smoothing}; dotted: corrupted batches, whose own losses are excluded"
+    scales = f"logarithmic above {LINEAR} nats"
+    axis_note = f"{smoothing}; dotted: corrupted batches, whose own losses are excluded; {scales}"
     return finish_figure(figure, title, axis_note, runs, collection.notes(TABLES["spike_lab"].labelled_specs()))
+
+
+def _show_small_and_large_excess(ax: Axes, runs: Sequence[Run]) -> None:
+    """Make the axes of the spike lab, which its panels share, begin before the first corrupted batch.
+
+    Differences of more than `LINEAR` nats are on a logarithmic scale, so that the damage of strategies can be compared.
+    """
+    ax.set_yscale("symlog", linthresh=LINEAR, linscale=1.5)
+    ax.set_yticks([0, LINEAR / 2, LINEAR, 3 * LINEAR, 10 * LINEAR])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+    steps = [step for run in runs for step in corrupted_steps(run)]
+    longest = max(len(run.metrics["step"]) for run in runs)
+    ax.set_xlim(max(0.0, min(steps, default=0) - longest / 20), longest)
 
 
 def clipping_functions(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:

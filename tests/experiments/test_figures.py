@@ -24,6 +24,7 @@ from experiments.paper.tables_and_figures import (
     THRESHOLD_NOTE,
 )
 from experiments.run.collect import RunCollection
+from experiments.run.read import corrupted_steps
 from experiments.run.style import STRATEGY_STYLES, graded_styles, image, numbered_style
 from scripts.paper_runs import draw_figures, figure3
 from tests.experiments.written_runs import SEEDS, modify, without
@@ -153,11 +154,13 @@ def test_statistics_are_drawn_after_warm_up(figures):
         assert np.isnan(line[:25]).all() and np.allclose(line[25:], value)
 
 
-def test_spike_lab_shows_the_loss_minus_the_baseline_runs(figures):
+def test_spike_lab_shows_the_loss_minus_the_baseline_runs(everything, figures):
     """Fixed clipping's five steps after a corrupted batch are 0.3, 0.33 and 0.36 above."""
     axes = {ax.get_title(): ax for ax in figures["spike_lab"].axes}
     _, above = axes["Fixed 1.0"].lines[0].get_data()
     assert above[82] == pytest.approx(0.33) and above[70] == pytest.approx(0) and len(axes) == 10
+    corrupted = corrupted_steps(everything.runs[SPIKE_LAB["ZClip"]["corrupted"], 0])
+    assert axes["ZClip"].get_xlim() == (corrupted[0] - 140 / 20, 140)
 
 
 def test_spike_lab_has_a_panel_for_each_strategy_that_was_run(everything):
