@@ -70,9 +70,8 @@ class PaperSettings(Settings):
                 raise ConfigError("experiment", name, problem=problem)
         if self.scale not in SCALES:
             raise ConfigError("scale", self.scale, problem=f"is not known: it must be one of {', '.join(SCALES)}")
-        suite_keys = overrides_dict(override for spec in SUITES["all"] for override in spec.overrides)
         for key in overrides_dict(self.overrides):
-            if key in (*suite_keys, "lr", "seed", "scale", "experiment"):
+            if key in (*_varied(), "seed", "scale", "experiment"):
                 problem = f"is not allowed: {key} is what the experiments set themselves"
                 raise ConfigError("overrides", self.overrides, problem=problem)
         if self.windows is not None and (not self.windows or any(last - first < 2 for first, last in self.windows)):
@@ -96,6 +95,11 @@ class PaperSettings(Settings):
         return out
 
 
+def _varied() -> list[str]:
+    """Return the settings in which the runs of the experiments differ, except for their seeds."""
+    return [*overrides_dict(override for spec in SUITES["all"] for override in spec.overrides), "lr"]
+
+
 def collect_runs(settings: PaperSettings, names: Sequence[str]) -> RunCollection:
     """Return the runs of these tables and figures that exist; raise `UserError` if none is finished."""
     runs = settings.paths.runs
@@ -105,7 +109,8 @@ def collect_runs(settings: PaperSettings, names: Sequence[str]) -> RunCollection
         f"{f' and overrides={settings.overrides}' if settings.overrides else ''}"
     )
     specs = dict.fromkeys(spec for name in names for spec in SUITES.get(name, ()))
-    return collect_declared(specs, base, settings.seeds, problem)
+    is_all = specs.keys() == {*SUITES["all"]}
+    return collect_declared(specs, base, settings.seeds, problem, () if is_all else _varied())
 
 
 def draw_figures(

@@ -85,8 +85,15 @@ def seeds_text(seeds: Sequence[object]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
-def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunCollection:
-    """Read the expected runs that exist, and report folders next to them that do not belong."""
+def collect(expected: Mapping[Key, ExpectedRun], identity: Identity, varied: Collection[str] = ()) -> RunCollection:
+    """Read the expected runs that exist, and report folders next to them that do not belong.
+
+    Args:
+        expected: the runs.
+        identity: returns the settings by which a run is known.
+        varied: settings, or sections of them, in which the runs of other sets differ. A folder that differs from an
+            expected run in nothing else is not reported.
+    """
     runs: dict[Key, Run] = {}
     unfinished: dict[Key, int] = {}
     excluded: set[Key] = set()
@@ -117,7 +124,7 @@ def collect(expected: Mapping[Key, ExpectedRun], identity: Identity) -> RunColle
             excluded.add(key)
             folders_by_reason.setdefault(reason, []).append(path.name)
     for folder in _unexpected_folders(expected):
-        if reason := _why_unexpected(folder, expected, identity):
+        if reason := _why_unexpected(folder, expected, identity, varied):
             folders_by_reason.setdefault(reason, []).append(folder.name)
     warnings = [f"{_listed(names)} excluded: {reason}" for reason, names in folders_by_reason.items()]
     has_diverged = {key for key, run in runs.items() if _has_diverged(run)}
@@ -185,8 +192,10 @@ def _unexpected_folders(expected: Mapping[Key, ExpectedRun]) -> list[Path]:
     ]
 
 
-def _why_unexpected(folder: Path, expected: Mapping[Key, ExpectedRun], identity: Identity) -> str:
-    """Return why a folder is excluded; empty if it differs from an expected run only in its seed."""
+def _why_unexpected(
+    folder: Path, expected: Mapping[Key, ExpectedRun], identity: Identity, varied: Collection[str]
+) -> str:
+    """Return why a folder is excluded; empty if it differs from an expected run only in its seed or in `varied`."""
     saved = _saved_identity(folder, identity)
     if saved is None:
         return "config.yaml cannot be read"
@@ -195,16 +204,25 @@ def _why_unexpected(folder: Path, expected: Mapping[Key, ExpectedRun], identity:
     seeds = {run.identity.get("seed") for run in expected.values()}
     if saved.get("seed") not in seeds and not _differences({**saved, "seed": None}, {**nearest.identity, "seed": None}):
         return ""
+    changed = _changed_keys(saved, nearest.identity)
+    if changed and all(key in varied or key.partition(".")[0] in varied for key in changed):
+        return ""
     differences = _differences(saved, nearest.identity)
     if not differences:
         return f"a copy of {nearest.path.name} under another name"
     return f"not a run of these experiments ({differences})"
 
 
+def _changed_keys(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of the settings that differ."""
+    one, other = _settings(saved), _settings(expected)
+    return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+
+
 def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Name up to three settings that differ; empty if none does."""
     one, other = _settings(saved), _settings(expected)
-    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    keys = _changed_keys(saved, expected)
     shown = [f"{key}={one.get(key)}, not {other.get(key)}" for key in keys[:3]]
     return ", ".join(shown) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 

@@ -27,7 +27,7 @@ from experiments.paper.tables_and_figures import (
 )
 from experiments.run.collect import collect
 from experiments.suites import SUITES
-from scripts.paper_runs import PaperSettings
+from scripts.paper_runs import PaperSettings, collect_runs
 from tests.experiments.written_runs import (
     SEEDS,
     SMALL,
@@ -106,6 +106,27 @@ def test_suite_is_trained_in_the_folders_that_tables_read(trained, tiny):
     assert collection.runs.keys() == expected.keys() and not collection.warnings, collection.warnings
     text = markdown(fill_table(TABLES["table5"], collection))
     assert "seed 0, text sotu" in text and "corrupted batches of kind repeat injected at steps 6" in text
+
+
+def test_runs_of_other_sets_are_not_reported(trained, tiny, tmp_path):
+    """Table 6 shares one run with Table 5. A run with another number of steps is of no set."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    values = {
+        "scale": "micro",
+        "experiment": "table6",
+        "seeds": [0],
+        "overrides": [*tiny],
+        "windows": None,
+        "out": None,
+    }
+    settings = PaperSettings(**values, paths={"runs": str(tmp_path / "runs")})
+    collection = collect_runs(settings, ["table6"])
+    assert len(collection.runs) == 1 and not collection.warnings
+    (other,) = (tmp_path / "runs").glob("*/pico-tied-zclip_max-*")
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 12", "max_steps: 13"))
+    (warning,) = collect_runs(settings, ["table6"]).warnings
+    assert warning.startswith(f"{other.name} is excluded: not a run of these experiments (") and "max_steps" in warning
 
 
 @pytest.mark.slow
