@@ -1,107 +1,78 @@
-"""The page of verdicts says what follows from the recorded numbers by today's rules.
+"""The recorded tables and verdicts, and the page of verdicts, say what follows from the archived runs."""
 
-The runs at micro scale were not kept. Their record has means, and p-values or intervals, of which the errors follow.
-"""
-
-import csv
 import math
 import re
 
 import pytest
-from scipy import stats
 
-from experiments.claims.labs import LAB_CLAIMS
-from experiments.claims.numbers import ExcessEvents, Mean
-from experiments.claims.verdict import NOT_TESTABLE, Findings, NotTestable, Part, Verdict, corrected, judge, judge_claim
-from experiments.labs.declaration import ADAM_LAG
-from experiments.paper.claims import LOSS, OVERHEAD, PAPER_CLAIMS
-from experiments.paper.residual_spikes import EXCESS_LOSS, SPIKES
-from experiments.run.archive import restore_archive
+from experiments.claims.verdict import NOT_TESTABLE
+from experiments.paper.render import as_csv, fill_table
+from experiments.paper.report import verdicts_markdown
+from experiments.paper.tables_and_figures import TABLES
+from experiments.run.archive import ENDING, restore_archive
 from experiments.run.collect import RunCollection
-from experiments.run.read import read_run
+from scripts.paper_runs import PaperSettings, collect_runs
+from scripts.paper_verdicts import Judged, judge_claims
 from tests.helpers import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 RESULTS = CHECKOUT / "experiments" / "results"
+RECORD = RESULTS / "micro"
 PAGE = CHECKOUT / "docs" / "evidence" / "verdicts.md"
-NOTHING = RunCollection({}, set(), {}, [], frozenset())
-#: The recorded runs of the Adam-lag lab that the page is about: names and seeds by arm. More of them change numbers.
-ARMS = {
-    "no clipping": ("pico-none-monitor-lr0.01", (0, 1, 2, 3, 4)),
-    "ZClip": ("pico-zclip-lr0.01", (0, 1, 2, 3, 4)),
-    "fixed 1.0": ("pico-fixed-lr0.01", (0, 1, 2, 3, 4)),
-}
-
-
-def from_p(mean: float, p: float) -> Mean:
-    """Return a mean of three seeds from the p-value of the paired t-test."""
-    return Mean(mean, abs(mean) / stats.t.isf(p / 2, 2), 3)
-
-
-def from_interval(low: str, high: str) -> Mean:
-    return Mean((float(low) + float(high)) / 2, (float(high) - float(low)) / 2 / stats.t.ppf(0.975, 2), 3)
-
-
-def recorded_findings() -> list[Findings | None]:
-    """Return what the record shows of each of the paper's claims; `None` if it cannot test the claim."""
-    sections = re.split("^## .+$", (RESULTS / "micro" / "verdicts.md").read_text(), flags=re.M)[1:]
-    assert len(sections) == len(PAPER_CLAIMS)
-    found: list[Findings | None] = []
-    for section in sections[:2]:
-        spikes, runs, dips = re.search(r"(\d+) spikes in (\d+) runs .+ as far down (\d+) times", section).groups()
-        net = re.search(r"beyond that ([\d.]+) to ([\d.]+) \(95 %\)", section).groups()
-        events = ExcessEvents(int(spikes), int(dips), int(runs))
-        found.append(Findings([Part("", events, SPIKES), Part("", from_interval(*net), EXCESS_LOSS)]))
-    found.append(None)
-    found.append(Findings([Part("", final_difference(), LOSS)]))
-    for section in sections[4:7]:
-        pairs = re.findall(r"minus .+: ([+-][\d.]+) \(p = ([\d.]+), 3 seeds\)", section)
-        found.append(Findings([Part("", from_p(-float(mean), float(p)), LOSS) for mean, p in pairs]))
-        assert len(pairs) == section.count(" minus ") > 1
-    found.append(None)
-    low, high = re.search(r"3 seeds\), (-[\d.]+) to ([\d.]+) \(95 %\)", sections[8]).groups()
-    return [*found, Findings([Part("", from_interval(low, high), OVERHEAD)])]
-
-
-def final_difference() -> Mean:
-    """Return the final train loss of ZClip at 3e-3 above that of fixed clipping at 5e-4.
-
-    The loss after 65 % of the tokens is not recorded, and is above the final one. The error is the largest that the
-    standard deviations of both allow.
-    """
-    rows = csv.DictReader((RESULTS / "micro" / "tables" / "table2.csv").open())
-    losses = {(row["row"], row["column"]): (float(row["mean"]), float(row["std"])) for row in rows}
-    zclip, fixed = losses["3e-3", "train loss, ZClip"], losses["5e-4", "train loss, fixed"]
-    return Mean(zclip[0] - fixed[0], (zclip[1] + fixed[1]) / math.sqrt(3), 3)
-
-
-def from_record(findings: Findings | None) -> Findings:
-    if findings is None:
-        raise NotTestable("the record does not have it")
-    return findings
+#: The runs of the Adam-lag lab that claims are about. The others would only take time.
+LAB_RUNS = ("pico-none-monitor-lr0.01-seed*", "pico-zclip-lr0.01-seed*", "pico-fixed-lr0.01-seed*")
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory) -> list[Verdict]:
-    """The verdicts on all claims that follow from what is recorded."""
-    folder, runs = tmp_path_factory.mktemp("recorded"), {}
-    for label, (name, seeds) in ARMS.items():
-        for seed in seeds:
-            (archive,) = (RESULTS / "runs" / "adam-lag").glob(f"{name}-seed{seed}-*.json.xz")
-            restore_archive(archive, folder / archive.name)
-            runs[ADAM_LAG.arm(label), seed] = read_run(folder / archive.name)
-    of_paper = [
-        judge_claim(claim._replace(find=lambda _, found=found: from_record(found)), NOTHING)
-        for claim, found in zip(PAPER_CLAIMS, recorded_findings(), strict=True)
-    ]
-    of_labs = judge(LAB_CLAIMS["adam_lag"], RunCollection(runs, set(), {}, [], frozenset()))
-    return corrected([*of_paper, *of_labs, *judge(LAB_CLAIMS["rate"], NOTHING)])
+def settings(tmp_path_factory) -> PaperSettings:
+    """The settings of the report, with the archived runs restored."""
+    runs = tmp_path_factory.mktemp("recorded")
+    archives = [*(RESULTS / "runs" / "paper-micro").glob(f"*{ENDING}")]
+    archives += [path for name in LAB_RUNS for path in (RESULTS / "runs" / "adam-lag").glob(f"{name}{ENDING}")]
+    for archive in archives:
+        restore_archive(archive, runs / archive.parent.name / archive.name.removesuffix(ENDING))
+    return PaperSettings(
+        scale="micro",
+        experiment="all",
+        seeds=[0, 1, 2],
+        overrides=[],
+        windows=None,
+        out=None,
+        paths={"runs": str(runs)},
+    )
 
 
-def test_page_has_the_verdicts_that_follow_from_the_record(verdicts):
+@pytest.fixture(scope="module")
+def collection(settings) -> RunCollection:
+    return collect_runs(settings, ["all"])
+
+
+@pytest.fixture(scope="module")
+def judged(settings, collection) -> Judged:
+    return judge_claims(settings, collection)
+
+
+def without_commands(text: str) -> list[str]:
+    """Return the lines that do not depend on the folder of the runs."""
+    return [line for line in text.splitlines() if not line.startswith("- command: ")]
+
+
+def test_recorded_verdicts_follow_from_the_archived_runs(collection, judged):
+    recorded = (RECORD / "verdicts.md").read_text()
+    assert without_commands(verdicts_markdown(collection, judged.verdicts, "micro")) == without_commands(recorded)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_recorded_tables_follow_from_the_archived_runs(collection, name):
+    assert as_csv(fill_table(TABLES[name], collection)) == (RECORD / "tables" / f"{name}.csv").read_text()
+
+
+def test_page_has_the_verdicts_that_follow_from_the_runs(judged):
     page = PAGE.read_text()
     rows = re.findall(r"^\| \[(.+?)\]\(#([\w-]+)\) \| ([^|]+) \|", page, re.M)
     assert [(text, outcome) for text, _, outcome in rows] == [
-        (verdict.claim.text.rstrip("."), verdict.outcome) for verdict in verdicts
+        (verdict.claim.text.rstrip("."), verdict.outcome) for verdict in judged.verdicts
     ]
     headings = {
         re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in re.findall("^#+ (.+)", page, re.M)
@@ -109,10 +80,10 @@ def test_page_has_the_verdicts_that_follow_from_the_record(verdicts):
     assert {anchor for _, anchor, _ in rows} <= headings
 
 
-def test_page_has_the_numbers_of_the_verdicts(verdicts):
+def test_page_has_the_numbers_of_the_verdicts(judged):
     """The estimate, its interval and the corrected p-value of each claim that was tested."""
     rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| [")]
-    for verdict, (_, _, estimate, _, p) in zip(verdicts, rows, strict=True):
+    for verdict, (_, _, estimate, _, p) in zip(judged.verdicts, rows, strict=True):
         if verdict.part is None:
             assert verdict.outcome == NOT_TESTABLE and estimate == p.strip(" |") == ""
             continue
