@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "experiments": {"experiments", "common"},
 }
 #: Files that may import further packages: a control of the labs is a rule that runs in training.
-FURTHER = {"experiments/labs/replayed_scales.py": {"zclip"}}
+FURTHER = {f"experiments/labs/{name}.py": {"zclip"} for name in ("replayed_scales", "skipping_log_z_score")}
 #: Inside training/, from the lowest layer to the highest: a module imports its own layer and those below.
 LAYERS = (
     "runtime", "muon", "config", "run_dir", "checkpoint", "monitor", "validation", "module", "launch", "callback",

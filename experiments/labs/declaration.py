@@ -195,9 +195,21 @@ UPDATE_RULES = (
 )
 
 #: Two rules at once that may replace ZClip: experiments/notes/own-strategy.md says what they must show.
+SKIPPING = Arm(
+    "skipping log z-score and brake",
+    (
+        "clip=log_z_score",
+        "clip.name=skipping_log_z_score",
+        "clip._target_=experiments.labs.skipping_log_z_score.SkippingLogZScore",
+        "+clip.skip_thresh=5.0",
+        "update=brake",
+    ),
+)
+#: Those of them that have failed on bad batches, and SKIPPING.
 CANDIDATES = (
     Arm("log z-score and brake", ("clip=log_z_score", "update=brake")),
     Arm("skip-step and brake", ("clip=skip_step", "update=brake")),
+    SKIPPING,
 )
 
 #: Setting of a brake that never begins again, however many norms in a row are above its bound.
@@ -250,7 +262,7 @@ ADAM_LAG = SpikeLab(
         Arm("no clipping", ("clip=none", "update=monitor")),  # records the norms of updates, and changes nothing
         *STRATEGIES[1:],
         *UPDATE_RULES,
-        *CANDIDATES,
+        SKIPPING,
         *BRAKES,
         *REPLAYED,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
