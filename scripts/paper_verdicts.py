@@ -31,18 +31,18 @@ class Judged(NamedTuple):
 
 def judge_claims(settings: PaperSettings, collection: RunCollection) -> Judged:
     """Return the verdicts on all claims. `collection` has the paper's runs; those of the labs are read here."""
-    train = train_settings(settings.paths.runs, collection, collection.seeds)
+    train = _train_settings(settings.paths.runs, collection, collection.seeds)
     words = [f"scale={settings.scale}", *settings.overrides, *train]
     verdicts = judge(PAPER_CLAIMS, collection, words)
     warnings = []
     for name, claims in LAB_CLAIMS.items():
         runs = _lab_runs(settings.paths.runs, LABS[name])
-        verdicts += judge(claims, runs, train_settings(settings.paths.runs, runs, LAB_SEEDS))
+        verdicts += judge(claims, runs, _train_settings(settings.paths.runs, runs, LAB_SEEDS))
         warnings += runs.warnings
     return Judged(corrected(verdicts), words, warnings)
 
 
-def train_settings(runs: str, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
+def _train_settings(runs: str, collection: RunCollection, seeds: Sequence[int]) -> list[str]:
     """Return the words that the commands of all runs have in common, but for the scale and the further settings."""
     folder = [] if runs == "runs" else [f"paths.runs={hydra_value(runs)}"]
     return [f"seed={','.join(map(str, seeds))}", *folder, *launcher(collection)]

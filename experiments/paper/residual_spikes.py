@@ -72,13 +72,13 @@ def _spikes_minus_dips(collection: RunCollection, specs: Sequence[RunSpec]) -> t
     """Return spikes minus dips per run, and a sentence. Diverged runs count; seeds that lack a run do not."""
     seeds = collection.complete_seeds(specs)
     runs = [collection.runs[spec, seed] for spec in specs for seed in seeds]
-    shared = sum(_shared_spikes(collection, specs, seed) for seed in seeds)
     counts = [MEASURES["spikes"].compute(run, None) for run in runs]
     if len(seeds) < MIN_SEEDS or None in counts:
         reason = "runs are too short to have any" if None in counts else TOO_FEW_SEEDS
         raise NotTestable(f"spikes over all learning rates: {reason}")
     spikes = round(sum(count or 0 for count in counts))
     dips = sum(loss_dips(run.metrics["loss"], corrupted_rows(run)) for run in runs)
+    shared = sum(_shared_spikes(collection, specs, seed) for seed in seeds)
     rate = event_rate(spikes, len(runs))
     jump = float(np.nanmedian([min_spike_height(run.metrics["loss"], corrupted_rows(run)) for run in runs]))
     return Part("spikes minus dips over all learning rates", ExcessEvents(spikes, dips, len(runs)), SPIKES), (

@@ -205,11 +205,11 @@ def _why_unexpected(
     if saved.get("seed") not in seeds and not _differences({**saved, "seed": None}, {**nearest.identity, "seed": None}):
         return ""
     changed = _changed_keys(saved, nearest.identity)
-    if changed and all(key in varied or key.partition(".")[0] in varied for key in changed):
+    if not changed:
+        return f"a copy of {nearest.path.name} under another name"
+    if all(key in varied or key.partition(".")[0] in varied for key in changed):
         return ""
     differences = _differences(saved, nearest.identity)
-    if not differences:
-        return f"a copy of {nearest.path.name} under another name"
     return f"not a run of these experiments ({differences})"
 
 
