@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,14 +48,12 @@ class Job:
     """A job of train.sbatch on two nodes, with its run folder."""
 
     def __init__(self, cluster: Cluster, folder: Path, name: str, *settings: str, options=NODES, **env: str) -> None:
-        from sys import executable
-
         self.cluster = cluster
         self.path = folder / "runs" / "main" / name
         self.log = folder / f"{name}.log"
         overrides = (*settings, f"paths.runs={folder}/runs", f"name={name}")
         options = (*options, f"--output={self.log}")
-        self.number = cluster.submit(*options, SCRIPT, *overrides, cwd=CHECKOUT, PYTHON=executable, **env)
+        self.number = cluster.submit(*options, SCRIPT, *overrides, cwd=CHECKOUT, PYTHON=sys.executable, **env)
 
     def steps(self) -> int:
         file = self.path / "metrics.jsonl"
@@ -187,6 +188,38 @@ def test_sweep_submits_only_unfinished_runs(cluster, settings, tmp_path):
     cluster.ask("scancel", held)
     rejected = train("-m", *overrides, "hydra.launcher.partition=none", "seed=2", "clip=zclip", cwd=tmp_path, env=env)
     assert rejected.returncode == 2 and "sbatch rejects the job:" in rejected.stderr, rejected.stderr
+
+
+def test_fork_of_a_planned_sweep_waits_for_the_run_from_which_it_begins(cluster, cache, tmp_path):
+    """The lines that a plan prints are pasted into a shell; the fork of a cancelled run is cancelled too."""
+    settings = (f"paths.runs={tmp_path}/runs", f"paths.cache={cache}", "trainer.max_steps=20")
+    settings = ("experiment=continued_lab", "seed=0", *settings, "hydra/launcher=slurm", "hydra.launcher.time=10")
+    planned = train("-m", *settings, "plan=true", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    lines = [line for line in planned.stdout.splitlines() if "sbatch " in line]
+    (base,) = (line for line in lines if line.startswith("job1="))
+    forks = [line for line in lines if "${job1%%;*}" in line and " lr=5e-3 " in line]
+    assert "clip=none update=monitor" in base and len(forks) == 1
+    pasted = "\n".join([base, *forks, "echo $job1"])
+    env = {**os.environ, **cluster.environment, "PYTHON": sys.executable, "SBATCH_OUTPUT": f"{tmp_path}/%j.log"}
+
+    def submit() -> list[str]:
+        out = subprocess.run(["bash", "-eu"], input=pasted, cwd=CHECKOUT, env=env, text=True, capture_output=True)
+        assert out.returncode == 0, out.stderr
+        *numbers, first = re.findall(r"\d+", out.stdout)
+        assert all(cluster.job(number)["Dependency"].startswith(f"afterok:{first}(") for number in numbers)
+        return [first, *numbers]
+
+    cancelled = submit()
+    cluster.ask("scancel", cancelled[0])
+    cluster.wait(lambda: all(map(cluster.finished, cancelled)), 60)
+    assert {cluster.job(number)["JobState"] for number in cancelled} == {"CANCELLED"}
+    jobs = submit()
+    cluster.wait(lambda: all(map(cluster.finished, jobs)), 300)
+    logs = "".join(file.read_text() for file in tmp_path.glob("*.log"))
+    assert {cluster.job(number)["JobState"] for number in jobs} == {"COMPLETED"}, logs
+    steps = sorted(len(read_jsonl(file)) for file in tmp_path.glob("runs/continued/*/metrics.jsonl"))
+    assert steps == [20, 40]
 
 
 def test_job_interrupted_during_data_preparation_is_requeued(cluster, settings, tmp_path):
