@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "experiments": {"experiments", "common"},
 }
 #: Files that may import further packages: a control of the labs is a rule that runs in training.
-FURTHER = {f"experiments/labs/{name}.py": {"zclip"} for name in ("replayed_scales", "skipping_log_z_score")}
+LAB_RULES = ("gradient_brake", "later_rate", "replayed_scales", "skipping_log_z_score")
+FURTHER = {f"experiments/labs/{name}.py": {"zclip"} for name in LAB_RULES}
 #: Inside training/, from the lowest layer to the highest: a module imports its own layer and those below.
 LAYERS = (
     "runtime", "muon", "config", "run_dir", "checkpoint", "monitor", "validation", "module", "launch", "callback",

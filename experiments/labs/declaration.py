@@ -243,6 +243,38 @@ REPLAYED = tuple(
     for seed, run in ((0, "seed0-10fe4415"), (4, "seed4-72c26e60"))
 )
 
+#: A lower rate from step 1,250 on, before the first spikes, as people set it by hand.
+LATER_RATES = tuple(
+    Arm(
+        f"{scale} of the rate after step 1,250",
+        (
+            "clip=none",
+            "update=monitor",
+            "update.name=later_rate",
+            "update._target_=experiments.labs.later_rate.LaterRate",
+            "+update.after=1250",
+            f"+update.scale={scale}",
+        ),
+        is_control=True,
+    )
+    for scale in ("0.3", "0.1")
+)
+
+#: The brake's rule over gradient norms. If it cures too, the brake does not need the norm of the update.
+GRADIENT_BRAKES = tuple(
+    Arm(
+        label,
+        (
+            f"clip={clip}",
+            "update=brake",
+            "update.name=gradient_brake",
+            "update._target_=experiments.labs.gradient_brake.GradientBrake",
+        ),
+        is_control=True,
+    )
+    for label, clip in (("brake on gradient norms", "none"), ("ZClip and brake on gradient norms", "zclip"))
+)
+
 #: AdaMod in place of AdamW, whose settings it shares. Its memory, beta3, is about that of the brake.
 ADAMOD = (
     "optim=custom",
@@ -265,6 +297,8 @@ ADAM_LAG = SpikeLab(
         SKIPPING,
         *BRAKES,
         *REPLAYED,
+        *LATER_RATES,
+        *GRADIENT_BRAKES,
         Arm("beta2 0.95", ("clip=none", "optim.betas=[0.9,0.95]"), is_control=True),
         Arm("beta2 0.99", ("clip=none", "optim.betas=[0.9,0.99]"), is_control=True),
         Arm("AMSGrad", ("clip=none", "optim.amsgrad=true"), is_control=True),

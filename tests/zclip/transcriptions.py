@@ -422,6 +422,7 @@ class UpdateBrakeEquations:
         if self.in_a_row == self.recovery_window:
             scale = self.s
             self.begin()
+            self.s = scale
             return scale
         expected = self.mean * min(self.lag, 1.0)
         bounded = max(min(norm, self.bound), expected / max(math.exp(2 * math.sqrt(self.variance)), math.e))

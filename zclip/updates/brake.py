@@ -37,13 +37,13 @@ class UpdateBrake(UpdateRule):
     norms do after the start, and rises over a thousand. So neither the run-up of a spike nor an outlier raises it much.
 
     A norm that has risen for good by a factor f would be followed after rise_steps * log f / (bound - L) steps, which
-    can be thousands. So after `recovery_window` norms in a row above the bound, the rule begins again without
-    statistics: s is 1 from the next step on, and the next norms are the usual ones. One norm below the bound ends the
-    row. In the recorded spikes of the Adam-lag lab, at most 382 norms in a row are above the bound of a brake with the
-    default memory. With less memory they can be thousands, and the recovery may come within a spike.
+    can be thousands. So after `recovery_window` norms in a row above the bound, the rule resets all statistics but s,
+    and takes the next norms for the usual ones. s returns slowly as ever, because a run at the edge of stability can
+    have such a row too. One norm below the bound ends the row.
 
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
-    where a spike has no part; D takes out how far norms that fall steadily, as after the start, are below it. In the
+    where the run-up of a spike has no part, but the return from it has. D takes out how far norms that fall steadily,
+    as after the start, are below it. In the
     first 300 steps d^2 is the mean of all steps since the warm-up, at whose last norm M begins. One norm far below
     the usual counts as one at 1/e of the expected F, or two standard deviations below it.
 
@@ -55,8 +55,10 @@ class UpdateBrake(UpdateRule):
         fall_steps: steps over which it follows lower norms, >= 1. Default 30.
         warmup_steps: steps at the beginning without a bound, >= 1. L is their highest norm, because momentum is still
             building up. Default 20; a momentum above 0.9 needs more, such as 2 / (1 - momentum).
-        recovery_window: number of norms in a row above the bound after which the rule begins again, >= 8. Default 500;
-            `None` disables it.
+        recovery_window: number of norms in a row above the bound after which the statistics are reset, >= 8. Default
+            500; `None` disables it.
+
+    Telemetry, in addition to that of `UpdateRule`: `update_recovered`, whether this step resets the statistics.
     """
 
     nonnegative = ("variance", "count", "above")
@@ -121,8 +123,9 @@ class UpdateBrake(UpdateRule):
             "count": count + 1,
             "above": torch.where(log_norm > bound, state["above"] + 1, 0),
         }
+        recovers = torch.zeros_like(begins)
         if self.recovery_window is not None:
-            recovers, first = new["above"] >= self.recovery_window, self.initial_state(norm)
+            recovers, first = new["above"] >= self.recovery_window, self.initial_state(norm) | {"log_scale": log_scale}
             new = {key: torch.where(recovers, first[key], value) for key, value in new.items()}
         scale = log_scale.exp().clamp(min=torch.finfo(norm.dtype).tiny)  # it must not underflow to 0
-        return UpdateDecision(scale, log_scale < released, bound.exp(), new)
+        return UpdateDecision(scale, log_scale < released, bound.exp(), new, {"update_recovered": recovers})
