@@ -171,6 +171,7 @@ class Result(Record):
     lowest_update_scale: Annotated[float, Field(ge=0, le=1)] | None = None
     highest_clipped_element_share: Annotated[float, Field(ge=0, le=1)] | None = None
     low_rate_steps: Step | None = None
+    low_rate_longest: Step | None = None
     low_rate_from: Step | None = None
     tokens_per_second: Number | None
     mfu: Number | None = None

@@ -40,18 +40,21 @@ def main(values: _entry.Values) -> None:
     runs = [run for run in runs if has_file(run.config_file) or has_file(run.job_file)]
     queue = read_queue() if any(has_file(run.job_file, if_closed=False) for run in runs) else {}
     table = Table(title=str(folder), title_justify="left")
-    for column in ("run", "state", "step", "loss", "tokens/s", "job"):
+    found = {run: status(run, queue) for run in runs}
+    has_scales = any(current.row.get("update_scale") is not None for current in found.values())
+    for column in ("run", "state", "step", "loss", *["rate scale"] * has_scales, "tokens/s", "job"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     counts = dict.fromkeys(STYLES, 0)
-    for run in runs:
-        current = status(run, queue)
+    for run, current in found.items():
         counts[current.state] += 1
-        step, loss, speed = (current.row.get(name) for name in ("step", "loss", "tokens_per_second"))
+        names = ("step", "loss", "update_scale", "tokens_per_second")
+        step, loss, scale, speed = (current.row.get(name) for name in names)
         table.add_row(
             run.path.name,
             Text(current.state, STYLES[current.state]),
             f"{step or 0:,} of {'?' if current.steps is None else format(current.steps, ',')}",
             "-" if loss is None else f"{loss:.3f}",
+            *["-" if scale is None else f"{scale:.2f}"] * has_scales,
             "-" if speed is None else f"{speed:,.0f}",
             current.job or "",
         )

@@ -44,8 +44,8 @@ def summarise(run: Run) -> dict[str, Any]:
         update_clipped_share: fraction of steps on which a rule over updates acted; `None` without a rule.
         lowest_update_scale: lowest factor on the learning rate, or on that of a tensor; `None` without factors.
         highest_clipped_element_share: highest fraction of elements that SPAM clipped in a step; `None` without it.
-        low_rate_steps, low_rate_from: number of steps with a factor below 0.5 on all rates, and the first of them;
-            `None` for none.
+        low_rate_steps: number of steps with a factor below 0.5 on all rates; `None` without such factors.
+        low_rate_longest, low_rate_from: length of the longest row of such steps, and its first step; `None` for none.
         tokens_per_second, mfu, step_seconds: of the median step, so that compilation, saving and pauses do not count;
             `mfu` is `None` if the devices' peak is unknown; `step_seconds` has a value for each phase of a step. All
             are `None` if the times were lost with the file.
@@ -107,13 +107,15 @@ def _updates(metrics: Mapping[str, np.ndarray]) -> dict[str, float | int | None]
     scale = metrics.get("update_scale", missing)
     scales, elements = metrics.get("lowest_update_scale", scale), metrics.get("clipped_element_share", missing)
     low = np.flatnonzero(scale < LOW_RATE)
+    longest = max(np.split(low, np.flatnonzero(np.diff(low) > 1) + 1), key=len)
     acted = bool(np.isfinite(scales).any() or np.isfinite(elements).any())
     return {
         "update_clipped_share": float(np.mean(metrics["update_clipped"] == 1)) if acted else None,
         "lowest_update_scale": float(np.nanmin(scales)) if np.isfinite(scales).any() else None,
         "highest_clipped_element_share": _max(elements),
         "low_rate_steps": len(low) if np.isfinite(scale).any() else None,
-        "low_rate_from": int(metrics["step"][low[0]]) if len(low) else None,
+        "low_rate_longest": len(longest) or None,
+        "low_rate_from": int(metrics["step"][longest[0]]) if len(longest) else None,
     }
 
 
@@ -215,7 +217,9 @@ def _update_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     what = f"of steps; the rate was never below {LOW_RATE:g} of the schedule"
     if low := result.get("low_rate_steps"):
-        steps = f"{low:,} step{'s' * (low > 1)} from step {result['low_rate_from']:,}"
+        steps = f"{low:,} step{'s' * (low > 1)}"
+        if (longest := result.get("low_rate_longest")) is not None:  # runs of earlier versions do not have it
+            steps += f", the longest time from step {result['low_rate_from']:,} for {longest:,}"
         what = f"of steps; the rate was below {LOW_RATE:g} of the schedule for {steps}"
     return [("updates clipped", f"{share:.1%}", f"{what}, at the lowest {result['lowest_update_scale']:.2f}")]
 

@@ -129,14 +129,18 @@ def test_summary_says_what_a_rule_over_updates_did(tmp_path):
     scales = [None, 1.0, 0.4, 0.3, 0.6, 0.45]
     rows = [row(i + 1, 1.0, 0.0) | {"update_scale": s, "update_clipped": float(s == 0.4)} for i, s in enumerate(scales)]
     summary = summarise(write_run(tmp_path / "run", rows))
-    keys = ("update_clipped_share", "lowest_update_scale", "low_rate_steps", "low_rate_from")
-    assert [summary[key] for key in keys] == [pytest.approx(1 / 6), 0.3, 3, 3]
+    keys = ("update_clipped_share", "lowest_update_scale", "low_rate_steps", "low_rate_longest", "low_rate_from")
+    assert [summary[key] for key in keys] == [pytest.approx(1 / 6), 0.3, 3, 2, 3]
     high = summarise(write_run(tmp_path / "high", rows[:2]))
-    assert [high[key] for key in keys] == [0.0, 1.0, 0, None]
+    assert [high[key] for key in keys] == [0.0, 1.0, 0, None, None]
     without = summarise(write_run(tmp_path / "without", [row(1, 1.0, 0.0)]))
-    assert [without[key] for key in keys] == [None] * 4
+    assert [without[key] for key in keys] == [None] * 5
     for shown, words in (
-        (summary, "16.7% of steps; the rate was below 0.5 of the schedule for 3 steps from step 3, at the lowest 0.30"),
+        (
+            summary,
+            "16.7% of steps; the rate was below 0.5 of the schedule for 3 steps, the longest time from step 3 for 2, "
+            "at the lowest 0.30",
+        ),
         (high, "0.0% of steps; the rate was never below 0.5 of the schedule, at the lowest 1.00"),
         (without, ""),
     ):

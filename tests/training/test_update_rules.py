@@ -22,6 +22,7 @@ from tests.helpers import (
     only_run,
     read_jsonl,
     same,
+    script,
     train_to_end,
 )
 from training.checkpoint.state import find_problem
@@ -271,6 +272,17 @@ def test_sharded_run_brakes_as_one_process_does_and_resumes(braked_run, tiny, tm
     train_to_end(*settings, cwd=tmp_path / "resumed", processes=2)
     resumed = read_jsonl(path / "metrics.jsonl")
     assert [(row["loss"], row["update_scale"]) for row in resumed] == [(r["loss"], r["update_scale"]) for r in rows]
+
+
+def test_status_shows_the_scale_of_the_rate(braked_run, finished_run):
+    scale = read_jsonl(braked_run / "metrics.jsonl")[-1]["update_scale"]
+    for run, shown in ((braked_run, f"{scale:.2f}"), (finished_run, None)):
+        lines = script("status.py", f"folder={run.parent}", cwd=run.parent, COLUMNS="160").stdout.splitlines()
+        assert ("rate scale" in lines[2]) == (shown is not None)
+        if shown is not None:
+            (line,) = [line for line in lines if run.name in line]
+            assert f" {shown} " in line
+    assert scale < 1
 
 
 def test_warning_comes_once_while_the_rate_stays_low():

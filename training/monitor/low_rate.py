@@ -23,6 +23,7 @@ class LowRateWarning:
             if self._low_steps == STEPS:
                 self.console.print(
                     f"step {step}: for {STEPS} steps the rule over updates has held the learning rate below {LOW:g} of "
-                    "the schedule: the schedule's rate is too high; lower lr",
+                    "the schedule: at the full rate the run may be unstable, or norms have risen because the text "
+                    "has changed; docs/how-to/clip-updates.md says what to do",
                     style="bold red",
                 )
