@@ -80,10 +80,11 @@ def test_rate_that_has_not_returned_takes_for_ever_and_one_that_never_left_no_st
     assert np.isnan((*without.scales, without.lowest, without.returned)).all()
 
 
-def test_loss_of_a_run_that_diverges_is_at_most_that_of_the_untrained_model():
+def test_finite_losses_count_as_they_are_and_others_as_that_of_the_untrained_model():
     loss = falling()
-    loss[FORK:] = np.nan
-    assert continued_numbers(made_run(loss)).loss == pytest.approx(loss[0])
+    loss[FORK:] = [np.nan, *[3 * loss[0]] * (len(loss) - FORK - 1)]
+    numbers = continued_numbers(made_run(loss))
+    assert numbers.early == pytest.approx(loss[0] * (1 + 3 * 99) / 100)
 
 
 def test_run_that_begins_at_its_first_step_has_no_fork():
