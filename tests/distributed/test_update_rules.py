@@ -12,7 +12,7 @@ from tests.distributed.nets import Net, fsdp2_net, full_parameters, net_in_two_d
 from tests.gloo_pool import run
 from tests.helpers import SLOW
 from zclip import ZClip
-from zclip.updates import SPAM, OptimizerRule, StableAdamW, UpdateClip
+from zclip.updates import SPAM, OptimizerRule, StableAdamW, UpdateBrake, UpdateClip
 
 STEPS = 30
 Curve = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -33,6 +33,7 @@ def momentum(parameters) -> torch.optim.Optimizer:
 #: Rules, and the two columns of their telemetry that are compared.
 RULES: dict[str, tuple[Callable[[], OptimizerRule], tuple[str, str]]] = {
     "clip": (lambda: UpdateClip(sigmas=0.5, window=8), ("update_norm", "update_scale")),
+    "brake": (lambda: UpdateBrake(margin=1.01, sigmas=0, fall_steps=2, warmup_steps=3), ("update_norm", "update_scale")),
     "spam": (lambda: SPAM(theta=30.0), ("clipped_element_share", "update_clipped")),
     "spam_reset": (
         lambda: SPAM(theta=30.0, reset_every=7, reset_warmup_steps=4),
@@ -124,6 +125,8 @@ def in_group(rank: int, world: int, name: str, rule: str) -> Curve:
     [
         ("clip", fsdp2, 2), SLOW("clip", fsdp2_momentum, 2), SLOW("clip", two_meshes, 4),
         SLOW("clip", tensor_parallel_and_fsdp2, 4), SLOW("clip", pipeline, 2),
+        ("brake", fsdp2, 2), SLOW("brake", two_meshes, 4), SLOW("brake", tensor_parallel_and_fsdp2, 4),
+        SLOW("brake", pipeline, 2),
         ("stable_adamw", fsdp2, 2), SLOW("stable_adamw", two_meshes, 4),
         SLOW("stable_adamw", tensor_parallel_and_fsdp2, 4), SLOW("stable_adamw", pipeline, 2),
         ("spam", fsdp2, 2), SLOW("spam", two_meshes, 4), SLOW("spam", pipeline, 2),
