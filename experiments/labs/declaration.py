@@ -369,6 +369,7 @@ BAD_DATA = BadDataLab(
         *STRATEGIES,
         *UPDATE_RULES[1:],
         *CANDIDATES,
+        *GRADIENT_BRAKES,
         Arm("instance filter", ("clip=none", "data.instance_filter.enabled=true"), is_control=True),
     ),
     without_bad="data.corruption.random_steps=0",

@@ -229,4 +229,11 @@ def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 def _settings(identity: Mapping[str, Any]) -> dict[str, str]:
     """Return settings by dotted key, as text, so that lists and numbers can be compared."""
-    return {key: str(value) for key, value in flatten(identity).items()}
+    return {key: _setting_text(value) for key, value in flatten(identity).items()}
+
+
+def _setting_text(value: Any) -> str:
+    """Return a setting as text; 2.0 is 2: a class of one's own is not imported to see which it declares."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_setting_text, value))}]"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
