@@ -84,7 +84,7 @@ class StepHook:
             loss = closure()
             if optimizer not in self._hooks:  # detached in the closure
                 return loss
-            value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
+            value = torch.tensor(loss, dtype=torch.float64, device="cpu") if isinstance(loss, float) else loss
             self._act(optimizer, value if isinstance(value, Tensor) else None)
             return loss
 

@@ -159,7 +159,7 @@ class Stateful:
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
-            self._initialise(torch.zeros((), dtype=torch.float64))
+            self._initialise(torch.zeros((), dtype=torch.float64, device="cpu"))
         state = {
             "strategy": type(self).__name__,
             "version": self.version,
@@ -250,10 +250,10 @@ class Stateful:
         if isinstance(counters, Mapping) and not counters:
             check_keys(own, "state", state, (), ())
             return {}, {}, []
-        zero = torch.zeros((), dtype=torch.int64)
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
         counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
         tensors = checked_tensor_ids(own, state_dict) if self.per_tensor else []
-        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64, device="cpu")
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         if adapted:
             state = self.adapt_state(state, state_dict["config"])
