@@ -1,6 +1,7 @@
 """Defaults, bounds of arguments and whole error messages of the clipper."""
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import zclip
+from tests.helpers import CHECKOUT
 from zclip import (
     AGC,
     AdaGC,
@@ -115,6 +117,16 @@ def test_unknown_argument_is_named():
     assert str(error.value) == "FixedNorm() got an unexpected keyword argument 'beta'"
     with pytest.raises(AttributeError, match=r"^module 'zclip' has no attribute 'Nothing'$"):
         zclip.Nothing  # noqa: B018
+
+
+def test_rules_over_updates_are_imported_on_first_access():
+    code = (
+        "import sys, zclip\n"
+        "assert 'zclip.updates' not in sys.modules and 'updates' not in zclip.__all__\n"
+        "zclip.updates.UpdateClip()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
