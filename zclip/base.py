@@ -347,6 +347,12 @@ class ClippingStrategy(Statistics):
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
 
+    def _shown(self) -> dict[str, Any]:
+        """Return the arguments, and the policies that are not the default ones."""
+        default = {"on_nonfinite": "skip", "max_consecutive_nonfinite": 20, "scope": None}
+        policy = {name: getattr(self, name) for name in default}
+        return self.config() | {name: value for name, value in policy.items() if value != default[name]}
+
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)
         integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")

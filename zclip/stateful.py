@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zclip.arguments import plain
 from zclip.decision import State
 from zclip.norm import statistics_dtype
 from zclip.saved_state import (
@@ -103,8 +104,12 @@ class Stateful:
         self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self._shown().items())
         return f"{type(self).__name__}({arguments})"
+
+    def _shown(self) -> dict[str, Any]:
+        """Return what `repr` shows."""
+        return self.config()
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
@@ -294,7 +299,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number or sequence as file formats restore it: float subclasses as float, tuples as lists."""
+    """Return a number or sequence as file formats restore it: numbers as int or float, tuples as lists."""
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
-    return float(value) if isinstance(value, float) else value
+    return plain(value)
