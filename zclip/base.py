@@ -301,7 +301,7 @@ class ClippingStrategy(Statistics):
         Strategies with statistics for each tensor see a single tensor.
 
         Args:
-            norm: 0-dim tensor; NaN or infinity does not change the statistics.
+            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN.
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
@@ -314,7 +314,7 @@ class ClippingStrategy(Statistics):
         with torch.no_grad():
             self._check_initialised()
             norm = scalar("norm", norm)
-            norm = norm.to(statistics_dtype(norm.device))
+            norm = torch.where(norm < 0, torch.nan, norm.to(statistics_dtype(norm.device)))
             loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
             coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
             assert isinstance(coefficient, Tensor)

@@ -188,7 +188,7 @@ class UpdateRule(OptimizerRule):
         """Update the statistics with one norm, without an optimizer, and return the scale for that step.
 
         Args:
-            norm: 0-dim tensor; 0, NaN and infinity do not change the statistics.
+            norm: 0-dim tensor; NaN, infinity and numbers up to 0 do not change the statistics.
 
         Returns:
             0-dim tensor; 1 where nothing is to be scaled.
