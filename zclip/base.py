@@ -193,9 +193,9 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: `optimizer` is something else, or has not called `Optimizer.__init__`.
-            ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
-                none of its parameters; or the engine is not one of ZeRO, or the strategy needs more than a norm. In the
-                optimizer's step also what `step` raises.
+            ValueError: this strategy is attached already, another one is attached to the optimizer, the models hold
+                none of its parameters, or none is in the scope; or the engine is not one of ZeRO, or the strategy needs
+                more than a norm. In the optimizer's step also what `step` raises.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
@@ -206,19 +206,25 @@ class ClippingStrategy(Statistics):
             self._attachment = EngineAttachment(optimizer, self.observe)
             return
         models = tuple(map(listed, models))
-        own_ids = {id(p) for group in getattr(unwrap(optimizer), "param_groups", ()) for p in group["params"]}
+        inner = unwrap(optimizer)
+        own_ids = {id(p) for group in getattr(inner, "param_groups", ()) for p in group["params"]}
         if models and own_ids and own_ids.isdisjoint(id(shard.parameter) for shard in parameters_of(models)):
             raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
-        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+        def shards_of(inner: Optimizer) -> list[Shard]:
             own = optimizer_parameters(inner)
             ids = set(map(id, own))
-            shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            return [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+
+        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+            shards = shards_of(inner)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
                 self._step(shards, models, [inner], loss, process_group)
 
+        if own_ids:
+            self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises
         self._attachment = Attachment(optimizer, clip)
 
     def detach(self) -> None:

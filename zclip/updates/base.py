@@ -62,6 +62,7 @@ class OptimizerRule(Statistics):
 
     #: Optimizers whose steps the rule knows: classes of `torch.optim`.
     optimizers: tuple[type[Optimizer], ...] = (Adam, SGD)
+    takes_scope = False
 
     def __init__(self) -> None:
         super().__init__()
