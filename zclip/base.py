@@ -85,7 +85,9 @@ class ClippingStrategy(Statistics):
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
         max_consecutive_nonfinite: number of consecutive non-finite norms that raises `FloatingPointError`. Default 20;
-            `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
+            `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late. With
+            `attach` and a GradScaler, an overflow counts only if the optimizer is fused. The scaler does not call
+            the step of any other, so `telemetry` is that of the step before.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
             whatever they hold; `other_norm` is their norm. Of several names (tied weights) the first in alphabetical
