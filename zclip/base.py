@@ -349,9 +349,7 @@ class ClippingStrategy(Statistics):
             **{key: value.clone() for key, value in self.counters.items()},
         }
         check_names(self, own.keys() - {"clipped_by_max"}, telemetry)
-        self.telemetry = {**own, **telemetry}
-        if self.changes:
-            self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
+        self.telemetry = {**own, **telemetry, **self._count_of_changes("changes", norm)}
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
 

@@ -169,6 +169,10 @@ class Statistics(Stateful):
             for key, value in values.items():
                 tensors[key].copy_(value)
 
+    def _count_of_changes(self, name: str, like: Tensor) -> dict[str, Tensor]:
+        """Return the number of changes of arguments as telemetry of this name, like another one, if there are any."""
+        return {name: torch.full_like(like, len(self.changes))} if self.changes else {}
+
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""
         if not self.telemetry:
