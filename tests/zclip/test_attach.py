@@ -167,6 +167,23 @@ def test_first_step_of_a_wrapper_that_passes_no_closure_by_name_is_clipped():
     assert float(moments.norm()) == pytest.approx(0.001, rel=1e-3)
 
 
+@pytest.mark.parametrize(("fused", "counted"), [(True, 2), (False, 0)])
+def test_overflow_of_a_grad_scaler_counts_where_the_step_is_called(fused, counted):
+    model, strategy = build_model(), ZClip()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    strategy.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-18)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale((1e3 if step < 2 else 1.0) * model(batch(step)).square().mean()).backward()
+        if step < 2:
+            model[0].bias.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert int(strategy.state["count"]) == 1 and int(strategy.counters["nonfinite"]) == counted
+
+
+@pytest.mark.slow
 def test_compiled_step_traces_nothing_of_the_library():
     models, graphs = [build_model(), build_model()], []
     for model in models:
