@@ -8,8 +8,8 @@
 
 `ZClip` is the strategy of the paper, and the other strategies are baselines. All are subclasses of `ClippingStrategy`,
 as your own strategy can be. `zclip.updates` has rules over the update of an optimizer. Importing this package imports
-torch only. On first access, `ZClipLightningCallback` and `ClippingCallback` import Lightning, and
-`TrainerClippingCallback` imports Hugging Face's transformers.
+torch only. `zclip.updates` is imported on first access. So are `ZClipLightningCallback` and `ClippingCallback`, which
+import Lightning, and `TrainerClippingCallback`, which imports Hugging Face's transformers.
 """
 
 from importlib import import_module
@@ -57,6 +57,8 @@ _INTEGRATIONS = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "updates":
+        return import_module("zclip.updates")
     if name not in _INTEGRATIONS:
         raise AttributeError(f"module 'zclip' has no attribute {name!r}")
     module, requirement = _INTEGRATIONS[name]

@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TypeGuard, TypeVar
+from contextlib import suppress
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -24,16 +26,36 @@ class ArgumentError(ValueError):
 
 
 def require(condition: bool, field: str, value: T, allowed: str, null: str = "") -> T:
-    """Return a value if it meets a condition, or is `None` and `null` says what that means, such as "for no bound"."""
+    """Return a value if it meets a condition, or is `None` and `null` says what that means, such as "for no bound".
+
+    A number of another library, such as `numpy.float32`, is returned as an int or float.
+    """
     if not condition and (value is not None or not null):
         words = f"{allowed}, or null {null}" if null else allowed
-        raise ArgumentError(field, value, f"is not allowed: it must be {words}")
-    return value
+        raise ArgumentError(field, value, f"is not allowed: it must be {words}{_unlike_text(value)}")
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a number of any class as an int or float, and everything else as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _unlike_text(value: object) -> str:
+    """Return words on the type of a value whose text does not show it, such as that of a tensor; or none."""
+    known: tuple[type, ...] = (int, float, str, list, tuple, dict, type(None))
+    looks_like_number = False
+    if isinstance(value, str):
+        with suppress(ValueError):
+            looks_like_number = bool(str(float(value)))
+    return "" if isinstance(value, known) and not looks_like_number else f", not of type {type(value).__name__}"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether `value` is an int or float that float64 can hold, and finite; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Return whether `value` is a real number that float64 can hold, and finite; a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(plain(value)) <= sys.float_info.max
 
 
 def positive(field: str, value: T, null: str = "") -> T:
@@ -47,8 +69,9 @@ def decay(field: str, value: T) -> T:
 
 
 def integer(field: str, value: T, minimum: int = 1, null: str = "") -> T:
-    """Return an int from `minimum` to 2**31 - 1; for `null` see `require`."""
-    valid = isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**31
+    """Return an integer from `minimum` to 2**31 - 1; for `null` see `require`."""
+    number = plain(value)
+    valid = isinstance(number, int) and not isinstance(number, bool) and minimum <= number < 2**31
     return require(valid, field, value, f"an integer from {minimum}", null)
 
 

@@ -24,6 +24,8 @@ from zclip.norm import local_gradients
 BeforeStep = Callable[[Optimizer, Tensor | None], None]
 #: Code of the function that torch puts around the `step` of each class, and that calls the hooks.
 HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+#: Module that makes an optimizer create its state.
+CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 
 
 class StepHook:
@@ -63,7 +65,8 @@ class StepHook:
         FusedClip.of(inner)  # registers a hook, which is not possible while hooks are called
         self._act = act
         self._optimizer = weakref.ref(inner)
-        self._hooks[inner] = inner.register_step_pre_hook(self._before_step)
+        # A compiled step must not trace what the hook does: it reads the stack, and values on a CPU.
+        self._hooks[inner] = inner.register_step_pre_hook(torch.compiler.disable(self._before_step))
         move_last(inner)
 
     def remove(self) -> None:
@@ -72,19 +75,18 @@ class StepHook:
             self._hooks.pop(optimizer).remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if _is_inner_step(optimizer):
+        if _is_inner_step(optimizer) or ("closure" in kwargs and _creates_state()):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer among args
         if not callable(closure):  # none, or an argument of a step that takes others
-            if not ("closure" in kwargs and _has_no_state(optimizer)):
-                self._act(optimizer, None)
+            self._act(optimizer, None)
             return None
 
         def longer_closure() -> Any:
             loss = closure()
             if optimizer not in self._hooks:  # detached in the closure
                 return loss
-            value = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
+            value = torch.tensor(loss, dtype=torch.float64, device="cpu") if isinstance(loss, float) else loss
             self._act(optimizer, value if isinstance(value, Tensor) else None)
             return loss
 
@@ -113,12 +115,15 @@ class Attachment(StepHook):
         super().__init__(optimizer, act)
 
 
-def _has_no_state(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has no state yet, and learning rates of 0.
+def _creates_state() -> bool:
+    """Whether `torch.distributed.checkpoint` calls this step, by `step(closure=None)`, to make an optimizer's state.
 
-    `torch.distributed.checkpoint` then calls `step(closure=None)`. Gradients are not looked at: ranks must agree.
+    The stack tells, on all ranks alike. A step of training may have a rate of 0 too, or gradients of 0 on one rank.
     """
-    return not optimizer.state and all(group.get("lr") == 0 for group in optimizer.param_groups)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_inner_step(optimizer: Optimizer) -> bool:

@@ -85,7 +85,9 @@ class ClippingStrategy(Statistics):
             - "raise": raise `FloatingPointError`, which names the first parameters with non-finite gradients. This
               waits for the device. In fp16 it also raises on overflows that a GradScaler would tolerate.
         max_consecutive_nonfinite: number of consecutive non-finite norms that raises `FloatingPointError`. Default 20;
-            `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late.
+            `None`: never. On an accelerator the counter is copied asynchronously and checked a step or two late. With
+            `attach` and a GradScaler, an overflow counts only if the optimizer is fused. The scaler does not call
+            the step of any other, so `telemetry` is that of the step before.
         scope: patterns of the names of the parameters that are measured, clipped and skipped, such as
             `["*.weight", "!embed*"]`; `!` excludes. Default `None`: all. Gradients of the others are left as they are,
             whatever they hold; `other_norm` is their norm. Of several names (tied weights) the first in alphabetical
@@ -193,9 +195,9 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: `optimizer` is something else, or has not called `Optimizer.__init__`.
-            ValueError: this strategy is attached already, another one is attached to the optimizer, or the models hold
-                none of its parameters; or the engine is not one of ZeRO, or the strategy needs more than a norm. In the
-                optimizer's step also what `step` raises.
+            ValueError: this strategy is attached already, another one is attached to the optimizer, the models hold
+                none of its parameters, or none is in the scope; or the engine is not one of ZeRO, or the strategy needs
+                more than a norm. In the optimizer's step also what `step` raises.
         """
         if self._attachment is not None:
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
@@ -206,19 +208,25 @@ class ClippingStrategy(Statistics):
             self._attachment = EngineAttachment(optimizer, self.observe)
             return
         models = tuple(map(listed, models))
-        own_ids = {id(p) for group in getattr(unwrap(optimizer), "param_groups", ()) for p in group["params"]}
+        inner = unwrap(optimizer)
+        own_ids = {id(p) for group in getattr(inner, "param_groups", ()) for p in group["params"]}
         if models and own_ids and own_ids.isdisjoint(id(shard.parameter) for shard in parameters_of(models)):
             raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
-        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+        def shards_of(inner: Optimizer) -> list[Shard]:
             own = optimizer_parameters(inner)
             ids = set(map(id, own))
-            shards = [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            return [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+
+        def clip(inner: Optimizer, loss: Tensor | None) -> None:
+            shards = shards_of(inner)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
                 self._step(shards, models, [inner], loss, process_group)
 
+        if own_ids:
+            self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises
         self._attachment = Attachment(optimizer, clip)
 
     def detach(self) -> None:
@@ -301,7 +309,7 @@ class ClippingStrategy(Statistics):
         Strategies with statistics for each tensor see a single tensor.
 
         Args:
-            norm: 0-dim tensor; NaN or infinity does not change the statistics.
+            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN.
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
@@ -314,7 +322,7 @@ class ClippingStrategy(Statistics):
         with torch.no_grad():
             self._check_initialised()
             norm = scalar("norm", norm)
-            norm = norm.to(statistics_dtype(norm.device))
+            norm = torch.where(norm < 0, torch.nan, norm.to(statistics_dtype(norm.device)))
             loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
             coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
             assert isinstance(coefficient, Tensor)
@@ -341,11 +349,15 @@ class ClippingStrategy(Statistics):
             **{key: value.clone() for key, value in self.counters.items()},
         }
         check_names(self, own.keys() - {"clipped_by_max"}, telemetry)
-        self.telemetry = {**own, **telemetry}
-        if self.changes:
-            self.telemetry["changes"] = torch.full_like(norm, len(self.changes))
+        self.telemetry = {**own, **telemetry, **self._count_of_changes("changes", norm)}
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
+
+    def _shown(self) -> dict[str, Any]:
+        """Return the arguments, and the policies that are not the default ones."""
+        default = {"on_nonfinite": "skip", "max_consecutive_nonfinite": 20, "scope": None}
+        policy = {name: getattr(self, name) for name in default}
+        return self.config() | {name: value for name, value in policy.items() if value != default[name]}
 
     def _check_policy(self) -> None:
         one_of("on_nonfinite", self.on_nonfinite, POLICIES)

@@ -25,7 +25,7 @@ LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 def cpu_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of each of n floating tensors, (n,) float64; infinity above `LARGEST` unless it is float64."""
-    norms = torch.zeros(len(tensors), dtype=torch.float64)
+    norms = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     wide = torch.float64
     _measure(norms, tensors, [i for i, t in enumerate(tensors) if t.numel() <= ROW and t.dtype != wide], torch.float32)
     rest = (norms < TINY).nonzero().flatten().tolist()

@@ -8,7 +8,7 @@ class HostCount:
     """The value of a counter, which may be a few steps old.
 
     On a CPU the counter is read at once. On an accelerator, `read` begins an asynchronous copy to the host unless one
-    is on its way, and returns the last one that has arrived.
+    is on its way, and returns the last one that has arrived. On the meta device nothing is ever known.
 
     Attributes:
         known: the value that is known; `None`: none has arrived yet.
@@ -33,6 +33,8 @@ class HostCount:
         Args:
             counter: 0-dim integer tensor, changed in place. What is known of another one is forgotten.
         """
+        if counter.is_meta:
+            return None
         if counter is not self._counter:
             self._follow(counter)
         if counter.is_cpu:
@@ -44,7 +46,7 @@ class HostCount:
             self.known, self.age, self._arrived = int(self._host), self._copy_age, None  # type: ignore[arg-type]
         if self._arrived is None:
             if self._host is None:
-                self._host = torch.zeros((), dtype=counter.dtype, pin_memory=True)
+                self._host = torch.zeros((), dtype=counter.dtype, device="cpu", pin_memory=True)
             self._host.copy_(counter, non_blocking=True)
             self._copy_age, self._arrived = 0, torch.Event(counter.device)
             self._arrived.record()

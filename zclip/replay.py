@@ -84,8 +84,8 @@ def replay(
     strategy.max_consecutive_nonfinite = None
     clipped_norms, consecutive, max_consecutive = [], 0, 0
     for i, norm in enumerate(norms):
-        loss = None if losses is None or not strategy.uses_loss else torch.tensor(losses[i])
-        strategy.observe(torch.tensor(norm, dtype=torch.float64), loss)
+        loss = None if losses is None or not strategy.uses_loss else torch.tensor(losses[i], device="cpu")
+        strategy.observe(torch.tensor(norm, dtype=torch.float64, device="cpu"), loss)
         clipped_norms.append(strategy.read_telemetry()["clipped_norm"])
         consecutive = consecutive + 1 if clipped_norms[-1] < norm else 0
         max_consecutive = max(max_consecutive, consecutive)

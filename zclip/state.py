@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zclip.apply import listed_optimizers
+from zclip.arguments import ArgumentError
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
 from zclip.saved_state import MAX_CHANGES, differences, recordable
@@ -19,6 +20,9 @@ from zclip.tensors import TensorId, find, identify, parameter_names
 
 class Statistics(Stateful):
     """Statistics of a rule, counters and telemetry. Base of `ClippingStrategy` and of `zclip.updates.OptimizerRule`."""
+
+    #: Whether the statistics can be of some of the parameters only.
+    takes_scope = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,10 +40,13 @@ class Statistics(Stateful):
         """Change the scope between two steps. The statistics stay, and `changes` records it.
 
         Raises:
-            ArgumentError: it is not a pattern, or a list of patterns.
+            ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates is to have one.
             ValueError: there are statistics of tensors without names.
         """
         check_scope(scope)
+        if scope is not None and not self.takes_scope:
+            problem = f"is not possible: {type(self).__name__} acts on all parameters of its optimizer"
+            raise ArgumentError("scope", scope, problem)
         before = self._patterns()
         if before != (None if scope is None else patterns_of(scope)):
             self._check_named(self.tensors)
@@ -161,6 +168,10 @@ class Statistics(Stateful):
         for tensors, values in ((self.state, state), (self.counters, counters)):
             for key, value in values.items():
                 tensors[key].copy_(value)
+
+    def _count_of_changes(self, name: str, like: Tensor) -> dict[str, Tensor]:
+        """Return the number of changes of arguments as telemetry of this name, like another one, if there are any."""
+        return {name: torch.full_like(like, len(self.changes))} if self.changes else {}
 
     def read_telemetry(self) -> dict[str, float]:
         """Return the last step's telemetry as floats, in one transfer from the device; empty before the first step."""

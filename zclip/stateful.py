@@ -3,13 +3,16 @@
 import copy
 import inspect
 import weakref
+from abc import ABCMeta
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zclip.arguments import plain
 from zclip.decision import State
 from zclip.norm import statistics_dtype
 from zclip.saved_state import (
@@ -33,8 +36,20 @@ COUNTERS = ("consecutive_clips", "nonfinite", "consecutive_nonfinite")
 REQUIRED = ("strategy", "version", "config", "state", "counters")
 
 
-class Stateful:
-    """What a saved state has of a rule, and how it is restored. Base of `zclip.state.Statistics`."""
+class _Made(ABCMeta):
+    """Class of classes that know of each object whether its `__init__` has returned. Subclasses can be abstract."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made._is_made = True
+        return made
+
+
+class Stateful(metaclass=_Made):
+    """What a saved state has of a rule, and how it is restored. Base of `zclip.state.Statistics`.
+
+    Assigning an argument, as in `strategy.z_thresh = 3.0`, calls `change`, once `__init__` has returned.
+    """
 
     #: Version of the layout of the saved statistics.
     version = 1
@@ -49,6 +64,7 @@ class Stateful:
     #: Statistics that states of earlier versions do not have: they begin as in `initial_state`.
     added_statistics: Collection[str] = ()
     _scope: str | tuple[str, ...] | None = None
+    _is_made = False  # whether `__init__` has returned
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -56,6 +72,13 @@ class Stateful:
         self.changes: list[dict[str, Any]] = []  # `setting`, `from` and `to` of each change of an argument
         self.tensors: list[TensorId] = []  # that the statistics are of, if `per_tensor`
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        checks_itself = isinstance(getattr(type(self), name, None), property)
+        if self._is_made and name in _argument_names(type(self)) and not checks_itself:
+            self.change(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
@@ -103,13 +126,16 @@ class Stateful:
         self.counters = {key: torch.zeros((), dtype=torch.int64, device=like.device) for key in COUNTERS}
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self._shown().items())
         return f"{type(self).__name__}({arguments})"
+
+    def _shown(self) -> dict[str, Any]:
+        """Return what `repr` shows."""
+        return self.config()
 
     def config(self) -> dict[str, Any]:
         """Return the arguments this strategy was made with, by name."""
-        parameters = [*inspect.signature(type(self).__init__).parameters.values()][1:]  # all but self
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names = _argument_names(type(self))
         for name in names:
             if not hasattr(self, name):
                 raise TypeError(
@@ -119,7 +145,7 @@ class Stateful:
         return {name: _plain(getattr(self, name)) for name in names}
 
     def change(self, **settings: Any) -> None:
-        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`.
+        """Change arguments between two steps: `strategy.change(z_thresh=3.0)`. An assignment does the same.
 
         The statistics stay. A saved state records the new arguments, and in `changes` the last 1,000 changes. What
         `__init__` computes from its arguments is not computed again: a subclass should read them where it uses them.
@@ -148,7 +174,7 @@ class Stateful:
         changes = recordable(differences({name: config[name] for name in settings}, after))
         self.changes = [*self.changes, *changes][-MAX_CHANGES:]
         for name, value in new.items():
-            setattr(self, name, value)
+            super().__setattr__(name, value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
@@ -159,7 +185,7 @@ class Stateful:
         """
         self._check_initialised()
         if not self.counters and not self.per_tensor:
-            self._initialise(torch.zeros((), dtype=torch.float64))
+            self._initialise(torch.zeros((), dtype=torch.float64, device="cpu"))
         state = {
             "strategy": type(self).__name__,
             "version": self.version,
@@ -250,10 +276,10 @@ class Stateful:
         if isinstance(counters, Mapping) and not counters:
             check_keys(own, "state", state, (), ())
             return {}, {}, []
-        zero = torch.zeros((), dtype=torch.int64)
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
         counters = self._checked_tensors("counters", counters, dict.fromkeys(COUNTERS, zero), COUNTERS)
         tensors = checked_tensor_ids(own, state_dict) if self.per_tensor else []
-        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64)
+        like = torch.zeros((len(tensors),) if self.per_tensor else (), dtype=torch.float64, device="cpu")
         state = self._checked_tensors("state", state, self.initial_state(like), self.nonnegative)
         if adapted:
             state = self.adapt_state(state, state_dict["config"])
@@ -283,6 +309,13 @@ class Stateful:
         return {key: _wide(value).clone() for key, value in tensors.items()}
 
 
+@lru_cache
+def _argument_names(rule: type[Stateful]) -> tuple[str, ...]:
+    """Return the names of the arguments of a class, in order."""
+    parameters = [*inspect.signature(rule.__init__).parameters.values()][1:]  # all but self
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
 def _argument(name: str, value: object) -> str:
     """Return an argument of a saved state and its value, in as few characters as an error may have."""
     return f"{shown(name)[1:-1]}={shown(value)}"
@@ -294,7 +327,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number or sequence as file formats restore it: float subclasses as float, tuples as lists."""
+    """Return a number or sequence as file formats restore it: numbers as int or float, tuples as lists."""
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
-    return float(value) if isinstance(value, float) else value
+    return plain(value)

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tests.helpers import SLOW
 from tests.zclip.reference_loop import assert_same_weights, build_model
 from zclip import AdaGC, FixedNorm, SkipStep, ZClip
+from zclip.updates import UpdateClip
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -153,6 +154,53 @@ def test_state_that_a_checkpoint_creates_is_no_step(lr):
     model(batch(0)).square().mean().backward()
     optimizer.step()
     assert int(first.state["count"]) == 1
+
+
+def test_first_step_of_a_wrapper_that_passes_no_closure_by_name_is_clipped():
+    model, strategy = build_model(), FixedNorm(0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    strategy.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    optimizer.step(closure=None)
+    assert strategy.read_telemetry()["clipped"]
+    moments = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in model.parameters()])
+    assert float(moments.norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize(("fused", "counted"), [(True, 2), (False, 0)])
+def test_overflow_of_a_grad_scaler_counts_where_the_step_is_called(fused, counted):
+    model, strategy = build_model(), ZClip()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    strategy.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-18)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale((1e3 if step < 2 else 1.0) * model(batch(step)).square().mean()).backward()
+        if step < 2:
+            model[0].bias.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert int(strategy.state["count"]) == 1 and int(strategy.counters["nonfinite"]) == counted
+
+
+@pytest.mark.slow
+def test_compiled_step_traces_nothing_of_the_library():
+    models, graphs = [build_model(), build_model()], []
+    for model in models:
+        optimizer, strategy, rule = torch.optim.SGD(model.parameters(), lr=0.1), ZClip(warmup_steps=3), UpdateClip(2.0)
+        strategy.attach(optimizer)
+        rule.attach(optimizer)
+        step = optimizer.step
+        if model is models[0]:
+            torch.compiler.reset()
+            step = torch.compile(step, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        for x in map(batch, range(6)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            step()
+        assert int(strategy.state["count"]) == int(rule.state["count"]) == 6
+    assert len(graphs) == 1, "that of the optimizer"
+    assert_same_weights(*models, rtol=1e-6)
 
 
 def test_optimizer_and_model_are_freed():

@@ -1,12 +1,16 @@
 """Arguments can be changed in a running loop and where a state is loaded; the state records it."""
 
+import abc
 import copy
+import math
 
 import pytest
 import torch
 
+from tests.zclip.every_strategy import SHORT
 from tests.zclip.reference_loop import batch, build_model
 from zclip import AutoClip, FixedNorm, GradientStabilizer, SkipStep, ZClip
+from zclip.updates import UpdateClip
 
 
 def steps(strategy, first: int, last: int, model=None):
@@ -104,6 +108,79 @@ def test_growing_history_goes_on_after_a_change():
     changed.load_state_dict(expected.state_dict())
     model, other = steps(changed, 12, 20), steps(expected, 12, 20)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_assigned_argument_is_checked_and_recorded_as_a_change(running):
+    strategy, expected = ZClip(warmup_steps=5), ZClip(warmup_steps=5)
+    model = steps(strategy, 0, 8 if running else 0)
+    steps(expected, 0, 8 if running else 0)
+    strategy.z_thresh, strategy.max_grad_norm = 3.0, 0.1
+    expected.change(z_thresh=3.0)
+    expected.change(max_grad_norm=0.1)
+    assert strategy.changes == expected.changes and strategy.changes[0] == {
+        "setting": "z_thresh",
+        "from": 2.5,
+        "to": 3.0,
+    }
+    before = str(strategy.state_dict())
+    for name, value, allowed in (
+        ("z_thresh", -3, "a number above 0"),
+        ("max_grad_norm", "a", "a number above 0, or null for no bound"),
+        ("mode", "z", "one of zscore, percentile"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed: it must be {allowed}$"):
+            setattr(strategy, name, value)
+    assert str(strategy.state_dict()) == before
+    steps(strategy, 8, 9, model)
+    assert strategy.read_telemetry()["clipped_by_max"] and strategy.read_telemetry()["changes"] == 2
+    assert copy.deepcopy(strategy).changes == strategy.changes
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_every_argument_of_a_strategy_can_be_assigned(name):
+    strategy = SHORT[name]()
+    for argument in strategy.config():
+        setattr(strategy, argument, getattr(strategy, argument))
+        assert strategy.changes == [], "it is the same value"
+        with pytest.raises(ValueError, match=rf"^{argument}=<object .* is not allowed: it must be "):
+            setattr(strategy, argument, object())
+
+
+def test_assigned_argument_of_a_rule_over_updates_is_checked_and_recorded():
+    rule = UpdateClip()
+    with pytest.raises(ValueError, match=r"^sigmas=-5 is not allowed: it must be a number above 0$"):
+        rule.sigmas = -5
+    rule.observe(torch.tensor(2.0))
+    assert "update_changes" not in rule.read_telemetry()
+    rule.sigmas = 2
+    rule.observe(torch.tensor(math.nan))
+    assert (
+        rule.changes == [{"setting": "sigmas", "from": 3.0, "to": 2}] and rule.read_telemetry()["update_changes"] == 1
+    )
+
+
+class Doubling(FixedNorm, abc.ABC):
+    """It assigns an argument of its base class and attributes of its own, in `__init__` and later."""
+
+    def __init__(self, max_norm=1.0, *, label="a"):
+        super().__init__(max_norm)
+        self.max_norm = 2 * max_norm
+        self.max_norm = max_norm
+        self.label = label
+        self.calls = 0
+
+    def decide(self, norm, state):
+        self.calls += 1
+        return super().decide(norm, state)
+
+
+def test_subclass_assigns_what_it_likes_in_init_and_its_own_attributes_later():
+    strategy = Doubling(0.5)
+    steps(strategy, 0, 3)
+    assert strategy.calls == 3 and strategy.changes == []
+    strategy.label = "b"
+    assert strategy.changes == [{"setting": "label", "from": "a", "to": "b"}]
 
 
 class Percent(FixedNorm):

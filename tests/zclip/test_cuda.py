@@ -126,3 +126,14 @@ def test_scale_that_is_not_allowed_counts_as_one_and_raises_a_step_late(scale):
         for _ in range(5):
             torch.cuda.synchronize()
             optimizer.step()
+
+
+def test_default_device_of_a_gpu_does_not_matter():
+    model, zclip = nn.Linear(3, 3).cuda(), ZClip()
+    torch.set_default_device("cuda")
+    try:
+        for _ in range(3):
+            model.weight.grad = torch.ones_like(model.weight)
+            assert zclip.step(model).is_cuda
+    finally:
+        torch.set_default_device(None)

@@ -1,13 +1,17 @@
 """Defaults, bounds of arguments and whole error messages of the clipper."""
 
 import math
+import subprocess
 import sys
+from decimal import Decimal
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import zclip
+from tests.helpers import CHECKOUT
 from zclip import (
     AGC,
     AdaGC,
@@ -24,6 +28,7 @@ from zclip import (
     ZClip,
 )
 from zclip.arguments import ArgumentError
+from zclip.updates import SPAM
 
 DEFAULTS = {
     NoClipping: {},
@@ -102,11 +107,37 @@ def test_values_out_of_bounds_are_rejected_with_what_is_allowed(strategy, name, 
     for value in rejected:
         with pytest.raises(ArgumentError) as error:
             strategy(**{name: value})
-        assert str(error.value) == f"{name}={value} is not allowed: it must be {allowed}"
-        assert error.value.field == name and error.value.problem == f"is not allowed: it must be {allowed}"
+        words = f"{allowed}, not of type str" if value == "0.9" else allowed
+        assert str(error.value) == f"{name}={value} is not allowed: it must be {words}"
+        assert error.value.field == name and error.value.problem == f"is not allowed: it must be {words}"
         assert error.value.args == (name, value, error.value.problem)
     for value in accepted:
         assert getattr(strategy(**{name: value}), name) == value
+
+
+def test_repr_has_the_scope_and_the_policies_that_are_set():
+    made = FixedNorm(1.0, on_nonfinite="zero", max_consecutive_nonfinite=None, scope=["*.weight"])
+    words = "on_nonfinite='zero', max_consecutive_nonfinite=None, scope=('*.weight',)"
+    assert repr(made) == f"FixedNorm(max_norm=1.0, {words})"
+
+
+@pytest.mark.parametrize(
+    ("value", "type_name"), [(torch.tensor(2.5), "Tensor"), (Decimal("2.5"), "Decimal"), ("2.5", "str")], ids=str
+)
+def test_type_is_named_where_the_text_of_a_value_does_not_show_it(value, type_name):
+    with pytest.raises(ArgumentError) as error:
+        ZClip(z_thresh=value)
+    allowed = "is not allowed: it must be a number above 0"
+    assert str(error.value).endswith(f" {allowed}, not of type {type_name}") and "2.5" in str(error.value)
+
+
+def test_numbers_of_numpy_become_plain_numbers():
+    made = ZClip(z_thresh=numpy.float32(2.5), warmup_steps=numpy.int64(3), max_grad_norm=numpy.float64(1.0))
+    values = (made.z_thresh, made.warmup_steps, made.max_grad_norm, SPAM(numpy.float16(4.0)).theta)
+    assert [(type(value), value) for value in values] == [(float, 2.5), (int, 3), (float, 1.0), (float, 4.0)]
+    for name, value in (("z_thresh", numpy.float32(math.nan)), ("warmup_steps", numpy.float32(3.0))):
+        with pytest.raises(ArgumentError, match=rf"^{name}={value} is not allowed: .*, not of type float32$"):
+            ZClip(**{name: value})
 
 
 def test_unknown_argument_is_named():
@@ -115,6 +146,16 @@ def test_unknown_argument_is_named():
     assert str(error.value) == "FixedNorm() got an unexpected keyword argument 'beta'"
     with pytest.raises(AttributeError, match=r"^module 'zclip' has no attribute 'Nothing'$"):
         zclip.Nothing  # noqa: B018
+
+
+def test_rules_over_updates_are_imported_on_first_access():
+    code = (
+        "import sys, zclip\n"
+        "assert 'zclip.updates' not in sys.modules and 'updates' not in zclip.__all__\n"
+        "zclip.updates.UpdateClip()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

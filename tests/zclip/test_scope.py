@@ -11,6 +11,7 @@ from tests.zclip.reference_loop import batch, build_model
 from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
 from zclip.base import Policy
 from zclip.scope import group_names, in_scope
+from zclip.updates import SPAM, StableAdamW, UpdateClip
 
 WEIGHTS = ["*.weight"]
 
@@ -282,6 +283,33 @@ def test_pattern_that_matches_nothing_gives_one_warning():
                 strategy.step(model, **groups)
         assert len(caught) == 1
         assert strategy.read_telemetry()["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("scope", "with_model", "words"),
+    [
+        ("head.*", True, r"scope=head\.\* has none of the 4 parameters, which are "),
+        ("head.*", False, r"scope= needs the names of the parameters: give step\(\) or attach\(\) the module"),
+        ("group:adamw", True, r"scope=group:adamw has none of the 4 parameters, which are .*; groups are SGD$"),
+    ],
+)
+def test_scope_without_parameters_is_refused_when_the_strategy_is_attached(scope, with_model, words):
+    model, strategy = build_model(), ZClip(scope=scope)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        strategy.attach(optimizer, *([model] if with_model else []))
+    strategy.scope = "group:SGD"
+    strategy.attach(optimizer)
+
+
+@pytest.mark.parametrize("make", [UpdateClip, SPAM, StableAdamW])
+def test_rule_over_updates_has_no_scope(make):
+    rule = make()
+    words = f"scope=group:a is not possible: {make.__name__} acts on all parameters of its optimizer"
+    with pytest.raises(ValueError, match=rf"^{words}$"):
+        rule.scope = "group:a"
+    assert rule.scope is None and rule.state_dict()["scope"] is None
+    rule.scope = None
 
 
 def test_scope_that_is_assigned_acts_from_the_next_step_and_is_recorded():

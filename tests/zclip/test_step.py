@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.zclip.every_strategy import SHORT
+from tests.helpers import same
+from tests.zclip.every_strategy import OF_NORMS, SHORT
 from zclip import (
     AGC,
     AdaGC,
@@ -353,6 +354,15 @@ class Lagging(ClippingStrategy):
 
     def decide(self, norm, state):
         return Decision(2 * state["before"], {"last": norm, "before": state["last"]}, {"before": state["before"]})
+
+
+@pytest.mark.parametrize("make", OF_NORMS.values(), ids=OF_NORMS)
+def test_norm_below_zero_counts_as_not_finite(make):
+    strategy, expected = make(), make()
+    for norm in (1.0, 2.0, -1.0, 3.0):
+        strategy.observe(torch.tensor(norm))
+        expected.observe(torch.tensor(norm if norm > 0 else torch.nan))
+    assert same(strategy.state_dict(), expected.state_dict()) and int(strategy.counters["nonfinite"]) == 1
 
 
 def test_statistics_may_alias_each_other():

@@ -62,7 +62,7 @@ class EngineAttachment:
         """
         zero = self._zero
         if total_norm is not self._norm or self._coefficient is None:
-            norm = torch.as_tensor(total_norm) / zero.loss_scale
+            norm = torch.as_tensor(total_norm, device=getattr(total_norm, "device", "cpu")) / zero.loss_scale
             self._norm, self._coefficient = total_norm, self._observe(torch.where(norm < 0, torch.nan, norm))
         clip_grad, zero.clip_grad = zero.clip_grad, 0.0
         try:

@@ -119,6 +119,6 @@ def _tensor(entry: str, value: Any) -> torch.Tensor:
     ):
         raise ValueError(f"{entry}={shown(value)} is not allowed: it must be {allowed}")
     try:
-        return torch.tensor(value["values"], dtype=DTYPES[value["dtype"]])
+        return torch.tensor(value["values"], dtype=DTYPES[value["dtype"]], device="cpu")
     except (TypeError, ValueError, RuntimeError, RecursionError) as error:  # no numbers, of several lengths, too large
         raise ValueError(f"{entry}={shown(value['values'])} is not allowed: it must be {allowed}") from error

@@ -57,11 +57,13 @@ class OptimizerRule(Statistics):
     because nothing waits for the device.
 
     `telemetry` holds 0-dim tensors of the last step, and `read_telemetry` returns them as floats. They are NaN (or
-    false) on a step that changes no statistics.
+    false) on a step that changes no statistics. `update_changes` is the number of changes of arguments so far, if there
+    are any.
     """
 
     #: Optimizers whose steps the rule knows: classes of `torch.optim`.
     optimizers: tuple[type[Optimizer], ...] = (Adam, SGD)
+    takes_scope = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class OptimizerRule(Statistics):
         dtype = next(iter(telemetry.values())).dtype
         values = {key: where_finite(counts, value, dtype) for key, value in telemetry.items()}
         self._advance(state, kept=counts, finite=finite, clipped=clipped)
-        self.telemetry = values
+        self.telemetry = values | self._count_of_changes("update_changes", next(iter(values.values())))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to an optimizer of this process."""
@@ -188,7 +190,7 @@ class UpdateRule(OptimizerRule):
         """Update the statistics with one norm, without an optimizer, and return the scale for that step.
 
         Args:
-            norm: 0-dim tensor; 0, NaN and infinity do not change the statistics.
+            norm: 0-dim tensor; NaN, infinity and numbers up to 0 do not change the statistics.
 
         Returns:
             0-dim tensor; 1 where nothing is to be scaled.

@@ -47,9 +47,10 @@ def update_rms(optimizer: Optimizer) -> Tensor:
         sums = torch.zeros(len(shards), dtype=statistics_dtype(device), device=device)
         for group in inner.param_groups:
             for owners, values in _sums(inner, group, ranks):
-                index = torch.tensor([places[id(p)] for p in owners]).to(device, non_blocking=True)
+                index = torch.tensor([places[id(p)] for p in owners], device="cpu").to(device, non_blocking=True)
                 sums.index_add_(0, index, values.to(sums, non_blocking=True))
-        sizes = torch.tensor([max(1, shard.parameter.numel()) for shard in shards], dtype=sums.dtype)
+        numbers = [max(1, shard.parameter.numel()) for shard in shards]
+        sizes = torch.tensor(numbers, dtype=sums.dtype, device="cpu")
         rms = (sum_over_ranks(shards, sums) / sizes.to(device, non_blocking=True)).sqrt()
         if len(shards) == len(parameters):
             return rms

@@ -52,8 +52,7 @@ class SPAM(OptimizerRule):
 
     The rule looks at single elements, so sharding does not change it; one all-reduce of a number adds up the telemetry
     over the shards. On an accelerator nothing waits for the device, with `reset_every` if the optimizer is fused or
-    capturable. Gradients and second moments are read once more. The only statistic is the number of steps, with
-    `reset_every`.
+    capturable. Gradients and second moments are read once more. The only statistic is the number of steps.
 
     Args:
         theta: multiple of the second moment that the square of an element may have, > 1. Default 5000, as in the paper.
@@ -74,6 +73,7 @@ class SPAM(OptimizerRule):
     optimizers = (Adam,)
     nonnegative = ("count",)
     added = MappingProxyType({"reset_every": None, "reset_warmup_steps": 150})
+    added_statistics = ("count",)
 
     def __init__(self, theta: float = 5000.0, reset_every: int | None = None, reset_warmup_steps: int = 150) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class SPAM(OptimizerRule):
         self._host_count = HostCount()
 
     def initial_state(self, like: Tensor) -> State:
-        """Return the number of steps taken, if there are resets."""
-        return {} if self.reset_every is None else {"count": torch.zeros((), dtype=torch.int64, device=like.device)}
+        """Return the number of steps taken."""
+        return {"count": torch.zeros((), dtype=torch.int64, device=like.device)}
 
     def before_step(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None) -> Tensor | None:
         """Reset the moments if it is due, clip the gradients in place, and return the factor of the warm-up."""

@@ -158,13 +158,35 @@ def test_states_from_before_there_were_resets_load_where_there_are_none():
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
     optimizer.step()
     old = spam.state_dict()
-    assert old["state"] == {} and spam.read_telemetry().keys() == {"clipped_element_share", "update_clipped"}
-    old["config"] = {"theta": 50.0}
-    SPAM(50.0).load_state_dict(old)
+    assert old["state"] == {"count": 1} and "update_scale" not in spam.read_telemetry()
+    old["config"], old["state"] = {"theta": 50.0}, {}
+    resumed = SPAM(50.0)
+    resumed.load_state_dict(old)
+    assert resumed.state == {"count": 0}
     with pytest.raises(ValueError, match=r"made with reset_every=None, not 7, reset_warmup_steps=150, not 4"):
         rule(50.0).load_state_dict(old)
     with pytest.raises(ValueError, match=r"made with theta=50\.0, not 5000\.0: make this one"):
         SPAM().load_state_dict(old)
+
+
+def test_resets_can_be_switched_on_and_off_in_a_running_loop():
+    runs = []
+    for first in (rule(50.0), SPAM(50.0)):
+        parameters = tensors()
+        optimizer = torch.optim.AdamW(parameters, lr=LR)
+        first.attach(optimizer)
+        for step in range(STEPS):
+            if step == EVERY - 2 and first.reset_every is None:
+                first.change(reset_every=EVERY, reset_warmup_steps=WARMUP)
+                assert len(first.changes) == 2
+            set_gradients(parameters, step, dtype=torch.float64)
+            optimizer.step()
+        runs.append(parameters)
+        first.change(reset_every=None)
+        set_gradients(parameters, STEPS, dtype=torch.float64)
+        optimizer.step()
+        assert "update_scale" not in first.read_telemetry()
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
 class Renamed(torch.optim.AdamW):
