@@ -33,7 +33,10 @@ def momentum(parameters) -> torch.optim.Optimizer:
 #: Rules, and the two columns of their telemetry that are compared.
 RULES: dict[str, tuple[Callable[[], OptimizerRule], tuple[str, str]]] = {
     "clip": (lambda: UpdateClip(sigmas=0.5, window=8), ("update_norm", "update_scale")),
-    "brake": (lambda: UpdateBrake(margin=1.01, sigmas=0, fall_steps=2, warmup_steps=3), ("update_norm", "update_scale")),
+    "brake": (
+        lambda: UpdateBrake(margin=1.01, sigmas=0, fall_steps=2, warmup_steps=3),
+        ("update_norm", "update_scale"),
+    ),
     "spam": (lambda: SPAM(theta=30.0), ("clipped_element_share", "update_clipped")),
     "spam_reset": (
         lambda: SPAM(theta=30.0, reset_every=7, reset_warmup_steps=4),
