@@ -38,7 +38,12 @@ from zclip import (
     TensorAutoClip,
     ZClip,
 )
-from zclip.updates import SPAM, OptimizerRule, StableAdamW, update_norm
+from zclip.updates import SPAM, OptimizerRule, StableAdamW, UpdateBrake, UpdateClip, UpdateMonitor
+
+#: Elements of a chunk whose scaled gradients stay in the cache of a CPU.
+CHUNK = 1 << 16
+#: Factor of a step that is clipped slightly, so that the norm decreases slowly.
+FACTOR = 0.999
 
 Method = Callable[[], object]
 Shapes = Sequence[tuple[int, ...]]
@@ -62,11 +67,11 @@ class BenchClipConfig(Settings):
 
 
 class ClipAlways(ClippingStrategy):
-    """Clip every step slightly, so that the norm decreases slowly."""
+    """Clip every step to `FACTOR` of its norm."""
 
     def decide(self, norm: Tensor, state: dict[str, Tensor]) -> Decision:
-        """Return 0.999 of the norm as the target."""
-        return Decision(0.999 * norm, state)
+        """Return a target slightly below the norm."""
+        return Decision(FACTOR * norm, state)
 
 
 class Weight(nn.Module):
@@ -102,7 +107,13 @@ def published_step(folder: str, model: nn.Module) -> Callable[[], object]:
     return lambda: published.step(model)
 
 
-def calm_strategies(norm: float) -> dict[str, ClippingStrategy]:
+def without_last(model: nn.Module) -> str:
+    """Return the scope of all parameters but the last one, so that a fused optimizer cannot scale the gradients."""
+    *_, (name, _) = model.named_parameters()
+    return f"!{name}"
+
+
+def calm_strategies(norm: float, scope: str) -> dict[str, ClippingStrategy]:
     """Return every strategy of the library, with arguments with which it clips no gradient of this norm.
 
     `GradientStabilizer` scales all gradients, so it is one of `clipping_methods`.
@@ -110,7 +121,7 @@ def calm_strategies(norm: float) -> dict[str, ClippingStrategy]:
     bound = 10 * norm
     named: dict[str, ClippingStrategy] = {
         "ZClip": ZClip(),
-        "ZClip with a scope": ZClip(scope="!none.*"),
+        "ZClip, all but one tensor": ZClip(scope=scope),
         "FixedNorm": FixedNorm(bound),
         "NoClipping": NoClipping(),
         "AutoClip": AutoClip(percentile=100),
@@ -125,6 +136,11 @@ def calm_strategies(norm: float) -> dict[str, ClippingStrategy]:
     return named
 
 
+def update_rules() -> list[OptimizerRule]:
+    """Return every rule over updates of the library; none acts in the first steps, if gradients stay the same."""
+    return [UpdateMonitor(), UpdateClip(), UpdateBrake(), StableAdamW(), SPAM()]
+
+
 def calm_methods(model: nn.Module, optimizer: torch.optim.Optimizer, published: str | None) -> dict[str, Method]:
     """Return methods that measure gradients and clip nothing, before the same optimizer step."""
     norm = float(get_norm(model))
@@ -132,21 +148,25 @@ def calm_methods(model: nn.Module, optimizer: torch.optim.Optimizer, published: 
     def method(strategy: ClippingStrategy) -> Method:
         return lambda: (strategy.step(model, optimizer=optimizer), optimizer.step())
 
+    def attached(part: ClippingStrategy | OptimizerRule) -> torch.optim.Optimizer:
+        """Return an optimizer with a strategy or a rule, which shares the moments to save memory."""
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        inner.state = optimizer.state
+        part.attach(inner, model) if isinstance(part, ClippingStrategy) else part.attach(inner)
+        return inner
+
     def with_rule(rule: OptimizerRule) -> Method:
-        return lambda: (get_norm(model), rule.before_step(optimizer, None), optimizer.step())
+        inner = attached(rule)
+        return lambda: (get_norm(model), inner.step())
 
     in_place = ZClip()
     methods: dict[str, Method] = {
         **baselines(model, optimizer, 10 * norm),
-        **{name: method(strategy) for name, strategy in calm_strategies(norm).items()},
+        **{name: method(strategy) for name, strategy in calm_strategies(norm, without_last(model)).items()},
         "ZClip, in place": lambda: (in_place.step(model), optimizer.step()),
-        "norm pass, and the norm of the update": lambda: (get_norm(model), update_norm(optimizer), optimizer.step()),
-        "norm pass, and StableAdamW": with_rule(StableAdamW()),
-        "norm pass, and SPAM": with_rule(SPAM()),
+        "ZClip, attached": attached(ZClip()).step,
+        **{f"norm pass, and {type(rule).__name__}": with_rule(rule) for rule in update_rules()},
     }
-    attached = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ZClip().attach(attached, model)
-    methods["ZClip, attached"] = attached.step
     if published:
         clip = published_step(published, model)
         methods["published zclip"] = lambda: (clip(), optimizer.step())
@@ -165,18 +185,70 @@ def clipping_methods(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         optimizer.step()
         delattr(optimizer, "grad_scale")
 
+    each = [FACTOR * one] * len(list(model.parameters()))
+    foreach = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True, capturable=one.is_cuda)
+    foreach.state = optimizer.state
+
+    def scale_each() -> None:
+        """Compute the norm, and scale each gradient in place by one foreach call: the least that AdaGC has to do."""
+        get_norm(model)
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], each)
+        optimizer.step()
+
     def method(strategy: ClippingStrategy, *, fused: bool = True) -> Method:
         return lambda: (strategy.step(model, optimizer=optimizer if fused else None), optimizer.step())
 
     return {
         **baselines(model, optimizer, 0.4 * norm),
         "norm, and a grad_scale of 1": scale_of_one,
+        "norm, and a factor for each tensor": scale_each,
+        "norm, and AdamW(foreach=True)": lambda: (get_norm(model), foreach.step()),
+        "norm, and scaled chunks in the cache": step_on_chunks(model, optimizer),
         "one coefficient, fused": method(ClipAlways()),
         "one coefficient, in place": method(ClipAlways(), fused=False),
+        "one coefficient, all but one tensor": method(ClipAlways(scope=without_last(model))),
         "AdaGC": method(AdaGC(warmup_steps=1_000_000, lambda_abs=0.2 * norm)),
         "AGC": method(AGC(ratio=1e-3)),
         "GradientStabilizer": method(GradientStabilizer()),
     }
+
+
+def step_on_chunks(model: nn.Module, optimizer: torch.optim.Optimizer) -> Method:
+    """Return a method that gives torch's fused kernel scaled copies of gradients, in chunks that stay in the cache.
+
+    No gradient is written back. The steps are not counted.
+    """
+
+    def chunks() -> list[tuple[list[Tensor], ...]]:
+        """Return lists of weights, gradients, moments and steps, of at most `CHUNK` elements together."""
+        lists: list[tuple[list[Tensor], ...]] = []
+        elements = CHUNK
+        for p in model.parameters():
+            state = optimizer.state[p]
+            assert p.grad is not None
+            tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+            whole = [tensor.view(-1).split(CHUNK) for tensor in tensors]
+            for row in zip(*whole, strict=True):
+                if elements + row[0].numel() > CHUNK:
+                    lists.append(([], [], [], [], []))
+                    elements = 0
+                for column, part in zip(lists[-1], (*row, state["step"]), strict=True):
+                    column.append(part)
+                elements += row[0].numel()
+        return lists
+
+    found: list[tuple[list[Tensor], ...]] = []
+
+    def step() -> None:
+        get_norm(model)
+        found.extend([] if found else chunks())  # the moments begin in the first step of the optimizer
+        for weights, gradients, first, second, steps in found:
+            torch._fused_adamw_(
+                weights, list(torch._foreach_mul(gradients, FACTOR)), first, second, [], steps,
+                lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    return step
 
 
 def get_norm(model: nn.Module) -> torch.Tensor:

@@ -129,6 +129,19 @@ def test_each_script_and_target_is_described():
     assert targets == first_cells(section(text, "## make"))
 
 
+def test_readme_has_every_option_of_the_groups_of_a_run():
+    """A row of several groups separates their options by semicolons."""
+    text = (CHECKOUT / "README.md").read_text().split("| group | options |", 1)[1].split("\n\n", 1)[0]
+    described = {}
+    for groups, options in re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.M):
+        names = re.findall(r"`(\w+)`", groups)
+        shares = options.split("; ") if len(names) > 1 else [options]
+        described |= {g: {*re.findall(r"`(\w+)`", share)} for g, share in zip(names, shares, strict=True)}
+    presets = {"experiment", "scale", "eval", "paper", "hydra"}
+    folders = {folder for folder in (CHECKOUT / "configs").iterdir() if folder.is_dir() and folder.name not in presets}
+    assert described == {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
+
+
 def test_exit_statuses_and_signals_are_described():
     text = page("exit-statuses.md")
     assert f"| {EXIT_USER_ERROR} | a setting" in text and f"| {EXIT_CANNOT_CONTINUE} | the run cannot" in text

@@ -38,7 +38,7 @@ def summarise(run: Run) -> dict[str, Any]:
         spikes, spike_definition: see `loss_spikes`.
         clipped_share: fraction of steps whose gradients were scaled down.
         skipped: number of steps whose norm was not finite.
-        clipped_by_z: number of ZClip's spikes; `None` for other strategies.
+        clipped_by_z: number of steps that were clipped by their z-score; `None` for strategies without `spike`.
         clipped_by_max_share: fraction of steps that `clip.max_grad_norm` clipped further than the rule; `None` without
             this bound.
         update_clipped_share: fraction of steps on which a rule over updates acted; `None` without a rule.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import zclip
+import zclip.updates
 from tests.helpers import script
 from tests.scripts.loading import load_script
 from tests.zclip.every_strategy import CLASSES
@@ -60,7 +61,7 @@ def test_strategies_of_the_benchmark_are_all_of_the_library_and_clip_where_they_
     model = torch.nn.ModuleList(bench_clip.Weight(shape, "cpu") for shape in [(4, 3), (5,)])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
-    calm = bench_clip.calm_strategies(norm)
+    calm = bench_clip.calm_strategies(norm, bench_clip.without_last(model))
     assert {type(strategy).__name__ for strategy in calm.values()} | {"GradientStabilizer"} == {
         strategy.__name__ for strategy in CLASSES
     }
@@ -75,9 +76,56 @@ def test_strategies_of_the_benchmark_are_all_of_the_library_and_clip_where_they_
         before = [p.grad.clone() for p in model.parameters()]
         method()
         changed = [not torch.equal(b, p.grad) for b, p in zip(before, model.parameters(), strict=True)]
-        assert (
-            all(changed) if name not in ("norm pass (the floor)", "norm, and a grad_scale of 1") else not any(changed)
-        )
+        expected = {
+            "norm pass (the floor)": [False, False],
+            "norm, and a grad_scale of 1": [False, False],
+            "norm, and AdamW(foreach=True)": [False, False],
+            "norm, and scaled chunks in the cache": [False, False],
+            "one coefficient, all but one tensor": [True, False],
+        }
+        assert changed == expected.get(name, [True, True]), name
+
+
+def test_fused_steps_on_scaled_chunks_are_the_step_on_scaled_gradients(monkeypatch):
+    bench_clip = load_script("bench_clip")
+    monkeypatch.setattr(bench_clip, "CHUNK", 10)
+    monkeypatch.setattr(bench_clip, "FACTOR", 0.5)
+    models = []
+    for scale in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList(bench_clip.Weight(shape, "cpu") for shape in [(4, 7), (5,), (3,)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad.mul_(scale)
+            if scale < 1:  # the other takes a step that is not counted
+                optimizer.state[parameter]["step"].sub_(1)
+        optimizer.step() if scale < 1 else bench_clip.step_on_chunks(model, optimizer)()
+        models.append(model)
+    for chunked, whole in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scope_of_the_benchmark_leaves_out_a_parameter_and_no_rule_over_updates_acts():
+    bench_clip = load_script("bench_clip")
+    model = torch.nn.ModuleList(bench_clip.Weight(shape, "cpu") for shape in [(4, 3), (5,)])
+    scoped = bench_clip.calm_strategies(1.0, bench_clip.without_last(model))["ZClip, all but one tensor"]
+    scoped.step(model)
+    assert float(scoped.telemetry["other_norm"]) == pytest.approx(float(model[1].weight.grad.norm()))
+    rules = bench_clip.update_rules()
+    assert {type(rule).__name__ for rule in rules} == {
+        name
+        for name, value in vars(zclip.updates).items()
+        if name in zclip.updates.__all__ and isinstance(value, type) and issubclass(value, zclip.updates.OptimizerRule)
+    } - {"OptimizerRule", "UpdateRule"}
+    for rule in rules:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        rule.attach(optimizer)
+        for _ in range(30):
+            optimizer.step()
+            assert rule.read_telemetry()["update_clipped"] == 0, type(rule).__name__
+        rule.detach()
 
 
 #: A package in the place of the published one.
@@ -98,7 +146,7 @@ def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatc
     bench_clip.main({"params": 1e5, "tensors": 4, "device": "cpu", "published": str(tmp_path)})
     out = capsys.readouterr().out
     assert re.search(r"│ norm pass \(the floor\) +│ +1000.0 │ +1.000 │ +0.500 │", out), out
-    assert re.search(r"│ published zclip +│ +20000.0 │ +20.000 │ +10.000 │", out), out
+    assert re.search(r"│ published zclip +│ +22000.0 │ +22.000 │ +11.000 │", out), out
     model = torch.nn.Linear(2, 2)
     model(torch.ones(2)).sum().backward()
     step = bench_clip.published_step(str(tmp_path), model)
@@ -114,8 +162,11 @@ def test_clipping_is_compared_with_the_norm_pass_and_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"│ ([\w ,()-]+?) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", done.stdout)
     names = [row[0] for row in rows]
-    assert len(names) == 2 * (19 + 8) and names[:2] == names[19:21] == ["norm pass (the floor)", "clip_grad_norm_"]
+    calm = names.index("norm pass (the floor)", 1)
+    assert names == 2 * names[: len(names) // 2] and names[calm : calm + 2] == names[:2]
+    assert names[1] == "clip_grad_norm_" and len(names[:calm]) == 21
     assert {"ZClip", "AdaGC", "ZClip, attached", "GradientStabilizer", "one coefficient, fused"} < {*names}
+    assert "UserWarning" not in done.stderr
     assert (
         rows[0][2] == rows[1][3] == "1.000"
         and "fp32 parameters in 4 tensors, every step is clipped; CPU" in done.stdout

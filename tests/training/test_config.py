@@ -154,7 +154,9 @@ BAD = {
         "model.model.embed_tokens.weight, "
     ),
     "+clip.scope=['*','!*.weight']": "clip.scope=['*', '!*.weight'] has none of the model's parameters, which are",
-    "+clip.scope=group:Muon": "clip.scope=group:Muon is not allowed: group:Muon matches none of the model's parameters",
+    "+clip.scope=group:Muon": (
+        "clip.scope=group:Muon is not allowed: group:Muon matches none of the optimizer's groups: AdamW"
+    ),
     "+clip.scope=[3]": "clip.scope=[3] is not allowed: it must be a pattern of parameter names, or a list of patterns",
     "+clip.on_nonfinite=ignore": "clip.on_nonfinite=ignore is not allowed: it must be one of skip, zero, raise",
     "clip._target_=os.path.join": "clip._target_=os.path.join",

@@ -122,7 +122,10 @@ REFUSED = {
     "update=stable_adamw optim=sgd": "update.name=stable_adamw is not possible with optim.name=sgd: SGD has no second",
     f"update=monitor {' '.join(ADAMOD)}": "update.name=monitor is not possible with optim.name=adamod: the update of",
     f"{' '.join(ADAMOD[:3])} +optim.beta3=1": "optim.beta3=1 is not allowed: it must be a number from 0 to below 1",
-    "+clip.scope=group:Adam optim=muon": "clip.scope=group:Adam is not allowed: group:Adam matches none of the model",
+    "+clip.scope=group:adamw optim=muon": (
+        "clip.scope=group:adamw is not allowed: group:adamw matches none of the optimizer's groups: AdamW, Muon"
+    ),
+    "+clip.scope=group:Adam optim=muon": "clip.scope=group:Adam is not allowed: group:Adam matches none of the opt",
 }
 
 

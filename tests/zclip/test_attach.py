@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import weakref
 
 import pytest
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tests.helpers import SLOW
 from tests.zclip.reference_loop import assert_same_weights, build_model
 from zclip import AdaGC, FixedNorm, SkipStep, ZClip
-from zclip.updates import UpdateClip
+from zclip.updates import UpdateClip, UpdateMonitor
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -325,6 +326,24 @@ def test_argument_of_a_step_that_is_no_closure_is_passed_on():
     model(batch(0)).square().mean().backward()
     optimizer.step(0.5)
     assert strategy.read_telemetry()["clipped"] == 1
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copies_of_an_optimizer_are_not_clipped_until_a_strategy_is_attached(copied):
+    model, strategy, rule = build_model(), FixedNorm(0.01), UpdateMonitor()
+    optimizer = torch.optim.AdamW(model.parameters())
+    strategy.attach(optimizer)
+    rule.attach(optimizer)
+    model(batch(0)).square().mean().backward()
+    other = copied(optimizer)
+    for parameter in other.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    assert not strategy.telemetry and not rule.telemetry
+    again = FixedNorm(0.01)
+    again.attach(other)
+    other.step()
+    assert again.read_telemetry()["clipped"] == 1 and not strategy.telemetry
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -1,6 +1,7 @@
 """What makes a step with thousands of tensors cheap changes no result, and remembers nothing that has changed since."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -14,6 +15,8 @@ from zclip.apply import scale_
 from zclip.cpu_norm import LARGEST, ROW, SMALL, cpu_norms
 from zclip.norm import parameters_of
 from zclip.tensors import parameter_names
+from zclip.updates import pieces, update_norm, update_rms
+from zclip.updates.pieces import BUCKET
 
 SIZES = (0, 1, ROW - 1, ROW, ROW + 1, SMALL, SMALL + 1, 3 * SMALL + 7)
 
@@ -62,6 +65,43 @@ def test_norms_of_tensors_of_all_sizes_are_the_float64_norms(scale):
 def test_norms_beyond_the_squares_of_float32_are_infinite(size):
     huge = torch.full((size,), 2 * LARGEST)
     assert cpu_norms([huge, huge.double(), torch.full((size,), torch.nan)]).isfinite().tolist() == [False, True, False]
+
+
+def mixed_optimizer(amsgrad: bool) -> torch.optim.Optimizer:
+    """Return an optimizer after a step, with tensors of several shapes, dtypes and orders in memory."""
+    shapes = [(), (0,), (0, 3), (1,), (7,), (4, 5), (2, 3, 4), (BUCKET + 3,)]
+    weights = [drawn(math.prod(shape), torch.float32, i).view(shape) for i, shape in enumerate(shapes)]
+    weights += [weights[5].t(), weights[5].bfloat16(), weights[5].double(), drawn(48, torch.float32).view(2, 2, 3, 4)]
+    weights[-1] = weights[-1].to(memory_format=torch.channels_last)
+    parameters = [nn.Parameter(weight.clone(memory_format=torch.preserve_format)) for weight in weights]
+    optimizer = torch.optim.AdamW(parameters, amsgrad=amsgrad)
+    for seed in (1, 2):
+        for i, p in enumerate(parameters):
+            p.grad = drawn(p.numel(), p.dtype, seed * 100 + i).view(p.shape)
+        if seed == 1:
+            optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("measure", [update_norm, update_rms])
+def test_tensors_that_are_pieces_as_they_are_have_the_same_updates_as_flattened_ones(measure, amsgrad, monkeypatch):
+    optimizer = mixed_optimizer(amsgrad)
+    found = measure(optimizer)
+    monkeypatch.setattr(pieces, "_is_ready", lambda tensor: False)
+    assert torch.equal(found, measure(optimizer)) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("measure", [update_norm, update_rms])
+def test_small_tensors_are_not_flattened_to_measure_their_updates(measure, monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        backward(model)
+        optimizer.step()
+    flattened = []
+    monkeypatch.setattr(pieces, "_flat", lambda tensor: flattened.append(tensor) or tensor.detach().reshape(-1))
+    assert measure(optimizer).isfinite().all() and not flattened
 
 
 def test_parameters_have_the_order_of_the_module():

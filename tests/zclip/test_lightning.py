@@ -28,6 +28,22 @@ class Automatic(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01, fused=self.fused)
 
 
+class Attached(Automatic):
+    """Attaches a strategy itself."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=True)
+        self.strategy, self.norms = ZClip(), []
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.strategy.attach(optimizer, self)
+        return optimizer
+
+    def on_train_batch_end(self, *_):
+        self.norms.append(self.strategy.read_telemetry()["grad_norm"])
+
+
 class TwoOptimizers(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +72,20 @@ def fit(module: pl.LightningModule, folder, callback=None, **settings):
     )  # fmt: skip
     trainer.fit(module, DataLoader([batch(t) for t in range(STEPS)], batch_size=None))
     return trainer, callback
+
+
+@pytest.mark.parametrize("clip_val", [None, 0.001])
+def test_an_attached_strategy_sees_the_norms_that_lightning_leaves_and_is_not_saved(clip_val, tmp_path):
+    module = Attached()
+    trainer, _ = fit(module, tmp_path, pl.Callback(), gradient_clip_val=clip_val)
+    assert len(module.norms) == STEPS
+    if clip_val is None:
+        assert min(module.norms) > 0.002
+    else:
+        assert module.norms == pytest.approx([clip_val] * STEPS, rel=1e-3)
+    trainer.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    saved = torch.load(tmp_path / "checkpoint.ckpt", weights_only=False)
+    assert "param_groups" in repr(saved) and "z_thresh" not in repr(saved)
 
 
 @pytest.mark.parametrize("fused", [False, True])

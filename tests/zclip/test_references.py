@@ -11,7 +11,7 @@ import zclip.norm
 import zclip.state
 import zclip.stateful
 from tests.zclip.every_strategy import CLASSES, OF_NORMS, SHORT
-from zclip import AdaGC, GlobalAdaGC, LaggedZScore, LogZScore
+from zclip import AdaGC, GlobalAdaGC, LaggedZScore, LogZScore, ZClip
 
 
 def test_every_public_strategy_is_among_those_of_the_tests():
@@ -58,6 +58,21 @@ def test_lagged_z_score_clips_a_slow_run_up_that_recent_statistics_follow():
         coefficients = [float(clip.observe(torch.tensor(x, dtype=torch.float64))) for x in norms]
         first[name] = [t for t, c in enumerate(coefficients) if c < 1 and t >= 600]
     assert len(first["lagged"]) > 25 > 2 * len(first["recent"])
+
+
+@pytest.mark.parametrize(
+    ("clip", "rise", "least", "most"),
+    [(LaggedZScore(), 0.0005, 0.6, 0.8), (LaggedZScore(), 0.001, 0.95, 1.0), (ZClip(), 0.001, 0.005, 0.05)],
+)
+def test_lagged_z_score_clips_most_steps_while_norms_rise_slowly(clip, rise, least, most):
+    """With noise of 10 %. By 0.1 % a step they double in 700 steps."""
+    draw = random.Random(0)
+    spikes = []
+    for step in range(1600):
+        clip.observe(torch.tensor((1 + rise) ** step * draw.gauss(1, 0.1), dtype=torch.float64))
+        spikes.append(bool(clip.telemetry["spike"]))
+        assert spikes[-1] == bool(clip.telemetry["clipped"])
+    assert least < sum(spikes[1200:]) / 400 <= most
 
 
 def test_lagged_z_score_does_not_clip_while_the_norms_it_compares_with_are_zero():

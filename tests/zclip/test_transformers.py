@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests import gloo_pool
 from tests.helpers import SLOW, same
@@ -132,6 +132,26 @@ def test_trainer_that_replaces_the_callback_is_rejected(tmp_path):
     )
     with pytest.raises(TypeError, match=r"^TrainerClippingCallback takes a strategy, such as ZClip\(\), not <class"):
         TrainerClippingCallback(ZClip)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.001])
+def test_an_attached_strategy_sees_the_norms_that_the_trainer_leaves_and_is_not_saved(max_grad_norm, tmp_path):
+    strategy, norms = ZClip(), []
+
+    class Collect(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            norms.append(strategy.read_telemetry()["grad_norm"])
+
+    attached = trainer(tmp_path, None, max_grad_norm=max_grad_norm, save_strategy="steps", save_steps=STEPS)
+    attached.add_callback(Collect())
+    strategy.attach(attached.create_optimizer(), attached.model)
+    attached.train()
+    assert len(norms) == STEPS
+    if max_grad_norm == 0:
+        assert min(norms) > 0.002
+    else:
+        assert norms == pytest.approx([max_grad_norm] * STEPS, rel=1e-2)
+    assert "z_thresh" not in (tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()
 
 
 def test_trainer_with_max_grad_norm_is_rejected(tmp_path):

@@ -264,7 +264,7 @@ class LaggedZScoreEquations(GlobalEquations):
         warm = len(self.norms) >= self.warmup_steps and mean > 0
         self.norms.append(x)
         target, z = (mean + self.z_thresh * std, (x - mean) / std) if warm else (math.inf, NAN)
-        return target, {"z": z, "mean": mean, "std": std}
+        return target, {"z": z, "mean": mean, "std": std, "spike": x > target}
 
     @property
     def statistics(self):

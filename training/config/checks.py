@@ -20,7 +20,7 @@ from training.config.own_rules import check_own_rules
 from training.config.schema import Config, TrainerConfig
 from training.config.strategy import clipping_strategy, update_rule
 from training.runtime.hardware import available_memory
-from zclip.scope import in_scope, patterns_of
+from zclip.scope import GROUP, in_scope, patterns_of
 
 #: Fields of the model that may differ from those of the weights that training starts from.
 FREE_FIELDS = {"max_position_embeddings", "initializer_range", "embedding_initializer_range"}
@@ -69,7 +69,7 @@ def _check_fused(config: Config) -> None:
 
 
 def _check_scope(config: Config) -> None:
-    """Raise `UserError` unless each pattern of the strategy's scope matches a parameter."""
+    """Raise `UserError` unless each pattern of the strategy's scope matches a parameter, or a group."""
     scope = clipping_strategy(config.clip).scope
     if scope is None:
         return
@@ -80,8 +80,10 @@ def _check_scope(config: Config) -> None:
     value, others = shown(config.clip.arguments["scope"]), f"the model's parameters, which are {', '.join(names[:4])}"
     for pattern in patterns_of(scope):
         if not any(in_scope(name, pattern.removeprefix("!"), groups[name]) for name in names):
-            problem = f"is not allowed: {pattern} matches none of {others}, ..."
-            raise ConfigError("clip.scope", value, problem=problem)
+            known = f"{others}, ..."
+            if pattern.removeprefix("!").startswith(GROUP):
+                known = f"the optimizer's groups: {', '.join(sorted({*groups.values()}))}"
+            raise ConfigError("clip.scope", value, problem=f"is not allowed: {pattern} matches none of {known}")
     if not any(in_scope(name, scope, groups[name]) for name in names):
         raise ConfigError("clip.scope", value, problem=f"has none of {others}, ...")
 
