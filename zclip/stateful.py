@@ -44,6 +44,13 @@ class _Made(ABCMeta):
         made._is_made = True
         return made
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The arguments of `__init__`, which `inspect` would not look for behind `__call__`."""
+        made: Any = cls
+        signature = inspect.signature(made.__init__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])  # all but self
+
 
 class Stateful(metaclass=_Made):
     """What a saved state has of a rule, and how it is restored. Base of `zclip.state.Statistics`.

@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import inspect
 import math
 
 import pytest
@@ -145,6 +146,13 @@ def test_every_argument_of_a_strategy_can_be_assigned(name):
         assert strategy.changes == [], "it is the same value"
         with pytest.raises(ValueError, match=rf"^{argument}=<object .* is not allowed: it must be "):
             setattr(strategy, argument, object())
+
+
+@pytest.mark.parametrize("strategy", [ZClip, GradientStabilizer, UpdateClip], ids=lambda cls: cls.__name__)
+def test_signature_of_a_class_is_that_of_its_arguments(strategy):
+    """The framework reads types of arguments from it, and the names of runs depend on them."""
+    arguments = [*inspect.signature(strategy.__init__).parameters.values()][1:]
+    assert [*inspect.signature(strategy).parameters.values()] == arguments
 
 
 def test_assigned_argument_of_a_rule_over_updates_is_checked_and_recorded():
