@@ -225,7 +225,7 @@ class ClippingStrategy(Statistics):
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
                 self._step(shards, models, [inner], loss, process_group)
 
-        if own_ids:
+        if own_ids and self.scope is not None:
             self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises
         self._attachment = Attachment(optimizer, clip)
 
