@@ -94,6 +94,17 @@ def moved_to(folder: Path, table3: tuple[Path, dict], *labels: str) -> dict:
     return moved
 
 
+def test_integer_and_the_equal_float_are_one_setting(table3, tmp_path):
+    """A class of one's own is not imported to read a folder, so it is not known which of them it declares."""
+    expected = moved_to(tmp_path, table3, "ZClip")
+    known = {
+        key: run._replace(identity={"update": {"sigmas": 5.0, "betas": [1.0, 0.5]}}) for key, run in expected.items()
+    }
+    for sigmas, runs in ((5, len(known)), (6, 0)):
+        saved = {"update": {"sigmas": sigmas, "betas": [1, 0.5]}}
+        assert len(collect(known, lambda config, saved=saved: saved).runs) == runs
+
+
 def test_divergence_is_detected_from_losses_and_results(table3, tmp_path):
     """Finite losses can have diverged; those of corrupted batches do not count."""
     moved = moved_to(tmp_path, table3, "ZClip", "Fixed 1.0")
