@@ -241,7 +241,8 @@ def step_on_chunks(model: nn.Module, optimizer: torch.optim.Optimizer) -> Method
 
     def step() -> None:
         get_norm(model)
-        found.extend([] if found else chunks())  # the moments begin in the first step of the optimizer
+        if not found:  # the moments begin in the first step of the optimizer
+            found.extend(chunks())
         for weights, gradients, first, second, steps in found:
             torch._fused_adamw_(
                 weights, list(torch._foreach_mul(gradients, FACTOR)), first, second, [], steps,

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -45,12 +44,14 @@ def plain(value: Any) -> Any:
 
 def _unlike_text(value: object) -> str:
     """Return words on the type of a value whose text does not show it, such as that of a tensor; or none."""
-    known: tuple[type, ...] = (int, float, str, list, tuple, dict, type(None))
-    looks_like_number = False
     if isinstance(value, str):
-        with suppress(ValueError):
-            looks_like_number = bool(str(float(value)))
-    return "" if isinstance(value, known) and not looks_like_number else f", not of type {type(value).__name__}"
+        try:
+            float(value)
+        except ValueError:
+            return ""
+    elif value is None or isinstance(value, int | float | list | tuple | dict):
+        return ""
+    return f", not of type {type(value).__name__}"
 
 
 def is_number(value: object) -> TypeGuard[float]:

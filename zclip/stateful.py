@@ -81,8 +81,8 @@ class Stateful(metaclass=_Made):
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
 
     def __setattr__(self, name: str, value: Any) -> None:
-        checks_itself = isinstance(getattr(type(self), name, None), property)
-        if self._is_made and name in _argument_names(type(self)) and not checks_itself:
+        is_argument = self._is_made and name in _argument_names(type(self))
+        if is_argument and not isinstance(getattr(type(self), name, None), property):  # a property checks itself
             self.change(**{name: value})
         else:
             super().__setattr__(name, value)
@@ -319,7 +319,7 @@ class Stateful(metaclass=_Made):
 @lru_cache
 def _argument_names(rule: type[Stateful]) -> tuple[str, ...]:
     """Return the names of the arguments of a class, in order."""
-    parameters = [*inspect.signature(rule.__init__).parameters.values()][1:]  # all but self
+    parameters = inspect.signature(rule).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 

@@ -171,6 +171,11 @@ def _batches_of(sequences: int) -> tuple[str, ...]:
     return (f"trainer.global_batch_size={sequences}", f"trainer.micro_batch_size={sequences}")
 
 
+def _own_class(group: str, name: str, place: str) -> tuple[str, str]:
+    """Return the settings that put a class of this package into a group of the configuration."""
+    return f"{group}.name={name}", f"{group}._target_=experiments.labs.{place}"
+
+
 #: Every strategy, with the arguments of its file.
 STRATEGIES = (
     Arm("no clipping", ("clip=none",)),
@@ -199,13 +204,12 @@ SKIPPING = Arm(
     "skipping log z-score and brake",
     (
         "clip=log_z_score",
-        "clip.name=skipping_log_z_score",
-        "clip._target_=experiments.labs.skipping_log_z_score.SkippingLogZScore",
+        *_own_class("clip", "skipping_log_z_score", "skipping_log_z_score.SkippingLogZScore"),
         "+clip.skip_thresh=5.0",
         "update=brake",
     ),
 )
-#: Those of them that have failed on bad batches, and SKIPPING.
+#: All that were tried. On bad batches none of them is shown to be better than ZClip.
 CANDIDATES = (
     Arm("log z-score and brake", ("clip=log_z_score", "update=brake")),
     Arm("skip-step and brake", ("clip=skip_step", "update=brake")),
@@ -234,8 +238,7 @@ REPLAYED = tuple(
         (
             "clip=none",
             "update=monitor",
-            "update.name=replayed",
-            "update._target_=experiments.labs.replayed_scales.ReplayedScales",
+            *_own_class("update", "replayed", "replayed_scales.ReplayedScales"),
             f"+update.archive=experiments/results/runs/adam-lag/pico-none-brake-lr0.01-{run}.json.xz",
         ),
         is_control=True,
@@ -250,8 +253,7 @@ LATER_RATES = tuple(
         (
             "clip=none",
             "update=monitor",
-            "update.name=later_rate",
-            "update._target_=experiments.labs.later_rate.LaterRate",
+            *_own_class("update", "later_rate", "later_rate.LaterRate"),
             "+update.after=1250",
             f"+update.scale={scale}",
         ),
@@ -267,8 +269,7 @@ GRADIENT_BRAKES = tuple(
         (
             f"clip={clip}",
             "update=brake",
-            "update.name=gradient_brake",
-            "update._target_=experiments.labs.gradient_brake.GradientBrake",
+            *_own_class("update", "gradient_brake", "gradient_brake.GradientBrake"),
         ),
         is_control=True,
     )
@@ -278,8 +279,7 @@ GRADIENT_BRAKES = tuple(
 #: AdaMod in place of AdamW, whose settings it shares. Its memory, beta3, is about that of the brake.
 ADAMOD = (
     "optim=custom",
-    "optim.name=adamod",
-    "optim._target_=experiments.labs.adamod.AdaMod",
+    *_own_class("optim", "adamod", "adamod.AdaMod"),
     "+optim.betas=[0.9,0.999]",
     "+optim.beta3=0.999",
     "+optim.eps=1e-7",

@@ -43,9 +43,9 @@ class UpdateBrake(UpdateRule):
 
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
     where the run-up of a spike has no part, but the return from it has. D takes out how far norms that fall steadily,
-    as after the start, are below it. In the
-    first 300 steps d^2 is the mean of all steps since the warm-up, at whose last norm M begins. One norm far below
-    the usual counts as one at 1/e of the expected F, or two standard deviations below it.
+    as after the start, are below it. In the first 300 steps d^2 is the mean of all steps since the warm-up, at whose
+    last norm M begins. One norm far below the usual counts as one at 1/e of the expected F, or two standard deviations
+    below it.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.
