@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -158,6 +158,24 @@ def ranks(job: Job) -> dict[str, int]:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         pids.update({os.fsdecode(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
     return pids
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):  # the second comes if it ends between opening and reading
+        return False
+
+
+def have_ended(pids: Iterable[int | str], seconds: float = 60) -> bool:
+    """Wait until these processes have ended, since a signal takes a while to end a process. Return whether they did."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def make(*arguments: str) -> str:

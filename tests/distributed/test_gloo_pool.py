@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gloo_pool import RankError, run
-from tests.helpers import CHECKOUT
+from tests.helpers import CHECKOUT, have_ended
 
 INTERRUPTED = """
 import sys
@@ -57,11 +57,6 @@ def pids(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in folder.iterdir()]
 
 
-def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
 @pytest.mark.parametrize("world", [1, 4])
 def test_results_are_returned_by_rank(world):
     results = run(ranks_sum, world, 0.5)
@@ -85,7 +80,7 @@ def test_failing_rank_is_reported_and_the_next_case_runs(case, message):
 def test_hanging_ranks_are_killed(tmp_path):
     with pytest.raises(RankError, match=r"ranks \[0, 1\] took more than 1 seconds"):
         run(hang, 2, tmp_path, timeout=1)
-    assert len(pids(tmp_path)) == 2 and not any(map(is_running, pids(tmp_path)))
+    assert len(pids(tmp_path)) == 2 and have_ended(pids(tmp_path))
     assert run(ranks_sum, 2, 1.0) == [(0, 1.0), (1, 1.0)]
 
 
@@ -104,7 +99,4 @@ def test_no_rank_outlives_the_test_process(signum, tmp_path):
     process.send_signal(signum)
     _, errors = process.communicate()
     assert process.returncode != 0 and len(pids(tmp_path)) == 2, errors.decode()
-    deadline = time.monotonic() + 60
-    while any(map(is_running, pids(tmp_path))):
-        assert time.monotonic() < deadline, "ranks are still running"
-        time.sleep(0.01)
+    assert have_ended(pids(tmp_path))

@@ -19,6 +19,8 @@ from tests.helpers import (
     TINY,
     TWO,
     final_state,
+    have_ended,
+    is_running,
     only_run,
     ranks,
     read_jsonl,
@@ -210,10 +212,7 @@ def test_process_dies_with_the_launcher_that_started_it(tmp_path):
     assert is_running(child)
     job.kill()
     job.wait()
-    deadline = time.monotonic() + 60
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_running(child)
+    assert have_ended([child])
 
 
 def test_second_ctrl_c_exits_at_once(settings, tmp_path):
@@ -261,14 +260,6 @@ def test_script_handles_signals_before_slow_imports(tmp_path):
     job.send_signal(signal.SIGINT)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 130 and err == f"interrupted; {RESUME}\n"
-
-
-def is_running(pid: str) -> bool:
-    """Whether there is such a process, and it has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def has_handler(pid: int, signum: int) -> bool:
@@ -390,10 +381,7 @@ def test_ranks_hold_the_run_folder_and_die_with_their_launcher(settings, tmp_pat
     pids = ranks(job).values()
     job.kill()
     job.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(pids) == 2 and have_ended(pids, seconds=10)
 
 
 def test_requeued_job_without_progress_ends(settings, tmp_path):
