@@ -66,17 +66,17 @@ class ValidationLine(Record):
 
 
 class Change(Record):
-    """A change of an argument of the clipping strategy, which a start has made."""
+    """A change of an argument of the clipping strategy or the rule over updates, which a start has made."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    setting: Annotated[str, Field(pattern=r"^clip\.\w{1,100}$")]
+    setting: Annotated[str, Field(pattern=r"^(clip|update)\.\w{1,100}$")]
     before: Argument = Field(alias="from")
     after: Argument = Field(alias="to")
 
     @model_validator(mode="after")
     def _is_live(self) -> "Change":
-        if self.setting in ("clip.name", "clip._target_"):
+        if self.setting.partition(".")[2] in ("name", "_target_"):
             raise ValueError(f"{self.setting} does not change")
         return self
 

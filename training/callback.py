@@ -217,12 +217,14 @@ class TimedClippingCallback(ClippingCallback):
 class UpdateRuleCallback(pl.Callback):
     """Attaches a rule over updates to the optimizer. Its statistics are saved in the checkpoint.
 
-    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another rule.
+    With `reset_state`, the statistics in a checkpoint are not restored: they belong to another rule. With
+    `override_arguments`, they may be of the rule with other arguments.
     """
 
-    def __init__(self, rule: OptimizerRule, reset_state: bool) -> None:
+    def __init__(self, rule: OptimizerRule, reset_state: bool, override_arguments: bool) -> None:
         self.rule = rule
         self.reset_state = reset_state
+        self.override_arguments = override_arguments
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the rule."""
@@ -240,4 +242,4 @@ class UpdateRuleCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the statistics, unless they are to be reset."""
         if not self.reset_state:
-            self.rule.load_state_dict(state_dict["rule"])
+            self.rule.load_state_dict(state_dict["rule"], self.override_arguments)

@@ -204,8 +204,8 @@ def build_run(
 
     callback = RunCallback(metrics, guard, stop, checkpoints, loss_validator, task_evaluator)
     rows = config.trainer.global_batch_size
-    clipper = TimedClippingCallback(strategy, callback.timer, rows, start.reset_clipper, start.changed_clipper)
-    rules = [] if rule is None else [UpdateRuleCallback(rule, reset_state=start.reset_rule)]
+    clipper = TimedClippingCallback(strategy, callback.timer, rows, start.reset_clipper, start.changed)
+    rules = [] if rule is None else [UpdateRuleCallback(rule, start.reset_rule, start.changed)]
     trainer = build_trainer(config, run_dir, [clipper, *rules, callback])
     return Run(trainer, module, loader, stop, guard, display, loggers)
 

@@ -58,12 +58,11 @@ def test_argument_of_another_strategy_than_the_default_asks_for_its_name(monkeyp
     assert hint not in description(monkeypatch, "resume=x", "clip=adagc", "clip.max_norm=2")
 
 
-def test_argument_of_a_rule_over_updates_does_not_change_on_resume(monkeypatch):
-    sentence = (
-        "update.margin=2 is not possible with resume=: the run keeps its rule over updates and the rule's arguments"
-    )
-    assert description(monkeypatch, "resume=x", "update.margin=2") == sentence
-    assert description(monkeypatch, "update.margin=2").startswith("update.margin=2 is not possible: there is no key")
+def test_argument_of_a_rule_over_updates_asks_for_its_name(monkeypatch):
+    hint = ", unless the run's own rule is named too, as update=brake; `--cfg job` lists all keys"
+    key = "update.margin=2 is not possible: there is no key update.margin"
+    assert description(monkeypatch, "resume=x", "update.margin=2") == f"{key}{hint}"
+    assert hint not in description(monkeypatch, "update.margin=2")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from common.reading import check_record
 from common.run_files import Environment, setting_changes
-from tests.helpers import copy_run, final_state, read_jsonl, same, train_to_end
+from tests.helpers import copy_run, final_state, only_run, read_jsonl, same, train_to_end
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
 from training.config.identity import identity, run_name
@@ -114,6 +114,79 @@ def test_arguments_may_be_named_with_their_strategy(run, checked):
     assert config.clip.arguments["scope"] == ["*norm*"] and config.clip.arguments["recovery_window"] is None
 
 
+def rule(run, step: int) -> dict:
+    return load_full(RunDir(run).checkpoint(step))["callbacks"]["UpdateRuleCallback"]["rule"]
+
+
+#: A rule that never acts in a tiny run.
+RULE = ("update=update_clip", "update.sigmas=90", "update.window=4")
+
+
+@pytest.fixture(scope="module")
+def ruled_run(tiny, once):
+    """The folder of a finished run with a rule over updates that never acts."""
+    settings = (*tiny, *RULE, "trainer.checkpoint_every=8", "trainer.keep_last=9")
+    return only_run(once("ruled", lambda folder: train_to_end(*settings, cwd=folder)))
+
+
+@pytest.fixture
+def ruled(ruled_run, tmp_path, monkeypatch):
+    """The folder of that run, interrupted after step 16 of 40."""
+    monkeypatch.chdir(tmp_path)
+    folder = copy_run(ruled_run, tmp_path)
+    interrupt(folder, 16)
+    return folder
+
+
+def test_changed_arguments_of_a_rule_act_and_stay(ruled, tiny, checked, tmp_path):
+    """The strategy's change and the rule's are counted apart."""
+    settings = ("update=update_clip", "update.sigmas=0.01", "clip.z_thresh=0.5")
+    out = train_to_end(f"resume={ruled}", *settings, cwd=tmp_path)
+    assert "update.sigmas=0.01 since step 16 (it was 90" in out and "clip.z_thresh=0.5 since step 16" in out
+    assert [change["setting"] for change in starts(ruled)[1]["changes"]] == ["clip.z_thresh", "update.sigmas"]
+    rows = read_jsonl(ruled / "metrics.jsonl")
+    assert (
+        [row.get("update_changes") for row in rows] == [row.get("changes") for row in rows] == [None] * 16 + [1.0] * 24
+    )
+    assert not any(row["update_clipped"] for row in rows[:16]) and any(row["update_clipped"] for row in rows[16:])
+    state = rule(ruled, 40)
+    assert state["config"]["sigmas"] == 0.01 and state["changes"] == [["sigmas", 90, 0.01]]
+    assert {change["setting"] for change in json.loads((ruled / "result.json").read_text())["changes"]} == {
+        "clip.z_thresh",
+        "update.sigmas",
+    }
+
+    (ruled / "result.json").unlink()
+    (ruled / "config.yaml").unlink()
+    for again in ((f"resume={ruled}",), (f"resume={ruled}", "update=update_clip"), (f"resume={ruled}", *settings)):
+        config, run_dir = checked(*again)
+        assert run_dir.path.samefile(ruled) and run_name(config) == ruled.name
+        assert config.update.arguments == {"sigmas": 0.01, "window": 4}
+
+
+def test_change_of_a_rule_that_is_not_possible_is_refused(ruled, refusal, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    named = (f"resume={ruled}", "update=update_clip")
+    assert "update.sigmas=-1 is not allowed: it must be" in refusal(*named, "update.sigmas=-1")
+    assert refusal(f"resume={ruled}", "update=brake").endswith(
+        f"update=brake is not possible with resume={ruled}: the run keeps its rule over updates, update_clip, of which "
+        "arguments may change, as update.KEY=VALUE; fork_from= takes another one"
+    )
+    assert "the run keeps its rule over updates, update_clip" in refusal(f"resume={ruled}", "update=none")
+    line = refusal(*named, "update.window=64")
+    assert (
+        f"update.window=64 is not possible with resume={ruled}: the statistics do not fit window=64 (was 4): " in line
+    )
+    assert line.endswith("it must stay 4, or fork the run")
+    assert "update.foo=1 is not an argument of UpdateClip" in refusal(*named, "+update.foo=1")
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_run_without_a_rule_stays_without_one(run, refusal):
+    line = refusal(f"resume={run}", "update=brake")
+    assert line.endswith("the run keeps its rule over updates, none; fork_from= takes another one")
+
+
 @pytest.mark.slow
 def test_argument_that_the_run_did_not_name_may_change(run, checked, tmp_path):
     train_to_end(f"resume={run}", "+clip.scope=['*norm*']", cwd=tmp_path)
@@ -171,7 +244,7 @@ def test_config_that_was_edited_is_refused_although_settings_have_changed(run, c
     )
     file.write_text(written)
     environment = json.loads((run / "environment.json").read_text())
-    for damaged in ({"setting": "lr", "from": 1, "to": 2}, {"setting": "clip._target_", "from": 1, "to": 2}, {}, 3):
+    for damaged in ({"setting": "lr", "from": 1, "to": 2}, {"setting": "update.name", "from": 1, "to": 2}, {}, 3):
         environment["starts"][-1]["changes"] = [damaged]
         (run / "environment.json").write_text(json.dumps(environment))
         assert "environment.json is damaged (starts.1.changes.0" in refusal(f"resume={run}")

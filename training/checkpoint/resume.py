@@ -22,7 +22,7 @@ class Start(NamedTuple):
     rewinds: list[dict[str, int]]  # of the run before
     fork: ForkSource | None  # the other run to which the checkpoint belongs; `None`: it is this run's own
     fork_step: int  # step of the other run that this one can be rewound to; 0: none
-    changed_clipper: bool = False  # whether arguments of the strategy have changed since the run began
+    changed: bool = False  # whether arguments of the strategy or the rule over updates have changed since it began
     new_data_after: int | None = None  # global batches before this run's data, if the checkpoint is of other data
 
     @property

@@ -15,9 +15,9 @@ from common.settings import parse
 from training.checkpoint.format import is_valid, load_header, saved_config
 from training.config.compose import read_config
 from training.config.identity import differences
-from training.config.live import is_live, live_changes, with_changes, without_changes
+from training.config.live import argument, is_live, live_changes, with_changes, without_changes
 from training.config.schema import Config
-from training.config.strategy import clipping_strategy
+from training.config.strategy import clipping_strategy, update_rule
 from training.run_dir import RunDir
 
 
@@ -69,7 +69,7 @@ def _before_changes(run_dir: RunDir, trained: Config) -> Config:
     for change in changes:
         recorded.setdefault(change["setting"], [change["from"]]).append(change["to"])
     for key, values in recorded.items():
-        if (value := trained.clip.arguments.get(key.removeprefix("clip."))) not in values:
+        if (value := argument(trained, key)) not in values:
             raise UserError(
                 f"{run_dir.environment_file} says what the run was not trained with, {key}={shown(values[-1])} "
                 f"(trained: {shown(value)}): restore it"
@@ -78,19 +78,20 @@ def _before_changes(run_dir: RunDir, trained: Config) -> Config:
 
 
 def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:
-    """Raise `ConfigError` if an argument of the strategy cannot change in a run that has begun. Writes nothing.
+    """Raise `ConfigError` if an argument of the strategy or rule cannot change in a run that has begun.
 
-    The run must not be finished, and the statistics in its newest checkpoint must fit the new value.
+    The run must not be finished, and the statistics in its newest checkpoint must fit the new value. Writes nothing.
     """
     changes, problem = live_changes(before, after), f"is not possible with resume={run_dir.path}"
     if changes and run_dir.result_file.exists():
         raise ConfigError(changes[0]["setting"], changes[0]["to"], problem=f"{problem}: the run is finished")
-    state = _clipper_of_newest(run_dir) if changes else None
+    states = _statistics_of_newest(run_dir) if changes else {}
     for change in changes:
-        strategy = clipping_strategy(with_changes(before, [change]).clip)
+        section, changed = change["setting"].partition(".")[0], with_changes(before, [change])
+        part = clipping_strategy(changed.clip) if section == "clip" else update_rule(changed.update)
         try:
-            if state is not None:
-                strategy.load_state_dict(state, override=True)
+            if part is not None and section in states:
+                part.load_state_dict(states[section], override=True)
         except ValueError as error:
             stay = f"it must stay {shown(change['from'])}, or fork the run"
             raise ConfigError(
@@ -98,14 +99,16 @@ def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:
             ) from error
 
 
-def _clipper_of_newest(run_dir: RunDir) -> Any:
-    """Return the strategy's state in the newest checkpoint that is not damaged; `None` if there is none."""
+def _statistics_of_newest(run_dir: RunDir) -> dict[str, Any]:
+    """Return by section the states of strategy and rule in the newest checkpoint that is not damaged."""
     for step in reversed(run_dir.checkpoint_steps()):
         if is_valid(run_dir.checkpoint(step)):
             with suppress(LookupError, TypeError, ValueError):  # a hostile one is reported when the run resumes
-                (state,) = load_header(run_dir.checkpoint(step))["callbacks"]["TimedClippingCallback"]["strategies"]
-                return state
-    return None
+                callbacks = load_header(run_dir.checkpoint(step))["callbacks"]
+                (state,) = callbacks["TimedClippingCallback"]["strategies"]
+                rule = callbacks.get("UpdateRuleCallback")
+                return {"clip": state} if rule is None else {"clip": state, "update": rule["rule"]}
+    return {}
 
 
 def check_same_run(run_dir: RunDir, config: Config) -> None:

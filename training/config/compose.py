@@ -26,6 +26,9 @@ from training.config.strategy import is_ours
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
+#: What a run keeps on resume, by its section, though its arguments may change.
+KEPT = {"clip": "strategy", "update": "rule over updates"}
+
 
 def _hugging_face(folder: object, field: str, *, _root_: DictConfig) -> Any:
     """Return a field of the shape of the model in a folder, as configs/model/hf.yaml takes it."""
@@ -128,7 +131,7 @@ def to_yaml(config: Config) -> str:
 def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) -> Config:
     """Return the configuration of `resume=FOLDER`: the saved one, with overrides.
 
-    Raises `ConfigError` if an override changes the result, and is not an argument of the clipping strategy.
+    Raises `ConfigError` if an override changes the result, and is no argument of the strategy or the rule over updates.
     """
     ours, plain = (config.model_dump(mode="json", by_alias=True) for config in (composed, saved))
 
@@ -146,18 +149,20 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
             raise ConfigError(key, target, problem=problem)
     for key in named:
         section, _, name = key.partition(".")
-        if is_live(key) and name in ours["clip"]:
-            plain["clip"][name] = ours["clip"][name]
-        elif key == "clip":
+        if is_live(key) and name in ours[section]:
+            plain[section][name] = ours[section][name]
+        elif key in KEPT:
             if named[key].startswith("{"):
-                problem = f"is not possible with resume={composed.resume}: change arguments as clip.KEY=VALUE"
+                problem = f"is not possible with resume={composed.resume}: change arguments as {key}.KEY=VALUE"
                 raise ConfigError(key, named[key], problem=problem)
-            if composed.clip.target != saved.clip.target or composed.clip.name != saved.clip.name:
+            other, kept = getattr(composed, key), getattr(saved, key)
+            if (other.target, other.name) != (kept.target, kept.name):
+                arguments = f", of which arguments may change, as {key}.KEY=VALUE" if kept.arguments else ""
                 problem = (
-                    f"is not possible with resume={composed.resume}: the run keeps its strategy, {saved.clip.name}, of "
-                    "which arguments may change, as clip.KEY=VALUE; fork_from= takes another one"
+                    f"is not possible with resume={composed.resume}: the run keeps its {KEPT[key]}, "
+                    f"{kept.name}{arguments}; fork_from= takes another one"
                 )
-                raise ConfigError(key, composed.clip.name, problem=problem)
+                raise ConfigError(key, other.name, problem=problem)
         elif is_place(key):
             _move(plain["data"], ours["data"], name)
         elif changes_result(key) or key in ("name", "experiment"):

@@ -1,4 +1,6 @@
-"""Settings that may change while a run trains: the arguments of its clipping strategy, by `resume=FOLDER clip.KEY=...`.
+"""Settings that may change while a run trains: arguments of its clipping strategy and its rule over updates.
+
+`resume=FOLDER clip.KEY=VALUE` and `resume=FOLDER update=NAME update.KEY=VALUE` change them.
 
 config.yaml keeps the settings with which the run began, whose hash its name has. environment.json lists the changes of
 each start. Together they are the settings in force.
@@ -12,11 +14,20 @@ from common.settings import parse
 from training.config.identity import run_name
 from training.config.schema import Config
 
+#: Sections of the configuration whose arguments may change.
+SECTIONS = ("clip", "update")
+
 
 def is_live(key: str) -> bool:
     """Whether a setting, by its dotted key, may change while a run trains."""
     section, _, name = key.partition(".")
-    return section == "clip" and name not in ("", "name", "_target_")
+    return section in SECTIONS and name not in ("", "name", "_target_")
+
+
+def argument(config: Config, key: str) -> Any:
+    """Return the value of a setting for which `is_live`; `None` if it is not in the configuration."""
+    section, _, name = key.partition(".")
+    return getattr(config, section).arguments.get(name)
 
 
 def with_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
@@ -31,16 +42,21 @@ def without_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Con
 
 def under_first_name(config: Config, begun: Config) -> Config:
     """Return a configuration with the name of the run, which has the hash of the settings with which it began."""
-    if config.name is not None or config.clip == begun.clip:
+    if config.name is not None or (config.clip, config.update) == (begun.clip, begun.update):
         return config
     return config.model_copy(update={"name": run_name(begun)})
 
 
 def live_changes(before: Config, after: Config) -> list[dict[str, Any]]:
-    """Return the changes of the strategy's arguments between two configurations of a run, sorted by their keys."""
-    old, new = before.clip.arguments, after.clip.arguments
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return [{"setting": f"clip.{name}", "from": old.get(name), "to": new.get(name)} for name in changed]
+    """Return the changes of arguments between two configurations of a run, sorted by their keys."""
+    names = {
+        f"{section}.{name}"
+        for config in (before, after)
+        for section in SECTIONS
+        for name in getattr(config, section).arguments
+    }
+    values = ((key, argument(before, key), argument(after, key)) for key in sorted(names))
+    return [{"setting": key, "from": old, "to": new} for key, old, new in values if old != new]
 
 
 def describe_changes(changes: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -52,5 +68,7 @@ def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
     if not values:
         return config
     plain = config.model_dump(mode="json", by_alias=True)
-    plain["clip"] |= {key.removeprefix("clip."): value for key, value in values.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        plain[section][name] = value
     return parse(Config, plain)

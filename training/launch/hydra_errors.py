@@ -13,6 +13,12 @@ from common.errors import UserError, one_line
 from common.text import nearest
 from training.config.compose import CONFIGS
 
+#: What makes an argument known that the composed configuration lacks when a run resumes, by the argument's group.
+OWN_NAMES = {
+    "clip": "the run's own strategy is named too, as clip=adagc",
+    "update": "the run's own rule is named too, as update=brake",
+}
+
 
 def describe(error: Exception, sweeps: bool) -> str:
     """Return one line that says what is wrong with the command line of a program, which accepts `-m` if `sweeps`."""
@@ -72,10 +78,9 @@ def _unknown_key(error: errors.ConfigAttributeError | errors.ConfigKeyError) -> 
     near = nearest(last, map(str, error.parent_node)) if OmegaConf.is_dict(error.parent_node) else None
     hint = f" (the nearest is {key.removesuffix(last)}{near})" if near else ""
     given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-    if key.startswith("update.") and "resume" in given:
-        return f"{argument} is not possible with resume=: the run keeps its rule over updates and the rule's arguments"
-    if key.startswith("clip.") and "resume" in given and "clip" not in given:
-        hint += ", unless the run's own strategy is named too, as clip=adagc"
+    group = key.partition(".")[0]
+    if group in OWN_NAMES and "resume" in given and group not in given:
+        hint += f", unless {OWN_NAMES[group]}"
     section = "hydra" if key.startswith("hydra.") else "job"
     return f"{argument} is not possible: there is no key {key}{hint}; `--cfg {section}` lists all keys"
 
