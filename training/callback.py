@@ -170,23 +170,22 @@ class TimedClippingCallback(ClippingCallback):
     the strategy nor the optimizer takes the step.
 
     With `reset_state`, the statistics in a checkpoint are not restored: they belong to another strategy. With
-    `override_arguments`, they may be of the strategy with other arguments.
+    `override`, they may be of the strategy with other arguments.
     """
 
     def __init__(
-        self, strategy: ClippingStrategy, timer: StepTimer, rows: int, reset_state: bool, override_arguments: bool
+        self, strategy: ClippingStrategy, timer: StepTimer, rows: int, reset_state: bool, override: bool
     ) -> None:
-        super().__init__(strategy)
+        super().__init__(strategy, override)
         self.timer = timer
         self.rows = rows
         self.all_masked = False
         self.reset_state = reset_state
-        self.override_arguments = override_arguments
 
-    def load_state_dict(self, state_dict: dict[str, Any], override: bool = False) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the statistics, unless they are to be reset."""
         if not self.reset_state:
-            super().load_state_dict(state_dict, override or self.override_arguments)
+            super().load_state_dict(state_dict)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -218,13 +217,13 @@ class UpdateRuleCallback(pl.Callback):
     """Attaches a rule over updates to the optimizer. Its statistics are saved in the checkpoint.
 
     With `reset_state`, the statistics in a checkpoint are not restored: they belong to another rule. With
-    `override_arguments`, they may be of the rule with other arguments.
+    `override`, they may be of the rule with other arguments.
     """
 
-    def __init__(self, rule: OptimizerRule, reset_state: bool, override_arguments: bool) -> None:
+    def __init__(self, rule: OptimizerRule, reset_state: bool, override: bool) -> None:
         self.rule = rule
         self.reset_state = reset_state
-        self.override_arguments = override_arguments
+        self.override = override
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the rule."""
@@ -242,4 +241,4 @@ class UpdateRuleCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the statistics, unless they are to be reset."""
         if not self.reset_state:
-            self.rule.load_state_dict(state_dict["rule"], self.override_arguments)
+            self.rule.load_state_dict(state_dict["rule"], self.override)

@@ -142,6 +142,26 @@ def test_statistics_are_saved_in_the_checkpoint(tmp_path):
         assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
 
 
+def test_run_resumes_with_other_arguments_where_the_callback_allows_it(tmp_path):
+    trainer, callback = fit(TwoOptimizers(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    loader = DataLoader([batch(0)], batch_size=None)
+
+    def resume(override: bool) -> ZClipLightningCallback:
+        resumed = ZClipLightningCallback(warmup_steps=5, z_thresh=3.0, override=override)
+        again = pl.Trainer(
+            accelerator="cpu", max_epochs=1, callbacks=[resumed], logger=False, default_root_dir=tmp_path
+        )
+        again.fit(TwoOptimizers(), loader, ckpt_path=tmp_path / "all.ckpt", weights_only=False)
+        return resumed
+
+    with pytest.raises(ValueError, match=r"z_thresh=2\.0"):
+        resume(override=False)
+    for one, other in zip(callback.strategies, resume(override=True).strategies, strict=True):
+        assert all(torch.equal(one.state[key], other.state[key]) for key in one.state)
+        assert other.changes == [{"setting": "z_thresh", "from": 2.0, "to": 3.0}]
+
+
 def test_callback_whose_strategy_was_changed_loads_its_own_state():
     callback = ZClipLightningCallback()
     callback.strategy.change(z_thresh=3.0)

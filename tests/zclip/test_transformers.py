@@ -121,6 +121,18 @@ def test_checkpoint_of_another_strategy_is_rejected(tmp_path):
         trainer(tmp_path, TrainerClippingCallback(FixedNorm())).train(str(tmp_path / "checkpoint-1"))
 
 
+def test_run_resumes_with_other_arguments_where_the_callback_allows_it(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    trainer(tmp_path / "old", TrainerClippingCallback(FixedNorm(0.5)), max_steps=10, **settings).train()
+    checkpoint = str(tmp_path / "old" / "checkpoint-10")
+    with pytest.raises(ValueError, match=r"max_norm=0\.5"):
+        trainer(tmp_path / "new", TrainerClippingCallback(FixedNorm(0.25)), **settings).train(checkpoint)
+    callback = TrainerClippingCallback(FixedNorm(0.25), override=True)
+    trainer(tmp_path / "new", callback, **settings).train(checkpoint)
+    assert callback.strategy.changes == [{"setting": "max_norm", "from": 0.5, "to": 0.25}]
+    assert callback.strategy.read_telemetry()["clipped_norm"] <= 0.2501
+
+
 def test_trainer_that_replaces_the_callback_is_rejected(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
     trainer(tmp_path, TrainerClippingCallback(zclip()), max_steps=1, **settings).train()

@@ -33,15 +33,18 @@ class ClippingCallback(pl.Callback):
     Args:
         strategy: any `ClippingStrategy`. Its telemetry is `callback.strategy.telemetry`, and with several optimizers
             `callback.strategies[i].telemetry`.
+        override: whether the statistics in a checkpoint may be of other arguments, see
+            `ClippingStrategy.load_state_dict`. Default False.
 
     Raises:
         TypeError: `strategy` is not a `ClippingStrategy`.
     """
 
-    def __init__(self, strategy: ClippingStrategy) -> None:
+    def __init__(self, strategy: ClippingStrategy, override: bool = False) -> None:
         if not isinstance(strategy, ClippingStrategy):
             raise TypeError(f"ClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategies = [strategy]
+        self.override = override
         self._initial_strategy = copy.deepcopy(strategy)
         self._loss: Tensor | None = None
         self._had_backward = False
@@ -113,25 +116,21 @@ class ClippingCallback(pl.Callback):
         """Return the states of all strategies."""
         return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
 
-    def load_state_dict(self, state_dict: dict[str, Any], override: bool = False) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states of all strategies; a state that is refused changes none of them.
 
-        Args:
-            state_dict: the states.
-            override: see `ClippingStrategy.load_state_dict`. Default False.
-
         Raises:
-            ValueError: the state is damaged, or not one of these strategies.
+            ValueError: the state is damaged, or not one of these strategies, or of other arguments without `override`.
         """
         states = state_dict.get("strategies") if isinstance(state_dict, Mapping) else None
         if not isinstance(states, list) or not states:
             raise ValueError("this is not the state of a clipping callback: it lacks a list of strategies")
         for i, state in enumerate(states):
             strategy = self.strategies[i] if i < len(self.strategies) else self._initial_strategy
-            copy.deepcopy(strategy).load_state_dict(state, override)
+            copy.deepcopy(strategy).load_state_dict(state, self.override)
         self._create_strategies(len(states))
         for strategy, state in zip(self.strategies, states, strict=False):
-            strategy.load_state_dict(state, override)
+            strategy.load_state_dict(state, self.override)
 
     def _create_strategies(self, count: int) -> None:
         while len(self.strategies) < count:
@@ -147,10 +146,10 @@ def _has_part(optimizer: torch.optim.Optimizer, module: pl.LightningModule, scop
 
 
 class ZClipLightningCallback(ClippingCallback):
-    """`ZClip` as a Lightning callback, with the arguments and defaults of `zclip.ZClip`."""
+    """`ZClip` as a Lightning callback, with the arguments and defaults of `zclip.ZClip`, and `override`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(ZClip(*args, **kwargs))
+    def __init__(self, *args: Any, override: bool = False, **kwargs: Any) -> None:
+        super().__init__(ZClip(*args, **kwargs), override)
 
     @property
     def zclip(self) -> ClippingStrategy:

@@ -33,13 +33,15 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
     Args:
         strategy: any `ClippingStrategy`; its `telemetry` holds the values of the last step.
+        override: whether the statistics in a checkpoint may be of other arguments, see
+            `ClippingStrategy.load_state_dict`. Default False.
 
     Raises:
         TypeError: `strategy` is not a `ClippingStrategy`.
         ValueError: the Trainer replaces this callback by a new one, by `restore_callback_states_from_checkpoint`.
     """
 
-    def __init__(self, strategy: ClippingStrategy) -> None:
+    def __init__(self, strategy: ClippingStrategy, override: bool = False) -> None:
         if isinstance(strategy, Mapping):  # the Trainer passes the arguments that `state` saved
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True is not allowed: leave it out, the statistics are "
@@ -48,6 +50,7 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
         if not isinstance(strategy, ClippingStrategy):
             raise TypeError(f"TrainerClippingCallback takes a strategy, such as ZClip(), not {strategy!r}")
         self.strategy = strategy
+        self.override = override
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,7 +59,7 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
 
         Raises:
             ValueError: the Trainer clips too, uses DeepSpeed, or has two of these callbacks; or the checkpoint is from
-                another strategy or other arguments.
+                another strategy, or of other arguments without `override`.
         """
         if args.max_grad_norm:
             raise ValueError(
@@ -77,7 +80,7 @@ class TrainerClippingCallback(TrainerCallback, ExportableState):
                 state = saved[name]["args"]["strategy"]
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{name} in trainer_state.json has no strategy: it is damaged") from error
-            self.strategy.load_state_dict(_tensors(state))
+            self.strategy.load_state_dict(_tensors(state), self.override)
         else:
             saved[name] = self.state()  # the Trainer updates existing entries only
 
