@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from common.errors import shown
 from common.reading import Record, parse_record, read_lines
 
 Step = Annotated[int, Field(ge=0, lt=2**53)]
@@ -71,7 +72,8 @@ class Change(Record):
     model_config = ConfigDict(serialize_by_alias=True)
 
     setting: Annotated[str, Field(pattern=r"^(clip|update)\.\w{1,100}$")]
-    before: Argument = Field(alias="from")
+    before: Argument = Field(None, alias="from")
+    """Absent if the run had left the setting at its default."""
     after: Argument = Field(alias="to")
 
     @model_validator(mode="after")
@@ -205,6 +207,11 @@ class TaskScores(Record):
     """task_scores.json."""
 
     scores: list[Score]
+
+
+def value_before(change: Mapping[str, Any]) -> str:
+    """Return the value that a setting had before a change, as text."""
+    return shown(change["from"]) if "from" in change else "at its default"
 
 
 def setting_changes(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from common.errors import UserError, shown
 from common.files import write_atomic
+from common.run_files import value_before
 from common.text import flatten
 from experiments.run.definitions import EXCESS_WINDOW, corrupted_spans, excess_loss
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
@@ -179,7 +180,7 @@ def sentences(runs: Sequence[Compared]) -> str:
             lines.append(f"{subject} was not finite {_listed(unknown)}.")
     lines += [
         f"With {one.label}, {change['setting']} is {shown(change['to'])} since step {change['step']}, and was "
-        f"{shown(change['from'])} before."
+        f"{value_before(change)} before."
         for one in runs
         for change in one.run.changes
     ]

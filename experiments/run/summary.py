@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import shown
+from common.run_files import value_before
 from experiments.run.definitions import SPIKE_SIGMAS, SPIKE_WINDOW, loss_spikes
 from experiments.run.read import Run, corrupted_rows, corrupted_steps
 
@@ -180,8 +181,8 @@ def _loss(value: float | None) -> str:
 
 def _change_row(change: dict[str, Any]) -> tuple[str, str, str]:
     """Return the row on a setting that was changed while the run trained."""
-    setting, before, after = change["setting"], shown(change["from"]), shown(change["to"])
-    return "changed setting", f"{setting}={after}", f"since step {change['step']}; it was {before}"
+    value = f"{change['setting']}={shown(change['to'])}"
+    return "changed setting", value, f"since step {change['step']}; it was {value_before(change)}"
 
 
 def _corruption(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from tests.helpers import copy_run, final_state, only_run, read_jsonl, same, tra
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
 from training.config.identity import identity, run_name
+from training.config.live import describe_changes
 from training.run import prepare_tokens
 from training.run_dir import RunDir
 
@@ -177,9 +178,36 @@ def test_change_of_a_rule_that_is_not_possible_is_refused(ruled, refusal, tmp_pa
     assert (
         f"update.window=64 is not possible with resume={ruled}: the statistics do not fit window=64 (was 4): " in line
     )
-    assert line.endswith("it must stay 4, or fork the run")
+    assert line.endswith("keep update.window=4, or fork the run")
     assert "update.foo=1 is not an argument of UpdateClip" in refusal(*named, "+update.foo=1")
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_arguments_that_are_possible_only_together_change_together(tiny, refusal, checked, tmp_path, monkeypatch):
+    """What the run did not name had its default before, and has it again without the change."""
+    monkeypatch.chdir(tmp_path)
+    settings = (*tiny, "trainer.max_steps=4", "update=spam", "name=spam")
+    train_to_end(*(each for each in settings if not each.startswith("clip.")), "clip=none", cwd=tmp_path)
+    run = tmp_path / "runs" / "main" / "spam"
+    (run / "result.json").unlink()
+    named = (f"resume={run}", "clip=none", "update=spam")
+    assert "update.reset_warmup_steps=150 is not allowed: it must be below reset_every=10" in refusal(
+        *named, "+update.reset_every=10"
+    )
+    both = ("+update.reset_every=10", "+update.reset_warmup_steps=5")
+    config, run_dir = checked(*named, *both)
+    assert config.update.arguments == {"theta": 5000.0, "reset_every": 10, "reset_warmup_steps": 5}
+    start_with(config, run_dir)
+    assert starts(run)[-1]["changes"] == [
+        {"setting": "update.reset_every", "to": 10},
+        {"setting": "update.reset_warmup_steps", "to": 5},
+    ]
+    assert describe_changes(run_dir.setting_changes())[1] == (
+        "update.reset_warmup_steps=5 since step 4 (it was at its default)"
+    )
+    (run / "config.yaml").unlink()
+    start_with(*checked(f"resume={run}"))
+    assert read_config(run / "config.yaml").update.arguments == {"theta": 5000.0}
 
 
 def test_run_without_a_rule_stays_without_one(run, refusal):
@@ -231,7 +259,7 @@ def test_statistics_of_another_window_are_refused(tiny, refusal, tmp_path, monke
     (run / "result.json").unlink()
     line = refusal(f"resume={run}", "clip=skip_step", "clip.sigma=3", "clip.window=64")
     assert f"clip.window=64 is not possible with resume={run}: the statistics do not fit window=64 (was 128): " in line
-    assert line.endswith("it must stay 128, or fork the run")
+    assert line.endswith("keep clip.window=128, or fork the run")
 
 
 def test_config_that_was_edited_is_refused_although_settings_have_changed(run, checked, refusal):

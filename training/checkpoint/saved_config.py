@@ -15,7 +15,7 @@ from common.settings import parse
 from training.checkpoint.format import is_valid, load_header, saved_config
 from training.config.compose import read_config
 from training.config.identity import differences
-from training.config.live import argument, is_live, live_changes, with_changes, without_changes
+from training.config.live import SECTIONS, argument, is_live, live_changes, with_changes, without_changes
 from training.config.schema import Config
 from training.config.strategy import clipping_strategy, update_rule
 from training.run_dir import RunDir
@@ -67,7 +67,7 @@ def _before_changes(run_dir: RunDir, trained: Config) -> Config:
     changes = run_dir.setting_changes()
     recorded: dict[str, list[Any]] = {}
     for change in changes:
-        recorded.setdefault(change["setting"], [change["from"]]).append(change["to"])
+        recorded.setdefault(change["setting"], [change.get("from")]).append(change["to"])
     for key, values in recorded.items():
         if (value := argument(trained, key)) not in values:
             raise UserError(
@@ -86,17 +86,42 @@ def check_changes(run_dir: RunDir, before: Config, after: Config) -> None:
     if changes and run_dir.result_file.exists():
         raise ConfigError(changes[0]["setting"], changes[0]["to"], problem=f"{problem}: the run is finished")
     states = _statistics_of_newest(run_dir) if changes else {}
-    for change in changes:
-        section, changed = change["setting"].partition(".")[0], with_changes(before, [change])
-        part = clipping_strategy(changed.clip) if section == "clip" else update_rule(changed.update)
-        try:
-            if part is not None and section in states:
-                part.load_state_dict(states[section], override=True)
-        except ValueError as error:
-            stay = f"it must stay {shown(change['from'])}, or fork the run"
+    for section in SECTIONS:
+        changed = [change for change in changes if change["setting"].startswith(f"{section}.")]
+        if changed and (error := _misfit(after, section, states)) is not None:
+            for change in changed:  # one that does not fit by itself is the cause
+                if (own := _misfit_alone(before, change, section, states)) is not None:
+                    changed, error = [change], own
+                    break
+            kept = (f"{c['setting']}={shown(c['from'])}" if "from" in c else f"no {c['setting']}" for c in changed)
             raise ConfigError(
-                change["setting"], change["to"], problem=f"{problem}: {one_line(error)}; {stay}"
+                changed[0]["setting"],
+                changed[0]["to"],
+                problem=f"{problem}: {one_line(error)}; keep {' and '.join(kept)}, or fork the run",
             ) from error
+
+
+def _misfit(config: Config, section: str, states: Mapping[str, Any]) -> ValueError | None:
+    """Return why saved statistics do not fit the strategy or rule of a configuration; `None` if they do.
+
+    Raises `ConfigError` if an argument is not possible at all.
+    """
+    part = clipping_strategy(config.clip) if section == "clip" else update_rule(config.update)
+    try:
+        if part is not None and section in states:
+            part.load_state_dict(states[section], override=True)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _misfit_alone(
+    before: Config, change: Mapping[str, Any], section: str, states: Mapping[str, Any]
+) -> ValueError | None:
+    """Return why saved statistics do not fit one change by itself; `None` if they do, or it is not possible alone."""
+    with suppress(ConfigError):
+        return _misfit(with_changes(before, [change]), section, states)
+    return None
 
 
 def _statistics_of_newest(run_dir: RunDir) -> dict[str, Any]:

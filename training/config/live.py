@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.errors import shown
+from common.run_files import value_before
 from common.settings import parse
 from training.config.identity import run_name
 from training.config.schema import Config
 
 #: Sections of the configuration whose arguments may change.
 SECTIONS = ("clip", "update")
+
+#: In place of a value: the configuration leaves the setting at its default.
+_DEFAULT = object()
 
 
 def is_live(key: str) -> bool:
@@ -25,19 +29,19 @@ def is_live(key: str) -> bool:
 
 
 def argument(config: Config, key: str) -> Any:
-    """Return the value of a setting for which `is_live`; `None` if it is not in the configuration."""
+    """Return the value of a setting for which `is_live`; `None` if the configuration leaves it at its default."""
     section, _, name = key.partition(".")
     return getattr(config, section).arguments.get(name)
 
 
 def with_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
-    """Return a configuration after changes, each of which is a `setting`, `from` and `to`."""
+    """Return a configuration after changes, each of them with `setting`, `to`, and `from` unless it had its default."""
     return _with_values(config, {change["setting"]: change["to"] for change in changes})
 
 
 def without_changes(config: Config, changes: Sequence[Mapping[str, Any]]) -> Config:
     """Return the configuration before changes, of which it may have any."""
-    return _with_values(config, {change["setting"]: change["from"] for change in reversed(changes)})
+    return _with_values(config, {change["setting"]: change.get("from", _DEFAULT) for change in reversed(changes)})
 
 
 def under_first_name(config: Config, begun: Config) -> Config:
@@ -49,19 +53,19 @@ def under_first_name(config: Config, begun: Config) -> Config:
 
 def live_changes(before: Config, after: Config) -> list[dict[str, Any]]:
     """Return the changes of arguments between two configurations of a run, sorted by their keys."""
-    names = {
-        f"{section}.{name}"
-        for config in (before, after)
-        for section in SECTIONS
-        for name in getattr(config, section).arguments
-    }
-    values = ((key, argument(before, key), argument(after, key)) for key in sorted(names))
-    return [{"setting": key, "from": old, "to": new} for key, old, new in values if old != new]
+    changes = []
+    for section in SECTIONS:
+        old, new = (getattr(config, section).arguments for config in (before, after))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                had = {"from": old[name]} if name in old else {}
+                changes.append({"setting": f"{section}.{name}", **had, "to": new.get(name)})
+    return changes
 
 
 def describe_changes(changes: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a sentence on each change of a run, with its `step`."""
-    return [f"{c['setting']}={shown(c['to'])} since step {c['step']} (it was {shown(c['from'])})" for c in changes]
+    return [f"{c['setting']}={shown(c['to'])} since step {c['step']} (it was {value_before(c)})" for c in changes]
 
 
 def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -70,5 +74,8 @@ def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
     plain = config.model_dump(mode="json", by_alias=True)
     for key, value in values.items():
         section, _, name = key.partition(".")
-        plain[section][name] = value
+        if value is _DEFAULT:
+            plain[section].pop(name, None)
+        else:
+            plain[section][name] = value
     return parse(Config, plain)
