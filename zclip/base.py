@@ -23,11 +23,11 @@ from zclip.apply import (
     optimizer_parameters,
     unwrap,
 )
-from zclip.arguments import integer, one_of, positive
+from zclip.arguments import positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.integrations.deepspeed import EngineAttachment, is_engine
-from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
+from zclip.nonfinite import POLICY_CHECKS, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
     Shard,
@@ -67,8 +67,8 @@ class ClippingStrategy(Statistics):
 
     A rule over the global norm is `decide`. A rule over the norm of each tensor, the loss or the gradients is `clip`.
     The arguments of a subclass's `__init__` must be kept as attributes of the same names, because `state_dict` records
-    them. Arguments that it takes as `**policy` and passes on are not recorded: a saved state can be loaded under
-    another policy.
+    them. What it takes as `**policy` and passes on is no argument: a saved state can be loaded under another policy,
+    and `changes` then has the difference.
 
     A norm that is NaN or infinite, or has an infinite square, never enters the statistics. The policy decides what else
     happens on such a step.
@@ -98,8 +98,9 @@ class ClippingStrategy(Statistics):
             the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
             `step(model, optimizer=[muon, adamw])`.
 
-            A pattern that matches nothing gives a warning. A saved state records the scope. It can be assigned between
-            two steps, which `changes` records.
+            A pattern that matches nothing gives a warning. A saved state records the scope.
+
+    These policies can be assigned between two steps, which `changes` records.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -129,6 +130,7 @@ class ClippingStrategy(Statistics):
     #: Whether the rule looks at the gradients themselves, besides their norms.
     needs_gradients = False
 
+    _policies = POLICY_CHECKS
     on_nonfinite: str = "skip"
     max_consecutive_nonfinite: int | None = 20
 
@@ -331,7 +333,6 @@ class ClippingStrategy(Statistics):
     def _update(self, stats: GradStats, models: Parameters = ()) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor]:
         """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""
         norm = stats.norm
-        self._check_policy()
         finite = torch.isfinite(norm.square())  # statistics hold squares
         if self.on_nonfinite == "raise" and not finite:
             raise FloatingPointError(nonfinite_message(stats, self._names(models)))
@@ -360,8 +361,8 @@ class ClippingStrategy(Statistics):
         return self.config() | {name: value for name, value in policy.items() if value != default[name]}
 
     def _check_policy(self) -> None:
-        one_of("on_nonfinite", self.on_nonfinite, POLICIES)
-        integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
+        for name, check in self._policies.items():  # a subclass may have a class attribute of this name
+            check(getattr(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""

@@ -12,8 +12,7 @@ from zclip.apply import listed_optimizers
 from zclip.arguments import ArgumentError
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
-from zclip.saved_state import MAX_CHANGES, differences, recordable
-from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
+from zclip.scope import check_scope, check_split, group_names, patterns_of, plain_scope, split_by_scope
 from zclip.stateful import Stateful
 from zclip.tensors import TensorId, find, identify, parameter_names
 
@@ -50,11 +49,10 @@ class Statistics(Stateful):
         before = self._patterns()
         if before != (None if scope is None else patterns_of(scope)):
             self._check_named(self.tensors)
-        self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
+        self._scope = plain_scope(scope)
         self._scope_is_checked = False
         if self.__dict__.get("counters"):  # it runs
-            new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
-            self.changes = [*self.changes, *new][-MAX_CHANGES:]
+            self._record_changes({"scope": before}, {"scope": self._patterns()})
 
     def prepare(
         self,
