@@ -23,7 +23,7 @@ from zclip.apply import (
     optimizer_parameters,
     unwrap,
 )
-from zclip.arguments import positive
+from zclip.arguments import ArgumentError, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.integrations.deepspeed import EngineAttachment, is_engine
@@ -48,6 +48,7 @@ NO_GRADIENTS = (
     "on the module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
     "itself: use attach(engine))"
 )
+NOT_IN_ENGINE = "is not possible in DeepSpeed's engine: it gives one norm of all parameters"
 
 
 class _NoGradients(ValueError):
@@ -205,8 +206,7 @@ class ClippingStrategy(Statistics):
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         if is_engine(optimizer):
             if self.per_tensor or self.needs_gradients or self.scope is not None:
-                what = "a scope" if self.scope is not None else type(self).__name__
-                raise ValueError(f"{what} is not possible in DeepSpeed's engine: it gives one norm of all parameters")
+                raise ValueError(f"{type(self).__name__ if self.scope is None else 'a scope'} {NOT_IN_ENGINE}")
             self._attachment = EngineAttachment(optimizer, self.observe)
             return
         models = tuple(map(listed, models))
@@ -230,6 +230,11 @@ class ClippingStrategy(Statistics):
         if own_ids and self.scope is not None:
             self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises
         self._attachment = Attachment(optimizer, clip)
+
+    def _check_takes_scope(self, scope: object) -> None:
+        super()._check_takes_scope(scope)
+        if isinstance(self.__dict__.get("_attachment"), EngineAttachment):
+            raise ArgumentError("scope", scope, NOT_IN_ENGINE)
 
     def detach(self) -> None:
         """End what `attach` began; nothing happens if this strategy is not attached."""
@@ -311,7 +316,8 @@ class ClippingStrategy(Statistics):
         Strategies with statistics for each tensor see a single tensor.
 
         Args:
-            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN.
+            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN. A
+                DTensor is reduced over its mesh, so all of its ranks must call.
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
@@ -320,9 +326,12 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: an argument is not a tensor of one real number.
+            ValueError: this strategy has a scope. Which parameters the norm is of is the caller's choice.
         """
         with torch.no_grad():
             self._check_initialised()
+            if self.scope is not None:
+                raise ValueError(f"scope={self.scope} is not possible where only a norm is known: it must be None")
             norm = scalar("norm", norm)
             norm = torch.where(norm < 0, torch.nan, norm.to(statistics_dtype(norm.device)))
             loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss

@@ -39,13 +39,13 @@ class Statistics(Stateful):
         """Change the scope between two steps. The statistics stay, and `changes` records it.
 
         Raises:
-            ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates is to have one.
+            ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates, or a strategy in
+                DeepSpeed's engine, is to have one.
             ValueError: there are statistics of tensors without names.
         """
         check_scope(scope)
-        if scope is not None and not self.takes_scope:
-            problem = f"is not possible: {type(self).__name__} acts on all parameters of its optimizer"
-            raise ArgumentError("scope", scope, problem)
+        if scope is not None:
+            self._check_takes_scope(scope)
         before = self._patterns()
         if before != (None if scope is None else patterns_of(scope)):
             self._check_named(self.tensors)
@@ -53,6 +53,12 @@ class Statistics(Stateful):
         self._scope_is_checked = False
         if self.__dict__.get("counters"):  # it runs
             self._record_changes({"scope": before}, {"scope": self._patterns()})
+
+    def _check_takes_scope(self, scope: object) -> None:
+        """Raise `ArgumentError` if the statistics cannot be of some of the parameters only."""
+        if not self.takes_scope:
+            problem = f"is not possible: {type(self).__name__} acts on all parameters of its optimizer"
+            raise ArgumentError("scope", scope, problem)
 
     def prepare(
         self,
