@@ -94,14 +94,19 @@ class Statistics(Stateful):
         """Create the statistics before the first step, or bring restored ones to the device and order of `like`."""
         if not self.counters:
             self._initialise(torch.zeros_like(like))
-        elif self.counters["nonfinite"].device != like.device:
-            self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
-            self.state = {
-                key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-                for key, value in self.state.items()
-            }
+        elif self.counters["nonfinite"].device != like.device or self.counters["nonfinite"].is_inference():
+            self._move(like)
         if self.per_tensor:
             self._follow_tensors(like, shards, models)
+
+    @torch.inference_mode(False)
+    def _move(self, like: Tensor) -> None:
+        """Copy the statistics to the device of `like`; a copy made in inference mode could not be changed later."""
+        self.counters = {key: value.to(like.device, copy=True) for key, value in self.counters.items()}
+        self.state = {
+            key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            for key, value in self.state.items()
+        }
 
     def _follow_tensors(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
         """Give each of the n parameters its statistics, and new ones to those that have none."""
@@ -113,13 +118,19 @@ class Statistics(Stateful):
         if self.tensors:
             found = find(type(self).__name__, self.tensors, objects, shards, current)
             if found != list(range(len(self.tensors))):
-                new = self.initial_state(torch.zeros_like(like))
-                known = [k for k, i in enumerate(found) if i is not None]
-                for key, value in self.state.items():
-                    if value.ndim:
-                        self.state[key] = new[key].clone()
-                        self.state[key][known] = value[[found[k] for k in known]]
+                self._reorder(like, found)
         self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _reorder(self, like: Tensor, found: Sequence[int | None]) -> None:
+        """Bring the statistics of tensors to their new indices, and make those of new tensors."""
+        new = self.initial_state(torch.zeros_like(like))
+        known = [k for k, i in enumerate(found) if i is not None]
+        for key, value in self.state.items():
+            if value.ndim:
+                self.state[key] = new[key].clone()
+                self.state[key][known] = value[[found[k] for k in known]]
 
     def _in_scope(
         self,

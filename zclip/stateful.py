@@ -131,6 +131,8 @@ class Stateful(metaclass=_Made):
         if "counters" not in self.__dict__:
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
 
+    @torch.inference_mode(False)  # later steps may be outside of it, where they could not change what it has made
+    @torch.no_grad()
     def _initialise(self, like: Tensor) -> None:
         self.config()  # raises if an argument is not an attribute, before training rather than at the first save
         state = self.initial_state(like)
@@ -306,6 +308,7 @@ class Stateful(metaclass=_Made):
                 raise ValueError(f"the saved {own} is damaged: {entry} {error.problem}") from None
         return saved
 
+    @torch.inference_mode(False)
     def _checked_statistics(self, state_dict: Mapping[str, Any], adapted: bool) -> tuple[State, State, list[TensorId]]:
         """Return copies of the statistics in a saved state, `adapted` from other arguments to this strategy's."""
         own = type(self).__name__

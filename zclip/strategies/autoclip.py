@@ -57,7 +57,8 @@ class AutoClip(ClippingStrategy):
         self._steps += 1
         history = state["history"]
         if self.window is None and self._steps > history.numel():
-            state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
+            with torch.inference_mode(False):  # later steps may be outside of it, and change the history in place
+                state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
         return super().clip(stats, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
