@@ -70,8 +70,11 @@ class AutoClip(ClippingStrategy):
         """Raise `ValueError` unless the history has as many norms as its count says, and no more room than it made."""
         history, count = state["history"], int(state["count"])
         check_history(type(self).__name__, history, count)
+        if self.window is None and count > len(history):
+            allowed = f"of all {count} norms, of which a window has dropped the first ones"
+            refuse(type(self).__name__, "state.history", history, allowed)
         steps = count + int(counters["nonfinite"])  # the buffer doubled whenever it had no room for another step
-        if self.window is None and not (count <= len(history) <= max(HISTORY, 2 * steps)):
+        if self.window is None and len(history) > max(HISTORY, 2 * steps):
             allowed = f"of {HISTORY} values, or doubled as often as the {steps} steps before needed"
             refuse(type(self).__name__, "state.history", history, allowed)
 
