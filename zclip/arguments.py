@@ -51,6 +51,22 @@ def plain(value: Any) -> Any:
     return bool(value) if is_numpy_bool else value
 
 
+def plain_nested(value: Any) -> Any:
+    """Return an argument as file formats restore it: numbers and texts of Python's own types, tuples as lists."""
+    if isinstance(value, tuple | list):
+        return [plain_nested(inner) for inner in value]
+    if type(value) is dict:
+        return {plain(key): plain_nested(inner) for key, inner in value.items()}
+    return plain(value)
+
+
+def array_in(value: Any) -> str:
+    """Return the kind of an array or tensor that an argument is or has; none, if there is none."""
+    if isinstance(value, list | dict):
+        return next(filter(None, map(array_in, value.values() if isinstance(value, dict) else value)), "")
+    return f"a {type(value).__name__}" if hasattr(type(value), "__array__") else ""
+
+
 def _unlike_text(value: object) -> str:
     """Return words on the type of a value whose text does not show it, such as that of a tensor; or none."""
     if isinstance(value, str):

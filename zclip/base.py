@@ -358,7 +358,7 @@ class ClippingStrategy(Statistics):
             "clipped_by_max": torch.zeros_like(finite),
             **{key: value.clone() for key, value in self.counters.items()},
         }
-        check_names(self, own.keys() - {"clipped_by_max"}, telemetry)
+        check_names(self, own.keys() - {"clipped_by_max"} | {"changes", "other_norm"}, telemetry)
         self.telemetry = {**own, **telemetry, **self._count_of_changes("changes", norm)}
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite

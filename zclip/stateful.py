@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zclip.arguments import ArgumentError, plain
+from zclip.arguments import ArgumentError, array_in, plain, plain_nested
 from zclip.decision import State
 from zclip.norm import statistics_dtype
 from zclip.saved_state import (
@@ -151,7 +151,11 @@ class Stateful(metaclass=_Made):
         return self.config()
 
     def config(self) -> dict[str, Any]:
-        """Return the arguments this strategy was made with, by name."""
+        """Return the arguments this strategy was made with, by name.
+
+        Raises:
+            TypeError: an argument is not an attribute, or is an array or a tensor.
+        """
         names = _argument_names(type(self))
         for name in names:
             if not hasattr(self, name):
@@ -159,7 +163,14 @@ class Stateful(metaclass=_Made):
                     f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
                     "a saved state records it"
                 )
-        return {name: _plain(getattr(self, name)) for name in names}
+        config = {name: plain_nested(getattr(self, name)) for name in names}
+        for name, value in config.items():
+            if kind := array_in(value):
+                raise TypeError(
+                    f"{type(self).__name__} must keep its argument {name} as a number or a list, not as {kind}: "
+                    "a saved state records it"
+                )
+        return config
 
     def change(self, **settings: Any) -> None:
         """Change arguments between two steps: `strategy.change(z_thresh=3.0)`. An assignment does the same.
@@ -376,12 +387,3 @@ def _argument(name: str, value: object) -> str:
 def _wide(value: Tensor) -> Tensor:
     """Return a floating-point tensor in the dtype of statistics; leave others as they are."""
     return value.to(statistics_dtype(value.device)) if value.is_floating_point() else value
-
-
-def _plain(value: Any) -> Any:
-    """Return an argument as file formats restore it: numbers and texts of Python's own types, tuples as lists."""
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    if type(value) is dict:
-        return {plain(key): _plain(inner) for key, inner in value.items()}
-    return plain(value)

@@ -9,8 +9,9 @@ import torch
 
 from tests.helpers import same
 from tests.zclip.test_messages import BOUNDS
-from zclip import AGC, FixedNorm, NoClipping, ZClip
-from zclip.updates import SPAM, UpdateBrake, UpdateClip
+from zclip import AGC, ClippingStrategy, Decision, FixedNorm, NoClipping, ZClip
+from zclip.state import TelemetryNameError
+from zclip.updates import SPAM, UpdateBrake, UpdateClip, UpdateDecision, UpdateRule
 
 
 class Word(enum.StrEnum):
@@ -98,3 +99,48 @@ def test_number_that_float64_cannot_hold_is_refused():
         FixedNorm(10**400)
     with pytest.raises(ValueError, match=r"^max_consecutive_nonfinite=.* is not allowed: it must be an integer from 1"):
         NoClipping(max_consecutive_nonfinite=10**19)
+
+
+ARRAYS = [numpy.ones(2), torch.ones(2), torch.tensor(1.5), [numpy.ones(2)], {"a": torch.ones(2)}, (1.0, numpy.ones(1))]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=repr)
+def test_argument_that_is_an_array_is_refused_in_one_sentence(array):
+    words = "^Labelled must keep its argument label as a number or a list, not as a (ndarray|Tensor): a saved state rec"
+    with pytest.raises(TypeError, match=words):
+        Labelled(array).observe(torch.tensor(1.0))
+    strategy = Labelled([1.0, 1.0])
+    for _ in range(2):
+        with pytest.raises(TypeError, match=words):
+            strategy.label = array
+        assert strategy.label == [1.0, 1.0] and strategy.changes == []
+        strategy.observe(torch.tensor(1.0))
+
+
+class Recording(ClippingStrategy):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def decide(self, norm, state):
+        return Decision(norm, state, {self.name: norm})
+
+
+class RecordingRule(UpdateRule):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def decide(self, norm, state):
+        never = torch.zeros_like(norm, dtype=torch.bool)
+        return UpdateDecision(None, never, torch.full_like(norm, torch.inf), state, {self.name: norm})
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [(Recording, "changes"), (Recording, "other_norm"), (RecordingRule, "update_changes")]
+)
+def test_telemetry_must_not_have_a_name_that_is_recorded_at_times(rule, name):
+    words = f"^telemetry of {rule.__name__} must not have the name {name}, which every rule records$"
+    with pytest.raises(TelemetryNameError, match=words):
+        rule(name).observe(torch.tensor(1.0))
+    rule("own").observe(torch.tensor(1.0))
