@@ -27,19 +27,44 @@ class ArgumentError(ValueError):
 def require(condition: bool, field: str, value: T, allowed: str, null: str = "") -> T:
     """Return a value if it meets a condition, or is `None` and `null` says what that means, such as "for no bound".
 
-    A number of another library, such as `numpy.float32`, is returned as an int or float.
+    It is returned as `plain` has it. An integer of 2**31 or more is returned as a float: torch takes no integer above
+    2**63, and a rule may square it.
     """
     if not condition and (value is not None or not null):
         words = f"{allowed}, or null {null}" if null else allowed
         raise ArgumentError(field, value, f"is not allowed: it must be {words}{_unlike_text(value)}")
-    return plain(value)
+    number: Any = plain(value)
+    if isinstance(number, int) and abs(number) >= 2**31 and is_number(number):
+        number = float(number)
+    return number
 
 
 def plain(value: Any) -> Any:
-    """Return a number of any class as an int or float, and everything else as it is."""
+    """Return a number, truth value or text of any class as an int, float, bool or str, and all else as it is."""
+    if isinstance(value, str):
+        return str.__str__(value)  # a subclass may have another text, such as the name of an enum's member
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    is_numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    return bool(value) if is_numpy_bool else value
+
+
+def plain_nested(value: Any) -> Any:
+    """Return an argument as file formats restore it: numbers and texts of Python's own types, tuples as lists."""
+    if isinstance(value, tuple | list):
+        return [plain_nested(inner) for inner in value]
+    if type(value) is dict:
+        return {plain(key): plain_nested(inner) for key, inner in value.items()}
+    return plain(value)
+
+
+def array_in(value: Any) -> str:
+    """Return the kind of an array or tensor that an argument is or has; none, if there is none."""
+    if isinstance(value, list | dict):
+        return next(filter(None, map(array_in, value.values() if isinstance(value, dict) else value)), "")
+    return f"a {type(value).__name__}" if hasattr(type(value), "__array__") else ""
 
 
 def _unlike_text(value: object) -> str:
@@ -76,6 +101,11 @@ def integer(field: str, value: T, minimum: int = 1, null: str = "") -> T:
     return require(valid, field, value, f"an integer from {minimum}", null)
 
 
+def boolean(field: str, value: T) -> T:
+    """Return a truth value."""
+    return require(isinstance(plain(value), bool), field, value, "true or false")
+
+
 def one_of(field: str, value: T, allowed: Sequence[str]) -> T:
     """Return one of several words."""
-    return require(value in allowed, field, value, f"one of {', '.join(allowed)}")
+    return require(isinstance(value, str) and value in allowed, field, value, f"one of {', '.join(allowed)}")

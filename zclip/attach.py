@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
+from zclip.arguments import plain
 from zclip.norm import local_gradients
 
 #: Called before the step of an optimizer; it gets the loss that a closure returned.
@@ -86,13 +87,20 @@ class StepHook:
             loss = closure()
             if optimizer not in self._hooks:  # detached in the closure
                 return loss
-            value = torch.tensor(loss, dtype=torch.float64, device="cpu") if isinstance(loss, float) else loss
-            self._act(optimizer, value if isinstance(value, Tensor) else None)
+            self._act(optimizer, _loss(loss))
             return loss
 
         if len(args) > 1:
             return (args[0], longer_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": longer_closure}
+
+
+def _loss(value: Any) -> Tensor | None:
+    """Return what a closure returned as a tensor, or `None` if it is no number. A truth value is none."""
+    number = plain(value)
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        return torch.tensor(float(number), dtype=torch.float64, device="cpu")
+    return value if isinstance(value, Tensor) else None
 
 
 def move_last(optimizer: Any) -> None:

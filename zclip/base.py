@@ -23,11 +23,11 @@ from zclip.apply import (
     optimizer_parameters,
     unwrap,
 )
-from zclip.arguments import integer, one_of, positive
+from zclip.arguments import ArgumentError, positive
 from zclip.attach import Attachment
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.integrations.deepspeed import EngineAttachment, is_engine
-from zclip.nonfinite import POLICIES, NonFiniteMonitor, nonfinite_message
+from zclip.nonfinite import POLICY_CHECKS, NonFiniteMonitor, nonfinite_message
 from zclip.norm import (
     Parameters,
     Shard,
@@ -48,6 +48,7 @@ NO_GRADIENTS = (
     "on the module that was trained, with parameters that require gradients (DeepSpeed's engine keeps gradients to "
     "itself: use attach(engine))"
 )
+NOT_IN_ENGINE = "is not possible in DeepSpeed's engine: it gives one norm of all parameters"
 
 
 class _NoGradients(ValueError):
@@ -67,8 +68,8 @@ class ClippingStrategy(Statistics):
 
     A rule over the global norm is `decide`. A rule over the norm of each tensor, the loss or the gradients is `clip`.
     The arguments of a subclass's `__init__` must be kept as attributes of the same names, because `state_dict` records
-    them. Arguments that it takes as `**policy` and passes on are not recorded: a saved state can be loaded under
-    another policy.
+    them. What it takes as `**policy` and passes on is no argument: a saved state can be loaded under another policy,
+    and `changes` then has the difference.
 
     A norm that is NaN or infinite, or has an infinite square, never enters the statistics. The policy decides what else
     happens on such a step.
@@ -98,8 +99,9 @@ class ClippingStrategy(Statistics):
             the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
             `step(model, optimizer=[muon, adamw])`.
 
-            A pattern that matches nothing gives a warning. A saved state records the scope. It can be assigned between
-            two steps, which `changes` records.
+            A pattern that matches nothing gives a warning. A saved state records the scope.
+
+    These policies can be assigned between two steps, which `changes` records.
 
     Raises:
         ArgumentError: an argument, also of a subclass, is out of its range; `zclip.arguments.ArgumentError` is a
@@ -129,6 +131,7 @@ class ClippingStrategy(Statistics):
     #: Whether the rule looks at the gradients themselves, besides their norms.
     needs_gradients = False
 
+    _policies = POLICY_CHECKS
     on_nonfinite: str = "skip"
     max_consecutive_nonfinite: int | None = 20
 
@@ -203,8 +206,7 @@ class ClippingStrategy(Statistics):
             raise ValueError(f"this {type(self).__name__} is attached already: detach() it, or make one for each")
         if is_engine(optimizer):
             if self.per_tensor or self.needs_gradients or self.scope is not None:
-                what = "a scope" if self.scope is not None else type(self).__name__
-                raise ValueError(f"{what} is not possible in DeepSpeed's engine: it gives one norm of all parameters")
+                raise ValueError(f"{type(self).__name__ if self.scope is None else 'a scope'} {NOT_IN_ENGINE}")
             self._attachment = EngineAttachment(optimizer, self.observe)
             return
         models = tuple(map(listed, models))
@@ -228,6 +230,11 @@ class ClippingStrategy(Statistics):
         if own_ids and self.scope is not None:
             self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises
         self._attachment = Attachment(optimizer, clip)
+
+    def _check_takes_scope(self, scope: object) -> None:
+        super()._check_takes_scope(scope)
+        if isinstance(self.__dict__.get("_attachment"), EngineAttachment):
+            raise ArgumentError("scope", scope, NOT_IN_ENGINE)
 
     def detach(self) -> None:
         """End what `attach` began; nothing happens if this strategy is not attached."""
@@ -309,7 +316,8 @@ class ClippingStrategy(Statistics):
         Strategies with statistics for each tensor see a single tensor.
 
         Args:
-            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN.
+            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN. A
+                DTensor is reduced over its mesh, so all of its ranks must call.
             loss: 0-dim tensor, for strategies that use it. Default `None`.
 
         Returns:
@@ -318,9 +326,12 @@ class ClippingStrategy(Statistics):
 
         Raises:
             TypeError: an argument is not a tensor of one real number.
+            ValueError: this strategy has a scope. Which parameters the norm is of is the caller's choice.
         """
         with torch.no_grad():
             self._check_initialised()
+            if self.scope is not None:
+                raise ValueError(f"scope={self.scope} is not possible where only a norm is known: it must be None")
             norm = scalar("norm", norm)
             norm = torch.where(norm < 0, torch.nan, norm.to(statistics_dtype(norm.device)))
             loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
@@ -331,7 +342,6 @@ class ClippingStrategy(Statistics):
     def _update(self, stats: GradStats, models: Parameters = ()) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor]:
         """Update the statistics and telemetry; return coefficients, whether to skip, and whether the norm is finite."""
         norm = stats.norm
-        self._check_policy()
         finite = torch.isfinite(norm.square())  # statistics hold squares
         if self.on_nonfinite == "raise" and not finite:
             raise FloatingPointError(nonfinite_message(stats, self._names(models)))
@@ -348,7 +358,7 @@ class ClippingStrategy(Statistics):
             "clipped_by_max": torch.zeros_like(finite),
             **{key: value.clone() for key, value in self.counters.items()},
         }
-        check_names(self, own.keys() - {"clipped_by_max"}, telemetry)
+        check_names(self, own.keys() - {"clipped_by_max"} | {"changes", "other_norm"}, telemetry)
         self.telemetry = {**own, **telemetry, **self._count_of_changes("changes", norm)}
         self._monitor.update(self.counters["consecutive_nonfinite"], self.max_consecutive_nonfinite)
         return result.coefficients, skip, finite
@@ -360,8 +370,8 @@ class ClippingStrategy(Statistics):
         return self.config() | {name: value for name, value in policy.items() if value != default[name]}
 
     def _check_policy(self) -> None:
-        one_of("on_nonfinite", self.on_nonfinite, POLICIES)
-        integer("max_consecutive_nonfinite", self.max_consecutive_nonfinite, null="for no limit")
+        for name, check in self._policies.items():  # a subclass may have a class attribute of this name
+            check(getattr(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the objects of this process: device events, the module and its parameters."""

@@ -46,7 +46,8 @@ class HostCount:
             self.known, self.age, self._arrived = int(self._host), self._copy_age, None  # type: ignore[arg-type]
         if self._arrived is None:
             if self._host is None:
-                self._host = torch.zeros((), dtype=counter.dtype, device="cpu", pin_memory=True)
+                with torch.inference_mode(False):
+                    self._host = torch.zeros((), dtype=counter.dtype, device="cpu", pin_memory=True)
             self._host.copy_(counter, non_blocking=True)
             self._copy_age, self._arrived = 0, torch.Event(counter.device)
             self._arrived.record()

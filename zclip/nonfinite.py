@@ -1,15 +1,25 @@
 """Non-finite norms (NaN or infinite): which parameters cause one, and when too many are consecutive."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zclip.arguments import integer, one_of
 from zclip.decision import GradStats
 from zclip.host_count import HostCount
 
 #: Allowed values of `on_nonfinite`; see `zclip.ClippingStrategy`.
 POLICIES = ("skip", "zero", "raise")
+#: Checks of what a strategy does with such norms, by attribute: each returns the value, or raises `ArgumentError`.
+POLICY_CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "on_nonfinite": lambda value: one_of("on_nonfinite", value, POLICIES),
+        "max_consecutive_nonfinite": lambda value: integer("max_consecutive_nonfinite", value, null="for no limit"),
+    }
+)
 #: Maximum number of parameters that a message names.
 MAX_NAMED = 5
 

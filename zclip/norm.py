@@ -195,11 +195,15 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 def scalar(name: str, value: object) -> Tensor:
-    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`."""
+    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`.
+
+    A DTensor, such as the norm that torch's `clip_grad_norm_` returns under FSDP2, is summed up over its mesh.
+    """
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
-    return value.detach().reshape(())
+    value = value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).reshape(())
 
 
 def tensor_norms(shards: Sequence[Shard], gradients: Sequence[Tensor | None]) -> Tensor:

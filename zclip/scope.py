@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from zclip.apply import unwrap
-from zclip.arguments import require
+from zclip.arguments import plain, require
 from zclip.norm import Shard, device_of
 
 #: What begins a pattern of groups of an optimizer's parameters, instead of names of parameters.
@@ -48,6 +48,11 @@ def check_scope(scope: object) -> None:
 def patterns_of(scope: str | Sequence[str]) -> list[str]:
     """Return the patterns of a scope, of which a single one may stand alone."""
     return [scope] if isinstance(scope, str) else [*scope]
+
+
+def plain_scope(scope: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Return a scope whose patterns are plain texts: a saved state has none of subclasses, such as an enum's."""
+    return plain(scope) if scope is None or isinstance(scope, str) else tuple(map(plain, scope))
 
 
 def group_names(optimizers: Collection[Any]) -> dict[int, str]:

@@ -12,8 +12,7 @@ from zclip.apply import listed_optimizers
 from zclip.arguments import ArgumentError
 from zclip.decision import State
 from zclip.norm import Parameters, Shard, device_of, listed, parameters_of, statistics_dtype
-from zclip.saved_state import MAX_CHANGES, differences, recordable
-from zclip.scope import check_scope, check_split, group_names, patterns_of, split_by_scope
+from zclip.scope import check_scope, check_split, group_names, patterns_of, plain_scope, split_by_scope
 from zclip.stateful import Stateful
 from zclip.tensors import TensorId, find, identify, parameter_names
 
@@ -40,21 +39,26 @@ class Statistics(Stateful):
         """Change the scope between two steps. The statistics stay, and `changes` records it.
 
         Raises:
-            ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates is to have one.
+            ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates, or a strategy in
+                DeepSpeed's engine, is to have one.
             ValueError: there are statistics of tensors without names.
         """
         check_scope(scope)
-        if scope is not None and not self.takes_scope:
-            problem = f"is not possible: {type(self).__name__} acts on all parameters of its optimizer"
-            raise ArgumentError("scope", scope, problem)
+        if scope is not None:
+            self._check_takes_scope(scope)
         before = self._patterns()
         if before != (None if scope is None else patterns_of(scope)):
             self._check_named(self.tensors)
-        self._scope = scope if scope is None or isinstance(scope, str) else tuple(scope)
+        self._scope = plain_scope(scope)
         self._scope_is_checked = False
         if self.__dict__.get("counters"):  # it runs
-            new = recordable(differences({"scope": before}, {"scope": self._patterns()}))
-            self.changes = [*self.changes, *new][-MAX_CHANGES:]
+            self._record_changes({"scope": before}, {"scope": self._patterns()})
+
+    def _check_takes_scope(self, scope: object) -> None:
+        """Raise `ArgumentError` if the statistics cannot be of some of the parameters only."""
+        if not self.takes_scope:
+            problem = f"is not possible: {type(self).__name__} acts on all parameters of its optimizer"
+            raise ArgumentError("scope", scope, problem)
 
     def prepare(
         self,
@@ -90,14 +94,19 @@ class Statistics(Stateful):
         """Create the statistics before the first step, or bring restored ones to the device and order of `like`."""
         if not self.counters:
             self._initialise(torch.zeros_like(like))
-        elif self.counters["nonfinite"].device != like.device:
-            self.counters = {key: value.to(like.device) for key, value in self.counters.items()}
-            self.state = {
-                key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-                for key, value in self.state.items()
-            }
+        elif self.counters["nonfinite"].device != like.device or self.counters["nonfinite"].is_inference():
+            self._move(like)
         if self.per_tensor:
             self._follow_tensors(like, shards, models)
+
+    @torch.inference_mode(False)
+    def _move(self, like: Tensor) -> None:
+        """Copy the statistics to the device of `like`; a copy made in inference mode could not be changed later."""
+        self.counters = {key: value.to(like.device, copy=True) for key, value in self.counters.items()}
+        self.state = {
+            key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            for key, value in self.state.items()
+        }
 
     def _follow_tensors(self, like: Tensor, shards: Sequence[Shard], models: Parameters) -> None:
         """Give each of the n parameters its statistics, and new ones to those that have none."""
@@ -109,13 +118,19 @@ class Statistics(Stateful):
         if self.tensors:
             found = find(type(self).__name__, self.tensors, objects, shards, current)
             if found != list(range(len(self.tensors))):
-                new = self.initial_state(torch.zeros_like(like))
-                known = [k for k, i in enumerate(found) if i is not None]
-                for key, value in self.state.items():
-                    if value.ndim:
-                        self.state[key] = new[key].clone()
-                        self.state[key][known] = value[[found[k] for k in known]]
+                self._reorder(like, found)
         self.tensors, self._objects = current, [weakref.ref(shard.parameter) for shard in shards]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _reorder(self, like: Tensor, found: Sequence[int | None]) -> None:
+        """Bring the statistics of tensors to their new indices, and make those of new tensors."""
+        new = self.initial_state(torch.zeros_like(like))
+        known = [k for k, i in enumerate(found) if i is not None]
+        for key, value in self.state.items():
+            if value.ndim:
+                self.state[key] = new[key].clone()
+                self.state[key][known] = value[[found[k] for k in known]]
 
     def _in_scope(
         self,

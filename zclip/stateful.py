@@ -4,7 +4,7 @@ import copy
 import inspect
 import weakref
 from abc import ABCMeta
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zclip.arguments import plain
+from zclip.arguments import ArgumentError, array_in, plain, plain_nested
 from zclip.decision import State
 from zclip.norm import statistics_dtype
 from zclip.saved_state import (
@@ -55,7 +55,8 @@ class _Made(ABCMeta):
 class Stateful(metaclass=_Made):
     """What a saved state has of a rule, and how it is restored. Base of `zclip.state.Statistics`.
 
-    Assigning an argument, as in `strategy.z_thresh = 3.0`, calls `change`, once `__init__` has returned.
+    Assigning an argument, as in `strategy.z_thresh = 3.0`, calls `change`, once `__init__` has returned. So does one of
+    a base class: if this class does not take it, `change` raises.
     """
 
     #: Version of the layout of the saved statistics.
@@ -70,6 +71,8 @@ class Stateful(metaclass=_Made):
     added: Mapping[str, Any] = MappingProxyType({})
     #: Statistics that states of earlier versions do not have: they begin as in `initial_state`.
     added_statistics: Collection[str] = ()
+    #: Checks of attributes besides the arguments, under any values of which a saved state can be loaded.
+    _policies: Mapping[str, Callable[[Any], Any]] = MappingProxyType({})
     _scope: str | tuple[str, ...] | None = None
     _is_made = False  # whether `__init__` has returned
 
@@ -81,11 +84,16 @@ class Stateful(metaclass=_Made):
         self._objects: list[weakref.ref[Tensor]] = []  # the same tensors, if they are of this process
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_argument = self._is_made and name in _argument_names(type(self))
+        is_policy = name in self._policies
+        if is_policy:
+            value = self._policies[name](value)
+        is_argument = self._is_made and name in _known_arguments(type(self))
         if is_argument and not isinstance(getattr(type(self), name, None), property):  # a property checks itself
             self.change(**{name: value})
-        else:
-            super().__setattr__(name, value)
+            return
+        if is_policy and self.__dict__.get("counters"):  # it runs
+            self._record_changes({name: getattr(self, name)}, {name: value})
+        super().__setattr__(name, value)
 
     def initial_state(self, like: Tensor) -> State:
         """Return the statistics before the first step.
@@ -123,6 +131,8 @@ class Stateful(metaclass=_Made):
         if "counters" not in self.__dict__:
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__()")
 
+    @torch.inference_mode(False)  # later steps may be outside of it, where they could not change what it has made
+    @torch.no_grad()
     def _initialise(self, like: Tensor) -> None:
         self.config()  # raises if an argument is not an attribute, before training rather than at the first save
         state = self.initial_state(like)
@@ -141,7 +151,11 @@ class Stateful(metaclass=_Made):
         return self.config()
 
     def config(self) -> dict[str, Any]:
-        """Return the arguments this strategy was made with, by name."""
+        """Return the arguments this strategy was made with, by name.
+
+        Raises:
+            TypeError: an argument is not an attribute, or is an array or a tensor.
+        """
         names = _argument_names(type(self))
         for name in names:
             if not hasattr(self, name):
@@ -149,7 +163,14 @@ class Stateful(metaclass=_Made):
                     f"{type(self).__name__} must keep its argument {name} as an attribute of that name: "
                     "a saved state records it"
                 )
-        return {name: _plain(getattr(self, name)) for name in names}
+        config = {name: plain_nested(getattr(self, name)) for name in names}
+        for name, value in config.items():
+            if kind := array_in(value):
+                raise TypeError(
+                    f"{type(self).__name__} must keep its argument {name} as a number or a list, not as {kind}: "
+                    "a saved state records it"
+                )
+        return config
 
     def change(self, **settings: Any) -> None:
         """Change arguments between two steps: `strategy.change(z_thresh=3.0)`. An assignment does the same.
@@ -168,7 +189,8 @@ class Stateful(metaclass=_Made):
         """
         config = self.config()
         if unknown := sorted(settings.keys() - config.keys()):
-            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {', '.join(config)}")
+            names = ", ".join(config) or "none"
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: it has {names}")
         made = type(self)(**{**config, **settings})
         new = {name: getattr(made, name) for name in settings}
         changed = copy.copy(self)
@@ -178,15 +200,17 @@ class Stateful(metaclass=_Made):
             for key, value in state.items():
                 self.state[key].copy_(value)
         after = {name: value for name, value in changed.config().items() if name in settings}
-        changes = recordable(differences({name: config[name] for name in settings}, after))
-        self.changes = [*self.changes, *changes][-MAX_CHANGES:]
+        self._record_changes({name: config[name] for name in settings}, after)
         for name, value in new.items():
             super().__setattr__(name, value)
+
+    def _record_changes(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        self.changes = [*self.changes, *recordable(differences(before, after))][-MAX_CHANGES:]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decisions depend on: name, version, arguments, statistics and counters.
 
-        `scope` and `changes`, each of which is a list of `setting`, `from` and `to`, are in it too. It holds only
+        So are `scope`, the `policy` and `changes`, each of which is a list of `setting`, `from` and `to`. It holds only
         tensors, numbers, strings, lists and dicts. `torch.save`, `torch.load(weights_only=True)` and
         `torch.distributed.checkpoint` support it. The last one loads into existing tensors: see `prepare`.
         """
@@ -203,6 +227,8 @@ class Stateful(metaclass=_Made):
             "scope": self._patterns(),
             "changes": [[change[key] for key in CHANGE] for change in self.changes],
         }
+        if self._policies:
+            state["policy"] = self._policy()
         if self.per_tensor:
             state["names"] = [tensor.name for tensor in self.tensors]
             state["shapes"] = [tensor.shape for tensor in self.tensors]
@@ -210,6 +236,8 @@ class Stateful(metaclass=_Made):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
         """Restore a state that `state_dict` returned. A state that is refused changes nothing.
+
+        The strategy keeps its own policies, such as `on_nonfinite`, and records the difference in `changes`.
 
         Args:
             state_dict: the state.
@@ -257,7 +285,9 @@ class Stateful(metaclass=_Made):
             raise ValueError(
                 f"state of {name} (version {shown(version)}) cannot be loaded into {own} (version {self.version})"
             )
-        optional = ("started", "changes", "scope", *(("names", "shapes") if self.per_tensor else ()))
+        of_policy = ("policy",) if self._policies else ()
+        of_tensors = ("names", "shapes") if self.per_tensor else ()
+        optional = ("started", "changes", "scope", *of_policy, *of_tensors)
         check_keys(own, "it", state_dict, REQUIRED, optional)
         saved = state_dict["config"]
         names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
@@ -268,9 +298,28 @@ class Stateful(metaclass=_Made):
             pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
             raise ValueError(f"the saved {own} was made with {', '.join(pairs)}: {same_or}")
-        recorded = checked_changes(own, state_dict.get("changes", []))
-        return [*recorded, *recordable(new)][-MAX_CHANGES:], new
+        recorded, policy = checked_changes(own, state_dict.get("changes", [])), self._policy()
+        saved_policy = self._checked_policy(state_dict.get("policy", {}))
+        others = differences({name: saved_policy.get(name, value) for name, value in policy.items()}, policy)
+        return [*recorded, *recordable([*new, *others])][-MAX_CHANGES:], new
 
+    def _policy(self) -> dict[str, Any]:
+        """Return the policies, but for those that are arguments of this class."""
+        names = self._policies.keys() - _argument_names(type(self))
+        return {name: plain(getattr(self, name)) for name in sorted(names)}
+
+    def _checked_policy(self, saved: Any) -> Mapping[str, Any]:
+        own = type(self).__name__
+        check_keys(own, "policy", saved, (), self._policies)
+        for name, value in saved.items():
+            try:
+                self._policies[name](value)
+            except ArgumentError as error:
+                entry = f"policy.{name}={shown(value)}"
+                raise ValueError(f"the saved {own} is damaged: {entry} {error.problem}") from None
+        return saved
+
+    @torch.inference_mode(False)
     def _checked_statistics(self, state_dict: Mapping[str, Any], adapted: bool) -> tuple[State, State, list[TensorId]]:
         """Return copies of the statistics in a saved state, `adapted` from other arguments to this strategy's."""
         own = type(self).__name__
@@ -323,6 +372,13 @@ def _argument_names(rule: type[Stateful]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
+@lru_cache
+def _known_arguments(rule: type[Stateful]) -> frozenset[str]:
+    """Return the names of the arguments of a class and of its base classes."""
+    classes = [each for each in rule.__mro__ if issubclass(each, Stateful)]
+    return frozenset(name for each in classes for name in _argument_names(each))
+
+
 def _argument(name: str, value: object) -> str:
     """Return an argument of a saved state and its value, in as few characters as an error may have."""
     return f"{shown(name)[1:-1]}={shown(value)}"
@@ -331,10 +387,3 @@ def _argument(name: str, value: object) -> str:
 def _wide(value: Tensor) -> Tensor:
     """Return a floating-point tensor in the dtype of statistics; leave others as they are."""
     return value.to(statistics_dtype(value.device)) if value.is_floating_point() else value
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or sequence as file formats restore it: numbers as int or float, tuples as lists."""
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return plain(value)

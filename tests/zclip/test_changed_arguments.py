@@ -252,6 +252,19 @@ def test_history_that_may_grow_after_a_change_is_loaded_again():
     assert str(strategy.state_dict()["state"]) == str(before["state"])
 
 
+def test_window_that_has_dropped_norms_cannot_become_the_full_history():
+    strategy = AutoClip(window=1024)
+    for step in range(1030):
+        strategy.observe(torch.tensor(1.0 + step % 3))
+    reason = (
+        r"state\.history=a float64 tensor of shape \[1024\] is not allowed: it must be of all 1030 norms, of which a "
+        r"window has dropped the first ones$"
+    )
+    with pytest.raises(ValueError, match=rf"^the statistics do not fit window=None \(was 1024\): {reason}"):
+        strategy.window = None
+    assert strategy.window == 1024 and strategy.changes == []
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_changed_decay_keeps_the_moments_that_are_corrected_for_bias(loaded):
     strategy, changed = GradientStabilizer(), GradientStabilizer(gamma1=0.99, gamma2=0.999)

@@ -115,3 +115,19 @@ def test_engine_without_zero_is_refused():
 
     with pytest.raises(ValueError, match=r"^attach\(\) needs a DeepSpeed engine with ZeRO stage 1, 2 or 3; this"):
         EngineAttachment(Engine(), lambda norm: norm)
+
+
+def test_scope_is_refused_while_a_strategy_is_attached_to_an_engine():
+    zero = type("DeepSpeedZeroOptimizer", (DeepSpeedZeroOptimizer,), {"__module__": "deepspeed.runtime"})()
+    strategy, words = ZClip(), "is not possible in DeepSpeed's engine: it gives one norm of all parameters$"
+    strategy.scope = "*"
+    with pytest.raises(ValueError, match=f"^a scope {words}"):
+        strategy.attach(zero)
+    strategy.scope = None
+    strategy.attach(zero)
+    zero.unscale_and_clip_grads([torch.ones(3)], torch.tensor(2048.0))
+    with pytest.raises(ValueError, match=f"^scope=weight {words}"):
+        strategy.scope = "weight"
+    assert strategy.scope is None and strategy.changes == []
+    strategy.detach()
+    strategy.scope = "weight"

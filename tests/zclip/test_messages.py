@@ -249,7 +249,7 @@ def test_mistakes_in_the_arguments_of_step_say_what_to_pass():
 def test_mistakes_in_a_saved_state_say_what_is_wrong():
     saved = ZClip().state_dict()
     assert (
-        saved.keys() == {"strategy", "version", "config", "state", "counters", "started", "scope", "changes"}
+        saved.keys() == {"strategy", "version", "config", "state", "counters", "started", "scope", "policy", "changes"}
         and saved["started"]
     )
     assert (saved["strategy"], saved["version"], FixedNorm().state_dict()["version"]) == ("ZClip", 2, 1)

@@ -6,11 +6,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from tests.zclip.every_strategy import SHORT
-from zclip import ClippingStrategy, FixedNorm
+from tests.helpers import same
+from tests.zclip.every_strategy import OF_NORMS, SHORT
+from zclip import ClippingStrategy, FixedNorm, SkipStep
 from zclip.norm import parameters_of
+from zclip.updates import UpdateClip
 
 SHAPES = [(4, 3), (5,), (2, 3, 2), (6, 1)]
 
@@ -126,3 +128,38 @@ def test_gradient_that_is_not_on_the_mesh_of_its_parameter_is_refused(mesh):
     for parameter in (sharded, plain, other):
         with pytest.raises(TypeError, match=r"shape \(4,\) is not on the parameter's mesh: both must be plain tensors"):
             FixedNorm().step([parameter])
+
+
+def of_mesh(value: float, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(torch.tensor(value), mesh, (Replicate(), Partial()))
+
+
+@pytest.mark.parametrize("make", OF_NORMS.values(), ids=OF_NORMS)
+def test_norm_and_loss_of_a_mesh_are_those_of_plain_tensors(make, mesh):
+    """The norm is what torch's `clip_grad_norm_` returns of parameters that FSDP2 has sharded."""
+    ours, other = make(), make()
+    for t in range(8):
+        parameters = distributed(t, mesh)[1:2]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)
+        assert isinstance(norm, DTensor)
+        expected = other.observe(whole(norm), loss=torch.tensor(2.0 - t))
+        coefficient = ours.observe(norm, loss=of_mesh(2.0 - t, mesh))
+        assert type(coefficient) is torch.Tensor and torch.equal(coefficient, expected)
+    assert same(ours.state_dict(), other.state_dict()) and ours.read_telemetry() == pytest.approx(
+        other.read_telemetry(), nan_ok=True
+    )
+    assert all(type(value) is torch.Tensor for value in [*ours.state.values(), *ours.telemetry.values()])
+
+
+def test_loss_of_a_mesh_counts_in_a_step(mesh):
+    strategy, parameters = SkipStep(window=4), distributed(0, mesh)
+    for loss in (1.0, 1.5, 1.0, 9.0):
+        strategy.step(parameters, loss=of_mesh(loss, mesh))
+    assert strategy.state["losses"].tolist() == [1.0, 1.5, 1.0, 9.0] and strategy.read_telemetry()["skipped"]
+
+
+def test_norm_of_a_mesh_counts_in_a_rule_over_updates(mesh):
+    rule = UpdateClip(window=4)
+    scales = [rule.observe(of_mesh(norm, mesh)) for norm in (1.0, 1.1, 1.0, 9.0)]
+    assert all(type(scale) is torch.Tensor for scale in scales) and 0 < float(scales[-1]) < 0.2
+    assert type(rule.state["history"]) is torch.Tensor and rule.state["history"][3] == 9.0

@@ -122,6 +122,13 @@ def test_missing_and_unknown_entries_are_refused(make):
             short = {name: value for name, value in state[where].items() if name != key}
             assert f"{where} lacks {key}" in refusal(strategy, {**state, where: short})
     refusal(strategy, {**state, "started": 1})
+    for value in (None, 3, "skip", [], torch.ones(2), {1: 2}, {"scope": None}, {"more": "x" * 10**6}):
+        sentence = refusal(strategy, {**state, "policy": value})
+        assert sentence.startswith(f"the saved {type(strategy).__name__} is damaged: policy")
+    for name, allowed in (("on_nonfinite", "one of skip, zero, raise"), ("max_consecutive_nonfinite", "an integer fr")):
+        for value in ("x" * 10**6, [], {}, torch.ones(2), torch.ones(()), math.nan, 0, 10**5000, True, [["skip"]] * 99):
+            sentence = refusal(strategy, with_entry(state, "policy", name, value))
+            assert f"policy.{name}=" in sentence and f" is not allowed: it must be {allowed}" in sentence
     for other in (None, 3, [], "x", torch.ones(3), {}):
         assert refusal(strategy, other).startswith("this is not the state of a clipping strategy: it ")
 
@@ -180,7 +187,7 @@ def test_history_that_doubled_during_nonfinite_steps_loads_again():
     for t in range(1100):
         strategy.observe(torch.tensor(math.nan if t < 500 else 1.0))
     assert strategy.state_dict()["state"]["history"].shape == (2048,)
-    restored = AutoClip()
+    restored = AutoClip(max_consecutive_nonfinite=None)
     restored.load_state_dict(strategy.state_dict())
     assert same(restored.state_dict(), strategy.state_dict())
 

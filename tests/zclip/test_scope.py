@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import same
-from tests.zclip.every_strategy import CLASSES
+from tests.zclip.every_strategy import CLASSES, OF_NORMS
 from tests.zclip.reference_loop import batch, build_model
 from zclip import AGC, AdaGC, FixedNorm, SkipStep, ZClip
 from zclip.base import Policy
@@ -360,3 +360,16 @@ def test_statistics_of_tensors_without_names_stay_in_their_scope():
 def test_group_has_its_name_or_that_of_the_optimizer(name, found):
     parameter = torch.nn.Parameter(torch.zeros(1))
     assert group_names([torch.optim.SGD([{"params": [parameter], "name": name}])]) == {id(parameter): found}
+
+
+@pytest.mark.parametrize("make", OF_NORMS.values(), ids=OF_NORMS)
+def test_scope_is_refused_where_only_a_norm_is_known(make):
+    strategy = make()
+    strategy.scope = "*.weight"
+    before = strategy.state_dict()
+    words = r"^scope=\*\.weight is not possible where only a norm is known: it must be None$"
+    with pytest.raises(ValueError, match=words):
+        strategy.observe(torch.tensor(1.0))
+    assert same(strategy.state_dict(), before)
+    strategy.scope = None
+    strategy.observe(torch.tensor(1.0))

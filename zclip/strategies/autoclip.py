@@ -57,7 +57,8 @@ class AutoClip(ClippingStrategy):
         self._steps += 1
         history = state["history"]
         if self.window is None and self._steps > history.numel():
-            state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
+            with torch.inference_mode(False):  # later steps may be outside of it, and change the history in place
+                state["history"] = torch.cat([history, torch.full_like(history, torch.inf)])
         return super().clip(stats, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], override: bool = False) -> None:
@@ -69,8 +70,11 @@ class AutoClip(ClippingStrategy):
         """Raise `ValueError` unless the history has as many norms as its count says, and no more room than it made."""
         history, count = state["history"], int(state["count"])
         check_history(type(self).__name__, history, count)
+        if self.window is None and count > len(history):
+            allowed = f"of all {count} norms, of which a window has dropped the first ones"
+            refuse(type(self).__name__, "state.history", history, allowed)
         steps = count + int(counters["nonfinite"])  # the buffer doubled whenever it had no room for another step
-        if self.window is None and not (count <= len(history) <= max(HISTORY, 2 * steps)):
+        if self.window is None and len(history) > max(HISTORY, 2 * steps):
             allowed = f"of {HISTORY} values, or doubled as often as the {steps} steps before needed"
             refuse(type(self).__name__, "state.history", history, allowed)
 

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from zclip.arguments import decay, integer, one_of, positive, require
+from zclip.arguments import boolean, decay, integer, one_of, positive
 from zclip.base import ClippingStrategy, Policy
 from zclip.decision import Decision, State
 from zclip.saved_state import refuse, same
@@ -116,8 +116,7 @@ class ZClip(ClippingStrategy):
         self.mode = one_of("mode", mode, MODES)
         self.clip_option = one_of("clip_option", clip_option, CLIP_OPTIONS)
         self.clip_factor = positive("clip_factor", clip_factor)
-        skip = skip_update_on_spike
-        self.skip_update_on_spike = require(isinstance(skip, bool), "skip_update_on_spike", skip, "true or false")
+        self.skip_update_on_spike = boolean("skip_update_on_spike", skip_update_on_spike)
         self.recovery_window = integer("recovery_window", recovery_window, minimum=8, null="to switch recovery off")
 
     def initial_state(self, like: Tensor) -> State:
@@ -150,7 +149,7 @@ class ZClip(ClippingStrategy):
             return torch.zeros_like(z)
         if option == "max":
             return torch.full_like(z, self.z_thresh)
-        return self.z_thresh**2 / z
+        return min(self.z_thresh, 1e154) ** 2 / z  # the square of a larger number raises OverflowError
 
     def decide(self, norm: Tensor, state: State) -> Decision:
         """Return the target of a spike, infinity otherwise, and the updated statistics."""

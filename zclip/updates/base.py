@@ -221,7 +221,7 @@ class UpdateRule(OptimizerRule):
                 "update_clipped": decision.clipped,
                 "update_bound": decision.bound,
             }
-            check_names(self, own.keys(), decision.telemetry)
+            check_names(self, own.keys() | {"update_changes"}, decision.telemetry)
             self._record(
                 {**own, **decision.telemetry}, decision.state, counts=counts, finite=finite, clipped=decision.clipped
             )

@@ -39,7 +39,8 @@ class ScaleCheck:
                 raise ValueError(f"{method} must return scales {ALLOWED}: one is {value}")
             return valid
         if self._invalid is None or self._invalid.device != scales.device:
-            self._invalid = torch.zeros((), dtype=torch.int64, device=scales.device)
+            with torch.inference_mode(False):
+                self._invalid = torch.zeros((), dtype=torch.int64, device=scales.device)
         self._invalid += ~valid.all() & steps.to(scales.device, non_blocking=True)
         if number := self._count.read(self._invalid):
             raise ValueError(f"{method} must return scales {ALLOWED}: in {number} steps one was not, and counted as 1")
