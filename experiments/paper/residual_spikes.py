@@ -31,7 +31,7 @@ from experiments.run.collect import RunCollection
 from experiments.run.definitions import SPIKE_WINDOW, loss_dips, loss_spikes, min_spike_height
 from experiments.run.read import corrupted_rows
 
-EXCESS_LOSS = SmallestEffect(0.02, "nats", "about what skipping the corrupted batches costs, which no clipping avoids")
+EXCESS_LOSS = SmallestEffect(0.02, "nats", "chosen before the runs: skipping the corrupted batches costs a tenth of it")
 SPIKES = SmallestEffect(0.2, "spikes per run", "fewer than one in five runs", decimals=2)
 
 DIVERGED_LABEL = "diverged, or with a loss that is not finite"

@@ -20,8 +20,11 @@ pytestmark = pytest.mark.slow
 RESULTS = CHECKOUT / "experiments" / "results"
 RECORD = RESULTS / "micro"
 PAGE = CHECKOUT / "docs" / "evidence" / "verdicts.md"
-#: The runs of the Adam-lag lab that claims are about. The others would only take time.
-LAB_RUNS = ("pico-none-monitor-lr0.01-seed*", "pico-zclip-lr0.01-seed*", "pico-fixed-lr0.01-seed*")
+#: The runs of labs that claims are about, by folder. The others would only take time.
+LAB_RUNS = {
+    "adam-lag": ("pico-none-monitor-lr0.01-seed*", "pico-zclip-lr0.01-seed*", "pico-fixed-lr0.01-seed*"),
+    "rate": ("pico-none-lr*", "pico-zclip-lr*", "pico-fixed-lr*"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,8 @@ def settings(tmp_path_factory) -> PaperSettings:
     """The settings of the report, with the archived runs restored."""
     runs = tmp_path_factory.mktemp("recorded")
     archives = [*(RESULTS / "runs" / "paper-micro").glob(f"*{ENDING}")]
-    archives += [path for name in LAB_RUNS for path in (RESULTS / "runs" / "adam-lag").glob(f"{name}{ENDING}")]
+    for folder, names in LAB_RUNS.items():
+        archives += [path for name in names for path in (RESULTS / "runs" / folder).glob(f"{name}{ENDING}")]
     for archive in archives:
         restore_archive(archive, runs / archive.parent.name / archive.name.removesuffix(ENDING))
     return PaperSettings(
