@@ -64,17 +64,20 @@ def telemetry() -> set[str]:
 
 
 def rule_telemetry() -> set[str]:
-    """Return the fields that the rules over updates add to a line of metrics."""
+    """Return the fields that the rules over updates add to a line of metrics, with a change of arguments too."""
+    bases = (updates.OptimizerRule, updates.UpdateRule)
+    classes = [each for each in map(vars(updates).get, updates.__all__) if isinstance(each, type)]
+    rules = [each() for each in classes if issubclass(each, bases) and each not in bases]
+    changed = updates.UpdateClip()
+    changed.change(sigmas=2.0)
     fields: set[str] = set()
-    for made_by in (getattr(updates, name) for name in updates.__all__):
-        bases = (updates.OptimizerRule, updates.UpdateRule)
-        if isinstance(made_by, type) and issubclass(made_by, bases) and made_by not in bases:
-            rule, model = made_by(), nn.Linear(4, 2)
-            optimizer = torch.optim.AdamW(model.parameters())
-            rule.attach(optimizer)
-            model(torch.ones(3, 4)).sum().backward()
-            optimizer.step()
-            fields |= rule.telemetry.keys()
+    for rule in (*rules, changed):
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        rule.attach(optimizer)
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        fields |= rule.telemetry.keys()
     return fields
 
 
