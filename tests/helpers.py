@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from common.files import remove
 from tests.process_pool import CHECKOUT, Job, run, run_ranks
 
 if TYPE_CHECKING:
@@ -215,6 +216,21 @@ def read_only(folder: Path) -> Iterator[None]:
 def copy_run(run: Path, folder: Path) -> Path:
     """Copy a run's folder to `folder`, where the command that trained it finds it; return the copy."""
     return shutil.copytree(run, folder / "runs" / "main" / run.name)
+
+
+def interrupt(run: Path, step: int) -> None:
+    """Remove what a run has written after a step, as if it had been interrupted there."""
+    (run / "result.json").unlink(missing_ok=True)
+    for checkpoint in (run / "checkpoints").glob("step-*.ckpt"):  # a file, or a folder if it is sharded
+        if int(checkpoint.stem.split("-")[1]) > step:
+            remove(checkpoint)
+
+
+def interrupted(run: Path, folder: Path, step: int) -> Path:
+    """Return a copy of a run as it was after a step, see `copy_run`."""
+    path = copy_run(run, folder)
+    interrupt(path, step)
+    return path
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -4,8 +4,17 @@ import pytest
 import torch
 
 from common.settings import parse
-from tests.helpers import FSDP, compose_config, copy_run, final_state, only_run, read_jsonl, same, train_to_end
-from tests.training.test_update_rules import interrupted
+from tests.helpers import (
+    FSDP,
+    compose_config,
+    copy_run,
+    final_state,
+    interrupted,
+    only_run,
+    read_jsonl,
+    same,
+    train_to_end,
+)
 from training.checkpoint.state import find_problem
 from training.config.identity import identity, run_name
 from training.config.schema import Config

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import copy_run, read_jsonl, train_to_end
-from tests.training.test_update_rules import interrupted
+from tests.helpers import copy_run, interrupted, read_jsonl, train_to_end
 from training.checkpoint.state import find_problem
 from training.run_dir import RunDir
 

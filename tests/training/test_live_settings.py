@@ -2,14 +2,13 @@
 
 import json
 import math
-import shutil
 
 import pytest
 from rich.console import Console
 
 from common.reading import check_record
 from common.run_files import Environment, setting_changes
-from tests.helpers import copy_run, final_state, only_run, read_jsonl, same, train_to_end
+from tests.helpers import final_state, interrupt, interrupted, only_run, read_jsonl, same, train_to_end
 from training.checkpoint.format import load_full
 from training.config.compose import read_config
 from training.config.identity import identity, run_name
@@ -22,17 +21,7 @@ from training.run_dir import RunDir
 def run(finished_run, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after step 16 of 40."""
     monkeypatch.chdir(tmp_path)
-    folder = copy_run(finished_run, tmp_path)
-    interrupt(folder, 16)
-    return folder
-
-
-def interrupt(run, step: int) -> None:
-    """Remove what a run has written after a step."""
-    (run / "result.json").unlink(missing_ok=True)
-    for file in (run / "checkpoints").iterdir():
-        if int(file.stem[5:]) > step:
-            file.unlink()
+    return interrupted(finished_run, tmp_path, 16)
 
 
 def starts(run) -> list[dict]:
@@ -80,10 +69,7 @@ def test_changed_arguments_act_and_stay(run, tiny, checked, tmp_path):
 
 @pytest.mark.slow
 def test_changed_arguments_act_in_a_sharded_run(sharded_run, tmp_path):
-    folder = copy_run(sharded_run, tmp_path)
-    (folder / "result.json").unlink()
-    for step in (24, 32, 40):
-        shutil.rmtree(RunDir(folder).checkpoint(step))
+    folder = interrupted(sharded_run, tmp_path, 16)
     train_to_end(f"resume={folder}", "clip.max_grad_norm=0.25", cwd=tmp_path, processes=2)
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row.get("changes") for row in rows] == [None] * 16 + [1.0] * 24
@@ -134,9 +120,7 @@ def ruled_run(tiny, once):
 def ruled(ruled_run, tmp_path, monkeypatch):
     """The folder of that run, interrupted after step 16 of 40."""
     monkeypatch.chdir(tmp_path)
-    folder = copy_run(ruled_run, tmp_path)
-    interrupt(folder, 16)
-    return folder
+    return interrupted(ruled_run, tmp_path, 16)
 
 
 def test_changed_arguments_of_a_rule_act_and_stay(ruled, tiny, checked, tmp_path):

@@ -18,12 +18,12 @@ from tests.helpers import (
     compose_config,
     copy_run,
     final_state,
+    interrupted,
     only_run,
     read_jsonl,
     same,
     train_to_end,
 )
-from tests.training.test_update_rules import interrupted
 from training.checkpoint.fork import find_fork_source
 from training.checkpoint.state import find_problem
 from training.config.checks import check

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from common.errors import UserError
-from common.files import remove
 from common.settings import parse
 from tests.helpers import (
     FSDP,
@@ -19,6 +18,7 @@ from tests.helpers import (
     compose_config,
     copy_run,
     final_state,
+    interrupted,
     only_run,
     read_jsonl,
     same,
@@ -129,16 +129,6 @@ def test_argument_of_no_rule_is_refused():
 def braked_run(tiny: tuple[str, ...], once: Once) -> Path:
     """The folder of a finished run whose brake has acted before and after step 32."""
     return only_run(once("braked", lambda folder: train_to_end(*tiny, *BRAKE, cwd=folder)))
-
-
-def interrupted(run: Path, folder: Path, step: int) -> Path:
-    """Return a copy of a run as it was after a step."""
-    path = copy_run(run, folder)
-    (path / "result.json").unlink()
-    for checkpoint in (path / "checkpoints").glob("step-*.ckpt"):
-        if int(checkpoint.stem.split("-")[1]) > step:
-            remove(checkpoint)
-    return path
 
 
 def test_run_with_a_brake_resumes_to_the_same_bits(braked_run, tiny, run_in_process, tmp_path):

@@ -20,14 +20,11 @@ from models import LlamaConfig
 from models.config import ModelConfig
 from models.hugging_face import config_of
 from training.config.identity import changes_result, differences, identity, is_place, run_name, run_path
-from training.config.live import is_live
+from training.config.live import SECTIONS, is_live
 from training.config.schema import Config
 from training.config.strategy import is_ours
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-#: What a run keeps on resume, by its section, though its arguments may change.
-KEPT = {"clip": "strategy", "update": "rule over updates"}
 
 
 def _hugging_face(folder: object, field: str, *, _root_: DictConfig) -> Any:
@@ -151,7 +148,7 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
         section, _, name = key.partition(".")
         if is_live(key) and name in ours[section]:
             plain[section][name] = ours[section][name]
-        elif key in KEPT:
+        elif key in SECTIONS:
             if named[key].startswith("{"):
                 problem = f"is not possible with resume={composed.resume}: change arguments as {key}.KEY=VALUE"
                 raise ConfigError(key, named[key], problem=problem)
@@ -159,7 +156,7 @@ def resumed_config(composed: Config, saved: Config, overrides: Iterable[str]) ->
             if (other.target, other.name) != (kept.target, kept.name):
                 arguments = f", of which arguments may change, as {key}.KEY=VALUE" if kept.arguments else ""
                 problem = (
-                    f"is not possible with resume={composed.resume}: the run keeps its {KEPT[key]}, "
+                    f"is not possible with resume={composed.resume}: the run keeps its {SECTIONS[key]}, "
                     f"{kept.name}{arguments}; fork_from= takes another one"
                 )
                 raise ConfigError(key, other.name, problem=problem)

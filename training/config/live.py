@@ -15,8 +15,8 @@ from common.settings import parse
 from training.config.identity import run_name
 from training.config.schema import Config
 
-#: Sections of the configuration whose arguments may change.
-SECTIONS = ("clip", "update")
+#: Sections of the configuration whose arguments may change, and what a run keeps there, in words.
+SECTIONS = {"clip": "strategy", "update": "rule over updates"}
 
 #: In place of a value: the configuration leaves the setting at its default.
 _DEFAULT = object()
