@@ -42,10 +42,11 @@ class UpdateBrake(UpdateRule):
     have such a row too. One norm below the bound ends the row.
 
     Norms that vary by themselves, as those of small batches, widen the bound. d counts what is below their mean M,
-    where the run-up of a spike has no part, but the return from it has. D takes out how far norms that fall steadily,
-    as after the start, are below it. In the first 300 steps d^2 is the mean of all steps since the warm-up, at whose
-    last norm M begins. One norm far below the usual counts as one at 1/e of the expected F, or two standard deviations
-    below it.
+    where the run-up of a spike has no part, but the return from it has. So a tail of high norms does not widen it: if a
+    few norms are far above the usual again and again, they hold the rate down. D takes out how far norms that fall
+    steadily, as after the start, are below M. In the first 300 steps d^2 is the mean of all steps since the warm-up, at
+    whose last norm M begins. One norm far below the usual counts as one at 1/e of the expected F, or two standard
+    deviations below it.
 
     Args:
         margin: multiple of the usual norm that an update may have, > 1. Default 1.6.

@@ -21,6 +21,35 @@ def test_norms_that_vary_by_themselves_hold_the_scale_of_a_brake_only_without_si
     assert sum(scales[2000:]) / 2000 == pytest.approx(expected, abs=0.03)
 
 
+def few_high(draw: random.Random) -> float:
+    """Norms of which 2 % are 2.5 times the usual."""
+    return math.exp(draw.gauss(0.0, 0.05)) * (2.5 if draw.random() < 0.02 else 1.0)
+
+
+def exponential(draw: random.Random) -> float:
+    """Norms whose logarithm has an exponential tail of 0.3."""
+    return math.exp(draw.expovariate(1 / 0.3))
+
+
+@pytest.mark.parametrize(("norms", "lowest", "highest"), [(few_high, 0.57, 0.63), (exponential, 0.38, 0.53)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tail_of_high_norms_holds_the_rate_down(norms, lowest, highest, seed):
+    """The limit that docs/reference/strategies.md states: what is above the mean does not widen the bound."""
+    rule, draw = UpdateBrake(), random.Random(seed)
+    scales = [float(rule.observe(torch.tensor(norms(draw), dtype=torch.float64))) for _ in range(5000)]
+    assert lowest < sum(scales[1000:]) / 4000 < highest
+
+
+def test_a_single_high_norm_is_remembered_for_more_than_a_thousand_steps():
+    """The other limit that docs/reference/strategies.md states."""
+    rule, draw = UpdateBrake(), random.Random(0)
+    norms = [math.exp(draw.gauss(0.0, 0.05)) * (20 if step == 1000 else 1) for step in range(2501)]
+    scales = [float(rule.observe(torch.tensor(norm, dtype=torch.float64))) for norm in norms]
+    assert scales[999] == pytest.approx(1, abs=0.01)
+    assert scales[1000] == pytest.approx(0.07, abs=0.01)
+    assert scales[2500] == pytest.approx(0.55, abs=0.03)
+
+
 def test_run_up_does_not_widen_the_bound():
     """The variance counts what is below the mean: norms that grow tenfold leave it as it is."""
     rule, draw = UpdateBrake(), random.Random(1)
