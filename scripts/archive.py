@@ -5,7 +5,7 @@
     runs        folder with the runs of experiments; default runs
     archives    folder with the archives of experiments; default experiments/results/runs
 
-An archive has what tables and figures read, with numbers of 6 digits; it has no checkpoints. A
+An archive has what tables and figures read, with numbers of 5 digits; it has no checkpoints. A
 restored run counts as finished: readers read it, and train.py does not train it again. What exists
 already is left as it is. What cannot be archived or restored is named, and the rest is done.
 

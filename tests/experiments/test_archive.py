@@ -26,7 +26,7 @@ def test_restored_run_reads_as_the_run_itself(finished_run, archive, tmp_path):
     columns = {name for name in run.metrics if not name.endswith(("seconds", "per_second", "mfu", "gib"))}
     assert {*restored.metrics} == columns and {"loss", "grad_norm", "clipped"} <= columns
     for name in columns:
-        rtol = 6e-4 if name in DERIVED else 6e-6
+        rtol = 6e-4 if name in DERIVED else 6e-5
         np.testing.assert_allclose(restored.metrics[name], run.metrics[name], rtol=rtol)
     for name in ("step", "tokens"):
         assert np.array_equal(restored.metrics[name], run.metrics[name])

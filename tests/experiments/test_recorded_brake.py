@@ -21,9 +21,9 @@ RUNS = CHECKOUT / "experiments" / "results" / "runs"
     ],
 )
 def test_rule_decides_as_in_the_recorded_run(run):
-    """Archives have six digits."""
+    """Archives have five digits, or six."""
     metrics, rule = read_archive(RUNS / f"{run}.json.xz").metrics, UpdateBrake()
     norms = [torch.tensor(norm, dtype=torch.float64) for norm in metrics["update_norm"]]
     scales = [float(rule.observe(norm)) for norm in norms]
     assert len(scales) == 6000 and min(scales) < 0.6
-    assert scales == pytest.approx(metrics["update_scale"], abs=1e-5)
+    assert scales == pytest.approx(metrics["update_scale"], abs=5e-5)
