@@ -224,9 +224,10 @@ def bind_optimizers(optimizers: Sequence[Optimizer], shards: Sequence[Shard], ow
         if not any(p.requires_grad or p.grad is not None for p in others):
             whole.add(inner)
         holders.update(map(id, candidates[inner]))
+    shared = {key for key, count in holders.items() if count > 1} if holders.total() > len(holders) else set()
     targets: list[Target] = []
     for inner, parameters in candidates.items():
-        fused = inner in whole and supports_fused_scaling(inner) and all(holders[id(p)] == 1 for p in parameters)
+        fused = inner in whole and supports_fused_scaling(inner) and shared.isdisjoint(map(id, parameters))
         targets.append((parameters, FusedClip.of(inner) if fused else None))
     for _, fused_clip in targets:
         if fused_clip is not None:

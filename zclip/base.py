@@ -217,8 +217,9 @@ class ClippingStrategy(Statistics):
 
         def shards_of(inner: Optimizer) -> list[Shard]:
             own = optimizer_parameters(inner)
+            shards = parameters_of([models, own])
             ids = set(map(id, own))
-            return [shard for shard in parameters_of([models, own]) if id(shard.parameter) in ids]
+            return [shard for shard in shards if id(shard.parameter) in ids] if models else shards
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
             shards = shards_of(inner)

@@ -71,8 +71,12 @@ class _Listing(NamedTuple):
             problem = "is not a parameter: pass modules, parameters, or iterables of either, without names"
             raise TypeError(f"{item!r} {problem}")
         elif isinstance(item, Iterable):
-            for inner in item:
-                self.add(inner, fsdp1)
+            items = [*item]
+            if all(isinstance(inner, Tensor) for inner in items):  # thousands of them, in an optimizer's groups
+                self._add_parameters(items, fsdp1)
+            else:
+                for inner in items:
+                    self.add(inner, fsdp1)
         else:
             raise TypeError(
                 f"step() takes modules, parameters, and iterables of either, not {type(item).__name__}; "
