@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zclip.apply import FusedClip, optimizer_parameters, scale_, unwrap
 from zclip.arguments import plain
-from zclip.norm import local_gradients
+from zclip.norm import Parameters, Shard, local_gradients, parameters_of
 
 #: Called before the step of an optimizer; it gets the loss that a closure returned.
 BeforeStep = Callable[[Optimizer, Tensor | None], None]
@@ -121,6 +121,33 @@ class Attachment(StepHook):
             clip(inner, loss)
 
         super().__init__(optimizer, act)
+
+
+class OptimizerShards:
+    """The parameters of an optimizer, with the process groups over which they are sharded, in the order of the models.
+
+    The modules are walked again only when the optimizer has other parameters than in the call before: of a model of
+    thousands of tensors that takes as long as their norms.
+
+    Args:
+        models: modules with some of the parameters, such as those of FSDP1; others come after them.
+    """
+
+    def __init__(self, models: Parameters) -> None:
+        self._models = models
+        self._key: tuple[list[int], list[type]] | None = None
+        self._parameters: list[Tensor] = []  # that the ids are of
+        self._shards: list[Shard] = []
+
+    def __call__(self, optimizer: Any) -> list[Shard]:
+        """Return the distinct parameters that can have gradients; `zclip.norm.parameters_of` says what it raises."""
+        own = optimizer_parameters(optimizer)
+        key = list(map(id, own)), list(map(type, own))  # a plain parameter can become a DTensor in place
+        if key != self._key:
+            ids = set(key[0])
+            self._shards = [each for each in parameters_of([self._models, own]) if id(each.parameter) in ids]
+            self._parameters, self._key = own, key
+        return self._shards
 
 
 def _creates_state() -> bool:

@@ -20,11 +20,10 @@ from zclip.apply import (
     apply_decision,
     bind_optimizers,
     listed_optimizers,
-    optimizer_parameters,
     unwrap,
 )
 from zclip.arguments import ArgumentError, positive
-from zclip.attach import Attachment
+from zclip.attach import Attachment, OptimizerShards
 from zclip.decision import ClipResult, Decision, GradStats, State
 from zclip.integrations.deepspeed import EngineAttachment, is_engine
 from zclip.nonfinite import POLICY_CHECKS, NonFiniteMonitor, nonfinite_message
@@ -215,18 +214,13 @@ class ClippingStrategy(Statistics):
         if models and own_ids and own_ids.isdisjoint(id(shard.parameter) for shard in parameters_of(models)):
             raise ValueError("the models hold no parameter of the optimizer: give attach() the module that it trains")
 
-        def shards_of(inner: Optimizer) -> list[Shard]:
-            own = optimizer_parameters(inner)
-            shards = parameters_of([models, own])
-            ids = set(map(id, own))
-            return [shard for shard in shards if id(shard.parameter) in ids] if models else shards
+        shards_of = OptimizerShards(models)
 
         def clip(inner: Optimizer, loss: Tensor | None) -> None:
-            shards = shards_of(inner)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 loss = None  # other ranks may have another one, and would decide otherwise
             with suppress(_NoGradients):  # the optimizer then has nothing to do either
-                self._step(shards, models, [inner], loss, process_group)
+                self._step(shards_of(inner), models, [inner], loss, process_group)
 
         if own_ids and self.scope is not None:
             self._in_scope(shards_of(inner), models, [inner], process_group)  # a mistake in the scope raises

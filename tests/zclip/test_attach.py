@@ -214,16 +214,41 @@ def test_optimizer_and_model_are_freed():
     assert reference() is None
 
 
-def test_parameters_that_are_added_later_are_clipped():
-    first, later = build_model(), build_model()
-    optimizer, strategy = torch.optim.SGD(first.parameters(), lr=1.0), FixedNorm(1.0)
-    strategy.attach(optimizer)
-    optimizer.add_param_group({"params": list(later.parameters())})
-    for model in (first, later):
+def norm_of(*models: torch.nn.Module) -> float:
+    """Return the norm of the gradients of models after the backward of one batch."""
+    for model in models:
+        model.zero_grad()
         model(batch(0)).square().mean().backward()
-    expected = torch.cat([p.grad.flatten() for model in (first, later) for p in model.parameters()]).norm()
-    optimizer.step()
-    assert strategy.read_telemetry()["grad_norm"] == pytest.approx(float(expected), rel=1e-6)
+    return float(torch.cat([p.grad.flatten() for model in models for p in model.parameters()]).norm())
+
+
+@pytest.mark.parametrize("with_models", [False, True])
+def test_parameters_that_are_added_or_replaced_later_are_clipped(with_models):
+    first, later, other = build_model(), build_model(), build_model()
+    optimizer, strategy = torch.optim.SGD(first.parameters(), lr=1e-3), FixedNorm(1.0)
+    strategy.attach(optimizer, *([first, later, other] if with_models else []))
+    for change, models in (
+        (lambda: None, [first]),
+        (lambda: optimizer.add_param_group({"params": list(later.parameters())}), [first, later]),
+        (lambda: optimizer.param_groups[0].update(params=list(other.parameters())), [other, later]),
+        (lambda: optimizer.param_groups.pop(), [other]),
+    ):
+        change()
+        expected = norm_of(*models)
+        optimizer.step()
+        assert strategy.read_telemetry()["grad_norm"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_error_of_the_parameters_comes_in_every_step():
+    """Parameters are known to the next step only once they were listed without an error."""
+    optimizer, strategy = torch.optim.SGD(build_model().parameters(), lr=1e-3), FixedNorm(1.0)
+    strategy.attach(optimizer)
+    flattened = torch.nn.Parameter(torch.ones(3))
+    flattened._fsdp_flattened = True
+    optimizer.add_param_group({"params": [flattened]})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="FSDP1 shards parameters, and only its module knows how"):
+            optimizer.step()
 
 
 def test_copies_are_not_attached():
