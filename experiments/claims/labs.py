@@ -230,8 +230,8 @@ LAB_CLAIMS: Mapping[str, Sequence[Claim]] = {
             _NORM,
         ),
         _warning(
-            "ZClip's z-score warns before the gradient norm.",
-            "the paper's rule, which acts on the z-score",
+            "ZClip's z-score rises by five sigma before the gradient norm.",
+            "nobody: a question of this project",
             "ZClip",
             ("the z-score", "the gradient norm"),
             z_score,

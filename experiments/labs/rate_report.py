@@ -15,6 +15,7 @@ from experiments.labs.report import (
     comparison_cells,
     csv_text,
     lab_text,
+    mean_text,
     outcome_sentences,
 )
 from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, SMALLEST_NATS, UNDECIDED
@@ -26,10 +27,10 @@ HEADER = (
     "best rate",
     "loss there",
     "usable rates",
-    "sensitivity (nats)",
+    "sensitivity (nats, 95 %)",
     "minus the reference (95 %)",
     "outcome",
-    "mean loss over the rates",
+    "mean loss over the rates (nats, 95 %)",
     "minus the reference (95 %)",
     "outcome",
     "seeds",
@@ -64,7 +65,7 @@ def findings(lab: RateLab, results: Sequence[RateResult]) -> list[str]:
     """Return sentences on the sensitivity of the reference arm, and on the others against it."""
     reference = [result for result in results if result.arm.label == lab.reference]
     said = [
-        f"With {lab.reference}, the learning-rate sensitivity is {np.mean(result.sensitivities):.2f} nats."
+        f"With {lab.reference}, the learning-rate sensitivity is {mean_text(result.sensitivities, 2)} nats."
         for result in reference
     ]
     changes = {result.arm.label: result.comparison for result in results if result.comparison is not None}
@@ -89,9 +90,9 @@ def table_row(lab: RateLab, result: RateResult, best: float) -> list[str]:
         f"{lab.rates[int(losses.argmin())]:g}",
         f"{losses.min():.3f}",
         rates_text(lab.rates, usable),
-        f"{np.mean(result.sensitivities):.3f}",
+        mean_text(result.sensitivities, 3),
         *comparison_cells(result.comparison),
-        f"{losses.mean():.3f}",
+        mean_text(result.seed_losses, 3),
         *comparison_cells(result.loss_comparison),
         str(len(result.curves)),
     ]

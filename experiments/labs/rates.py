@@ -30,6 +30,11 @@ class Curve(NamedTuple):
     losses: np.ndarray
     sensitivity: float
 
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the losses over the rates, in nats."""
+        return float(self.losses.mean())
+
 
 class RateResult(NamedTuple):
     """The runs of an arm.
@@ -50,6 +55,11 @@ class RateResult(NamedTuple):
     def sensitivities(self) -> list[float]:
         """Sensitivity of each seed, in nats."""
         return [curve.sensitivity for curve in self.curves.values()]
+
+    @property
+    def seed_losses(self) -> list[float]:
+        """Mean loss over the rates of each seed, in nats."""
+        return [curve.mean_loss for curve in self.curves.values()]
 
     @property
     def mean_losses(self) -> np.ndarray:
@@ -83,6 +93,6 @@ def rate_results(lab: RateLab, collection: RunCollection) -> list[RateResult]:
     """Return the results of the arms that have all rates of a seed, in the lab's order."""
     curves = {arm: by_seed for arm in lab.arms if (by_seed := curves_of(lab, arm, collection))}
     sensitivities = {arm.label: {seed: each.sensitivity for seed, each in by.items()} for arm, by in curves.items()}
-    means = {arm.label: {seed: float(each.losses.mean()) for seed, each in by.items()} for arm, by in curves.items()}
+    means = {arm.label: {seed: each.mean_loss for seed, each in by.items()} for arm, by in curves.items()}
     changes, losses = (differences(values, lab.reference) for values in (sensitivities, means))
     return [RateResult(arm, by_seed, changes.get(arm.label), losses.get(arm.label)) for arm, by_seed in curves.items()]

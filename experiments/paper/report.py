@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from experiments.claims.forest import draw_verdicts
 from experiments.claims.numbers import Certain
-from experiments.claims.verdict import ABOVE, BELOW, NOT_TESTABLE, OUTCOMES, WITHIN, Verdict, train_command
+from experiments.claims.verdict import (
+    ABOVE,
+    BELOW,
+    NOT_TESTABLE,
+    OUTCOMES,
+    UNDECIDED,
+    WITHIN,
+    Verdict,
+    train_command,
+)
 from experiments.claims.verdict import __doc__ as how_judged
 from experiments.escape import escape_markdown, escaped_list, escaped_table, visible
 from experiments.paper.footnotes import describe_runs
@@ -103,13 +112,15 @@ def _visible(value: object) -> object:
 
 
 def _asked(verdicts: Sequence[Verdict], runs: Sequence[Run]) -> str:
-    claims = (
-        f"Which of {len(verdicts)} claims about gradient clipping hold in small language models? " if verdicts else ""
-    )
+    claims = decided = ""
+    if verdicts:
+        claims = f"Which of {len(verdicts)} claims about gradient clipping hold in small language models? "
+        number = sum(verdict.outcome not in (UNDECIDED, NOT_TESTABLE) for verdict in verdicts)
+        decided = f"They decide {number} of the claims. "
     return (
         f"{claims}The paper trained a model of a billion parameters on 50 billion tokens. Here are {len(runs)} runs of "
-        "its experiments at another scale, and the runs of the labs as far as there are any. They show the direction "
-        "of differences, not their size at the paper's scale."
+        f"its experiments at another scale, and the runs of the labs as far as there are any. {decided}None of them "
+        "gives the size of a difference at the paper's scale."
     )
 
 

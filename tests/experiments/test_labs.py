@@ -319,7 +319,7 @@ def rate_run(untrained, final):
     return Run(Path("run"), {}, metrics, {"steps": 2, "test_loss": final if math.isfinite(final) else None}, [], [], [])
 
 
-def test_report_of_rates_has_the_sensitivity_of_each_arm():
+def test_report_of_rates_has_the_sensitivity_of_each_arm_with_its_interval():
     lab = LABS["rate"]
     none, zclip = (next(arm for arm in lab.arms if arm.label == label) for label in ("no clipping", "ZClip"))
     finals = {none: (3, 2, 2, 3, 4, math.inf, 9), zclip: (3, 2, 2, 2, 2, 3, 6)}
@@ -331,11 +331,15 @@ def test_report_of_rates_has_the_sensitivity_of_each_arm():
     }
     written = rate_report(lab, RunCollection(runs, set(), {}, [], frozenset()), "Read today.")
     sensitivity = (1 + 0 + 0 + 1 + 2 + 4 + 4) / 7  # losses count at most as much as that of the untrained model
-    assert f"With no clipping, the learning-rate sensitivity is {sensitivity:.2f} nats." in written.text
+    assert f"With no clipping, the learning-rate sensitivity is {sensitivity:.2f} ± 0.00 nats." in written.text
     assert "Lower by more than 0.1 nats with: ZClip -0.86" in written.text
     assert "| ZClip | 0.001 | 2.001 | 0.001 to 0.03 |" in written.text
     loss = (3 + 2 + 2 + 2 + 2 + 3 + 6 - 3 - 2 - 2 - 3 - 4 - 6 - 6) / 7  # but for a thousandth of a nat
     assert f"The mean loss over the rates is lower by more than 0.1 nats with: ZClip {loss:.2g} (" in written.text
+    (row,) = (line.split(" | ") for line in written.text.splitlines() if line.startswith("| no clipping"))
+    half = 4.303 * 0.001 / math.sqrt(3)  # of the interval of t over three seeds, for a step of 0.001 from seed to seed
+    assert row[4] == f"{sensitivity:.3f} ± {2 / 7 * half:.3f}", "two losses do not depend on the seed"
+    assert row[7] == f"{(3 + 2 + 2 + 3 + 4 + 6 + 6) / 7 + 5 / 7 * 0.001:.3f} ± {5 / 7 * half:.3f}"
     assert "not run: fixed 1.0 at 0.0003 (seeds 0, 1, 2)" in written.text
     assert len(list(csv.DictReader(written.numbers.splitlines()))) == len(runs)
     (ax,) = written.figures["rates"].axes

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from experiments.claims.labs import LAB_CLAIMS
-from experiments.claims.verdict import OUTCOMES, corrected, judge
+from experiments.claims.verdict import NOT_TESTABLE, OUTCOMES, UNDECIDED, corrected, judge
 from experiments.paper.claims import PAPER_CLAIMS
 from experiments.paper.figures import FIGURES
 from experiments.paper.images import small_png, small_svg
@@ -64,6 +64,8 @@ def test_report_has_tables_verdicts_and_figures(names, everything, figures):
     claims = [*PAPER_CLAIMS, *(claim for claims in LAB_CLAIMS.values() for claim in claims)]
     assert re.findall("^## (.+)", text, re.M) == [claim.text for claim in claims]
     shown = re.findall(r"^\*\*(.+)\*\*$", text, re.M)
+    decided = sum(outcome not in (UNDECIDED, NOT_TESTABLE) for outcome in shown)
+    assert f"They decide {decided} of the claims. None of them gives the size" in page
     assert {*shown} <= {*OUTCOMES}
     rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", text, re.M)[2:]]
     assert [row[:2] for row in rows] == [[c.text.rstrip("."), o] for c, o in zip(claims, shown, strict=True)]
