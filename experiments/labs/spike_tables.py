@@ -12,7 +12,7 @@ from experiments.labs.statistics import Comparison, decide, paired_ratio
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 
-#: Added to areas before they are compared, in nats x steps: less than any spike, so that areas of 0 have a ratio.
+#: Added to areas and excesses before they are compared, in nats x steps: less than any spike, so that 0 has a ratio.
 AREA_OFFSET = 1.0
 
 
@@ -23,11 +23,13 @@ class ArmResult(NamedTuple):
         arm: the arm.
         numbers: numbers of each finished run, by seed.
         ratio: its areas as multiples of the reference arm's; `None` for the reference, and for too few seeds.
+        excess_ratio: the same of its excesses, without an outcome: this number was chosen after the first runs.
     """
 
     arm: Arm
     numbers: Mapping[int, SpikeNumbers]
     ratio: Comparison | None
+    excess_ratio: Comparison | None
 
 
 def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
@@ -41,15 +43,17 @@ def arm_results(lab: SpikeLab, collection: RunCollection) -> list[ArmResult]:
         for arm in lab.arms
     }
     numbers = {arm: by_seed for arm, by_seed in numbers.items() if by_seed}
-    areas = {arm: {seed: each.area for seed, each in by_seed.items()} for arm, by_seed in numbers.items()}
-    reference = areas.get(lab.arm(lab.reference), {})
-    ratios: dict[str, Comparison] = {}
-    for arm, by_seed in areas.items():
-        ratio = paired_ratio(by_seed, reference, AREA_OFFSET) if arm.label != lab.reference else None
-        if ratio is not None:
-            ratios[arm.label] = ratio
-    ratios = decide(ratios)
-    return [ArmResult(arm, by_seed, ratios.get(arm.label)) for arm, by_seed in numbers.items()]
+    areas, excesses = (_ratios(lab, numbers, field) for field in ("area", "excess"))
+    areas = decide(areas)
+    return [ArmResult(arm, by_seed, areas.get(arm.label), excesses.get(arm.label)) for arm, by_seed in numbers.items()]
+
+
+def _ratios(lab: SpikeLab, numbers: Mapping[Arm, Mapping[int, SpikeNumbers]], field: str) -> dict[str, Comparison]:
+    """Return a field of each arm as multiples of the reference arm's, by label; of arms with enough seeds."""
+    values = {arm.label: {seed: getattr(each, field) for seed, each in runs.items()} for arm, runs in numbers.items()}
+    reference = values.pop(lab.reference, {})
+    ratios = {label: paired_ratio(by_seed, reference, AREA_OFFSET) for label, by_seed in values.items()}
+    return {label: ratio for label, ratio in ratios.items() if ratio is not None}
 
 
 HEADER = (
@@ -58,6 +62,8 @@ HEADER = (
     "area (nats x steps)",
     "ratio of areas (95 %)",
     "outcome",
+    "excess (nats x steps)",
+    "ratio of excesses (95 %)",
     "steps lost",
     "worst",
     "mean loss",
@@ -80,6 +86,8 @@ def table_rows(results: Sequence[ArmResult]) -> list[list[str]]:
                 mean_text(columns["per_10k"], 1),
                 mean_text(columns["area"], 0),
                 *comparison_cells(result.ratio),
+                mean_text(columns["excess"], 0),
+                result.excess_ratio.text() if result.excess_ratio else "",
                 mean_text(columns["steps_lost"], 0),
                 f"{max(columns['worst']):.0f}x",
                 mean_text(columns["mean_loss"], 4),

@@ -16,7 +16,7 @@ from experiments.labs.declaration import LABS
 from experiments.labs.natural_spikes import natural_spikes, warning_steps
 from experiments.labs.rate_report import rate_report, rates_text
 from experiments.labs.rule_figure import second_moment_norm
-from experiments.labs.spike_numbers import spike_numbers
+from experiments.labs.spike_numbers import excess, spike_numbers
 from experiments.labs.spike_report import findings
 from experiments.labs.spike_tables import arm_results
 from experiments.labs.statistics import (
@@ -300,6 +300,30 @@ def test_slowed_steps_and_their_mean_scale_are_those_of_the_rule():
     assert (spike_numbers(run).slowed, spike_numbers(run).scale) == (0, 1)
     del run.metrics["update_scale"]
     assert math.isnan(spike_numbers(run).slowed) and math.isnan(spike_numbers(run).scale)
+
+
+def test_excess_counts_what_is_too_low_for_a_spike():
+    loss = np.ones(1000)
+    loss[100], loss[600:603], loss[700] = 9.0, (1.4, 1.2, 1.5), 3.0
+    assert excess(loss) == pytest.approx(0.4 + 0.5 + 2.0)  # not step 100, which is in the first 200, and not 1.2
+    assert [spike.start for spike in natural_spikes(loss)] == [700]
+
+
+def test_excess_is_above_the_median_of_the_500_steps_before():
+    loss = np.r_[np.full(1000, 4.0), np.ones(400)]  # a fall is no excess, and the level follows after 250 steps
+    loss[1100], loss[1300] = 5.0, 5.0
+    assert excess(loss) == pytest.approx(0 + 4.0)
+
+
+@pytest.mark.parametrize("steps", [0, 150, 200])
+def test_excess_of_a_short_run_is_zero(steps):
+    assert excess(np.ones(steps)) == 0
+
+
+def test_excess_of_a_loss_that_is_not_finite_is_infinite():
+    loss = np.ones(400)
+    loss[300] = math.inf
+    assert excess(loss) == math.inf
 
 
 def test_run_that_has_diverged_has_an_infinite_area():
