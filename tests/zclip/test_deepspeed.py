@@ -126,6 +126,9 @@ def test_scope_is_refused_while_a_strategy_is_attached_to_an_engine():
     strategy.scope = None
     strategy.attach(zero)
     zero.unscale_and_clip_grads([torch.ones(3)], torch.tensor(2048.0))
+    with pytest.raises(ValueError, match=r"^engine\.step\(\) calls the strategy that is attached to it: leave out obs"):
+        strategy.observe(torch.tensor(2.0))
+    assert strategy.state["count"] == 1
     with pytest.raises(ValueError, match=f"^scope=weight {words}"):
         strategy.scope = "weight"
     assert strategy.scope is None and strategy.changes == []

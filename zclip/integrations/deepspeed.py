@@ -6,7 +6,7 @@ group of parameters. `EngineAttachment` takes the place of that method. It is no
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class EngineAttachment:
     Raises:
         ValueError: the engine's optimizer is not of ZeRO 1, 2 or 3, computes no norm, or has a strategy already.
     """
+
+    #: What calls the strategy, for messages.
+    caller: ClassVar[str] = "engine.step()"
 
     def __init__(self, engine: Any, observe: Callable[[Tensor], Tensor]) -> None:
         zero: Any = engine if hasattr(engine, "unscale_and_clip_grads") else getattr(engine, "optimizer", None)
