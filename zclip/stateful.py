@@ -18,6 +18,7 @@ from zclip.norm import statistics_dtype
 from zclip.saved_state import (
     CHANGE,
     MAX_CHANGES,
+    LengthError,
     check_keys,
     check_tensor,
     check_values,
@@ -267,6 +268,8 @@ class Stateful(metaclass=_Made):
                 raise
             words = ", ".join(f"{_argument(c['setting'], c['to'])} (was {shown(c['from'])})" for c in new[:20])
             reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+            if isinstance(error, LengthError):
+                reason = "the length of a history cannot change once norms were seen"
             raise ValueError(f"the statistics do not fit {words}: {reason}") from error
 
     def _checked_arguments(
@@ -290,10 +293,11 @@ class Stateful(metaclass=_Made):
         optional = ("started", "changes", "scope", *of_policy, *of_tensors)
         check_keys(own, "it", state_dict, REQUIRED, optional)
         saved = state_dict["config"]
-        names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
-        check_keys(own, "config", saved, (), names)
+        config = self.config()
+        required = [name for name in config if name not in self.added]
+        check_keys(own, "config", saved, required, [name for name in config if name in self.added])
         before = {**self.added, **saved, "scope": state_dict.get("scope")}
-        new = differences(before, {**self.config(), "scope": self._patterns()})
+        new = differences(before, {**config, "scope": self._patterns()})
         if new and not override:
             pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"
