@@ -99,7 +99,8 @@ class ClippingStrategy(Statistics):
             the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
             `step(model, optimizer=[muon, adamw])`.
 
-            A pattern that matches nothing gives a warning. A saved state records the scope.
+            A pattern that matches nothing gives a warning. A scope that matches nothing raises in the next step, and
+            `changes` then does not list it. A saved state records the scope.
 
     These policies can be assigned between two steps, which `changes` records.
 

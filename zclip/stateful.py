@@ -75,6 +75,8 @@ class Stateful(metaclass=_Made):
     #: Checks of attributes besides the arguments, under any values of which a saved state can be loaded.
     _policies: Mapping[str, Callable[[Any], Any]] = MappingProxyType({})
     _scope: str | tuple[str, ...] | None = None
+    #: Patterns of the scope of the last step, and the recorded change to one that no step has used yet.
+    _unused_scope: tuple[list[str] | None, dict[str, Any] | None] | None = None
     _is_made = False  # whether `__init__` has returned
 
     def __init__(self) -> None:
@@ -252,6 +254,7 @@ class Stateful(metaclass=_Made):
         """
         self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
         self._objects = []
+        self._unused_scope = None
 
     def _checked(
         self, state_dict: Mapping[str, Any], override: bool
