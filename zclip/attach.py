@@ -114,6 +114,8 @@ class Attachment(StepHook):
     """The hook of a strategy on one optimizer, whose gradients it unscales, if a GradScaler left that to the step."""
 
     kind = "a strategy"
+    #: What calls the strategy, for messages.
+    caller: ClassVar[str] = "optimizer.step()"
 
     def __init__(self, optimizer: Optimizer, clip: BeforeStep) -> None:
         def act(inner: Optimizer, loss: Tensor | None) -> None:

@@ -98,7 +98,8 @@ class ClippingStrategy(Statistics):
             the optimizer's class, such as `AdamW`. It needs the optimizer: `attach(optimizer)`, or
             `step(model, optimizer=[muon, adamw])`.
 
-            A pattern that matches nothing gives a warning. A saved state records the scope.
+            A pattern that matches nothing gives a warning. A scope that matches nothing raises in the next step, and
+            `changes` then does not list it. A saved state records the scope.
 
     These policies can be assigned between two steps, which `changes` records.
 
@@ -206,7 +207,7 @@ class ClippingStrategy(Statistics):
         if is_engine(optimizer):
             if self.per_tensor or self.needs_gradients or self.scope is not None:
                 raise ValueError(f"{type(self).__name__ if self.scope is None else 'a scope'} {NOT_IN_ENGINE}")
-            self._attachment = EngineAttachment(optimizer, self.observe)
+            self._attachment = EngineAttachment(optimizer, self._observe)
             return
         models = tuple(map(listed, models))
         inner = unwrap(optimizer)
@@ -241,7 +242,7 @@ class ClippingStrategy(Statistics):
         self,
         *models: Parameters,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
-        loss: Tensor | None = None,
+        loss: Tensor | float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """Clip the gradients. Call it after backward, accumulation and unscaling, before the optimizer.
@@ -255,7 +256,7 @@ class ClippingStrategy(Statistics):
                 stay unscaled until then. Gradients are scaled in place for other optimizers, for optimizers that
                 hold parameters not among the models', and by strategies with a coefficient for each tensor. Default
                 `None`: gradients are scaled in place, and a skipped step has zero gradients.
-            loss: 0-dim, for strategies that use it; must be the same on every rank. Default `None`.
+            loss: 0-dim tensor or a number, for strategies that use it; must be the same on every rank. Default `None`.
             process_group: ranks that hold other parameters of the same model (pipeline stages). The norm is taken over
                 all of them, and all make the same decision. Default `None`: no such ranks.
 
@@ -269,20 +270,24 @@ class ClippingStrategy(Statistics):
             FloatingPointError: see `on_nonfinite` and `max_consecutive_nonfinite`.
         """
         self._check_initialised()
-        if self._attachment is not None:
-            raise ValueError("optimizer.step() calls the strategy that is attached to it: leave out step()")
+        self._check_not_attached("step()")
         optimizers = listed_optimizers(optimizer)
         if any(map(Attachment.is_on, optimizers)):
             raise ValueError("a strategy is attached to an optimizer of these: leave out step(), or detach() that one")
         models = tuple(map(listed, models))
         return self._step(parameters_of(models), models, optimizers, loss, process_group)
 
+    def _check_not_attached(self, call: str) -> None:
+        if self._attachment is not None:
+            words = "calls the strategy that is attached to it: leave out"
+            raise ValueError(f"{self._attachment.caller} {words} {call}")
+
     def _step(
         self,
         shards: Sequence[Shard],
         models: Parameters,
         optimizers: Sequence[Optimizer],
-        loss: Tensor | None,
+        loss: Tensor | float | None,
         process_group: dist.ProcessGroup | None,
     ) -> Tensor:
         with torch.no_grad():
@@ -292,11 +297,11 @@ class ClippingStrategy(Statistics):
             no_gradients = all(gradient is None for gradient in gradients)
             if no_gradients and process_group is None and not any(shard.groups for shard in shards):
                 raise _NoGradients(NO_GRADIENTS)
-            loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
             norms = tensor_norms(shards, gradients) if shards else _no_norms(others, process_group)
             norm = global_norm(norms, process_group)
             if no_gradients and norm.device.type == "cpu" and norm == 0:
                 raise _NoGradients(NO_GRADIENTS)
+            loss = scalar("loss", loss, norm.device) if self.uses_loss and loss is not None else None
             targets = bind_optimizers(optimizers, shards, owner=self)
             stats = GradStats(norm, norms, loss, shards, gradients, process_group)
             coefficients, skip, finite = self._update(stats, models)
@@ -305,31 +310,36 @@ class ClippingStrategy(Statistics):
             apply_decision(coefficients, skip, ~finite if self.on_nonfinite == "zero" else None, targets, stats)
             return norm.to(torch.float32)
 
-    def observe(self, norm: Tensor, loss: Tensor | None = None) -> Tensor:
+    def observe(self, norm: Tensor | float, loss: Tensor | float | None = None) -> Tensor:
         """Update the statistics with one norm, without gradients, and return the coefficient for that norm.
 
         Strategies with statistics for each tensor see a single tensor.
 
         Args:
-            norm: 0-dim tensor; NaN or infinity does not change the statistics. A number below 0 counts as NaN. A
-                DTensor is reduced over its mesh, so all of its ranks must call.
-            loss: 0-dim tensor, for strategies that use it. Default `None`.
+            norm: a 0-dim tensor, or a number, whose statistics are on the CPU. NaN or infinity does not change them. A
+                number below 0 counts as NaN. A DTensor is reduced over its mesh, so all of its ranks must call.
+            loss: a 0-dim tensor or a number, for strategies that use it. Default `None`.
 
         Returns:
-            0-dim tensor; 0 where the step would be skipped. Then set gradients to zero, which a product with NaN would
-            not: `zclip.apply.scale_(gradients, coefficient, coefficient == 0)`.
+            0-dim tensor on the device of the norm; 0 where the step would be skipped. Then set gradients to zero, which
+            a product with NaN would not: `zclip.apply.scale_(gradients, coefficient, coefficient == 0)`.
 
         Raises:
-            TypeError: an argument is not a tensor of one real number.
-            ValueError: this strategy has a scope. Which parameters the norm is of is the caller's choice.
+            TypeError: an argument is not a real number, or a tensor of one.
+            ValueError: this strategy is attached, or has a scope: the caller chooses of which parameters the norm is.
         """
+        self._check_initialised()
+        self._check_not_attached("observe()")
+        return self._observe(norm, loss)
+
+    def _observe(self, norm: Tensor | float, loss: Tensor | float | None = None) -> Tensor:
+        """Do what `observe` does; an engine calls it for the strategy that is attached to it."""
         with torch.no_grad():
-            self._check_initialised()
             if self.scope is not None:
                 raise ValueError(f"scope={self.scope} is not possible where only a norm is known: it must be None")
             norm = scalar("norm", norm)
             norm = torch.where(norm < 0, torch.nan, norm.to(statistics_dtype(norm.device)))
-            loss = scalar("loss", loss) if self.uses_loss and loss is not None else loss
+            loss = scalar("loss", loss, norm.device) if self.uses_loss and loss is not None else None
             coefficient, skip, _ = self._update(GradStats(norm, norm.reshape(1), loss))
             assert isinstance(coefficient, Tensor)
             return torch.where(skip, 0.0, coefficient.reshape(()))

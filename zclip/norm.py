@@ -10,6 +10,7 @@ their gradients: all ranks then enter the same collectives in the same order, ev
 """
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -198,14 +199,22 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def scalar(name: str, value: object) -> Tensor:
-    """Return a tensor of one element as a 0-dim tensor, or raise `TypeError`.
+def scalar(name: str, value: object, device: torch.device | str = "cpu") -> Tensor:
+    """Return a real number, or a tensor of one element, as a 0-dim tensor, or raise `TypeError`.
 
     A DTensor, such as the norm that torch's `clip_grad_norm_` returns under FSDP2, is summed up over its mesh.
+
+    Args:
+        name: the argument, for the message.
+        value: the number or tensor. A truth value is no number.
+        device: that of the tensor that a number becomes, of `statistics_dtype`. Default: the CPU.
     """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        device = torch.device(device)
+        return torch.full((), float(value), dtype=statistics_dtype(device), device=device)
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name}= takes a 0-dim real tensor, not {type(value).__name__}{shape}")
+        raise TypeError(f"{name}= takes a real number or a 0-dim real tensor, not {type(value).__name__}{shape}")
     value = value.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).reshape(())
 

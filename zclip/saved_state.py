@@ -31,9 +31,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def refuse(strategy: str, entry: str, value: object, allowed: str) -> NoReturn:
+class LengthError(ValueError):
+    """A saved statistic has another length than this strategy's arguments give it."""
+
+
+def refuse(strategy: str, entry: str, value: object, allowed: str, error: type[ValueError] = ValueError) -> NoReturn:
     """Raise a `ValueError` that names an entry of a saved state, its value and what is allowed."""
-    raise ValueError(f"the saved {strategy} is damaged: {entry}={shown(value)} is not allowed: it must be {allowed}")
+    raise error(f"the saved {strategy} is damaged: {entry}={shown(value)} is not allowed: it must be {allowed}")
 
 
 def check_history(strategy: str, history: Tensor, count: int) -> None:
@@ -123,8 +127,10 @@ def check_tensor(strategy: str, entry: str, value: object, like: Tensor, resizab
     allowed = f"a dense {kind} tensor of shape {shape}"
     if not is_plain(value):
         refuse(strategy, entry, value, allowed)
-    if value.dtype not in dtypes or value.ndim != like.ndim or not (resizable or value.shape == like.shape):
+    if value.dtype not in dtypes or value.ndim != like.ndim:
         refuse(strategy, entry, value, allowed)
+    if not resizable and value.shape != like.shape:
+        refuse(strategy, entry, value, allowed, LengthError)
     return value.detach()
 
 

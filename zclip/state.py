@@ -38,6 +38,8 @@ class Statistics(Stateful):
     def scope(self, scope: str | Sequence[str] | None) -> None:
         """Change the scope between two steps. The statistics stay, and `changes` records it.
 
+        The next step raises if it matches nothing. `changes` then does not list it.
+
         Raises:
             ArgumentError: it is not a pattern, or a list of patterns; or a rule over updates, or a strategy in
                 DeepSpeed's engine, is to have one.
@@ -52,7 +54,22 @@ class Statistics(Stateful):
         self._scope = plain_scope(scope)
         self._scope_is_checked = False
         if self.__dict__.get("counters"):  # it runs
-            self._record_changes({"scope": before}, {"scope": self._patterns()})
+            self._record_scope(before)
+
+    def _record_scope(self, before: list[str] | None) -> None:
+        """Record the change from a scope, or from the one before, if no step has used that scope."""
+        if self._unused_scope is not None:
+            before, _ = self._unused_scope
+            self._unrecord_scope()
+        after = self._patterns()
+        self._record_changes({"scope": before}, {"scope": after})
+        self._unused_scope = (before, self.changes[-1] if before != after else None)
+
+    def _unrecord_scope(self) -> None:
+        """Remove the change to a scope that no step has used from the record."""
+        if self._unused_scope is not None:
+            _, unused = self._unused_scope
+            self.changes = [change for change in self.changes if change is not unused]
 
     def _check_takes_scope(self, scope: object) -> None:
         """Raise `ArgumentError` if the statistics cannot be of some of the parameters only."""
@@ -149,7 +166,11 @@ class Statistics(Stateful):
         names, groups = self._names(models), group_names(optimizers)
         split = split_by_scope(shards, names, groups, self._scope)
         if not self._scope_is_checked or (process_group is None and not split.inside):
-            check_split(split, self._scope, names, groups, process_group)
+            try:
+                check_split(split, self._scope, names, groups, process_group)
+            except ValueError:
+                self._unrecord_scope()
+                raise
             self._scope_is_checked = True
         return split.inside, split.others
 
@@ -172,6 +193,7 @@ class Statistics(Stateful):
         if unknown := sorted(new.keys() - self.state.keys()):
             lacks = f"it lacks {', '.join(unknown)}"
             raise ValueError(f"{type(self).__name__}.initial_state must return all of the statistics: {lacks}")
+        self._unused_scope = None
         # Make new tensors before copying any: a returned statistic may alias another one of the current state.
         state = {key: torch.where(kept, value, self.state[key]) for key, value in new.items()}
         consecutive = self.counters["consecutive_clips"]

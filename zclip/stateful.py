@@ -18,6 +18,7 @@ from zclip.norm import statistics_dtype
 from zclip.saved_state import (
     CHANGE,
     MAX_CHANGES,
+    LengthError,
     check_keys,
     check_tensor,
     check_values,
@@ -74,6 +75,8 @@ class Stateful(metaclass=_Made):
     #: Checks of attributes besides the arguments, under any values of which a saved state can be loaded.
     _policies: Mapping[str, Callable[[Any], Any]] = MappingProxyType({})
     _scope: str | tuple[str, ...] | None = None
+    #: Patterns of the scope of the last step, and the recorded change to one that no step has used yet.
+    _unused_scope: tuple[list[str] | None, dict[str, Any] | None] | None = None
     _is_made = False  # whether `__init__` has returned
 
     def __init__(self) -> None:
@@ -251,6 +254,7 @@ class Stateful(metaclass=_Made):
         """
         self.state, self.counters, self.tensors, self.changes = self._checked(state_dict, override)
         self._objects = []
+        self._unused_scope = None
 
     def _checked(
         self, state_dict: Mapping[str, Any], override: bool
@@ -267,6 +271,8 @@ class Stateful(metaclass=_Made):
                 raise
             words = ", ".join(f"{_argument(c['setting'], c['to'])} (was {shown(c['from'])})" for c in new[:20])
             reason = str(error).removeprefix(f"the saved {type(self).__name__} is damaged: ")
+            if isinstance(error, LengthError):
+                reason = "the length of a history cannot change once norms were seen"
             raise ValueError(f"the statistics do not fit {words}: {reason}") from error
 
     def _checked_arguments(
@@ -290,10 +296,11 @@ class Stateful(metaclass=_Made):
         optional = ("started", "changes", "scope", *of_policy, *of_tensors)
         check_keys(own, "it", state_dict, REQUIRED, optional)
         saved = state_dict["config"]
-        names = [key for key in saved if isinstance(key, str)] if isinstance(saved, Mapping) else []
-        check_keys(own, "config", saved, (), names)
+        config = self.config()
+        required = [name for name in config if name not in self.added]
+        check_keys(own, "config", saved, required, [name for name in config if name in self.added])
         before = {**self.added, **saved, "scope": state_dict.get("scope")}
-        new = differences(before, {**self.config(), "scope": self._patterns()})
+        new = differences(before, {**config, "scope": self._patterns()})
         if new and not override:
             pairs = [f"{_argument(c['setting'], c['from'])}, not {shown(c['to'])}" for c in new[:20]]
             same_or = "make this one with the same arguments, or load it with override=True"

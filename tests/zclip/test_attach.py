@@ -118,6 +118,11 @@ def test_optimizer_or_strategy_is_not_attached_twice():
     model(batch(0)).square().mean().backward()
     with pytest.raises(ValueError, match=r"^optimizer\.step\(\) calls the strategy that is attached to it: leave out"):
         strategy.step(model)
+    with pytest.raises(
+        ValueError, match=r"^optimizer\.step\(\) calls the strategy that is attached to it: leave out o"
+    ):
+        strategy.observe(torch.tensor(1.0))
+    assert strategy.state == {}
     with pytest.raises(ValueError, match=r"^a strategy is attached to an optimizer of these: leave out step\(\)"):
         ZClip().step(model, optimizer=optimizer)
     strategy.detach()

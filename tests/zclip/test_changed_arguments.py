@@ -10,7 +10,7 @@ import torch
 
 from tests.zclip.every_strategy import SHORT
 from tests.zclip.reference_loop import batch, build_model
-from zclip import AutoClip, FixedNorm, GradientStabilizer, SkipStep, ZClip
+from zclip import AutoClip, FixedNorm, GradientStabilizer, LaggedZScore, SkipStep, TensorAutoClip, ZClip
 from zclip.updates import UpdateClip
 
 
@@ -66,9 +66,7 @@ def test_change_that_is_refused_changes_nothing():
     strategy = SkipStep(window=8)
     steps(strategy, 0, 3)
     before = copy.deepcopy(strategy.state_dict())
-    reason = (
-        r"state\.losses=a float64 tensor of shape \[8\] is not allowed: it must be a dense float64 or float32 tensor of"
-    )
+    reason = "the length of a history cannot change once norms were seen$"
     with pytest.raises(
         ValueError, match=rf"^the statistics do not fit sigma=3\.0 \(was 6\.0\), window=4 \(was 8\): {reason}"
     ):
@@ -83,6 +81,24 @@ def test_change_that_is_refused_changes_nothing():
         ValueError, match=r"^the saved SkipStep is damaged: state\.losses=a float64 tensor of shape \[5\]"
     ):
         SkipStep(window=8).load_state_dict(before, override=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "window", "other"),
+    [(AutoClip, 10, 20), (AutoClip, None, 10), (LaggedZScore, 10, 20), (TensorAutoClip, 10, 20), (UpdateClip, 10, 64)],
+)
+def test_window_that_has_seen_norms_is_named_where_it_is_changed(make, window, other):
+    rule, changed = make(window=window), make(window=other)
+    for step in range(25):
+        rule.observe(1.0 + step % 3)
+    before = str(rule.state_dict())
+    reason = "the length of a history cannot change once norms were seen"
+    words = rf"^the statistics do not fit window={other} \(was {window}\): {reason}$"
+    with pytest.raises(ValueError, match=words):
+        rule.window = other
+    with pytest.raises(ValueError, match=words):
+        changed.load_state_dict(rule.state_dict(), override=True)
+    assert str(rule.state_dict()) == before and changed.state == {}
 
 
 def test_block_of_another_length_starts_anew():

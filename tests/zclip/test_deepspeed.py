@@ -85,6 +85,11 @@ class DeepSpeedZeroOptimizer:
     loss_scale = 1024.0
     clip_grad = 1.0
 
+    def step(self, groups, total_norm, closure=None):
+        for group in groups:
+            self.unscale_and_clip_grads(group, total_norm)
+        return closure
+
     def unscale_and_clip_grads(self, group, total_norm):
         assert self.clip_grad == 0.0
         for gradient in group:
@@ -109,6 +114,45 @@ def test_loss_scale_is_divided_out_and_groups_share_a_decision():
     assert "unscale_and_clip_grads" not in vars(zero)
 
 
+def test_engine_may_give_the_same_norm_in_the_next_step():
+    """It may be a constant, or a tensor that the engine fills anew."""
+    zero, norms = DeepSpeedZeroOptimizer(), []
+
+    def observe(norm):
+        norms.append(float(norm))
+        return 1 / (len(norms) * torch.ones(()))
+
+    attachment, total_norm = EngineAttachment(zero, observe), torch.tensor(2048.0)
+    for step, number in enumerate((2048.0, 2048.0, 1024.0)):
+        groups = [[torch.full((3,), 1024.0)] for _ in range(2)]
+        total_norm.fill_(number)
+        assert zero.step(groups, total_norm, closure=step) == step
+        assert all(torch.equal(gradient, torch.full((3,), 1 / (step + 1))) for (gradient,) in groups)
+    assert norms == [2.0, 2.0, 1.0]
+    attachment.remove()
+    assert vars(zero).keys() == {"clip_grad"}
+
+
+def test_step_that_others_have_replaced_stays_after_detach():
+    zero, calls = DeepSpeedZeroOptimizer(), []
+
+    def replace():
+        step = zero.step
+        zero.step = lambda *args: (calls.append(1), step(*args))[1]
+        return zero.step
+
+    inner = replace()
+    attachment = EngineAttachment(zero, lambda norm: norm / norm)
+    attachment.remove()
+    assert zero.step is inner
+    attachment = EngineAttachment(zero, lambda norm: norm / norm)
+    outer = replace()
+    attachment.remove()
+    zero.clip_grad = 0.0
+    zero.step([[torch.ones(3)]], torch.tensor(2048.0))
+    assert zero.step is outer and len(calls) == 2
+
+
 def test_engine_without_zero_is_refused():
     class Engine:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -126,6 +170,9 @@ def test_scope_is_refused_while_a_strategy_is_attached_to_an_engine():
     strategy.scope = None
     strategy.attach(zero)
     zero.unscale_and_clip_grads([torch.ones(3)], torch.tensor(2048.0))
+    with pytest.raises(ValueError, match=r"^engine\.step\(\) calls the strategy that is attached to it: leave out obs"):
+        strategy.observe(torch.tensor(2.0))
+    assert strategy.state["count"] == 1
     with pytest.raises(ValueError, match=f"^scope=weight {words}"):
         strategy.scope = "weight"
     assert strategy.scope is None and strategy.changes == []

@@ -24,6 +24,7 @@ from zclip import (
     TrainerClippingCallback,
     ZClip,
 )
+from zclip.updates import UpdateBrake, UpdateClip
 
 EACH = pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
 
@@ -48,6 +49,26 @@ def refusal(strategy: ClippingStrategy, state: object) -> str:
     sentence = str(error.value)
     assert "\n" not in sentence and len(sentence) < 2000
     return sentence
+
+
+def without(entries: dict, key: str) -> dict:
+    return {name: value for name, value in entries.items() if name != key}
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize("make", [ZClip, UpdateClip, UpdateBrake])
+def test_argument_that_is_unknown_or_missing_is_damage(make, override):
+    rule = make()
+    saved, first = make().state_dict(), next(iter(rule.config()))
+    damaged = f"the saved {make.__name__} is damaged: config"
+    with pytest.raises(ValueError, match=f"^{damaged} has 'foo': it may have {first}, "):
+        rule.load_state_dict(with_entry(saved, "config", "foo", 1), override)
+    with pytest.raises(ValueError, match=f"^{damaged} lacks {first}$"):
+        rule.load_state_dict({**saved, "config": without(saved["config"], first)}, override)
+    assert rule.changes == []
+    for added, value in make.added.items():
+        same_state = {**saved, "config": without(saved["config"], added)}
+        make(**{added: value}).load_state_dict(same_state, override)
 
 
 def with_entry(state: dict, where: str, key: str, value: object) -> dict:

@@ -335,6 +335,31 @@ def test_scope_that_is_assigned_acts_from_the_next_step_and_is_recorded():
         strategy.step(model)
 
 
+def test_scope_that_no_step_has_used_is_not_recorded():
+    model, strategy = build_model(), ZClip()
+    backward(model)
+    strategy.step(model)
+    strategy.scope = "head.*"
+    strategy.z_thresh = 3.0
+    threshold = {"setting": "z_thresh", "from": 2.5, "to": 3.0}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^scope=head\.\* has none of the 4 parameters"):
+            strategy.step(model)
+        assert strategy.changes == [threshold]
+    strategy.scope = "*.weight"
+    strategy.scope = "*.bias"
+    to_biases = {"setting": "scope", "from": None, "to": ["*.bias"]}
+    assert strategy.changes == copy.deepcopy(strategy).changes == [threshold, to_biases]
+    strategy.step(model)
+    strategy.scope = "*.weight"
+    strategy.scope = "*.bias"
+    assert strategy.changes == [threshold, to_biases], "steps used no other scope"
+    strategy.scope = None
+    strategy.step(model)
+    strategy.scope = "*.bias"
+    assert [change["to"] for change in strategy.changes[2:]] == [None, ["*.bias"]]
+
+
 def test_statistics_of_tensors_without_names_stay_in_their_scope():
     """They are of positions, which are other tensors in another scope."""
     model = build_model()

@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import math
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from zclip import (
     SkipStep,
     ZClip,
 )
+from zclip.updates import UpdateClip
 
 STRATEGIES = {
     "none": NoClipping,
@@ -330,19 +333,41 @@ def test_other_types_and_sparse_or_complex_gradients_are_rejected():
         ZClip().step(wave)
 
 
-@pytest.mark.parametrize("value", [0.5, torch.ones(2), torch.ones((), dtype=torch.complex64)])
-def test_loss_and_norm_are_tensors_of_one_number(value):
+@pytest.mark.parametrize("value", [True, "0.5", 1j, np.ones(1), torch.ones(2), torch.ones((), dtype=torch.complex64)])
+def test_loss_and_norm_are_one_number(value):
     strategy = SkipStep()
     for call in (
         lambda: strategy.step(model_with_gradients(0), loss=value),
         lambda: strategy.observe(torch.ones(()), loss=value),
         lambda: strategy.observe(value),
     ):
-        with pytest.raises(TypeError, match=r"^(loss|norm)= takes a 0-dim real tensor, not (float|Tensor of shape)"):
+        with pytest.raises(TypeError, match=r"^(loss|norm)= takes a real number or a 0-dim real tensor, not [a-zT]+"):
             call()
     strategy.step(model_with_gradients(0), loss=torch.ones(1))
     strategy.observe(torch.ones(1))
     assert strategy.state["loss_count"] == 1 and strategy.state["norm_count"] == 2
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, int, np.int64, Fraction])
+def test_number_is_observed_as_a_tensor_of_it_on_the_cpu(kind):
+    strategy, expected = SkipStep(sigma=2.0, window=4), SkipStep(sigma=2.0, window=4)
+    rule, expected_rule = UpdateClip(window=4), UpdateClip(window=4)
+    for number in (1, 2, 1, 2, 40):
+        tensor = torch.tensor(float(number), dtype=torch.float64)
+        with torch.device("meta"):  # the default device has no say
+            coefficient, scale = strategy.observe(kind(number), kind(number + 1)), rule.observe(kind(number))
+        assert torch.equal(coefficient, expected.observe(tensor, tensor + 1)) and coefficient.device.type == "cpu"
+        assert torch.equal(scale, expected_rule.observe(tensor))
+    assert coefficient == 0 and same(strategy.state_dict(), expected.state_dict())
+    strategy.observe(math.nan, math.inf)
+    assert strategy.counters["nonfinite"] == 1 and strategy.state["loss_count"] == 5
+
+
+def test_loss_of_a_step_may_be_a_number():
+    strategy, expected = SkipStep(), SkipStep()
+    strategy.step(model_with_gradients(0), loss=0.5)
+    expected.step(model_with_gradients(0), loss=torch.tensor(0.5))
+    assert same(strategy.state_dict(), expected.state_dict()) and strategy.state["loss_count"] == 1
 
 
 class Lagging(ClippingStrategy):

@@ -3,10 +3,11 @@
 The engine reduces, unscales, clips and steps in one call, on flat partitions that the parameters do not hold. It takes
 the norm over all ranks itself, and passes it to the method `unscale_and_clip_grads` of its optimizer, once for each
 group of parameters. `EngineAttachment` takes the place of that method. It is not public: seen with DeepSpeed 0.19.8.
+The optimizer's `step` tells where the next norm begins, because a norm may be the same object as the one before.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class EngineAttachment:
         ValueError: the engine's optimizer is not of ZeRO 1, 2 or 3, computes no norm, or has a strategy already.
     """
 
+    #: What calls the strategy, for messages.
+    caller: ClassVar[str] = "engine.step()"
+
     def __init__(self, engine: Any, observe: Callable[[Tensor], Tensor]) -> None:
         zero: Any = engine if hasattr(engine, "unscale_and_clip_grads") else getattr(engine, "optimizer", None)
         if not type(zero).__name__.startswith("DeepSpeedZeroOptimizer"):
@@ -44,13 +48,25 @@ class EngineAttachment:
             raise ValueError("a strategy is attached to this engine already: detach() that one first")
         self._zero, self._observe = zero, observe
         self._unscale = zero.unscale_and_clip_grads
-        self._norm: Any = None  # of the step whose coefficient this is
-        self._coefficient: Tensor | None = None
+        self._norm: Any = None  # of this step; `None` before its first group
+        self._coefficient = torch.ones(())  # for that norm
         zero.unscale_and_clip_grads = self._unscale_and_clip
+        self._step, self._own_step = zero.step, vars(zero).get("step")
+        zero.step = self._begin_step
 
     def remove(self) -> None:
-        """Give the engine its own clipping back."""
-        del self._zero.unscale_and_clip_grads
+        """Give the engine its own clipping back. A `step` that others have put over this one stays."""
+        zero = self._zero
+        del zero.unscale_and_clip_grads
+        if zero.step == self._begin_step:
+            del zero.step
+            if self._own_step is not None:
+                zero.step = self._own_step
+
+    def _begin_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forget the norm of the step before, and take the step."""
+        self._norm = None
+        return self._step(*args, **kwargs)
 
     def _unscale_and_clip(self, group: Any, total_norm: Any) -> None:
         """Take the place of DeepSpeed's method, whose arguments these are.
@@ -61,7 +77,7 @@ class EngineAttachment:
                 is not finite.
         """
         zero = self._zero
-        if total_norm is not self._norm or self._coefficient is None:
+        if total_norm is not self._norm:
             norm = torch.as_tensor(total_norm, device=getattr(total_norm, "device", "cpu")) / zero.loss_scale
             self._norm, self._coefficient = total_norm, self._observe(torch.where(norm < 0, torch.nan, norm))
         clip_grad, zero.clip_grad = zero.clip_grad, 0.0

@@ -88,8 +88,8 @@ class OptimizerRule(Statistics):
         """Act on every step of an optimizer, whatever loop calls it, until `detach`.
 
         Args:
-            optimizer: one of `optimizers`; wrappers of Accelerate and Lightning are unwrapped. Each of several
-                optimizers needs a rule of its own.
+            optimizer: one of `optimizers`, or a subclass with the same update; wrappers of Accelerate and Lightning are
+                unwrapped. Each of several optimizers needs a rule of its own.
             process_group: ranks that hold other parameters of the same model, such as pipeline stages. Default: none.
 
         Raises:
@@ -186,19 +186,23 @@ class UpdateRule(OptimizerRule):
         norm = update_norm(optimizer, process_group=process_group)
         return self._update(norm, takes_step(optimizer, norm.device))
 
-    def observe(self, norm: Tensor) -> Tensor:
+    def observe(self, norm: Tensor | float) -> Tensor:
         """Update the statistics with one norm, without an optimizer, and return the scale for that step.
 
         Args:
-            norm: 0-dim tensor; NaN, infinity and numbers up to 0 do not change the statistics.
+            norm: a 0-dim tensor, or a number, whose statistics are on the CPU. NaN, infinity and numbers up to 0 do not
+                change them.
 
         Returns:
             0-dim tensor; 1 where nothing is to be scaled.
 
         Raises:
-            TypeError: the norm is not a tensor of one real number.
-            ValueError: the rule's scale is not above 0 and at most 1.
+            TypeError: the norm is not a real number, or a tensor of one.
+            ValueError: this rule is attached, or its scale is not above 0 and at most 1.
         """
+        self._check_initialised()
+        if self._hook is not None:
+            raise ValueError("optimizer.step() calls the rule that is attached to it: leave out observe()")
         norm = scalar("norm", norm)
         norm = norm.to(statistics_dtype(norm.device))
         scale = self._update(norm, torch.ones_like(norm, dtype=torch.bool))

@@ -213,6 +213,8 @@ def test_rules_are_attached_once_and_detached():
         Half().attach(optimizer)
     with pytest.raises(TypeError, match=r"^the update of Muon is not known before its step: Adam, AdamW and SGD of"):
         Half().attach(torch.optim.Muon([nn.Parameter(torch.ones(2, 2))]))
+    with pytest.raises(ValueError, match=r"^optimizer\.step\(\) calls the rule that is attached to it: leave out obs"):
+        rule.observe(torch.tensor(1.0))
     rule.detach()
     rule.detach()
     backward(model, 0)
@@ -289,5 +291,5 @@ def test_mistakes_are_one_sentence():
         NoDecision().observe(torch.tensor(1.0))
     with pytest.raises(NotImplementedError, match=r"^UpdateRule must implement decide\(norm, state\)$"):
         UpdateRule().observe(torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"^norm= takes a 0-dim real tensor, not float$"):
-        UpdateClip().observe(1.0)
+    with pytest.raises(TypeError, match=r"^norm= takes a real number or a 0-dim real tensor, not str$"):
+        UpdateClip().observe("1.0")
