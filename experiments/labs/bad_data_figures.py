@@ -10,7 +10,7 @@ from experiments.labs.bad_data import BadDataResult, bounded_losses
 from experiments.labs.declaration import BadDataLab
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run, corruption_kinds
-from experiments.run.style import BLUE, COLORS, ORANGE, draw_grid, numbered_style
+from experiments.run.style import BLUE, COLORS, ORANGE, draw_grid, label_styles
 
 #: Steps before and after a bad batch that are shown.
 BEFORE, AFTER = 5, 20
@@ -74,19 +74,22 @@ def draw_after(
         layout="constrained",
     )
     shown = [result for result in results if result.arm.label in (lab.reference, *SHOWN)]
+    styles = label_styles([result.arm.label for result in shown])
     steps = np.arange(-BEFORE, AFTER + 1)
     for ax, kind in zip(axes.flat, kinds, strict=True):
-        for number, result in enumerate(shown):
+        for result in shown:
             clean = lab.clean(result.arm)
             pairs = [(collection.runs[result.arm, seed], collection.runs[clean, seed]) for seed in result.numbers]
-            style = numbered_style(number)
+            style = styles[result.arm.label]
             mean = around_bad_batches(pairs, kind)
             ax.plot(steps, mean, color=style.color, ls=style.dashes, lw=1.3, label=result.arm.label)
         ax.axvline(0, color="0.4", lw=0.9)
         ax.set_title(kind, fontsize=9)
     axes[0, 0].set_ylabel("loss minus that without bad batches (nats)", fontsize=8)
     figure.supxlabel("steps from the bad batch, whose own loss is left out", fontsize=9)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, handlelength=4
+    )
     draw_grid(figure)
     return figure
 

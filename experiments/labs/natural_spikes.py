@@ -84,6 +84,23 @@ def after_calm(spikes: Sequence[NaturalSpike]) -> list[NaturalSpike]:
     return [spike for spike, ended in zip(spikes, ends, strict=False) if spike.start - ended >= CALM[0]]
 
 
+def calm_level(signal: np.ndarray, start: int) -> tuple[float, float] | None:
+    """Return the median of a signal's calm values before a spike, and the limit above which it warns.
+
+    `None` if too few steps precede the spike, see `warning_steps`.
+    """
+    if start < CALM[0]:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        calm = np.log(signal[start - CALM[0] : start - CALM[1]])
+    calm = calm[np.isfinite(calm)]
+    if len(calm) < WINDOW:
+        return None
+    median = float(np.median(calm))
+    sigma = max(1.4826 * float(np.median(np.abs(calm - median))), MIN_SIGMA)
+    return math.exp(median), math.exp(median + WARNS_SIGMAS * sigma)
+
+
 def warning_steps(signal: np.ndarray, start: int) -> int | None:
     """Return how many steps before a spike a signal has begun to warn; 0 if it does so with the spike, or later.
 
@@ -91,17 +108,9 @@ def warning_steps(signal: np.ndarray, start: int) -> int | None:
     its logarithm. Its calm values are those of 600 to 100 steps before the spike. The warning that counts is the one
     that lasts to the spike: up to 3 steps below the limit do not end it. `None` if too few steps precede the spike.
     """
-    if start < CALM[0]:
+    if (level := calm_level(signal, start)) is None:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.log(signal[: start + 1])
-    calm = values[start - CALM[0] : start - CALM[1]]
-    calm = calm[np.isfinite(calm)]
-    if len(calm) < WINDOW:
-        return None
-    median = np.median(calm)
-    sigma = max(1.4826 * float(np.median(np.abs(calm - median))), MIN_SIGMA)
-    warns = values > median + WARNS_SIGMAS * sigma
+    warns = signal[: start + 1] > level[1]
     first, gap = start, 0
     for step in range(start, start - CALM[1], -1):
         gap = 0 if warns[step] else gap + 1

@@ -20,7 +20,7 @@ from experiments.labs.report import (
 )
 from experiments.labs.statistics import EQUIVALENT, LOWERS, RAISES, SMALLEST_NATS, UNDECIDED
 from experiments.run.collect import RunCollection
-from experiments.run.style import draw_grid, numbered_style
+from experiments.run.style import draw_grid, label_styles
 
 HEADER = (
     "arm",
@@ -123,15 +123,17 @@ def csv_table(lab: RateLab, results: Sequence[RateResult]) -> str:
 def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:
     """Return the curves: the mean loss over seeds at each rate, with a band from the lowest to the highest."""
     figure, ax = plt.subplots(figsize=(8, 4.8))
-    for number, result in enumerate(results):
-        style = numbered_style(number)
+    styles = label_styles([result.arm.label for result in results])
+    for result in results:
+        style = styles[result.arm.label]
         losses = np.array([curve.losses for curve in result.curves.values()])
         label = f"{result.arm.label}, sensitivity {np.mean(result.sensitivities):.2f}"
-        ax.plot(lab.rates, result.mean_losses, "o", ls=style.dashes, color=style.color, ms=4, lw=1.4, label=label)
+        look = {"marker": style.marker, "ls": style.dashes, "color": style.color, "ms": 5, "lw": 1.4}
+        ax.plot(lab.rates, result.mean_losses, **look, label=label)
         ax.fill_between(lab.rates, losses.min(axis=0), losses.max(axis=0), color=style.color, alpha=0.12, lw=0)
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("final test loss (nats), at most that before training")
-    ax.legend(loc="best", fontsize=8)
+    ax.legend(loc="best", fontsize=8, handlelength=4)
     draw_grid(figure)
     return figure

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from experiments.labs.declaration import SpikeLab
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
-from experiments.run.style import AMBER, BLUE, DASHES, GREEN, draw_grid
+from experiments.run.style import GREEN, draw_grid, label_styles
 
 #: Columns of metrics.jsonl that are drawn, with the labels of their axes.
 PANELS = {
@@ -46,9 +46,10 @@ def second_moment_norm(run: Run) -> np.ndarray:
 def draw_rule(reference: Run, run: Run, labels: tuple[str, str]) -> Figure:
     """Return the two runs over all steps: their losses, norms, and the scale of the rule with its bound."""
     figure, axes = plt.subplots(len(PANELS), 1, figsize=(8, 7.5), sharex=True, layout="constrained")
+    styles = label_styles(labels)
     for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
-        for one, text, color, dashes in ((reference, labels[0], AMBER, DASHES[2]), (run, labels[1], BLUE, DASHES[0])):
-            ax.plot(one.metrics["step"], one.metrics[name], color=color, ls=dashes, lw=0.9, label=text)
+        for one, (text, style) in zip((reference, run), styles.items(), strict=True):
+            ax.plot(one.metrics["step"], one.metrics[name], color=style.color, ls=style.dashes, lw=0.9, label=text)
         ax.set_ylabel(label, fontsize=8)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")

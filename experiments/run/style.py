@@ -22,33 +22,86 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 #: Line styles, so that lines differ without colour too.
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (10, 3)), (0, (1, 3)))
+#: Markers of lines with few points.
+MARKERS = ("o", "s", "D", "^", "v", "<", ">", "P", "X", "*", "p", "h", "8", "d")
 
 
 class LineStyle(NamedTuple):
-    """The colour and the dashes of a line."""
+    """The colour, the dashes and the marker of a line. Lines with many points have no markers."""
 
     color: str
     dashes: Any
+    marker: str = "o"
 
 
-#: The lines of clipping strategies, by `clip.name`: the same in every comparison. In grey, their dashes differ.
+#: The lines of clipping strategies, by `clip.name`, and of all else that figures compare, by its label there: the same
+#: in every figure. In grey, their dashes differ, or their markers where there are more lines than dashes.
 STRATEGY_STYLES = {
-    "zclip": LineStyle(BLUE, DASHES[0]),
-    "fixed": LineStyle(ORANGE, DASHES[1]),
-    "none": LineStyle(AMBER, DASHES[2]),
-    "autoclip": LineStyle(GREEN, DASHES[3]),
-    "adagc": LineStyle(PURPLE, DASHES[4]),
-    "agc": LineStyle(SKY, DASHES[5]),
-    "skip_step": LineStyle(BLACK, DASHES[6]),
-    "zclip_mean": LineStyle(SKY, DASHES[1]),
-    "zclip_max": LineStyle(PURPLE, DASHES[2]),
-    "log_z_score": LineStyle(SKY, DASHES[3]),
-    "lagged_z_score": LineStyle(SKY, DASHES[4]),
-    "tensor_autoclip": LineStyle(GREEN, DASHES[5]),
-    "global_adagc": LineStyle(PURPLE, DASHES[6]),
-    "gradient_stabilizer": LineStyle(BLACK, DASHES[3]),
+    "zclip": LineStyle(BLUE, DASHES[0], "o"),
+    "fixed": LineStyle(ORANGE, DASHES[1], "s"),
+    "none": LineStyle(AMBER, DASHES[2], "D"),
+    "autoclip": LineStyle(GREEN, DASHES[3], "^"),
+    "adagc": LineStyle(PURPLE, DASHES[4], "v"),
+    "agc": LineStyle(SKY, DASHES[5], "<"),
+    "skip_step": LineStyle(BLACK, DASHES[6], ">"),
+    "zclip_mean": LineStyle(SKY, DASHES[1], "h"),
+    "zclip_max": LineStyle(PURPLE, DASHES[2], "8"),
+    "log_z_score": LineStyle(SKY, DASHES[3], "p"),
+    "lagged_z_score": LineStyle(SKY, DASHES[4], "d"),
+    "tensor_autoclip": LineStyle(GREEN, DASHES[2], "s"),
+    "global_adagc": LineStyle(PURPLE, DASHES[6], "D"),
+    "gradient_stabilizer": LineStyle(BLACK, DASHES[3], "X"),
+    "update clipping": LineStyle(BLACK, DASHES[0], "^"),
+    "brake": LineStyle(BLACK, DASHES[4], "P"),
+    "ZClip and brake": LineStyle(PURPLE, DASHES[3], "X"),
+    "brake from the fork on": LineStyle(GREEN, DASHES[1], "<"),
+    "brake without recovery": LineStyle(ORANGE, DASHES[5], ">"),
+    "half the rate by hand": LineStyle(SKY, DASHES[0], "h"),
+    "a tenth of the rate by hand": LineStyle(PURPLE, DASHES[5], "8"),
+    "instance filter": LineStyle(GREEN, DASHES[5], "*"),
+    "QK-norm": LineStyle(ORANGE, DASHES[0], "*"),
+    "z-loss 1e-4": LineStyle(SKY, DASHES[6], "p"),
+    "QK-norm and ZClip": LineStyle(BLUE, DASHES[5], "h"),
+    "warm-up of 10 %": LineStyle(GREEN, DASHES[0], "<"),
+    "beta2 0.95": LineStyle(BLACK, DASHES[1], ">"),
+    "embeddings of 0.079": LineStyle(ORANGE, DASHES[6], "8"),
+    "embeddings of 1": LineStyle(AMBER, DASHES[5], "d"),
 }
+#: Which strategy (`clip.name`) a label means.
+STRATEGY_LABELS = {
+    "no clipping": "none",
+    "fixed 1.0": "fixed",
+    "ZClip": "zclip",
+    "AutoClip": "autoclip",
+    "AdaGC": "adagc",
+    "GlobalAdaGC": "global_adagc",
+    "AGC": "agc",
+    "log z-score": "log_z_score",
+    "lagged z-score": "lagged_z_score",
+    "TensorAutoClip": "tensor_autoclip",
+    "GradientStabilizer": "gradient_stabilizer",
+    "skip-step": "skip_step",
+}
+
+
+def label_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
+    """Return the style of the line of each label in a figure, by label: that of `STRATEGY_STYLES`, if it has one.
+
+    Other labels have styles that are not in `STRATEGY_STYLES`, by their order: the first 20 have other colours or
+    dashes, later ones other markers.
+
+    Raises:
+        ValueError: the labels are more than there are styles.
+    """
+    pairs = [(style.color, style.dashes) for style in STRATEGY_STYLES.values()]
+    unnamed = [numbered_style(number) for number in range(len(COLORS) * len(DASHES))]
+    free = [style for style in unnamed if (style.color, style.dashes) not in pairs]
+    more = (style._replace(marker=marker) for marker in MARKERS for style in free)
+    names = {label: STRATEGY_LABELS.get(label, label) for label in labels}
+    if sum(name not in STRATEGY_STYLES for name in names.values()) > len(free) * len(MARKERS):
+        raise ValueError(f"a figure cannot have {len(labels)} lines")
+    return {label: STRATEGY_STYLES.get(name) or next(more) for label, name in names.items()}
 
 
 def numbered_style(number: int) -> LineStyle:

@@ -153,9 +153,11 @@ def test_report_has_the_claim_and_a_table_for_each_way_to_go_on():
     assert len(rows) == 4 * (4 * 4 + 2 * 2 + 4)
     (row,) = (r for r in rows if (r["change"], r["arm"], r["seed"]) == ("new text", "brake", "2"))
     assert row["returned"] == "650" and "fork_data=new" in row["overrides"]
-    axes = np.array(written.figures["forks"].axes).reshape(3, 5)
-    lines = {line.get_label(): line.get_xdata() for line in axes[2, 1].get_lines()}
+    axes = np.array(written.figures["forks"].axes).reshape(4, 5)
+    lines = {line.get_label(): line.get_xdata() for line in axes[3, 1].get_lines()}
     assert lines["brake"][0] == 1 - 100 and lines["brake"][-1] == STEPS - FORK and "ZClip" not in lines
+    differences = {line.get_label(): line.get_ydata() for line in axes[1, 1].get_lines()}
+    assert differences["brake"][-1] == pytest.approx(0.02, abs=0.001) and LAB.reference not in differences
 
 
 def test_report_without_forked_runs_says_what_is_missing():
