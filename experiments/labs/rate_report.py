@@ -122,7 +122,7 @@ def csv_table(lab: RateLab, results: Sequence[RateResult]) -> str:
 
 def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:
     """Return the curves: the mean loss over seeds at each rate, with a band from the lowest to the highest."""
-    figure, ax = plt.subplots(figsize=(8, 4.8))
+    figure, ax = plt.subplots(figsize=(8, 5.4), layout="constrained")
     styles = label_styles([result.arm.label for result in results])
     for result in results:
         style = styles[result.arm.label]
@@ -134,6 +134,6 @@ def draw_rates(lab: RateLab, results: Sequence[RateResult]) -> Figure:
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("final test loss (nats), at most that before training")
-    ax.legend(loc="best", fontsize=8, handlelength=4)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, handlelength=4)
     draw_grid(figure)
     return figure
