@@ -3,8 +3,9 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from experiments.labs.declaration import Lab
 from experiments.labs.statistics import Comparison, interval
 from experiments.labs.statistics import __doc__ as how_compared
 from experiments.run.collect import RunCollection, seeds_text
+from experiments.run.read import Run
 
 
 class LabReport(NamedTuple):
@@ -61,10 +63,23 @@ def lab_text(
     parts += ["## Figures", *(f"![{name}]({name}.png)" for name in figures)]
     parts += ["## Method", " ".join((how_compared or "").split())]
     command = ["python", "train.py", "-m", f"experiment={lab.name}_lab", f"seed={','.join(map(str, collection.seeds))}"]
-    parts += [f"`{' '.join(command)}` makes the runs."]
+    parts += [f"`{' '.join(command)}` makes the runs. {_made_by([*collection.runs.values()])}"]
     if notes := [*collection.warnings, *collection.notes([(run.label, run) for run in lab.runs], with_diverged)]:
         parts += ["## Missing runs", escaped_list(notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def _made_by(runs: Sequence[Run]) -> str:
+    """Return a sentence on the machines, the versions of torch and the commits of runs, with numbers of runs."""
+    starts = [run.environment for run in runs]
+    machines = Counter(f"{start.get('device', 'an unknown device')} with torch {_torch(start)}" for start in starts)
+    commits = Counter(str(start.get("commit") or "unknown")[:8] for start in starts)
+    listed = (", ".join(f"{name} ({count})" for name, count in found.most_common()) for found in (machines, commits))
+    return "They were made on {}, at the commits {}.".format(*listed)
+
+
+def _torch(start: Mapping[str, Any]) -> str:
+    return str((start.get("versions") or {}).get("torch", "unknown"))
 
 
 def outcome_sentences(comparisons: Mapping[str, Comparison], texts: Mapping[str, str]) -> list[str]:

@@ -31,12 +31,18 @@ SENTENCES = {
 }
 
 
+EXCESS = (
+    "The excess is the loss minus its level, over all steps at more than 1.3 times the level. So it also counts bumps "
+    "that are too low for a spike. It was chosen after the first runs, so it has no outcome."
+)
+
+
 def spike_report(lab: SpikeLab, collection: RunCollection, made: str) -> LabReport:
     """Return the report, the numbers and the figures of a lab; `made` says when the report was made."""
     results = arm_results(lab, collection)
     reference = collection.runs_of(lab.arm(lab.reference))
     figures = {"areas": draw_areas(lab, results), "losses": draw_losses(lab, results, collection)}
-    sections = {"Arms": escaped_table(HEADER, table_rows(results))}
+    sections = {"Arms": f"{escaped_table(HEADER, table_rows(results))}\n\n{EXCESS}"}
     if (found := first_spike(reference)) is not None:
         figures["spike"] = draw_spike(*found)
     if lab.example is not None and (pair := rule_example(lab, collection)) is not None:
@@ -62,7 +68,7 @@ def findings(lab: SpikeLab, results: Sequence[ArmResult]) -> list[str]:
         cures = ratios[label].outcome == CURES
         said.append(
             f"{label} must cure if the explanation holds, and "
-            + ("does." if cures else "this is not shown: the explanation is in doubt.")
+            + ("does, which does not contradict it." if cures else "this is not shown: the explanation is in doubt.")
         )
     return said
 

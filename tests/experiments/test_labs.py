@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -255,7 +256,9 @@ def lab_report(tmp_path_factory):
 @pytest.mark.slow
 def test_report_says_what_each_arm_does(lab_report):
     text = (lab_report / "report.md").read_text()
-    assert "beta2 0.95 must cure if the explanation holds, and does." in text
+    assert "beta2 0.95 must cure if the explanation holds, and does, which does not contradict it." in text
+    assert re.search(r"They were made on .+ with torch \d.* \(\d+\), at the commits [0-9a-f]{8} \(\d+\)\.", text)
+    assert "The excess is the loss minus its level" in text
     assert "| gradient norm | 12 | 12 to 12 | 3 of 3 |" in text, "a spike too soon after another is left out"
     assert "not run: lagged z-score (seeds 3, 4)" not in text, "seeds of which there is no run are named once"
     assert (

@@ -37,7 +37,7 @@ def drawn_areas(areas):
     lab = LABS["adam_lag"]
     calm = spike_numbers(spiking(1))
     results = [
-        ArmResult(lab.arm(label), {seed: calm._replace(area=area) for seed, area in by_seed.items()}, None)
+        ArmResult(lab.arm(label), {seed: calm._replace(area=area) for seed, area in by_seed.items()}, None, None)
         for label, by_seed in areas.items()
     ]
     return draw_areas(lab, results)
@@ -65,7 +65,9 @@ def test_losses_name_each_seed_and_cut_no_title():
     runs = {(lab.arm(label), seed): spiking(20) for label in labels for seed in (0, 2)}
     runs[lab.arm("ZClip"), 1] = spiking(20)
     found = [
-        ArmResult(lab.arm(label), {s: spike_numbers(run) for (arm, s), run in runs.items() if arm.label == label}, None)
+        ArmResult(
+            lab.arm(label), {s: spike_numbers(run) for (arm, s), run in runs.items() if arm.label == label}, None, None
+        )
         for label in labels
     ]
     figure = draw_losses(lab, found, of_runs(runs))

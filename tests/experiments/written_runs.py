@@ -25,6 +25,8 @@ SMALL = ("trainer.max_steps=140", f"paper.corruption_steps={CORRUPTED_STEPS}", f
 SEEDS = (0, 1, 2)
 #: Overrides of the scripts that read runs; other folders are set afterwards, so that no run is composed twice.
 BASE = ("experiment=paper", "scale=micro", f"paths.runs={quoted('runs')}")
+#: The environment of each run.
+START = {"commit": "0123456789abcdef", "uncommitted_changes": False, "versions": {"torch": "2"}, "device": "a CPU"}
 
 
 #: Configurations of train.py that are composed already, by their overrides.
@@ -101,9 +103,8 @@ def run_of(
         "tokens_per_second": 1e4, "step_seconds": {"data": 0.0, "forward_backward": 0.98, "clip": 0.02},
         "unigram_entropy": 6.5, "test_tokens": 1000, "spikes": 3, "spike_definition": "ours",
     }  # fmt: skip
-    start = {"commit": "0123456789abcdef", "uncommitted_changes": False, "versions": {"torch": "2"}, "device": "a CPU"}
     plain = config.model_dump(mode="json", by_alias=True)
-    return Run(path, plain, metrics, numbers | result, [], [start], [dict(each) for each in scores])
+    return Run(path, plain, metrics, numbers | result, [], [START], [dict(each) for each in scores])
 
 
 def write_run(path: Path, config: Config, seed: int, bump: float = 0.0, done: bool = True, **more: Any) -> None:
@@ -152,4 +153,5 @@ def write_lab_run(runs: Path, lab: SpikeLab, arm: Arm, seed: int, loss: np.ndarr
         for i in range(len(loss))
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row).replace("NaN", "null") + "\n" for row in rows))
+    (path / "environment.json").write_text(json.dumps({"starts": [START]}))
     (path / "result.json").write_text(json.dumps(RESULT | {"steps": len(loss)}))
