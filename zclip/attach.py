@@ -128,8 +128,8 @@ class Attachment(StepHook):
 class OptimizerShards:
     """The parameters of an optimizer, with the process groups over which they are sharded, in the order of the models.
 
-    The modules are walked again only when the optimizer has other parameters than in the call before: of a model of
-    thousands of tensors that takes as long as their norms.
+    The modules are walked again only when the optimizer has other parameters than in the call before. With thousands of
+    tensors, walking them takes a third of the time of their norms.
 
     Args:
         models: modules with some of the parameters, such as those of FSDP1; others come after them.
