@@ -147,7 +147,7 @@ def test_published_package_is_imported_from_its_folder_only(tmp_path, monkeypatc
     bench_clip.main({"params": 1e5, "tensors": 4, "device": "cpu", "published": str(tmp_path)})
     out = capsys.readouterr().out
     assert re.search(r"│ norm pass \(the floor\) +│ +1000.0 │ +1.000 │ +0.500 │", out), out
-    assert re.search(r"│ published zclip +│ +22000.0 │ +22.000 │ +11.000 │", out), out
+    assert re.search(r"│ published zclip +│ +23000.0 │ +23.000 │ +11.500 │", out), out
     model = torch.nn.Linear(2, 2)
     model(torch.ones(2)).sum().backward()
     step = bench_clip.published_step(str(tmp_path), model)

@@ -189,6 +189,8 @@ class UpdateRule(OptimizerRule):
     def observe(self, norm: Tensor | float) -> Tensor:
         """Update the statistics with one norm, without an optimizer, and return the scale for that step.
 
+        A rule of your own that measures something else calls it in its `before_step`.
+
         Args:
             norm: a 0-dim tensor, or a number, whose statistics are on the CPU. NaN, infinity and numbers up to 0 do not
                 change them.
@@ -198,11 +200,9 @@ class UpdateRule(OptimizerRule):
 
         Raises:
             TypeError: the norm is not a real number, or a tensor of one.
-            ValueError: this rule is attached, or its scale is not above 0 and at most 1.
+            ValueError: the rule's scale is not above 0 and at most 1.
         """
         self._check_initialised()
-        if self._hook is not None:
-            raise ValueError("optimizer.step() calls the rule that is attached to it: leave out observe()")
         norm = scalar("norm", norm)
         norm = norm.to(statistics_dtype(norm.device))
         scale = self._update(norm, torch.ones_like(norm, dtype=torch.bool))

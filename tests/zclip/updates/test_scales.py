@@ -65,7 +65,6 @@ def test_scale_that_is_not_allowed_is_refused_before_the_step(scale, fused):
     assert same(before, rule.state_dict()["state"]) and rule.telemetry is telemetry
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     assert optimizer.param_groups[0]["lr"] is LR
-    rule.detach()
     with pytest.raises(ValueError, match=r"^Own\.decide must return scales above 0 and at most 1"):
         rule.observe(NORM)
 
