@@ -9,6 +9,7 @@ gradients to a fused optimizer's step, so a strategy unscales them first. One ki
 import sys
 import weakref
 from collections.abc import Callable
+from operator import is_
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -137,18 +138,18 @@ class OptimizerShards:
 
     def __init__(self, models: Parameters) -> None:
         self._models = models
-        self._key: tuple[list[int], list[type]] | None = None
-        self._parameters: list[Tensor] = []  # that the ids are of
+        self._parameters: list[Tensor] = []  # of the optimizer in the call before
+        self._types: list[type] = []  # that they had: a plain parameter can become a DTensor in place
         self._shards: list[Shard] = []
 
     def __call__(self, optimizer: Any) -> list[Shard]:
         """Return the distinct parameters that can have gradients; `zclip.norm.parameters_of` says what it raises."""
         own = optimizer_parameters(optimizer)
-        key = list(map(id, own)), list(map(type, own))  # a plain parameter can become a DTensor in place
-        if key != self._key:
-            ids = set(key[0])
+        types = list(map(type, own))
+        if types != self._types or not all(map(is_, own, self._parameters)):
+            ids = set(map(id, own))
             self._shards = [each for each in parameters_of([self._models, own]) if id(each.parameter) in ids]
-            self._parameters, self._key = own, key
+            self._parameters, self._types = own, types
         return self._shards
 
 

@@ -14,7 +14,7 @@ from experiments.labs.declaration import ContinuedLab
 from experiments.run.collect import RunCollection
 from experiments.run.read import Run
 from experiments.run.smoothing import MAX_SMOOTHED_STEPS, smooth
-from experiments.run.style import draw_grid, label_styles
+from experiments.run.style import draw_grid, draw_log_axis, label_styles
 
 #: Steps before the fork that are shown.
 BEFORE = 100
@@ -86,13 +86,10 @@ def _smooth_parts(values: np.ndarray, step: int) -> np.ndarray:
 
 def _scale(ax: Axes, has_negative: bool) -> None:
     """Make the vertical axis logarithmic, on both sides of 0 if values can be negative."""
+    draw_log_axis(ax, 7)
     if has_negative:
         ax.axhline(0, color="0.4", lw=0.9)
         ax.set_yscale("symlog", linthresh=LINEAR, linscale=1.5)
         ax.set_yticks([sign * size for sign in (-1, 1) for size in (0.05, 0.1, 0.3, 1, 3)] + [0])
         ax.yaxis.set_minor_locator(NullLocator())
-    else:
-        ax.set_yscale("log")
-        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.tick_params(which="both", labelsize=7)
+        ax.yaxis.set_major_formatter("{x:g}")

@@ -15,7 +15,7 @@ from experiments.labs.spike_tables import AREA_OFFSET, ArmResult
 from experiments.labs.statistics import CURE, SMALLEST_RATIO
 from experiments.run.collect import RunCollection, seeds_text
 from experiments.run.read import Run
-from experiments.run.style import BLACK, BLUE, GREEN, ORANGE, draw_grid, numbered_style
+from experiments.run.style import BLACK, BLUE, GREEN, ORANGE, draw_grid, draw_log_axis, numbered_style
 
 #: Panels in a row of the figure of losses.
 PANELS = 4
@@ -144,10 +144,7 @@ def _draw_signal(ax: Axes, run: Run, name: str, start: int, color: str) -> None:
     shown = slice(max(0, start - BEFORE), start + AFTER)
     ax.plot(step[shown], signal[shown], color=color, lw=1.3)
     ax.axvline(step[start], color="0.4", lw=0.9)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    ax.tick_params(which="both", labelsize=8)
+    draw_log_axis(ax, 8)
     level, warning = calm_level(signal, start), warning_steps(signal, start)
     if level is None or warning is None:
         return

@@ -9,6 +9,7 @@ from experiments.labs.declaration import SpikeLab
 from experiments.labs.report import LabReport, lab_text, outcome_sentences
 from experiments.labs.rule_figure import draw_rule, rule_example
 from experiments.labs.spike_figures import draw_areas, draw_losses, draw_spike, first_spike
+from experiments.labs.spike_numbers import EXCESS_ABOVE
 from experiments.labs.spike_tables import (
     HEADER,
     WARNING_HEADER,
@@ -29,11 +30,10 @@ SENTENCES = {
     HARMS: "There is more than twice as much with",
     UNDECIDED: "These seeds do not decide about",
 }
-
-
+#: What the column of excesses is.
 EXCESS = (
-    "The excess is the loss minus its level, over all steps at more than 1.3 times the level. So it also counts bumps "
-    "that are too low for a spike. It was chosen after the first runs, so it has no outcome."
+    f"The excess is the loss minus its level, over all steps at more than {EXCESS_ABOVE} times the level. So it also "
+    "counts bumps that are too low for a spike. It was chosen after the first runs, so it has no outcome."
 )
 
 

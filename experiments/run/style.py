@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -132,6 +133,14 @@ def draw_grid(figure: Figure) -> None:
     for ax in figure.axes:
         ax.grid(alpha=0.25)
         ax.margins(x=0.01)
+
+
+def draw_log_axis(ax: Axes, size: float) -> None:
+    """Make the vertical axis logarithmic, with numbers of this font size at 1, 2 and 5 times the powers of ten."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    ax.tick_params(which="both", labelsize=size)
 
 
 def image(figure: Figure, suffix: str, **options: Any) -> bytes:
